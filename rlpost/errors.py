@@ -1,0 +1,60 @@
+"""What can go wrong for a user, each with the exit code the command line returns.
+
+A message is one line: the place, what is wrong there, and what to do about it.
+"""
+
+
+class RlpostError(Exception):
+    """An error for the user: shown as one line without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(RlpostError):
+    """The recipe or an override is wrong."""
+
+    exit_code = 2
+
+
+class DataError(RlpostError):
+    """A data source is missing, empty or malformed."""
+
+    exit_code = 3
+
+
+class ModelError(RlpostError):
+    """The model, adapter or tokenizer cannot be loaded or does not fit."""
+
+    exit_code = 4
+
+
+class DiskError(RlpostError):
+    """Something could not be written or read back."""
+
+    exit_code = 5
+
+
+class RewardError(RlpostError):
+    """A reward function failed."""
+
+    exit_code = 6
+
+
+class RunInUseError(RlpostError):
+    """Another process is writing to this run directory."""
+
+    exit_code = 7
+
+
+class EngineError(RlpostError):
+    """Generation failed."""
+
+    exit_code = 8
+
+
+class Interrupted(RlpostError):
+    """A signal asked us to stop; a checkpoint was written first."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

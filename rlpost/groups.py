@@ -1,0 +1,63 @@
+"""A prompt with its completions: the one shape of data every stage works on.
+
+SFT has one completion a group, a preference pair has two (chosen first), GRPO has G.
+Plain data without tensors: this is what rollouts are saved as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What follows a prompt, token by token.
+
+    Example: the prompt "47+38=" answered "580" and ended by token 2 is
+    ``Completion(ids=(9, 12, 4, 2), action=(True, True, True, True), text="580", finish="stop")``.
+    """
+
+    ids: tuple[int, ...]
+    """[L] token ids, the end token included when there is one."""
+    action: tuple[bool, ...]
+    """[L] True where the policy chose (or, in data, is to learn) the token; False for tool and user turns."""
+    text: str = ""
+    """The answer as text, without end token and stop string."""
+    finish: str = ""
+    """"stop" (end token or stop string), "length" (cut off), or empty for data we did not sample."""
+    logprobs: tuple[float, ...] = ()
+    """[sum(action)] log-probabilities under the sampler, at its temperature; empty for data we did not sample."""
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.action), (len(self.ids), len(self.action))
+
+    @property
+    def actions(self) -> int:
+        """Number of tokens the policy chose."""
+        return sum(self.action)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its completions."""
+
+    prompt: tuple[int, ...]
+    """Token ids, never empty."""
+    completions: tuple[Completion, ...]
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """The data row it came from: what reward functions read."""
+
+    def __post_init__(self) -> None:
+        assert self.prompt, "a prompt has at least one token"
+
+
+def tokens(group: Group) -> int:
+    """Tokens of the group when its prompt is computed once."""
+    return len(group.prompt) + sum(len(c.ids) for c in group.completions)
+
+
+def completions(groups: Sequence[Group]) -> list[Completion]:
+    """All completions of the groups, in order: the S axis of every tensor."""
+    return [c for g in groups for c in g.completions]
