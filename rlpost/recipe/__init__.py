@@ -1,0 +1,1 @@
+"""Recipes: YAML files resolved into dataclasses, checked before anything heavy is imported."""
