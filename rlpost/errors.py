@@ -58,3 +58,9 @@ class Interrupted(RlpostError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class DivergedError(RlpostError):
+    """Training produced numbers that are not finite."""
+
+    exit_code = 9

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-# OmegaConf reads these annotations at run time and refuses `X | None` of dataclasses in places: hence Optional.
+# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
 
@@ -48,7 +48,7 @@ class Precision(StrEnum):
 
 
 class Attention(StrEnum):
-    """`flat` shares prompts and never pads; `padded` is the plain way; `auto` takes flat where it is exact."""
+    """`flat` shares prompts, never pads; `padded` is the plain way; `auto` takes flat where it is exact."""
 
     auto = "auto"
     flat = "flat"
@@ -111,7 +111,7 @@ class Function:
 
 @dataclass
 class Reward(Function):
-    """A reward function, its weight in the sum, and the name it is logged under (its function's by default)."""
+    """A reward function, its weight in the sum, and the name it is logged under (its own by default)."""
 
     weight: float = 1.0
     name: Optional[str] = None
@@ -223,7 +223,7 @@ class Stage:
     enabled: bool = True
     """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
     start: Optional[str] = None
-    """The stage whose model this one starts from; the stage before it by default, `base` for the base model."""
+    """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
 
 
 @dataclass
@@ -304,7 +304,7 @@ class Grpo(Training):
 
 @dataclass
 class Pairs(Stage):
-    """Preference pairs from the model's own samples, ranked by rewards; the model passes through unchanged."""
+    """Preference pairs from the model's own samples, ranked by rewards; the model passes unchanged."""
 
     kind: Kind = Kind.pairs
     data: dict[str, Source] = field(default_factory=dict)
@@ -320,7 +320,7 @@ class Pairs(Stage):
 
 @dataclass
 class Evaluation:
-    """Held-out evaluation: the first reward is the accuracy (1 is right), the others are reported beside it."""
+    """Held-out evaluation: the first reward is the accuracy (1 is right), others are reported beside it."""
 
     data: dict[str, Source] = field(default_factory=dict)
     rewards: list[Reward] = field(default_factory=list)
@@ -351,6 +351,9 @@ class Recipe:
     """Name of the run directory."""
     runs: str = "runs"
     """Folder that holds run directories."""
+    folder: Optional[str] = None
+    """What relative paths and `file.py:function` refer to: the recipe's own folder by default.
+    A resolved recipe, which lies in its run, names the folder it came from."""
     seed: int = 0
     threads: Optional[int] = None
     """CPU threads (as torch chooses by default)."""

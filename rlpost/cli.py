@@ -1,0 +1,231 @@
+"""The command line: parse, one call, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlpost.errors import RlpostError
+
+if TYPE_CHECKING:
+    from rlpost.recipe.resolve import Resolved
+
+# Nothing heavy is imported up here: what a command needs, it imports itself, and --help stays quick.
+# rich_markup_mode=None: help by rich takes twice the time.
+app = typer.Typer(
+    help="Language models through SFT, preference optimisation and reinforcement learning, from one recipe.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Recipe = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings, like stages.grpo.group_size=16."),
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON (eval: one line a sample, then the summary).")
+]
+_OtherRecipe = Annotated[str | None, typer.Option("--recipe", help="Recipe to take settings from.")]
+_Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.")
+]
+
+
+@app.command()
+def train(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    as_json: _Json = False,
+    allow_change: Annotated[
+        bool, typer.Option("--allow-change", help="Go on with a run whose recipe has changed.")
+    ] = False,
+) -> None:
+    """Run a recipe's stages, resuming what is unfinished; prints the last checkpoint's path."""
+    resolved = _resolve(recipe, overrides)
+    from rlpost import pipeline
+
+    if dry_run:
+        lines = pipeline.dry_run(resolved)
+        print(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
+        return
+    path = pipeline.train(resolved, allow_change)
+    run = Path(resolved.config.runs) / resolved.config.run
+    print(json.dumps({"checkpoint": str(path), "run": str(run)}) if as_json else path)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="By default the newest finished run.")
+    ] = None,
+    overrides: _Overrides = None,
+    recipe: _OtherRecipe = None,
+    as_json: _Json = False,
+) -> None:
+    """Evaluate a checkpoint as its recipe says, or as another one does."""
+    words = list(overrides or [])
+    if checkpoint is not None and re.match(r"[\w.\[\]-]+=", checkpoint) and not Path(checkpoint).exists():
+        words.insert(0, checkpoint)
+        checkpoint = None
+    from rlpost import commands
+
+    prompts, result, path = commands.evaluate(checkpoint, recipe, words)
+    if as_json:
+        for row in commands.sample_rows(prompts, result):
+            print(json.dumps(row))
+        print(json.dumps({"checkpoint": path, "summary": result.to_json()}))
+    else:
+        print("\n".join(_lines({"checkpoint": path, **result.to_json()})))
+
+
+@app.command()
+def sample(
+    checkpoint: _Checkpoint,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="By default read from stdin.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many completions.")] = 1,
+    temperature: Annotated[float, typer.Option("--temperature")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0: all tokens.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p")] = 0.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token, always.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Ends a completion; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe.")
+    ] = None,
+    recipe: _OtherRecipe = None,
+    as_json: _Json = False,
+) -> None:
+    """Complete a prompt."""
+    if best_of is not None and recipe is None:
+        raise typer.BadParameter("needs --recipe, whose rewards choose the best", param_hint="--best-of")
+    if prompt is None and sys.stdin.isatty():
+        raise typer.BadParameter("give it as an argument or on stdin", param_hint="PROMPT")
+    from rlpost import commands
+    from rlpost.recipe.ranges import out_of_range
+    from rlpost.recipe.schema import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
+    for problem in out_of_range(sampling, "--"):
+        raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
+    text = sys.stdin.read() if prompt is None else prompt
+    texts = commands.sample(
+        checkpoint, text, sampling=sampling, n=n, greedy=greedy, seed=seed, best_of=best_of, recipe=recipe
+    )
+    for completion in texts:
+        print(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
+
+
+@app.command()
+def pairs(
+    checkpoint: _Checkpoint,
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with the prompts and the rewards.")],
+    out: Annotated[str, typer.Option("--out", help="The .jsonl file to write.")],
+    overrides: _Overrides = None,
+) -> None:
+    """Write preference pairs from a model's own samples, ranked by a recipe's rewards."""
+    from rlpost import commands
+
+    print(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
+
+
+@app.command()
+def show(
+    recipe: _Recipe,
+    overrides: _Overrides = None,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="Also show so many rows as the model sees them.")
+    ] = 0,
+) -> None:
+    """Print a recipe with everything filled in."""
+    from rlpost import console
+
+    resolved = _resolve(recipe, overrides)
+    for warning in resolved.warnings:
+        console.warn(warning)
+    print(_coloured(resolved.to_yaml()) if _in_colour(sys.stdout) else resolved.to_yaml(), end="")
+    if rows:
+        from rlpost import commands
+
+        for line in commands.show_rows(resolved, rows):
+            print(line)
+
+
+@app.command("list")
+def list_(
+    runs: Annotated[str, typer.Option("--runs", help="The folder of runs.")] = "runs",
+    as_json: _Json = False,
+) -> None:
+    """List packaged recipes and runs."""
+    from rlpost.recipe.files import listing
+    from rlpost.run.layout import list_runs
+
+    recipes = [(recipe.name, recipe.description) for recipe in listing()]
+    found = [
+        (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items()))
+        for run in list_runs(Path(runs))
+    ]
+    if as_json:
+        print(json.dumps({"recipes": dict(recipes), "runs": dict(found)}))
+        return
+    for title, lines in (("recipes", recipes), (f"runs in {runs}/", found)):
+        width = max((len(name) for name, _ in lines), default=0)
+        print(f"{title}:")
+        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
+
+
+def _resolve(recipe: str, overrides: list[str] | None) -> Resolved:
+    from rlpost.recipe.resolve import resolve
+
+    return resolve(recipe, overrides or [])
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    """A result's figures for reading, nested ones by their path."""
+    lines: list[str] = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{key}.{line}" for line in _lines(value)]
+        else:
+            lines.append(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+    return lines
+
+
+def _in_colour(stream: Any) -> bool:
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _coloured(yaml: str) -> str:
+    """YAML with its keys in colour."""
+    return re.sub(r"(?m)^(\s*(?:- )*)([^\s#'\"-][^:\n]*)(?=:(?: |$))", "\\1\033[36m\\2\033[0m", yaml)
+
+
+def main() -> None:
+    """Run the command line; errors for the user are one line and their exit code."""
+    try:
+        app()
+    except RlpostError as error:
+        from rlpost.console import clean
+
+        line = f"rlpost: {clean(' '.join(str(error).split()))}"
+        print(f"\033[31m{line}\033[0m" if _in_colour(sys.stderr) else line, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,248 @@
+"""What the commands `eval`, `sample`, `pairs` and `show --rows` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from rlpost import console
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.formats import Format, Need, encode
+from rlpost.errors import RecipeError
+from rlpost.evaluate.evaluator import Result
+from rlpost.evaluate.table import print_stages
+from rlpost.groups import Group
+from rlpost.pipeline import need_of, scratch_tokenizer
+from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer
+from rlpost.policy.policy import Policy
+from rlpost.recipe.functions import bind
+from rlpost.recipe.resolve import Resolved, resolve
+from rlpost.recipe.schema import Grpo, Model, Pairs, Reward, Sampling, Source, TooLong
+from rlpost.rewards.score import Scorer
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import best_of as best_of_each
+from rlpost.rollout.collect import collect
+from rlpost.run.files import encode_line, write_atomic
+from rlpost.run.lookup import find_checkpoint, newest_finished_run
+from rlpost.run.names import CONFIG
+from rlpost.stage_evaluation import evaluate_recipe
+from rlpost.stages.context import make_scorer
+from rlpost.stages.pairs import preference_rows
+
+
+def evaluate(
+    checkpoint: str | None, recipe: str | None, overrides: Sequence[str]
+) -> tuple[list[str], Result, str]:
+    """Evaluate a checkpoint by a recipe's `evaluation`; returns the prompts, the result, and what was evaluated.
+
+    Args:
+        checkpoint: a run, a stage, a checkpoint or a model; None for the newest finished run.
+        recipe: a recipe by path or name; None for the one the checkpoint came from.
+        overrides: `key=value` on it.
+
+    Raises:
+        RecipeError: no recipe is known, or it has no evaluation.
+    """
+    path = checkpoint or str(newest_finished_run(Path("runs")))
+    model = str(find_checkpoint(path) or path)
+    resolved = resolve(recipe or str(_recipe_of(path)), overrides)
+    cfg = resolved.config.evaluation
+    if cfg is None:
+        raise RecipeError(
+            f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe"
+        )
+    policy = _frozen(model, resolved.config.model)
+    prompts, result = evaluate_recipe(resolved, cfg, policy)
+    print_stages({_title(model): result.to_json()})
+    return prompts, result, model
+
+
+def sample_rows(prompts: Sequence[str], result: Result) -> Iterator[dict[str, Any]]:
+    """One row an answer."""
+    for answers in result.answers:
+        yield from answers.rows(prompts)
+
+
+def sample(
+    checkpoint: str,
+    prompt: str,
+    *,
+    sampling: Sampling,
+    n: int = 1,
+    greedy: bool = False,
+    seed: int = 0,
+    best_of: int | None = None,
+    recipe: str | None = None,
+) -> list[str]:
+    """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards like best.
+
+    A model with a chat template is asked in its own format.
+    """
+    policy = _frozen(str(find_checkpoint(checkpoint) or checkpoint), Model())
+    codec = make_codec(policy.tokenizer)
+    asked: Any = [{"role": "user", "content": prompt}] if codec.template else prompt
+    group = encode({"prompt": asked}, Format.prompt, codec, "the prompt")
+    room = policy.longest - len(group.prompt)
+    if room < sampling.max_new_tokens:
+        # The default is for models with room; a short one answers as far as it can.
+        sampling = replace(sampling, max_new_tokens=max(room, 1))
+    engine = BuiltinEngine(policy)
+    groups = collect(engine, [group], best_of or n, sampling, seed=seed, greedy=greedy)
+    if best_of is not None:
+        assert recipe is not None
+        groups = best_of_each(groups, _scorer_of(resolve(recipe)).score(groups).total)
+    return [c.text for c in groups[0].completions]
+
+
+def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> str:
+    """Write preference pairs from a checkpoint's samples, as the recipe's first `pairs` stage says; returns `out`.
+
+    Raises:
+        RecipeError: the recipe has no enabled `pairs` stage.
+    """
+    resolved = resolve(recipe, overrides)
+    stages = resolved.config.stages
+    name = next((n for n, s in stages.items() if isinstance(s, Pairs) and s.enabled), None)
+    if name is None:
+        raise RecipeError(
+            f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them"
+        )
+    cfg: Pairs = stages[name]
+    policy = _frozen(str(find_checkpoint(checkpoint) or checkpoint), resolved.config.model)
+    limit = Limit(policy.longest - cfg.sampling.max_new_tokens)
+    data = open_dataset(
+        cfg.data,
+        make_codec(policy.tokenizer),
+        need=Need.prompts,
+        limit=limit,
+        seed=resolved.config.seed,
+        where=f"stages.{name}.data",
+        stages=_no_stage,
+        bind=bind,
+        base=resolved.folder,
+    )
+    prompts = data.next(cfg.prompts or len(data))
+    scorer = make_scorer(cfg.rewards, f"stages.{name}", resolved.folder)
+    rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
+    write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
+    console.say(f"{len(rows)} pairs from {len(prompts)} prompts")
+    return out
+
+
+def show_rows(resolved: Resolved, n: int) -> Iterator[str]:
+    """Lines that show the first `n` rows of each stage as the model sees them, and lengths in tokens.
+
+    What is trained is marked: in colour on a terminal, between » and « elsewhere.
+    """
+    tokenizer: Any = None
+    for name, stage in resolved.config.stages.items():
+        sources = {k: s for k, s in stage.data.items() if s.stage is None}
+        if not stage.enabled or not sources:
+            continue
+        tokenizer = tokenizer or _tokenizer(resolved)
+        yield f"stages.{name}"
+        yield from _rows_of_stage(tokenizer, sources, need_of(stage), f"stages.{name}.data", resolved, n)
+
+
+def _rows_of_stage(
+    tokenizer: Any, sources: dict[str, Source], need: Need, where: str, resolved: Resolved, n: int
+) -> Iterator[str]:
+    data = open_dataset(
+        sources,
+        make_codec(tokenizer),
+        need=need,
+        limit=Limit(1 << 30, TooLong.refuse),
+        seed=resolved.config.seed,
+        where=where,
+        stages=_no_stage,
+        bind=bind,
+        base=resolved.folder,
+    )
+    yield from (f"  {line}" for line in data.notices)
+    groups = data.all()
+    yield "  " + _lengths("prompt", [len(g.prompt) for g in groups])
+    completions = [c for g in groups for c in g.completions]
+    if completions:
+        yield "  " + _lengths("completion", [len(c.ids) for c in completions])
+        yield "  " + _lengths("trained", [c.actions for c in completions])
+    for group in groups[:n]:
+        yield from _shown(tokenizer, group)
+
+
+def _shown(tokenizer: Any, group: Group) -> Iterator[str]:
+    prompt = tokenizer.decode(list(group.prompt))
+    if not group.completions:
+        yield f"  {console.clean(prompt, '⏎')}"
+    for c in group.completions:
+        text = console.clean(prompt, "⏎")
+        start = 0
+        while start < len(c.ids):
+            end = start
+            while end < len(c.ids) and c.action[end] == c.action[start]:
+                end += 1
+            piece = console.clean(tokenizer.decode(list(c.ids[start:end])), "⏎")
+            text += console.marked(piece) if c.action[start] else piece
+            start = end
+        yield f"  {text}"
+
+
+def _lengths(what: str, lengths: Sequence[int]) -> str:
+    return f"{what} tokens: least {min(lengths)}, median {median(lengths):g}, most {max(lengths)}"
+
+
+def _tokenizer(resolved: Resolved) -> Any:
+    model = resolved.config.model
+    if model.path is None:
+        return scratch_tokenizer(resolved)
+    return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
+
+
+def _recipe_of(path: str) -> Path:
+    """The resolved recipe of the run that a path lies in.
+
+    Raises:
+        RecipeError: it lies in none.
+    """
+    folder = Path(path).resolve()
+    for parent in (folder, *folder.parents):
+        if (parent / CONFIG).is_file():
+            return parent / CONFIG
+    raise RecipeError(f"{path}: not part of a run, so its recipe is not known; name one with --recipe")
+
+
+def _title(model: str) -> str:
+    parts = Path(model).parts
+    return "/".join(parts[-3:-1]) if parts[-1] == "final" else model
+
+
+def _scorer_of(resolved: Resolved) -> Scorer:
+    """The rewards of a recipe: its evaluation's, or its last stage's that has some.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    rewards: list[Reward] = resolved.config.evaluation.rewards if resolved.config.evaluation else []
+    where = "evaluation"
+    for name, stage in resolved.config.stages.items():
+        if isinstance(stage, Grpo | Pairs) and not resolved.config.evaluation:
+            rewards, where = stage.rewards, f"stages.{name}"
+    if not rewards:
+        raise RecipeError(f"{resolved.file}: it has no rewards to choose by")
+    return make_scorer(rewards, where, resolved.folder)
+
+
+def _frozen(path: str, model: Model) -> Policy:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_policy(
+        path, model, bfloat16=decide_bfloat16(model.precision, device), device=device, trainable=False
+    )
+
+
+def _no_stage(name: str) -> Path:
+    raise RecipeError(f"rows of stage {name} exist only in a run; show or sample without that source")

@@ -1,0 +1,1 @@
+"""Rows from files, hub and tasks, on their way to groups of tokens."""

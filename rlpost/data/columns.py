@@ -1,0 +1,73 @@
+"""Naming the columns a format needs."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from rlpost.errors import DataError, RecipeError
+from rlpost.recipe.suggest import hint
+
+
+def apply_columns(rows: list[dict[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
+    """Each row with the roles of `columns` added: role -> a column, or a template with {column} in braces.
+
+    All roles are made from the row as it came; the other columns stay, rewards may read them.
+
+    Raises:
+        DataError: a row lacks a column. RecipeError: a template is malformed.
+    """
+    parts = {role: _parse(value, f"{where}.{role}") for role, value in columns.items()}
+    named = []
+    for number, row in enumerate(rows, start=1):
+        made = {
+            role: _fill(row, columns[role], parts[role], f"{where}.{role}: row {number}") for role in columns
+        }
+        named.append({**row, **made})
+    return named
+
+
+def missing(column: str, row: Mapping[str, Any]) -> str:
+    """The words for a column that is not there: "has no 'completion' (columns: prompt, answer)"."""
+    columns = [str(c) for c in row]
+    return f"has no {column!r} (columns: {', '.join(columns) or 'none'}){hint(column, columns)}"
+
+
+def _parse(value: str, where: str) -> list[tuple[str, str | None]]:
+    """[(text, column after it)] of a template; a column's name in braces is taken as it stands.
+
+    Attributes, indices, conversions and formats are refused: a template names columns and does nothing else.
+    """
+    try:
+        parsed = list(string.Formatter().parse(value))
+    except ValueError as error:
+        raise RecipeError(
+            f"{where}: {value!r} is not a template ({error}): double a literal brace"
+        ) from error
+    parts: list[tuple[str, str | None]] = []
+    for text, column, form, conversion in parsed:
+        if column is not None and (not column or form or conversion or set(column) & set(".[]{}")):
+            raise RecipeError(f"{where}: {value!r} may hold plain column names in braces, like {{question}}")
+        parts.append((text, column))
+    return parts
+
+
+def _fill(row: Mapping[str, Any], value: str, parts: list[tuple[str, str | None]], place: str) -> Any:
+    if all(column is None for _, column in parts):
+        if value not in row:
+            raise DataError(f"{place} {missing(value, row)}")
+        return row[value]
+    filled = ""
+    for text, column in parts:
+        filled += text
+        if column is None:
+            continue
+        if column not in row:
+            raise DataError(f"{place} {missing(column, row)}")
+        if not isinstance(row[column], str | int | float):
+            raise DataError(
+                f"{place}: column {column!r} is neither text nor a number: it cannot go into a template"
+            )
+        filled += str(row[column])
+    return filled

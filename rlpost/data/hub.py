@@ -1,0 +1,52 @@
+"""Rows from a folder in hub format or from the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from rlpost.errors import DataError
+from rlpost.recipe.suggest import hint
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def read_hub(name: str, config: str | None, split: str, where: str, base: Path) -> list[dict[str, Any]]:
+    """The rows of one split of the folder or hub dataset `name`; code of a dataset is never run.
+
+    Raises:
+        DataError: no such dataset, configuration or split, or no network.
+    """
+    folder = Path(name).is_dir()
+    if not folder:
+        _refuse_missing_file(name, where, base)
+
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+        found: list[dict[str, Any]] = rows.to_list()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = (
+            "check `config` and `split`, and that the folder holds .jsonl or .parquet files"
+            if folder
+            else "check the spelling and the network, or download it and give the folder"
+        )
+        raise DataError(f"{where}.path: cannot load {name} (split {split}): {reason}: {remedy}") from error
+    return found
+
+
+def _refuse_missing_file(name: str, where: str, base: Path) -> None:
+    """A path that does not exist must not be asked of the hub: that would take half a minute to fail."""
+    path = Path(name)
+    local = path.suffix in (".jsonl", ".parquet", ".json", ".csv") or not _HUB_NAME.fullmatch(name)
+    in_folder = str(path.parent) != "." and (path.parent.exists() or (base / path.parent).exists())
+    if not (local or in_folder):
+        return
+    folder = path.expanduser().parent
+    folder = folder if folder.exists() else base / path.parent
+    beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    near = hint(path.name, beside) or f": looked in {Path.cwd()} and {base.resolve()}"
+    raise DataError(f"{where}.path: {name} does not exist{near}")

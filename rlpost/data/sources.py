@@ -1,0 +1,173 @@
+"""Reading rows.
+
+The order is always: read, fold, map, columns, limit. So a fold sees the rows as they lie in the file (two
+files with the same questions fold alike), a map sees one side of the fold, and `columns` may name what the
+map made.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlpost.data.columns import apply_columns, missing
+from rlpost.data.files import read_jsonl, read_parquet
+from rlpost.data.hub import read_hub
+from rlpost.errors import DataError, RecipeError, RlpostError
+from rlpost.recipe.schema import Fold, FoldPart, Function, Source
+
+Row = dict[str, Any]
+
+_FOLD_SEED = 0  # a fold is part of the data: no seed of a run may move rows across it
+
+
+class Bind(Protocol):
+    """What turns a function's name and arguments into a callable: `rlpost.recipe.functions.bind`."""
+
+    def __call__(self, function: Function, field: str, where: str, base: Path) -> Callable[..., Any]:
+        """The callable of `function`, which stands at key path `where` of a recipe in the folder `base`."""
+        ...
+
+
+def read(
+    source: Source,
+    *,
+    stages: Callable[[str], Path],
+    where: str,
+    bind: Bind,
+    base: Path = Path(),
+) -> list[Row]:
+    """The rows of `source`: read, folded, mapped, with its columns named, the first `limit` of them.
+
+    `stages` gives the file an earlier stage wrote, `where` is the key path for messages. Paths are looked
+    for in the working directory, then in `base`, the recipe's folder.
+
+    Raises:
+        DataError: nothing there, a malformed row, a missing column, or no row left.
+        RecipeError: the source itself is wrong.
+    """
+    rows = _read(source, stages, where, bind, base)
+    place = label(source, where)
+    if not rows:
+        raise DataError(f"{place} has no rows: check the file or the split")
+    if source.fold is not None:
+        rows = _fold(rows, source.fold, f"{where}.fold")
+    if source.map is not None:
+        rows = _map(
+            rows, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where
+        )
+    if source.columns:
+        rows = apply_columns(rows, source.columns, f"{where}.columns")
+    if source.limit is not None:
+        if source.limit < 1:
+            raise RecipeError(f"{where}.limit is {source.limit}: give at least 1, or leave it out")
+        rows = rows[: source.limit]
+    return rows
+
+
+def label(source: Source, where: str) -> str:
+    """How messages name the rows of `source`: key path, origin, and whether row numbers have moved."""
+    origin = source.path or source.stage or (source.task.fn if source.task else "")
+    moved = [name for name in ("fold", "map") if getattr(source, name) is not None]
+    return f"{where} ({origin}{', after ' + ' and '.join(moved) if moved else ''})"
+
+
+def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> list[Row]:
+    given = [name for name in ("path", "stage", "task") if getattr(source, name) is not None]
+    if len(given) != 1:
+        stated = " and ".join(given) if given else "none"
+        raise RecipeError(f"{where}: give exactly one of path, stage, task (given: {stated})")
+    if source.task is not None:
+        make = bind(source.task, "task", f"{where}.task", base)
+        made = _call(make, {}, f"{where}.task: {source.task.fn}")
+        return _checked_rows(made, f"{where}.task: {source.task.fn}")
+    if source.stage is not None:
+        return read_jsonl(stages(source.stage))
+    assert source.path is not None
+    return _read_path(source.path, source.config, source.split, where, base)
+
+
+def _read_path(path: str, config: str | None, split: str, where: str, base: Path) -> list[Row]:
+    expanded = Path(path).expanduser()
+    found = next((p for p in (expanded, base / expanded) if p.exists()), None)
+    if found is None:
+        return read_hub(path, config, split, where, base)
+    if found.is_dir():
+        return read_hub(str(found), config, split, where, base)
+    if found.suffix == ".jsonl":
+        return read_jsonl(found)
+    if found.suffix == ".parquet":
+        return read_parquet(found)
+    raise DataError(
+        f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format"
+    )
+
+
+def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
+    """One side of a split by the values of `fold.by`.
+
+    The distinct values are sorted, shuffled by a fixed seed and dealt out to `of` parts; so the split
+    depends on the set of values alone, not on the order of the rows.
+    """
+    if fold.of < 2 or not 0 <= fold.hold_out < fold.of:
+        raise RecipeError(
+            f"{where}: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2"
+        )
+    keys = []
+    for number, row in enumerate(rows, start=1):
+        if fold.by not in row:
+            raise DataError(f"{where}.by: row {number} {missing(fold.by, row)}")
+        keys.append(json.dumps(row[fold.by], sort_keys=True, default=str))
+    values = sorted(set(keys))
+    random.Random(_FOLD_SEED).shuffle(values)
+    held_out = set(values[fold.hold_out :: fold.of])
+    wanted = fold.part is FoldPart.held_out
+    kept = [row for key, row in zip(keys, rows, strict=True) if (key in held_out) is wanted]
+    if not kept:
+        raise DataError(
+            f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts"
+        )
+    return kept
+
+
+def _map(rows: list[Row], function: Callable[..., Any], name: str, where: str) -> list[Row]:
+    mapped: list[Row] = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{name}: row {number}"
+        result = _call(function, {"row": dict(row)}, place)
+        if result is None:
+            continue
+        mapped += _checked_rows([result] if isinstance(result, Mapping) else result, place)
+    if not mapped:
+        raise DataError(f"{name} left no row of {len(rows)}: check what it returns, and {where}")
+    return mapped
+
+
+def _call(function: Callable[..., Any], arguments: Mapping[str, Any], place: str) -> Any:
+    """Call what a recipe named; whatever it raises becomes one line that names it."""
+    try:
+        return function(**arguments)
+    except RlpostError as error:
+        raise type(error)(f"{place}: {error}") from error
+    except Exception as error:
+        raise DataError(f"{place} failed with {type(error).__name__}: {_line(error)}") from error
+
+
+def _checked_rows(rows: Any, place: str) -> list[Row]:
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(
+            f"{place} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None"
+        )
+    checked = []
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{place} returned a list with {type(row).__name__} in it: rows are dicts")
+        checked.append(dict(row))
+    return checked
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

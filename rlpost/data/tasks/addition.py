@@ -1,0 +1,89 @@
+"""Two-digit addition, written backwards: data, a teacher who forgets the carry, reward and evaluation column.
+
+"47+38=" is answered "580": three digits, units first, so that a carry moves in the direction of writing.
+"""
+
+from __future__ import annotations
+
+import random as randomness
+from collections.abc import Mapping
+from typing import Any
+
+from rlpost.errors import RecipeError
+from rlpost.groups import Completion
+
+PROBLEMS = 10_000
+"""00+00 to 99+99."""
+
+
+def train(*, held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """The problems that `held_out(n=held_out, seed=seed)` does not contain, in random order.
+
+    A problem and its mirror image (47+38 and 38+47) are two problems: one may be held out and the other not.
+
+    Raises:
+        RecipeError: none or less would be left.
+    """
+    if not 0 <= held_out < PROBLEMS:
+        raise RecipeError(f"held_out={held_out}: give 0 to {PROBLEMS - 1}, there are {PROBLEMS}")
+    return [_row(number) for number in _order(seed)[held_out:]]
+
+
+def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """`n` problems, in random order.
+
+    Raises:
+        RecipeError: there are not so many.
+    """
+    if not 1 <= n <= PROBLEMS:
+        raise RecipeError(f"n={n}: give 1 to {PROBLEMS}")
+    return [_row(number) for number in _order(seed)[:n]]
+
+
+def careless_teacher(
+    row: Mapping[str, Any], random: randomness.Random, *, forgets: float = 0.6
+) -> dict[str, Any]:
+    """The row with an answer drawn afresh: with probability `forgets` all carries of it are dropped.
+
+    Without a carry there is nothing to forget, and the answer is right.
+
+    Raises:
+        RecipeError: `forgets` is no probability.
+    """
+    if not 0 <= forgets <= 1:
+        raise RecipeError(f"forgets={forgets}: give a probability, 0 to 1")
+    a, b = int(row["prompt"][:2]), int(row["prompt"][3:5])
+    forgotten = random.random() < forgets
+    return {**row, "completion": _without_carry(a, b) if forgotten else _answer(a, b)}
+
+
+def correct(completion: Completion, example: Mapping[str, Any]) -> float:
+    """1 for exactly the right digits, else 0."""
+    return float(completion.text == example["answer"])
+
+
+def _row(number: int) -> dict[str, Any]:
+    a, b = divmod(number, 100)
+    answer = _answer(a, b)
+    return {
+        "prompt": f"{a:02d}+{b:02d}=",
+        "completion": answer,
+        "answer": answer,
+        # A carry out of the units or the tens: exactly where adding digit by digit goes wrong.
+        "carry": answer != _without_carry(a, b),
+    }
+
+
+def _answer(a: int, b: int) -> str:
+    return f"{a + b:03d}"[::-1]
+
+
+def _without_carry(a: int, b: int) -> str:
+    """Digit by digit, every carry dropped: 47+38 -> units 5, tens 7, hundreds 0."""
+    return f"{(a % 10 + b % 10) % 10}{(a // 10 + b // 10) % 10}0"
+
+
+def _order(seed: int) -> list[int]:
+    numbers = list(range(PROBLEMS))
+    randomness.Random(seed).shuffle(numbers)
+    return numbers

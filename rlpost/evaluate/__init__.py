@@ -1,0 +1,1 @@
+"""Evaluation: sampling, scoring, statistics that can be believed."""

@@ -1,0 +1,190 @@
+"""Greedy and sampled answers to held-out prompts, scored, with intervals.
+
+Axes: P prompts, G samples a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rlpost import console
+from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k, wilson
+from rlpost.groups import Group
+from rlpost.policy.policy import Policy
+from rlpost.recipe.schema import Evaluation
+from rlpost.rewards.score import Scorer, Scores
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import collect
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One way of answering (greedy or sampled) in numbers."""
+
+    prompts: int
+    samples: int
+    """Answers a prompt."""
+    accuracy: dict[str, Estimate]
+    """`all`, and each slice by its name: the share (or mean) of the first reward."""
+    rewards: dict[str, float]
+    """Mean of each reward over the answers it scored."""
+    finish: dict[str, int]
+    """Answers by how they ended: stop, length."""
+    unscored: int
+    """Answers the first reward gave no value; they count as wrong."""
+    length: float
+    """Mean tokens an answer."""
+    pass_at: dict[str, Estimate] = field(default_factory=dict)
+    """k -> unbiased pass@k."""
+    best_of: Estimate | None = None
+    """The first reward of each prompt's best sample by total reward."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Groups of answers and their scores."""
+
+    mode: str
+    """greedy or sampled."""
+    groups: tuple[Group, ...]
+    scores: Scores
+
+    def rows(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """One row an answer, for samples.jsonl."""
+        for p, (group, prompt) in enumerate(zip(self.groups, prompts, strict=True)):
+            for g, completion in enumerate(group.completions):
+                yield {
+                    "mode": self.mode,
+                    "prompt": prompt,
+                    "completion": completion.text,
+                    "finish": completion.finish,
+                    "tokens": len(completion.ids),
+                    "reward": self.scores.total[p][g],
+                    "rewards": {name: values[p][g] for name, values in self.scores.by_name.items()},
+                    "example": dict(group.example),
+                }
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluation of one policy."""
+
+    summaries: dict[str, Summary]
+    """By mode: greedy, sampled."""
+    answers: tuple[Answers, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers, without the answers."""
+        return {mode: asdict(summary) for mode, summary in self.summaries.items()}
+
+
+def evaluate(policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Evaluation, seed: int) -> Result:
+    """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
+
+    Args:
+        policy: who answers.
+        prompts: groups without completions.
+        scorer: the evaluation's rewards; the first is the accuracy.
+        cfg: the recipe's `evaluation`.
+        seed: of the samples.
+    """
+    modes = [("greedy", 1)] if cfg.greedy else []
+    modes += [("sampled", cfg.samples)] if cfg.samples else []
+    answers = []
+    for mode, n in modes:
+        groups = _answer(policy, prompts, n, mode == "greedy", cfg, seed)
+        answers.append(Answers(mode, groups, scorer.score(groups)))
+    return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
+
+
+def _answer(
+    policy: Policy, prompts: Sequence[Group], n: int, greedy: bool, cfg: Evaluation, seed: int
+) -> tuple[Group, ...]:
+    engine = BuiltinEngine(policy)
+    engine.sync(policy)
+    at_once = max(1, cfg.batch // n)
+    groups: list[Group] = []
+    with console.Progress("greedy answers" if greedy else "sampled answers", len(prompts)) as progress:
+        for first in range(0, len(prompts), at_once):
+            some = prompts[first : first + at_once]
+            groups += collect(engine, some, n, cfg.sampling, seed=seed, first=first, greedy=greedy)
+            progress.advance(n=len(some))
+    return tuple(groups)
+
+
+def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
+    """Numbers with intervals from scored answers.
+
+    Args:
+        answers: of one mode.
+        accuracy: name of the reward that says right or wrong.
+        cfg: slices, pass@k and best-of-n of the recipe.
+    """
+    # An answer that its reward could not score is not right.
+    correct_PG = [[0.0 if v is None else v for v in row] for row in answers.scores.by_name[accuracy]]
+    completions = [c for g in answers.groups for c in g.completions]
+    binary = {v for row in correct_PG for v in row} <= {0.0, 1.0}
+    samples = max(len(g.completions) for g in answers.groups)
+    best = None
+    if cfg.best_of and samples > 1:
+        best = _estimate([[_best(c, t)] for c, t in zip(correct_PG, answers.scores.total, strict=True)])
+    return Summary(
+        prompts=len(answers.groups),
+        samples=samples,
+        accuracy={
+            name: _estimate([correct_PG[p] for p in rows]) for name, rows in _slices(answers, cfg).items()
+        },
+        rewards=answers.scores.means(),
+        finish=dict(Counter(c.finish for c in completions)),
+        unscored=sum(v is None for row in answers.scores.by_name[accuracy] for v in row),
+        length=sum(len(c.ids) for c in completions) / len(completions),
+        pass_at={str(k): _pass_at(correct_PG, k) for k in cfg.pass_at if binary and k <= samples},
+        best_of=best,
+    )
+
+
+def _slices(answers: Answers, cfg: Evaluation) -> dict[str, list[int]]:
+    """Prompts by slice: everyone, and for each column those where it is true."""
+    chosen = {ALL: list(range(len(answers.groups)))}
+    for column in cfg.slices:
+        rows = [p for p, group in enumerate(answers.groups) if group.example.get(column)]
+        if rows:
+            chosen[column] = rows
+    return chosen
+
+
+def _estimate(scores: Sequence[Sequence[float]]) -> Estimate:
+    """Share of right answers, or mean where scores are graded; Wilson's interval for one answer a prompt."""
+    values = [v for row in scores for v in row]
+    if not set(values) <= {0.0, 1.0}:
+        return clustered_mean(scores)
+    if all(len(row) == 1 for row in scores):
+        return wilson(int(sum(values)), len(values))
+    return clustered_share(scores)
+
+
+def _pass_at(correct_PG: Sequence[Sequence[float]], k: int) -> Estimate:
+    return clustered_mean([[pass_at_k(len(row), int(sum(row)), k)] for row in correct_PG])
+
+
+def _best(correct: Sequence[float], totals: Sequence[float | None]) -> float:
+    """The first reward of the sample with the highest total; 0 where none was scored."""
+    ranked = [(-math.inf if t is None else t, -i) for i, t in enumerate(totals)]
+    top, index = max(ranked)
+    return 0.0 if top == -math.inf else correct[-index]
+
+
+def estimate_from(saved: Mapping[str, float]) -> Estimate:
+    """An estimate as read back from JSON."""
+    return Estimate(saved["value"], saved["low"], saved["high"])
+
+
+def percent(estimate: Estimate) -> str:
+    """ "93.4 [92.2, 94.4]" in percent."""
+    return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"

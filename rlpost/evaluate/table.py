@@ -1,0 +1,57 @@
+"""The table of a pipeline: every stage's held-out accuracy, and some prompts answered before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlpost import console
+from rlpost.evaluate.evaluator import ALL, estimate_from, percent
+
+
+def stage_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: a stage a row, greedy and sampled accuracy overall and by slice.
+
+    Args:
+        results: stage -> saved result (`Result.to_json`).
+    """
+    first = next(iter(results.values()))
+    keys = [(mode, part) for mode, summary in first.items() for part in summary["accuracy"]]
+    columns = ["stage", *(mode if part == ALL else f"{mode}, {part}" for mode, part in keys)]
+    rows = [
+        [stage, *(percent(estimate_from(result[mode]["accuracy"][part])) for mode, part in keys)]
+        for stage, result in results.items()
+    ]
+    return columns, rows
+
+
+def print_stages(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table of stages."""
+    first = next(iter(results.values()))
+    prompts = next(iter(first.values()))["prompts"]
+    columns, rows = stage_table(results)
+    console.table(f"held-out accuracy in % [95 % interval], {prompts} prompts", columns, rows)
+
+
+def print_answers(
+    prompts: Sequence[str], answers: Mapping[str, Sequence[str]], wanted: Sequence[str]
+) -> None:
+    """Print some prompts with the greedy answers of each stage.
+
+    Args:
+        prompts: as text.
+        answers: stage -> an answer a prompt.
+        wanted: the right answers, or empty strings.
+    """
+    columns = ["prompt", *answers, *(["right"] if any(wanted) else [])]
+    rows = [
+        [prompt, *(column[i] for column in answers.values()), *([wanted[i]] if any(wanted) else [])]
+        for i, prompt in enumerate(prompts)
+    ]
+    console.table("greedy answers", columns, rows)
+
+
+def telling_prompts(before: Sequence[float], after: Sequence[float], n: int) -> list[int]:
+    """Indices of `n` prompts worth showing: first those whose score rose the most."""
+    order = sorted(range(len(before)), key=lambda p: (before[p] - after[p], p))
+    return order[:n]

@@ -1,0 +1,182 @@
+"""What every training stage does around its steps: resume, log, save, stop when asked, show progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlpost import console
+from rlpost.errors import Interrupted
+from rlpost.groups import Group
+from rlpost.learner import Learner
+from rlpost.run.interrupt import Interrupts
+from rlpost.run.stage import StageDirectory
+
+
+class Stateful(Protocol):
+    """Something whose position is saved with a checkpoint and taken up again."""
+
+    def state(self) -> dict[str, Any]:
+        """Its state as JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that state."""
+        ...
+
+
+class Loop:
+    """The steps of one stage.
+
+    Everything that a step changes is in a checkpoint: weights, optimiser, random generators, `states`; a resumed
+    stage does bit for bit what an uninterrupted one would have done.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        out: StageDirectory,
+        learner: Learner,
+        states: Mapping[str, Stateful],
+        interrupts: Interrupts,
+        *,
+        steps: int,
+        checkpoint_every: int,
+        keep: int,
+        log_every: int = 1,
+    ) -> None:
+        """Prepare; nothing is read or written yet."""
+        self._title = title
+        self._out = out
+        self._learner = learner
+        self._states = states
+        self._interrupts = interrupts
+        self._steps = steps
+        self._every = checkpoint_every
+        self._keep = keep
+        self._log_every = log_every
+        self._live: dict[str, float] = {}
+        self._main = learner.accelerator.is_main_process
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
+
+        Raises:
+            Interrupted: after a checkpoint, when a signal asked to stop.
+        """
+        first = self._resume()
+        if first:
+            console.say(f"{self._title}: resumes after step {first} of {self._steps}")
+        with console.Progress(self._title, self._steps, start=first) as progress:
+            for step in range(first, self._steps):
+                began = time.perf_counter()
+                yield step
+                done = step + 1
+                if self._main and done % self._log_every == 0:
+                    self._out.timing(done, {"seconds": time.perf_counter() - began})
+                progress.advance(self._live)
+                stopping = self._interrupts.requested
+                if done < self._steps and (stopping is not None or (self._every and done % self._every == 0)):
+                    self._save(done)
+                if stopping is not None and done < self._steps:
+                    raise Interrupted(
+                        f"{self._title} stopped after step {done} with a checkpoint; run the same command to go on",
+                        stopping,
+                    )
+
+    def log(self, step: int, metrics: Mapping[str, float], live: Sequence[str] = ()) -> None:
+        """Write a step's metrics; those named in `live` also go to the progress line."""
+        self._live = {name: metrics[name] for name in live if name in metrics}
+        if self._main and (step + 1) % self._log_every == 0:
+            self._out.log(step + 1, metrics)
+
+    def rollouts(self, step: int, groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> None:
+        """Save this step's samples with their rewards."""
+        if self._main:
+            self._out.rollouts(step + 1, _rollout_rows(groups, totals))
+
+    def _resume(self) -> int:
+        checkpoint = self._out.resume()
+        if checkpoint is None:
+            return 0
+        self._learner.load(
+            checkpoint.tensors("weights"), checkpoint.tensors("optimizer"), int(checkpoint.state["updates"])
+        )
+        _set_random(checkpoint.tensors("random"))
+        for name, stateful in self._states.items():
+            stateful.load(checkpoint.state["states"][name])
+        return checkpoint.step
+
+    def _save(self, done: int) -> None:
+        if self._main:
+            self._out.save(
+                done,
+                {
+                    "weights": self._learner.weights(),
+                    "optimizer": self._learner.optimizer_state(),
+                    "random": _random(),
+                },
+                {
+                    "updates": self._learner.updates,
+                    "states": {name: stateful.state() for name, stateful in self._states.items()},
+                },
+                self._keep,
+            )
+        self._learner.accelerator.wait_for_everyone()
+
+
+def show_samples(
+    step: int,
+    groups: Sequence[Group],
+    totals: Sequence[Sequence[float | None]],
+    prompt: Callable[[Group], str],
+) -> None:
+    """A table with the first completion of a few groups and its reward."""
+    rows = []
+    for group, total in list(zip(groups, totals, strict=True))[:4]:
+        value = total[0]
+        rows.append(
+            (prompt(group), group.completions[0].text, "unscored" if value is None else f"{value:.3g}")
+        )
+    console.samples(f"samples at step {step + 1}", rows)
+
+
+def _rollout_rows(
+    groups: Sequence[Group], totals: Sequence[Sequence[float | None]]
+) -> Iterator[dict[str, Any]]:
+    for group, rewards in zip(groups, totals, strict=True):
+        yield {
+            "prompt": list(group.prompt),
+            "example": dict(group.example),
+            "completions": [
+                {
+                    "text": c.text,
+                    "reward": reward,
+                    "finish": c.finish,
+                    "ids": list(c.ids),
+                    "action": [int(a) for a in c.action],
+                    "logprobs": list(c.logprobs),
+                }
+                for c, reward in zip(group.completions, rewards, strict=True)
+            ],
+        }
+
+
+def _random() -> dict[str, Tensor]:
+    """The state of every generator that training may draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _set_random(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(
+            [state[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in state]
+        )

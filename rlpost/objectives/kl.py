@@ -1,0 +1,60 @@
+"""Per-token estimators of KL(policy || reference), and the KL term inside the reward.
+
+Axes: N action tokens, S completions, P prompts, G completions a prompt. Schulman (2020), "Approximating KL divergence".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from rlpost.objectives.rows import Rows, widen
+
+LIMIT = 20.0
+"""Log-ratios are clamped to ±LIMIT before `exp`: e^20 is far outside every clip, and finite in bfloat16."""
+
+
+def k1(logp_N: Tensor, reference_N: Tensor) -> Tensor:
+    """[N] logp − ref: unbiased. Belongs in the reward; as a loss its expected gradient is zero."""
+    return widen(logp_N) - widen(reference_N)
+
+
+def k2(logp_N: Tensor, reference_N: Tensor) -> Tensor:
+    """[N] ½(logp − ref)²."""
+    return 0.5 * k1(logp_N, reference_N) ** 2
+
+
+def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
+    """[N] exp(ref − logp) − 1 − (ref − logp): unbiased as a value, never negative, biased as a gradient."""
+    log_ratio = (widen(reference_N) - widen(logp_N)).clamp(-LIMIT, LIMIT)
+    return log_ratio.expm1() - log_ratio
+
+
+def kl_in_reward(
+    logp_N: Tensor,
+    reference_N: Tensor,
+    rows: Rows,
+    group_size: int,
+    estimator: Callable[[Tensor, Tensor], Tensor] = k1,
+) -> Tensor:
+    """[N] Σ_{k≥t} k1 (the exact choice), centred leave-one-out over the group: the advantage loses beta times this.
+
+    It bypasses the advantage's normaliser, which would blow a KL of 1e-3 up to full size in groups of equal reward.
+    The baseline of an action is the mean whole-completion KL of the *other* completions of its group: independent
+    of the action, hence without bias. Rows lie group after group, `group_size` each.
+
+    Raises:
+        ValueError: if the rows are not whole groups.
+    """
+    if group_size < 1 or rows.completions % group_size:
+        raise ValueError(f"{rows.completions} completions are not groups of {group_size}")
+    kl_N = estimator(logp_N, reference_N).detach()
+    to_go_N = rows.suffix_sum(kl_N)
+    if group_size == 1:
+        return to_go_N
+    learned_PG = (rows.lengths_S > 0).to(kl_N.dtype).view(-1, group_size)
+    kl_PG = rows.sum(kl_N).view(-1, group_size)
+    others_PG = (learned_PG.sum(1, keepdim=True) - learned_PG).clamp(min=1)
+    baseline_PG = (kl_PG.sum(1, keepdim=True) - kl_PG) / others_PG
+    return to_go_N - rows.spread(baseline_PG.flatten())

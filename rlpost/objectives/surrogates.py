@@ -1,0 +1,91 @@
+# ruff: noqa: ARG001 - every surrogate takes the same arguments, whether it needs all of them or not
+"""Policy losses, per action and to be minimised; r = exp(logp − old_logp) is never negative, the advantage can be.
+
+Axes: N action tokens. Every surrogate takes (logp_N, old_logp_N, advantage_N, rows): the current policy's
+log-probabilities with gradient, those of the policy that sampled, and the advantage, both without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlpost.objectives.kl import LIMIT
+from rlpost.objectives.rows import Rows, widen
+
+
+def ratio(logp_N: Tensor, old_logp_N: Tensor) -> Tensor:
+    """[N] exp(logp − old_logp), the log-ratio clamped to ±20."""
+    return (widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT).exp()
+
+
+def policy_gradient(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, truncate: float | None = None
+) -> Tensor:
+    """[N] −A·logp (REINFORCE, Williams 1992); with `truncate` c, off-policy: weighted by the detached min(r, c)."""
+    loss_N = -advantage_N * widen(logp_N)
+    return loss_N if truncate is None else ratio(logp_N, old_logp_N).detach().clamp(max=truncate) * loss_N
+
+
+def clipped_surrogate(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    rows: Rows,
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    dual: float | None = None,
+    delta: float | None = None,
+) -> Tensor:
+    """[N] max(−A r, −A clip(r, 1−low, 1+high)) (PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+
+    `dual` c bounds the loss of a negative advantage by −cA (Ye et al. 2020, arXiv:1912.09729, eq. 5); `delta`
+    bounds r itself from above first.
+    """
+    r_N = ratio(logp_N, old_logp_N)
+    if delta is not None:
+        r_N = r_N.clamp(max=delta)
+    loss_N = torch.maximum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - low, 1 + high))
+    if dual is None:
+        return loss_N
+    return torch.where(advantage_N < 0, torch.minimum(loss_N, -dual * advantage_N), loss_N)
+
+
+def clipped_weight(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    rows: Rows,
+    *,
+    low: float = 1.0,
+    high: float = 0.2,
+) -> Tensor:
+    """[N] −clip(r, 1−low, 1+high).detach()·A·logp: every action keeps a gradient (CISPO, arXiv:2506.13585, eq. 4)."""
+    return -ratio(logp_N, old_logp_N).clamp(1 - low, 1 + high).detach() * advantage_N * logp_N
+
+
+def sequence_clipped(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    rows: Rows,
+    *,
+    low: float = 3e-4,
+    high: float = 4e-4,
+) -> Tensor:
+    """[N] the clipped surrogate with the completion's geometric-mean ratio (GSPO-token, arXiv:2507.18071, eq. 13).
+
+    s = exp(mean over the completion of log r); its value is one number a completion, its gradient s·∇logp.
+    """
+    log_s_S = rows.mean((widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT))
+    s_N = rows.spread(log_s_S.exp()).detach() * (logp_N - logp_N.detach()).exp()
+    return torch.maximum(-advantage_N * s_N, -advantage_N * s_N.clamp(1 - low, 1 + high))
+
+
+def clipped_share(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2, high: float = 0.2
+) -> Tensor:
+    """[N] 1 where the clip takes an action's gradient away, else 0."""
+    r_N = ratio(logp_N, old_logp_N)
+    return (((r_N > 1 + high) & (advantage_N > 0)) | ((r_N < 1 - low) & (advantage_N < 0))).to(r_N.dtype)

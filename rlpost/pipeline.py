@@ -1,0 +1,215 @@
+"""The stages of a recipe in order: a fold from checkpoint to checkpoint that skips the finished ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlpost import console
+from rlpost.data.dataset import texts
+from rlpost.data.formats import Need, recognise
+from rlpost.data.sources import label, read
+from rlpost.data.tokenizers import make_tokenizer
+from rlpost.policy.load import decide_bfloat16
+from rlpost.policy.memory import keep_freed_memory
+from rlpost.policy.scratch import make_model
+from rlpost.recipe.functions import bind, bind_all
+from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.schema import Evaluation, Kind, Source, Stage, TokenizerKind
+from rlpost.run.files import place
+from rlpost.run.interrupt import Interrupts
+from rlpost.run.layout import RunDirectory, open_run
+from rlpost.run.lookup import find_checkpoint
+from rlpost.run.manifest import fault
+from rlpost.stage_evaluation import StageEvaluations
+from rlpost.stages.context import Context
+from rlpost.stages.dpo import dpo
+from rlpost.stages.grpo import grpo
+from rlpost.stages.pairs import pairs
+from rlpost.stages.sft import sft
+
+STAGES: dict[Kind, Callable[..., Path]] = {Kind.sft: sft, Kind.dpo: dpo, Kind.grpo: grpo, Kind.pairs: pairs}
+
+
+@dataclass
+class Progress:
+    """How far the fold has come."""
+
+    current: Path
+    """The checkpoint the next stage starts from."""
+    checkpoints: dict[str, Path]
+    """Results by stage, and `base`."""
+    rows: dict[str, Path] = field(default_factory=dict)
+    """What `pairs` stages wrote."""
+
+
+def train(resolved: Resolved, allow_change: bool = False) -> Path:
+    """Run the recipe's stages, resuming what is unfinished; returns the last checkpoint.
+
+    Everything that can be wrong is looked for first: functions and their arguments, data of all stages.
+
+    Raises:
+        RlpostError: any of its kinds, see errors.py.
+    """
+    recipe = resolved.config
+    for line in preflight(resolved):
+        console.say(line)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    keep_freed_memory()
+    accelerator = Accelerator()
+    functions = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(recipe, resolved.folder) if b.sha256}
+    with (
+        open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
+        Interrupts() as interrupts,
+    ):
+        bfloat16 = bool(
+            run.remember("bfloat16", lambda: decide_bfloat16(recipe.model.precision, accelerator.device))
+        )
+        base = base_checkpoint(resolved, run)
+        done = Progress(base, {"base": base})
+        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device)
+        evaluations.after("base", base)
+        for name, stage in recipe.stages.items():
+            if not stage.enabled:
+                continue
+            context = Context(
+                name=name,
+                model=recipe.model,
+                start=done.checkpoints[stage.start] if stage.start else done.current,
+                out=run.stage(name),
+                checkpoints=dict(done.checkpoints),
+                rows_of=done.rows.__getitem__,
+                folder=resolved.folder,
+                seed=recipe.seed,
+                bfloat16=bfloat16,
+                accelerator=accelerator,
+                interrupts=interrupts,
+                lineage={"recipe_sha256": recipe_hash(resolved)},
+                allow_change=allow_change,
+            )
+            _run_stage(context, stage, done)
+            if stage.kind is not Kind.pairs:
+                evaluations.after(name, done.current)
+        evaluations.print()
+        return done.current
+
+
+def preflight(resolved: Resolved) -> list[str]:
+    """Bind every function and look at every source before a model is loaded; returns what was found, in lines.
+
+    Raises:
+        RecipeError: a function or an argument is wrong.
+        DataError: a source is missing, empty, or lacks a column.
+    """
+    lines = [f"warning: {w}" for w in resolved.warnings]
+    for b in bind_all(resolved.config, resolved.folder):
+        if b.file is not None:
+            lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
+    for name, stage in resolved.config.stages.items():
+        if stage.enabled:
+            _look_at(stage.data, f"stages.{name}.data", need_of(stage), resolved.folder)
+    if resolved.config.evaluation is not None:
+        _look_at(resolved.config.evaluation.data, "evaluation.data", Need.prompts, resolved.folder)
+    return lines
+
+
+def dry_run(resolved: Resolved) -> list[str]:
+    """What `train` would do, after all checks that need no model."""
+    lines = preflight(resolved)
+    recipe = resolved.config
+    start = recipe.model.path or f"a new {recipe.model.config.get('model_type')} model"
+    how = "all weights" if recipe.model.lora is None else f"LoRA r={recipe.model.lora.r}"
+    lines.append(f"{Path(recipe.runs) / recipe.run}: from {start}, training {how}")
+    for name, stage in recipe.stages.items():
+        lines.append(f"  {name}: {_plan(stage)}" if stage.enabled else f"  {name}: left out")
+    if isinstance(recipe.evaluation, Evaluation):
+        lines.append(f"  evaluation: {', '.join(recipe.evaluation.data)}")
+    return lines
+
+
+def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
+    """The model that the first stage starts from: given by path, or made once and kept in the run directory.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    model = resolved.config.model
+    if model.path is not None:
+        return find_checkpoint(model.path) or Path(model.path)
+    folder = run.base.resolve()
+    if folder.is_dir() and fault(folder) is None:
+        return folder
+    tokenizer = scratch_tokenizer(resolved)
+    place(
+        folder,
+        lambda into: make_model(model.config, tokenizer, resolved.config.seed, into),
+        {"stage": "base"},
+    )
+    return folder
+
+
+def scratch_tokenizer(resolved: Resolved) -> Any:
+    """The tokenizer that the recipe makes.
+
+    Raises:
+        DataError: its text cannot be read.
+    """
+    spec = resolved.config.model.tokenizer
+    assert spec is not None, "validated with the recipe"
+    corpus: list[str] = []
+    if spec.kind is TokenizerKind.bpe:
+        console.say(f"training a tokenizer of {spec.vocab_size} tokens")
+        corpus = texts(
+            spec.data, where="model.tokenizer.data", stages=_no_stage, bind=bind, base=resolved.folder
+        )
+    return make_tokenizer(spec, corpus)
+
+
+def need_of(stage: Stage) -> Need:
+    """What a stage does with its rows."""
+    return {Kind.sft: Need.completions, Kind.dpo: Need.pairs}.get(stage.kind, Need.prompts)
+
+
+def recipe_hash(resolved: Resolved) -> str:
+    """Of the resolved recipe."""
+    return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
+
+
+def _run_stage(context: Context, stage: Stage, done: Progress) -> None:
+    result = context.out.done
+    if result is not None:
+        console.say(f"{context.name}: done already")
+    else:
+        result = STAGES[stage.kind](context, stage)
+    if stage.kind is Kind.pairs:
+        done.rows[context.name] = context.out.rows
+    else:
+        done.current = result.resolve()
+        done.checkpoints[context.name] = done.current
+
+
+def _look_at(sources: Mapping[str, Source], where: str, need: Need, folder: Path) -> None:
+    for name, source in sources.items():
+        if source.stage is not None:
+            continue
+        rows = read(source, stages=_no_stage, where=f"{where}.{name}", bind=bind, base=folder)
+        if source.present is None:
+            recognise(rows, label(source, f"{where}.{name}"), need)
+
+
+def _plan(stage: Any) -> str:
+    length = f"{stage.steps} steps" if getattr(stage, "steps", None) else ""
+    if not length and getattr(stage, "epochs", None):
+        length = f"{stage.epochs:g} epochs"
+    return " ".join(filter(None, [stage.kind.value, length, "on", ", ".join(stage.data)]))
+
+
+def _no_stage(name: str) -> Path:
+    raise AssertionError(f"{name} was read before any stage ran")

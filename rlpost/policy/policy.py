@@ -1,0 +1,166 @@
+"""The policy as one module whose forward takes a batch: the only thing that calls into the model it holds.
+
+Calling the inner model of a wrapped module would skip gradient synchronisation without a word; so stages, the
+learner and the engine see this class alone.
+
+Axes: N action tokens, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rlpost.groups import Group
+from rlpost.policy import adapters
+from rlpost.policy.batch import Batch, flat_batch, padded_batch
+from rlpost.policy.heads import reproduced_head
+from rlpost.policy.logprobs import Head, over_logits, target_logprob, with_entropy
+
+
+class Scores(NamedTuple):
+    """What the policy says about each action."""
+
+    logp_N: Tensor
+    """[N] log-probability of each action at the given temperature."""
+    entropy_N: Tensor | None
+    """[N] entropy in nats of the distribution each action was drawn from, if asked for."""
+
+
+class Policy(nn.Module):
+    """A causal language model, with or without adapters, and its tokenizer."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, flat: bool, bfloat16: bool = False, tiled: bool = True
+    ) -> None:
+        """Hold `model`; use `load.load_policy` to get one that has been checked.
+
+        Args:
+            model: a transformers causal language model or a peft model around one.
+            tokenizer: its tokenizer.
+            flat: batches are flat rows with shared prompts, else plain padded rows.
+            bfloat16: run under autocast.
+            tiled: the head may run on tiles of hidden states; else the model's own forward gives all logits.
+        """
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.flat = flat
+        self.in_bfloat16 = bfloat16
+        self.tiled = tiled
+        self.end_ids = end_ids(self.causal_lm, tokenizer)
+        self._awaiting_backward = False
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, without peft's wrapping (its layers carry the adapters)."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def has_adapter(self) -> bool:
+        """True with LoRA, False for full fine-tuning."""
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        parameter: Tensor = next(self.model.parameters())
+        return parameter.device
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.causal_lm.get_output_embeddings().weight.shape[0])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model has positions for."""
+        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else 1 << 30
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Computing a prompt once is the same as computing it per completion only without dropout."""
+        return self.flat and not (
+            self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        )
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """Groups as the batch this policy's forward takes, on its device."""
+        built = flat_batch(groups, self.shares_prompts) if self.flat else padded_batch(groups)
+        return built.to(self.device)
+
+    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False) -> Scores:
+        """Score every action of the batch.
+
+        Args:
+            batch: from `self.batch`.
+            temperature: the one the actions were sampled at; logits are divided by it.
+            entropy: also return the entropy of each action's distribution.
+        """
+        # A pass without gradient in between does not end the wait for an earlier one's backward.
+        self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
+        hidden_ND, head = self._scored_states(batch)
+        if not entropy:
+            reduce = target_logprob(batch.target_N, temperature)
+            with self.precision():
+                return Scores(over_logits(hidden_ND, head, self.vocabulary, reduce), None)
+        with self.precision():
+            both = over_logits(hidden_ND, head, self.vocabulary, with_entropy(batch.target_N, temperature))
+        return Scores(both[:, 0], both[:, 1])
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16, or nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.in_bfloat16 else nullcontext()
+
+    @contextmanager
+    def acting_as(self, adapter: str | None) -> Iterator[None]:
+        """Another adapter acts inside (None: the bare base), the policy's again afterwards.
+
+        Under gradient checkpointing, backward runs parts of forward again and must find the same adapter acting;
+        so a switch between a forward pass and its backward is a mistake of ours.
+        """
+        assert self.has_adapter, "a fully fine-tuned model has no adapter to switch"
+        assert not self._awaiting_backward, "an adapter switched between a forward pass and its backward"
+        with adapters.acting(self.model, adapter):
+            yield
+            assert not self._awaiting_backward, (
+                "a forward pass under another adapter needs no gradient: use no_grad"
+            )
+
+    def backward_done(self) -> None:
+        """Adapters may be switched again: the pending backward pass is over, or will never come."""
+        self._awaiting_backward = False
+
+    def _scored_states(self, batch: Batch) -> tuple[Tensor, Head]:
+        """Hidden states at the scored positions and the head for them; or logits, and the identity."""
+        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
+        if batch.layout is not None:
+            inputs |= {"position_ids": batch.position_BT, "layout": batch.layout}
+        else:
+            inputs["attention_mask"] = batch.mask_BT
+        with self.precision():
+            if self.tiled:
+                hidden = self.causal_lm.base_model(**inputs).last_hidden_state
+                return hidden.flatten(0, 1)[batch.before_N], reproduced_head(self.causal_lm)
+            if batch.layout is not None:
+                inputs["logits_to_keep"] = batch.before_N
+                return self.causal_lm(**inputs).logits[0], _identity
+            return self.causal_lm(**inputs).logits.flatten(0, 1)[batch.before_N], _identity
+
+
+def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a completion: the tokenizer's end token first, then what the generation config adds."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more = configured if isinstance(configured, list) else [configured]
+    found = [i for i in (tokenizer.eos_token_id, *more) if i is not None]
+    return tuple(dict.fromkeys(int(i) for i in found))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

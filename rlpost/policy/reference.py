@@ -1,0 +1,82 @@
+"""The reference policy: the checkpoint a stage started from (or an earlier one), never the bare base by accident."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rlpost.groups import Group
+from rlpost.policy import adapters
+from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
+from rlpost.policy.policy import Policy
+from rlpost.policy.score import logprobs
+from rlpost.recipe.schema import Model
+
+
+class Reference:
+    """Log-probabilities under a policy that does not move.
+
+    With LoRA it is another adapter (or none) on the same base; with full fine-tuning, a frozen second model.
+    """
+
+    def __init__(self, policy: Policy, adapter: str | None) -> None:
+        """Use `reference_policy` to make one.
+
+        Args:
+            policy: the trained policy if `adapter` says which adapter of it to use, else the frozen model itself.
+            adapter: an adapter's name; None for the bare base.
+        """
+        self._policy = policy
+        self._adapter = adapter
+
+    def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
+        """[N] log-probability of every action of the groups, without gradient, on the CPU."""
+        switch = self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
+        with switch:
+            return logprobs(self._policy, groups, temperature=temperature)
+
+
+def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Model) -> Reference:
+    """The reference for a stage whose `policy` was just loaded from `start` and has not been trained yet.
+
+    Args:
+        policy: as loaded; with LoRA its base serves the reference as well.
+        checkpoint: what the reference is: `start`, the base model, or an earlier stage's result.
+        start: the checkpoint `policy` was loaded from.
+        settings: the recipe's `model` section, for loading a frozen copy.
+
+    Raises:
+        ModelError: if the checkpoint cannot be loaded.
+    """
+    if policy.has_adapter and checkpoint == start:
+        state = adapters.adapter_state(policy.model, adapters.POLICY)
+        adapters.add_frozen_adapter(policy.model, adapters.REFERENCE, state)
+        return Reference(policy, adapters.REFERENCE)
+    if policy.has_adapter and _is_base(checkpoint, start):
+        return Reference(policy, None)
+    if policy.has_adapter and _same_base(checkpoint, start):
+        state = load_file(checkpoint / "adapter_model.safetensors")
+        adapters.add_frozen_adapter(policy.model, adapters.REFERENCE, state)
+        return Reference(policy, adapters.REFERENCE)
+    frozen = load_policy(
+        checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False
+    )
+    return _frozen(frozen)
+
+
+def _frozen(policy: Policy) -> Reference:
+    return Reference(policy, adapters.POLICY if policy.has_adapter else None)
+
+
+def _is_base(checkpoint: Path, start: Path) -> bool:
+    base = base_of(start) if (start / ADAPTER_FILE).is_file() else str(start)
+    return str(checkpoint) == base
+
+
+def _same_base(checkpoint: Path, start: Path) -> bool:
+    both = (checkpoint / ADAPTER_FILE).is_file() and (start / ADAPTER_FILE).is_file()
+    return both and base_of(checkpoint) == base_of(start)

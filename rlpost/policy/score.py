@@ -1,0 +1,51 @@
+"""Log-probabilities of given completions without gradient: the reference's, or held-out data's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlpost.groups import Group, completions
+from rlpost.policy.policy import Policy
+
+
+@torch.no_grad()
+def logprobs(
+    policy: Policy, groups: Sequence[Group], *, temperature: float = 1.0, budget: int = 16384
+) -> Tensor:
+    """[N] log-probability of every action of the groups, on the CPU, in passes of about `budget` tokens.
+
+    Args:
+        policy: as it is: its acting adapter, its precision.
+        groups: the N actions are theirs, in order.
+        temperature: logits are divided by it.
+        budget: tokens of one pass.
+    """
+    was_training = policy.training
+    policy.eval()
+    pieces: list[Tensor] = []
+    for some in _passes(groups, budget):
+        pieces.append(policy(policy.batch(some), temperature).logp_N.cpu())
+    policy.train(was_training)
+    return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def mean_nll(policy: Policy, groups: Sequence[Group]) -> float:
+    """Negative log-likelihood per action, in nats, over all actions of the groups."""
+    logp_N = logprobs(policy, groups)
+    return float(-logp_N.double().mean())
+
+
+def _passes(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    passes: list[list[Group]] = []
+    used = budget + 1
+    for group in groups:
+        cost = sum(len(group.prompt) + len(c.ids) for c in completions([group]))
+        if used + cost > budget:
+            passes.append([])
+            used = 0
+        passes[-1].append(group)
+        used += cost
+    return passes

@@ -1,0 +1,306 @@
+"""Functions named in a recipe: found, their arguments checked, and bound before anything heavy loads.
+
+What the program supplies is positional; what a recipe may set by `args` is keyword-only. Rewards and
+functions of data are told what they take by their parameters' names instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.files import packaged_folder
+from rlpost.recipe.keys import join
+from rlpost.recipe.schema import Dpo, Evaluation, Function, Grpo, Pairs, Recipe, Sft, Source
+from rlpost.recipe.suggest import hint_or_list
+
+_TASKS = "rlpost.data.tasks"
+_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a field's functions are looked up and what the program gives them."""
+
+    module: str
+    supplied: tuple[str, ...]
+    """Positional arguments, in order; for rewards and data, the parameters' names."""
+    by_name: bool = False
+
+
+FIELDS = {
+    "reward": Field("rlpost.rewards", ("completion", "example", "completions", "examples"), by_name=True),
+    "advantage": Field("rlpost.objectives.advantages", ("reward_PG",)),
+    "grpo.loss": Field("rlpost.objectives.surrogates", ("logp_N", "old_logp_N", "advantage_N", "rows")),
+    "dpo.loss": Field("rlpost.objectives.preference", ("pairs",)),
+    "sft.loss": Field("rlpost.objectives.supervised", ("logp_N",)),
+    "task": Field(_TASKS, (), by_name=True),
+    "map": Field(_TASKS, ("row",), by_name=True),
+    "present": Field(_TASKS, ("row", "random"), by_name=True),
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function with its recipe's arguments applied."""
+
+    call: Callable[..., Any]
+    name: str
+    """The function's name, without module or file."""
+    where: str = ""
+    """Its key path in the recipe: `stages.grpo.rewards[0]`."""
+    file: Path | None = None
+    """The user's file it comes from; None for functions of rlpost."""
+    sha256: str | None = None
+    """Of that file as it was loaded."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with what the program supplies."""
+        return self.call(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What is left to supply, for `inspect.signature`: rewards are told apart by parameters' names."""
+        return inspect.signature(self.call)
+
+
+def bind_all(recipe: Recipe, base: Path) -> list[Bound]:
+    """Bind every function of the enabled stages and the evaluation, before anything loads.
+
+    Raises:
+        RecipeError: as `bind`.
+    """
+    return [bind(function, field, where, base) for function, field, where in functions_of(recipe)]
+
+
+def functions_of(recipe: Recipe) -> Iterator[tuple[Function, str, str]]:
+    """The functions of a recipe: each with its kind of field (a key of FIELDS) and its key path."""
+    if recipe.model.tokenizer:
+        yield from _of_sources(recipe.model.tokenizer.data, "model.tokenizer.data")
+    for name, stage in recipe.stages.items():
+        if stage.enabled:
+            yield from _of_stage(stage, join("stages", name))
+    if recipe.evaluation:
+        yield from _of_stage(recipe.evaluation, "evaluation")
+
+
+def _of_stage(stage: object, where: str) -> Iterator[tuple[Function, str, str]]:
+    assert isinstance(stage, Sft | Dpo | Grpo | Pairs | Evaluation), type(stage)
+    yield from _of_sources(stage.data, f"{where}.data")
+    if isinstance(stage, Sft | Dpo | Grpo):
+        yield stage.loss, f"{stage.kind.value}.loss", f"{where}.loss"
+    if isinstance(stage, Grpo):
+        yield stage.advantage, "advantage", f"{where}.advantage"
+    if isinstance(stage, Grpo | Pairs | Evaluation):
+        for i, reward in enumerate(stage.rewards):
+            yield reward, "reward", f"{where}.rewards[{i}]"
+
+
+def _of_sources(data: dict[str, Source], where: str) -> Iterator[tuple[Function, str, str]]:
+    for name, source in data.items():
+        for field in ("task", "map", "present"):
+            function = getattr(source, field)
+            if function is not None:
+                yield function, field, f"{where}.{name}.{field}"
+
+
+def bind(function: Function, field: str, where: str, base: Path) -> Bound:
+    """Find the function that a recipe names and apply its arguments.
+
+    Args:
+        function: name and arguments.
+        field: the kind of field it stands in, a key of FIELDS.
+        where: its key path, for errors.
+        base: the recipe's folder.
+
+    Raises:
+        RecipeError: there is no such function, its file fails to load, or the arguments do not fit.
+    """
+    owner = FIELDS[field]
+    file, digest = None, None
+    if match := _FILE.fullmatch(function.fn):
+        file = _allowed(Path(function.fn[: match.end("file")]), f"{where}.fn", base)
+        module, digest = _load(file, f"{where}.fn")
+        name, place = match["name"], str(file)
+    elif field == "reward" and "." not in function.fn:
+        module, name, place = importlib.import_module(owner.module), function.fn, owner.module
+    elif owner.module == _TASKS or field == "reward":
+        module, name = _task(function.fn, f"{where}.fn")
+        place = module.__name__
+    else:
+        module, name, place = importlib.import_module(owner.module), function.fn, owner.module
+    found = _function(module, name, place, f"{where}.fn")
+    _check_arguments(found, function.args, owner, field, where)
+    call = partial(found, **function.args) if function.args else found
+    return Bound(call, name, where, file, digest)
+
+
+def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
+    """`file.py:function` with the file's absolute path; other names as they are.
+
+    Raises:
+        RecipeError: none of the folders has the file.
+    """
+    match = _FILE.fullmatch(fn)
+    if not match:
+        return fn
+    given = Path(match["file"]).expanduser()
+    for folder in folders:
+        if (folder / given).is_file():
+            return f"{(folder / given).resolve()}:{match['name']}"
+    raise RecipeError(f"{where}: no file {match['file']!r} in {folders[0]} or {folders[-1]}")
+
+
+def _allowed(file: Path, where: str, base: Path) -> Path:
+    folders = [base.resolve(), Path.cwd().resolve()]
+    places = [folder / file for folder in folders]
+    path = next((place for place in places if place.is_file()), places[0]).resolve()
+    if not any(path.is_relative_to(folder) for folder in (*folders, packaged_folder().resolve())):
+        raise RecipeError(
+            f"{where}: {file} lies outside the recipe's folder and the working directory - move it"
+        )
+    if not path.is_file():
+        raise RecipeError(f"{where}: no file {str(file)!r} in {base} or {Path.cwd()}")
+    return path
+
+
+def _load(file: Path, where: str) -> tuple[ModuleType, str]:
+    """The user's file as a module, loaded once per content."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    name = f"_rlpost_user_{hashlib.sha256(f'{file}{digest}'.encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name], digest
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it loads
+    caching, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # a cache may outlive an edit in its second
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's file does is theirs to hear of
+        del sys.modules[name]
+        raise RecipeError(
+            f"{_line(error, file)}: {type(error).__name__}: {_first_line(error)} ({where})"
+        ) from error
+    finally:
+        sys.dont_write_bytecode = caching
+    return module, digest
+
+
+def _line(error: BaseException, file: Path) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    return f"{file}:{lines[-1]}" if lines else str(file)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, SyntaxError):
+        return error.msg
+    return (str(error).splitlines() or ["(no message)"])[0]
+
+
+def _task(fn: str, where: str) -> tuple[ModuleType, str]:
+    """The module of `task.function` in rlpost.data.tasks."""
+    task, dot, name = fn.partition(".")
+    package = importlib.import_module(_TASKS)
+    tasks = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
+    if not dot:
+        raise RecipeError(
+            f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'"
+        )
+    if task not in tasks:
+        raise RecipeError(f"{where}: no task {task!r} in {_TASKS}{hint_or_list(task, tasks, 'there are')}")
+    return importlib.import_module(f"{_TASKS}.{task}"), name
+
+
+def _function(module: ModuleType, name: str, place: str, where: str) -> Callable[..., Any]:
+    """A public function of the module: defined there, or (a package's) exported by `__all__`."""
+    exported = getattr(module, "__all__", ())
+    options = {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isfunction(value)
+        and not key.startswith("_")
+        and (value.__module__ == module.__name__ or key in exported)
+    }
+    if name not in options:
+        raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, options, 'it has')}")
+    return options[name]
+
+
+def _check_arguments(
+    function: Callable[..., Any], args: dict[str, Any], owner: Field, field: str, where: str
+) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if owner.by_name:
+        own = [p.name for p in named if p.name in owner.supplied]
+        settable = [p for p in named if p.name not in owner.supplied]
+        _check_named(own, function.__name__, field, where)
+    else:
+        own = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
+        settable = [p for p in named if p.kind == p.KEYWORD_ONLY]
+        if len(own) != len(owner.supplied):
+            raise RecipeError(
+                f"{where}.fn: {function.__name__!r} takes ({', '.join(own)}) from the program, which gives "
+                f"({', '.join(owner.supplied)}) - what a recipe sets stands after `*`"
+            )
+    names = [p.name for p in settable]
+    for key, value in args.items():
+        if key in own:
+            raise RecipeError(f"{where}.args.{key}: the program supplies it - remove it")
+        parameter = next((p for p in settable if p.name == key), None)
+        if parameter is not None:
+            _check_type(parameter, value, f"{where}.args.{key}")
+        elif not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            near = hint_or_list(key, names, "it takes")
+            raise RecipeError(f"{where}.args.{key}: {function.__name__!r} has no argument {key!r}{near}")
+    for p in settable:
+        if p.default is p.empty and p.name not in args:
+            raise RecipeError(
+                f"{where}.args.{p.name}: missing - {function.__name__!r} has no default for it - give one"
+            )
+
+
+def _check_named(own: list[str], name: str, field: str, where: str) -> None:
+    """Rewards take one completion or all of them; functions of data take all that the program supplies."""
+    if field == "reward":
+        single, several = {"completion", "example"}, {"completions", "examples"}
+        if not ({"completion", "completions"} & set(own)) or (single & set(own) and several & set(own)):
+            raise RecipeError(
+                f"{where}.fn: {name!r} takes ({', '.join(own)}) - a reward takes (completion, example) or "
+                "(completions, examples)"
+            )
+    elif set(own) != set(FIELDS[field].supplied):
+        needed = ", ".join(FIELDS[field].supplied)
+        raise RecipeError(
+            f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{field}` function takes ({needed})"
+        )
+
+
+def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:
+    """Refuse a value that a plain annotation rules out: a step too late it would be a traceback."""
+    annotation = parameter.annotation
+    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(name)
+    wrong_bool = isinstance(value, bool) and name in ("int", "float")
+    if accepted is not None and (wrong_bool or not isinstance(value, accepted)):  # type: ignore[arg-type]
+        raise RecipeError(f"{where}: expected {name}, got {value!r}")

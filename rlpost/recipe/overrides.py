@@ -1,0 +1,148 @@
+"""`key=value` words from the command line, put into a recipe's tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.keys import Keys, fields_of, is_reference, join, shape
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.suggest import hint_or_list
+
+MAX_CHARACTERS = 20_000
+
+
+def apply(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put the overrides into `tree`, a checked one, in order.
+
+    Raises:
+        RecipeError: an override is malformed, or its key is not in the schema.
+    """
+    for override in overrides:
+        key, value = parse(override)
+        _assign(Keys(tree), tree, key, value)
+        Keys(tree).check()  # the next override walks down a tree of the right shape
+
+
+def parse(override: str) -> tuple[str, Any]:
+    """Key and value of one override, in Hydra's grammar: `a.b=1`, `a=[1,2]`, `a={b: c}`, `a='x, y'`.
+
+    Raises:
+        RecipeError: it is no plain `key=value`.
+    """
+    key, equals, text = override.partition("=")
+    shown = override if len(override) <= 80 else f"{override[:77]}..."
+    if not equals:
+        raise RecipeError(f"{shown}: expected key=value")
+    if key[:1] in ("+", "~"):
+        raise RecipeError(f"{shown}: '{key[0]}' is not needed and refused - write key=value")
+    if re.match(r"hydra([./@]|$)", key):
+        raise RecipeError(f"{shown}: hydra's own settings are refused")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+        raise RecipeError(f"{shown}: {key!r} is no key - write it like stages.sft.steps=100")
+    if len(override) > MAX_CHARACTERS:
+        raise RecipeError(f"{key}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
+    return key, _value(text, shown)
+
+
+def _value(text: str, shown: str) -> Any:
+    try:
+        parsed = OverridesParser.create().parse_overrides([f"value={text}"])[0]
+    except (HydraException, RecursionError) as error:
+        # Hydra's grammar has no place for ~, # and letters beyond ASCII: plain text all the same.
+        if re.search(r"""[][{}'"$,\\\n]""", text):
+            raise RecipeError(f"{shown}: the value cannot be read - quote it: key='\"...\"'") from error
+        return text
+    value = None if parsed.is_sweep_override() else parsed.value()
+    if parsed.is_sweep_override() or not _plain(value):
+        raise RecipeError(f"{shown}: expected one value - write a list as [a,b] and quote text with commas")
+    return value
+
+
+def _plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(_plain(k) and _plain(v) for k, v in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _assign(keys: Keys, tree: dict[str, Any], key: str, value: Any) -> None:
+    """Walk down the tree and the schema together, making what is not there yet, and set the last key."""
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    node: Any = tree
+    annotation: Any = Recipe
+    where = ""
+    while True:
+        name, parts = _step(keys, node, annotation, where, parts)
+        annotation = keys.child(where, name, annotation)
+        where = join(where, name)
+        if not parts:
+            break
+        _refuse_below(annotation, node, name, where)
+        if isinstance(node, dict) and node.get(name) in (None, "???"):
+            node[name] = {}
+        node = node[name]
+    old = node.get(name) if isinstance(node, dict) else node[name]
+    if isinstance(value, dict) and isinstance(old, dict):
+        _merge(old, value)
+    else:
+        node[name] = value
+
+
+def _merge(old: dict[Any, Any], new: dict[Any, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            _merge(old[key], value)
+        else:
+            old[key] = value
+
+
+def _step(
+    keys: Keys, node: Any, annotation: Any, where: str, parts: list[str]
+) -> tuple[str | int, list[str]]:
+    """The next key and what remains of the path below it."""
+    found = shape(annotation)
+    first, rest = parts[0], parts[1:]
+    if is_dataclass(found.base) and where != "stages":
+        options = list(fields_of(found.base))  # type: ignore[arg-type]
+        if first not in options:
+            raise keys.unknown(where, first, options, "".join(f".{p}" for p in rest))
+        return first, rest
+    if isinstance(node, list):
+        if not first.isdigit() or int(first) >= len(node):
+            raise RecipeError(f"{join(where, first)}: {where} has {len(node)} entries, counted from 0")
+        return int(first), rest
+    closed = where in ("stages", "vars") or (found.items and is_dataclass(found.items[0]))
+    if not closed:
+        return first, rest
+    # Names of sources may hold dots: the longest name that is there wins.
+    for n in range(len(parts), 0, -1):
+        if ".".join(parts[:n]) in node:
+            return ".".join(parts[:n]), parts[n:]
+    what = {"stages": "stage", "vars": "variable"}.get(where, "entry")
+    raise RecipeError(
+        f"{join(where, '.'.join(parts))}: the recipe has no {what} {first!r}"
+        f"{hint_or_list(first, map(str, node), f'keys of {where}')}"
+    )
+
+
+def _refuse_below(annotation: Any, node: Any, name: str | int, where: str) -> None:
+    """A key below `where` needs something there that can hold keys."""
+    value = node.get(name) if isinstance(node, dict) else node[name]
+    if is_reference(value):
+        raise RecipeError(
+            f"{where}: is {value!r} in the recipe - change that key, or replace {where} as a whole"
+        )
+    base = shape(annotation).base
+    holds = isinstance(value, dict | list) or (
+        value in (None, "???") and (is_dataclass(base) or base is dict or where == "vars" or base is Any)
+    )
+    if not holds:
+        raise RecipeError(f"{where}: a single value, there are no keys below it - give `{where}=VALUE`")

@@ -1,0 +1,11 @@
+"""Reward functions: what a recipe can name under `rewards`.
+
+A reward takes what the program supplies by name, `(completion, example)` or `(completions, examples)`, and
+keyword-only arguments that a recipe sets with `args`. It returns a number, or None for "cannot say"
+(unscored).
+"""
+
+from rlpost.rewards.math import math_answer
+from rlpost.rewards.text import ends, length, pattern, repetition
+
+__all__ = ["ends", "length", "math_answer", "pattern", "repetition"]

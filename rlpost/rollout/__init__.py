@@ -1,0 +1,1 @@
+"""Completions from a policy: engines that sample, and the groups they fill."""

@@ -1,0 +1,170 @@
+"""The built-in engine: the policy's own model, decoding in its own process with its live weights.
+
+Prompts are computed once, rows that have ended leave the batch, and tokens are drawn where the model is.
+
+Axes: B rows (live completions), R rows of a chunk, T tokens a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlpost.errors import EngineError
+from rlpost.groups import Completion
+from rlpost.policy.policy import Policy
+from rlpost.recipe.schema import Sampling
+from rlpost.rollout.decoders import Decoder, FlatDecoder, PaddedDecoder
+from rlpost.rollout.sampling import choose
+from rlpost.rollout.stopping import StopStrings, finished
+from rlpost.rollout.streams import uniforms
+
+ROWS_AT_ONCE = 512
+LEAVE_AT = 0.75
+"""Rows that have ended leave once at most this share of the batch still runs."""
+LOOK_EVERY = 8
+"""On an accelerator, steps between looks at which rows have ended: each look waits for the device."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to sample: which prompt, and which of its completions."""
+
+    prompt: int
+    index: int
+
+
+class BuiltinEngine:
+    """Samples from a policy in place."""
+
+    def __init__(self, policy: Policy, rows_at_once: int = ROWS_AT_ONCE) -> None:
+        """Sample from `policy`; at most `rows_at_once` completions run together, with the same result."""
+        assert rows_at_once >= 1
+        self.policy = policy
+        self.rows_at_once = rows_at_once
+
+    def sync(self, policy: Policy) -> None:
+        """Sample from `policy`; its weights are read as they are, so nothing is copied."""
+        self.policy = policy
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        sampling: Sampling,
+        streams: Sequence[int],
+        greedy: bool = False,
+    ) -> list[tuple[Completion, ...]]:
+        """`n` completions of each prompt; see `Engine.generate`."""
+        assert n >= 1
+        assert len(streams) == len(prompts)
+        if not prompts:
+            return []
+        _must_fit(self.policy, prompts, sampling)
+        # Prompts of similar length run together: less padding in the cache.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        rows = [Row(i, g) for i in order for g in range(n)]
+        done: dict[Row, Completion] = {}
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            with torch.no_grad(), self.policy.precision():
+                for start in range(0, len(rows), self.rows_at_once):
+                    chunk = rows[start : start + self.rows_at_once]
+                    done |= self._sample(chunk, prompts, sampling, streams, greedy)
+        finally:
+            self.policy.train(was_training)
+        return [tuple(done[Row(i, g)] for g in range(n)) for i in range(len(prompts))]
+
+    def _sample(
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streams: Sequence[int],
+        greedy: bool,
+    ) -> dict[Row, Completion]:
+        """The completions of one chunk."""
+        policy = self.policy
+        which = list(dict.fromkeys(r.prompt for r in rows))
+        number = {prompt: at for at, prompt in enumerate(which)}
+        make = FlatDecoder if policy.flat else PaddedDecoder
+        decoder = make(
+            policy.causal_lm,
+            [prompts[i] for i in which],
+            [number[r.prompt] for r in rows],
+            sampling.max_new_tokens,
+        )
+        noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
+        stops = StopStrings(policy.tokenizer, sampling.stop)
+        drawn = _decode(
+            decoder, torch.from_numpy(noise).to(policy.device), sampling, greedy, policy.end_ids, stops
+        )
+        ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
+        if np.isnan(logp_RT).any():
+            raise EngineError(
+                "the model's logits are not numbers (nan), so nothing can be sampled; "
+                "lower the learning_rate, or set model.precision=float32"
+            )
+        stopped: NDArray[np.bool_] = np.asarray(ended_RT.any(1))
+        lengths = np.where(stopped, ended_RT.argmax(1) + 1, ids_RT.shape[1])
+        return {
+            row: finished(
+                ids_RT[at, :k].tolist(), logp_RT[at, :k].tolist(), bool(stopped[at]), policy.end_ids, stops
+            )
+            for at, (row, k) in enumerate(zip(rows, lengths, strict=True))
+        }
+
+
+def _decode(
+    decoder: Decoder,
+    noise_RT: Tensor,
+    sampling: Sampling,
+    greedy: bool,
+    end_ids: Sequence[int],
+    stops: StopStrings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[R, T] token ids, their log-probabilities, and whether the row had ended by then."""
+    shape, device = noise_RT.shape, noise_RT.device
+    ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
+    logp_RT = torch.zeros(shape, device=device)
+    ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
+    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+    live = torch.arange(shape[0], device=device)
+    ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    logits = decoder.start()
+    for t in range(shape[1]):
+        token, logp = choose(logits, noise_RT[live, t], sampling, greedy)
+        ids_RT[live, t], logp_RT[live, t] = token, logp.to(logp_RT.dtype)
+        ended = ended | (token[:, None] == ends).any(1)
+        if stops:
+            recent = ids_RT[live, max(0, t + 1 - stops.tail) : t + 1].tolist()
+            ended = ended | torch.tensor([stops.hit(tail) for tail in recent], device=device)
+        ended_RT[live, t] = ended
+        if t + 1 == shape[1]:
+            break
+        if (t + 1) % look_every == 0:
+            going = (~ended).nonzero()[:, 0]
+            if not len(going):
+                break
+            if len(going) <= LEAVE_AT * len(live):
+                decoder.keep(going)
+                live, token, ended = live[going], token[going], ended[going]
+        logits = decoder.step(token)
+    return ids_RT, logp_RT, ended_RT
+
+
+def _must_fit(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+    limit = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(p) for p in prompts)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise EngineError(
+            f"sampling.max_new_tokens={sampling.max_new_tokens}: with a prompt of {longest} tokens that is beyond the "
+            f"model's {limit} positions; set it to at most {max(0, limit - longest)}, or leave out longer prompts"
+        )

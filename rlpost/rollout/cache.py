@@ -1,0 +1,231 @@
+"""The key/value cache of decoding: every prompt once, and what each of its completions has added so far.
+
+All rows are at the same step, and prompts are stored with their ends aligned. So a key's distance from the
+query is the same in every row: a sliding window is a slice, and the one mask there is (the padding before
+shorter prompts) never changes between steps.
+
+Axes: P prompts, B rows (live completions), S slots (rows of a prompt, padded to the most any has), H query
+heads, K key heads, R = H/K query heads a key head, W prompt columns, D head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from rlpost.policy.attention import AttentionOptions
+
+FIRST_ROOM = 64
+"""Tokens a row has room for at first; doubled when they run out."""
+
+
+class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+    """One layer's keys and values."""
+
+    def __init__(self, layout: PromptedLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.is_initialized = True
+        self.passes: list[tuple[Tensor, Tensor]] = []
+        """[K, tokens, D] keys and values of the flat prefill passes."""
+        self.prompt: tuple[Tensor, Tensor] | None = None
+        """[P, K, W, D]"""
+        self.own: tuple[Tensor, Tensor] | None = None
+        """[rows at the last growth, K, room, D]"""
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values and return them alone: the layout reads the others from here."""
+        stored = _storable(key_states), _storable(value_states)
+        if self.layout.prefilling:
+            self.passes.append((stored[0][0], stored[1][0]))
+            return key_states, value_states
+        self._make_room(stored)
+        assert self.own is not None
+        at = self.layout.length - 1
+        for buffer, new in zip(self.own, stored, strict=True):
+            buffer[: new.shape[0], :, at] = new[:, :, 0]
+        self.layout.current, self.latest = self, (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Columns a row has filled."""
+        return self.layout.width + self.layout.length
+
+    def arrange(self, index_PW: Tensor) -> None:
+        """Turn the prefill passes into one padded row a prompt.
+
+        Args:
+            index_PW: where each prompt's tokens lie among the tokens of all passes; padding points anywhere.
+        """
+        keys, values = ([p[side] for p in self.passes] for side in (0, 1))
+        self.prompt = _padded(torch.cat(keys, 1), index_PW), _padded(torch.cat(values, 1), index_PW)
+        self.passes = []
+
+    def keep(self, rows: Tensor, prompts: Tensor | None) -> None:
+        """Only these rows (ascending) stay, and these prompts (None: all)."""
+        assert self.prompt is not None
+        length = self.layout.length
+        for buffer in self.own or ():
+            buffer[: len(rows), :, :length] = buffer[rows, :, :length]
+        if prompts is not None:
+            self.prompt = self.prompt[0][prompts], self.prompt[1][prompts]
+
+    def _make_room(self, new: tuple[Tensor, Tensor]) -> None:
+        room = 0 if self.own is None else self.own[0].shape[2]
+        if self.layout.length <= room:
+            return
+        larger = min(self.layout.limit, max(2 * room, FIRST_ROOM))
+        grown = [x.new_empty(x.shape[0], x.shape[1], larger, x.shape[3]) for x in new]
+        for old, buffer in zip(self.own or (), grown, strict=False):
+            buffer[:, :, :room] = old[: buffer.shape[0]]
+        self.own = grown[0], grown[1]
+
+
+class PromptedLayout:
+    """Attention of one new token a row to its prompt and to its own tokens; see `attention.Layout`."""
+
+    def __init__(
+        self, widths: Sequence[int], prompt_of_row: Sequence[int], limit: int, device: torch.device
+    ) -> None:
+        """Lay out rows that continue prompts.
+
+        Args:
+            widths: [P] tokens of each prompt.
+            prompt_of_row: [B] the prompt each row continues, ascending, none left out.
+            limit: the most tokens a row will be given.
+            device: where the model is.
+        """
+        self.limit = limit
+        self.width = max(widths)
+        self.length = 0
+        """Tokens each row has been given, the one being decoded included."""
+        self.prefilling = True
+        self.current: PromptedLayer | None = None
+        """The layer whose cache was updated last: the one that attends next."""
+        column = np.arange(self.width)
+        short = column < self.width - np.array(widths)[:, None]
+        self._padding = (
+            torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
+        )
+        self._device = device
+        self._place(np.asarray(prompt_of_row, np.int64))
+
+    def keep(self, rows: NDArray[np.int64]) -> Tensor | None:
+        """Only these rows (ascending) stay; returns the prompts that do, or None if all of them do."""
+        staying, prompt_of_row = np.unique(self._prompt_of_row[rows], return_inverse=True)
+        everyone = len(staying) == self._prompts
+        prompts = None if everyone else torch.from_numpy(staying).to(self._device)
+        if prompts is not None and self._padding is not None:
+            self._padding = self._padding[prompts]
+        self._place(prompt_of_row)
+        return prompts
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
+        """[B, 1, H, D]; `key` and `value` are the new ones, the others lie in the cache."""
+        layer = self.current
+        assert layer is not None
+        assert layer.latest is not None
+        assert layer.latest[0] is key, "attention must follow its own layer's cache update"
+        assert layer.latest[1] is value
+        if torch.is_autocast_enabled(query.device.type):
+            with torch.autocast(query.device.type, enabled=False):
+                return self._attend(layer, query, options)
+        return self._attend(layer, query, options)
+
+    def _attend(self, layer: PromptedLayer, query: Tensor, options: AttentionOptions) -> Tensor:
+        assert layer.own is not None
+        assert layer.prompt is not None
+        rows, heads, _, width = query.shape
+        key_heads = layer.own[0].shape[1]
+        # Columns before `first` are further back than the window; the row's own tokens begin at column W.
+        first = 0 if options.window is None else max(0, self.width + self.length - options.window)
+        seen = max(0, self.width - first)
+        own_key, own_value = (
+            x.view(-1, *x.shape[2:])[: rows * key_heads, max(0, first - self.width) : self.length]
+            for x in layer.own
+        )
+        q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
+        scores = _product(q, own_key.transpose(1, 2))
+        if seen:
+            prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
+            shared = _product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
+            scores = torch.cat([self._to_rows(shared, key_heads), scores], -1)
+        weights = self._weights(scores, seen, width, options).to(own_value.dtype)
+        # The sink's column, if there is one, comes last and has no value.
+        end = seen + own_key.shape[1]
+        result = torch.bmm(weights[..., seen:end], own_value)
+        if seen:
+            shared = torch.bmm(self._to_slots(weights[..., :seen], key_heads), prompt_value)
+            result = result + self._to_rows(shared, key_heads)
+        return result.view(rows, 1, heads, -1).to(query.dtype)
+
+    def _weights(self, scores: Tensor, seen: int, width: int, options: AttentionOptions) -> Tensor:
+        """Softmax of scores [B·K, R, columns], of which the first `seen` belong to prompts."""
+        scores.mul_(width**-0.5 if options.scaling is None else options.scaling)
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        if seen and self._row_padding is not None:
+            by_row = scores.view(len(self._prompt_of_row), -1, scores.shape[-1])
+            by_row[..., :seen] += self._row_padding[:, None, -seen:]
+        if options.sinks is not None:
+            sink = options.sinks.to(scores.dtype).view(1, -1).expand(len(self._prompt_of_row), -1)
+            scores = torch.cat([scores, sink.reshape(*scores.shape[:2], 1)], -1)
+        return scores.softmax(-1)
+
+    def _place(self, prompt_of_row: NDArray[np.int64]) -> None:
+        """Give every row a slot of its prompt."""
+        self._prompt_of_row = prompt_of_row
+        counts = np.bincount(prompt_of_row)
+        self._prompts, self._slots = len(counts), int(counts.max())
+        begin = np.cumsum(counts) - counts
+        number = np.arange(self._slots)
+        row_of_slot = begin[:, None] + np.where(number < counts[:, None], number, 0)
+        slot_of_row = prompt_of_row * self._slots + np.arange(len(prompt_of_row)) - begin[prompt_of_row]
+        self._full = bool((counts == self._slots).all())
+        """Every slot has a row, in order."""
+        self._row_of_slot = torch.from_numpy(row_of_slot.flatten()).to(self._device)
+        self._slot_of_row = torch.from_numpy(slot_of_row).to(self._device)
+        on_device = torch.from_numpy(prompt_of_row).to(self._device)
+        self._row_padding = None if self._padding is None else self._padding[on_device]
+
+    def _to_slots(self, x: Tensor, key_heads: int) -> Tensor:
+        """[P·K, S·R, c] from [B·K, R, c]: all queries that share a prompt's key head side by side."""
+        r, c = x.shape[1:]
+        if not self._full:
+            x = x.reshape(-1, key_heads, r, c).index_select(0, self._row_of_slot)
+        slots = x.reshape(self._prompts, self._slots, key_heads, r, c).transpose(1, 2)
+        return slots.reshape(self._prompts * key_heads, self._slots * r, c)
+
+    def _to_rows(self, x: Tensor, key_heads: int) -> Tensor:
+        """[B·K, R, c] from [P·K, S·R, c]."""
+        r, c = x.shape[1] // self._slots, x.shape[2]
+        rows = (
+            x.view(self._prompts, key_heads, self._slots, r, c).transpose(1, 2).reshape(-1, key_heads, r, c)
+        )
+        if not self._full:
+            rows = rows.index_select(0, self._slot_of_row)
+        return rows.view(-1, r, c)
+
+
+def _storable(x: Tensor) -> Tensor:
+    """Half precision is widened on a CPU, which has no half-precision product with a float32 result."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product with an at-least-float32 result."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b)
+
+
+def _padded(x: Tensor, index_PW: Tensor) -> Tensor:
+    """[P, K, W, D] the tokens of x [K, tokens, D] at index [P, W]."""
+    return x.transpose(0, 1)[index_PW].transpose(1, 2).contiguous()

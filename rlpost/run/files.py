@@ -1,0 +1,182 @@
+"""Files and folders that are written whole or not at all, and disk errors as one line."""
+
+import errno
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from rlpost.errors import DiskError, RlpostError
+from rlpost.run.manifest import fault, read_manifest, sync, write_manifest
+from rlpost.run.names import set_aside, unfinished
+
+Json = Any
+"""What the json module can write."""
+
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_REMEDIES = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run the same command again",
+    errno.EMFILE: "raise the limit on open files (ulimit -n) and run the same command again",
+    errno.ENFILE: "close other programs and run the same command again",
+    errno.EACCES: "make it accessible or choose another folder with runs=FOLDER",
+    errno.EPERM: "make it accessible or choose another folder with runs=FOLDER",
+    errno.EROFS: "make it writable or choose another folder with runs=FOLDER",
+    errno.ENOTDIR: "remove the file that stands in the way or choose another folder with runs=FOLDER",
+    errno.EEXIST: "remove the file that stands in the way or choose another folder with runs=FOLDER",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into a DiskError of one line about `path`."""
+    try:
+        yield
+    except RlpostError:
+        raise
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else str(path)
+        raise _disk_error(name, error.errno or errno.EIO) from error
+    except Exception as error:
+        # safetensors and tokenizers hand on what the system said as text in an exception of their own.
+        match = _RUST_ERROR.search(str(error))
+        if match is None:
+            raise
+        raise _disk_error(str(path), int(match[1])) from error
+
+
+def _disk_error(path: str, number: int) -> DiskError:
+    remedy = _REMEDIES.get(number, "check the disk and run the same command again")
+    return DiskError(f"{path}: {os.strerror(number)}; {remedy}")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write the file whole or not at all; raises DiskError."""
+    temporary = unfinished(path)
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def place(folder: Path, fill: Callable[[Path], None], about: Mapping[str, Json]) -> None:
+    """Write the folder whole or not at all: `fill` writes into a temporary one, which gets a manifest.
+
+    A folder of that name is replaced, or left as it is when it holds the same files.
+
+    Raises:
+        DiskError: it could not be written: then nothing is left behind, or all of it when only the very last
+            flush failed. Or it does not read back as it was written, which every reader will find out.
+    """
+    temporary = unfinished(folder)
+    with disk_errors(folder):
+        try:
+            discard(temporary)
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            write_manifest(temporary, about)
+            if not _same(temporary, folder):
+                _swap(temporary, folder)
+                sync(folder.parent)
+        finally:
+            discard(temporary)
+            if folder.exists():
+                discard(set_aside(folder))
+        wrong = fault(folder)
+    if wrong:
+        raise DiskError(f"{folder}: {wrong} right after it was written; check the disk")
+
+
+def _same(one: Path, other: Path) -> bool:
+    if not other.exists() or fault(other):
+        return False
+    first, second = read_manifest(one), read_manifest(other)
+    return first is not None and second is not None and bool(first["files"] == second["files"])
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    old = set_aside(folder)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file or folder if it is there.
+
+    What cannot be removed stays until the next resume: an error here would hide the one that brought us here.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        # rmtree needs descriptors, which may be what has run out; an empty folder can go without.
+        with suppress(OSError):
+            path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill leaves no half of it under its own name; raises DiskError."""
+    temporary = unfinished(folder)
+    with disk_errors(folder):
+        folder.rename(temporary)
+        shutil.rmtree(temporary)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process was writing in the folder, and put back what it was replacing."""
+    with disk_errors(folder):
+        for path in sorted(folder.glob("*.old.tmp-*")):
+            whole = path.with_name(path.name.partition(".old.tmp-")[0])
+            if not whole.exists():
+                path.rename(whole)
+        for path in sorted(folder.glob("*.tmp-*")):
+            discard(path)
+
+
+def encode_line(row: Mapping[str, Json]) -> bytes:
+    """One line of JSON, its numbers that are not finite as null: NaN and infinity are no JSON."""
+    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+    # Half a surrogate pair cannot be written as UTF-8; its backslash form is the JSON escape for it.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write the value as readable JSON, whole or not at all; raises DiskError."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Json:
+    """The value in a JSON file; raises DiskError when it cannot be read."""
+    with disk_errors(path):
+        data = path.read_bytes()
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DiskError(f"{path}: not JSON ({error}); restore it or choose another run=NAME") from error

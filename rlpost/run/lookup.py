@@ -1,0 +1,161 @@
+"""Finding runs and checkpoints by what a user types."""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlpost.errors import DiskError, ModelError
+from rlpost.run import names
+from rlpost.run.files import disk_errors
+from rlpost.run.manifest import fault
+from rlpost.run.stage import StageDirectory
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run at a glance; nothing of it is verified."""
+
+    path: Path
+    description: str
+    stages: dict[str, str]
+    """Enabled stage -> "done", "step 500" (its newest checkpoint), "begun", or "" when it has not begun."""
+    finished: float | None
+    """Seconds since the epoch at which its last enabled stage was done; None while it is not."""
+
+
+def list_runs(runs: Path) -> list[RunSummary]:
+    """Every run in the folder, by name; raises DiskError for one whose configuration cannot be read."""
+    return [_summary(path.parent) for path in sorted(runs.glob(f"*/{names.CONFIG}"))]
+
+
+def newest_finished_run(runs: Path) -> Path:
+    """The run whose last enabled stage was done last.
+
+    Raises:
+        ModelError: no run in the folder is finished.
+    """
+    finished = [(run.finished, run.path) for run in list_runs(runs) if run.finished is not None]
+    if not finished:
+        raise ModelError(
+            f"{runs}: no finished run; finish one with `rlpost train RECIPE` or name a checkpoint"
+        )
+    return max(finished)[1]
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The checkpoint a user means by a path: a final one, that of a stage or a run, or a step's.
+
+    Returns:
+        The folder, verified; None when the path is a plain model folder or, not being here, may be a name on
+        the hub: for the caller to load as a model.
+
+    Raises:
+        ModelError: no finished checkpoint is meant by it.
+        DiskError: the checkpoint is not as it was written.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        if _may_be_on_hub(str(path)):
+            return None
+        raise ModelError(f"{folder}: no such folder; {_did_you_mean(folder)}")
+    if (folder / names.ABOUT).exists() or (folder / names.STATE).exists():
+        return _verified(folder)
+    if (folder / names.CONFIG).exists():
+        return _of_run(folder)
+    if any((folder / name).exists() for name in _STAGE_FILES):
+        return _of_stage(folder)
+    if any((folder / name).exists() for name in _MODEL_FILES):
+        if (folder / names.MANIFEST).exists():
+            _verified(folder)
+        return None
+    inside = list_runs(folder)
+    remedy = f"did you mean {inside[-1].path}?" if inside else "give a run, a stage or a folder with a model"
+    raise ModelError(f"{folder}: no checkpoint here; {remedy}")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved recipe of a run as plain data; raises DiskError when it cannot be read."""
+    path = run / names.CONFIG
+    with disk_errors(path):
+        text = path.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = str(error).partition("\n")[0]
+        raise DiskError(f"{path}: not YAML ({reason}); restore it or choose another run=NAME") from error
+    if not isinstance(config, dict) or not isinstance(config.get("stages"), dict):
+        raise DiskError(f"{path}: not a resolved recipe; restore it or choose another run=NAME")
+    return config
+
+
+def last_stage(run: Path) -> str | None:
+    """The last enabled stage of the run's recipe; None when it has none."""
+    stages = read_config(run)["stages"]
+    enabled = [name for name, stage in stages.items() if stage.get("enabled", True)]
+    return enabled[-1] if enabled else None
+
+
+def _summary(path: Path) -> RunSummary:
+    config = read_config(path)
+    stages = {n: _progress(path / n) for n, stage in config["stages"].items() if stage.get("enabled", True)}
+    finished = None
+    if stages and list(stages.values())[-1] == "done":
+        finished = (path / list(stages)[-1] / names.DONE).stat().st_mtime
+    return RunSummary(path, str(config.get("description") or ""), stages, finished)
+
+
+def _progress(stage: Path) -> str:
+    if (stage / names.DONE).exists():
+        return "done"
+    checkpoints = StageDirectory(stage).checkpoints()
+    if checkpoints:
+        return f"step {names.step_of(checkpoints[-1])}"
+    return "begun" if stage.exists() else ""
+
+
+def _of_run(run: Path) -> Path:
+    name = last_stage(run)
+    if name is None:
+        raise ModelError(f"{run}: its recipe has no enabled stage; name a checkpoint or a model")
+    if (run / name / names.DONE).exists():
+        return _verified(run / name / names.FINAL)
+    done = [p.parent for p in sorted(run.glob(f"*/{names.DONE}"))]
+    other = f", or take {done[-1]}" if done else ""
+    raise ModelError(f"{run}: stage {name} is not finished; run its `rlpost train` again to finish it{other}")
+
+
+def _of_stage(stage: Path) -> Path:
+    if (stage / names.DONE).exists():
+        return _verified(stage / names.FINAL)
+    checkpoints = StageDirectory(stage).checkpoints()
+    other = f", or take {checkpoints[-1]}" if checkpoints else ""
+    raise ModelError(f"{stage}: not finished; run its `rlpost train` again to finish it{other}")
+
+
+def _verified(folder: Path) -> Path:
+    wrong = fault(folder)
+    if wrong:
+        raise DiskError(
+            f"{folder}: {wrong}; run its `rlpost train` again to repair it, or take another checkpoint"
+        )
+    return folder
+
+
+def _may_be_on_hub(path: str) -> bool:
+    """`name` or `owner/name`, and not inside a folder that is here."""
+    parts = Path(path).parts
+    return bool(_HUB_NAME.fullmatch(path)) and not (len(parts) > 1 and Path(parts[0]).exists())
+
+
+def _did_you_mean(folder: Path) -> str:
+    beside = sorted(str(p) for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+    close = get_close_matches(str(folder), beside, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else "give a run, a stage, a checkpoint or a model"

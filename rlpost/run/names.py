@@ -1,0 +1,84 @@
+"""What files and folders of a run are called.
+
+runs/NAME/             recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
+                       base/ (a model made from scratch)
+runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
+*.tmp-PID              something being written; left behind only by a kill, and removed on resume
+*.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
+step-000500.broken     a checkpoint that failed verification and was passed over on resume
+"""
+
+import os
+import re
+from pathlib import Path
+
+from rlpost.errors import RecipeError
+
+CONFIG = "config.resolved.yaml"
+RECIPE = "recipe.yaml"
+OVERRIDES = "overrides.txt"
+ENVIRONMENT = "environment.json"
+DECISIONS = "decisions.json"
+LOCK = ".lock"
+HOLDER = ".pid"
+BASE = "base"
+METRICS = "metrics.jsonl"
+TIMINGS = "timings.jsonl"
+ROLLOUTS = "rollouts"
+CHECKPOINTS = "checkpoints"
+FINAL = "final"
+ROWS = "rows.jsonl"
+DONE = "DONE"
+STATE = "state.json"
+ABOUT = "checkpoint.json"
+MANIFEST = "MANIFEST.json"
+BROKEN = ".broken"
+
+_RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
+_STAGE = re.compile(r"[A-Za-z0-9_-]{1,80}")
+_STEP = re.compile(r"step-(\d{6,})(\.jsonl)?")
+
+
+def step_name(step: int) -> str:
+    """`step-000500` for 500."""
+    return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step in the name `step-000500` or `step-000500.jsonl`; None for any other name."""
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def unfinished(path: Path) -> Path:
+    """Where something is written before it is renamed to `path`."""
+    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+
+
+def set_aside(path: Path) -> Path:
+    """Where `path` waits while what replaces it is renamed into its place."""
+    return path.with_name(f"{path.name}.old.tmp-{os.getpid()}")
+
+
+def run_path(runs: Path, name: str) -> Path:
+    """The directory of run `name`; raises RecipeError for a name that is malformed or leads out of `runs`."""
+    if not _RUN.fullmatch(name):
+        raise RecipeError(
+            f"run: {name!r} is not a name of a run: use 1 to 80 of A-Z a-z 0-9 . _ - without a leading dot"
+        )
+    path = runs / name
+    if not path.resolve().is_relative_to(runs.resolve()):
+        raise RecipeError(f"run: {path} is a link out of {runs}; choose another run=NAME")
+    return path
+
+
+def stage_path(run: Path, name: str) -> Path:
+    """The directory of a stage; raises RecipeError for a name that is malformed or leads out of the run."""
+    if not _STAGE.fullmatch(name) or name == BASE:
+        raise RecipeError(
+            f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r}"
+        )
+    path = run / name
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise RecipeError(f"stages.{name}: {path} is a link out of {run}; remove it")
+    return path

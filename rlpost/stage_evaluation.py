@@ -1,0 +1,124 @@
+"""Evaluating the base model and every stage's result, once each, and the table at the end of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpost import console
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.formats import Need
+from rlpost.evaluate.evaluator import Result, evaluate
+from rlpost.evaluate.table import print_answers, print_stages, telling_prompts
+from rlpost.groups import Group
+from rlpost.policy.load import load_policy
+from rlpost.policy.policy import Policy
+from rlpost.recipe.functions import bind
+from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.schema import Evaluation, TooLong
+from rlpost.run.files import encode_line, write_atomic, write_json
+from rlpost.stages.context import make_scorer
+
+FOLDER = "evaluation"
+
+
+class StageEvaluations:
+    """The evaluations of one run, kept as evaluation/STAGE.json and evaluation/STAGE.jsonl (one line a sample)."""
+
+    def __init__(self, resolved: Resolved, run: Path, bfloat16: bool, device: torch.device) -> None:
+        """Nothing is evaluated yet."""
+        self._resolved = resolved
+        self._cfg: Evaluation | None = resolved.config.evaluation
+        self._folder = run / FOLDER
+        self._bfloat16 = bfloat16
+        self._device = device
+        self._names: list[str] = []
+
+    def after(self, name: str, checkpoint: Path) -> None:
+        """Evaluate `checkpoint` as the result of stage `name`, unless that is on disk already."""
+        if self._cfg is None or not self._cfg.every_stage:
+            return
+        self._names.append(name)
+        if self._file(name).is_file():
+            return
+        policy = load_policy(
+            checkpoint,
+            self._resolved.config.model,
+            bfloat16=self._bfloat16,
+            device=self._device,
+            trainable=False,
+        )
+        console.say(f"evaluating {name}")
+        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
+        write_atomic(self._folder / f"{name}.jsonl", b"".join(lines))
+        write_json(self._file(name), result.to_json())
+
+    def print(self) -> None:
+        """The table of all stages, and a few prompts answered before and after."""
+        if self._cfg is None or not self._names:
+            return
+        results: dict[str, Any] = {n: json.loads(self._file(n).read_text("utf-8")) for n in self._names}
+        print_stages(results)
+        if self._cfg.show and self._cfg.greedy and len(self._names) > 1:
+            self._print_answers(self._cfg.show)
+
+    def _print_answers(self, n: int) -> None:
+        rows = {name: self._greedy_rows(name) for name in self._names}
+        # An untrained model answers nothing right, so the first trained stage is the one to compare with.
+        before = self._names[1] if len(self._names) > 2 else self._names[0]
+        scores = [[float(row["reward"] or 0) for row in rows[name]] for name in (before, self._names[-1])]
+        chosen = telling_prompts(scores[0], scores[1], n)
+        first = rows[self._names[0]]
+        print_answers(
+            [first[p]["prompt"] for p in chosen],
+            {name: [rows[name][p]["completion"] for p in chosen] for name in self._names},
+            [str(first[p]["example"].get("answer", "")) for p in chosen],
+        )
+
+    def _greedy_rows(self, name: str) -> list[dict[str, Any]]:
+        with (self._folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+            return [row for row in map(json.loads, file) if row["mode"] == "greedy"]
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
+
+
+def evaluate_recipe(resolved: Resolved, cfg: Evaluation, policy: Policy) -> tuple[list[str], Result]:
+    """Evaluate `policy` as the recipe says; returns the prompts as text, and the result."""
+    groups = evaluation_prompts(resolved, cfg, policy)
+    scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder)
+    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed)
+    return prompt_texts(policy, groups), result
+
+
+def evaluation_prompts(resolved: Resolved, cfg: Evaluation, policy: Policy) -> list[Group]:
+    """The evaluation's prompts, each once."""
+    room = policy.longest - cfg.sampling.max_new_tokens
+    data = open_dataset(
+        cfg.data,
+        make_codec(policy.tokenizer),
+        need=Need.prompts,
+        limit=Limit(room, TooLong.refuse),
+        seed=resolved.config.seed,
+        where="evaluation.data",
+        stages=_no_stage,
+        bind=bind,
+        base=resolved.folder,
+    )
+    return data.all()
+
+
+def prompt_texts(policy: Policy, groups: Sequence[Group]) -> list[str]:
+    """Prompts as text, special tokens included where the template puts them."""
+    return [policy.tokenizer.decode(list(g.prompt)) for g in groups]
+
+
+def _no_stage(name: str) -> Path:
+    raise AssertionError(f"an evaluation reads stage {name}")

@@ -1,0 +1,178 @@
+"""What a stage is given: where it starts, where it writes, and how it gets its model, data and functions."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from rlpost import console
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import Dataset, Limit, open_dataset
+from rlpost.data.formats import Need
+from rlpost.errors import RecipeError
+from rlpost.learner import Learner
+from rlpost.loop import Loop, Stateful
+from rlpost.policy.adapters import save_adapter
+from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
+from rlpost.policy.policy import Policy
+from rlpost.policy.reference import Reference, reference_policy
+from rlpost.recipe.functions import Bound, bind
+from rlpost.recipe.schema import Function, Model, Reward, Source, TooLong, Training
+from rlpost.rewards.score import BoundReward, Scorer
+from rlpost.run.interrupt import Interrupts
+from rlpost.run.stage import StageDirectory
+from rlpost.schedules import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of one stage."""
+
+    name: str
+    """The stage's name, which is also its directory's."""
+    model: Model
+    start: Path
+    """The checkpoint it starts from."""
+    out: StageDirectory
+    checkpoints: Mapping[str, Path]
+    """Results of the stages before it by name, and `base`."""
+    rows_of: Callable[[str], Path]
+    """The rows that an earlier stage wrote."""
+    folder: Path
+    """The recipe's."""
+    seed: int
+    """The recipe's."""
+    bfloat16: bool
+    accelerator: Accelerator
+    interrupts: Interrupts
+    lineage: Mapping[str, Any]
+    """What checkpoint.json says beside what the stage knows: the recipe's hash."""
+    allow_change: bool = False
+    """Go on from a checkpoint although the data has changed."""
+
+    def seed_for(self, purpose: str, number: int = 0) -> int:
+        """A seed of this stage's own for one purpose, the same in every process and every run."""
+        return zlib.crc32(f"{self.seed}/{self.name}/{purpose}/{number}".encode())
+
+    def policy(self) -> Policy:
+        """The model to train, loaded from where the stage starts."""
+        torch.manual_seed(self.seed_for("model"))
+        return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.accelerator.device)
+
+    def reference(self, policy: Policy, name: str) -> Reference:
+        """The reference called `name`, for a policy that was just loaded."""
+        checkpoint = self.start if name == "start" else self.checkpoints[name]
+        return reference_policy(policy, checkpoint, self.start, self.model)
+
+    def data(
+        self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
+    ) -> Dataset:
+        """The stage's data; says what was recognised and what did not fit."""
+        dataset = open_dataset(
+            sources,
+            make_codec(policy.tokenizer),
+            need=need,
+            limit=Limit(max_length, too_long),
+            seed=self.seed_for("data"),
+            where=f"stages.{self.name}.data",
+            stages=self.rows_of,
+            bind=bind,
+            base=self.folder,
+            allow_change=self.allow_change,
+        )
+        for line in dataset.notices:
+            console.say(line)
+        return dataset
+
+    def function(self, function: Function, field: str) -> Bound:
+        """A function of the recipe with its arguments applied; `field` as in recipe/functions.py."""
+        return bind(function, field, f"stages.{self.name}.{field.rsplit('.', 1)[-1]}", self.folder)
+
+    def scorer(self, rewards: Sequence[Reward]) -> Scorer:
+        """The stage's rewards."""
+        return make_scorer(rewards, f"stages.{self.name}", self.folder)
+
+    def learner(self, policy: Policy, cfg: Training, updates: int, whole_groups: bool = False) -> Learner:
+        """The optimiser for this stage's `updates`."""
+        return Learner(
+            policy,
+            self.accelerator,
+            learning_rate=cfg.learning_rate,
+            factor=learning_rate_factor(cfg.schedule, cfg.warmup, updates),
+            betas=cfg.betas,
+            weight_decay=cfg.weight_decay,
+            max_grad_norm=cfg.max_grad_norm,
+            tokens_per_pass=cfg.tokens_per_pass,
+            whole_groups=whole_groups,
+        )
+
+    def loop(self, cfg: Training, learner: Learner, states: Mapping[str, Stateful], steps: int) -> Loop:
+        """The stage's steps, resumed where they stopped."""
+        return Loop(
+            self.name,
+            self.out,
+            learner,
+            states,
+            self.interrupts,
+            steps=steps,
+            checkpoint_every=cfg.checkpoint_every,
+            keep=cfg.keep_checkpoints,
+            log_every=cfg.log_every,
+        )
+
+    def finish(self, policy: Policy, kind: str, steps: int) -> Path:
+        """Write the stage's result; returns its folder."""
+
+        def write(folder: Path) -> None:
+            save_policy(policy, folder)
+
+        return self.out.finish(write, self._about(kind, steps, policy.has_adapter))
+
+    def finish_rows(self, write: Callable[[Path], None], kind: str) -> Path:
+        """Write the result of a stage that makes rows; returns its folder."""
+        return self.out.finish(
+            write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage}
+        )
+
+    def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
+        base = base_of(self.start) if (self.start / ADAPTER_FILE).is_file() else str(self.start)
+        about = {"stage": self.name, "kind": kind, "step": steps, "parent": str(self.start), **self.lineage}
+        return {**about, "base": base} if adapter else about
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """The policy as transformers or peft load it: the whole model, or the policy's adapter alone; and its tokenizer."""
+    if policy.has_adapter:
+        save_adapter(policy.model, folder)
+    else:
+        policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def make_scorer(rewards: Sequence[Reward], where: str, folder: Path) -> Scorer:
+    """Bind reward functions that stand at `where` in a recipe of `folder`."""
+    bound = []
+    for i, reward in enumerate(rewards):
+        function = bind(reward, "reward", f"{where}.rewards[{i}]", folder)
+        bound.append(BoundReward(reward.name or function.name, reward.weight, function.call))
+    return Scorer(bound)
+
+
+def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:
+    """Optimiser steps from `steps` or `epochs`.
+
+    Raises:
+        RecipeError: if neither is given.
+    """
+    if cfg.steps is not None:
+        return cfg.steps
+    if cfg.epochs is None:
+        raise RecipeError(f"{where}: give `steps` or `epochs`")
+    return max(1, math.ceil(cfg.epochs * rows / batch_size))

@@ -1,0 +1,101 @@
+"""Preference pairs from a model's own samples, ranked by rewards: the bridge from SFT to DPO."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpost import console
+from rlpost.data.formats import Need
+from rlpost.errors import DataError
+from rlpost.groups import Group
+from rlpost.policy.policy import Policy
+from rlpost.recipe.schema import PairChoice, Pairs, TooLong
+from rlpost.rewards.score import Scorer
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import collect
+from rlpost.stages.context import Context
+
+AT_ONCE = 64
+"""Prompts sampled between two moves of the progress bar."""
+
+
+def pairs(context: Context, cfg: Pairs) -> Path:
+    """Sample, score and pair; returns the folder with the rows.
+
+    Raises:
+        DataError: if no prompt gave two completions of different reward.
+    """
+    policy = context.policy()
+    limit = policy.longest - cfg.sampling.max_new_tokens
+    data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
+    prompts = data.next(cfg.prompts or len(data))
+    scorer = context.scorer(cfg.rewards)
+    rows = list(preference_rows(policy, prompts, scorer, cfg, context.seed_for("sample"), context.name))
+    console.say(f"{context.name}: {len(rows)} pairs from {len(prompts)} prompts")
+    if not rows:
+        raise DataError(
+            f"stages.{context.name}: no prompt gave two completions whose rewards differ by more than "
+            f"{cfg.min_gap:g}; raise group_size or temperature, or look at the rewards"
+        )
+
+    def write(folder: Path) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / context.out.rows.name).write_text(lines, "utf-8")
+
+    return context.finish_rows(write, cfg.kind)
+
+
+def preference_rows(
+    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Pairs, seed: int, title: str
+) -> Iterator[dict[str, Any]]:
+    """Rows `prompt, chosen, rejected, chosen_reward, rejected_reward` and the prompt's own columns."""
+    engine = BuiltinEngine(policy)
+    with console.Progress(title, len(prompts)) as progress:
+        for first in range(0, len(prompts), AT_ONCE):
+            some = prompts[first : first + AT_ONCE]
+            groups = collect(engine, some, cfg.group_size, cfg.sampling, seed=seed, first=first)
+            totals = scorer.score(groups).total
+            for group, rewards in zip(groups, totals, strict=True):
+                yield from pairs_of_group(group, rewards, cfg.choice, cfg.min_gap)
+            progress.advance(n=len(some))
+
+
+def pairs_of_group(
+    group: Group, rewards: Sequence[float | None], choice: PairChoice, min_gap: float
+) -> Iterator[dict[str, Any]]:
+    """Pairs of one prompt's completions, each text once, unfinished and unscored ones left out.
+
+    `one` pairs the best with the worst (the first of each); `all` gives every better/worse combination.
+    """
+    scored: dict[str, float] = {}
+    for completion, reward in zip(group.completions, rewards, strict=True):
+        if reward is not None and completion.finish == "stop":
+            scored.setdefault(completion.text, reward)
+    ranked = sorted(scored, key=lambda text: -scored[text])
+    candidates = (
+        itertools.combinations(ranked, 2)
+        if choice is PairChoice.all
+        else [(ranked[0], ranked[-1])]
+        if ranked
+        else []
+    )
+    for chosen, rejected in candidates:
+        if scored[chosen] - scored[rejected] > min_gap:
+            yield {
+                "prompt": _asked(group.example),
+                **group.example,
+                "chosen": chosen,
+                "rejected": rejected,
+                "chosen_reward": scored[chosen],
+                "rejected_reward": scored[rejected],
+            }
+
+
+def _asked(example: Mapping[str, Any]) -> Any:
+    """The prompt of a row: its own, or its conversation up to the last answer."""
+    messages = example.get("messages", [])
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages

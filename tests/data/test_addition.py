@@ -1,0 +1,74 @@
+import random
+
+import pytest
+
+from rlpost.data.tasks import addition
+from rlpost.errors import RecipeError
+from rlpost.groups import Completion
+
+
+def row(prompt):
+    rows = addition.held_out(n=addition.PROBLEMS)
+    return next(r for r in rows if r["prompt"] == prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "carry"),
+    [
+        ("47+38=", "580", True),
+        ("99+99=", "891", True),
+        ("12+34=", "640", False),
+        ("00+00=", "000", False),
+        ("50+50=", "001", True),
+        ("45+55=", "001", True),
+        ("05+05=", "010", True),
+        ("09+90=", "990", False),
+    ],
+)
+def test_answers_are_units_first(prompt, answer, carry):
+    assert row(prompt) == {"prompt": prompt, "completion": answer, "answer": answer, "carry": carry}
+
+
+def test_training_and_held_out_problems_are_all_problems_once():
+    train, held_out = addition.train(held_out=2000, seed=5), addition.held_out(n=2000, seed=5)
+    assert len(train) == 8000
+    assert len({r["prompt"] for r in train + held_out}) == 10_000
+    assert addition.held_out(n=10, seed=1) != addition.held_out(n=10, seed=2)
+    assert addition.held_out(n=10, seed=1) == addition.held_out(n=2000, seed=1)[:10]
+
+
+def test_problems_with_a_carry_are_those_of_whose_digits_some_column_reaches_ten():
+    # 55 of 100 pairs of digits stay below ten, in either column: 10,000 - 55² have a carry.
+    assert sum(r["carry"] for r in addition.held_out(n=addition.PROBLEMS)) == 10_000 - 55**2
+
+
+def test_the_teacher_forgets_every_carry_or_none():
+    teach = addition.careless_teacher
+    assert teach(row("47+38="), random.Random(0), forgets=1.0)["completion"] == "570"
+    assert teach(row("99+99="), random.Random(0), forgets=1.0)["completion"] == "880"
+    assert teach(row("12+34="), random.Random(0), forgets=1.0)["completion"] == "640"
+    assert teach(row("47+38="), random.Random(0), forgets=0.0)["completion"] == "580"
+
+
+def test_the_teacher_is_wrong_on_the_share_it_forgets_and_draws_afresh():
+    source, generator = row("47+38="), random.Random(0)
+    taught = [addition.careless_teacher(source, generator, forgets=0.6) for _ in range(2000)]
+    assert {t["completion"] for t in taught} == {"580", "570"}
+    assert 0.56 < sum(t["completion"] == "570" for t in taught) / 2000 < 0.64
+    assert all(t["answer"] == "580" for t in taught)
+    assert source["completion"] == "580"
+
+
+def test_the_reward_is_exact():
+    example = row("47+38=")
+    for text, reward in [("580", 1.0), ("570", 0.0), ("5800", 0.0), ("58", 0.0), ("", 0.0)]:
+        assert addition.correct(Completion((), (), text), example) == reward
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(RecipeError, match="held_out=10000"):
+        addition.train(held_out=10_000)
+    with pytest.raises(RecipeError, match="n=0"):
+        addition.held_out(n=0)
+    with pytest.raises(RecipeError, match="forgets=2"):
+        addition.careless_teacher(row("47+38="), random.Random(0), forgets=2)

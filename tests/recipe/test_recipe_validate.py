@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.ranges import RANGES, Range
+from rlpost.recipe.resolve import resolve
+from rlpost.recipe.schema import Grpo, Model, Recipe, Source, Training
+from rlpost.recipe.validate import validate
+
+DATA = "vars.data=rows.jsonl"
+Change = Callable[[Any], None]
+
+
+def refusal(adding: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolve(adding, [DATA, *overrides])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.sft.steps=0", "stages.sft.steps: expected at least 1, got 0"),
+        ("stages.sft.betas=[0.9,1.0]", "stages.sft.betas[1]: expected from 0 to 1 (exclusive), got 1.0"),
+        ("stages.sft.learning_rate=inf", "stages.sft.learning_rate: expected more than 0, got inf"),
+        ("stages.sft.learning_rate=nan", "stages.sft.learning_rate: expected more than 0, got nan"),
+        ("stages.sft.batch_size=0", "stages.sft.batch_size"),
+        ("stages.sft.warmup=1.5", "stages.sft.warmup: 1.5 - a share below 1, or a whole number"),
+        ("stages.grpo.sampling.temperature=0", "stages.grpo.sampling.temperature: expected more than 0"),
+        ("stages.grpo.group_size=0", "stages.grpo.group_size: expected at least 1, got 0"),
+        ("stages.grpo.rewards.1.weight=nan", "stages.grpo.rewards[1].weight: expected a finite number"),
+        ("stages.pairs.group_size=1", "stages.pairs.group_size: expected at least 2"),
+        (
+            "stages.sft.data.train.fold.hold_out=5",
+            "fold.hold_out: 5 of 5 parts - counted from 0, it is at most 4",
+        ),
+        ("model.lora.dropout=1", "model.lora.dropout: expected from 0 to 1 (exclusive), got 1"),
+        ("model.path=gpt2", "model: give exactly one of model.path and model.config (not both)"),
+        ("model.config={model_type: null}", None),
+        ("model.tokenizer=null", "model.tokenizer: missing"),
+        ("model.tokenizer.alphabet=''", "model.tokenizer.alphabet: missing"),
+        ("model.tokenizer.kind=bpe", "model.tokenizer.data: missing"),
+        (
+            "stages.sft.data.train.path=null",
+            "stages.sft.data.train: give exactly one of path, stage, task (none",
+        ),
+        (
+            "stages.sft.data.train.task.fn=addition.train",
+            "exactly one of path, stage, task (path and task given)",
+        ),
+        (
+            "stages.dpo.data.made.stage=pears",
+            "stages.dpo.data.made.stage: no stage 'pears' - did you mean 'pairs'?",
+        ),
+        ("stages.dpo.data.made.stage=sft", "stages.dpo.data.made.stage: 'sft' is of kind sft"),
+        ("stages.dpo.data.made.stage=grpo", "stage 'grpo' comes later"),
+        ("stages.pairs.enabled=false", "stages.dpo.data.made.stage: stage 'pairs' is disabled"),
+        ("stages.dpo.reference=dpo", "stages.dpo.reference: 'dpo' is this stage itself"),
+        ("stages.grpo.reference=stat", "stages.grpo.reference: no stage 'stat' - did you mean 'start'?"),
+        ("stages.sft.enabled=false", "stages.dpo.reference: stage 'sft' is disabled"),
+        ("stages.grpo.start=nowhere", "stages.grpo.start: no stage 'nowhere'"),
+        ("stages.grpo.rewards=[]", "stages.grpo.rewards: missing"),
+        (
+            "stages.grpo.rewards.1.fn=math_answer",
+            "stages.grpo.rewards[1].name: 'math_answer' is logged already",
+        ),
+        ("stages.grpo.steps=null", "stages.grpo.steps: missing"),
+        ("stages.grpo.epochs=1", "stages.grpo.epochs: grpo counts steps"),
+        ("stages.sft.epochs=1", "exactly one of stages.sft.steps and stages.sft.epochs (not both)"),
+        ("stages.sft.steps=null", "exactly one of stages.sft.steps and stages.sft.epochs (neither is given)"),
+        ("stages.grpo.kl={placement: loss, beta: 0.1}", "k1 in the loss has an expected gradient of zero"),
+        (
+            "stages.grpo.sampling.top_k=50",
+            "stages.grpo.sampling.top_k: grpo samples from the whole distribution",
+        ),
+        ("stages.grpo.sampling.top_p=0.9", "stages.grpo.sampling.top_p"),
+        ("stages.grpo.sampling.min_p=0.1", "stages.grpo.sampling.min_p"),
+        ("stages.grpo.sampling.stop=['']", "stages.grpo.sampling.stop: an empty string"),
+        ("stages.grpo.updates=33", "stages.grpo.updates: 33 for 32 prompts"),
+        ("stages.grpo.max_length=8", "stages.grpo.max_length: 8 leaves no room for a prompt"),
+        ("evaluation.pass_at=[1,4]", "evaluation.pass_at[1]: pass@4 needs 4 samples a prompt, not 1"),
+        ("evaluation.best_of=true", "evaluation.best_of: needs at least 2 samples"),
+        ("evaluation.rewards=[]", "evaluation.rewards: missing"),
+        ("evaluation.data.test={path: null, stage: pairs}", "evaluation.data.test.stage: only stages read"),
+        ("seed=-1", "seed: expected from 0 to"),
+    ],
+)
+def test_rules(adding: str, override: str, message: str | None) -> None:
+    if message is None:
+        assert resolve(adding, [DATA, override]).config.model.config["model_type"] is None
+    else:
+        assert message in refusal(adding, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "stages.pairs.sampling.top_p=0.9",
+        "stages.grpo.kl={placement: loss, estimator: k3, beta: 0.1}",
+        "stages.grpo.kl.beta=0.1",
+        "stages.grpo.weight=constant_length",
+        "stages.grpo.reference=base",
+        "stages.grpo.start=base",
+        "stages.sft.warmup=10",
+        "stages.grpo.updates=32",
+        "stages.sft.data.train.fold.hold_out=4",
+    ],
+)
+def test_what_is_fine(adding: str, override: str) -> None:
+    assert resolve(adding, [DATA, override]).warnings == ()
+
+
+def test_a_disabled_stage_is_not_looked_into(adding: str) -> None:
+    resolve(adding, [DATA, "stages.grpo.enabled=false", "stages.grpo.steps=-3"])
+
+
+@pytest.mark.parametrize("name", ["base", "start", "a/b", "", "sft.v2", "x" * 81])
+def test_names_that_a_stage_cannot_have(adding: str, name: str, write) -> None:
+    text = (
+        Path(adding)
+        .read_text()
+        .replace("  grpo:\n", f"  '{name}':\n")
+        .replace("${stages.grpo.sampling}", "{}")
+    )
+    with pytest.raises(RecipeError, match=r"^stages\."):
+        resolve(str(write("named.yaml", text)), [DATA])
+
+
+def test_warnings_name_the_key(adding: str) -> None:
+    (one,) = resolve(adding, [DATA, "stages.grpo.group_size=1"]).warnings
+    assert one.startswith("stages.grpo.group_size: a group of one has no baseline: group_normalised is 0")
+    (two,) = resolve(adding, [DATA, "model.lora={dropout: 0.1}"]).warnings
+    assert two.startswith("model.lora.dropout: with dropout above 0")
+    (three,) = resolve(adding, [DATA, "stages.grpo.kl={beta: 0.1, estimator: k3}"]).warnings
+    assert "biased" in three
+
+
+def test_nothing_to_do_is_said() -> None:
+    with pytest.raises(RecipeError, match="stages: nothing to do"):
+        validate(Recipe(run="x", model=Model(path="gpt2")))
+
+
+def test_a_grpo_stage_by_itself_passes() -> None:
+    recipe = resolve_free()
+    assert validate(recipe) == []
+    recipe.stages["g"].data = {}
+    with pytest.raises(RecipeError, match=r"stages\.g\.data: missing"):
+        validate(recipe)
+
+
+def resolve_free() -> Recipe:
+    from rlpost.recipe.schema import Reward
+
+    stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward("length")])
+    return Recipe(run="x", model=Model(path="gpt2"), stages={"g": stage})
+
+
+def test_ranges_hold_their_ends_as_they_say() -> None:
+    share = Range(0, 1, below=True)
+    assert 0 in share
+    assert 1 not in share
+    assert 0 not in Range(0, above=True)
+    assert float("inf") not in Range()
+    assert float("nan") not in Range()
+    assert str(Range(0, 1, above=True)) == "from 0 (exclusive) to 1"
+    assert RANGES[Training]["steps"].low == 1

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+
+import pytest
+
+from rlpost.errors import DataError, RecipeError
+from rlpost.groups import Completion
+from rlpost.rewards import math as math_rewards
+from rlpost.rewards import math_answer
+from rlpost.rewards.math import Verdict, reference_answer, verdict, verdicts
+from rlpost.rewards.workers import Workers
+
+TOWER = "\\boxed{9^{9^{9^{9}}}}"
+
+
+def said(*texts: str) -> list[Completion]:
+    return [Completion(ids=(), action=(), text=text, finish="stop") for text in texts]
+
+
+def no_workers() -> Workers:
+    raise AssertionError("plain numbers were sent to a worker")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("#### 72", "72", Verdict.right),
+        ("#### $1,000.00", "1000", Verdict.right),
+        ("\\boxed{\\frac{2}{4}}", "0.5", Verdict.right),
+        ("#### 71", "72", Verdict.wrong),
+        ("#### 0.33", "1/3", Verdict.wrong),
+        ("\\boxed{x + 1}", "x+1", Verdict.right),
+        ("I do not know", "72", Verdict.unparseable),
+        ("#### " + "9" * 5000, "72", Verdict.unparseable),
+        ("", "72", Verdict.unparseable),
+    ],
+)
+def test_the_fast_path_needs_no_worker(
+    monkeypatch: pytest.MonkeyPatch, text: str, reference: str, expected: Verdict
+):
+    monkeypatch.setattr(math_rewards, "_workers", no_workers)
+    assert verdict(text, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("\\boxed{2+3}", "5", Verdict.right),
+        ("\\boxed{x=5}", "5", Verdict.right),
+        ("\\boxed{2^10}", "1024", Verdict.right),
+        ("\\boxed{2**10}", "1024", Verdict.right),
+        ("\\boxed{sin(pi/6)}", "1/2", Verdict.right),
+        ("\\boxed{25+25}", "50%", Verdict.right),
+        ("\\boxed{\\frac{\\sqrt 2}{2}}", "\\frac{1}{\\sqrt 2}", Verdict.right),
+        ("#### 72 apples", "72", Verdict.right),
+        ("\\boxed{1 or 2 or 3}", "3", Verdict.wrong),
+        ("\\boxed{x+2}", "x+1", Verdict.wrong),
+        ("\\boxed{==+}", "5", Verdict.unparseable),
+        ("\\boxed{6}", "五", Verdict.error),
+    ],
+)
+def test_computer_algebra_decides_the_rest(text: str, reference: str, expected: Verdict):
+    assert verdict(text, reference) == expected
+
+
+def test_a_hanging_answer_costs_its_deadline_once_and_the_pool_goes_on():
+    assert verdict("\\boxed{2+3}", "5") == Verdict.right  # the pool is up
+    texts = ["\\boxed{2+3}", *[TOWER] * 64, "\\boxed{1+1}", "#### 5"]
+    began = time.monotonic()
+    found = verdicts(said(*texts), [{"answer": "5"}] * 67, deadline=1.5)
+    assert time.monotonic() - began < 2.5
+    assert found == [Verdict.right, *[Verdict.timeout] * 64, Verdict.wrong, Verdict.right]
+    assert verdict("\\boxed{3+3}", "6") == Verdict.right
+
+
+def test_undecided_answers_are_unscored_or_as_the_recipe_says():
+    completions, examples = said("#### 5", TOWER, "#### 6"), [{"answer": 5}] * 3
+    assert math_answer(completions, examples, deadline=0.3) == [1.0, None, 0.0]
+    assert math_answer(completions, examples, deadline=0.3, undecided=0.0) == [1.0, 0.0, 0.0]
+
+
+def test_alarms_and_handlers_of_this_process_are_left_alone():
+    before = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 100.0)
+    try:
+        assert verdict("\\boxed{2+3}", "5") == Verdict.right
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
+        assert signal.getsignal(signal.SIGALRM) == before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("5+5=10\n#### 10", "10"), ("thus \\boxed{x}.", "x"), (7, "7"), (" 1,5 ", "1,5")],
+)
+def test_reference_answer(value: object, expected: str):
+    assert reference_answer({"answer": value}, "answer") == expected
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"answers": "5"}, r"no column 'answer' - did you mean 'answers'\?"),
+        ({"question": "5"}, r"no column 'answer' \(it has: question\)"),
+        ({"answer": None}, "'answer' is empty"),
+        ({"answer": " "}, "'answer' is empty"),
+    ],
+)
+def test_rows_without_a_reference_are_refused(example: dict[str, object], message: str):
+    with pytest.raises(DataError, match=message):
+        math_answer(said("#### 5"), [example])
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan"), float("inf")])
+def test_deadlines_are_positive(deadline: float):
+    with pytest.raises(RecipeError, match="deadline is"):
+        math_answer(said("#### 5"), [{"answer": "5"}], deadline=deadline)
+
+
+def test_each_item_is_sent_once(monkeypatch: pytest.MonkeyPatch):
+    sent: list[tuple[str, str]] = []
+
+    def judge(self: Workers, items: Sequence[tuple[str, str]], deadline: float) -> list[str]:
+        sent.extend(items)
+        return ["wrong"] * len(items)
+
+    monkeypatch.setattr(Workers, "judge", judge)
+    found = verdicts(said("#### x", "#### x", "#### y", "#### 5"), [{"answer": "5"}] * 4)
+    assert sent == [("5", "x"), ("5", "y")]
+    assert found == [Verdict.wrong, Verdict.wrong, Verdict.wrong, Verdict.right]

@@ -1,0 +1,283 @@
+"""Opening a run directory: names, lock, recorded recipe, changes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from rlpost.errors import DiskError, RecipeError, RunInUseError
+from rlpost.recipe.schema import Grpo, Recipe, Sft
+from rlpost.run.layout import open_run
+
+
+def recipe(runs: Path, **changes):
+    node = OmegaConf.structured(Recipe)
+    node.run, node.runs, node.model.path = "first", str(runs), "gpt2"
+    node.stages = {"sft": OmegaConf.structured(Sft(learning_rate=0.001, steps=10))}
+    node.stages["grpo"] = OmegaConf.structured(Grpo(learning_rate=1e-5, steps=10))
+    for key, value in changes.items():
+        OmegaConf.update(node, key.replace("__", "."), value)
+    return node
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def heard(monkeypatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr("rlpost.console.warn", lines.append)
+    return lines
+
+
+def reopen(node, allow_change=False, functions=None):
+    with open_run(node, None, [], allow_change, functions) as run:
+        return run
+
+
+def test_a_new_run_records_its_recipe_and_what_it_runs_on(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "planted-secret-value")
+    given = tmp_path / "mine.yaml"
+    given.write_text("# as written\nrun: first\n")
+    with open_run(recipe(runs), given, ["seed=0", "a=b c"], functions={"r.py:f": "ab" * 32}) as run:
+        assert run.path == runs / "first"
+        assert run.base == runs / "first" / "base"
+        assert run.stage("sft").path == runs / "first" / "sft"
+    assert (run.path / "recipe.yaml").read_text() == given.read_text()
+    assert (run.path / "overrides.txt").read_text() == "seed=0\na=b c\n"
+    config = yaml.safe_load((run.path / "config.resolved.yaml").read_text())
+    assert config["stages"]["sft"]["kind"] == "sft"
+    assert list(config["stages"]) == ["sft", "grpo"]
+    assert OmegaConf.merge(OmegaConf.structured(Recipe), config).model.path == "gpt2"
+    environment = json.loads((run.path / "environment.json").read_text())
+    assert environment["functions"] == {"r.py:f": "ab" * 32}
+    assert environment["versions"]["torch"][0].isdigit()
+    assert sorted(p.name for p in run.path.iterdir()) == [
+        ".lock", "config.resolved.yaml", "environment.json", "overrides.txt", "recipe.yaml",
+    ]  # fmt: skip
+    for path in run.path.iterdir():
+        assert b"planted-secret-value" not in path.read_bytes()
+
+
+def test_the_same_recipe_again_changes_nothing(runs, heard):
+    first = reopen(recipe(runs))
+    before = {p.name: p.read_bytes() for p in first.path.iterdir()}
+    reopen(recipe(runs))
+    assert {p.name: p.read_bytes() for p in first.path.iterdir()} == before
+    assert heard == []
+
+
+def test_another_setting_is_refused_with_old_and_new(runs):
+    path = reopen(recipe(runs)).path
+    with pytest.raises(RecipeError) as raised:
+        reopen(recipe(runs, seed=7, stages__sft__learning_rate=0.002))
+    assert str(raised.value) == (
+        f"{path}: this run was started with other settings: seed: 0 -> 7; "
+        "stages.sft.learning_rate: 0.001 -> 0.002; "
+        "pass --allow-change to go on with the new, or choose another run=NAME"
+    )
+    reopen(recipe(runs))
+
+
+def test_a_change_can_be_allowed_and_the_old_recipe_is_kept(runs, heard):
+    path = reopen(recipe(runs)).path
+    reopen(recipe(runs, seed=7), allow_change=True)
+    assert heard == [f"{path}: going on with changed settings: seed: 0 -> 7"]
+    reopen(recipe(runs, seed=8), allow_change=True)
+    seeds = {p.name: yaml.safe_load(p.read_text())["seed"] for p in path.glob("config*")}
+    assert seeds == {"config.resolved.1.yaml": 0, "config.resolved.2.yaml": 7, "config.resolved.yaml": 8}
+    reopen(recipe(runs, seed=8))
+
+
+def test_what_changes_no_weight_may_change(runs, heard):
+    path = reopen(recipe(runs)).path
+    reopen(recipe(runs, threads=3, description="new", stages__sft__checkpoint_every=5))
+    assert heard == []
+    assert yaml.safe_load((path / "config.resolved.yaml").read_text())["threads"] == 3
+
+
+def test_a_stage_may_be_switched_until_it_is_done_or_a_later_one_begun(runs):
+    path = reopen(recipe(runs)).path
+    reopen(recipe(runs, stages__sft__enabled=False))
+    reopen(recipe(runs, stages__sft__enabled=True))
+    (path / "sft").mkdir()
+    (path / "sft" / "DONE").write_text("")
+    with pytest.raises(RecipeError, match=r"stages.sft.enabled: true -> false"):
+        reopen(recipe(runs, stages__sft__enabled=False))
+    longer = recipe(runs)
+    longer.stages["more"] = OmegaConf.structured(Sft(learning_rate=0.001))
+    reopen(longer)
+    reopen(recipe(runs))
+    (path / "grpo").mkdir()
+    reopen(recipe(runs, stages__grpo__enabled=False))
+    reopen(longer)
+    (path / "more").mkdir()
+    longer.stages.grpo.enabled = False
+    with pytest.raises(RecipeError, match=r"stages.grpo.enabled: true -> false"):
+        reopen(longer)
+
+
+def test_changed_code_of_a_function_is_a_change(runs, heard):
+    reopen(recipe(runs), functions={"r.py:f": "a" * 64})
+    with pytest.raises(
+        RecipeError, match=r"code of r.py:f: sha256 aaaaaaaaaaaa -> sha256 bbbbbbbbbbbb; pass --allow"
+    ):
+        reopen(recipe(runs), functions={"r.py:f": "b" * 64})
+    reopen(recipe(runs), functions={"r.py:f": "b" * 64}, allow_change=True)
+    reopen(recipe(runs), functions={"r.py:f": "b" * 64})
+    assert len(heard) == 1
+
+
+def test_another_version_is_told_and_the_old_environment_kept(runs, heard, monkeypatch):
+    path = reopen(recipe(runs)).path
+    monkeypatch.setattr("rlpost.run.environment.version", lambda _: "99.0")
+    reopen(recipe(runs))
+    assert len(heard) == 1
+    assert "torch: " in heard[0]
+    assert " -> 99.0" in heard[0]
+    assert (path / "environment.1.json").exists()
+    reopen(recipe(runs))
+    assert len(heard) == 1
+
+
+def test_the_saved_recipe_replays_the_run(runs):
+    node = recipe(runs)
+    with open_run(node, Path(__file__), []) as run:
+        text = (run.path / "recipe.yaml").read_text()
+    with open_run(recipe(runs, threads=2), run.path / "config.resolved.yaml", []):
+        pass
+    assert (run.path / "recipe.yaml").read_text() == text, (
+        "the recipe as given is not replaced by the resolved one"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "..", "a/b", "../out", "a b", "ä", "x" * 81, "a\n", "/tmp", "a\x00"]
+)
+def test_bad_names_are_refused(runs, name):
+    with pytest.raises(RecipeError, match=r"^run: .* is not a name of a run"):
+        reopen(recipe(runs, run=name))
+    assert not runs.exists()
+
+
+def test_a_link_out_of_the_runs_folder_is_refused(runs, tmp_path):
+    runs.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (runs / "first").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RecipeError, match=r"is a link out of"):
+        reopen(recipe(runs))
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["base", "", "a.b", "../x", "a/b", "x.tmp-1"])
+def test_bad_names_of_stages_are_refused(runs, name):
+    run = reopen(recipe(runs))
+    with pytest.raises(RecipeError, match=r"not a name of a stage"):
+        run.stage(name)
+
+
+def test_a_folder_of_something_else_is_not_taken_over(runs):
+    (runs / "first").mkdir(parents=True)
+    (runs / "first" / "thesis.txt").write_text("")
+    with pytest.raises(RecipeError, match=r"holds thesis.txt but no config.resolved.yaml"):
+        reopen(recipe(runs))
+
+
+def test_a_kill_while_a_run_begins_is_forgotten(runs):
+    (runs / "first").mkdir(parents=True)
+    for name in (".lock", ".pid", "environment.json", "overrides.txt", "config.resolved.yaml.tmp-12"):
+        (runs / "first" / name).write_text("")
+    path = reopen(recipe(runs)).path
+    assert not list(path.glob("*.tmp-*"))
+
+
+def test_places_that_cannot_be_written(runs, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(DiskError, match=r"runs.*: .*; remove the file that stands in the way"):
+        reopen(recipe(runs))
+
+
+def test_a_damaged_record_is_one_line(runs):
+    path = reopen(recipe(runs)).path
+    (path / "config.resolved.yaml").write_text("a: [")
+    with pytest.raises(DiskError, match=r"config.resolved.yaml: not YAML \(.*\); restore it or") as raised:
+        reopen(recipe(runs))
+    assert "\n" not in str(raised.value)
+    (path / "config.resolved.yaml").write_text("just text")
+    with pytest.raises(DiskError, match=r"not a resolved recipe"):
+        reopen(recipe(runs))
+
+
+def test_a_decision_is_taken_once(runs):
+    run = reopen(recipe(runs))
+    assert run.remember("precision", lambda: ("bfloat16", 1)) == ["bfloat16", 1]
+    assert reopen(recipe(runs)).remember("precision", lambda: "float32") == ["bfloat16", 1]
+    assert run.remember("nothing", lambda: None) is None
+    assert run.remember("nothing", lambda: 3) is None
+
+
+def test_facts_that_must_not_change(runs, heard):
+    run = reopen(recipe(runs))
+    run.unchanged("rows of sft", "abc")
+    run.unchanged("rows of sft", "abc")
+    with pytest.raises(RecipeError, match=r"other settings: rows of sft: abc -> abd; pass --allow-change"):
+        run.unchanged("rows of sft", "abd")
+    reopen(recipe(runs), allow_change=True).unchanged("rows of sft", "abd")
+    assert len(heard) == 1
+    run.unchanged("rows of sft", "abd")
+
+
+HOLD = """
+import sys, time
+from omegaconf import OmegaConf
+from rlpost.run.layout import open_run
+node = OmegaConf.create({"run": "first", "runs": sys.argv[1], "threads": None, "stages": {}})
+with open_run(node, None, []):
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_open_once_and_a_killed_holder_lets_go(runs):
+    node = OmegaConf.create({"run": "first", "runs": str(runs), "threads": None, "stages": {}})
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(runs)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"open\n"
+        start = time.monotonic()
+        with pytest.raises(RunInUseError) as raised:
+            reopen(node)
+        assert time.monotonic() - start < 2
+        assert str(raised.value).startswith(f"{runs / 'first'}: in use by process {holder.pid}; wait for it")
+        assert raised.value.exit_code == 7
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    assert (runs / "first" / ".pid").read_text() == f"{holder.pid}\n"
+    reopen(node)
+    assert not (runs / "first" / ".pid").exists()
+
+
+def test_a_run_is_open_once_in_one_process_too(runs):
+    with open_run(recipe(runs), None, []), pytest.raises(RunInUseError, match=f"process {os.getpid()}"):
+        reopen(recipe(runs))
+    with pytest.raises(ZeroDivisionError), open_run(recipe(runs), None, []):
+        raise ZeroDivisionError
+    reopen(recipe(runs))
+
+
+def test_run_needs_no_torch():
+    code = "import sys, rlpost.run.layout, rlpost.run.interrupt; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "rich", "transformers", "omegaconf", "filelock", "safetensors"} & set(loaded)

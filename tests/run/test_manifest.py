@@ -1,0 +1,102 @@
+"""A folder with a manifest: every change to it is found."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlpost.errors import DiskError
+from rlpost.run.manifest import fault, read_manifest, write_manifest
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "step-000003"
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)))
+    (folder / "state.json").write_text('{"step": 3}\n')
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    write_manifest(folder, {"step": 3})
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def cuts(data: bytes) -> Iterator[bytes]:
+    for length in sorted({0, 1, len(data) // 2, len(data) - 1}):
+        yield data[:length]
+
+
+def test_a_whole_folder_has_no_fault(folder):
+    assert fault(folder) is None
+    manifest = read_manifest(folder)
+    assert manifest["about"] == {"step": 3}
+    assert manifest["files"]["tokenizer/vocab.json"] == {
+        "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+        "size": 2,
+    }
+    assert sorted(manifest["files"]) == ["model.safetensors", "state.json", "tokenizer/vocab.json"]
+
+
+def test_every_cut_of_every_file_is_found(folder):
+    for path in files(folder):
+        whole = path.read_bytes()
+        for data in cuts(whole):
+            path.write_bytes(data)
+            assert path.name in fault(folder), (path.name, len(data))
+        path.write_bytes(whole + b"\n")
+        assert path.name in fault(folder)
+        path.write_bytes(whole)
+    assert fault(folder) is None
+
+
+def test_every_removed_file_is_found(folder):
+    for path in files(folder):
+        whole = path.read_bytes()
+        path.unlink()
+        assert fault(folder) == f"{path.relative_to(folder)} is missing"
+        path.write_bytes(whole)
+    assert fault(folder) is None
+
+
+def test_a_flipped_bit_is_found_in_every_byte(folder):
+    flips = 0
+    for path in files(folder):
+        whole = path.read_bytes()
+        for position in range(len(whole)):
+            data = bytearray(whole)
+            data[position] ^= 1 << (position * 5 + 3) % 8
+            path.write_bytes(data)
+            assert fault(folder), (path.name, position)
+            flips += 1
+        path.write_bytes(whole)
+    assert flips > 700
+    assert fault(folder) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "1", '"x"', "{}", '{"check": 1, "files": {}}', "\xff", "[" * 9]
+)
+def test_a_manifest_of_something_else_is_damaged(folder, text):
+    (folder / "MANIFEST.json").write_bytes(text.encode("latin-1"))
+    assert fault(folder) == "MANIFEST.json is damaged"
+
+
+def test_a_folder_that_is_not_there_is_a_fault_too(tmp_path):
+    assert fault(tmp_path / "none") == "MANIFEST.json is missing"
+
+
+def test_more_files_than_the_manifest_names_do_no_harm(folder):
+    (folder / "README.md").write_text("a note")
+    assert fault(folder) is None
+
+
+def test_what_cannot_be_read_is_no_damage(folder, monkeypatch):
+    def refuse(*_args: object) -> None:
+        raise OSError(24, "Too many open files", str(folder / "state.json"))
+
+    monkeypatch.setattr("rlpost.run.manifest.hashlib.file_digest", refuse)
+    with pytest.raises(DiskError, match=r"state.json: Too many open files; make it readable, or remove"):
+        fault(folder)
