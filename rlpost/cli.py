@@ -26,9 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_Recipe = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")
-]
+_Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")]
 _Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings, like stages.grpo.group_size=16."),
@@ -93,9 +91,7 @@ def evaluate(
 @app.command()
 def sample(
     checkpoint: _Checkpoint,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="By default read from stdin.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="By default read from stdin.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="How many completions.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
@@ -103,9 +99,7 @@ def sample(
     top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
     min_p: Annotated[float, typer.Option("--min-p")] = 0.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token, always.")] = False,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Ends a completion; may be repeated.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Ends a completion; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     best_of: Annotated[
         int | None, typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe.")
@@ -150,9 +144,7 @@ def pairs(
 def show(
     recipe: _Recipe,
     overrides: _Overrides = None,
-    rows: Annotated[
-        int, typer.Option("--rows", min=0, help="Also show so many rows as the model sees them.")
-    ] = 0,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Also show so many rows as the model sees them.")] = 0,
 ) -> None:
     """Print a recipe with everything filled in."""
     from rlpost import console
@@ -179,8 +171,7 @@ def list_(
 
     recipes = [(recipe.name, recipe.description) for recipe in listing()]
     found = [
-        (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items()))
-        for run in list_runs(Path(runs))
+        (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))
     ]
     if as_json:
         print(json.dumps({"recipes": dict(recipes), "runs": dict(found)}))

@@ -36,9 +36,7 @@ from rlpost.stages.context import make_scorer
 from rlpost.stages.pairs import preference_rows
 
 
-def evaluate(
-    checkpoint: str | None, recipe: str | None, overrides: Sequence[str]
-) -> tuple[list[str], Result, str]:
+def evaluate(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[list[str], Result, str]:
     """Evaluate a checkpoint by a recipe's `evaluation`; returns the prompts, the result, and what was evaluated.
 
     Args:
@@ -54,9 +52,7 @@ def evaluate(
     resolved = resolve(recipe or str(_recipe_of(path)), overrides)
     cfg = resolved.config.evaluation
     if cfg is None:
-        raise RecipeError(
-            f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe"
-        )
+        raise RecipeError(f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe")
     policy = _frozen(model, resolved.config.model)
     prompts, result = evaluate_recipe(resolved, cfg, policy)
     print_stages({_title(model): result.to_json()})
@@ -110,9 +106,7 @@ def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> s
     stages = resolved.config.stages
     name = next((n for n, s in stages.items() if isinstance(s, Pairs) and s.enabled), None)
     if name is None:
-        raise RecipeError(
-            f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them"
-        )
+        raise RecipeError(f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them")
     cfg: Pairs = stages[name]
     policy = _frozen(str(find_checkpoint(checkpoint) or checkpoint), resolved.config.model)
     limit = Limit(policy.longest - cfg.sampling.max_new_tokens)
@@ -239,9 +233,7 @@ def _scorer_of(resolved: Resolved) -> Scorer:
 
 def _frozen(path: str, model: Model) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_policy(
-        path, model, bfloat16=decide_bfloat16(model.precision, device), device=device, trainable=False
-    )
+    return load_policy(path, model, bfloat16=decide_bfloat16(model.precision, device), device=device, trainable=False)
 
 
 def _no_stage(name: str) -> Path:

@@ -62,6 +62,18 @@ def fail(text: str) -> None:
     _message("error: ", "bold red", clean(text, newline=" "))
 
 
+def notice(text: str) -> None:
+    """A message from a signal handler, shown below the bar of a live Progress.
+
+    It goes around sys.stderr and rich, which the signal may have interrupted in the middle of a write.
+    """
+    if _live_consoles:
+        _notices.append(clean(text))
+        return
+    with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+        os.write(2, f"{clean(text)}\n".encode())
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table; columns of numbers are aligned to the right."""
     from rich.table import Table
@@ -143,6 +155,7 @@ class Progress:
         self._marks: deque[tuple[float, int]] = deque(maxlen=64)
         self._started = 0.0
         self._live: Live | None = None
+        self._nested = False
         self._line_at = -_PLAIN_EVERY
         self._line_done: int | None = None
 
@@ -153,16 +166,17 @@ class Progress:
             from rich.live import Live
 
             console = _console()
-            nested = bool(_live_consoles)
+            self._nested = bool(_live_consoles)
             self._live = Live(
                 console=console,
                 get_renderable=self._bar,
-                transient=nested,
+                transient=self._nested,
                 redirect_stdout=False,
                 refresh_per_second=4,
             )
             _live_consoles.append(console)
-            self._live.start(refresh=True)
+            self._live.start()
+            self._live.refresh()
         return self
 
     def __exit__(
@@ -171,6 +185,8 @@ class Progress:
         if self._live:
             self._live.stop()
             _live_consoles.pop()
+            if not self._nested:
+                _notices.clear()
         elif self._line_done not in (None, self._done):
             self._line()
 
@@ -218,7 +234,9 @@ class Progress:
         line = Table.grid(padding=(0, 1, 0, 0))
         bar = [ProgressBar(max(1, self._total), self._done, width=room)] if room >= 8 else []
         line.add_row(Text(self._title, style="bold"), *bar, *(Text(word, no_wrap=True) for word in words[1:]))
-        return Group(line, self._metric_line(width)) if self._metrics else line
+        notices = [] if self._nested else [Text(text, style="yellow") for text in _notices]
+        metrics = [self._metric_line(width)] if self._metrics else []
+        return Group(line, *metrics, *notices)
 
     def _metric_line(self, width: int) -> RenderableType:
         """As many of the metrics as one line of the terminal holds."""
@@ -235,6 +253,9 @@ class Progress:
 
 _live_consoles: list[Console] = []
 """The console of each Progress that is live: what is printed meanwhile must go through it."""
+
+
+_notices: list[str] = []
 
 
 class _Stderr:

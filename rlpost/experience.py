@@ -56,9 +56,7 @@ class Experience:
         shares = [sorted(order[i::parts]) for i in range(parts)]
         return [self._take([(g, None) for g in share]) for share in shares if share]
 
-    def cut(
-        self, budget: int, *, whole_groups: bool = False, shared_prompts: bool = True
-    ) -> list[Experience]:
+    def cut(self, budget: int, *, whole_groups: bool = False, shared_prompts: bool = True) -> list[Experience]:
         """Parts of at most `budget` tokens (or one completion), for one forward and backward pass each.
 
         A group over the budget is cut between completions, its prompt then repeats; `whole_groups` forbids that.

@@ -109,9 +109,7 @@ class Learner:
         meter = Meter()
         self.policy.train()
         self._optimizer.zero_grad(set_to_none=False)
-        parts = experience.cut(
-            self._budget, whole_groups=self._whole, shared_prompts=self.policy.shares_prompts
-        )
+        parts = experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.policy.shares_prompts)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             meter.add_part(*self._backward(loss, part, temperature, entropy, synchronise=last))
@@ -163,9 +161,7 @@ class Learner:
     def _clip(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
         if not torch.isfinite(norm):
-            name = next(
-                (n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?"
-            )
+            name = next((n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
             raise DivergedError(
                 f"update {self.updates + 1}: the gradient of {name} is not finite; nothing was changed by it. "
                 "Lower learning_rate, or look at the last rollouts; the run resumes from its last checkpoint"
@@ -224,12 +220,8 @@ class Meter:
         if not names:
             return {}
         table = torch.stack([self._sums[n].double() for n in names])
-        counts = torch.tensor(
-            [float(self._counts[n]) for n in names], dtype=torch.float64, device=table.device
-        )
+        counts = torch.tensor([float(self._counts[n]) for n in names], dtype=torch.float64, device=table.device)
         if accelerator.num_processes > 1:
             table, counts = accelerator.reduce(table, "sum"), accelerator.reduce(counts, "sum")
-            counts = torch.where(
-                torch.tensor([n == "loss" for n in names], device=counts.device), 1.0, counts
-            )
+            counts = torch.where(torch.tensor([n == "loss" for n in names], device=counts.device), 1.0, counts)
         return dict(zip(names, (table / counts.clamp(min=1)).tolist(), strict=True))

@@ -139,15 +139,11 @@ def show_samples(
     rows = []
     for group, total in list(zip(groups, totals, strict=True))[:4]:
         value = total[0]
-        rows.append(
-            (prompt(group), group.completions[0].text, "unscored" if value is None else f"{value:.3g}")
-        )
+        rows.append((prompt(group), group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
     console.samples(f"samples at step {step + 1}", rows)
 
 
-def _rollout_rows(
-    groups: Sequence[Group], totals: Sequence[Sequence[float | None]]
-) -> Iterator[dict[str, Any]]:
+def _rollout_rows(groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
     for group, rewards in zip(groups, totals, strict=True):
         yield {
             "prompt": list(group.prompt),

@@ -69,9 +69,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
         Interrupts() as interrupts,
     ):
-        bfloat16 = bool(
-            run.remember("bfloat16", lambda: decide_bfloat16(recipe.model.precision, accelerator.device))
-        )
+        bfloat16 = bool(run.remember("bfloat16", lambda: decide_bfloat16(recipe.model.precision, accelerator.device)))
         base = base_checkpoint(resolved, run)
         done = Progress(base, {"base": base})
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device)
@@ -166,9 +164,7 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
     corpus: list[str] = []
     if spec.kind is TokenizerKind.bpe:
         console.say(f"training a tokenizer of {spec.vocab_size} tokens")
-        corpus = texts(
-            spec.data, where="model.tokenizer.data", stages=_no_stage, bind=bind, base=resolved.folder
-        )
+        corpus = texts(spec.data, where="model.tokenizer.data", stages=_no_stage, bind=bind, base=resolved.folder)
     return make_tokenizer(spec, corpus)
 
 

@@ -97,9 +97,7 @@ def render(
         TypeError,
     ) as failed:  # a type error is the template's, in what it does with a message
         reason = " ".join(str(failed).split())
-        raise error(
-            f"{place}: the chat template refuses it: {reason}: change the row, or {_REMEDY}"
-        ) from failed
+        raise error(f"{place}: the chat template refuses it: {reason}: change the row, or {_REMEDY}") from failed
     assert isinstance(text, str)
     return text
 

@@ -57,8 +57,7 @@ def make_codec(tokenizer: Any) -> Codec:
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            "the tokenizer has no end token, so no completion could end: "
-            "name one as eos_token in tokenizer_config.json"
+            "the tokenizer has no end token, so no completion could end: name one as eos_token in tokenizer_config.json"
         )
     begin = tokenizer.bos_token_id
     adds_begin = begin is not None and tokenizer.encode("")[:1] == [begin]

@@ -21,9 +21,7 @@ def apply_columns(rows: list[dict[str, Any]], columns: Mapping[str, str], where:
     parts = {role: _parse(value, f"{where}.{role}") for role, value in columns.items()}
     named = []
     for number, row in enumerate(rows, start=1):
-        made = {
-            role: _fill(row, columns[role], parts[role], f"{where}.{role}: row {number}") for role in columns
-        }
+        made = {role: _fill(row, columns[role], parts[role], f"{where}.{role}: row {number}") for role in columns}
         named.append({**row, **made})
     return named
 
@@ -42,9 +40,7 @@ def _parse(value: str, where: str) -> list[tuple[str, str | None]]:
     try:
         parsed = list(string.Formatter().parse(value))
     except ValueError as error:
-        raise RecipeError(
-            f"{where}: {value!r} is not a template ({error}): double a literal brace"
-        ) from error
+        raise RecipeError(f"{where}: {value!r} is not a template ({error}): double a literal brace") from error
     parts: list[tuple[str, str | None]] = []
     for text, column, form, conversion in parsed:
         if column is not None and (not column or form or conversion or set(column) & set(".[]{}")):
@@ -66,8 +62,6 @@ def _fill(row: Mapping[str, Any], value: str, parts: list[tuple[str, str | None]
         if column not in row:
             raise DataError(f"{place} {missing(column, row)}")
         if not isinstance(row[column], str | int | float):
-            raise DataError(
-                f"{place}: column {column!r} is neither text nor a number: it cannot go into a template"
-            )
+            raise DataError(f"{place}: column {column!r} is neither text nor a number: it cannot go into a template")
         filled += str(row[column])
     return filled

@@ -93,9 +93,7 @@ class Dataset:
             "last_turn_only": "rows train their last turn only: the chat template changes earlier ones",
         }
         return lines + [
-            f"{self.counts[key]} of {self.counts['read']} {text}"
-            for key, text in said.items()
-            if self.counts[key]
+            f"{self.counts[key]} of {self.counts['read']} {text}" for key, text in said.items() if self.counts[key]
         ]
 
     @cached_property
@@ -126,9 +124,7 @@ class Dataset:
                 continue
             passed_over += 1
             if passed_over > 10 * len(self):
-                raise DataError(
-                    f"{part.label}: rows as presented are all longer than {self._limit.max_length} tokens"
-                )
+                raise DataError(f"{part.label}: rows as presented are all longer than {self._limit.max_length} tokens")
         return drawn
 
     def all(self) -> list[Group]:
@@ -182,9 +178,7 @@ def open_dataset(
         ModelError: conversations, and no chat template.
     """
     if not sources:
-        raise RecipeError(
-            f"{where} names no source: give at least one, like {where}: {{main: {{path: FILE.jsonl}}}}"
-        )
+        raise RecipeError(f"{where} names no source: give at least one, like {where}: {{main: {{path: FILE.jsonl}}}}")
     counts: Counter[str] = Counter()
     parts = []
     for name, source in sources.items():
@@ -245,9 +239,7 @@ def _part(
     return replace(part, rows=[row for row, _ in kept], groups=[group for _, group in kept])
 
 
-def _presented(
-    part: Part, i: int, seed: int, codec: Codec, limit: Limit, counts: Counter[str]
-) -> Group | None:
+def _presented(part: Part, i: int, seed: int, codec: Codec, limit: Limit, counts: Counter[str]) -> Group | None:
     """Row `i` as a group that fits; None when it is dropped."""
     place = f"{part.label} row {i + 1}"
     row = part.rows[i] if part.present is None else _present(part.present, part.rows[i], seed, place)

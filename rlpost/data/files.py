@@ -23,11 +23,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: {error.strerror or error}") from error
     content = content.removeprefix(b"\xef\xbb\xbf")
     # Only "\n" ends a line: JSON may hold other line separators inside strings.
-    return [
-        _row(line, f"{path}:{number}")
-        for number, line in enumerate(content.split(b"\n"), start=1)
-        if line.strip()
-    ]
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
 
 
 def _row(line: bytes, place: str) -> dict[str, Any]:
@@ -41,9 +37,7 @@ def _row(line: bytes, place: str) -> dict[str, Any]:
             "save the file as UTF-8 (from latin-1: iconv -f latin-1 -t utf-8)"
         ) from error
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}: not JSON: {error.msg} at column {error.colno}: one object a line"
-        ) from error
+        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}: one object a line") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: not usable JSON: {error}") from error
     if not isinstance(row, dict):

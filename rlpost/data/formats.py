@@ -74,8 +74,7 @@ def recognise(rows: Sequence[Row], where: str, need: Need | None = None) -> Form
             return form
     wanted = " or ".join(f"({', '.join(_COLUMNS[form])})" for form in _FORMATS[need])
     raise DataError(
-        f"{where} has the columns {', '.join(columns) or 'none'}, needed are {wanted}: "
-        f"name them with {_EXAMPLES[need]}"
+        f"{where} has the columns {', '.join(columns) or 'none'}, needed are {wanted}: name them with {_EXAMPLES[need]}"
     )
 
 
@@ -118,9 +117,7 @@ def row_texts(row: Row) -> list[str]:
         if isinstance(value, str):
             texts.append(value)
         elif isinstance(value, list | tuple):
-            texts += [
-                m["content"] for m in value if isinstance(m, Mapping) and isinstance(m.get("content"), str)
-            ]
+            texts += [m["content"] for m in value if isinstance(m, Mapping) and isinstance(m.get("content"), str)]
     return texts
 
 
@@ -181,14 +178,10 @@ def _common(good: Sequence[chat.Message], bad: Sequence[chat.Message], place: st
     while shared < min(len(good), len(bad)) and good[shared] == bad[shared]:
         shared += 1
     if shared == 0 or shared in (len(good), len(bad)):
-        what = (
-            "nothing in common to be the prompt" if shared == 0 else "no difference after their common part"
-        )
+        what = "nothing in common to be the prompt" if shared == 0 else "no difference after their common part"
         raise DataError(f"{place}: chosen and rejected have {what}")
     if good[shared]["role"] != "assistant" or bad[shared]["role"] != "assistant":
-        raise DataError(
-            f"{place}: chosen and rejected first differ in message {shared + 1}, which is no assistant's"
-        )
+        raise DataError(f"{place}: chosen and rejected first differ in message {shared + 1}, which is no assistant's")
     return shared
 
 

@@ -40,9 +40,7 @@ class Order:
         if not counts or min(counts) < 1:
             raise DataError("a source has no rows: check the data of this stage")
         if min(weights) < 0 or sum(weights) <= 0:
-            raise DataError(
-                f"weights of sources are {list(weights)}: give at least one above 0, and none below"
-            )
+            raise DataError(f"weights of sources are {list(weights)}: give at least one above 0, and none below")
         self._counts = list(counts)
         self._shares = [w / sum(weights) for w in weights]
         self._seed = seed

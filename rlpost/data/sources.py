@@ -56,9 +56,7 @@ def read(
     if source.fold is not None:
         rows = _fold(rows, source.fold, f"{where}.fold")
     if source.map is not None:
-        rows = _map(
-            rows, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where
-        )
+        rows = _map(rows, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where)
     if source.columns:
         rows = apply_columns(rows, source.columns, f"{where}.columns")
     if source.limit is not None:
@@ -101,9 +99,7 @@ def _read_path(path: str, config: str | None, split: str, where: str, base: Path
         return read_jsonl(found)
     if found.suffix == ".parquet":
         return read_parquet(found)
-    raise DataError(
-        f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format"
-    )
+    raise DataError(f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format")
 
 
 def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
@@ -113,9 +109,7 @@ def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
     depends on the set of values alone, not on the order of the rows.
     """
     if fold.of < 2 or not 0 <= fold.hold_out < fold.of:
-        raise RecipeError(
-            f"{where}: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2"
-        )
+        raise RecipeError(f"{where}: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2")
     keys = []
     for number, row in enumerate(rows, start=1):
         if fold.by not in row:
@@ -127,9 +121,7 @@ def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
     wanted = fold.part is FoldPart.held_out
     kept = [row for key, row in zip(keys, rows, strict=True) if (key in held_out) is wanted]
     if not kept:
-        raise DataError(
-            f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts"
-        )
+        raise DataError(f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts")
     return kept
 
 
@@ -158,9 +150,7 @@ def _call(function: Callable[..., Any], arguments: Mapping[str, Any], place: str
 
 def _checked_rows(rows: Any, place: str) -> list[Row]:
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise DataError(
-            f"{place} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None"
-        )
+        raise DataError(f"{place} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
     checked = []
     for row in rows:
         if not isinstance(row, Mapping):

@@ -66,9 +66,7 @@ def _bpe(vocab_size: int, texts: Sequence[str]) -> Any:
             f"{_BYTES} bytes and {len(specials)} special tokens"
         )
     if not any(texts):
-        raise DataError(
-            "model.tokenizer.data has no text to train a bpe tokenizer on: name the sources there"
-        )
+        raise DataError("model.tokenizer.data has no text to train a bpe tokenizer on: name the sources there")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

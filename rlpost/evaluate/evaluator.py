@@ -137,9 +137,7 @@ def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
     return Summary(
         prompts=len(answers.groups),
         samples=samples,
-        accuracy={
-            name: _estimate([correct_PG[p] for p in rows]) for name, rows in _slices(answers, cfg).items()
-        },
+        accuracy={name: _estimate([correct_PG[p] for p in rows]) for name, rows in _slices(answers, cfg).items()},
         rewards=answers.scores.means(),
         finish=dict(Counter(c.finish for c in completions)),
         unscored=sum(v is None for row in answers.scores.by_name[accuracy] for v in row),

@@ -107,12 +107,8 @@ def paired_difference(
         ValueError: different numbers of prompts, or a prompt without scores.
     """
     if len(after) != len(before) or not all(map(len, [*after, *before])):
-        raise ValueError(
-            f"{len(after)} and {len(before)} prompts; give scores of the same prompts, none empty"
-        )
-    differences = [
-        [float(np.mean(new)) - float(np.mean(old))] for new, old in zip(after, before, strict=True)
-    ]
+        raise ValueError(f"{len(after)} and {len(before)} prompts; give scores of the same prompts, none empty")
+    differences = [[float(np.mean(new)) - float(np.mean(old))] for new, old in zip(after, before, strict=True)]
     return clustered_mean(differences, level)
 
 

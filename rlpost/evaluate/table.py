@@ -33,9 +33,7 @@ def print_stages(results: Mapping[str, Mapping[str, Any]]) -> None:
     console.table(f"held-out accuracy in % [95 % interval], {prompts} prompts", columns, rows)
 
 
-def print_answers(
-    prompts: Sequence[str], answers: Mapping[str, Sequence[str]], wanted: Sequence[str]
-) -> None:
+def print_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> None:
     """Print some prompts with the greedy answers of each stage.
 
     Args:

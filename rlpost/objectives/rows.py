@@ -25,9 +25,7 @@ class Rows:
 
     def __init__(self, lengths_S: Sequence[int] | Tensor) -> None:
         self.lengths_S = torch.as_tensor(lengths_S, dtype=torch.long)
-        self.index_N = torch.repeat_interleave(
-            torch.arange(len(self.lengths_S)).to(self.device), self.lengths_S
-        )
+        self.index_N = torch.repeat_interleave(torch.arange(len(self.lengths_S)).to(self.device), self.lengths_S)
         """[N] the completion of each action."""
         self.start_S = torch.cumsum(self.lengths_S, 0) - self.lengths_S
         """[S] where each completion's actions begin."""

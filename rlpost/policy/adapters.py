@@ -61,9 +61,7 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, folder, adapter_name=POLICY, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: this adapter does not fit its base model: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"{folder}: this adapter does not fit its base model: {str(error).splitlines()[0]}") from error
 
 
 def adapter_shape(folder: Path) -> tuple[int, float, Any]:

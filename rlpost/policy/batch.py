@@ -128,9 +128,7 @@ def _rows(groups: Sequence[Group]) -> Rows:
     return Rows([c.actions for c in completions(groups)])
 
 
-def _scored(
-    all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """before_N, after_S and target_N from where each completion starts and where its prompt ends."""
     before: list[int] = []
     after: list[int] = []

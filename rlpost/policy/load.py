@@ -80,9 +80,7 @@ def choose_rows(exact: Exactness, wish: Attention, family: str) -> bool:
     if exact.flat:
         return True
     if wish is Attention.flat:
-        raise ModelError(
-            f"model.attention=flat: not exact for {family}: {exact.reason}; use model.attention=auto"
-        )
+        raise ModelError(f"model.attention=flat: not exact for {family}: {exact.reason}; use model.attention=auto")
     console.warn(f"{family} runs on padded rows, without shared prompts: {exact.reason}")
     return False
 
@@ -186,9 +184,7 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
 
 def _fit(model: Any, tokenizer: Any, path: str) -> None:
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"{path}: its tokenizer has no end token, so a completion could never end; set eos_token"
-        )
+        raise ModelError(f"{path}: its tokenizer has no end token, so a completion could never end; set eos_token")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
@@ -203,9 +199,7 @@ def _dress(model: Any, adapter: Path | None, lora: Lora | None, trainable: bool)
         return model if lora is None or not trainable else adapters.add_policy_adapter(model, lora)
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
-        console.say(
-            f"{adapter}: its adapter is merged, since the recipe trains all weights (model.lora is not set)"
-        )
+        console.say(f"{adapter}: its adapter is merged, since the recipe trains all weights (model.lora is not set)")
         return adapters.merged(loaded).requires_grad_(True)
     if lora is not None and trainable:
         r, alpha, _ = adapters.adapter_shape(adapter)

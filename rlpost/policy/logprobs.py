@@ -19,9 +19,7 @@ Head = Callable[[Tensor], Tensor]
 """[n, D] hidden states -> [n, V] logits, with all that the model does to them."""
 
 
-def over_logits(
-    hidden_ND: Tensor, head: Head, vocabulary: int, reduce: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
+def over_logits(hidden_ND: Tensor, head: Head, vocabulary: int, reduce: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """[N, …] `reduce(logits, where)` over tiles of at-least-float32 logits, `where` the tile's slice of N.
 
     The log-probability of the target is one `reduce`; entropy and a teacher's KL are others.

@@ -35,9 +35,7 @@ class Scores(NamedTuple):
 class Policy(nn.Module):
     """A causal language model, with or without adapters, and its tokenizer."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, flat: bool, bfloat16: bool = False, tiled: bool = True
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, flat: bool, bfloat16: bool = False, tiled: bool = True) -> None:
         """Hold `model`; use `load.load_policy` to get one that has been checked.
 
         Args:
@@ -129,9 +127,7 @@ class Policy(nn.Module):
         assert not self._awaiting_backward, "an adapter switched between a forward pass and its backward"
         with adapters.acting(self.model, adapter):
             yield
-            assert not self._awaiting_backward, (
-                "a forward pass under another adapter needs no gradient: use no_grad"
-            )
+            assert not self._awaiting_backward, "a forward pass under another adapter needs no gradient: use no_grad"
 
     def backward_done(self) -> None:
         """Adapters may be switched again: the pending backward pass is over, or will never come."""

@@ -62,9 +62,7 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
         state = load_file(checkpoint / "adapter_model.safetensors")
         adapters.add_frozen_adapter(policy.model, adapters.REFERENCE, state)
         return Reference(policy, adapters.REFERENCE)
-    frozen = load_policy(
-        checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False
-    )
+    frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False)
     return _frozen(frozen)
 
 

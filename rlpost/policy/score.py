@@ -12,9 +12,7 @@ from rlpost.policy.policy import Policy
 
 
 @torch.no_grad()
-def logprobs(
-    policy: Policy, groups: Sequence[Group], *, temperature: float = 1.0, budget: int = 16384
-) -> Tensor:
+def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.0, budget: int = 16384) -> Tensor:
     """[N] log-probability of every action of the groups, on the CPU, in passes of about `budget` tokens.
 
     Args:

@@ -73,14 +73,10 @@ def find(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(
-                f"{recipe}: no such file{hint_or_list(path.stem, packaged(), 'packaged recipes')}"
-            )
+            raise RecipeError(f"{recipe}: no such file{hint_or_list(path.stem, packaged(), 'packaged recipes')}")
         return path.resolve()
     if recipe not in packaged():
-        raise RecipeError(
-            f"{recipe}: no packaged recipe of that name{hint_or_list(recipe, packaged(), 'packaged')}"
-        )
+        raise RecipeError(f"{recipe}: no packaged recipe of that name{hint_or_list(recipe, packaged(), 'packaged')}")
     return (packaged_folder() / f"{recipe}.yaml").resolve()
 
 
@@ -127,9 +123,7 @@ def _parent(entry: str, file: Path, above: tuple[Path, ...]) -> Path:
     found = [place for place in places if place.is_file()]
     if not found:
         names = {p.stem for p in file.parent.glob("*.yaml")} | set(packaged())
-        raise RecipeError(
-            f"{file}: defaults: no recipe {entry!r}{hint_or_list(name, sorted(names), 'there are')}"
-        )
+        raise RecipeError(f"{file}: defaults: no recipe {entry!r}{hint_or_list(name, sorted(names), 'there are')}")
     for place in found:
         if place not in above:
             return place
@@ -184,9 +178,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value == "<<" or not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                problem = (
-                    f"key {key.value!r} stands here twice" if key.value in seen else "keys are plain names"
-                )
+                problem = f"key {key.value!r} stands here twice" if key.value in seen else "keys are plain names"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -197,9 +189,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _PLAIN]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(

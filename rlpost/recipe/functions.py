@@ -169,9 +169,7 @@ def _allowed(file: Path, where: str, base: Path) -> Path:
     places = [folder / file for folder in folders]
     path = next((place for place in places if place.is_file()), places[0]).resolve()
     if not any(path.is_relative_to(folder) for folder in (*folders, packaged_folder().resolve())):
-        raise RecipeError(
-            f"{where}: {file} lies outside the recipe's folder and the working directory - move it"
-        )
+        raise RecipeError(f"{where}: {file} lies outside the recipe's folder and the working directory - move it")
     if not path.is_file():
         raise RecipeError(f"{where}: no file {str(file)!r} in {base} or {Path.cwd()}")
     return path
@@ -196,9 +194,7 @@ def _load(file: Path, where: str) -> tuple[ModuleType, str]:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file does is theirs to hear of
         del sys.modules[name]
-        raise RecipeError(
-            f"{_line(error, file)}: {type(error).__name__}: {_first_line(error)} ({where})"
-        ) from error
+        raise RecipeError(f"{_line(error, file)}: {type(error).__name__}: {_first_line(error)} ({where})") from error
     finally:
         sys.dont_write_bytecode = caching
     return module, digest
@@ -223,9 +219,7 @@ def _task(fn: str, where: str) -> tuple[ModuleType, str]:
     package = importlib.import_module(_TASKS)
     tasks = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
     if not dot:
-        raise RecipeError(
-            f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'"
-        )
+        raise RecipeError(f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'")
     if task not in tasks:
         raise RecipeError(f"{where}: no task {task!r} in {_TASKS}{hint_or_list(task, tasks, 'there are')}")
     return importlib.import_module(f"{_TASKS}.{task}"), name
@@ -246,9 +240,7 @@ def _function(module: ModuleType, name: str, place: str, where: str) -> Callable
     return options[name]
 
 
-def _check_arguments(
-    function: Callable[..., Any], args: dict[str, Any], owner: Field, field: str, where: str
-) -> None:
+def _check_arguments(function: Callable[..., Any], args: dict[str, Any], owner: Field, field: str, where: str) -> None:
     parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if owner.by_name:
@@ -291,9 +283,7 @@ def _check_named(own: list[str], name: str, field: str, where: str) -> None:
             )
     elif set(own) != set(FIELDS[field].supplied):
         needed = ", ".join(FIELDS[field].supplied)
-        raise RecipeError(
-            f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{field}` function takes ({needed})"
-        )
+        raise RecipeError(f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{field}` function takes ({needed})")
 
 
 def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 
 from rlpost.errors import RecipeError
@@ -59,8 +60,9 @@ def _value(text: str, shown: str) -> Any:
         if re.search(r"""[][{}'"$,\\\n]""", text):
             raise RecipeError(f"{shown}: the value cannot be read - quote it: key='\"...\"'") from error
         return text
-    value = None if parsed.is_sweep_override() else parsed.value()
-    if parsed.is_sweep_override() or not _plain(value):
+    one = parsed.type is OverrideType.CHANGE and not parsed.is_sweep_override()
+    value = parsed.value() if one else None
+    if not one or not _plain(value):
         raise RecipeError(f"{shown}: expected one value - write a list as [a,b] and quote text with commas")
     return value
 
@@ -104,9 +106,7 @@ def _merge(old: dict[Any, Any], new: dict[Any, Any]) -> None:
             old[key] = value
 
 
-def _step(
-    keys: Keys, node: Any, annotation: Any, where: str, parts: list[str]
-) -> tuple[str | int, list[str]]:
+def _step(keys: Keys, node: Any, annotation: Any, where: str, parts: list[str]) -> tuple[str | int, list[str]]:
     """The next key and what remains of the path below it."""
     found = shape(annotation)
     first, rest = parts[0], parts[1:]
@@ -137,9 +137,7 @@ def _refuse_below(annotation: Any, node: Any, name: str | int, where: str) -> No
     """A key below `where` needs something there that can hold keys."""
     value = node.get(name) if isinstance(node, dict) else node[name]
     if is_reference(value):
-        raise RecipeError(
-            f"{where}: is {value!r} in the recipe - change that key, or replace {where} as a whole"
-        )
+        raise RecipeError(f"{where}: is {value!r} in the recipe - change that key, or replace {where} as a whole")
     base = shape(annotation).base
     holds = isinstance(value, dict | list) or (
         value in (None, "???") and (is_dataclass(base) or base is dict or where == "vars" or base is Any)

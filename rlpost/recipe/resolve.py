@@ -82,9 +82,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
     except HydraException as error:
         raise RecipeError(f"{file}: {' '.join(str(error).split())[:300]}") from error
     except RecursionError as error:
-        raise RecipeError(
-            f"{recipe}: values refer to each other in a circle, or are nested too deeply"
-        ) from error
+        raise RecipeError(f"{recipe}: values refer to each other in a circle, or are nested too deeply") from error
     config.folder = config.folder or str(file.parent)
     _make_absolute(config, [Path(config.folder), *(part.file.parent for part in parts), Path.cwd()])
     warnings = validate(config, left_out=frozenset(tree.get("stages") or {}) - set(config.stages))
@@ -146,9 +144,7 @@ def _leave_out_unfinished(node: DictConfig) -> set[str]:
     return {
         f"vars.{name}"
         for name in node.vars
-        if OmegaConf.is_missing(node.vars, name)
-        and f"${{vars.{name}" in text
-        and f"${{vars.{name}" not in needed
+        if OmegaConf.is_missing(node.vars, name) and f"${{vars.{name}" in text and f"${{vars.{name}" not in needed
     }
 
 
@@ -182,9 +178,7 @@ def _refuse_resolvers(tree: Any) -> None:
             rest, before = re.sub(r"\$\{[^${}:]*\}", "_", rest), rest
         if re.search(r"\$\{[^}]*:", rest):
             env = "only names of environment variables go into recipes"
-            raise RecipeError(
-                f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}"
-            )
+            raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}")
 
 
 def _make_absolute(config: Recipe, folders: list[Path]) -> None:

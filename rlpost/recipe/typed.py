@@ -27,10 +27,7 @@ def _fill(keys: Keys, annotation: Any, value: Any, default: Any, where: str) -> 
             full[name] = _fill(keys, expected, inner, getattr(base, name), join(where, name))
         return full
     if isinstance(value, dict) and (found.items or where == "stages"):
-        return {
-            k: _fill(keys, keys.child(where, k, annotation), v, None, join(where, k))
-            for k, v in value.items()
-        }
+        return {k: _fill(keys, keys.child(where, k, annotation), v, None, join(where, k)) for k, v in value.items()}
     if isinstance(value, list) and found.items:
         return [_fill(keys, found.items[0], v, None, join(where, i)) for i, v in enumerate(value)]
     return value
@@ -48,18 +45,12 @@ def _build(keys: Keys, annotation: Any, value: Any, where: str) -> Any:
     if value is None:
         return None
     if is_dataclass(found.base) and isinstance(found.base, type):
-        given = {
-            n: _build(keys, keys.child(where, n, annotation), v, join(where, n)) for n, v in value.items()
-        }
+        given = {n: _build(keys, keys.child(where, n, annotation), v, join(where, n)) for n, v in value.items()}
         return found.base(**given)
     if isinstance(value, dict):
-        return {
-            k: _build(keys, keys.child(where, k, annotation), v, join(where, k)) for k, v in value.items()
-        }
+        return {k: _build(keys, keys.child(where, k, annotation), v, join(where, k)) for k, v in value.items()}
     if isinstance(value, list):
-        items = [
-            _build(keys, keys.child(where, i, annotation), v, join(where, i)) for i, v in enumerate(value)
-        ]
+        items = [_build(keys, keys.child(where, i, annotation), v, join(where, i)) for i, v in enumerate(value)]
         return tuple(items) if found.base is tuple else items
     return value if found.base is Any else _scalar(found.base, value)
 

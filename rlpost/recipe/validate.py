@@ -58,10 +58,10 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
     yield from _stage_names(recipe)
     if not enabled and recipe.evaluation is None:
         yield "stages: nothing to do - give at least one stage or an evaluation"
-    checked = [("", recipe, False), ("model", recipe.model, True), ("evaluation", recipe.evaluation, True)]
-    checked += [(join("stages", name), stage, True) for name, stage in enabled.items()]
-    for top, value, deep in checked:
-        for where, inner in walk(value, top) if deep else [(top, value)]:
+    yield from out_of_range(recipe, "")
+    stages = [(join("stages", name), stage) for name, stage in enabled.items()]
+    for top, value in [("model", recipe.model), *stages, ("evaluation", recipe.evaluation)]:
+        for where, inner in walk(value, top):
             yield from out_of_range(inner, where)
     yield from _model(recipe.model)
     for name, stage in enabled.items():
@@ -240,11 +240,7 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
                 f"{where}.group_size: a group of one has no baseline: {stage.advantage.fn} is 0 everywhere "
                 "and nothing is learned - use at least 2"
             )
-        if (
-            stage.kl.placement == KlPlacement.reward
-            and stage.kl.estimator != KlEstimator.k1
-            and stage.kl.beta > 0
-        ):
+        if stage.kl.placement == KlPlacement.reward and stage.kl.estimator != KlEstimator.k1 and stage.kl.beta > 0:
             yield f"{where}.kl.estimator: {stage.kl.estimator.value} in the reward is biased - k1 is exact"
     if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0:
         flat = "attention=flat cannot share prompts and " if recipe.model.attention == Attention.flat else ""

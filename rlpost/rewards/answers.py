@@ -75,9 +75,7 @@ def tidy(text: str) -> str:
     inner = _boxed(text)
     text = _EMPHASIS.sub(r"\1", _NOISE.sub("", text if inner is None else inner)).strip("* \n\t")
     text = _TEXT.sub(r"\1", text) if _TEXT.fullmatch(text) else text
-    text = (
-        text.replace("{,}", ",").replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    )
+    text = text.replace("{,}", ",").replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     return " ".join(text.split()).rstrip(".,;: ")
 
 

@@ -72,9 +72,7 @@ def verdicts(
     return _judge(list(zip(references, answers, strict=True)), deadline)
 
 
-def verdict(
-    text: str, reference: str, *, find: str | Sequence[str] = MARKED, deadline: float = 5.0
-) -> Verdict:
+def verdict(text: str, reference: str, *, find: str | Sequence[str] = MARKED, deadline: float = 5.0) -> Verdict:
     """The verdict on one text; arguments and errors as in `math_answer`."""
     return _judge([(reference_answer({"answer": reference}, "answer"), find_answer(text, find))], deadline)[0]
 
@@ -97,15 +95,11 @@ def reference_answer(example: Mapping[str, Any], column: str) -> str:
 
 def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Verdict]:
     if not 0 < deadline <= 3600:
-        raise RecipeError(
-            f"math_answer: deadline is {deadline}; give seconds an answer, more than 0, at most 3600"
-        )
+        raise RecipeError(f"math_answer: deadline is {deadline}; give seconds an answer, more than 0, at most 3600")
     decided = {pair: _decide(*pair) for pair in pairs}
     # Completions of a group often agree, and a hanging answer is worth waiting for once only.
     open_pairs = [
-        (reference, answer)
-        for (reference, answer), said in decided.items()
-        if said is None and answer is not None
+        (reference, answer) for (reference, answer), said in decided.items() if said is None and answer is not None
     ]
     if open_pairs:
         replies = _workers().judge(open_pairs, deadline)

@@ -24,9 +24,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     if sys.platform == "linux":
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(
-            resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard)
-        )
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be read as a reply
     judge("1", "x")  # imports sympy and builds the grammar's tables, outside anybody's deadline

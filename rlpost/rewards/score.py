@@ -150,13 +150,11 @@ def _together(
     values = _run(reward, {name: supplied[name] for name in wanted}, where)
     if not isinstance(values, list | tuple):
         raise RewardError(
-            f"rewards: {reward.name} returned {_kind(values)}; "
-            "return a list with a number or None for each completion"
+            f"rewards: {reward.name} returned {_kind(values)}; return a list with a number or None for each completion"
         )
     if len(values) != len(flat):
         raise RewardError(
-            f"rewards: {reward.name} returned {len(values)} values for {len(flat)} completions; "
-            "return one for each"
+            f"rewards: {reward.name} returned {len(values)} values for {len(flat)} completions; return one for each"
         )
     return [_checked(reward, value, completion) for value, completion in zip(values, flat, strict=True)]
 

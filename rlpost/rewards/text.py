@@ -49,9 +49,7 @@ def length(
     """
     span = target if width is None else width
     if target <= 0 or span <= 0:
-        raise RecipeError(
-            f"length: target {target} and width {span} must be positive; give numbers of tokens"
-        )
+        raise RecipeError(f"length: target {target} and width {span} must be positive; give numbers of tokens")
     miss = completion.actions - target
     cost = over if miss > 0 else under
     return 0.0 - cost * min(1.0, abs(miss) / span)  # 0.0 -: never -0.0

@@ -102,9 +102,7 @@ class BuiltinEngine:
         )
         noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
         stops = StopStrings(policy.tokenizer, sampling.stop)
-        drawn = _decode(
-            decoder, torch.from_numpy(noise).to(policy.device), sampling, greedy, policy.end_ids, stops
-        )
+        drawn = _decode(decoder, torch.from_numpy(noise).to(policy.device), sampling, greedy, policy.end_ids, stops)
         ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
         if np.isnan(logp_RT).any():
             raise EngineError(
@@ -114,9 +112,7 @@ class BuiltinEngine:
         stopped: NDArray[np.bool_] = np.asarray(ended_RT.any(1))
         lengths = np.where(stopped, ended_RT.argmax(1) + 1, ids_RT.shape[1])
         return {
-            row: finished(
-                ids_RT[at, :k].tolist(), logp_RT[at, :k].tolist(), bool(stopped[at]), policy.end_ids, stops
-            )
+            row: finished(ids_RT[at, :k].tolist(), logp_RT[at, :k].tolist(), bool(stopped[at]), policy.end_ids, stops)
             for at, (row, k) in enumerate(zip(rows, lengths, strict=True))
         }
 
@@ -165,6 +161,6 @@ def _must_fit(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampli
     longest = max(len(p) for p in prompts)
     if limit is not None and longest + sampling.max_new_tokens > limit:
         raise EngineError(
-            f"sampling.max_new_tokens={sampling.max_new_tokens}: with a prompt of {longest} tokens that is beyond the "
-            f"model's {limit} positions; set it to at most {max(0, limit - longest)}, or leave out longer prompts"
+            f"sampling.max_new_tokens={sampling.max_new_tokens}: with a prompt of {longest} tokens that is beyond "
+            f"the model's {limit} positions; set it to at most {max(0, limit - longest)} or leave out longer prompts"
         )

@@ -91,9 +91,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 class PromptedLayout:
     """Attention of one new token a row to its prompt and to its own tokens; see `attention.Layout`."""
 
-    def __init__(
-        self, widths: Sequence[int], prompt_of_row: Sequence[int], limit: int, device: torch.device
-    ) -> None:
+    def __init__(self, widths: Sequence[int], prompt_of_row: Sequence[int], limit: int, device: torch.device) -> None:
         """Lay out rows that continue prompts.
 
         Args:
@@ -111,9 +109,7 @@ class PromptedLayout:
         """The layer whose cache was updated last: the one that attends next."""
         column = np.arange(self.width)
         short = column < self.width - np.array(widths)[:, None]
-        self._padding = (
-            torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
-        )
+        self._padding = torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
         self._device = device
         self._place(np.asarray(prompt_of_row, np.int64))
 
@@ -148,8 +144,7 @@ class PromptedLayout:
         first = 0 if options.window is None else max(0, self.width + self.length - options.window)
         seen = max(0, self.width - first)
         own_key, own_value = (
-            x.view(-1, *x.shape[2:])[: rows * key_heads, max(0, first - self.width) : self.length]
-            for x in layer.own
+            x.view(-1, *x.shape[2:])[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
         )
         q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
         scores = _product(q, own_key.transpose(1, 2))
@@ -206,9 +201,7 @@ class PromptedLayout:
     def _to_rows(self, x: Tensor, key_heads: int) -> Tensor:
         """[B·K, R, c] from [P·K, S·R, c]."""
         r, c = x.shape[1] // self._slots, x.shape[2]
-        rows = (
-            x.view(self._prompts, key_heads, self._slots, r, c).transpose(1, 2).reshape(-1, key_heads, r, c)
-        )
+        rows = x.view(self._prompts, key_heads, self._slots, r, c).transpose(1, 2).reshape(-1, key_heads, r, c)
         if not self._full:
             rows = rows.index_select(0, self._slot_of_row)
         return rows.view(-1, r, c)

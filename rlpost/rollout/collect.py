@@ -47,10 +47,7 @@ def best_of(groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -
         groups: with completions.
         totals: one reward a completion; None (unscored) never wins over a number.
     """
-    return [
-        replace(g, completions=(g.completions[_best(rewards)],))
-        for g, rewards in zip(groups, totals, strict=True)
-    ]
+    return [replace(g, completions=(g.completions[_best(rewards)],)) for g, rewards in zip(groups, totals, strict=True)]
 
 
 def _best(rewards: Sequence[float | None]) -> int:

@@ -42,9 +42,7 @@ class Decoder(Protocol):
 class FlatDecoder:
     """Prompts run as one flat row, and stay in the cache once, however many rows continue them."""
 
-    def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int
-    ) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
         Args:
@@ -114,9 +112,7 @@ class FlatDecoder:
 class PaddedDecoder:
     """Left-padded rows with transformers' own cache and mask."""
 
-    def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int
-    ) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
         """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`."""
         self.model = model
         self.device = model.get_input_embeddings().weight.device

@@ -22,9 +22,7 @@ def is_greedy(sampling: Sampling, greedy: bool) -> bool:
     return greedy or sampling.temperature == 0
 
 
-def choose(
-    logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, greedy: bool = False
-) -> tuple[Tensor, Tensor]:
+def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, greedy: bool = False) -> tuple[Tensor, Tensor]:
     """Token ids [B] and their log-probabilities [B].
 
     Args:

@@ -1,11 +1,11 @@
 """Signals that ask a run to stop: finish the step, save, leave."""
 
-import os
 import signal
 import threading
-from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from rlpost import console
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -46,8 +46,4 @@ class Interrupts:
             raise KeyboardInterrupt
         self.requested = number
         name = signal.Signals(number).name
-        text = f"\n{name}: stopping after this step, with a checkpoint (again: stop at once)\n"
-        # Not through sys.stderr or rich, which this call may have interrupted in the middle of a write; and
-        # after SIGHUP the terminal may be gone, which must not keep us from saving.
-        with suppress(OSError):
-            os.write(2, text.encode())
+        console.notice(f"{name}: stopping after this step, with a checkpoint (again: stop at once)")

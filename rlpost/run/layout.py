@@ -157,9 +157,7 @@ def _take_up(path: Path, text: str, surroundings: Json, files: Mapping[str, str]
     functions = surroundings["functions"]
     for name, sha256 in before["functions"].items():
         if functions.get(name, sha256) != sha256:
-            changes.append(
-                Change(f"code of {name}", f"sha256 {sha256[:12]}", f"sha256 {functions[name][:12]}")
-            )
+            changes.append(Change(f"code of {name}", f"sha256 {sha256[:12]}", f"sha256 {functions[name][:12]}"))
     if changes:
         _refuse_or_warn(path, changes, allow_change)
     newer = [Change(k, v, surroundings["versions"].get(k, "-")) for k, v in before["versions"].items()]

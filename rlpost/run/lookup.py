@@ -44,9 +44,7 @@ def newest_finished_run(runs: Path) -> Path:
     """
     finished = [(run.finished, run.path) for run in list_runs(runs) if run.finished is not None]
     if not finished:
-        raise ModelError(
-            f"{runs}: no finished run; finish one with `rlpost train RECIPE` or name a checkpoint"
-        )
+        raise ModelError(f"{runs}: no finished run; finish one with `rlpost train RECIPE` or name a checkpoint")
     return max(finished)[1]
 
 
@@ -143,9 +141,7 @@ def _of_stage(stage: Path) -> Path:
 def _verified(folder: Path) -> Path:
     wrong = fault(folder)
     if wrong:
-        raise DiskError(
-            f"{folder}: {wrong}; run its `rlpost train` again to repair it, or take another checkpoint"
-        )
+        raise DiskError(f"{folder}: {wrong}; run its `rlpost train` again to repair it, or take another checkpoint")
     return folder
 
 

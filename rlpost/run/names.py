@@ -75,9 +75,7 @@ def run_path(runs: Path, name: str) -> Path:
 def stage_path(run: Path, name: str) -> Path:
     """The directory of a stage; raises RecipeError for a name that is malformed or leads out of the run."""
     if not _STAGE.fullmatch(name) or name == BASE:
-        raise RecipeError(
-            f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r}"
-        )
+        raise RecipeError(f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r}")
     path = run / name
     if not path.resolve().is_relative_to(run.resolve()):
         raise RecipeError(f"stages.{name}: {path} is a link out of {run}; remove it")

@@ -238,9 +238,7 @@ def _cut(path: Path, length: int) -> None:
     with disk_errors(path):
         size = path.stat().st_size if path.exists() else 0
         if size < length:
-            console.warn(
-                f"{path}: {size} bytes are left of the {length} logged before; going on without them"
-            )
+            console.warn(f"{path}: {size} bytes are left of the {length} logged before; going on without them")
         elif size > length:
             os.truncate(path, length)
             sync(path)

@@ -137,9 +137,7 @@ class Context:
 
     def finish_rows(self, write: Callable[[Path], None], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""
-        return self.out.finish(
-            write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage}
-        )
+        return self.out.finish(write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage})
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
         base = base_of(self.start) if (self.start / ADAPTER_FILE).is_file() else str(self.start)

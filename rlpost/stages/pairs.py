@@ -77,11 +77,7 @@ def pairs_of_group(
             scored.setdefault(completion.text, reward)
     ranked = sorted(scored, key=lambda text: -scored[text])
     candidates = (
-        itertools.combinations(ranked, 2)
-        if choice is PairChoice.all
-        else [(ranked[0], ranked[-1])]
-        if ranked
-        else []
+        itertools.combinations(ranked, 2) if choice is PairChoice.all else [(ranked[0], ranked[-1])] if ranked else []
     )
     for chosen, rejected in candidates:
         if scored[chosen] - scored[rejected] > min_gap:

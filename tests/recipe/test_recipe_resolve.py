@@ -77,9 +77,7 @@ def test_the_resolved_recipe_resolves_to_itself_from_anywhere(
     adding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text("def good(completion, example):\n    return 1.0\n")
-    first = resolve(
-        adding, [DATA, "stages.grpo.rewards=[{fn: 'mine.py:good'}]", "stages.sft.betas=[0.8,0.9]"]
-    )
+    first = resolve(adding, [DATA, "stages.grpo.rewards=[{fn: 'mine.py:good'}]", "stages.sft.betas=[0.8,0.9]"])
     assert first.config.stages["grpo"].rewards[0].fn == f"{tmp_path}/mine.py:good"
     elsewhere = tmp_path / "runs" / "adding"
     elsewhere.mkdir(parents=True)
@@ -196,8 +194,8 @@ def test_nothing_global_is_left_behind_even_by_threads(adding: str, write) -> No
     child = str(write("child.yaml", "defaults: [adding]\nseed: 3\n"))
     before = set(ConfigStore.instance().repo)
     with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda i: resolve(child, [DATA, f"stages.sft.steps={i + 1}"]), range(8)))
-    assert [run.config.stages["sft"].steps for run in runs] == list(range(1, 9))
+        runs = list(pool.map(lambda i: resolve(child, [DATA, f"stages.sft.steps={i + 1}"]), range(4)))
+    assert [run.config.stages["sft"].steps for run in runs] == [1, 2, 3, 4]
     assert all(run.config.seed == 3 for run in runs)
     refusal(child, DATA, "oops=1")
     left = set(ConfigStore.instance().repo) - before

@@ -122,12 +122,7 @@ def test_a_disabled_stage_is_not_looked_into(adding: str) -> None:
 
 @pytest.mark.parametrize("name", ["base", "start", "a/b", "", "sft.v2", "x" * 81])
 def test_names_that_a_stage_cannot_have(adding: str, name: str, write) -> None:
-    text = (
-        Path(adding)
-        .read_text()
-        .replace("  grpo:\n", f"  '{name}':\n")
-        .replace("${stages.grpo.sampling}", "{}")
-    )
+    text = Path(adding).read_text().replace("  grpo:\n", f"  '{name}':\n").replace("${stages.grpo.sampling}", "{}")
     with pytest.raises(RecipeError, match=r"^stages\."):
         resolve(str(write("named.yaml", text)), [DATA])
 

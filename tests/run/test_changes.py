@@ -41,9 +41,7 @@ def test_a_change_is_told_by_its_key_path():
     assert changed(lambda r: r["stages"]["grpo"]["rewards"][0].update(weight=2.0)) == [
         "stages.grpo.rewards[0].weight: 1.0 -> 2.0"
     ]
-    assert changed(lambda r: r["stages"]["grpo"]["stop"].append("\n")) == [
-        'stages.grpo.stop[0]: (absent) -> "\\n"'
-    ]
+    assert changed(lambda r: r["stages"]["grpo"]["stop"].append("\n")) == ['stages.grpo.stop[0]: (absent) -> "\\n"']
     assert changed(lambda r: r["model"].update(lora={"r": 8})) == [
         "model.lora.r: (absent) -> 8",
         "model.lora: null -> (absent)",

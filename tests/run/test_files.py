@@ -57,9 +57,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call, e
             break
     assert failing.calls < at, "every call was made to fail once"
     assert told or call in ("replace", "unlink", "rmdir")
-    assert told <= (
-        {""} if isinstance(error, KeyboardInterrupt) else {f"{folder}: {FULL}", f"{tmp_path}: {FULL}"}
-    )
+    assert told <= ({""} if isinstance(error, KeyboardInterrupt) else {f"{folder}: {FULL}", f"{tmp_path}: {FULL}"})
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -145,9 +143,7 @@ def test_a_line_is_strict_json_whatever_is_in_it():
     line = encode_line(
         {"b": float("nan"), "a": [1.5, float("-inf")], "text": "é\u2028\n\ud800", "n": {"x": float("inf")}}
     )
-    assert (
-        line == b'{"b": null, "a": [1.5, null], "text": "\xc3\xa9\xe2\x80\xa8\\n\\ud800", "n": {"x": null}}\n'
-    )
+    assert line == b'{"b": null, "a": [1.5, null], "text": "\xc3\xa9\xe2\x80\xa8\\n\\ud800", "n": {"x": null}}\n'
     assert json.loads(line)["text"] == "é\u2028\n\ud800"
 
 

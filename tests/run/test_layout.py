@@ -128,9 +128,7 @@ def test_a_stage_may_be_switched_until_it_is_done_or_a_later_one_begun(runs):
 
 def test_changed_code_of_a_function_is_a_change(runs, heard):
     reopen(recipe(runs), functions={"r.py:f": "a" * 64})
-    with pytest.raises(
-        RecipeError, match=r"code of r.py:f: sha256 aaaaaaaaaaaa -> sha256 bbbbbbbbbbbb; pass --allow"
-    ):
+    with pytest.raises(RecipeError, match=r"code of r.py:f: sha256 aaaaaaaaaaaa -> sha256 bbbbbbbbbbbb; pass --allow"):
         reopen(recipe(runs), functions={"r.py:f": "b" * 64})
     reopen(recipe(runs), functions={"r.py:f": "b" * 64}, allow_change=True)
     reopen(recipe(runs), functions={"r.py:f": "b" * 64})
@@ -155,14 +153,10 @@ def test_the_saved_recipe_replays_the_run(runs):
         text = (run.path / "recipe.yaml").read_text()
     with open_run(recipe(runs, threads=2), run.path / "config.resolved.yaml", []):
         pass
-    assert (run.path / "recipe.yaml").read_text() == text, (
-        "the recipe as given is not replaced by the resolved one"
-    )
+    assert (run.path / "recipe.yaml").read_text() == text, "the recipe as given is not replaced by the resolved one"
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".hidden", "..", "a/b", "../out", "a b", "ä", "x" * 81, "a\n", "/tmp", "a\x00"]
-)
+@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "../out", "a b", "ä", "x" * 81, "a\n", "/tmp", "a\x00"])
 def test_bad_names_are_refused(runs, name):
     with pytest.raises(RecipeError, match=r"^run: .* is not a name of a run"):
         reopen(recipe(runs, run=name))
@@ -277,7 +271,5 @@ def test_a_run_is_open_once_in_one_process_too(runs):
 
 def test_run_needs_no_torch():
     code = "import sys, rlpost.run.layout, rlpost.run.interrupt; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "rich", "transformers", "omegaconf", "filelock", "safetensors"} & set(loaded)

@@ -57,9 +57,7 @@ def test_runs_at_a_glance(runs):
     assert list_runs(runs)[0].description == "run half"
 
 
-@pytest.mark.parametrize(
-    "path", ["runs/new", "runs/new/", "runs/new/dpo", "runs/new/dpo/final", "./runs/new"]
-)
+@pytest.mark.parametrize("path", ["runs/new", "runs/new/", "runs/new/dpo", "runs/new/dpo/final", "./runs/new"])
 def test_every_way_to_name_a_final_checkpoint(runs, path):
     assert find_checkpoint(path) == runs / "new" / "dpo" / "final"
 
@@ -73,8 +71,7 @@ def test_an_unfinished_run_or_stage_says_what_to_take(runs):
     with pytest.raises(ModelError) as raised:
         find_checkpoint("runs/half")
     assert str(raised.value) == (
-        "runs/half: stage dpo is not finished; "
-        "run its `rlpost train` again to finish it, or take runs/half/sft"
+        "runs/half: stage dpo is not finished; run its `rlpost train` again to finish it, or take runs/half/sft"
     )
     StageDirectory(runs / "half" / "dpo").save(12, {}, {}, keep=1)
     with pytest.raises(ModelError) as raised:

@@ -76,9 +76,7 @@ def test_a_flipped_bit_is_found_in_every_byte(folder):
     assert fault(folder) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["", "null", "[]", "1", '"x"', "{}", '{"check": 1, "files": {}}', "\xff", "[" * 9]
-)
+@pytest.mark.parametrize("text", ["", "null", "[]", "1", '"x"', "{}", '{"check": 1, "files": {}}', "\xff", "[" * 9])
 def test_a_manifest_of_something_else_is_damaged(folder, text):
     (folder / "MANIFEST.json").write_bytes(text.encode("latin-1"))
     assert fault(folder) == "MANIFEST.json is damaged"

@@ -212,9 +212,7 @@ def test_a_log_that_lost_lines_is_told(stage, heard):
     save(stage, 1)
     (stage.path / "metrics.jsonl").write_bytes(b"")
     assert stage.resume().step == 1
-    assert heard == [
-        f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; going on without them"
-    ]
+    assert heard == [f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; going on without them"]
 
 
 def test_saving_a_step_again_replaces_it_only_when_it_differs(stage):
@@ -323,9 +321,7 @@ def test_a_killed_writer_leaves_what_resume_can_use(stage):
 def test_the_metrics_log_has_nothing_of_the_clock(stage, tmp_path):
     other = StageDirectory(tmp_path / "again")
     for directory in (stage, other):
-        directory.log(
-            1, {"z": 0.1, "a": torch.tensor(0.1), "tokens": 7, "kl": float("nan"), "top": float("inf")}
-        )
+        directory.log(1, {"z": 0.1, "a": torch.tensor(0.1), "tokens": 7, "kl": float("nan"), "top": float("inf")})
     line = (stage.path / "metrics.jsonl").read_text()
     assert line == '{"step": 1, "z": 0.1, "a": 0.10000000149011612, "tokens": 7, "kl": null, "top": null}\n'
     assert (other.path / "metrics.jsonl").read_text() == line
@@ -356,8 +352,7 @@ def test_a_damaged_result_is_not_done_and_can_be_finished_again(stage, heard):
     stage.rows.write_text("")
     assert stage.done is None
     assert heard == [
-        f"{stage.final}: rows.jsonl has 0 bytes instead of 3; "
-        "the stage is finished again from its last checkpoint"
+        f"{stage.final}: rows.jsonl has 0 bytes instead of 3; the stage is finished again from its last checkpoint"
     ]
     stage.finish(lambda f: (f / "rows.jsonl").write_text("{}\n") and None, {})
     assert stage.done == stage.final

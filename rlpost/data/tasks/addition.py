@@ -40,9 +40,7 @@ def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
     return [_row(number) for number in _order(seed)[:n]]
 
 
-def careless_teacher(
-    row: Mapping[str, Any], random: randomness.Random, *, forgets: float = 0.6
-) -> dict[str, Any]:
+def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, forgets: float = 0.6) -> dict[str, Any]:
     """The row with an answer drawn afresh: with probability `forgets` all carries of it are dropped.
 
     Without a carry there is nothing to forget, and the answer is right.

@@ -32,6 +32,21 @@ def question_answer(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def conversation(
+    row: Mapping[str, Any],
+    *,
+    instruction: str = "Reason step by step. End with a line '#### ' and the final number alone.",
+) -> dict[str, Any]:
+    """A `question`/`answer` row for a chat model: the question and the instruction as one user turn.
+
+    Raises:
+        DataError: a column or the final answer is missing.
+    """
+    made = question_answer(row)
+    asked = [{"role": "user", "content": f"{made['question'].strip()}\n\n{instruction}"}]
+    return {**made, "prompt": asked}
+
+
 def solution_pairs(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All pairs of a right and a wrong solution of the row's question; none when it lacks either.
 
@@ -97,9 +112,7 @@ def _solutions(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     wrong: dict[str, None] = {}
     found = [v for v in row.values() if isinstance(v, Mapping) and "is_correct" in v]
     if not found:
-        raise DataError(
-            "no column holds a solution with 'is_correct': this map reads example_model_solutions rows"
-        )
+        raise DataError("no column holds a solution with 'is_correct': this map reads example_model_solutions rows")
     for entry in found:
         (right if entry["is_correct"] else wrong)[_hashes(_text(entry, "solution"))] = None
     return list(right), list(wrong)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.functions import Bound, bind, bind_all, functions_of
+from rlpost.recipe.resolve import resolve
+from rlpost.recipe.schema import Function
+
+DATA = "vars.data=rows.jsonl"
+ADVANTAGES = "rlpost.objectives.advantages"
+
+
+def defining(name: str, source: str) -> ModuleType:
+    """A module made of `source`, as if it were imported."""
+    module = ModuleType(name)
+    exec(compile(source, f"{name}.py", "exec"), module.__dict__)
+    return module
+
+
+@pytest.fixture
+def objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins without torch for the modules that own advantages and losses."""
+    sources = {
+        ADVANTAGES: "def group_normalised(r, *, eps: float = 1e-4): return (r, eps)\n"
+        "def leave_one_out(r): return r\ndef ratio(a, b): return a\ndef _mean(r): return r\n",
+        "rlpost.objectives.surrogates": "def clipped_surrogate(l, o, a, rows, *, low: float = 0.2): return low\n",
+        "rlpost.objectives.preference": "def dpo(pairs, *, beta: float = 0.1): return beta\n",
+        "rlpost.objectives.supervised": "def nll(logp): return -logp\n",
+        "rlpost.rewards": "def math_answer(completion, example): return 1.0\n"
+        "def length(completion, example, *, most: int = 100): return most\n",
+    }
+    for name, source in sources.items():
+        monkeypatch.setitem(sys.modules, name, defining(name, source))
+
+
+def refusal(fn: str, field: str, base: Path, **args: Any) -> str:
+    with pytest.raises(RecipeError) as caught:
+        bind(Function(fn, args), field, "here", base)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_arguments_are_applied(objectives: None, tmp_path: Path) -> None:
+    bound = bind(Function("group_normalised", {"eps": 0.5}), "advantage", "stages.g.advantage", tmp_path)
+    assert bound(3) == (3, 0.5)
+    assert (bound.name, bound.where, bound.file, bound.sha256) == ("group_normalised", "stages.g.advantage", None, None)
+    assert bind(Function("leave_one_out"), "advantage", "x", tmp_path)(7) == 7
+
+
+def test_a_name_that_is_not_there(objectives: None, tmp_path: Path) -> None:
+    assert refusal("leave_one_uot", "advantage", tmp_path) == (
+        f"here.fn: no function 'leave_one_uot' in {ADVANTAGES} - did you mean 'leave_one_out'?"
+    )
+    assert "(it has: group_normalised, leave_one_out, ratio)" in refusal("frobnicate", "advantage", tmp_path)
+    assert "no function '_mean'" in refusal("_mean", "advantage", tmp_path)
+    assert "here.fn: no task 'adition' in rlpost.data.tasks - did you mean 'addition'?" in refusal(
+        "adition.train", "task", tmp_path
+    )
+    assert "write 'task.function'" in refusal("train", "map", tmp_path)
+
+
+def test_arguments_that_do_not_fit(objectives: None, tmp_path: Path) -> None:
+    assert refusal("group_normalised", "advantage", tmp_path, epz=1) == (
+        "here.args.epz: 'group_normalised' has no argument 'epz' - did you mean 'eps'?"
+    )
+    assert "(it takes: none)" in refusal("leave_one_out", "advantage", tmp_path, eps=1)
+    assert "here.args.r: the program supplies it" in refusal("leave_one_out", "advantage", tmp_path, r=1)
+    assert "here.args.eps: expected float, got 'small'" in refusal(
+        "group_normalised", "advantage", tmp_path, eps="small"
+    )
+    assert "here.args.beta: expected float, got True" in refusal("dpo", "dpo.loss", tmp_path, beta=True)
+    assert "'ratio' takes (a, b) from the program, which gives (reward_PG)" in refusal("ratio", "advantage", tmp_path)
+    assert bind(Function("group_normalised", {"eps": 1}), "advantage", "x", tmp_path)(0) == (0, 1)
+
+
+def test_a_users_file_is_loaded_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def brief(completion, example, weight, most=10):\n    return most * weight\n")
+    bound = bind(Function("mine.py:brief", {"weight": 2}), "reward", "here", tmp_path)
+    assert bound("text", {}) == 20
+    assert (bound.file, bound.sha256) == (file, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert list(inspect.signature(bound).parameters)[:2] == ["completion", "example"]
+    assert not (tmp_path / "__pycache__").exists()
+    # The same second, the same size: a bytecode cache would still give 10.
+    file.write_text("def brief(completion, example, weight, most=11):\n    return most * weight\n")
+    assert bind(Function("mine.py:brief", {"weight": 2}), "reward", "here", tmp_path)("text", {}) == 22
+    message = refusal("mine.py:brief", "reward", tmp_path)
+    assert message == "here.args.weight: missing - 'brief' has no default for it - give one"
+    assert "did you mean 'brief'?" in refusal("mine.py:breif", "reward", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert bind(Function("mine.py:brief", {"weight": 1}), "reward", "x", tmp_path / "elsewhere")("", {}) == 11
+
+
+def test_files_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("inside", "outside"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "outside" / "f.py").write_text("def f(completion): return 1.0\n")
+    monkeypatch.chdir(tmp_path / "inside")
+    base = tmp_path / "inside"
+    assert "lies outside the recipe's folder" in refusal(f"{tmp_path}/outside/f.py:f", "reward", base)
+    assert "lies outside the recipe's folder" in refusal("../outside/f.py:f", "reward", base)
+    (base / "link.py").symlink_to(tmp_path / "outside" / "f.py")
+    assert "lies outside the recipe's folder" in refusal("link.py:f", "reward", base)
+    assert "no file 'none.py'" in refusal("none.py:f", "reward", base)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\nimport nowhere_at_all\n", "bad.py:2: ModuleNotFoundError: No module named 'nowhere_at_all' (here.fn)"),
+        ("def f(:\n", "bad.py:1: SyntaxError: "),
+        ("\n\nraise ValueError('two\\nlines')\n", "bad.py:3: ValueError: two (here.fn)"),
+        ("import sys\nsys.exit(3)\n", "bad.py:2: SystemExit: 3"),
+    ],
+)
+def test_a_file_that_fails_to_load_is_one_line(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "bad.py").write_text(source)
+    assert message in refusal("bad.py:f", "reward", tmp_path)
+    assert not [name for name in sys.modules if name.startswith("_rlpost_user") and "bad" in str(sys.modules[name])]
+
+
+@pytest.mark.parametrize(
+    ("signature", "field", "message"),
+    [
+        ("text", "reward", "a reward takes (completion, example) or (completions, examples)"),
+        ("completion, examples", "reward", "a reward takes"),
+        ("example", "reward", "a reward takes"),
+        ("random", "map", "a `map` function takes (row)"),
+        ("row", "present", "a `present` function takes (row, random)"),
+        ("count", "task", "here.args.count: missing"),
+    ],
+)
+def test_what_the_program_supplies_is_told_by_names(tmp_path: Path, signature: str, field: str, message: str) -> None:
+    (tmp_path / "f.py").write_text(f"def f({signature}): return None\n")
+    assert message in refusal("f.py:f", field, tmp_path)
+
+
+def test_functions_of_every_kind_of_field_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "f.py").write_text(
+        "def task(*, count=1): return [{}] * count\n"
+        "def row(row, **rest): return {**row, **rest}\n"
+        "def show(row, random, *, shift=0): return random + shift\n"
+        "def all(completions): return [0.0 for _ in completions]\n"
+    )
+    assert bind(Function("f.py:task", {"count": 2}), "task", "x", tmp_path)() == [{}, {}]
+    assert bind(Function("f.py:row", {"any": 1}), "map", "x", tmp_path)({"a": 0}) == {"a": 0, "any": 1}
+    assert bind(Function("f.py:show", {"shift": 2}), "present", "x", tmp_path)({}, 1) == 3
+    assert bind(Function("f.py:all"), "reward", "x", tmp_path)(["a", "b"]) == [0.0, 0.0]
+
+
+def test_every_function_of_a_recipe_is_bound_before_anything_runs(
+    adding: str, objectives: None, tmp_path: Path
+) -> None:
+    resolved = resolve(adding, [DATA, "stages.grpo.rewards.1.args.most=9"])
+    bound = bind_all(resolved.config, resolved.folder)
+    assert all(isinstance(one, Bound) for one in bound)
+    assert [one.where for one in bound] == [
+        "stages.sft.loss",
+        "stages.pairs.rewards[0]",
+        "stages.dpo.loss",
+        "stages.grpo.loss",
+        "stages.grpo.advantage",
+        "stages.grpo.rewards[0]",
+        "stages.grpo.rewards[1]",
+        "evaluation.rewards[0]",
+    ]
+    assert bound[6]("", {}) == 9
+    off = resolve(adding, [DATA, "stages.grpo.enabled=false"]).config
+    assert not [where for _, _, where in functions_of(off) if where.startswith("stages.grpo")]
+    wrong = resolve(adding, [DATA, "stages.grpo.loss.args.lwo=0.1"])
+    with pytest.raises(RecipeError, match=r"stages\.grpo\.loss\.args\.lwo: .* did you mean 'low'\?"):
+        bind_all(wrong.config, wrong.folder)
+
+
+def test_a_file_that_is_not_there_is_found_out_on_resolving(adding: str) -> None:
+    with pytest.raises(RecipeError, match=r"stages\.grpo\.rewards\[0\]\.fn: no file 'none\.py'"):
+        resolve(adding, [DATA, "stages.grpo.rewards=[{fn: 'none.py:f'}]"])
