@@ -108,7 +108,7 @@ class Learner:
         """
         meter = Meter()
         self.policy.train()
-        self._optimizer.zero_grad(set_to_none=False)
+        self._zero_gradients()
         parts = experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.policy.shares_prompts)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
@@ -149,14 +149,21 @@ class Learner:
     ) -> None:
         """Nothing here adds to the gradient; the step is taken all the same, since momentum goes on."""
         if self.accelerator.num_processes == 1:
-            for p in self._named.values():
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             meter.add({"loss": torch.zeros(1)}, sums=True)
             return
         # Other ranks wait for this one's backward pass: it runs one group at weight zero.
         one = experience.first_group()
         total, metrics = self._backward(loss, one, temperature, entropy, synchronise=True, scale=0.0)
         meter.add_part(0.0 * total, {name: x[:0] for name, x in metrics.items()})
+
+    def _zero_gradients(self) -> None:
+        # Never None, which the optimiser would pass over: a parameter that no action reaches this time (an expert)
+        # follows its momentum, in a resumed process as in one that went on.
+        for p in self._named.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.zero_()
 
     def _clip(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
@@ -189,7 +196,8 @@ class Learner:
         for key, value in optimizer.items():
             name, what = key.rsplit("/", 1)
             p = self._named[name]
-            state.setdefault(p, {})[what] = value.clone() if what == "step" else value.to(p.device).clone()
+            # The step count too: a fused optimiser wants it where the parameter is.
+            state.setdefault(p, {})[what] = value.to(p.device).clone()
         self._optimizer.state.clear()
         self._optimizer.state.update(state)
         self.updates = updates

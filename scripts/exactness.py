@@ -103,9 +103,7 @@ def measure(family: str, dtype: torch.dtype, share: bool = True) -> Gap:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=list(FAMILIES), help=", ".join(FAMILIES))
     columns = ("logp float32", "grad float32", "logp float64", "grad float64")
     print(f"{'family':14}" + "".join(f"{name:>14}" for name in columns) + "  flat  tiled")

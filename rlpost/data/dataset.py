@@ -147,10 +147,10 @@ class Dataset:
         """Continue from `state()`: the groups that follow are those that would have followed.
 
         Raises:
-            DataError: the rows are not those of the state (`allow_change` allows it while their number is
-            the same).
+            DataError: the rows are not those of the state (`allow_change`, here or when it was opened, allows
+            it while their number is the same).
         """
-        if state["fingerprint"] != self.fingerprint and not allow_change:
+        if state["fingerprint"] != self.fingerprint and not (allow_change or self._allow_change):
             raise DataError(
                 f"the data has changed since this run began ({state['fingerprint']} -> {self.fingerprint}): "
                 "restore it, pass --allow-change, or start another run with run=NAME"

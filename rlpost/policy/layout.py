@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,56 +39,77 @@ class Segment:
 class Tile:
     """Rows of similar shape, attended in one call."""
 
-    query_BQ: Tensor
-    """Index into T of each query; padding points at token 0."""
-    key_BK: Tensor
+    first: int
+    """Where its queries begin among all tiles' queries."""
     query_position_BQ: Tensor
+    """Positions within the sequence; a padding query stands where its row's last real one does."""
     key_position_BK: Tensor
-    """Positions within the sequence; FAR for padding."""
-    aligned: bool
-    """Queries are the keys: plain causal attention needs no mask."""
+    """Positions of the row's prompt (none for whole segments) and of its own tokens; FAR for padding."""
+    prompt_PK: Tensor | None = None
+    """Index into T of each distinct prompt's tokens; None for whole segments."""
+    prompt_of_B: Tensor | None = None
+    """Which of those prompts each row continues."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and queries."""
+        return self.query_position_BQ.shape[0], self.query_position_BQ.shape[1]
 
     def mask(self, window: int | None) -> Tensor | None:
         """[B, 1, Q, K], or None where plain causal attention is the same."""
-        if self.aligned and (window is None or window >= self.query_BQ.shape[1]):
+        if self.prompt_PK is None and (window is None or window >= self.shape[1]):
             return None
         return visible(self.query_position_BQ, self.key_position_BK, window)
 
+    def to(self, device: torch.device | str) -> Tile:
+        """The same tile with its indices on `device`."""
+        return Tile(
+            self.first,
+            self.query_position_BQ.to(device),
+            self.key_position_BK.to(device),
+            None if self.prompt_PK is None else self.prompt_PK.to(device),
+            None if self.prompt_of_B is None else self.prompt_of_B.to(device),
+        )
+
 
 class FlatLayout:
-    """The tiles of a flat batch, and where each token's result lies in them."""
+    """The tiles of a flat batch, and where each token lies in them."""
 
-    def __init__(self, tiles: Sequence[Tile], result_T: Tensor) -> None:
+    def __init__(self, tiles: Sequence[Tile], token_M: Tensor, place_T: Tensor) -> None:
+        """Hold the tiles.
+
+        Args:
+            tiles: their queries, padding counted, are numbered 0 to M − 1 through all tiles.
+            token_M: the token of each query; T for padding.
+            place_T: the query of each token: the inverse of `token_M`.
+        """
         self.tiles = list(tiles)
-        self.result_T = result_T
-        """[T] index of each token among the tiles' queries, padding counted."""
+        self.token_M = token_M
+        self.place_T = place_T
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def to(self, device: torch.device | str) -> FlatLayout:
         """The same layout with its indices on `device`."""
-        moved = [
-            Tile(
-                t.query_BQ.to(device),
-                t.key_BK.to(device),
-                t.query_position_BQ.to(device),
-                t.key_position_BK.to(device),
-                t.aligned,
-            )
-            for t in self.tiles
-        ]
-        return FlatLayout(moved, self.result_T.to(device))
+        return FlatLayout([t.to(device) for t in self.tiles], self.token_M.to(device), self.place_T.to(device))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[1, T, H, D]; see `attention.Layout`."""
         assert query.shape[0] == 1, "a flat batch is one row"
+        query_M, key_M, value_M = (
+            _ToTiles.apply(_tokens(x), self.token_M, self.place_T)  # type: ignore[no-untyped-call]
+            for x in (query, key, value)
+        )
+        heads, kv_heads = query.shape[1], key.shape[1]
         outputs = []
         for number, tile in enumerate(self.tiles):
-            q = _gather(query, tile.query_BQ)
-            k, v = _gather(key, tile.key_BK), _gather(value, tile.key_BK)
+            q, k, v = (_rows(x, tile, n) for x, n in ((query_M, heads), (key_M, kv_heads), (value_M, kv_heads)))
+            if tile.prompt_PK is not None:
+                k, v = _after_prompt(key, k, tile), _after_prompt(value, v, tile)
             mask = self._mask(number, options.window)
             out = scaled_attention(q, k, v, mask, options, causal=mask is None)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.result_T)[None]
+            outputs.append(out.transpose(1, 2).reshape(-1, heads * v.shape[-1]))
+        result: Tensor = _FromTiles.apply(torch.cat(outputs), self.token_M, self.place_T)  # type: ignore[no-untyped-call]
+        return result.view(1, len(self.place_T), heads, -1)
 
     def _mask(self, number: int, window: int | None) -> Tensor | None:
         """Masks depend on the window only, so every layer of a pass reuses them."""
@@ -97,19 +119,78 @@ class FlatLayout:
         return self._masks[at]
 
 
+class _ToTiles(torch.autograd.Function):
+    """[M, F] the tokens [T, F] in the tiles' order, zeros for padding; backward is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TF: Tensor, token_M: Tensor, place_T: Tensor) -> Tensor:
+        """Gather; the padding's index T reads a row of zeros."""
+        ctx.save_for_backward(token_M, place_T)
+        return _padded_select(x_TF, token_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Each token lies in exactly one place."""
+        _, place_T = ctx.saved_tensors
+        return grads[0].index_select(0, place_T), None, None
+
+
+class _FromTiles(torch.autograd.Function):
+    """[T, F] the tiles' results [M, F] in the tokens' order: the transpose of `_ToTiles`."""
+
+    @staticmethod
+    def forward(ctx: Any, y_MF: Tensor, token_M: Tensor, place_T: Tensor) -> Tensor:
+        """Gather."""
+        ctx.save_for_backward(token_M, place_T)
+        return y_MF.index_select(0, place_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Padding has no gradient."""
+        token_M, _ = ctx.saved_tensors
+        return _padded_select(grads[0], token_M), None, None
+
+
+def _padded_select(x_TF: Tensor, token_M: Tensor) -> Tensor:
+    return torch.cat([x_TF, x_TF.new_zeros(1, x_TF.shape[1])]).index_select(0, token_M)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[T, H·D] from [1, H, T, D]."""
+    return x[0].transpose(0, 1).reshape(x.shape[2], -1)
+
+
+def _rows(x_MF: Tensor, tile: Tile, heads: int) -> Tensor:
+    """[B, H, Q, D] a tile's rows."""
+    rows, queries = tile.shape
+    return x_MF[tile.first : tile.first + rows * queries].view(rows, queries, heads, -1).transpose(1, 2)
+
+
+def _after_prompt(x: Tensor, own: Tensor, tile: Tile) -> Tensor:
+    """[B, H, K, D] each row's prompt, then its own tokens `own` [B, H, Q, D]; from all tokens x [1, H, T, D]."""
+    assert tile.prompt_PK is not None
+    assert tile.prompt_of_B is not None
+    prompts = _tokens(x).index_select(0, tile.prompt_PK.flatten()).view(*tile.prompt_PK.shape, x.shape[1], -1)
+    # Prompts are gathered once each and repeated whole: few large rows to add up in the backward pass.
+    return torch.cat([prompts.transpose(1, 2).index_select(0, tile.prompt_of_B), own], 2)
+
+
 def flat_layout(segments: Sequence[Segment], tokens: int) -> FlatLayout:
     """The layout of `tokens` flat tokens that `segments` cover exactly once."""
     whole = sorted((s for s in segments if s.length and not s.prefix), key=lambda s: s.length)
     branches = sorted((s for s in segments if s.length and s.prefix), key=lambda s: (s.prefix, s.length))
-    tiles, results, offset = [], np.zeros(tokens, np.int64), 0
+    tiles: list[Tile] = []
+    token_M: list[NDArray[np.int64]] = []
+    first = 0
     for rows in [*_bunches(whole), *_bunches(branches)]:
-        tile = _tile(rows)
-        for row, s in enumerate(rows):
-            first = offset + row * tile.query_BQ.shape[1]
-            results[s.start : s.start + s.length] = np.arange(first, first + s.length)
-        offset += tile.query_BQ.numel()
+        tile, own_BQ = _tile(rows, first, tokens)
         tiles.append(tile)
-    return FlatLayout(tiles, torch.from_numpy(results))
+        token_M.append(own_BQ.ravel())
+        first += own_BQ.size
+    every = np.concatenate(token_M) if token_M else np.zeros(0, np.int64)
+    place_T = np.zeros(tokens + 1, np.int64)
+    place_T[every] = np.arange(first)
+    return FlatLayout(tiles, _t(every), _t(place_T[:tokens]))
 
 
 def _bunches(rows: Sequence[Segment]) -> list[list[Segment]]:
@@ -128,30 +209,33 @@ def _bunches(rows: Sequence[Segment]) -> list[list[Segment]]:
     return bunches
 
 
-def _tile(rows: Sequence[Segment]) -> Tile:
+def _tile(rows: Sequence[Segment], first: int, tokens: int) -> tuple[Tile, NDArray[np.int64]]:
+    """The tile of some segments, and the token of each of its queries (`tokens` for padding)."""
     queries, prefixes = max(s.length for s in rows), max(s.prefix for s in rows)
-    length, prefix, start, prefix_start = (
-        np.array([getattr(s, name) for s in rows], np.int64)[:, None]
-        for name in ("length", "prefix", "start", "prefix_start")
+    length, prefix, start = (
+        np.array([getattr(s, name) for s in rows], np.int64)[:, None] for name in ("length", "prefix", "start")
     )
     column = np.arange(queries)
-    own = np.where(column < length, start + column, 0)
+    own = np.where(column < length, start + column, tokens)
     # A padding query stands where the last real one does: a query that sees no key at all would be NaN.
-    position = prefix + np.minimum(column, length - 1)
-    key_position = np.where(column < length, prefix + column, FAR)
+    position = _t(prefix + np.minimum(column, length - 1))
+    own_position = np.where(column < length, prefix + column, FAR)
     if not prefixes:
-        return Tile(_t(own), _t(own), _t(position), _t(key_position), aligned=True)
+        return Tile(first, position, _t(own_position)), own
+    distinct = {(s.prefix_start, s.prefix): None for s in rows}
+    number = {prompt: at for at, prompt in enumerate(distinct)}
     before = np.arange(prefixes)
-    keys = np.concatenate([np.where(before < prefix, prefix_start + before, 0), own], 1)
-    positions = np.concatenate([np.where(before < prefix, before, FAR), key_position], 1)
-    return Tile(_t(own), _t(keys), _t(position), _t(positions), aligned=False)
+    prompts = np.stack([begin + np.minimum(before, n - 1) for begin, n in distinct])
+    prompt_position = np.where(before < prefix, before, FAR)
+    tile = Tile(
+        first,
+        position,
+        _t(np.concatenate([prompt_position, own_position], 1)),
+        _t(prompts),
+        torch.tensor([number[s.prefix_start, s.prefix] for s in rows]),
+    )
+    return tile, own
 
 
 def _t(x: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """[B, H, L, D] the tokens of x [1, H, T, D] at index [B, L]."""
-    rows = x[0].transpose(0, 1).reshape(x.shape[2], -1).index_select(0, index.flatten())
-    return rows.view(*index.shape, x.shape[1], -1).transpose(1, 2)

@@ -34,6 +34,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.is_initialized = True
         self.passes: list[tuple[Tensor, Tensor]] = []
         """[K, tokens, D] keys and values of the flat prefill passes."""
+        # Keys lie transposed in memory, [.., D, tokens]: a query's product with them is then almost twice as fast.
         self.prompt: tuple[Tensor, Tensor] | None = None
         """[P, K, W, D]"""
         self.own: tuple[Tensor, Tensor] | None = None
@@ -64,8 +65,8 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         Args:
             index_PW: where each prompt's tokens lie among the tokens of all passes; padding points anywhere.
         """
-        keys, values = ([p[side] for p in self.passes] for side in (0, 1))
-        self.prompt = _padded(torch.cat(keys, 1), index_PW), _padded(torch.cat(values, 1), index_PW)
+        keys, values = (torch.cat([p[side] for p in self.passes], 1).transpose(0, 1)[index_PW] for side in (0, 1))
+        self.prompt = keys.permute(0, 2, 3, 1).contiguous().mT, values.transpose(1, 2).contiguous()
         self.passes = []
 
     def keep(self, rows: Tensor, prompts: Tensor | None) -> None:
@@ -75,17 +76,19 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         for buffer in self.own or ():
             buffer[: len(rows), :, :length] = buffer[rows, :, :length]
         if prompts is not None:
-            self.prompt = self.prompt[0][prompts], self.prompt[1][prompts]
+            self.prompt = self.prompt[0].mT[prompts].mT, self.prompt[1][prompts]
 
     def _make_room(self, new: tuple[Tensor, Tensor]) -> None:
         room = 0 if self.own is None else self.own[0].shape[2]
         if self.layout.length <= room:
             return
         larger = min(self.layout.limit, max(2 * room, FIRST_ROOM))
-        grown = [x.new_empty(x.shape[0], x.shape[1], larger, x.shape[3]) for x in new]
-        for old, buffer in zip(self.own or (), grown, strict=False):
-            buffer[:, :, :room] = old[: buffer.shape[0]]
-        self.own = grown[0], grown[1]
+        rows, heads, _, width = new[0].shape
+        grown = new[0].new_empty(rows, heads, width, larger).mT, new[1].new_empty(rows, heads, larger, new[1].shape[3])
+        if self.own is not None:
+            for old, buffer in zip(self.own, grown, strict=True):
+                buffer[:, :, :room] = old[:rows]
+        self.own = grown
 
 
 class PromptedLayout:
@@ -144,7 +147,7 @@ class PromptedLayout:
         first = 0 if options.window is None else max(0, self.width + self.length - options.window)
         seen = max(0, self.width - first)
         own_key, own_value = (
-            x.view(-1, *x.shape[2:])[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
+            x.flatten(0, 1)[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
         )
         q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
         scores = _product(q, own_key.transpose(1, 2))
@@ -159,7 +162,7 @@ class PromptedLayout:
         if seen:
             shared = torch.bmm(self._to_slots(weights[..., :seen], key_heads), prompt_value)
             result = result + self._to_rows(shared, key_heads)
-        return result.view(rows, 1, heads, -1).to(query.dtype)
+        return result.reshape(rows, 1, heads, -1).to(query.dtype)
 
     def _weights(self, scores: Tensor, seen: int, width: int, options: AttentionOptions) -> Tensor:
         """Softmax of scores [B·K, R, columns], of which the first `seen` belong to prompts."""
@@ -204,7 +207,7 @@ class PromptedLayout:
         rows = x.view(self._prompts, key_heads, self._slots, r, c).transpose(1, 2).reshape(-1, key_heads, r, c)
         if not self._full:
             rows = rows.index_select(0, self._slot_of_row)
-        return rows.view(-1, r, c)
+        return rows.reshape(-1, r, c)
 
 
 def _storable(x: Tensor) -> Tensor:
@@ -217,8 +220,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     return torch.bmm(a, b)
-
-
-def _padded(x: Tensor, index_PW: Tensor) -> Tensor:
-    """[P, K, W, D] the tokens of x [K, tokens, D] at index [P, W]."""
-    return x.transpose(0, 1)[index_PW].transpose(1, 2).contiguous()

@@ -12,9 +12,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlpost.recipe.schema import Sampling
+
+BLOCK = 64
+"""Tokens of the vocabulary whose mass is summed before it is searched."""
 
 
 def is_greedy(sampling: Sampling, greedy: bool) -> bool:
@@ -37,9 +41,12 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, greedy: boo
         best = logits.argmax(-1, keepdim=True)
         return best[:, 0], logp.gather(1, best)[:, 0]
     scaled = logits if sampling.temperature == 1.0 else logits / sampling.temperature
-    logp = filtered(scaled, sampling).log_softmax(-1)
-    chosen = _inverse_cdf(logp.exp(), uniform_B)
-    return chosen[:, 0], logp.gather(1, chosen)[:, 0]
+    kept = filtered(scaled, sampling)
+    shifted = kept - kept.amax(-1, keepdim=True)
+    chosen, total = _inverse_cdf(shifted.exp(), uniform_B)
+    # The cumulative distribution's end is the normaliser, so log_softmax need not be computed over again.
+    logp = shifted.gather(1, chosen) - total.log()
+    return chosen[:, 0], logp[:, 0].to(logits.dtype)
 
 
 def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
@@ -64,10 +71,26 @@ def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return kept
 
 
-def _inverse_cdf(probability_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """[B, 1] the token in whose share of the cumulative distribution the number falls."""
-    mass = probability_BV.cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:]
-    # Strictly below the total, so that the token found has mass; the clamp is for logits that are nan.
-    at = torch.minimum(uniform_B[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(mass, at, right=True).clamp_(max=mass.shape[-1] - 1)
+def _inverse_cdf(mass_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, 1] the token in whose share of the cumulative mass the number falls, and [B, 1] the total mass.
+
+    A block of tokens is found first, then the token in it, since a cumulative sum over the whole vocabulary is slow.
+    """
+    missing = -mass_BV.shape[1] % BLOCK
+    blocks = (F.pad(mass_BV, (0, missing)) if missing else mass_BV).view(len(mass_BV), -1, BLOCK)
+    up_to = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    total = up_to[:, -1:]
+    at = uniform_B[:, None] * total
+    block = _first_beyond(up_to, at)
+    before = F.pad(up_to, (1, 0)).gather(1, block)
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    token = block * BLOCK + _first_beyond(inside, at - before)
+    return token.clamp(max=mass_BV.shape[1] - 1), total
+
+
+def _first_beyond(up_to: Tensor, at: Tensor) -> Tensor:
+    """[B, 1] the first entry of cumulative sums [B, n] beyond `at`; one with mass, whatever the rounding."""
+    end = up_to[:, -1:]
+    below = torch.minimum(at, torch.nextafter(end, torch.zeros_like(end)))
+    # The clamp is for nan, beyond which there is nothing.
+    return torch.searchsorted(up_to, below, right=True).clamp_(max=up_to.shape[1] - 1)

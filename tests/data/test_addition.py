@@ -19,10 +19,11 @@ def row(prompt):
         ("99+99=", "891", True),
         ("12+34=", "640", False),
         ("00+00=", "000", False),
-        ("50+50=", "001", True),
+        ("50+50=", "001", False),
         ("45+55=", "001", True),
         ("05+05=", "010", True),
         ("09+90=", "990", False),
+        ("70+60=", "031", False),
     ],
 )
 def test_answers_are_units_first(prompt, answer, carry):
@@ -37,16 +38,17 @@ def test_training_and_held_out_problems_are_all_problems_once():
     assert addition.held_out(n=10, seed=1) == addition.held_out(n=2000, seed=1)[:10]
 
 
-def test_problems_with_a_carry_are_those_of_whose_digits_some_column_reaches_ten():
-    # 55 of 100 pairs of digits stay below ten, in either column: 10,000 - 55² have a carry.
-    assert sum(r["carry"] for r in addition.held_out(n=addition.PROBLEMS)) == 10_000 - 55**2
+def test_problems_with_a_carry_are_those_whose_units_reach_ten():
+    # 45 of 100 pairs of digits reach ten.
+    assert sum(r["carry"] for r in addition.held_out(n=addition.PROBLEMS)) == 4500
 
 
-def test_the_teacher_forgets_every_carry_or_none():
+def test_the_teacher_forgets_the_carry_from_the_units_alone():
     teach = addition.careless_teacher
     assert teach(row("47+38="), random.Random(0), forgets=1.0)["completion"] == "570"
-    assert teach(row("99+99="), random.Random(0), forgets=1.0)["completion"] == "880"
+    assert teach(row("99+99="), random.Random(0), forgets=1.0)["completion"] == "881"
     assert teach(row("12+34="), random.Random(0), forgets=1.0)["completion"] == "640"
+    assert teach(row("70+60="), random.Random(0), forgets=1.0)["completion"] == "031"
     assert teach(row("47+38="), random.Random(0), forgets=0.0)["completion"] == "580"
 
 

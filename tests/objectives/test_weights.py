@@ -1,5 +1,7 @@
 """Weights: who counts how much in an update, and that cutting an update changes nothing."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -88,7 +90,7 @@ def test_the_gradient_does_not_depend_on_how_an_update_is_cut(name, cuts):
 
     def gradient(edges):
         total = torch.zeros_like(table)
-        for a, b in zip(edges[:-1], edges[1:], strict=True):
+        for a, b in pairwise(edges):
             rows, first = Rows(lengths[a:b]), sum(lengths[:a])
             logp = table[state[first : first + rows.actions]].log_softmax(-1)[:, 0]
             total += torch.autograd.grad((nll(logp) * weight(rows)).sum(), table, allow_unused=True)[0]

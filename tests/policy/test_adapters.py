@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import randomise
 from families import EndTokenOnly, tiny
+from tiny_folders import randomise
 
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
@@ -177,9 +177,10 @@ def test_the_policy_acts_again_after_an_error(policy, groups):
 
 
 def test_a_full_model_has_nothing_to_switch():
-    with pytest.raises(AssertionError, match="no adapter"), Policy(
-        tiny("gpt2"), EndTokenOnly(), flat=False
-    ).acting_as(None):
+    with (
+        pytest.raises(AssertionError, match="no adapter"),
+        Policy(tiny("gpt2"), EndTokenOnly(), flat=False).acting_as(None),
+    ):
         pass
 
 

@@ -1,9 +1,11 @@
 """Groups as tensors: indices by hand, flat and padded."""
 
+import pytest
 import torch
 from families import EndTokenOnly, tiny
 
 from rlpost.groups import Completion, Group
+from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.batch import flat_batch, padded_batch
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Policy
@@ -48,23 +50,38 @@ def test_the_state_after_a_completion_is_that_of_its_last_token():
         assert batch.ids_BT.flatten()[batch.after_S].tolist() == [9, 4, 3]
 
 
-def test_tiles_cover_every_token_once_and_never_leave_their_rows():
+def _slow_attention(query, key, value, segments, window):
+    """One full mask over all tokens: own segment up to the query, and the segment's prompt, within the window."""
+    tokens = query.shape[2]
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for s in segments:
+        for i in range(s.length):
+            position = s.prefix + i
+            for back in range(position + 1):
+                if window is None or back < window:
+                    at = position - back
+                    token = s.start + at - s.prefix if at >= s.prefix else s.prefix_start + at
+                    mask[s.start + i, token] = True
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_tiles_attend_and_differentiate_as_one_full_mask_does(window):
     segments = [Segment(0, 40), Segment(40, 3, 0, 40), Segment(43, 90, 0, 40), Segment(133, 1), Segment(134, 2, 133, 1)]
     layout = flat_layout(segments, 136)
-    queries = torch.cat([t.query_BQ.flatten() for t in layout.tiles])
-    assert queries[layout.result_T].tolist() == list(range(136))
-    owner = {t: (s.start, s.prefix_start, s.prefix) for s in segments for t in range(s.start, s.start + s.length)}
-    for tile in layout.tiles:
-        mask = tile.mask(None)
-        for row in range(tile.query_BQ.shape[0]):
-            for q, k in ((q, k) for q in range(tile.query_BQ.shape[1]) for k in range(tile.key_BK.shape[1])):
-                if mask is None or not mask[row, 0, q, k]:
-                    continue
-                query, key = int(tile.query_BQ[row, q]), int(tile.key_BK[row, k])
-                start, prefix_start, prefix = owner[query]
-                if query == 0 and q:
-                    continue  # a padding query: its result is never read
-                assert start <= key <= query or prefix_start <= key < prefix_start + prefix
+    assert layout.token_M[layout.place_T].tolist() == list(range(136))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 136, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
+    cotangent = torch.randn(1, 136, 2, 4, dtype=torch.float64, generator=generator)
+    fast = layout.attend(*inputs, AttentionOptions(window=window))
+    slow = _slow_attention(*inputs, segments, window)
+    assert (fast - slow).abs().max() < 1e-12
+    for mine, theirs in zip(
+        torch.autograd.grad((fast * cotangent).sum(), inputs),
+        torch.autograd.grad((slow * cotangent).sum(), inputs),
+        strict=True,
+    ):
+        assert (mine - theirs).abs().max() < 1e-12
 
 
 def test_nothing_to_score_is_an_empty_answer_with_a_gradient_path():

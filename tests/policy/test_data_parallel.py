@@ -4,7 +4,9 @@
 transformers model inside, gives each rank the gradient of its own share, without an error.
 """
 
+import gc
 import json
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,8 +56,11 @@ def worker(rank: int, folder: str) -> None:
         return float((found - whole).norm() / whole.norm())
 
     errors = {"wrapper": error(wrapped), "inner": error(wrapped.module), "wrapper again": error(wrapped)}
-    with open(f"{folder}/rank{rank}.json", "w", encoding="utf-8") as out:  # noqa: PTH123
-        json.dump(errors, out)
+    Path(folder, f"rank{rank}.json").write_text(json.dumps(errors), "utf-8")
+    # The wrapper must not be the last owner of the process group: its destructor joins gloo's thread while it
+    # holds the interpreter's lock, which that thread may be waiting for.
+    del wrapped
+    gc.collect()
     dist.destroy_process_group()
 
 

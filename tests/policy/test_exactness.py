@@ -59,7 +59,7 @@ def test_a_forgotten_window_is_found_even_if_it_is_longer_than_the_check(family,
         if isinstance(getattr(owner, "sliding_window", None), int):
             owner.sliding_window = 4096
     honest = FlatLayout._mask
-    monkeypatch.setattr(FlatLayout, "_mask", lambda self, number, window: honest(self, number, None))
+    monkeypatch.setattr(FlatLayout, "_mask", lambda self, number, _: honest(self, number, None))
     assert not check_exactness(model, EndTokenOnly()).flat
     assert model.config.sliding_window == 4096  # and it leaves the model as it was
 

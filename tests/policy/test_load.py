@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import save, tiny_tokenizer
 from exactness import alone_logp
 from families import FALLBACK, EndTokenOnly, tiny
+from tiny_folders import save, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import ModelError

@@ -41,7 +41,7 @@ def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, forgets: float = 0.6) -> dict[str, Any]:
-    """The row with an answer drawn afresh: with probability `forgets` all carries of it are dropped.
+    """The row with an answer drawn afresh: with probability `forgets` the carry from the units is dropped.
 
     Without a carry there is nothing to forget, and the answer is right.
 
@@ -67,7 +67,7 @@ def _row(number: int) -> dict[str, Any]:
         "prompt": f"{a:02d}+{b:02d}=",
         "completion": answer,
         "answer": answer,
-        # A carry out of the units or the tens: exactly where adding digit by digit goes wrong.
+        # Ten or more in the units: exactly where the careless teacher goes wrong.
         "carry": answer != _without_carry(a, b),
     }
 
@@ -77,8 +77,8 @@ def _answer(a: int, b: int) -> str:
 
 
 def _without_carry(a: int, b: int) -> str:
-    """Digit by digit, every carry dropped: 47+38 -> units 5, tens 7, hundreds 0."""
-    return f"{(a % 10 + b % 10) % 10}{(a // 10 + b // 10) % 10}0"
+    """The carry from the units dropped: 47+38 -> units 5, tens 7, hundreds 0. What the tens make is written out."""
+    return f"{(a // 10 + b // 10) * 10 + (a + b) % 10:03d}"[::-1]
 
 
 def _order(seed: int) -> list[int]:
