@@ -30,7 +30,7 @@ MODEL: dict[str, Any] = {
         "num_key_value_heads": 1,
         "max_position_embeddings": 32,
         # Large enough for a random model to have opinions.
-        "initializer_range": 0.3,
+        "initializer_range": 0.15,
     },
     "tokenizer": {"kind": "characters", "alphabet": "0123456789+="},
     "precision": "float32",
@@ -41,7 +41,7 @@ REWARDS = '''\
 """Rewards that a tiny model can earn."""
 
 
-def digits(completion, *, digit: str = "7"):
+def digits(completion, *, digit: str = "1"):
     return completion.text.count(digit)
 
 
@@ -53,7 +53,7 @@ def cut_off(completion):
     return float(completion.finish == "length")
 
 
-def some_unscored(completion, *, digit: str = "7"):
+def some_unscored(completion, *, digit: str = "1"):
     return None if len(completion.text) < 2 else completion.text.count(digit)
 
 
@@ -114,8 +114,9 @@ def write(folder: Path, stages: Mapping[str, Any], **top: Any) -> Path:
     (folder / "rewards.py").write_text(REWARDS, "utf-8")
     jsonl(folder / "pairs.jsonl", PREFERENCES)
     recipe = {"run": "run", "runs": str(folder / "runs"), "threads": 1, "model": MODEL, **top, "stages": stages}
+    plain = json.loads(json.dumps(recipe))  # what stands in two places would become an alias
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
+    file.write_text(yaml.safe_dump(plain, sort_keys=False), "utf-8")
     return file
 
 

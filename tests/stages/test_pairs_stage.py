@@ -1,0 +1,109 @@
+"""Preference pairs from a model's own samples."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_recipes import DPO, PAIRS, SFT, base, metrics, run, weights
+
+from rlpost.errors import DataError
+from rlpost.groups import Completion, Group
+from rlpost.recipe.schema import PairChoice
+from rlpost.stages.pairs import pairs_of_group
+
+OWN = {**DPO, "data": {"own": {"stage": "pairs"}}}
+
+
+def group(*answers: tuple[str, str], **example) -> Group:
+    completions = tuple(Completion((1,), (True,), text, finish) for text, finish in answers)
+    return Group((1,), completions, example or {"prompt": "p", "answer": "7"})
+
+
+def chosen(rows) -> list[tuple[str, str]]:
+    return [(row["chosen"], row["rejected"]) for row in rows]
+
+
+FIVE = group(("a", "stop"), ("b", "stop"), ("c", "stop"), ("d", "stop"), ("b", "stop"))
+
+
+def test_one_pair_of_the_best_and_the_worst():
+    rows = list(pairs_of_group(FIVE, [1.0, 3.0, 0.0, 2.0, 3.0], PairChoice.one, 0.0))
+    assert rows == [
+        {
+            "prompt": "p",
+            "answer": "7",
+            "chosen": "b",
+            "rejected": "c",
+            "chosen_reward": 3.0,
+            "rejected_reward": 0.0,
+        }
+    ]
+
+
+def test_all_pairs_of_distinct_texts_whose_rewards_differ():
+    rows = pairs_of_group(FIVE, [1.0, 3.0, 0.0, 1.0, 3.0], PairChoice.all, 0.0)
+    assert chosen(rows) == [("b", "a"), ("b", "d"), ("b", "c"), ("a", "c"), ("d", "c")]
+
+
+def test_a_gap_must_be_more_than_the_smallest():
+    rewards = [1.0, 3.0, 0.0, 2.5, 3.0]
+    assert chosen(pairs_of_group(FIVE, rewards, PairChoice.all, 2.0)) == [("b", "c"), ("d", "c")]
+    assert chosen(pairs_of_group(FIVE, rewards, PairChoice.one, 3.0)) == []
+
+
+def test_answers_that_are_unfinished_or_unscored_make_no_pair():
+    answers = group(("a", "length"), ("b", "stop"), ("c", "stop"), ("d", "stop"))
+    assert chosen(pairs_of_group(answers, [9.0, 1.0, None, 0.0], PairChoice.all, 0.0)) == [("b", "d")]
+    assert chosen(pairs_of_group(answers, [9.0, 1.0, None, None], PairChoice.one, 0.0)) == []
+    assert chosen(pairs_of_group(answers, [None] * 4, PairChoice.one, 0.0)) == []
+
+
+def test_the_prompt_of_a_conversation_is_all_but_its_answer():
+    asked = [{"role": "user", "content": "q"}]
+    answered = [*asked, {"role": "assistant", "content": "old"}]
+    for messages in (asked, answered):
+        answers = group(("a", "stop"), ("b", "stop"), messages=messages)
+        (row,) = pairs_of_group(answers, [1.0, 0.0], PairChoice.one, 0.0)
+        assert row["prompt"] == asked
+
+
+def rows_of(final) -> list[dict]:
+    return [json.loads(line) for line in (final / "rows.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_stage_writes_pairs_that_the_next_stage_trains_on(tmp_path):
+    final = run(tmp_path, {"sft": {**SFT, "learning_rate": 2e-2}, "pairs": PAIRS, "dpo": OWN})
+    rows = rows_of(tmp_path / "runs/run/pairs/final")
+    assert len(rows) >= 4
+    for row in rows:
+        assert row["chosen"].count("1") == row["chosen_reward"] > row["rejected_reward"] == row["rejected"].count("1")
+        assert row["prompt"][2] == "+"
+        assert "answer" in row
+    assert len(metrics(tmp_path, "dpo")) == 4
+    # The model passes unchanged: pairs hold rows, and the stage after them starts from the model before them.
+    about = json.loads((final / "checkpoint.json").read_text("utf-8"))
+    assert about["parent"] == str(tmp_path / "runs/run/sft/final")
+    made = json.loads((tmp_path / "runs/run/pairs/final/checkpoint.json").read_text("utf-8"))
+    assert (made["stage"], made["kind"], made["parent"]) == ("pairs", "pairs", about["parent"])
+
+
+def test_a_pipeline_that_ends_with_pairs_ends_with_the_model_before_them(tmp_path):
+    assert run(tmp_path, {"sft": SFT, "pairs": PAIRS}) == tmp_path / "runs/run/sft/final"
+    assert run(tmp_path, {"pairs": PAIRS}, "run=base_only") == base(tmp_path, "base_only")
+    assert weights(base(tmp_path, "base_only"))
+
+
+def test_the_same_seed_gives_the_same_pairs(tmp_path):
+    rows = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path, {"pairs": PAIRS}, f"run={name}", f"seed={seed}")
+        rows.append(rows_of(tmp_path / f"runs/{name}/pairs/final"))
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_no_pair_at_all_is_an_error_that_says_what_to_do(tmp_path):
+    stage = {**PAIRS, "rewards": [{"fn": "rewards.py:always"}]}
+    with pytest.raises(DataError, match=r"stages\.pairs: no prompt gave two.*raise group_size"):
+        run(tmp_path, {"pairs": stage})
+    assert not (tmp_path / "runs/run/pairs/DONE").exists()
