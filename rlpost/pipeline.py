@@ -16,6 +16,7 @@ from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
 from rlpost.data.sources import label, read
 from rlpost.data.tokenizers import make_tokenizer
+from rlpost.errors import Interrupted
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
@@ -77,6 +78,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         for name, stage in recipe.stages.items():
             if not stage.enabled:
                 continue
+            if interrupts.requested is not None:
+                raise Interrupted(f"stopped before {name}; run the same command to go on", interrupts.requested)
             context = Context(
                 name=name,
                 model=recipe.model,

@@ -14,9 +14,10 @@ fi
 conversations=$1 pairs=$2
 shift 2
 
-sft=$(rlpost train sft_chat vars.data="$conversations" run=chain_sft "$@")
-dpo=$(rlpost train dpo_pairs vars.data="$pairs" model.path="$sft" run=chain_dpo "$@")
-rl=$(rlpost train grpo_math model.path="$dpo" run=chain_grpo "$@")
+# The last word on a key counts: what is given here comes first, so that a model.path is the first stage's alone.
+sft=$(rlpost train sft_chat "$@" vars.data="$conversations" run=chain_sft)
+dpo=$(rlpost train dpo_pairs "$@" vars.data="$pairs" model.path="$sft" run=chain_dpo)
+rl=$(rlpost train grpo_math "$@" model.path="$dpo" run=chain_grpo)
 
 rlpost eval "$rl" >&2
 echo "$rl"

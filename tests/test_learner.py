@@ -1,4 +1,4 @@
-"""An update's gradient depends on what the update holds, and on nothing else; its step is AdamW's; it can be resumed."""
+"""An update's gradient depends on what the update holds and on nothing else; its step is AdamW's; it can be resumed."""
 
 from __future__ import annotations
 
@@ -80,9 +80,7 @@ def noise(n: int, seed: int, scale: float = 1.0) -> Tensor:
 def supervised(weight: str = "token_mean") -> Problem:
     def prepare(experience: Experience, learner: Learner) -> Experience:
         totals = learner.totals(experience)
-        return experience.with_actions(
-            weight=weigh(weight, experience.rows, totals.actions, totals.completions, 20)
-        )
+        return experience.with_actions(weight=weigh(weight, experience.rows, totals.actions, totals.completions, 20))
 
     def loss(scores, part):
         loss_N = nll(scores.logp_N)
@@ -136,8 +134,8 @@ def preference(family: str = "gpt2") -> Problem:
 
 
 PROBLEMS = {
-    "sft token_mean": lambda family: supervised("token_mean"),
-    "sft sequence_mean": lambda family: supervised("sequence_mean"),
+    "sft token_mean": lambda _: supervised("token_mean"),
+    "sft sequence_mean": lambda _: supervised("sequence_mean"),
     "grpo": reinforcement,
     "grpo with entropy": lambda family: reinforcement(family, entropy=0.1, weight="sequence_mean"),
     "dpo with nll": preference,

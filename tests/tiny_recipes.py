@@ -66,9 +66,10 @@ SFT: dict[str, Any] = {
     "data": {"problems": {"task": {"fn": "addition.train"}, "limit": 64}},
     "steps": 4,
     "batch_size": 8,
-    "learning_rate": 3e-3,
+    "learning_rate": 2e-2,
     "max_length": 16,
 }
+"""Moves the model far from its base, and teaches it that answers end."""
 PAIRS: dict[str, Any] = {
     "kind": "pairs",
     "data": SFT["data"],
@@ -145,7 +146,7 @@ def base(folder: Path, run: str = "run") -> Path:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """What a checkpoint holds: a model, or an adapter."""
-    (file,) = [f for f in folder.glob("*.safetensors")]
+    (file,) = folder.glob("*.safetensors")
     return load_file(file)
 
 
@@ -172,6 +173,4 @@ def group(policy: Policy, prompt: str, *completions: str) -> Group:
     """The group of a row, its completions ended by the end token."""
     ends = policy.tokenizer.eos_token_id
     ids = [(*policy.tokenizer.encode(c), ends) for c in completions]
-    return Group(
-        tuple(policy.tokenizer.encode(prompt)), tuple(Completion(i, (True,) * len(i)) for i in ids)
-    )
+    return Group(tuple(policy.tokenizer.encode(prompt)), tuple(Completion(i, (True,) * len(i)) for i in ids))

@@ -16,6 +16,7 @@ from rlpost.run.stage import StageDirectory
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
+_ROWS_KIND = "pairs"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -95,10 +96,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def last_stage(run: Path) -> str | None:
-    """The last enabled stage of the run's recipe; None when it has none."""
+    """The last enabled stage of the run's recipe whose result is a model (of `pairs` it is rows); None without one."""
     stages = read_config(run)["stages"]
-    enabled = [name for name, stage in stages.items() if stage.get("enabled", True)]
-    return enabled[-1] if enabled else None
+    trained = [n for n, stage in stages.items() if stage.get("enabled", True) and stage.get("kind") != _ROWS_KIND]
+    return trained[-1] if trained else None
 
 
 def _summary(path: Path) -> RunSummary:
@@ -122,7 +123,7 @@ def _progress(stage: Path) -> str:
 def _of_run(run: Path) -> Path:
     name = last_stage(run)
     if name is None:
-        raise ModelError(f"{run}: its recipe has no enabled stage; name a checkpoint or a model")
+        raise ModelError(f"{run}: its recipe has no enabled stage that trains; name a checkpoint or a model")
     if (run / name / names.DONE).exists():
         return _verified(run / name / names.FINAL)
     done = [p.parent for p in sorted(run.glob(f"*/{names.DONE}"))]

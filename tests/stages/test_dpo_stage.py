@@ -16,16 +16,12 @@ from rlpost.stages import dpo as stage
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ALL = {**DPO, "batch_size": len(PREFERENCES)}
 """Every update holds all pairs, so that numbers do not depend on their order."""
-FIRST = {**SFT, "learning_rate": 2e-2}
-"""A first stage that moves the model far enough for another reference to be seen."""
 
 
 def sums(model: Policy) -> Tensor:
     """[P, 2] log-probabilities of the chosen and the rejected completions."""
     rows = [(r["prompt"], r["chosen"], r["rejected"]) for r in PREFERENCES]
-    return torch.stack(
-        [torch.stack([logprobs(model, [group(model, p, c)]).sum() for c in both]) for p, *both in rows]
-    )
+    return torch.stack([torch.stack([logprobs(model, [group(model, p, c)]).sum() for c in both]) for p, *both in rows])
 
 
 @LORA_OR_NOT
@@ -47,7 +43,7 @@ def test_it_starts_at_log_2_and_learns_what_is_preferred(tmp_path, lora):
 @LORA_OR_NOT
 def test_after_another_stage_the_reference_is_where_this_one_starts(tmp_path, lora):
     """With LoRA, switching the adapter off would give the base model instead: far from where the stage starts."""
-    run(tmp_path, {"sft": FIRST, "dpo": ALL}, *lora)
+    run(tmp_path, {"sft": SFT, "dpo": ALL}, *lora)
     first = metrics(tmp_path, "dpo")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["margin"] == pytest.approx(0, abs=1e-5)
@@ -57,7 +53,7 @@ def test_after_another_stage_the_reference_is_where_this_one_starts(tmp_path, lo
 @LORA_OR_NOT
 @pytest.mark.parametrize(("name", "folder"), [("base", "base"), ("sft", "sft/final"), ("start", "dpo/final")])
 def test_the_reference_can_be_the_base_or_an_earlier_stage(tmp_path, lora, name, folder):
-    run(tmp_path, {"sft": FIRST, "dpo": {**ALL, "learning_rate": 1e-2}, "again": {**ALL, "reference": name}}, *lora)
+    run(tmp_path, {"sft": SFT, "dpo": {**ALL, "learning_rate": 1e-2}, "again": {**ALL, "reference": name}}, *lora)
     runs = tmp_path / "runs/run"
     delta_P2 = sums(policy(runs / "dpo/final")) - sums(policy(runs / folder))
     first = metrics(tmp_path, "again")[0]
@@ -77,7 +73,7 @@ def test_neither_the_reference_nor_the_base_moves(tmp_path, lora, monkeypatch):
         return scores_of(reference, data, draws)
 
     monkeypatch.setattr(stage, "ReferenceScores", remember)
-    run(tmp_path, {"sft": FIRST, "dpo": {**ALL, "learning_rate": 1e-2}}, *lora)
+    run(tmp_path, {"sft": SFT, "dpo": {**ALL, "learning_rate": 1e-2}}, *lora)
     start = policy(tmp_path / "runs/run/sft/final")
     pairs = [group(start, r["prompt"], r["chosen"], r["rejected"]) for r in PREFERENCES]
     assert torch.allclose(kept["reference"].logprobs(pairs), logprobs(start, pairs), atol=1e-6)
@@ -125,6 +121,6 @@ def test_another_loss_is_named_in_the_recipe(tmp_path):
 
 
 def test_only_the_policys_adapter_is_kept(tmp_path):
-    final = run(tmp_path, {"sft": FIRST, "dpo": ALL}, LORA)
+    final = run(tmp_path, {"sft": SFT, "dpo": ALL}, LORA)
     assert sorted(weights(final)) == sorted(weights(tmp_path / "runs/run/sft/final"))
     assert sorted(f.name for f in final.glob("*.safetensors")) == ["adapter_model.safetensors"]

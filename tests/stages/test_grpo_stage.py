@@ -13,7 +13,6 @@ from rlpost.groups import Completion, Group
 from rlpost.policy.score import logprobs
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
-FIRST = {**SFT, "learning_rate": 2e-2}
 FLAT_REWARD = {**GRPO, "rewards": [{"fn": "rewards.py:always"}]}
 """No signal: whatever moves the policy is not the reward."""
 
@@ -41,7 +40,7 @@ def advantages(rewards: list[float]) -> list[float]:
 
 def test_the_first_loss_is_what_the_rollouts_say_by_hand(tmp_path):
     """On-policy every ratio is 1, so the loss is minus the weighted mean of the advantages."""
-    run(tmp_path, {"grpo": {**GRPO, "steps": 1, "prompts": 6, "tokens_per_pass": 20}})
+    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "steps": 1, "prompts": 6, "tokens_per_pass": 20}})
     (line,) = metrics(tmp_path, "grpo")
     groups = [row["completions"] for row in rollouts(tmp_path, "grpo", 1)]
     credit = [advantages([c["reward"] for c in group]) for group in groups]
@@ -73,7 +72,7 @@ def test_samples_are_scored_at_the_temperature_they_were_drawn_at(tmp_path, temp
 
 
 def test_what_is_logged(tmp_path):
-    run(tmp_path, {"sft": FIRST, "grpo": {**GRPO, "kl": {"beta": 0.1}, "reference": "base", "entropy": 0.01}})
+    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "kl": {"beta": 0.1}, "reference": "base", "entropy": 0.01}})
     names = {
         *("step", "reward", "reward/digits", "unscored", "zero_signal", "truncated", "length", "entropy"),
         *("loss", "ratio", "sampler_gap", "outside_clip", "kl", "exact_entropy", "grad_norm", "learning_rate"),
@@ -98,14 +97,12 @@ def test_without_momentum_a_step_of_equal_rewards_is_a_pause(tmp_path):
 def test_completions_without_a_reward_are_left_out(tmp_path):
     stage = {**GRPO, "rewards": [{"fn": "rewards.py:some_unscored"}], "steps": 1, "prompts": 8}
     stage["advantage"] = {"fn": "leave_one_out"}
-    run(tmp_path, {"grpo": stage})
+    run(tmp_path, {"sft": SFT, "grpo": stage})
     (line,) = metrics(tmp_path, "grpo")
     groups = [row["completions"] for row in rollouts(tmp_path, "grpo", 1)]
     scored = [[c for c in group if c["reward"] is not None] for group in groups]
     assert line["unscored"] == sum(len(g) - len(s) for g, s in zip(groups, scored, strict=True)) > 0
-    assert line["reward"] == pytest.approx(
-        sum(c["reward"] for s in scored for c in s) / sum(len(s) for s in scored)
-    )
+    assert line["reward"] == pytest.approx(sum(c["reward"] for s in scored for c in s) / sum(len(s) for s in scored))
     total, tokens = 0.0, 0
     for s in scored:
         for c in s:
@@ -144,7 +141,7 @@ def test_truncated_answers_can_be_left_out(tmp_path, masked):
 def test_the_kl_draws_the_policy_back_to_its_reference(tmp_path, placement, estimator, lora):
     stage = {**FLAT_REWARD, "steps": 16, "prompts": 16, "learning_rate": 1e-2, "reference": "base", "table_every": 0}
     stage["kl"] = {"beta": 1.0, "placement": placement, "estimator": estimator}
-    run(tmp_path, {"sft": FIRST, "grpo": stage}, *lora)
+    run(tmp_path, {"sft": SFT, "grpo": stage}, *lora)
     kl = [line["kl"] for line in metrics(tmp_path, "grpo")]
     assert min(kl) >= 0
     assert sum(kl[-3:]) < 0.5 * sum(kl[:3])
@@ -152,7 +149,7 @@ def test_the_kl_draws_the_policy_back_to_its_reference(tmp_path, placement, esti
 
 @LORA_OR_NOT
 def test_the_kl_is_to_where_the_stage_starts_by_default(tmp_path, lora):
-    run(tmp_path, {"sft": FIRST, "grpo": {**GRPO, "kl": {"beta": 0.1}}}, *lora)
+    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "kl": {"beta": 0.1}}}, *lora)
     kl = [line["kl"] for line in metrics(tmp_path, "grpo")]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[-1] > 1e-3
@@ -160,7 +157,7 @@ def test_the_kl_is_to_where_the_stage_starts_by_default(tmp_path, lora):
 
 def test_the_entropy_bonus_flattens_the_policy(tmp_path):
     stage = {**FLAT_REWARD, "steps": 12, "prompts": 16, "learning_rate": 1e-2, "entropy": 0.1, "table_every": 0}
-    run(tmp_path, {"sft": {**FIRST, "steps": 12}, "grpo": stage})
+    run(tmp_path, {"sft": {**SFT, "steps": 12}, "grpo": stage})
     lines = metrics(tmp_path, "grpo")
     assert lines[-1]["exact_entropy"] > lines[0]["exact_entropy"] + 0.3
     for line in lines:

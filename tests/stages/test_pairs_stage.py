@@ -73,7 +73,7 @@ def rows_of(final) -> list[dict]:
 
 
 def test_a_stage_writes_pairs_that_the_next_stage_trains_on(tmp_path):
-    final = run(tmp_path, {"sft": {**SFT, "learning_rate": 2e-2}, "pairs": PAIRS, "dpo": OWN})
+    final = run(tmp_path, {"sft": SFT, "pairs": PAIRS, "dpo": OWN})
     rows = rows_of(tmp_path / "runs/run/pairs/final")
     assert len(rows) >= 4
     for row in rows:
@@ -90,14 +90,15 @@ def test_a_stage_writes_pairs_that_the_next_stage_trains_on(tmp_path):
 
 def test_a_pipeline_that_ends_with_pairs_ends_with_the_model_before_them(tmp_path):
     assert run(tmp_path, {"sft": SFT, "pairs": PAIRS}) == tmp_path / "runs/run/sft/final"
-    assert run(tmp_path, {"pairs": PAIRS}, "run=base_only") == base(tmp_path, "base_only")
+    longer = {**PAIRS, "sampling": {"max_new_tokens": 12}, "prompts": 64}
+    assert run(tmp_path, {"pairs": longer}, "run=base_only") == base(tmp_path, "base_only")
     assert weights(base(tmp_path, "base_only"))
 
 
 def test_the_same_seed_gives_the_same_pairs(tmp_path):
     rows = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(tmp_path, {"pairs": PAIRS}, f"run={name}", f"seed={seed}")
+        run(tmp_path, {"sft": SFT, "pairs": PAIRS}, f"run={name}", f"seed={seed}")
         rows.append(rows_of(tmp_path / f"runs/{name}/pairs/final"))
     assert rows[0] == rows[1] != rows[2]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_recipes import LORA, SFT, base, greedy, group, jsonl, metrics, policy, run, weights
 
+from rlpost.errors import DivergedError
 from rlpost.policy.score import logprobs
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}" * (1 + n % 3)} for n in range(6)]
@@ -72,7 +73,7 @@ def test_what_is_logged(tmp_path):
     lines = metrics(tmp_path, "sft")
     assert [line["step"] for line in lines] == [2, 4]
     assert [set(line) for line in lines] == 2 * [{"step", "loss", "nll", "tokens", "grad_norm", "learning_rate"}]
-    assert [line["learning_rate"] for line in lines] == pytest.approx([3e-3 * 0.75, 3e-3 * 0.25])
+    assert [line["learning_rate"] for line in lines] == pytest.approx([2e-2 * 0.75, 2e-2 * 0.25])
     timings = (tmp_path / "runs/run/sft/timings.jsonl").read_text("utf-8").splitlines()
     assert [set(json.loads(line)) for line in timings] == 2 * [{"step", "seconds"}]
 
@@ -90,8 +91,20 @@ def test_another_loss_is_named_in_the_recipe(tmp_path):
 
 
 def test_the_seed_is_all_that_chance_hangs_on(tmp_path):
-    finals = [run(tmp_path, {"sft": SFT}, f"run={name}", f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))]
+    finals = [
+        run(tmp_path, {"sft": SFT}, f"run={name}", f"seed={seed}") for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
     one, same, other = (weights(final) for final in finals)
     assert all(torch.equal(w, same[name]) for name, w in one.items())
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
     assert metrics(tmp_path, "sft", "a") == metrics(tmp_path, "sft", "b") != metrics(tmp_path, "sft", "c")
+    # From the same model too: the seed also deals the rows.
+    model = {"path": str(base(tmp_path, "a")), "precision": "float32"}
+    run(tmp_path, {"sft": SFT}, "run=d", "seed=4", model=model)
+    assert metrics(tmp_path, "sft", "d")[0]["nll"] != metrics(tmp_path, "sft", "a")[0]["nll"]
+
+
+def test_numbers_that_run_away_stop_the_run(tmp_path):
+    with pytest.raises(DivergedError, match=r"update \d: the gradient of \S+ is not finite.*learning_rate"):
+        run(tmp_path, {"sft": {**SFT, "learning_rate": 1e30}})
+    assert not (tmp_path / "runs/run/sft/DONE").exists()

@@ -1,0 +1,168 @@
+"""What every module keeps to: who imports whom, what is quick to import, how long things are, what is not called."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "rlpost"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS: list[set[str]] = [
+    {"errors"},
+    {"console", "groups", "objectives", "recipe"},
+    {"data", "experience", "rewards", "run", "schedules"},
+    {"policy"},
+    {"learner", "rollout"},
+    {"evaluate", "loop"},
+    {"stages"},
+    {"stage_evaluation"},
+    {"pipeline"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+"""A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
+LIGHT = ("cli", "console", "data", "errors", "groups", "recipe", "rewards", "run", "schedules")
+"""Imported without torch and what takes as long: help, typing errors and data errors come at once."""
+LONGEST_FUNCTION = 60
+LONGEST_FILE = 400
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
+
+
+def top(file: Path) -> str:
+    """The module, or the package, that a file belongs to: `rlpost/data/chat.py` to data."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def modules_imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            assert node.module is not None
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of such an expression; what is not a name becomes an empty part."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def calls() -> Iterator[tuple[Path, str, ast.Call]]:
+    for file in FILES:
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Call):
+                yield file, dotted(node.func), node
+
+
+def test_every_module_has_its_floor():
+    found = {top(file) for file in FILES} - {"__init__"}
+    assert found == set().union(*FLOORS)
+
+
+def test_imports_go_down():
+    height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    wrong = []
+    for file in FILES:
+        for line, name in modules_imported(parsed(file)):
+            package, *rest = name.split(".")
+            if package == "rlpost" and rest[0] != top(file) and height[rest[0]] >= height[top(file)]:
+                wrong.append(f"{file.relative_to(PACKAGE)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_stages_do_not_know_each_other():
+    wrong = []
+    for file in (PACKAGE / "stages").glob("*.py"):
+        for line, name in modules_imported(parsed(file)):
+            if name.startswith("rlpost.stages.") and not name.startswith("rlpost.stages.context."):
+                wrong.append(f"{file.name}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_objectives_need_torch_alone():
+    for file in (PACKAGE / "objectives").glob("*.py"):
+        for line, name in modules_imported(parsed(file)):
+            assert name.split(".")[0] in {"torch", "rlpost", *sys.stdlib_module_names}, f"{file.name}:{line}: {name}"
+
+
+def test_light_modules_are_imported_without_the_heavy_ones():
+    modules = [
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for file in FILES
+        if top(file) in LIGHT
+    ]
+    code = f"""
+import importlib, sys
+for name in {modules}:
+    importlib.import_module(name)
+    heavy = [h for h in ("torch", "transformers", "datasets", "peft", "accelerate") if h in sys.modules]
+    assert not heavy, f"{{name}} imports {{heavy}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(file):
+    assert len(file.read_text("utf-8").splitlines()) <= LONGEST_FILE
+    for node in ast.walk(parsed(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
+
+
+def test_nothing_runs_text_or_unpickles():
+    refused = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"}
+    for file, name, call in calls():
+        place = f"{file.relative_to(PACKAGE)}:{call.lineno}: {name}"
+        assert name not in refused, place
+        assert not name.endswith("instantiate"), place
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        shell = keywords.get("shell")
+        assert shell is None or (isinstance(shell, ast.Constant) and shell.value is False), place
+        if name == "torch.load":
+            safe = keywords.get("weights_only")
+            assert isinstance(safe, ast.Constant), place
+            assert safe.value is True, place
+    for file in FILES:
+        for line, name in modules_imported(parsed(file)):
+            assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, f"{file}:{line}"
+
+
+def test_a_users_file_is_loaded_in_one_place():
+    places = {str(file.relative_to(PACKAGE)) for file, name, _ in calls() if name.endswith("exec_module")}
+    assert places == {"recipe/functions.py"}
+
+
+def test_code_that_comes_with_a_model_is_never_run():
+    seen = 0
+    for file, name, call in calls():
+        place = f"{file.relative_to(PACKAGE)}:{call.lineno}"
+        given = [k.value for k in call.keywords if k.arg == "trust_remote_code"]
+        assert all(isinstance(value, ast.Constant) and value.value is False for value in given), place
+        if name.startswith("Auto") and name.endswith("from_pretrained"):
+            seen += 1
+            assert given, f"{place} leaves trust_remote_code to its default"
+    assert seen >= 2
+
+
+def test_only_the_console_knows_rich_and_only_the_command_line_prints():
+    for file in FILES:
+        for line, name in modules_imported(parsed(file)):
+            assert top(file) == "console" or name.split(".")[0] != "rich", f"{file}:{line}"
+    for file, name, call in calls():
+        allowed = top(file) == "cli" or file.name == "math_worker.py"
+        assert name != "print" or allowed, f"{file}:{call.lineno}"
