@@ -43,10 +43,16 @@ def print_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], 
     """
     columns = ["prompt", *answers, *(["right"] if any(wanted) else [])]
     rows = [
-        [prompt, *(column[i] for column in answers.values()), *([wanted[i]] if any(wanted) else [])]
+        [_ends(cell) for cell in (prompt, *(column[i] for column in answers.values()))]
+        + ([wanted[i]] if any(wanted) else [])
         for i, prompt in enumerate(prompts)
     ]
     console.table("greedy answers", columns, rows)
+
+
+def _ends(text: str, width: int = 60) -> str:
+    """Both ends of a long text: how an answer begins and, above all, how it ends."""
+    return text if len(text) <= width else f"{text[: width // 3]} … {text[-(2 * width) // 3 :]}"
 
 
 def telling_prompts(before: Sequence[float], after: Sequence[float], n: int) -> list[int]:
