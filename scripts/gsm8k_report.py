@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from rlpost.data.dataset import Limit, open_dataset
 from rlpost.data.formats import Need
 from rlpost.evaluate.evaluator import percent
 from rlpost.evaluate.statistics import clustered_mean, clustered_share
+from rlpost.experience import Experience
 from rlpost.groups import Group
 from rlpost.objectives.preference import pairs_of
-from rlpost.experience import Experience
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -60,7 +61,9 @@ def nll_rows(run: Path, data: Path, folds: int) -> list[list[str]]:
     rows = []
     for stage, folder in (("base", "base"), *((s, f"{s}/final") for s in ("sft", "dpo", "grpo"))):
         policy = load_policy(run / folder, MODEL, trainable=False)
-        held_out = groups_of(policy, source(data / "test.jsonl", "question_answer", 0, folds, FoldPart.held_out), Need.completions)
+        held_out = groups_of(
+            policy, source(data / "test.jsonl", "question_answer", 0, folds, FoldPart.held_out), Need.completions
+        )
         lengths = [sum(c.actions for c in g.completions) for g in held_out]
         by_question = [(-x).tolist() for x in torch.split(logprobs(policy, held_out).double(), lengths)]
         nll = clustered_mean(by_question)
@@ -72,23 +75,12 @@ def fold_margins(run: Path, data: Path, fold: int, folds: int) -> dict[str, dict
     """question -> 0/1 a held-out pair: by DPO's implicit reward, and by SFT's own likelihood per token."""
     start = run / "sft" / "final"
     name = f"{run.name}_fold{fold}"
-    checkpoint = pipeline.train(
-        resolve(
-            "gsm8k_tiny",
-            [
-                f"vars.data={data}",
-                f"vars.fold={fold}",
-                f"runs={run.parent}",
-                f"run={name}",
-                f"model.path={start}",
-                "model.config={}",
-                "model.tokenizer=null",
-                "stages.sft.enabled=false",
-                "stages.grpo.enabled=false",
-                "evaluation=null",
-            ],
-        )
-    )
+    if not (run.parent / name).exists():
+        # The run as it was after SFT; its own DPO is that of fold 0.
+        dropped = ["grpo", "evaluation", "checkpoints", *(["dpo"] if fold else [])]
+        shutil.copytree(run, run.parent / name, ignore=shutil.ignore_patterns(*dropped))
+    words = [f"vars.data={data}", f"vars.fold={fold}", f"runs={run.parent}", f"run={name}", "evaluation=null"]
+    checkpoint = pipeline.train(resolve("gsm8k_tiny", [*words, "stages.grpo.enabled=false"]), allow_change=True)
     before, after = (load_policy(p, MODEL, trainable=False) for p in (start, checkpoint))
     solutions = data / "example_model_solutions.jsonl"
     pairs = groups_of(after, source(solutions, "solution_pairs", fold, folds, FoldPart.held_out), Need.pairs)

@@ -80,7 +80,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "warmup": _from(0),
         "weight_decay": _from(0),
         "betas": _SHARE,
-        "max_grad_norm": _POSITIVE,
+        "max_grad_norm": _from(0),
         "tokens_per_pass": _from(1),
         "max_length": _from(2),
         "checkpoint_every": _from(1),

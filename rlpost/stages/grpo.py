@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from rlpost.learner import Learner, LossFunction
 from rlpost.loop import show_samples
 from rlpost.objectives import kl
 from rlpost.objectives.advantages import signal
-from rlpost.objectives.surrogates import ratio
+from rlpost.objectives.surrogates import clipped_share, ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.policy import Scores
 from rlpost.policy.reference import Reference
@@ -57,26 +58,26 @@ def grpo(context: Context, cfg: Grpo) -> Path:
         rewards = scorer.score(groups)
         reward_PG = learned_rewards(groups, rewards, cfg.mask_truncated)
         experience = assemble(groups, reward_PG, advantage, cfg, reference)
-        for update in experience.split(cfg.updates, seed=context.seed_for("split", step)):
-            metrics = learner.update(
-                loss,
-                weighted(update, cfg, learner),
-                temperature=cfg.sampling.temperature,
-                entropy=cfg.entropy > 0,
+        updates = [
+            learner.update(
+                loss, weighted(update, cfg, learner), temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0
             )
-        loop.log(
-            step,
-            {**reward_metrics(groups, rewards, reward_PG), **metrics},
-            live=("reward", "length", "entropy"),
-        )
-        if cfg.table_every and step % cfg.table_every == 0:
+            for update in experience.split(cfg.updates, seed=context.seed_for("split", step))
+        ]
+        metrics = reward_metrics(groups, rewards, reward_PG) | mean_of(updates)
+        loop.log(step, metrics, live=("reward", "length", "entropy"))
+        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
             loop.rollouts(step, groups, rewards.total)
             show_samples(step, groups, rewards.total, lambda g: policy.tokenizer.decode(list(g.prompt)))
     return context.finish(policy, cfg.kind, steps)
 
 
 def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo) -> LossFunction:
-    """Σ surrogate·weight, with the KL term if it belongs in the loss, less the entropy bonus."""
+    """Σ surrogate·weight, with the KL term if it belongs in the loss, less the entropy bonus.
+
+    Its metrics are over the actions that were computed: those of completions with an advantage, as a rule.
+    """
+    clip = {side: float(cfg.loss.args[side]) for side in ("low", "high") if side in cfg.loss.args}
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         old_N, advantage_N = part["old_logp"], part["advantage"]
@@ -86,7 +87,7 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo) -> LossFunction:
         metrics = {
             "ratio": ratio_N,
             "sampler_gap": (scores.logp_N.detach() - old_N).abs(),
-            "outside_clip": ((ratio_N < 0.8) | (ratio_N > 1.2)).to(ratio_N.dtype),
+            "clipped": clipped_share(scores.logp_N.detach(), old_N, advantage_N, **clip),
         }
         if "reference" in part.per_action:
             metrics["kl"] = kl.k3(scores.logp_N.detach(), part["reference"])
@@ -99,6 +100,12 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo) -> LossFunction:
         return total, metrics
 
     return loss
+
+
+def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over a step's updates."""
+    names = dict.fromkeys(name for metrics in updates for name in metrics)
+    return {n: fmean(metrics[n] for metrics in updates if n in metrics) for n in names}
 
 
 def kl_estimate(cfg: Kl) -> Callable[[Tensor, Tensor], Tensor]:

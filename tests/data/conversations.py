@@ -68,9 +68,7 @@ def without_markers(template):
 def make(template):
     words = ["user assistant model system Hello, how are you? I am fine\n\nthank you [INST] [/INST]"]
     tokenizer = make_tokenizer(Tokenizer(kind=TokenizerKind.bpe, vocab_size=300), words)
-    tokenizer.add_tokens(
-        [AddedToken(s, special=True, normalized=False) for s in SPECIALS], special_tokens=True
-    )
+    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS], special_tokens=True)
     tokenizer.chat_template = template
     return tokenizer
 

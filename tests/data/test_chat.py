@@ -16,9 +16,7 @@ def random_talk(generator, system):
         return "x" + "".join(generator.choices(alphabet, k=generator.randrange(12))) + "y"
 
     turns = talk(*(content() for _ in range(2 * generator.randint(1, 4))))
-    return (
-        [{"role": "system", "content": content()}, *turns] if system and generator.random() < 0.5 else turns
-    )
+    return [{"role": "system", "content": content()}, *turns] if system and generator.random() < 0.5 else turns
 
 
 def trained(tokenizer, group):
@@ -49,9 +47,7 @@ def test_trained_text_is_the_assistants_turns_with_their_stop_token(name, marker
         turns = [m["content"] for m in messages if m["role"] == "assistant"]
         assert trained(tokenizer, group) == [lead + turn + stop for turn in turns]
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        generated_from = tokenizer.apply_chat_template(
-            messages[:first], add_generation_prompt=True, return_dict=False
-        )
+        generated_from = tokenizer.apply_chat_template(messages[:first], add_generation_prompt=True, return_dict=False)
         assert list(group.prompt) == generated_from
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         assert whole.startswith(tokenizer.decode([*group.prompt, *group.completions[0].ids]))

@@ -119,9 +119,7 @@ def long(write):
 
 
 def test_too_long_is_refused_by_naming_the_first_row(write, codec):
-    with pytest.raises(
-        DataError, match=r"row 2 has 11 tokens, the limit is 8: raise max_length, or set too_long"
-    ):
+    with pytest.raises(DataError, match=r"row 2 has 11 tokens, the limit is 8: raise max_length, or set too_long"):
         build(long(write), codec, max_length=8)
     assert len(build(long(write), codec, max_length=11)) == 3
 
@@ -148,9 +146,7 @@ def test_a_cut_completion_loses_its_end_and_a_prompt_is_never_cut(write, codec):
 
 def test_both_completions_of_a_pair_are_cut(write, codec):
     rows = [{"prompt": "1", "chosen": "12345", "rejected": "5"}]
-    data = build(
-        {"main": Source(path=str(write(rows)))}, codec, Need.pairs, max_length=4, too_long=TooLong.cut
-    )
+    data = build({"main": Source(path=str(write(rows)))}, codec, Need.pairs, max_length=4, too_long=TooLong.cut)
     assert [c.ids for c in data.all()[0].completions] == [(5, 6, 7), (9, 2)]
 
 

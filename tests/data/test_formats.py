@@ -30,9 +30,7 @@ def test_the_columns_tell_the_format(columns, need, form):
 
 
 def test_columns_that_fit_nothing_are_told_with_the_remedy():
-    with pytest.raises(
-        DataError, match=r"main has the columns question, answer, needed are \(prompt, completion\)"
-    ):
+    with pytest.raises(DataError, match=r"main has the columns question, answer, needed are \(prompt, completion\)"):
         recognise([{"question": "a", "answer": "b"}], "main", Need.completions)
     with pytest.raises(DataError, match=r"columns: \{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN\}"):
         recognise([{"prompt": "a", "completion": "b"}], "main", Need.pairs)
@@ -115,9 +113,7 @@ def test_malformed_rows_are_named(codec, row, form, reason):
 
 
 def decoded(codec, group):
-    return codec.tokenizer.decode(list(group.prompt)), [
-        codec.tokenizer.decode(list(c.ids)) for c in group.completions
-    ]
+    return codec.tokenizer.decode(list(group.prompt)), [codec.tokenizer.decode(list(c.ids)) for c in group.completions]
 
 
 ASKED = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"

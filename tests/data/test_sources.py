@@ -137,9 +137,7 @@ def test_a_fold_parts_the_questions_and_keeps_their_rows_together(write):
     assert sorted(r["answer"] for r in train + held_out) == list(range(20))
     assert {r["question"] for r in train}.isdisjoint({r["question"] for r in held_out})
     assert len(held_out) == 4  # 10 questions in 5 parts: 2 questions of 2 rows
-    parts = [
-        {r["question"] for r in folded(path, of=5, hold_out=i, part=FoldPart.held_out)} for i in range(5)
-    ]
+    parts = [{r["question"] for r in folded(path, of=5, hold_out=i, part=FoldPart.held_out)} for i in range(5)]
     assert sorted(q for part in parts for q in part) == [f"q{i}" for i in range(10)]
 
 
@@ -170,9 +168,7 @@ def test_map_makes_one_many_or_no_rows(write):
 
 def test_map_errors_name_function_and_row(write):
     path = str(write(ROWS[:3]))
-    bind = fake_bind(
-        fails=lambda row: row["x"], text=lambda row: row["question"], none=lambda row: row.clear()
-    )
+    bind = fake_bind(fails=lambda row: row["x"], text=lambda row: row["question"], none=lambda row: row.clear())
 
     def message(name):
         return refused(Source(path=path, map=Function(name)), bind=bind)

@@ -20,9 +20,7 @@ from rlpost.evaluate.statistics import (
 )
 
 
-@pytest.mark.parametrize(
-    ("successes", "n"), [(0, 1), (1, 1), (0, 10), (8, 10), (50, 100), (999, 1000), (7, 100_000)]
-)
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 10), (8, 10), (50, 100), (999, 1000), (7, 100_000)])
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
 def test_wilson_is_scipys(successes: int, n: int, level: float):
     expected = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
@@ -40,9 +38,7 @@ def test_wilson_by_hand():
     assert (found.low, found.high) == (pytest.approx(0.490162, abs=1e-5), pytest.approx(0.943318, abs=1e-5))
 
 
-@pytest.mark.parametrize(
-    ("successes", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)]
-)
+@pytest.mark.parametrize(("successes", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
 def test_wilson_refuses_the_impossible(successes: int, n: int, level: float):
     with pytest.raises(ValueError, match=r"successes of|no confidence level"):
         wilson(successes, n, level)
@@ -51,9 +47,7 @@ def test_wilson_refuses_the_impossible(successes: int, n: int, level: float):
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 10, 31, 200, 9_999, 100_000])
 @pytest.mark.parametrize("probability", [0.5, 0.9, 0.975, 0.995, 0.9999])
 def test_student_t_is_scipys(probability: float, freedom: int):
-    assert student_t(probability, freedom) == pytest.approx(
-        stats.t.ppf(probability, freedom), rel=1e-8, abs=1e-8
-    )
+    assert student_t(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-8, abs=1e-8)
 
 
 def test_student_t_beyond_its_series():
@@ -148,9 +142,7 @@ def test_pass_at_k_is_stable_and_agrees_with_the_formula():
 
 def test_pass_at_k_is_unbiased():
     n, k, rate = 6, 3, 0.3
-    expected = sum(
-        math.comb(n, c) * rate**c * (1 - rate) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1)
-    )
+    expected = sum(math.comb(n, c) * rate**c * (1 - rate) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
     assert expected == pytest.approx(1 - (1 - rate) ** k, rel=1e-12)
 
 

@@ -38,9 +38,7 @@ def no_workers() -> Workers:
         ("", "72", Verdict.unparseable),
     ],
 )
-def test_the_fast_path_needs_no_worker(
-    monkeypatch: pytest.MonkeyPatch, text: str, reference: str, expected: Verdict
-):
+def test_the_fast_path_needs_no_worker(monkeypatch: pytest.MonkeyPatch, text: str, reference: str, expected: Verdict):
     monkeypatch.setattr(math_rewards, "_workers", no_workers)
     assert verdict(text, reference) == expected
 
