@@ -107,19 +107,6 @@ def samples(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
     _show(title, made)
 
 
-def highlight_yaml(text: str) -> str:
-    """The text with colours when stdout, where it is to be printed, is a terminal that wants them."""
-    if not _is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
-        return text
-    from rich.console import Console
-    from rich.syntax import Syntax
-
-    out = StringIO()
-    shown = Syntax(text, "yaml", theme="ansi_dark", background_color="default").highlight(text)
-    Console(file=out, force_terminal=True).print(shown, soft_wrap=True, end="")
-    return out.getvalue()
-
-
 def marked(text: str) -> str:
     """The text set off for stdout: in colour on a terminal that wants it, between » and « elsewhere."""
     if not _is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):

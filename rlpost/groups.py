@@ -53,11 +53,6 @@ class Group:
         assert self.prompt, "a prompt has at least one token"
 
 
-def tokens(group: Group) -> int:
-    """Tokens of the group when its prompt is computed once."""
-    return len(group.prompt) + sum(len(c.ids) for c in group.completions)
-
-
 def completions(groups: Sequence[Group]) -> list[Completion]:
     """All completions of the groups, in order: the S axis of every tensor."""
     return [c for g in groups for c in g.completions]

@@ -95,7 +95,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 lineage={"recipe_sha256": recipe_hash(resolved)},
                 allow_change=allow_change,
             )
-            _run_stage(context, stage, done)
+            _run_stage(context, stage, done, evaluations)
             if stage.kind is not Kind.pairs:
                 evaluations.after(name, done.current)
         evaluations.print()
@@ -181,12 +181,15 @@ def recipe_hash(resolved: Resolved) -> str:
     return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
 
 
-def _run_stage(context: Context, stage: Stage, done: Progress) -> None:
+def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: StageEvaluations) -> None:
     result = context.out.done
     if result is not None:
         console.say(f"{context.name}: done already")
     else:
+        evaluations.forget(context.name)
         result = STAGES[stage.kind](context, stage)
+        # Accelerate holds on to every model it has prepared.
+        context.accelerator.free_memory()
     if stage.kind is Kind.pairs:
         done.rows[context.name] = context.out.rows
     else:

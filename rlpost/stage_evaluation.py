@@ -21,7 +21,7 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import Evaluation, TooLong
-from rlpost.run.files import encode_line, write_atomic, write_json
+from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
 from rlpost.stages.context import make_scorer
 
 FOLDER = "evaluation"
@@ -59,6 +59,11 @@ class StageEvaluations:
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
         write_atomic(self._folder / f"{name}.jsonl", b"".join(lines))
         write_json(self._file(name), result.to_json())
+
+    def forget(self, name: str) -> None:
+        """Remove what is on disk of stage `name`, which is about to be trained: it is of another result."""
+        with disk_errors(self._file(name)):
+            self._file(name).unlink(missing_ok=True)
 
     def print(self) -> None:
         """The table of all stages, and a few prompts answered before and after."""

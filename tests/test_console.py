@@ -259,16 +259,6 @@ print("finished")
     assert child.returncode == 0
 
 
-def test_yaml_is_highlighted_for_a_terminal_only(capsys):
-    text = "stages:\n  sft: {steps: 3} # [red]\n"
-    assert console.highlight_yaml(text) == text
-    code = f"print(highlight_yaml({text!r}), end='')"
-    shown = on_terminal(code, stdout=True)
-    assert "\x1b[" in shown
-    assert clean(shown) == text
-    assert on_terminal(code, stdout=True, NO_COLOR="1").replace("\r", "") == text
-
-
 def test_rich_is_imported_for_terminals_only():
     code = (
         "import sys\nfrom rlpost import console\nconsole.say('x')\nwith console.Progress('a', 1) as p: p.advance()\n"

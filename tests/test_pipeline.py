@@ -24,7 +24,7 @@ from tiny_recipes import (
     write,
 )
 
-from rlpost import cli
+from rlpost import cli, pipeline
 from rlpost.errors import DataError, RecipeError
 from rlpost.pipeline import dry_run, train
 from rlpost.recipe.resolve import resolve
@@ -204,6 +204,29 @@ def test_every_stage_and_the_base_are_evaluated_once(tmp_path, capsys):
     (folder / "sft.json").write_text((folder / "base.json").read_text("utf-8"), "utf-8")
     run(tmp_path, {"sft": SFT, "pairs": PAIRS, "grpo": GRPO}, evaluation=EVALUATION)
     assert (folder / "sft.json").read_text("utf-8") == (folder / "base.json").read_text("utf-8")
+
+
+def test_a_stage_that_is_trained_anew_is_evaluated_anew(tmp_path):
+    run(tmp_path, {"sft": SFT}, evaluation=EVALUATION)
+    file = tmp_path / "runs/run/evaluation/sft.json"
+    before = file.read_text("utf-8")
+    file.write_text((file.with_name("base.json")).read_text("utf-8"), "utf-8")
+    (tmp_path / "runs/run/sft/DONE").unlink()
+    run(tmp_path, {"sft": SFT}, evaluation=EVALUATION)
+    assert file.read_text("utf-8") == before
+
+
+def test_no_model_is_held_after_its_stage(tmp_path, monkeypatch):
+    made = []
+
+    class Recorded(pipeline.Accelerator):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(pipeline, "Accelerator", Recorded)
+    run(tmp_path, {"sft": {**SFT, "steps": 1}})
+    assert [accelerator._models for accelerator in made] == [[]]
 
 
 def test_a_recipe_of_an_evaluation_alone_evaluates_its_model(tmp_path):

@@ -85,7 +85,8 @@ def add_frozen_adapter(model: PeftModel, name: str, state: dict[str, Tensor]) ->
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """A copy of one adapter's weights, names as in its file."""
-    state = get_peft_model_state_dict(model, adapter_name=name)
+    # Left to itself, peft asks the hub whether the vocabulary has grown; here it never does.
+    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().clone() for key, value in state.items()}
 
 
@@ -121,7 +122,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
     peft puts adapters of other names than "default" into a folder of their own; here each has a checkpoint to itself.
     """
-    model.save_pretrained(folder, selected_adapters=[POLICY])
+    model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
     inner = folder / POLICY
     for file in inner.iterdir():
         file.rename(folder / file.name)

@@ -102,11 +102,11 @@ def base_of(adapter: Path) -> str:
 
 
 def decide_bfloat16(wish: Precision, device: torch.device | str) -> bool:
-    """True for bfloat16: always on a GPU under `auto`; on a CPU if it makes matrix products 1.5 times as fast."""
+    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if matrix products are 1.5 times as fast in it."""
     if wish is not Precision.auto:
         return wish is Precision.bfloat16
     if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16)
 
 
@@ -166,10 +166,11 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
     """
     base = base or path
     own = Path(path) / "tokenizer_config.json"
+    source = path if own.is_file() or not Path(path).is_dir() else base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path if own.is_file() or not Path(path).is_dir() else base,
-            revision=settings.revision if path == base else None,
+            source,
+            revision=settings.revision if source == base else None,
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:

@@ -30,12 +30,6 @@ def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
-def mean_nll(policy: Policy, groups: Sequence[Group]) -> float:
-    """Negative log-likelihood per action, in nats, over all actions of the groups."""
-    logp_N = logprobs(policy, groups)
-    return float(-logp_N.double().mean())
-
-
 def _passes(groups: Sequence[Group], budget: int) -> list[list[Group]]:
     passes: list[list[Group]] = []
     used = budget + 1

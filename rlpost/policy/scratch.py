@@ -42,8 +42,3 @@ def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) 
         raise ModelError(f"model.config: {str(error).strip().splitlines()[0]}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def parameter_count(model: torch.nn.Module) -> int:
-    """Parameters, each tied one counted once."""
-    return sum(p.numel() for p in model.parameters())

@@ -101,6 +101,13 @@ class _Earlier:
             return f"{where}: stage {name!r} comes later - name an earlier one"
         return f"{where}: no stage {name!r}{hint_or_list(name, [*also, *self.stages], 'there are')}"
 
+    def no_model(self, name: str, where: str, also: tuple[str, ...]) -> str | None:
+        """Why `name`, given at `where`, is no earlier stage with a model; None when it is one (or one of `also`)."""
+        problem = self.problem(name, where, also)
+        if problem is None and name in self.stages and self.stages[name].kind == Kind.pairs:
+            return f"{where}: {name!r} is of kind pairs, which leaves rows and no model - name a stage that trains"
+        return problem
+
 
 def _model(model: Model) -> Iterator[str]:
     if bool(model.path) == bool(model.config):
@@ -122,14 +129,14 @@ def _model(model: Model) -> Iterator[str]:
 
 
 def _stage(stage: Stage, where: str, earlier: _Earlier) -> Iterator[str]:
-    if stage.start is not None and (problem := earlier.problem(stage.start, f"{where}.start", ("base",))):
+    if stage.start is not None and (problem := earlier.no_model(stage.start, f"{where}.start", ("base",))):
         yield problem
     assert isinstance(stage, Training | Pairs)
     if not stage.data:
         yield f"{where}.data: missing - name at least one source, like {{train: {{path: rows.jsonl}}}}"
     yield from _sources(stage.data, f"{where}.data", earlier)
     if isinstance(stage, Dpo | Grpo):
-        problem = earlier.problem(stage.reference, f"{where}.reference", ("start", "base"))
+        problem = earlier.no_model(stage.reference, f"{where}.reference", ("start", "base"))
         if problem:
             yield problem
     if isinstance(stage, Training):

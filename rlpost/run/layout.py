@@ -35,7 +35,6 @@ class RunDirectory:
     """An open run directory; `open_run` makes it."""
 
     path: Path
-    allow_change: bool = False
 
     @property
     def base(self) -> Path:
@@ -53,18 +52,6 @@ class RunDirectory:
             decisions[key] = make()
             write_json(self.path / names.DECISIONS, decisions)
         return self._decisions()[key]
-
-    def unchanged(self, key: str, value: Json) -> None:
-        """Hold the run to a fact that must not change under it (a dataset's fingerprint, the world size).
-
-        Raises:
-            RecipeError: the value is not the one saved when the run began, and no change was allowed.
-        """
-        saved = self.remember(key, lambda: value)
-        if saved != value:
-            change = Change(key, str(saved), str(value))
-            _refuse_or_warn(self.path, [change], self.allow_change)
-            write_json(self.path / names.DECISIONS, {**self._decisions(), key: value})
 
     def _decisions(self) -> dict[str, Json]:
         path = self.path / names.DECISIONS
@@ -112,7 +99,7 @@ def open_run(
             _take_up(path, text, surroundings, files, allow_change)
         else:
             _begin(path, text, surroundings, files)
-        yield RunDirectory(path, allow_change)
+        yield RunDirectory(path)
 
 
 @contextmanager

@@ -74,12 +74,14 @@ class Context:
     def data(
         self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
     ) -> Dataset:
-        """The stage's data; says what was recognised and what did not fit."""
+        """The stage's data; says what was recognised and what did not fit. No row is longer than the model's reach."""
+        if max_length > policy.longest:
+            console.say(f"{self.name}: rows are limited by the model's {policy.longest} positions, not by max_length")
         dataset = open_dataset(
             sources,
             make_codec(policy.tokenizer),
             need=need,
-            limit=Limit(max_length, too_long),
+            limit=Limit(min(max_length, policy.longest), too_long),
             seed=self.seed_for("data"),
             where=f"stages.{self.name}.data",
             stages=self.rows_of,

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlpost import console
 from rlpost.data.formats import Need
-from rlpost.errors import DataError
+from rlpost.errors import DataError, Interrupted
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import PairChoice, Pairs, TooLong
@@ -28,13 +28,21 @@ def pairs(context: Context, cfg: Pairs) -> Path:
 
     Raises:
         DataError: if no prompt gave two completions of different reward.
+        Interrupted: when a signal asked to stop.
     """
     policy = context.policy()
     limit = policy.longest - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards)
-    rows = list(preference_rows(policy, prompts, scorer, cfg, context.seed_for("sample"), context.name))
+    rows = []
+    for row in preference_rows(policy, prompts, scorer, cfg, context.seed_for("sample"), context.name):
+        rows.append(row)
+        if context.interrupts.requested is not None:
+            raise Interrupted(
+                f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin it again",
+                context.interrupts.requested,
+            )
     console.say(f"{context.name}: {len(rows)} pairs from {len(prompts)} prompts")
     if not rows:
         raise DataError(
@@ -69,11 +77,14 @@ def pairs_of_group(
 ) -> Iterator[dict[str, Any]]:
     """Pairs of one prompt's completions, each text once, unfinished and unscored ones left out.
 
+    So are blank answers to a conversation, where chat formats know no empty turn; after a plain text they may stand.
     `one` pairs the best with the worst (the first of each); `all` gives every better/worse combination.
     """
+    asked = group.example.get("prompt", _asked(group.example))
     scored: dict[str, float] = {}
     for completion, reward in zip(group.completions, rewards, strict=True):
-        if reward is not None and completion.finish == "stop":
+        blank = not isinstance(asked, str) and not completion.text.strip()
+        if reward is not None and completion.finish == "stop" and not blank:
             scored.setdefault(completion.text, reward)
     ranked = sorted(scored, key=lambda text: -scored[text])
     candidates = (
@@ -82,7 +93,7 @@ def pairs_of_group(
     for chosen, rejected in candidates:
         if scored[chosen] - scored[rejected] > min_gap:
             yield {
-                "prompt": _asked(group.example),
+                "prompt": asked,
                 **group.example,
                 "chosen": chosen,
                 "rejected": rejected,

@@ -65,6 +65,8 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.grpo.reference=stat", "stages.grpo.reference: no stage 'stat' - did you mean 'start'?"),
         ("stages.sft.enabled=false", "stages.dpo.reference: stage 'sft' is disabled"),
         ("stages.grpo.start=nowhere", "stages.grpo.start: no stage 'nowhere'"),
+        ("stages.grpo.start=pairs", "stages.grpo.start: 'pairs' is of kind pairs, which leaves rows and no model"),
+        ("stages.grpo.reference=pairs", "stages.grpo.reference: 'pairs' is of kind pairs"),
         ("stages.grpo.rewards=[]", "stages.grpo.rewards: missing"),
         (
             "stages.grpo.rewards.1.fn=math_answer",

@@ -219,17 +219,6 @@ def test_a_decision_is_taken_once(runs):
     assert run.remember("nothing", lambda: 3) is None
 
 
-def test_facts_that_must_not_change(runs, heard):
-    run = reopen(recipe(runs))
-    run.unchanged("rows of sft", "abc")
-    run.unchanged("rows of sft", "abc")
-    with pytest.raises(RecipeError, match=r"other settings: rows of sft: abc -> abd; pass --allow-change"):
-        run.unchanged("rows of sft", "abd")
-    reopen(recipe(runs), allow_change=True).unchanged("rows of sft", "abd")
-    assert len(heard) == 1
-    run.unchanged("rows of sft", "abd")
-
-
 HOLD = """
 import sys, time
 from omegaconf import OmegaConf

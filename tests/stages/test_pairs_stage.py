@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 from tiny_recipes import DPO, PAIRS, SFT, base, metrics, run, weights
 
-from rlpost.errors import DataError
+from rlpost.errors import DataError, Interrupted
 from rlpost.groups import Completion, Group
 from rlpost.recipe.schema import PairChoice
+from rlpost.rewards.score import Scorer
+from rlpost.stages import pairs as stage
 from rlpost.stages.pairs import pairs_of_group
 
 OWN = {**DPO, "data": {"own": {"stage": "pairs"}}}
@@ -68,6 +72,14 @@ def test_the_prompt_of_a_conversation_is_all_but_its_answer():
         assert row["prompt"] == asked
 
 
+def test_a_blank_answer_makes_a_pair_after_a_text_but_not_in_a_conversation():
+    answers = (("a", "stop"), ("", "stop"), (" ", "stop"))
+    assert chosen(pairs_of_group(group(*answers), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == [("a", "")]
+    asked = [{"role": "user", "content": "q"}]
+    for example in ({"messages": asked}, {"prompt": asked}):
+        assert chosen(pairs_of_group(group(*answers, **example), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == []
+
+
 def rows_of(final) -> list[dict]:
     return [json.loads(line) for line in (final / "rows.jsonl").read_text("utf-8").splitlines()]
 
@@ -107,4 +119,21 @@ def test_no_pair_at_all_is_an_error_that_says_what_to_do(tmp_path):
     stage = {**PAIRS, "rewards": [{"fn": "rewards.py:always"}]}
     with pytest.raises(DataError, match=r"stages\.pairs: no prompt gave two.*raise group_size"):
         run(tmp_path, {"pairs": stage})
+    assert not (tmp_path / "runs/run/pairs/DONE").exists()
+
+
+def test_a_signal_ends_the_sampling_between_two_lots_of_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "AT_ONCE", 8)
+    score, lots = Scorer.score, []
+
+    def signalled(self, groups):
+        if not lots:
+            os.kill(os.getpid(), signal.SIGTERM)
+        lots.append(len(groups))
+        return score(self, groups)
+
+    monkeypatch.setattr(Scorer, "score", signalled)
+    with pytest.raises(Interrupted, match=r"pairs stopped while it sampled") as raised:
+        run(tmp_path, {"sft": SFT, "pairs": PAIRS})
+    assert (raised.value.exit_code, lots) == (143, [8])
     assert not (tmp_path / "runs/run/pairs/DONE").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_recipes import LORA, SFT, base, greedy, group, jsonl, metrics, policy, run, weights
 
-from rlpost.errors import DivergedError
+from rlpost.errors import DataError, DivergedError
 from rlpost.policy.score import logprobs
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}" * (1 + n % 3)} for n in range(6)]
@@ -108,3 +108,12 @@ def test_numbers_that_run_away_stop_the_run(tmp_path):
     with pytest.raises(DivergedError, match=r"update \d: the gradient of \S+ is not finite.*learning_rate"):
         run(tmp_path, {"sft": {**SFT, "learning_rate": 1e30}})
     assert not (tmp_path / "runs/run/sft/DONE").exists()
+
+
+def test_no_row_is_longer_than_the_model_has_positions(tmp_path, capsys):
+    jsonl(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 40)])
+    stage = {**SFT, "data": {"rows": {"path": "rows.jsonl"}}, "steps": 1, "max_length": 64}
+    with pytest.raises(DataError, match=r"row 2 has 45 tokens, the limit is 32"):
+        run(tmp_path, {"sft": stage})
+    assert "limited by the model's 32 positions" in capsys.readouterr().err
+    run(tmp_path, {"sft": {**stage, "too_long": "drop"}}, "run=dropped")

@@ -1,0 +1,168 @@
+"""The documentation and the code say the same: keys with their defaults, functions, exit codes, recipes, links."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlpost import errors
+from rlpost.recipe import schema
+from rlpost.recipe.files import packaged
+from rlpost.recipe.keys import MISSING, fields_of, shape
+from rlpost.recipe.resolve import resolve
+from rlpost.recipe.typed import plain
+from rlpost.run import names
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [p for p in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if p.is_file()]
+CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and is_dataclass(c)]
+OBJECTIVES = ("advantages", "kl", "preference", "supervised", "surrogates", "weights")
+INTERNAL = {"ratio", "clipped_share", "pairs_of", "signal", "weigh"}
+"""Public in rlpost/objectives, and nothing that a recipe names."""
+RECIPE = re.compile(r"rlpost\s+(?:train|show)\s+([\w./-]+)|--recipe[ =]([\w./-]+)")
+
+
+def tables() -> dict[str, dict[str, list[str]]]:
+    """Section of docs/recipes.md -> key -> the cells of its row."""
+    found: dict[str, dict[str, list[str]]] = {}
+    section = ""
+    for line in (DOCS / "recipes.md").read_text("utf-8").splitlines():
+        if heading := re.match(r"#+ (.+)", line):
+            section = heading[1]
+        elif line.startswith("| `"):
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            found.setdefault(section, {})[cells[0].strip("`")] = cells
+    return found
+
+
+def own_fields(cls: type) -> list[Field[Any]]:
+    """Fields that the class adds to those of its bases; a kind that it merely sets is none."""
+    inherited = {f.name for base in cls.__bases__ if is_dataclass(base) for f in fields(base)}
+    return [f for f in fields(cls) if f.name not in inherited]
+
+
+def documented(cell: str) -> Any:
+    """The default in a cell, `null` and `[]` as YAML; MISSING where it has none."""
+    match = re.fullmatch(r"`(.*)`", cell)
+    return yaml.safe_load(match[1]) if match else MISSING
+
+
+def same(wanted: Any, given: Any) -> bool:
+    """A dataclass as default may be told by those of its keys that differ from its own defaults."""
+    if is_dataclass(wanted) and not isinstance(wanted, type):
+        return isinstance(given, dict) and plain(type(wanted)(**given)) == plain(wanted)
+    return bool(plain(wanted) == given)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_key_is_documented_with_its_default(cls):
+    table = tables()[cls.__name__]
+    assert list(table) == [f.name for f in own_fields(cls)]
+    for f in own_fields(cls):
+        wanted = f.default_factory() if f.default_factory is not NO_DEFAULT else f.default
+        assert same(wanted, documented(table[f.name][2])), f"{cls.__name__}.{f.name}: the default is {wanted}"
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_choices_and_nulls_are_documented(cls):
+    table = tables()[cls.__name__]
+    for f in own_fields(cls):
+        found = shape(fields_of(cls)[f.name])
+        told = table[f.name][1]
+        assert told.endswith("?") == found.optional, f"{cls.__name__}.{f.name}: {told}"
+        if isinstance(found.base, type) and issubclass(found.base, Enum):
+            assert re.findall(r"`(\w+)`", told) == [m.value for m in found.base]
+
+
+def test_no_section_documents_what_is_not_there():
+    assert set(tables()) - {"What is refused, and why"} == {c.__name__ for c in CLASSES}
+
+
+def commands() -> Iterator[tuple[Path, list[str]]]:
+    """The words of every line in the pages' code blocks that calls rlpost by itself."""
+    for page in PAGES:
+        for block in re.findall(r"(?ms)^```\w*\n(.*?)^```", page.read_text("utf-8")):
+            for line in block.splitlines():
+                if re.match(r"(\$ )?rlpost ", line):
+                    yield page, shlex.split(line.removeprefix("$ "), comments=True)
+
+
+def is_packaged(recipe: str) -> bool:
+    """False for placeholders (RECIPE) and files of the reader's own (my.yaml)."""
+    return not recipe.isupper() and (recipe.startswith("recipes/") or not recipe.endswith((".yaml", ".yml")))
+
+
+def test_every_recipe_that_is_named_exists():
+    for page in PAGES:
+        for words in RECIPE.findall(page.read_text("utf-8")):
+            recipe = words[0] or words[1]
+            if is_packaged(recipe):
+                name = recipe.removeprefix("recipes/").removesuffix(".yaml")
+                assert name in packaged(), f"{page.name}: {recipe}"
+
+
+def test_every_override_that_is_shown_is_a_key():
+    wrong = ["stages.sft.step=1"]  # shown for its error
+    for page, words in commands():
+        if words[1] not in ("train", "show") or not is_packaged(words[2]):
+            continue
+        overrides = [w for w in words[3:] if "=" in w and not w.startswith("--")]
+        if overrides == wrong or (words[2] == "sft_chat" and not overrides):
+            with pytest.raises(errors.RecipeError):
+                resolve(words[2], overrides)
+        else:
+            needed = ["vars.data=x"] if "data: ???" in (ROOT / f"recipes/{words[2]}.yaml").read_text("utf-8") else []
+            assert resolve(words[2], needed + overrides), page
+
+
+def test_every_objective_is_documented():
+    page = (DOCS / "objectives.md").read_text("utf-8")
+    for module in OBJECTIVES:
+        tree = ast.parse((ROOT / f"rlpost/objectives/{module}.py").read_text("utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in INTERNAL:
+                assert f"`{node.name}`" in page, f"{module}.{node.name}"
+
+
+def test_every_reward_is_documented():
+    tree = ast.parse((ROOT / "rlpost/rewards/__init__.py").read_text("utf-8"))
+    exported = next(n.value for n in tree.body if isinstance(n, ast.Assign))
+    page = (DOCS / "rewards.md").read_text("utf-8")
+    assert all(f"| `{name}` |" in page for name in ast.literal_eval(exported))
+
+
+def test_every_exit_code_is_documented():
+    page = (DOCS / "runs.md").read_text("utf-8")
+    for name, cls in vars(errors).items():
+        if isinstance(cls, type) and issubclass(cls, errors.RlpostError):
+            code = "128 + signal" if cls is errors.Interrupted else cls.exit_code
+            assert f"| {code} | `{name}` |" in page
+
+
+def test_every_file_of_a_run_is_documented():
+    page = (DOCS / "runs.md").read_text("utf-8")
+    for key, name in vars(names).items():
+        if key.isupper() and isinstance(name, str):
+            assert name in page, key
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", page.read_text("utf-8")):
+            file = (page.parent / target).resolve() if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"(?m)^#+ (.+)$", file.read_text("utf-8"))
+                slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+                assert anchor in slugs, f"{page.name}: {target}#{anchor}"
