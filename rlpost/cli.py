@@ -119,7 +119,7 @@ def sample(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
     for problem in out_of_range(sampling, "--"):
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
-    text = sys.stdin.read() if prompt is None else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
     texts = commands.sample(
         checkpoint, text, sampling=sampling, n=n, greedy=greedy, seed=seed, best_of=best_of, recipe=recipe
     )

@@ -19,7 +19,7 @@ from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
 from rlpost.groups import Group
 from rlpost.pipeline import need_of, scratch_tokenizer
-from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer
+from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer, with_chat_template
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
@@ -193,7 +193,7 @@ def _lengths(what: str, lengths: Sequence[int]) -> str:
 def _tokenizer(resolved: Resolved) -> Any:
     model = resolved.config.model
     if model.path is None:
-        return scratch_tokenizer(resolved)
+        return with_chat_template(scratch_tokenizer(resolved), model)
     return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,8 +165,17 @@ def _rollout_rows(groups: Sequence[Group], totals: Sequence[Sequence[float | Non
 
 
 def _random() -> dict[str, Tensor]:
-    """The state of every generator that training may draw from."""
-    state = {"cpu": torch.get_rng_state()}
+    """The state of every generator that training, or a user's reward, may draw from."""
+    version, internal, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    state = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+        "numpy_place": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
+    }
     if torch.cuda.is_available():
         state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return state
@@ -172,6 +183,12 @@ def _random() -> dict[str, Tensor]:
 
 def _set_random(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
+    version, *internal = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_place"].tolist()
+    key = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, state["numpy_gauss"].item()))
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(
             [state[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in state]

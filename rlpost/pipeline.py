@@ -16,7 +16,7 @@ from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
 from rlpost.data.sources import label, read
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.errors import Interrupted
+from rlpost.errors import Interrupted, RlpostError
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
@@ -64,7 +64,13 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     keep_freed_memory()
-    accelerator = Accelerator()
+    # What the environment might say of precision or accumulation is the recipe's and the learner's business.
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.num_processes > 1:
+        raise RlpostError(
+            f"started as {accelerator.num_processes} processes, but a run is one process on one device; "
+            "start it without a launcher, and choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
     functions = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(recipe, resolved.folder) if b.sha256}
     with (
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,

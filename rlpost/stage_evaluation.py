@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import Evaluation, TooLong
-from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
+from rlpost.run.files import disk_errors, encode_line, read_json, write_atomic, write_json
 from rlpost.stages.context import make_scorer
 
 FOLDER = "evaluation"
+SETTINGS = "SETTINGS"
 
 
 class StageEvaluations:
@@ -44,6 +46,7 @@ class StageEvaluations:
         if self._cfg is None or not self._cfg.every_stage:
             return
         self._names.append(name)
+        self._forget_other_settings()
         if self._file(name).is_file():
             return
         policy = load_policy(
@@ -64,6 +67,20 @@ class StageEvaluations:
         """Remove what is on disk of stage `name`, which is about to be trained: it is of another result."""
         with disk_errors(self._file(name)):
             self._file(name).unlink(missing_ok=True)
+
+    def _forget_other_settings(self) -> None:
+        """Drop results that were taken under another `evaluation`: a table compares like with like."""
+        assert self._cfg is not None
+        settings = {**asdict(self._cfg), "show": None, "every_stage": None}
+        file = self._folder / SETTINGS
+        now = json.loads(json.dumps(settings, default=str))
+        if file.is_file() and read_json(file) == now:
+            return
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for old in self._folder.glob("*.json*"):
+                old.unlink()
+        write_json(file, now)
 
     def print(self) -> None:
         """The table of all stages, and a few prompts answered before and after."""

@@ -25,7 +25,7 @@ from tiny_recipes import (
 )
 
 from rlpost import cli, pipeline
-from rlpost.errors import DataError, RecipeError
+from rlpost.errors import DataError, RecipeError, RlpostError
 from rlpost.pipeline import dry_run, train
 from rlpost.recipe.resolve import resolve
 
@@ -206,6 +206,21 @@ def test_every_stage_and_the_base_are_evaluated_once(tmp_path, capsys):
     assert (folder / "sft.json").read_text("utf-8") == (folder / "base.json").read_text("utf-8")
 
 
+def test_results_of_another_evaluation_are_not_mixed_in(tmp_path):
+    run(tmp_path, {"sft": SFT}, evaluation=EVALUATION)
+    file = tmp_path / "runs/run/evaluation/sft.json"
+    assert json.loads(file.read_text("utf-8"))["sampled"]["samples"] == 2
+    train(prepared(tmp_path, {"sft": SFT}, evaluation={**EVALUATION, "samples": 3}), allow_change=True)
+    assert json.loads(file.read_text("utf-8"))["sampled"]["samples"] == 3
+    assert json.loads(file.with_name("base.json").read_text("utf-8"))["sampled"]["samples"] == 3
+
+
+def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.Accelerator, "num_processes", 2)
+    with pytest.raises(RlpostError, match="started as 2 processes"):
+        run(tmp_path, {"sft": SFT})
+
+
 def test_a_stage_that_is_trained_anew_is_evaluated_anew(tmp_path):
     run(tmp_path, {"sft": SFT}, evaluation=EVALUATION)
     file = tmp_path / "runs/run/evaluation/sft.json"
@@ -220,8 +235,8 @@ def test_no_model_is_held_after_its_stage(tmp_path, monkeypatch):
     made = []
 
     class Recorded(pipeline.Accelerator):
-        def __init__(self):
-            super().__init__()
+        def __init__(self, **settings):
+            super().__init__(**settings)
             made.append(self)
 
     monkeypatch.setattr(pipeline, "Accelerator", Recorded)

@@ -10,14 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows, widen
-
-
-def signal(reward_PG: Tensor) -> Tensor:
-    """[P] bool: True where a group has two scored rewards that differ."""
-    high = torch.where(reward_PG.isnan(), -torch.inf, reward_PG).amax(1)
-    low = torch.where(reward_PG.isnan(), torch.inf, reward_PG).amin(1)
-    return high > low
+from rlpost.objectives.rows import Rows, has_signal, widen
 
 
 def group_mean(reward_PG: Tensor) -> Tensor:
@@ -60,5 +53,5 @@ def _centred(reward_PG: Tensor) -> Tensor:
 
 
 def _keep_signal(reward_PG: Tensor, advantage_PG: Tensor) -> Tensor:
-    keep_PG = signal(reward_PG)[:, None] & ~reward_PG.isnan()
+    keep_PG = has_signal(reward_PG)[:, None] & ~reward_PG.isnan()
     return torch.where(keep_PG, advantage_PG, 0.0)

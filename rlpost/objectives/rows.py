@@ -90,3 +90,10 @@ class Rows:
 
     def _column_N(self) -> Tensor:
         return torch.arange(self.actions, device=self.device) - self.start_S[self.index_N]
+
+
+def has_signal(reward_PG: Tensor) -> Tensor:
+    """[P] bool: True where a group has two scored rewards that differ."""
+    high = torch.where(reward_PG.isnan(), -torch.inf, reward_PG).amax(1)
+    low = torch.where(reward_PG.isnan(), torch.inf, reward_PG).amin(1)
+    return high > low

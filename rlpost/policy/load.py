@@ -48,7 +48,7 @@ def load_policy(
     base = base_of(adapter) if adapter else str(path)
     wants_lora = settings.lora is not None
     # A frozen base needs no float32 master weights; weights that train do.
-    half = bfloat16 and (wants_lora or not trainable)
+    half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
     model = _model(base, settings, torch.bfloat16 if half else torch.float32).to(device)
     tokenizer = load_tokenizer(str(path), settings, base)
     _fit(model, tokenizer, str(path))
@@ -175,6 +175,15 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
+    return with_chat_template(tokenizer, settings)
+
+
+def with_chat_template(tokenizer: Any, settings: Model) -> Any:
+    """The tokenizer with the recipe's chat template, if it has one.
+
+    Raises:
+        ModelError: the template's file is missing.
+    """
     if settings.chat_template is not None:
         file = Path(settings.chat_template)
         if not file.is_file():

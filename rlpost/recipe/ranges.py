@@ -86,11 +86,16 @@ RANGES: dict[type, dict[str, Range]] = {
         "checkpoint_every": _from(1),
         "keep_checkpoints": _from(1),
         "log_every": _from(1),
-        "table_every": _from(0),
     },
     Sft: {"batch_size": _from(1)},
     Dpo: {"batch_size": _from(1), "nll": _from(0)},
-    Grpo: {"prompts": _from(1), "group_size": _from(1), "updates": _from(1), "entropy": _from(0)},
+    Grpo: {
+        "prompts": _from(1),
+        "group_size": _from(1),
+        "updates": _from(1),
+        "entropy": _from(0),
+        "table_every": _from(0),
+    },
     Pairs: {"prompts": _from(1), "group_size": _from(2), "min_gap": _from(0)},
     Evaluation: {"samples": _from(0), "pass_at": _from(1), "show": _from(0), "batch": _from(1)},
 }

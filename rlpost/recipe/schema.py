@@ -249,8 +249,6 @@ class Training(Stage):
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 1
-    table_every: int = 100
-    """Steps between tables of sample completions (0: none)."""
 
 
 @dataclass
@@ -300,6 +298,8 @@ class Grpo(Training):
     """Leave completions cut at the length limit out of the advantage and the update."""
     entropy: float = 0.0
     """Weight of an entropy bonus, averaged over actions."""
+    table_every: int = 100
+    """Steps between tables of sample completions, which are also saved as rollouts (0: neither)."""
 
 
 @dataclass

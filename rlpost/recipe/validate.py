@@ -32,7 +32,7 @@ from rlpost.recipe.walk import walk
 
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _STAGE = re.compile(r"[A-Za-z0-9_-]{1,80}")  # a dot would end the name in a key path
-_RESERVED = ("base", "start")
+_RESERVED = ("base", "start", "evaluation")
 _GROUP_BASELINES = ("group_mean", "group_normalised", "leave_one_out")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -63,7 +65,11 @@ class Context:
 
     def policy(self) -> Policy:
         """The model to train, loaded from where the stage starts."""
-        torch.manual_seed(self.seed_for("model"))
+        seed = self.seed_for("model")
+        torch.manual_seed(seed)
+        # Nothing of ours draws from these two; a user's reward may.
+        random.seed(seed)
+        np.random.seed(seed)
         return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.accelerator.device)
 
     def reference(self, policy: Policy, name: str) -> Reference:

@@ -23,8 +23,8 @@ from rlpost.groups import Group, completions
 from rlpost.learner import Learner, LossFunction
 from rlpost.loop import show_samples
 from rlpost.objectives import kl
-from rlpost.objectives.advantages import signal
-from rlpost.objectives.surrogates import clipped_share, ratio
+from rlpost.objectives.rows import has_signal
+from rlpost.objectives.surrogates import clipped_share, clipped_surrogate, ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.policy import Scores
 from rlpost.policy.reference import Reference
@@ -87,8 +87,9 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo) -> LossFunction:
         metrics = {
             "ratio": ratio_N,
             "sampler_gap": (scores.logp_N.detach() - old_N).abs(),
-            "clipped": clipped_share(scores.logp_N.detach(), old_N, advantage_N, **clip),
         }
+        if cfg.loss.fn == clipped_surrogate.__name__:
+            metrics["clipped"] = clipped_share(scores.logp_N.detach(), old_N, advantage_N, **clip)
         if "reference" in part.per_action:
             metrics["kl"] = kl.k3(scores.logp_N.detach(), part["reference"])
         if cfg.kl.beta and cfg.kl.placement is KlPlacement.loss:
@@ -103,9 +104,10 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo) -> LossFunction:
 
 
 def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's mean over a step's updates."""
+    """Each metric's mean over a step's updates; the sampler's gap is the first's, before the policy moved."""
     names = dict.fromkeys(name for metrics in updates for name in metrics)
-    return {n: fmean(metrics[n] for metrics in updates if n in metrics) for n in names}
+    means = {n: fmean(metrics[n] for metrics in updates if n in metrics) for n in names}
+    return means | {n: x for n, x in updates[0].items() if n == "sampler_gap"}
 
 
 def kl_estimate(cfg: Kl) -> Callable[[Tensor, Tensor], Tensor]:
@@ -165,7 +167,7 @@ def reward_metrics(groups: Sequence[Group], rewards: Rewards, reward_PG: Tensor)
     metrics |= {f"reward/{name}": value for name, value in rewards.means().items()}
     return metrics | {
         "unscored": rewards.unscored,
-        "zero_signal": 1.0 - float(signal(reward_PG).double().mean()),
+        "zero_signal": 1.0 - float(has_signal(reward_PG).double().mean()),
         "truncated": sum(c.finish == "length" for c in sampled) / len(sampled),
         "length": sum(len(c.ids) for c in sampled) / len(sampled),
         # The mean of −log p over samples is an unbiased estimate of the entropy.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlpost.objectives import Rows, group_mean, group_normalised, leave_one_out, return_to_go
-from rlpost.objectives.advantages import signal
+from rlpost.objectives.rows import has_signal
 
 NAN = math.nan
 ALL = [group_mean, group_normalised, leave_one_out]
@@ -87,7 +87,7 @@ def test_number_formats(advantage):
 
 def test_signal_needs_two_scored_rewards_that_differ():
     reward = torch.tensor([[0.0, 1.0], [1.0, 1.0], [NAN, 1.0], [NAN, NAN]])
-    assert signal(reward).tolist() == [True, False, False, False]
+    assert has_signal(reward).tolist() == [True, False, False, False]
 
 
 def test_return_to_go_by_hand():

@@ -169,9 +169,10 @@ def test_the_entropy_bonus_flattens_the_policy(tmp_path):
 def test_several_updates_a_step_go_on_from_one_another(tmp_path):
     run(tmp_path, {"grpo": {**GRPO, "updates": 2, "prompts": 6, "steps": 3, "learning_rate": 1e-2}})
     lines = metrics(tmp_path, "grpo")
-    # Six updates in all, the second of each step logged: number 1, 3 and 5 of a line down to 0.
-    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2 * (6 - n) / 6 for n in (1, 3, 5)])
-    assert all(line["sampler_gap"] > 1e-4 for line in lines)  # the first update has moved the policy
+    # Six updates in all, on a line down to 0; a step logs the mean of its two: numbers 0 and 1, 2 and 3, 4 and 5.
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2 * (6 - n) / 6 for n in (0.5, 2.5, 4.5)])
+    assert all(abs(line["ratio"] - 1) > 1e-5 for line in lines)  # the first update has moved the policy
+    assert all(line["sampler_gap"] < 1e-5 for line in lines)  # but the gap is that of the first, before it moved
 
 
 def test_every_objective_runs(tmp_path):
