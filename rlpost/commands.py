@@ -33,7 +33,7 @@ from rlpost.run.lookup import find_checkpoint, newest_finished_run
 from rlpost.run.names import CONFIG
 from rlpost.stage_evaluation import evaluate_recipe
 from rlpost.stages.context import make_scorer
-from rlpost.stages.pairs import preference_rows
+from rlpost.stages.pairs import must_have_pairs, preference_rows
 
 
 def evaluate(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[list[str], Result, str]:
@@ -124,8 +124,8 @@ def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> s
     prompts = data.next(cfg.prompts or len(data))
     scorer = make_scorer(cfg.rewards, f"stages.{name}", resolved.folder)
     rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
+    must_have_pairs(rows, prompts, cfg, name)
     write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
-    console.say(f"{len(rows)} pairs from {len(prompts)} prompts")
     return out
 
 

@@ -59,7 +59,7 @@ class Experience:
     def cut(self, budget: int, *, whole_groups: bool = False, shared_prompts: bool = True) -> list[Experience]:
         """Parts of at most `budget` tokens (or one completion), for one forward and backward pass each.
 
-        A group over the budget is cut between completions, its prompt then repeats; `whole_groups` forbids that.
+        A group at the end of a part is cut between completions, its prompt then repeats; `whole_groups` forbids that.
         """
         parts: list[list[tuple[int, list[int]]]] = []
         used = budget + 1

@@ -145,8 +145,10 @@ def assemble(
         if cfg.kl.placement is KlPlacement.reward:
             kl_N = kl.kl_in_reward(old_logp_N, values["reference"], rows, cfg.group_size, kl_estimate(cfg.kl))
             advantage_N = advantage_N - cfg.kl.beta * kl_N
-    # With neither KL nor entropy, an advantage of exactly zero is a gradient of exactly zero.
-    needed = None if reference is not None or cfg.entropy else tuple((advantage_S != 0).tolist())
+    # With neither KL nor entropy, an advantage of exactly zero is a gradient of exactly zero; what a user's own
+    # surrogate adds to the advantage is not known.
+    other_terms = reference is not None or cfg.entropy or ":" in cfg.loss.fn
+    needed = None if other_terms else tuple((advantage_S != 0).tolist())
     return replace(experience.with_actions(advantage=advantage_N, **values), needed_S=needed)
 
 

@@ -43,18 +43,27 @@ def pairs(context: Context, cfg: Pairs) -> Path:
                 f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin it again",
                 context.interrupts.requested,
             )
-    console.say(f"{context.name}: {len(rows)} pairs from {len(prompts)} prompts")
-    if not rows:
-        raise DataError(
-            f"stages.{context.name}: no prompt gave two completions whose rewards differ by more than "
-            f"{cfg.min_gap:g}; raise group_size or temperature, or look at the rewards"
-        )
+    must_have_pairs(rows, prompts, cfg, context.name)
 
     def write(folder: Path) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / context.out.rows.name).write_text(lines, "utf-8")
 
     return context.finish_rows(write, cfg.kind)
+
+
+def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, name: str) -> None:
+    """Say how many pairs there are.
+
+    Raises:
+        DataError: there are none.
+    """
+    console.say(f"{name}: {len(rows)} pairs from {len(prompts)} prompts")
+    if not rows:
+        raise DataError(
+            f"stages.{name}: no prompt gave two completions whose rewards differ by more than "
+            f"{cfg.min_gap:g}; raise group_size or temperature, or look at the rewards"
+        )
 
 
 def preference_rows(
