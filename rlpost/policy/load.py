@@ -47,7 +47,8 @@ def load_policy(
     adapter = folder if (folder / ADAPTER_FILE).is_file() else None
     base = base_of(adapter) if adapter else str(path)
     wants_lora = settings.lora is not None
-    # A frozen base needs no float32 master weights; weights that train do.
+    # A base under adapters needs no float32 weights; weights that train do, and so does a frozen copy of them, which
+    # must score what they scored.
     half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
     model = _model(base, settings, torch.bfloat16 if half else torch.float32).to(device)
     tokenizer = load_tokenizer(str(path), settings, base)

@@ -224,9 +224,9 @@ def test_precision_by_wish():
 
 @pytest.mark.parametrize(
     ("lora", "trainable", "expected"),
-    [(Lora(r=2), True, torch.bfloat16), (None, False, torch.bfloat16), (None, True, torch.float32)],
+    [(Lora(r=2), True, torch.bfloat16), (None, True, torch.float32), (None, False, torch.float32)],
 )
-def test_weights_that_train_stay_in_float32(llama_folder, lora, trainable, expected):
+def test_a_base_under_adapters_is_halved_and_all_other_weights_stay_in_float32(llama_folder, lora, trainable, expected):
     policy = load_policy(llama_folder, Model(lora=lora), bfloat16=True, trainable=trainable)
     assert policy.causal_lm.get_input_embeddings().weight.dtype == expected
     assert all(p.dtype == torch.float32 for p in policy.parameters() if p.requires_grad)
