@@ -7,19 +7,59 @@ ranks, the sum of the parts' gradients is the update's gradient however it is cu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rlpost.errors import DivergedError
 from rlpost.experience import Experience
-from rlpost.policy.policy import Policy, Scores
+from rlpost.groups import Group
+from rlpost.policy.batch import Batch
 
-LossFunction = Callable[[Scores, Experience], tuple[Tensor, Mapping[str, Tensor]]]
-"""(scores of a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over all elements of the update)."""
+LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
+"""(what the model says of a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
+
+
+LOSS = "loss"
+"""The metric that is summed over parts and ranks, since its weights were counted over the whole update."""
+
+
+class Model(Protocol):
+    """What a learner trains: a policy, or a model of scalars (a critic, a reward model)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights live."""
+        ...
+
+    @property
+    def shares_prompts(self) -> bool:
+        """A prompt is computed once for its completions."""
+        ...
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name."""
+        ...
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """Groups as its forward pass takes them."""
+        ...
+
+    def __call__(self, batch: Batch, **how: Any) -> Any:
+        """What it says of the batch."""
+        ...
+
+    def backward_done(self) -> None:
+        """The backward pass of the last forward pass is over."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Dropout on, as while training, or off."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,11 +73,14 @@ class Totals:
 
 
 class Learner:
-    """A policy, its optimiser and its learning rate."""
+    """A model, its optimiser and its learning rate.
+
+    Ranks are brought together by one sum of gradients an update, after the last part (docs/adr/0007).
+    """
 
     def __init__(
         self,
-        policy: Policy,
+        model: Model,
         accelerator: Accelerator,
         *,
         learning_rate: float,
@@ -48,11 +91,11 @@ class Learner:
         tokens_per_pass: int = 8192,
         whole_groups: bool = False,
     ) -> None:
-        """Prepare to train the parameters of `policy` that require a gradient.
+        """Prepare to train the parameters that `model.trained()` names.
 
         Args:
-            policy: what is trained.
-            accelerator: of the whole program; wraps the policy for several processes.
+            model: what is trained.
+            accelerator: of the whole program.
             learning_rate: its peak.
             factor: update number -> factor on it.
             betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
@@ -61,7 +104,7 @@ class Learner:
             tokens_per_pass: budget of one forward and backward pass; it never changes a gradient.
             whole_groups: groups are not cut (losses that compare completions).
         """
-        self.policy = policy
+        self.model = model
         self.accelerator = accelerator
         self.updates = 0
         self._peak = learning_rate
@@ -69,7 +112,7 @@ class Learner:
         self._max_norm = max_grad_norm
         self._budget = tokens_per_pass
         self._whole = whole_groups
-        self._named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+        self._named = model.trained()
         assert self._named, "nothing to train"
         matrices = [p for p in self._named.values() if p.ndim >= 2]
         others = [p for p in self._named.values() if p.ndim < 2]
@@ -79,82 +122,90 @@ class Learner:
             betas=betas,
             fused=True,
         )
-        self._module: nn.Module = accelerator.prepare_model(policy)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+        return self._peak * self._factor(self.updates)
 
     def totals(self, experience: Experience) -> Totals:
         """Counts of this update over all ranks: what weights divide by."""
         rows = experience.rows
-        counts = torch.tensor([rows.actions, rows.learned, len(experience.groups)], device=self.policy.device)
+        counts = torch.tensor([rows.actions, rows.learned, len(experience.groups)], device=self.model.device)
         actions, learned, groups = self.accelerator.reduce(counts, "sum").tolist()
         return Totals(actions, learned, groups)
 
-    def total(self, count: int) -> int:
+    def total(self, count: float) -> float:
         """The sum of `count` over all ranks."""
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.policy.device), "sum"))
+        number = torch.tensor(count, dtype=torch.float64, device=self.model.device)
+        return float(self.accelerator.reduce(number, "sum"))
 
-    def update(
-        self, loss: LossFunction, experience: Experience, *, temperature: float = 1.0, entropy: bool = False
-    ) -> dict[str, float]:
+    def gather(self, x: Tensor) -> tuple[Tensor, slice]:
+        """`x` of all ranks, one after the other along its first axis, on the CPU; and where this rank's own lies."""
+        if self.accelerator.num_processes == 1:
+            return x.cpu(), slice(0, len(x))
+        everyone: list[Tensor] = gather_object([x.cpu()])
+        first = sum(len(other) for other in everyone[: self.accelerator.process_index])
+        return torch.cat(everyone), slice(first, first + len(x))
+
+    def update(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
         """One optimiser step on the whole experience; returns its metrics, averaged over all ranks.
 
         Args:
             loss: of a part of the experience; see `LossFunction`.
             experience: this rank's share of the update.
-            temperature: the one the actions were sampled at.
-            entropy: score the entropy of every action's distribution too.
+            how: what else the model's forward pass is told: the temperature of sampling, say.
 
         Raises:
             DivergedError: if the gradient is not finite; nothing was changed then.
         """
-        meter = Meter()
-        self.policy.train()
-        self._zero_gradients()
-        parts = experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.policy.shares_prompts)
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            meter.add_part(*self._backward(loss, part, temperature, entropy, synchronise=last))
-        if not parts:
-            self._stand_by(loss, experience, meter, temperature, entropy)
+        metrics = self.gradient(loss, experience, **how)
         norm = self._clip()
-        rate = self._peak * self._factor(self.updates)
+        rate = self.rate
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
-        self.policy.eval()
         self.updates += 1
-        return {**meter.averages(self.accelerator), "grad_norm": norm, "learning_rate": rate}
+        return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def _backward(
-        self,
-        loss: LossFunction,
-        part: Experience,
-        temperature: float,
-        entropy: bool,
-        *,
-        synchronise: bool,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        # Ranks may have different numbers of parts: only each rank's last one synchronises.
-        together = nullcontext() if synchronise else self.accelerator.no_sync(self._module)
-        with together:
-            scores = self._module(self.policy.batch(part.groups), temperature, entropy)
-            total, metrics = loss(scores, part.to(self.policy.device))
-            # Data-parallel wrapping averages over ranks; counts are global already, so the sum is wanted.
-            self.accelerator.backward(total * (scale * self.accelerator.num_processes))
-        self.policy.backward_done()
-        return total.detach(), metrics
+    def gradient(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+        """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
+        meter = Meter()
+        self.model.train()
+        self._zero_gradients()
+        for part in self._parts(experience):
+            said = self.model(self.model.batch(part.groups), **how)
+            total, metrics = loss(said, part.to(self.model.device))
+            total.backward()  # type: ignore[no-untyped-call]
+            self.model.backward_done()
+            meter.add_part(total.detach(), metrics)
+        self.model.train(False)
+        if self.accelerator.num_processes > 1:
+            for p in self._named.values():
+                torch.distributed.all_reduce(p.grad)
+        return {LOSS: 0.0, **meter.averages(self.accelerator)}
 
-    def _stand_by(
-        self, loss: LossFunction, experience: Experience, meter: Meter, temperature: float, entropy: bool
-    ) -> None:
-        """Nothing here adds to the gradient; the step is taken all the same, since momentum goes on."""
-        if self.accelerator.num_processes == 1:
-            meter.add({"loss": torch.zeros(1)}, sums=True)
-            return
-        # Other ranks wait for this one's backward pass: it runs one group at weight zero.
-        one = experience.first_group()
-        total, metrics = self._backward(loss, one, temperature, entropy, synchronise=True, scale=0.0)
-        meter.add_part(0.0 * total, {name: x[:0] for name, x in metrics.items()})
+    @torch.no_grad()
+    def look(self, read: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
+        """What `read` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
+        pieces = []
+        for part in self._parts(experience):
+            said = self.model(self.model.batch(part.groups), **how)
+            pieces.append(read(said, part.to(self.model.device)).cpu())
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def measure(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+        """The metrics of `loss` on the whole experience, without gradient."""
+        meter = Meter()
+        with torch.no_grad():
+            for part in self._parts(experience):
+                said = self.model(self.model.batch(part.groups), **how)
+                total, metrics = loss(said, part.to(self.model.device))
+                meter.add_part(total, metrics)
+        return {LOSS: 0.0, **meter.averages(self.accelerator)}
+
+    def _parts(self, experience: Experience) -> list[Experience]:
+        return experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
 
     def _zero_gradients(self) -> None:
         # Never None, which the optimiser would pass over: a parameter that no action reaches this time (an expert)
@@ -176,6 +227,21 @@ class Learner:
         if self._max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_norm, norm)
         return float(norm)
+
+    def flat_gradient(self) -> Tensor:
+        """The gradient as one vector, a copy."""
+        return torch.cat([p.grad.flatten() for p in self._named.values() if p.grad is not None])
+
+    def flat_weights(self) -> Tensor:
+        """The trained parameters as one vector, a copy."""
+        return torch.cat([p.detach().flatten() for p in self._named.values()])
+
+    @torch.no_grad()
+    def set_weights(self, flat: Tensor) -> None:
+        """Write a vector as `flat_weights` gives it into the trained parameters."""
+        pieces = torch.split(flat, [p.numel() for p in self._named.values()])
+        for p, piece in zip(self._named.values(), pieces, strict=True):
+            p.copy_(piece.view_as(p))
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters by name."""
@@ -210,26 +276,26 @@ class Meter:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, Tensor], sums: bool = False) -> None:
-        """Add the elements of each 1-D tensor; with `sums`, they add up instead of being averaged."""
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the elements of each 1-D tensor."""
         for name, x in values.items():
             assert x.ndim == 1, name
-            self._sums[name] = self._sums.get(name, x.new_zeros(())) + x.detach().sum()
-            self._counts[name] = 1 if sums else self._counts.get(name, 0) + x.numel()
+            # In float64: statistics such as an explained variance are differences of these means.
+            own = x.detach().sum(dtype=torch.float64)
+            self._sums[name] = self._sums[name] + own if name in self._sums else own
+            self._counts[name] = self._counts.get(name, 0) + x.numel()
 
     def add_part(self, total: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Add a part's loss, which sums up over parts, and its metrics."""
-        self.add({"loss": total[None]}, sums=True)
-        self.add(metrics)
+        """Add a part's metrics and its loss, which sums up over parts and ranks."""
+        self.add({LOSS: total[None], **metrics})
 
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means; every rank must have added the same names."""
-        names: Sequence[str] = list(self._sums)
-        if not names:
-            return {}
-        table = torch.stack([self._sums[n].double() for n in names])
-        counts = torch.tensor([float(self._counts[n]) for n in names], dtype=torch.float64, device=table.device)
-        if accelerator.num_processes > 1:
-            table, counts = accelerator.reduce(table, "sum"), accelerator.reduce(counts, "sum")
-            counts = torch.where(torch.tensor([n == "loss" for n in names], device=counts.device), 1.0, counts)
-        return dict(zip(names, (table / counts.clamp(min=1)).tolist(), strict=True))
+        """The means over what all ranks added, and the sum of the losses; a rank may have added nothing."""
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        own = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
+        everyone = [own] if accelerator.num_processes == 1 else gather_object([own])
+        table: dict[str, tuple[float, int]] = {}
+        for name, (total, count) in (item for one in everyone for item in one.items()):
+            before = table.get(name, (0.0, 0))
+            table[name] = (before[0] + total, before[1] + count)
+        return {name: total if name == LOSS else total / max(count, 1) for name, (total, count) in table.items()}

@@ -18,6 +18,9 @@ from rlpost.learner import Learner
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
 
+POLICY = "policy"
+"""The learner of what the stage's result is."""
+
 
 class Stateful(Protocol):
     """Something whose position is saved with a checkpoint and taken up again."""
@@ -42,7 +45,7 @@ class Loop:
         self,
         title: str,
         out: StageDirectory,
-        learner: Learner,
+        learners: Mapping[str, Learner],
         states: Mapping[str, Stateful],
         interrupts: Interrupts,
         *,
@@ -51,10 +54,22 @@ class Loop:
         keep: int,
         log_every: int = 1,
     ) -> None:
-        """Prepare; nothing is read or written yet."""
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            title: the stage's name.
+            out: its directory.
+            learners: what is trained, by name: `policy`, and what a stage trains beside it.
+            states: what else is saved with a checkpoint, by name.
+            interrupts: signals that ask to stop.
+            steps: how many.
+            checkpoint_every: steps between checkpoints; 0 for none.
+            keep: checkpoints kept.
+            log_every: steps between lines of the log.
+        """
         self._title = title
         self._out = out
-        self._learner = learner
+        self._learners = learners
         self._states = states
         self._interrupts = interrupts
         self._steps = steps
@@ -62,7 +77,8 @@ class Loop:
         self._keep = keep
         self._log_every = log_every
         self._live: dict[str, float] = {}
-        self._main = learner.accelerator.is_main_process
+        self._accelerator = next(iter(learners.values())).accelerator
+        self._main = self._accelerator.is_main_process
 
     def steps(self) -> Iterator[int]:
         """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
@@ -105,9 +121,10 @@ class Loop:
         checkpoint = self._out.resume()
         if checkpoint is None:
             return 0
-        self._learner.load(
-            checkpoint.tensors("weights"), checkpoint.tensors("optimizer"), int(checkpoint.state["updates"])
-        )
+        for name, learner in self._learners.items():
+            weights, optimizer = _files(name)
+            updates = int(checkpoint.state["updates"][name])
+            learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
         _set_random(checkpoint.tensors("random"))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
@@ -115,20 +132,24 @@ class Loop:
 
     def _save(self, done: int) -> None:
         if self._main:
+            tensors: dict[str, Mapping[str, Tensor]] = {"random": _random()}
+            for name, learner in self._learners.items():
+                tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
             self._out.save(
                 done,
+                tensors,
                 {
-                    "weights": self._learner.weights(),
-                    "optimizer": self._learner.optimizer_state(),
-                    "random": _random(),
-                },
-                {
-                    "updates": self._learner.updates,
+                    "updates": {name: learner.updates for name, learner in self._learners.items()},
                     "states": {name: stateful.state() for name, stateful in self._states.items()},
                 },
                 self._keep,
             )
-        self._learner.accelerator.wait_for_everyone()
+        self._accelerator.wait_for_everyone()
+
+
+def _files(learner: str) -> tuple[str, str]:
+    """Names of a learner's weights and optimiser in a checkpoint."""
+    return ("weights", "optimizer") if learner == POLICY else (f"{learner}_weights", f"{learner}_optimizer")
 
 
 def show_samples(

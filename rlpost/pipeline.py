@@ -22,7 +22,7 @@ from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Evaluation, Kind, Source, Stage, TokenizerKind
+from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS, Evaluation, Kind, Source, Stage, TokenizerKind
 from rlpost.run.files import place
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
@@ -102,7 +102,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 allow_change=allow_change,
             )
             _run_stage(context, stage, done, evaluations)
-            if stage.kind is not Kind.pairs:
+            if stage.kind not in (*MAKES_ROWS, *MAKES_JUDGES):
                 evaluations.after(name, done.current)
         evaluations.print()
         return done.current
@@ -179,7 +179,17 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
 
 def need_of(stage: Stage) -> Need:
     """What a stage does with its rows."""
-    return {Kind.sft: Need.completions, Kind.dpo: Need.pairs}.get(stage.kind, Need.prompts)
+    if getattr(stage, "recorded", False):
+        return Need.recorded
+    needs = {
+        Kind.sft: Need.completions,
+        Kind.dpo: Need.pairs,
+        Kind.kto: Need.labelled,
+        Kind.reward_model: Need.pairs,
+        Kind.process_reward_model: Need.steps,
+    }
+    ranks = getattr(getattr(stage, "loss", None), "fn", None) == "ranking"
+    return Need.ranked if ranks else needs.get(stage.kind, Need.prompts)
 
 
 def recipe_hash(resolved: Resolved) -> str:
@@ -196,11 +206,12 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         result = STAGES[stage.kind](context, stage)
         # Accelerate holds on to every model it has prepared.
         context.accelerator.free_memory()
-    if stage.kind is Kind.pairs:
+    if stage.kind in MAKES_ROWS:
         done.rows[context.name] = context.out.rows
-    else:
-        done.current = result.resolve()
-        done.checkpoints[context.name] = done.current
+        return
+    done.checkpoints[context.name] = result.resolve()
+    if stage.kind not in MAKES_JUDGES:
+        done.current = done.checkpoints[context.name]
 
 
 def _look_at(sources: Mapping[str, Source], where: str, need: Need, folder: Path) -> None:

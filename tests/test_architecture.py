@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"data", "experience", "rewards", "run", "schedules"},
     {"policy"},
     {"learner", "rollout"},
-    {"evaluate", "loop"},
+    {"evaluate", "loop", "oracle"},
     {"stages"},
     {"stage_evaluation"},
     {"pipeline"},

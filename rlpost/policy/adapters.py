@@ -29,6 +29,7 @@ from rlpost.recipe.schema import Lora
 
 POLICY = "policy"
 REFERENCE = "reference"
+CRITIC = "critic"
 
 
 def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
@@ -71,15 +72,33 @@ def adapter_shape(folder: Path) -> tuple[int, float, Any]:
     return config.r, float(config.lora_alpha), sorted(targets) if isinstance(targets, set | list) else targets
 
 
-def add_frozen_adapter(model: PeftModel, name: str, state: dict[str, Tensor]) -> None:
-    """A second adapter of the policy's shape with weights `state`, never trained."""
+def add_adapter(model: PeftModel, name: str, state: dict[str, Tensor], *, trainable: bool = False) -> None:
+    """A further adapter of the policy's shape with weights `state`."""
     if name not in model.peft_config:
         model.add_adapter(name, model.peft_config[POLICY])
     outcome = set_peft_model_state_dict(model, state, adapter_name=name)
     assert not outcome.unexpected_keys, outcome.unexpected_keys
+    _settle(model, name, trainable)
+
+
+def add_saved_adapter(model: PeftModel, name: str, folder: Path, *, trainable: bool = False) -> None:
+    """A further adapter as it was saved in `folder`, of whatever shape.
+
+    Raises:
+        ModelError: it does not fit the model.
+    """
+    try:
+        model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"{folder}: this adapter does not fit its base model: {str(error).splitlines()[0]}") from error
+    _settle(model, name, trainable)
+
+
+def _settle(model: PeftModel, name: str, trainable: bool) -> None:
+    """The adapter trains or not, whatever peft made of it; the policy's goes on acting."""
     for parameter_name, parameter in model.named_parameters():
         if f".{name}." in parameter_name:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(trainable)
     select(model, POLICY)
 
 

@@ -25,7 +25,7 @@ class Batch:
     """One forward pass.
 
     Example: prompt (5, 6) with completions (7, 8) and (9,), all actions, prompt shared: ids 5 6 7 8 9, positions
-    0 1 2 3 2, `before_N` 1 2 1, `target_N` 7 8 9, `after_S` 3 4.
+    0 1 2 3 2, `before_N` 1 2 1, `after_N` 2 3 4, `target_N` 7 8 9, `after_S` 3 4.
     """
 
     ids_BT: Tensor
@@ -35,6 +35,8 @@ class Batch:
     layout: FlatLayout | None
     before_N: Tensor
     """Index into B·T of the state in which each action was taken."""
+    after_N: Tensor
+    """Index into B·T of the state after each action: where the action itself stands."""
     after_S: Tensor
     """Index into B·T of the state after each completion's last token."""
     target_N: Tensor
@@ -52,6 +54,7 @@ class Batch:
             mask_BT=None if self.mask_BT is None else self.mask_BT.to(device),
             layout=None if self.layout is None else self.layout.to(device),
             before_N=self.before_N.to(device),
+            after_N=self.after_N.to(device),
             after_S=self.after_S.to(device),
             target_N=self.target_N.to(device),
             rows=self.rows.to(device),
@@ -86,16 +89,14 @@ def flat_batch(groups: Sequence[Group], share: bool = True) -> Batch:
             starts.append((len(ids), prompt + width - 1))
             ids.extend(c.ids)
             position.extend(range(width, width + len(c.ids)))
-    before, after, target = _scored(completions(groups), starts)
+    scored = _scored(completions(groups), starts)
     return Batch(
         ids_BT=torch.tensor(ids)[None],
         position_BT=torch.tensor(position)[None],
         mask_BT=None,
         layout=flat_layout(segments, len(ids)),
-        before_N=before,
-        after_S=after,
-        target_N=target,
         rows=_rows(groups),
+        **scored,
     )
 
 
@@ -111,16 +112,14 @@ def padded_batch(groups: Sequence[Group], pad_id: int = 0) -> Batch:
         ids[row, :end] = [*prompt, *completion]
         mask[row, :end] = 1
         starts.append((row * width + len(prompt), row * width + len(prompt) - 1))
-    before, after, target = _scored(completions(groups), starts)
+    scored = _scored(completions(groups), starts)
     return Batch(
         ids_BT=torch.from_numpy(ids),
         position_BT=torch.arange(width).expand(len(lines), width),
         mask_BT=torch.from_numpy(mask),
         layout=None,
-        before_N=before,
-        after_S=after,
-        target_N=target,
         rows=_rows(groups),
+        **scored,
     )
 
 
@@ -128,20 +127,19 @@ def _rows(groups: Sequence[Group]) -> Rows:
     return Rows([c.actions for c in completions(groups)])
 
 
-def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """before_N, after_S and target_N from where each completion starts and where its prompt ends."""
+def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """The fields on states and actions, from where each completion starts and where its prompt ends."""
     before: list[int] = []
     after: list[int] = []
+    final: list[int] = []
     target: list[int] = []
     for c, (start, prompt_end) in zip(all_completions, starts, strict=True):
-        after.append(start + len(c.ids) - 1 if c.ids else prompt_end)
+        final.append(start + len(c.ids) - 1 if c.ids else prompt_end)
         for at, (token, acted) in enumerate(zip(c.ids, c.action, strict=True)):
             if acted:
                 # The first token of each completion is predicted at the prompt's last position, shared or not.
                 before.append(start + at - 1 if at else prompt_end)
+                after.append(start + at)
                 target.append(token)
-    return (
-        torch.tensor(before, dtype=torch.long),
-        torch.tensor(after, dtype=torch.long),
-        torch.tensor(target, dtype=torch.long),
-    )
+    named = {"before_N": before, "after_N": after, "after_S": final, "target_N": target}
+    return {name: torch.tensor(x, dtype=torch.long) for name, x in named.items()}

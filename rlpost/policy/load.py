@@ -59,7 +59,7 @@ def load_policy(
     if not flat:
         use_attention(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
     dressed = _dress(model, adapter, settings.lora, trainable)
-    policy = Policy(dressed, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled)
+    policy = Policy(dressed, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled, base=base)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
     policy.end_ids = tuple(dict.fromkeys((*policy.end_ids, *make_codec(tokenizer).stops)))
     if settings.gradient_checkpointing:

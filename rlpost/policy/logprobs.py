@@ -51,12 +51,22 @@ def target_logprob(target_N: Tensor, temperature: float = 1.0) -> Callable[[Tens
     return reduce
 
 
-def with_entropy(target_N: Tensor, temperature: float = 1.0) -> Callable[[Tensor, slice], Tensor]:
-    """A reducer: [n, 2] log-probability of the target, and the entropy of the distribution in nats."""
+Reader = Callable[[Tensor, slice], Tensor]
+"""([n, V] log-probabilities of the whole vocabulary, which of the N) -> [n, …]: what else is read off them."""
+
+
+def with_more(
+    target_N: Tensor, temperature: float, entropy: bool, read: Reader | None
+) -> Callable[[Tensor, slice], Tensor]:
+    """A reducer: [n, 1 + …] log-probability of the target, then the entropy in nats, then what `read` makes."""
 
     def reduce(logits: Tensor, where: slice) -> Tensor:
         logp = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
-        chosen = logp.gather(1, target_N[where][:, None])[:, 0]
-        return torch.stack([chosen, -(logp.exp() * logp).sum(-1)], 1)
+        columns = [logp.gather(1, target_N[where][:, None])]
+        if entropy:
+            columns.append(-(logp.exp() * logp).sum(-1, keepdim=True))
+        if read is not None:
+            columns.append(read(logp, where).flatten(1) if logp.shape[0] else logp.new_zeros(0, 1))
+        return torch.cat(columns, 1)
 
     return reduce

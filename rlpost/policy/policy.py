@@ -8,7 +8,7 @@ Axes: N action tokens, T tokens, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,10 +17,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from rlpost.groups import Group
+from rlpost.objectives.rows import widen
 from rlpost.policy import adapters
 from rlpost.policy.batch import Batch, flat_batch, padded_batch
 from rlpost.policy.heads import reproduced_head
-from rlpost.policy.logprobs import Head, over_logits, target_logprob, with_entropy
+from rlpost.policy.logprobs import Head, Reader, over_logits, target_logprob, with_more
 
 
 class Scores(NamedTuple):
@@ -30,12 +31,23 @@ class Scores(NamedTuple):
     """[N] log-probability of each action at the given temperature."""
     entropy_N: Tensor | None
     """[N] entropy in nats of the distribution each action was drawn from, if asked for."""
+    read: Tensor | None = None
+    """[N, …] what the caller read off the whole vocabulary's log-probabilities, if it did."""
 
 
 class Policy(nn.Module):
     """A causal language model, with or without adapters, and its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, flat: bool, bfloat16: bool = False, tiled: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        flat: bool,
+        bfloat16: bool = False,
+        tiled: bool = True,
+        base: str = "",
+    ) -> None:
         """Hold `model`; use `load.load_policy` to get one that has been checked.
 
         Args:
@@ -44,6 +56,7 @@ class Policy(nn.Module):
             flat: batches are flat rows with shared prompts, else plain padded rows.
             bfloat16: run under autocast.
             tiled: the head may run on tiles of hidden states; else the model's own forward gives all logits.
+            base: the folder or hub name of the model without adapters.
         """
         super().__init__()
         self.model = model
@@ -51,6 +64,7 @@ class Policy(nn.Module):
         self.flat = flat
         self.in_bfloat16 = bfloat16
         self.tiled = tiled
+        self.base = base
         self.end_ids = end_ids(self.causal_lm, tokenizer)
         self._awaiting_backward = False
 
@@ -93,24 +107,57 @@ class Policy(nn.Module):
         built = flat_batch(groups, self.shares_prompts) if self.flat else padded_batch(groups)
         return built.to(self.device)
 
-    def forward(self, batch: Batch, temperature: float = 1.0, entropy: bool = False) -> Scores:
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training this policy moves; a critic's adapter on the same base is not among them."""
+        named = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        return {n: p for n, p in named.items() if not self.has_adapter or f".{adapters.POLICY}." in n}
+
+    def forward(
+        self,
+        batch: Batch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        read: Callable[[Batch], Reader] | None = None,
+    ) -> Scores:
         """Score every action of the batch.
 
         Args:
             batch: from `self.batch`.
             temperature: the one the actions were sampled at; logits are divided by it.
             entropy: also return the entropy of each action's distribution.
+            read: for a batch, what else to read off the log-probabilities of the whole vocabulary, tile by tile.
         """
         # A pass without gradient in between does not end the wait for an earlier one's backward.
         self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
         hidden_ND, head = self._scored_states(batch)
-        if not entropy:
-            reduce = target_logprob(batch.target_N, temperature)
-            with self.precision():
-                return Scores(over_logits(hidden_ND, head, self.vocabulary, reduce), None)
         with self.precision():
-            both = over_logits(hidden_ND, head, self.vocabulary, with_entropy(batch.target_N, temperature))
-        return Scores(both[:, 0], both[:, 1])
+            if not entropy and read is None:
+                reduce = target_logprob(batch.target_N, temperature)
+                return Scores(over_logits(hidden_ND, head, self.vocabulary, reduce), None)
+            more = with_more(batch.target_N, temperature, entropy, read(batch) if read else None)
+            columns = over_logits(hidden_ND, head, self.vocabulary, more)
+        first = 2 if entropy else 1
+        rest = columns[:, first] if columns.shape[1] == first + 1 else columns[:, first:]
+        return Scores(columns[:, 0], columns[:, 1] if entropy else None, rest if read else None)
+
+    def states(self, batch: Batch, adapter: str | None = adapters.POLICY) -> Tensor:
+        """[B·T, D] the last hidden state after every token, in at least float32, while `adapter` acts.
+
+        With a gradient, the adapter goes on acting until `backward_done`: checkpointing runs parts of this again.
+        """
+        assert not (self._awaiting_backward and torch.is_grad_enabled()), "a forward pass still waits for its backward"
+        if torch.is_grad_enabled():
+            self._awaiting_backward = True
+            if self.has_adapter:
+                adapters.select(self.model, adapter)
+            return self._states(batch)
+        with adapters.acting(self.model, adapter) if self.has_adapter else nullcontext():
+            return self._states(batch)
+
+    def _states(self, batch: Batch) -> Tensor:
+        with self.precision():
+            hidden: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
+        return widen(hidden.flatten(0, 1))
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to bfloat16, or nothing."""
@@ -132,14 +179,18 @@ class Policy(nn.Module):
     def backward_done(self) -> None:
         """Adapters may be switched again: the pending backward pass is over, or will never come."""
         self._awaiting_backward = False
+        if self.has_adapter:
+            adapters.select(self.model, adapters.POLICY)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
+        if batch.layout is not None:
+            return inputs | {"position_ids": batch.position_BT, "layout": batch.layout}
+        return inputs | {"attention_mask": batch.mask_BT}
 
     def _scored_states(self, batch: Batch) -> tuple[Tensor, Head]:
         """Hidden states at the scored positions and the head for them; or logits, and the identity."""
-        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
-        if batch.layout is not None:
-            inputs |= {"position_ids": batch.position_BT, "layout": batch.layout}
-        else:
-            inputs["attention_mask"] = batch.mask_BT
+        inputs = self._inputs(batch)
         with self.precision():
             if self.tiled:
                 hidden = self.causal_lm.base_model(**inputs).last_hidden_state

@@ -54,13 +54,13 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
     """
     if policy.has_adapter and checkpoint == start:
         state = adapters.adapter_state(policy.model, adapters.POLICY)
-        adapters.add_frozen_adapter(policy.model, adapters.REFERENCE, state)
+        adapters.add_adapter(policy.model, adapters.REFERENCE, state)
         return Reference(policy, adapters.REFERENCE)
-    if policy.has_adapter and _is_base(checkpoint, start):
+    if policy.has_adapter and str(checkpoint) == policy.base:
         return Reference(policy, None)
-    if policy.has_adapter and _same_base(checkpoint, start):
+    if policy.has_adapter and same_base(checkpoint, policy):
         state = load_file(checkpoint / "adapter_model.safetensors")
-        adapters.add_frozen_adapter(policy.model, adapters.REFERENCE, state)
+        adapters.add_adapter(policy.model, adapters.REFERENCE, state)
         return Reference(policy, adapters.REFERENCE)
     frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False)
     return _frozen(frozen)
@@ -70,11 +70,6 @@ def _frozen(policy: Policy) -> Reference:
     return Reference(policy, adapters.POLICY if policy.has_adapter else None)
 
 
-def _is_base(checkpoint: Path, start: Path) -> bool:
-    base = base_of(start) if (start / ADAPTER_FILE).is_file() else str(start)
-    return str(checkpoint) == base
-
-
-def _same_base(checkpoint: Path, start: Path) -> bool:
-    both = (checkpoint / ADAPTER_FILE).is_file() and (start / ADAPTER_FILE).is_file()
-    return both and base_of(checkpoint) == base_of(start)
+def same_base(checkpoint: Path, policy: Policy) -> bool:
+    """True where `checkpoint` is an adapter on the base model that `policy` stands on."""
+    return (checkpoint / ADAPTER_FILE).is_file() and base_of(checkpoint) == policy.base

@@ -24,20 +24,21 @@ def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.
     was_training = policy.training
     policy.eval()
     pieces: list[Tensor] = []
-    for some in _passes(groups, budget):
+    for some in passes(groups, budget):
         pieces.append(policy(policy.batch(some), temperature).logp_N.cpu())
     policy.train(was_training)
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
-def _passes(groups: Sequence[Group], budget: int) -> list[list[Group]]:
-    passes: list[list[Group]] = []
+def passes(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    """The groups in order, in lists of about `budget` tokens."""
+    found: list[list[Group]] = []
     used = budget + 1
     for group in groups:
         cost = sum(len(group.prompt) + len(c.ids) for c in completions([group]))
         if used + cost > budget:
-            passes.append([])
+            found.append([])
             used = 0
-        passes[-1].append(group)
+        found[-1].append(group)
         used += cost
-    return passes
+    return found

@@ -24,7 +24,7 @@ from typing import Any
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import packaged_folder
 from rlpost.recipe.keys import join
-from rlpost.recipe.schema import Dpo, Evaluation, Function, Grpo, Pairs, Recipe, Sft, Source
+from rlpost.recipe.schema import Function, Recipe, Reward, Source
 from rlpost.recipe.suggest import hint_or_list
 
 _TASKS = "rlpost.data.tasks"
@@ -37,16 +37,44 @@ class Field:
 
     module: str
     supplied: tuple[str, ...]
-    """Positional arguments, in order; for rewards and data, the parameters' names."""
+    """Positional arguments, in order; where they go by name, the parameters' names."""
     by_name: bool = False
+    some: bool = False
+    """By name: a function takes what it needs of them, and not necessarily all."""
 
 
+_SURROGATE = Field("rlpost.objectives.surrogates", ("logp_N", "old_logp_N", "advantage_N", "rows"))
+_PAIR_LOSS = Field("rlpost.objectives.preference", ("pairs",))
 FIELDS = {
-    "reward": Field("rlpost.rewards", ("completion", "example", "completions", "examples"), by_name=True),
-    "advantage": Field("rlpost.objectives.advantages", ("reward_PG",)),
-    "grpo.loss": Field("rlpost.objectives.surrogates", ("logp_N", "old_logp_N", "advantage_N", "rows")),
-    "dpo.loss": Field("rlpost.objectives.preference", ("pairs",)),
-    "sft.loss": Field("rlpost.objectives.supervised", ("logp_N",)),
+    "reward": Field(
+        "rlpost.rewards",
+        ("completion", "example", "completions", "examples", "steps", "all_steps", "groups", "model"),
+        by_name=True,
+        some=True,
+    ),
+    "advantage": Field(
+        "rlpost.objectives.advantages",
+        (
+            *("reward_PG", "length_PG", "greedy_P", "reward_PGK", "weight_K", "running_mean"),
+            *("reward_S", "reward_N", "rows", "steps", "step_reward_K", "value_K", "group_size"),
+        ),
+        by_name=True,
+        some=True,
+    ),
+    "grpo.loss": _SURROGATE,
+    "ppo.loss": _SURROGATE,
+    "dpo.loss": Field(_PAIR_LOSS.module, ("pairs", "delta_PK", "reward_PK"), by_name=True, some=True),
+    "online_dpo.loss": _PAIR_LOSS,
+    "dpo.modifiers": Field("rlpost.objectives.preference_modifiers", ("pairs",)),
+    "kto.loss": Field("rlpost.objectives.unpaired", ("unpaired",)),
+    "reward_model.loss": Field(
+        "rlpost.objectives.ranking", ("score_P2", "margin_P", "score_PK", "reward_PK"), by_name=True, some=True
+    ),
+    "process_reward_model.loss": Field("rlpost.objectives.ranking", ("logit_K", "label_K")),
+    "sft.loss": Field(
+        "rlpost.objectives.supervised", ("logp_N", "logp_NV", "teacher_NV", "target_N"), by_name=True, some=True
+    ),
+    "environment": Field(_TASKS, ("text", "turns", "example"), by_name=True, some=True),
     "task": Field(_TASKS, (), by_name=True),
     "map": Field(_TASKS, ("row",), by_name=True),
     "present": Field(_TASKS, ("row", "random"), by_name=True),
@@ -97,16 +125,30 @@ def functions_of(recipe: Recipe) -> Iterator[tuple[Function, str, str]]:
         yield from _of_stage(recipe.evaluation, "evaluation")
 
 
-def _of_stage(stage: object, where: str) -> Iterator[tuple[Function, str, str]]:
-    assert isinstance(stage, Sft | Dpo | Grpo | Pairs | Evaluation), type(stage)
+def _of_stage(stage: Any, where: str) -> Iterator[tuple[Function, str, str]]:
     yield from _of_sources(stage.data, f"{where}.data")
-    if isinstance(stage, Sft | Dpo | Grpo):
-        yield stage.loss, f"{stage.kind.value}.loss", f"{where}.loss"
-    if isinstance(stage, Grpo):
-        yield stage.advantage, "advantage", f"{where}.advantage"
-    if isinstance(stage, Grpo | Pairs | Evaluation):
-        for i, reward in enumerate(stage.rewards):
-            yield reward, "reward", f"{where}.rewards[{i}]"
+    for name in ("loss", "modifiers"):
+        given = getattr(stage, name, None) or []
+        for i, function in enumerate(given if isinstance(given, list) else [given]):
+            place = f"{where}.{name}[{i}]" if isinstance(given, list) else f"{where}.{name}"
+            yield function, f"{stage.kind.value}.{name}", place
+    for name in ("advantage", "environment"):
+        if getattr(stage, name, None) is not None:
+            yield getattr(stage, name), name, f"{where}.{name}"
+    yield from ((leaf, "reward", place) for leaf, place in reward_leaves(getattr(stage, "rewards", []), where))
+
+
+def reward_leaves(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:
+    """The reward functions of a tree of rewards, each with its key path; `where` is the stage's."""
+    for i, reward in enumerate(rewards):
+        yield from _leaves_below(reward, f"{where}.rewards[{i}]")
+
+
+def _leaves_below(reward: Reward, where: str) -> Iterator[tuple[Reward, str]]:
+    if not reward.of:
+        yield reward, where
+    for i, child in enumerate(reward.of):
+        yield from _leaves_below(child, f"{where}.of[{i}]")
 
 
 def _of_sources(data: dict[str, Source], where: str) -> Iterator[tuple[Function, str, str]]:
@@ -144,6 +186,11 @@ def bind(function: Function, field: str, where: str, base: Path) -> Bound:
         module, name, place = importlib.import_module(owner.module), function.fn, owner.module
     found = _function(module, name, place, f"{where}.fn")
     _check_arguments(found, function.args, owner, field, where)
+    if isinstance(function, Reward):
+        asks = "model" in inspect.signature(found).parameters
+        if asks != (function.model is not None):
+            missing = f"missing - {name!r} asks a model: name a stage or a checkpoint"
+            raise RecipeError(f"{where}.model: {missing if asks else f'{name!r} asks no model - remove it'}")
     call = partial(found, **function.args) if function.args else found
     return Bound(call, name, where, file, digest)
 
@@ -273,17 +320,22 @@ def _check_arguments(function: Callable[..., Any], args: dict[str, Any], owner: 
 
 
 def _check_named(own: list[str], name: str, field: str, where: str) -> None:
-    """Rewards take one completion or all of them; functions of data take all that the program supplies."""
+    """Rewards take one completion or all of them; other functions all that the program supplies, or some of it."""
     if field == "reward":
-        single, several = {"completion", "example"}, {"completions", "examples"}
-        if not ({"completion", "completions"} & set(own)) or (single & set(own) and several & set(own)):
+        single, several = {"completion", "example", "steps"}, {"completions", "examples", "all_steps", "groups"}
+        asked = {"completion", "completions", "groups", "steps", "all_steps"} & set(own)
+        if not asked or (single & set(own) and several & set(own)):
             raise RecipeError(
                 f"{where}.fn: {name!r} takes ({', '.join(own)}) - a reward takes (completion, example) or "
                 "(completions, examples)"
             )
-    elif set(own) != set(FIELDS[field].supplied):
-        needed = ", ".join(FIELDS[field].supplied)
-        raise RecipeError(f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{field}` function takes ({needed})")
+        return
+    needed = FIELDS[field].supplied
+    if not own if FIELDS[field].some else set(own) != set(needed):
+        what = "some of " if FIELDS[field].some else ""
+        raise RecipeError(
+            f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{field}` function takes {what}({', '.join(needed)})"
+        )
 
 
 def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:

@@ -9,20 +9,32 @@ from typing import Any
 
 from rlpost.recipe.keys import join
 from rlpost.recipe.schema import (
+    Correction,
+    Critic,
     Dpo,
     Evaluation,
     Fold,
+    Grouped,
     Grpo,
     Kl,
+    Kto,
     Lora,
+    OnlineDpo,
     Pairs,
+    Ppo,
+    ProcessRewardModel,
     Recipe,
+    Refresh,
     Reward,
+    RewardModel,
+    Rollouts,
     Sampling,
     Sft,
     Source,
+    StepLabels,
     Tokenizer,
     Training,
+    Trpo,
 )
 
 
@@ -72,7 +84,10 @@ RANGES: dict[type, dict[str, Range]] = {
         "top_p": Range(0, 1, above=True),
         "min_p": _SHARE,
     },
-    Kl: {"beta": _from(0)},
+    Kl: {"beta": _from(0), "target": _POSITIVE, "horizon": _from(1)},
+    Correction: {"cap": _POSITIVE, "floor": _from(0)},
+    Critic: {"learning_rate": _POSITIVE, "clip": _POSITIVE, "warmup_steps": _from(0)},
+    Refresh: {"every": _from(1), "share": Range(0, 1, above=True)},
     Training: {
         "steps": _from(1),
         "epochs": _POSITIVE,
@@ -89,14 +104,30 @@ RANGES: dict[type, dict[str, Range]] = {
     },
     Sft: {"batch_size": _from(1)},
     Dpo: {"batch_size": _from(1), "nll": _from(0)},
-    Grpo: {
+    Kto: {"batch_size": _from(2)},
+    RewardModel: {"batch_size": _from(1)},
+    ProcessRewardModel: {"batch_size": _from(1)},
+    Rollouts: {
         "prompts": _from(1),
         "group_size": _from(1),
         "updates": _from(1),
-        "entropy": _from(0),
+        "passes": _from(1),
+        "turns": _from(1),
         "table_every": _from(0),
     },
+    Grouped: {"resample": _from(0), "fresh_rollouts": _from(1)},
+    Grpo: {"entropy": _from(0)},
+    Trpo: {
+        "learning_rate": Range(0, 1, above=True),
+        "delta": _POSITIVE,
+        "damping": _from(0),
+        "iterations": _from(1),
+        "backtracks": _from(0),
+    },
+    Ppo: {"gamma": Range(0, 1, above=True), "lam": Range(0, 1), "entropy": _from(0)},
+    OnlineDpo: {"min_gap": _from(0)},
     Pairs: {"prompts": _from(1), "group_size": _from(2), "min_gap": _from(0)},
+    StepLabels: {"prompts": _from(1), "group_size": _from(1), "fresh_rollouts": _from(1)},
     Evaluation: {"samples": _from(0), "pass_at": _from(1), "show": _from(0), "batch": _from(1)},
 }
 

@@ -26,7 +26,7 @@ from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, find
 from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
-from rlpost.recipe.schema import Function, Model, Recipe, Source
+from rlpost.recipe.schema import Critic, Evaluation, Function, Model, Recipe, Reward, Sft, Source
 from rlpost.recipe.suggest import hint
 from rlpost.recipe.typed import build, filled, plain
 from rlpost.recipe.validate import validate
@@ -181,15 +181,25 @@ def _refuse_resolvers(tree: Any) -> None:
             raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}")
 
 
+_PATHS: dict[type, tuple[str, ...]] = {
+    Source: ("path",),
+    Model: ("path", "chat_template"),
+    Reward: ("model",),
+    Sft: ("teacher",),
+    Critic: ("start",),
+    Evaluation: ("judge",),
+}
+"""Where a recipe names local files and folders; some of them may be a stage's name as well."""
+
+
 def _make_absolute(config: Recipe, folders: list[Path]) -> None:
     """Local files of a recipe are the same from wherever its resolved form is run."""
     for where, value in walk(config):
         if isinstance(value, Function):
             value.fn = locate(value.fn, join(where, "fn"), folders)
-        names = {Source: ("path",), Model: ("path", "chat_template")}.get(type(value), ())
-        for name in names:
+        for name in _PATHS.get(type(value), ()):
             given = getattr(value, name)
-            if given:
+            if given and given not in config.stages:
                 setattr(value, name, _absolute(given, join(where, name), folders))
 
 

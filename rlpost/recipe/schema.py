@@ -4,215 +4,92 @@ Ranges and rules across fields live in `validate.py`; how YAML becomes these cla
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from rlpost.recipe.parts import (
+    AtLimit,
+    Attention,
+    Correction,
+    CorrectionMode,
+    Critic,
+    Fold,
+    FoldPart,
+    Function,
+    Kind,
+    Kl,
+    KlEstimator,
+    KlPlacement,
+    Lora,
+    Model,
+    PairChoice,
+    Per,
+    Precision,
+    Refresh,
+    Reward,
+    Sampling,
+    Schedule,
+    Source,
+    Tokenizer,
+    TokenizerKind,
+    TooLong,
+    Trunk,
+    Weight,
+)
+
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
-
-class Kind(StrEnum):
-    """What a stage does."""
-
-    sft = "sft"
-    dpo = "dpo"
-    grpo = "grpo"
-    pairs = "pairs"
-
-
-class Schedule(StrEnum):
-    """Shape of the learning rate after its warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Weight(StrEnum):
-    """How much each action counts in an update (objectives/weights.py)."""
-
-    token_mean = "token_mean"
-    sequence_mean = "sequence_mean"
-    sequence_sum = "sequence_sum"
-    constant_length = "constant_length"
-
-
-class Precision(StrEnum):
-    """Number format of the forward pass; `auto` measures once and remembers."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Attention(StrEnum):
-    """`flat` shares prompts, never pads; `padded` is the plain way; `auto` takes flat where it is exact."""
-
-    auto = "auto"
-    flat = "flat"
-    padded = "padded"
-
-
-class TooLong(StrEnum):
-    """What happens to a row longer than `max_length`."""
-
-    refuse = "refuse"
-    drop = "drop"
-    cut = "cut"
-
-
-class TokenizerKind(StrEnum):
-    """Tokenizers that can be made from scratch."""
-
-    characters = "characters"
-    bpe = "bpe"
-
-
-class FoldPart(StrEnum):
-    """Which side of a fold to keep."""
-
-    train = "train"
-    held_out = "held_out"
-
-
-class KlEstimator(StrEnum):
-    """Per-token estimators of KL(policy || reference)."""
-
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-
-
-class KlPlacement(StrEnum):
-    """Where the KL term goes."""
-
-    reward = "reward"
-    loss = "loss"
-
-
-class PairChoice(StrEnum):
-    """Which pairs a group of scored samples gives."""
-
-    one = "one"
-    """A best and a worst completion of each prompt."""
-    all = "all"
-    """Every better/worse combination of distinct completions."""
-
-
-@dataclass
-class Function:
-    """A function by name (or `file.py:function`) with its keyword arguments."""
-
-    fn: str = MISSING
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Reward(Function):
-    """A reward function, its weight in the sum, and the name it is logged under (its own by default)."""
-
-    weight: float = 1.0
-    name: Optional[str] = None
-
-
-@dataclass
-class Fold:
-    """Keep one side of a split in which rows with equal `by` stay together."""
-
-    by: str = MISSING
-    of: int = 5
-    hold_out: int = 0
-    part: FoldPart = FoldPart.train
-
-
-@dataclass
-class Source:
-    """Where rows come from: exactly one of `path`, `stage`, `task`."""
-
-    path: Optional[str] = None
-    """A .jsonl or .parquet file, a folder in hub format, or the name of a dataset on the hub."""
-    stage: Optional[str] = None
-    """Rows that an earlier stage wrote (a `pairs` stage)."""
-    task: Optional[Function] = None
-    """Rows made by a function in `rlpost.data.tasks` or a file: `addition.train`."""
-    config: Optional[str] = None
-    """Configuration name of a hub dataset (`main` for openai/gsm8k)."""
-    split: str = "train"
-    weight: float = 1.0
-    """Share of this source in a mixture; rows are drawn in proportion."""
-    limit: Optional[int] = None
-    """Only the first so many rows."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Role -> column, or a template over columns: {prompt: "Q: {question}\\nA:", completion: answer}."""
-    map: Optional[Function] = None
-    """row -> row or rows, applied once when the source is read."""
-    present: Optional[Function] = None
-    """(row, random) -> row, applied anew every time a row is drawn."""
-    fold: Optional[Fold] = None
-
-
-@dataclass
-class Tokenizer:
-    """A tokenizer made from scratch."""
-
-    kind: TokenizerKind = TokenizerKind.characters
-    alphabet: str = ""
-    """characters: every character it knows."""
-    vocab_size: int = 4096
-    """bpe: size of the vocabulary, special tokens included."""
-    data: dict[str, Source] = field(default_factory=dict)
-    """bpe: the rows whose text it is trained on."""
-
-
-@dataclass
-class Lora:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained in float32."""
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"
-
-
-@dataclass
-class Model:
-    """The model all stages start from: `path`, or `config` and `tokenizer` for one made from scratch."""
-
-    path: Optional[str] = None
-    """A folder, a checkpoint of rlpost, or the name of a model on the hub."""
-    revision: Optional[str] = None
-    config: dict[str, Any] = field(default_factory=dict)
-    """From scratch: `model_type` and the fields of that configuration in transformers."""
-    tokenizer: Optional[Tokenizer] = None
-    chat_template: Optional[str] = None
-    """A Jinja file, for models that bring no chat template."""
-    lora: Optional[Lora] = None
-    precision: Precision = Precision.auto
-    attention: Attention = Attention.auto
-    gradient_checkpointing: bool = False
-
-
-@dataclass
-class Sampling:
-    """How completions are sampled."""
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Kl:
-    """KL to the reference: `beta` times an estimator in the reward or in the loss."""
-
-    beta: float = 0.0
-    placement: KlPlacement = KlPlacement.reward
-    estimator: KlEstimator = KlEstimator.k1
+__all__ = [
+    "MAKES_JUDGES",
+    "MAKES_ROWS",
+    "STAGES",
+    "AtLimit",
+    "Attention",
+    "Correction",
+    "CorrectionMode",
+    "Critic",
+    "Dpo",
+    "Evaluation",
+    "Fold",
+    "FoldPart",
+    "Function",
+    "Grouped",
+    "Grpo",
+    "Kind",
+    "Kl",
+    "KlEstimator",
+    "KlPlacement",
+    "Kto",
+    "Lora",
+    "Model",
+    "OnlineDpo",
+    "PairChoice",
+    "Pairs",
+    "Per",
+    "Ppo",
+    "Precision",
+    "ProcessRewardModel",
+    "Recipe",
+    "Refresh",
+    "Reward",
+    "RewardModel",
+    "Rollouts",
+    "Sampling",
+    "Schedule",
+    "Sft",
+    "Source",
+    "Stage",
+    "StepLabels",
+    "Tokenizer",
+    "TokenizerKind",
+    "TooLong",
+    "Training",
+    "Trpo",
+    "Trunk",
+    "Weight",
+]
 
 
 @dataclass
@@ -253,18 +130,20 @@ class Training(Stage):
 
 @dataclass
 class Sft(Training):
-    """Supervised fine-tuning: maximise the likelihood of completions."""
+    """Supervised fine-tuning: maximise the likelihood of completions, or imitate a teacher's distributions."""
 
     kind: Kind = Kind.sft
     batch_size: int = 32
     """Rows an update."""
     loss: Function = field(default_factory=lambda: Function(fn="nll"))
     weight: Weight = Weight.token_mean
+    teacher: Optional[str] = None
+    """For losses that ask for a teacher: a model of the same tokenizer, by stage, checkpoint, folder or hub name."""
 
 
 @dataclass
 class Dpo(Training):
-    """Direct preference optimisation and its relatives, on pairs."""
+    """Direct preference optimisation and its relatives, on pairs (with `ranking`, on ranked completions)."""
 
     kind: Kind = Kind.dpo
     batch_size: int = 32
@@ -274,37 +153,148 @@ class Dpo(Training):
     """Weight of the chosen completion's negative log-likelihood, per token, beside the pair loss."""
     reference: str = "start"
     """`start` (where this stage begins), `base`, or an earlier stage by name."""
+    modifiers: list[Function] = field(default_factory=list)
+    """What is done to the pairs before the loss, in order (objectives/preference_modifiers.py)."""
+    refresh: Optional[Refresh] = None
 
 
 @dataclass
-class Grpo(Training):
-    """Reinforcement learning from groups of sampled completions."""
+class Kto(Training):
+    """Learning from completions that are each desirable or not, without pairs."""
 
-    kind: Kind = Kind.grpo
+    kind: Kind = Kind.kto
+    batch_size: int = 32
+    """Rows an update."""
+    loss: Function = field(default_factory=lambda: Function(fn="kto"))
+    reference: str = "start"
+    """`start` (where this stage begins), `base`, or an earlier stage by name."""
+
+
+@dataclass
+class RewardModel(Training):
+    """A model that scores completions, from pairs or from ranked completions; the policy passes unchanged."""
+
+    kind: Kind = Kind.reward_model
+    batch_size: int = 32
+    """Pairs, or ranked groups, an update."""
+    loss: Function = field(default_factory=lambda: Function(fn="bradley_terry"))
+
+
+@dataclass
+class ProcessRewardModel(Training):
+    """A model that scores every step of a completion, from labelled steps; the policy passes unchanged."""
+
+    kind: Kind = Kind.process_reward_model
+    batch_size: int = 32
+    """Rows an update."""
+    loss: Function = field(default_factory=lambda: Function(fn="process_reward"))
+
+
+@dataclass
+class Rollouts(Training):
+    """What every stage that learns from samples of its own policy has."""
+
     prompts: int = 32
     """Prompts a step."""
     group_size: int = 8
     """Completions a prompt."""
     sampling: Sampling = field(default_factory=Sampling)
     rewards: list[Reward] = field(default_factory=list)
-    advantage: Function = field(default_factory=lambda: Function(fn="group_normalised"))
-    loss: Function = field(default_factory=lambda: Function(fn="clipped_surrogate"))
-    weight: Weight = Weight.token_mean
     kl: Kl = field(default_factory=Kl)
     reference: str = "start"
+    """`start` (where this stage begins), `base`, or an earlier stage by name."""
     updates: int = 1
-    """Optimiser updates a step, each on its share of the step's groups."""
+    """Optimiser updates a pass over the step's samples, each on its share of the step's groups."""
+    passes: int = 1
+    """Passes over the step's samples."""
     mask_truncated: bool = False
     """Leave completions cut at the length limit out of the advantage and the update."""
-    entropy: float = 0.0
-    """Weight of an entropy bonus, averaged over actions."""
+    environment: Optional[Function] = None
+    """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
+    turns: int = 2
+    """With an environment: most turns of the model."""
+    step_end: Optional[str] = None
+    """A step of a completion ends with this text (empty: every token is a step); for rewards and advantages by step."""
     table_every: int = 100
     """Steps between tables of sample completions, which are also saved as rollouts (0: neither)."""
 
 
 @dataclass
+class Grouped(Rollouts):
+    """What the stages with a baseline from groups have."""
+
+    advantage: Function = field(default_factory=lambda: Function(fn="group_normalised"))
+    weight: Weight = Weight.token_mean
+    whiten: bool = False
+    """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
+    resample: int = 0
+    """Rounds of further prompts drawn while groups without a signal are left (dynamic sampling)."""
+    fresh_rollouts: int = 4
+    """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
+    recorded: bool = False
+    """Rows are rollouts that another policy made (rollouts/*.jsonl of a run): nothing is sampled."""
+    correction: Correction = field(default_factory=Correction)
+
+
+@dataclass
+class Grpo(Grouped):
+    """Reinforcement learning from groups of sampled completions."""
+
+    kind: Kind = Kind.grpo
+    loss: Function = field(default_factory=lambda: Function(fn="clipped_surrogate"))
+    entropy: float = 0.0
+    """Weight of an entropy bonus, averaged over actions."""
+
+
+@dataclass
+class Trpo(Grouped):
+    """Trust-region policy optimisation: the natural gradient, as far as the trust region allows."""
+
+    kind: Kind = Kind.trpo
+    learning_rate: float = 1.0
+    """The share of the largest allowed step that is tried first."""
+    delta: float = 0.01
+    """Radius of the trust region: KL(old || new) in nats, averaged over actions."""
+    damping: float = 0.1
+    """Added to the Fisher matrix in the solve, not in the step's length."""
+    iterations: int = 10
+    """Of conjugate gradients."""
+    backtracks: int = 10
+    """Halvings of the step before it is given up."""
+
+
+@dataclass
+class Ppo(Rollouts):
+    """Proximal policy optimisation with a critic."""
+
+    kind: Kind = Kind.ppo
+    gamma: float = 1.0
+    """Discount of a reward, per action."""
+    lam: float = 0.95
+    """λ of generalised advantage estimation."""
+    at_limit: AtLimit = AtLimit.terminate
+    whiten: bool = True
+    """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
+    loss: Function = field(default_factory=lambda: Function(fn="clipped_surrogate"))
+    weight: Weight = Weight.token_mean
+    entropy: float = 0.0
+    """Weight of an entropy bonus, averaged over actions."""
+    critic: Critic = field(default_factory=Critic)
+
+
+@dataclass
+class OnlineDpo(Rollouts):
+    """DPO on pairs of fresh samples, the best and the worst of each group by reward."""
+
+    kind: Kind = Kind.online_dpo
+    loss: Function = field(default_factory=lambda: Function(fn="dpo"))
+    min_gap: float = 0.0
+    """A pair's rewards must differ by more than this."""
+
+
+@dataclass
 class Pairs(Stage):
-    """Preference pairs from the model's own samples, ranked by rewards; the model passes unchanged."""
+    """Rows from the model's own samples, ranked by rewards; the model passes unchanged."""
 
     kind: Kind = Kind.pairs
     data: dict[str, Source] = field(default_factory=dict)
@@ -316,6 +306,23 @@ class Pairs(Stage):
     choice: PairChoice = PairChoice.one
     min_gap: float = 0.0
     """A pair's rewards must differ by more than this."""
+
+
+@dataclass
+class StepLabels(Stage):
+    """Rows for a process reward model: steps of own samples, labelled by fresh rollouts; the model passes unchanged."""
+
+    kind: Kind = Kind.step_labels
+    data: dict[str, Source] = field(default_factory=dict)
+    prompts: Optional[int] = None
+    """How many prompts to sample (all of them by default)."""
+    group_size: int = 2
+    sampling: Sampling = field(default_factory=Sampling)
+    rewards: list[Reward] = field(default_factory=list)
+    step_end: str = "\n"
+    """A step ends with this text; empty: every token is a step."""
+    fresh_rollouts: int = 4
+    """Rollouts from the end of every step; a label is their mean reward."""
 
 
 @dataclass
@@ -332,6 +339,8 @@ class Evaluation:
     """The k of pass@k, each at most `samples`."""
     best_of: bool = False
     """Also report the best of a prompt's samples by the sum of rewards."""
+    judge: Optional[str] = None
+    """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
     slices: list[str] = field(default_factory=list)
     """Columns with true or false, reported apart."""
     every_stage: bool = True
@@ -365,4 +374,20 @@ class Recipe:
     evaluation: Optional[Evaluation] = None
 
 
-STAGES: dict[Kind, type[Stage]] = {Kind.sft: Sft, Kind.dpo: Dpo, Kind.grpo: Grpo, Kind.pairs: Pairs}
+STAGES: dict[Kind, type[Stage]] = {
+    Kind.sft: Sft,
+    Kind.dpo: Dpo,
+    Kind.kto: Kto,
+    Kind.online_dpo: OnlineDpo,
+    Kind.reward_model: RewardModel,
+    Kind.process_reward_model: ProcessRewardModel,
+    Kind.grpo: Grpo,
+    Kind.ppo: Ppo,
+    Kind.trpo: Trpo,
+    Kind.pairs: Pairs,
+    Kind.step_labels: StepLabels,
+}
+MAKES_ROWS = (Kind.pairs, Kind.step_labels)
+"""Stages whose result is rows; the model passes unchanged."""
+MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model)
+"""Stages whose result scores completions; the model passes unchanged."""

@@ -18,17 +18,20 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset, Limit, open_dataset
 from rlpost.data.formats import Need
-from rlpost.errors import RecipeError
-from rlpost.learner import Learner
+from rlpost.errors import ModelError, RecipeError
+from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful
 from rlpost.policy.adapters import save_adapter
 from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
+from rlpost.policy.scalar import ScalarModel, load_scalar
+from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
-from rlpost.recipe.schema import Function, Model, Reward, Source, TooLong, Training
+from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
 from rlpost.rewards.score import BoundReward, Scorer
 from rlpost.run.interrupt import Interrupts
+from rlpost.run.lookup import find_checkpoint
 from rlpost.run.stage import StageDirectory
 from rlpost.schedules import learning_rate_factor
 
@@ -39,7 +42,7 @@ class Context:
 
     name: str
     """The stage's name, which is also its directory's."""
-    model: Model
+    model: schema.Model
     start: Path
     """The checkpoint it starts from."""
     out: StageDirectory
@@ -74,8 +77,7 @@ class Context:
 
     def reference(self, policy: Policy, name: str) -> Reference:
         """The reference called `name`, for a policy that was just loaded."""
-        checkpoint = self.start if name == "start" else self.checkpoints[name]
-        return reference_policy(policy, checkpoint, self.start, self.model)
+        return reference_policy(policy, self.checkpoint(name), self.start, self.model)
 
     def data(
         self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
@@ -107,12 +109,20 @@ class Context:
         """The stage's rewards."""
         return make_scorer(rewards, f"stages.{self.name}", self.folder)
 
-    def learner(self, policy: Policy, cfg: Training, updates: int, whole_groups: bool = False) -> Learner:
-        """The optimiser for this stage's `updates`."""
+    def learner(
+        self,
+        model: Model,
+        cfg: Training,
+        updates: int,
+        *,
+        whole_groups: bool = False,
+        learning_rate: float | None = None,
+    ) -> Learner:
+        """The optimiser of `model` for this stage's `updates`; the stage's learning rate unless another is given."""
         return Learner(
-            policy,
+            model,
             self.accelerator,
-            learning_rate=cfg.learning_rate,
+            learning_rate=cfg.learning_rate if learning_rate is None else learning_rate,
             factor=learning_rate_factor(cfg.schedule, cfg.warmup, updates),
             betas=cfg.betas,
             weight_decay=cfg.weight_decay,
@@ -121,12 +131,12 @@ class Context:
             whole_groups=whole_groups,
         )
 
-    def loop(self, cfg: Training, learner: Learner, states: Mapping[str, Stateful], steps: int) -> Loop:
-        """The stage's steps, resumed where they stopped."""
+    def loop(self, cfg: Training, states: Mapping[str, Stateful], steps: int, **learners: Learner) -> Loop:
+        """The stage's steps, resumed where they stopped; learners by name, `policy` the one of the stage's result."""
         return Loop(
             self.name,
             self.out,
-            learner,
+            learners,
             states,
             self.interrupts,
             steps=steps,
@@ -134,6 +144,32 @@ class Context:
             keep=cfg.keep_checkpoints,
             log_every=cfg.log_every,
         )
+
+    def scalar(self, name: str, policy: Policy, adapter: str) -> ScalarModel:
+        """The frozen reward model `name`, a stage's or a checkpoint's; on the base of `policy` if it can be."""
+        return load_scalar(
+            self.checkpoint(name),
+            self.model,
+            beside=policy,
+            name=adapter,
+            bfloat16=self.bfloat16,
+            device=self.accelerator.device,
+        )
+
+    def checkpoint(self, name: str) -> Path:
+        """What `name` stands for: an earlier stage's result, `base`, `start`, or a path to a run, stage or checkpoint.
+
+        Raises:
+            ModelError: it is none of these.
+        """
+        if name == "start":
+            return self.start
+        if name in self.checkpoints:
+            return self.checkpoints[name]
+        found = find_checkpoint(name)
+        if found is None:
+            raise ModelError(f"stages.{self.name}: {name!r} is no earlier stage and no checkpoint")
+        return found
 
     def finish(self, policy: Policy, kind: str, steps: int) -> Path:
         """Write the stage's result; returns its folder."""

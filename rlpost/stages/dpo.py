@@ -32,7 +32,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     references = ReferenceScores(context.reference(policy, cfg.reference), data, draws=steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
-    loop = context.loop(cfg, learner, {"data": data}, steps)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         pairs = pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device))

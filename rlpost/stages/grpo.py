@@ -49,7 +49,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps * cfg.updates)
     engine = BuiltinEngine(policy)
-    loop = context.loop(cfg, learner, {"data": data}, steps)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
 
     for step in loop.steps():
         engine.sync(policy)

@@ -25,7 +25,7 @@ def sft(context: Context, cfg: Sft) -> Path:
     loss_of = context.function(cfg.loss, "sft.loss")
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps)
-    loop = context.loop(cfg, learner, {"data": data}, steps)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         loss_N = loss_of(scores.logp_N)

@@ -19,7 +19,7 @@ def lora_policy(family: str = "llama", dtype: torch.dtype = torch.float64, dropo
     model.set_attn_implementation(FLAT)
     dressed = adapters.add_policy_adapter(model, Lora(r=2, alpha=4.0, dropout=dropout)).to(dtype)
     randomise(dressed)
-    adapters.add_frozen_adapter(dressed, REFERENCE, adapters.adapter_state(dressed, POLICY))
+    adapters.add_adapter(dressed, REFERENCE, adapters.adapter_state(dressed, POLICY))
     return Policy(dressed.to(dtype), EndTokenOnly(), flat=True).eval()
 
 

@@ -8,10 +8,15 @@ from families import EndTokenOnly, tiny
 from torch import nn
 
 from rlpost.policy import logprobs
-from rlpost.policy.logprobs import over_logits, target_logprob, with_entropy
+from rlpost.policy.logprobs import over_logits, target_logprob, with_more
 from rlpost.policy.policy import Policy
 
 V = 11
+
+
+def with_entropy(target, temperature=1.0):
+    return with_more(target, temperature, True, None)
+
 
 
 def identity(x):

@@ -29,11 +29,11 @@ def defining(name: str, source: str) -> ModuleType:
 def objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins without torch for the modules that own advantages and losses."""
     sources = {
-        ADVANTAGES: "def group_normalised(r, *, eps: float = 1e-4): return (r, eps)\n"
-        "def leave_one_out(r): return r\ndef ratio(a, b): return a\ndef _mean(r): return r\n",
+        ADVANTAGES: "def group_normalised(reward_PG, *, eps: float = 1e-4): return (reward_PG, eps)\n"
+        "def leave_one_out(reward_PG): return reward_PG\ndef ratio(a, b): return a\ndef _mean(r): return r\n",
         "rlpost.objectives.surrogates": "def clipped_surrogate(l, o, a, rows, *, low: float = 0.2): return low\n",
         "rlpost.objectives.preference": "def dpo(pairs, *, beta: float = 0.1): return beta\n",
-        "rlpost.objectives.supervised": "def nll(logp): return -logp\n",
+        "rlpost.objectives.supervised": "def nll(logp_N): return -logp_N\n",
         "rlpost.rewards": "def math_answer(completion, example): return 1.0\n"
         "def length(completion, example, *, most: int = 100): return most\n",
     }
@@ -72,7 +72,8 @@ def test_arguments_that_do_not_fit(objectives: None, tmp_path: Path) -> None:
         "here.args.epz: 'group_normalised' has no argument 'epz' - did you mean 'eps'?"
     )
     assert "(it takes: none)" in refusal("leave_one_out", "advantage", tmp_path, eps=1)
-    assert "here.args.r: the program supplies it" in refusal("leave_one_out", "advantage", tmp_path, r=1)
+    told = refusal("leave_one_out", "advantage", tmp_path, reward_PG=1)
+    assert "here.args.reward_PG: the program supplies it" in told
     assert "here.args.eps: expected float, got 'small'" in refusal(
         "group_normalised", "advantage", tmp_path, eps="small"
     )

@@ -1,0 +1,214 @@
+"""A number for every state: what a critic, a reward model and a process reward model are.
+
+The trunk is a policy's model; with LoRA it may share the base with that policy, under an adapter of its own. The
+head is one linear layer on the last hidden state.
+
+Axes: N action tokens, S completions, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlpost.errors import ModelError
+from rlpost.groups import Group
+from rlpost.policy import adapters
+from rlpost.policy.batch import Batch
+from rlpost.policy.load import ADAPTER_FILE, load_policy
+from rlpost.policy.policy import Policy
+from rlpost.policy.reference import same_base
+from rlpost.policy.score import passes
+from rlpost.recipe.schema import Model
+
+HEAD_FILE = "scalar_head.safetensors"
+"""Beside the weights or the adapter of a checkpoint: the head's weight [1, D] and bias [1]."""
+
+
+class Values(NamedTuple):
+    """What a model of scalars says of a batch."""
+
+    before_N: Tensor
+    """[N] of the state in which each action was taken."""
+    after_N: Tensor
+    """[N] of the state after each action."""
+    final_S: Tensor
+    """[S] of the state after each completion's last token, whoever wrote it."""
+
+
+class ScalarModel(nn.Module):
+    """A trunk and a linear head."""
+
+    def __init__(self, trunk: Policy, adapter: str | None = adapters.POLICY, *, trains_trunk: bool = True) -> None:
+        """Put a new head on `trunk`.
+
+        Args:
+            trunk: whose hidden states are read; it may be a policy that is trained at the same time, if `adapter`
+                is another one than the policy's.
+            adapter: the adapter that acts (with LoRA).
+            trains_trunk: False trains the head alone.
+        """
+        super().__init__()
+        # In a tuple, so that a trunk shared with a policy is no part of this module.
+        self._trunk = (trunk,)
+        self.adapter = adapter
+        self.trains_trunk = trains_trunk
+        embedding = trunk.causal_lm.get_input_embeddings().weight
+        width = trunk.causal_lm.config.get_text_config().hidden_size
+        dtype = torch.float64 if embedding.dtype == torch.float64 else torch.float32
+        self.head = nn.Linear(width, 1, dtype=dtype)
+        # Small first values: 1/(D + 1) as in Stiennon et al. 2020, arXiv:2009.01325, appendix.
+        nn.init.normal_(self.head.weight, std=1 / (width + 1))
+        nn.init.zeros_(self.head.bias)
+        self.head.to(embedding.device)
+
+    @property
+    def trunk(self) -> Policy:
+        """Whose hidden states are read."""
+        return self._trunk[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.trunk.device
+
+    @property
+    def shares_prompts(self) -> bool:
+        """As of the trunk."""
+        return self.trunk.shares_prompts
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """Groups as the batch that the forward pass takes."""
+        return self.trunk.batch(groups)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The head, and the trunk's adapter or weights; the layer that makes logits takes no part in it."""
+        head = {f"head.{n}": p for n, p in self.head.named_parameters()}
+        if not self.trains_trunk:
+            return head
+        named = {n: p for n, p in self.trunk.named_parameters() if p.requires_grad}
+        if self.trunk.has_adapter:
+            return {n: p for n, p in named.items() if f".{self.adapter}." in n} | head
+        model = self.trunk.causal_lm
+        unused = {id(model.get_output_embeddings().weight)} - {id(model.get_input_embeddings().weight)}
+        return {n: p for n, p in named.items() if id(p) not in unused} | head
+
+    def forward(self, batch: Batch) -> Values:
+        """A number for every state of the batch that an action, or the end, makes one."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_trunk):
+            hidden_TD = self.trunk.states(batch, self.adapter)
+        value_T = self.head(hidden_TD)[:, 0]
+        return Values(value_T[batch.before_N], value_T[batch.after_N], value_T[batch.after_S])
+
+    def backward_done(self) -> None:
+        """The backward pass of the last forward pass is over: the policy's adapter acts again."""
+        self.trunk.backward_done()
+
+    def train(self, mode: bool = True) -> ScalarModel:
+        """Dropout of the trunk on or off."""
+        self.trunk.train(mode)
+        return super().train(mode)
+
+    @torch.no_grad()
+    def score(self, groups: Sequence[Group], budget: int = 16384) -> Values:
+        """`forward` over any number of groups, without gradient, on the CPU."""
+        pieces = [self(self.batch(some)) for some in passes(groups, budget)]
+        return Values(*(torch.cat([x.cpu() for x in column]) for column in zip(*pieces, strict=True)))
+
+    def save(self, folder: Path) -> None:
+        """Write the head into a checkpoint's folder."""
+        state = {name: x.detach().cpu().contiguous() for name, x in self.head.state_dict().items()}
+        save_file(state, folder / HEAD_FILE)
+
+    def load_head(self, folder: Path) -> None:
+        """Read the head from a checkpoint's folder.
+
+        Raises:
+            ModelError: it holds none, or one of another width.
+        """
+        self.head.load_state_dict(read_head(folder, self.head.in_features))
+
+
+def read_head(folder: Path, width: int) -> dict[str, Any]:
+    """The saved head of a model of scalars.
+
+    Raises:
+        ModelError: the folder holds none, or one of another width.
+    """
+    file = folder / HEAD_FILE
+    if not file.is_file():
+        raise ModelError(f"{folder}: no reward model or critic, since it has no {HEAD_FILE}; name a reward model")
+    state: dict[str, Any] = load_file(file)
+    found = state["weight"].shape[1]
+    if found != width:
+        raise ModelError(f"{folder}: its head reads {found} numbers a state but the model gives {width}")
+    return state
+
+
+def load_scalar(
+    folder: Path, settings: Model, *, beside: Policy | None = None, name: str = "reward", bfloat16: bool, device: Any
+) -> ScalarModel:
+    """A saved model of scalars, frozen.
+
+    Args:
+        folder: its checkpoint.
+        settings: the recipe's `model` section.
+        beside: a policy whose base it may share, if both are adapters of one model.
+        name: of its adapter there.
+        bfloat16: run under autocast.
+        device: where to put it.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no model of scalars.
+    """
+    if beside is not None and beside.has_adapter and (folder / ADAPTER_FILE).is_file() and same_base(folder, beside):
+        adapters.add_saved_adapter(beside.model, name, folder)
+        model = ScalarModel(beside, name, trains_trunk=False)
+    else:
+        trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False)
+        model = ScalarModel(trunk, adapters.POLICY, trains_trunk=False)
+    model.load_head(folder)
+    return model.requires_grad_(False).eval()
+
+
+def critic_beside(
+    policy: Policy, start: Path, scores: Path | None, settings: Model, *, trains_trunk: bool
+) -> ScalarModel:
+    """A critic for a policy that was just loaded from `start`.
+
+    With LoRA it is a second adapter on the policy's base, at first a copy of the policy's; with full fine-tuning, a
+    second model. The two are never one trunk: the value's gradient would move the policy (docs/adr/0008).
+
+    Args:
+        policy: as loaded.
+        start: the checkpoint it came from.
+        scores: a reward model to begin from instead, its head included.
+        settings: the recipe's `model` section.
+        trains_trunk: False trains the head alone, on the features of where it begins.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if policy.has_adapter and scores is None:
+        state = adapters.adapter_state(policy.model, adapters.POLICY)
+        adapters.add_adapter(policy.model, adapters.CRITIC, state, trainable=trains_trunk)
+    elif policy.has_adapter and scores is not None and same_base(scores, policy):
+        adapters.add_saved_adapter(policy.model, adapters.CRITIC, scores, trainable=trains_trunk)
+    else:
+        trunk = load_policy(
+            scores or start, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=trains_trunk
+        )
+        critic = ScalarModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
+        return _with_head(critic, scores)
+    return _with_head(ScalarModel(policy, adapters.CRITIC, trains_trunk=trains_trunk), scores)
+
+
+def _with_head(critic: ScalarModel, scores: Path | None) -> ScalarModel:
+    if scores is not None:
+        critic.load_head(scores)
+    return critic.eval()

@@ -1,0 +1,259 @@
+"""Rules across the fields of one stage, and between a stage and those before it. Free of torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rlpost.recipe.functions import reward_leaves
+from rlpost.recipe.schema import (
+    MAKES_JUDGES,
+    MAKES_ROWS,
+    CorrectionMode,
+    Grouped,
+    Kind,
+    KlEstimator,
+    KlPlacement,
+    OnlineDpo,
+    Ppo,
+    Recipe,
+    Reward,
+    Rollouts,
+    Sampling,
+    Sft,
+    Source,
+    Stage,
+    Training,
+    Trpo,
+    Weight,
+)
+from rlpost.recipe.suggest import hint_or_list
+
+GROUP_BASELINES = (
+    *("group_mean", "group_normalised", "leave_one_out", "length_weighted_baseline", "max_likelihood"),
+    *("nonzero_rescaled", "pass_at_k", "per_reward_normalised", "process_normalised"),
+)
+"""Advantages that compare the completions of a group with each other."""
+_BY_STEP = ("process", "process_normalised", "monte_carlo_values")
+_DISTILS = ("forward_kl", "reverse_kl", "jensen_shannon")
+_JUDGED = ("reward_model", "process_reward_model")
+"""Reward functions that ask a model."""
+NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",)}
+"""Nodes of a tree of rewards, and what `args` each takes."""
+
+
+class Earlier:
+    """The stages before one stage, and why another name is none of them."""
+
+    def __init__(self, recipe: Recipe, name: str, left_out: frozenset[str]) -> None:
+        before = list(recipe.stages)[: list(recipe.stages).index(name)]
+        self.own = name
+        self.stages: dict[str, Stage] = {n: recipe.stages[n] for n in before if recipe.stages[n].enabled}
+        self.disabled = left_out | {n for n, stage in recipe.stages.items() if not stage.enabled}
+        self.all = set(recipe.stages)
+
+    def problem(self, name: str, where: str, also: tuple[str, ...] = ()) -> str | None:
+        """Why `name`, given at `where`, is no earlier stage; None when it is one (or one of `also`)."""
+        if name in self.stages or name in also:
+            return None
+        if name in self.disabled:
+            return f"{where}: stage {name!r} is disabled - enable it, or name another"
+        if name == self.own:
+            return f"{where}: {name!r} is this stage itself - name an earlier one"
+        if name in self.all:
+            return f"{where}: stage {name!r} comes later - name an earlier one"
+        return f"{where}: no stage {name!r}{hint_or_list(name, [*also, *self.stages], 'there are')}"
+
+    def no_model(self, name: str, where: str, also: tuple[str, ...]) -> str | None:
+        """Why `name`, given at `where`, is no earlier stage with a model; None when it is one (or one of `also`)."""
+        problem = self.problem(name, where, also)
+        kind = self.stages[name].kind if problem is None and name in self.stages else None
+        if kind in MAKES_ROWS:
+            return (
+                f"{where}: {name!r} is of kind {kind.value}, which leaves rows and no model - name a stage that trains"
+            )
+        if kind in MAKES_JUDGES:
+            return f"{where}: {name!r} is of kind {kind.value}, which leaves no policy - name a stage that trains one"
+        return problem
+
+    def no_judge(self, name: str, where: str, kinds: tuple[Kind, ...]) -> str | None:
+        """Why `name` is no stage of these kinds; None when it is one, or no stage's name at all (then it is a path)."""
+        if name not in self.all and name not in self.disabled:
+            return None
+        problem = self.problem(name, where)
+        if problem is None and self.stages[name].kind not in kinds:
+            wanted = " or ".join(kind.value for kind in kinds)
+            return f"{where}: {name!r} is of kind {self.stages[name].kind.value} - name a {wanted} stage"
+        return problem
+
+
+def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
+    """What is wrong with one stage, given those before it."""
+    if stage.start is not None and (problem := earlier.no_model(stage.start, f"{where}.start", ("base",))):
+        yield problem
+    if not stage.data:
+        yield f"{where}.data: missing - name at least one source, like {{train: {{path: rows.jsonl}}}}"
+    yield from source_problems(stage.data, f"{where}.data", earlier)
+    if hasattr(stage, "reference"):
+        problem = earlier.no_model(stage.reference, f"{where}.reference", ("start", "base"))
+        if problem:
+            yield problem
+    if isinstance(stage, Training):
+        yield from _training(stage, where)
+    if isinstance(stage, Sft):
+        yield from _sft(stage, where, earlier)
+    if isinstance(stage, Rollouts):
+        yield from _rollouts(stage, where)
+    if isinstance(stage, Grouped):
+        yield from _grouped(stage, where)
+    if isinstance(stage, Ppo):
+        yield from _ppo(stage, where, earlier)
+    if isinstance(stage, OnlineDpo) and stage.group_size < 2:
+        yield f"{where}.group_size: a pair needs two completions - give at least 2"
+    if hasattr(stage, "rewards"):
+        if not getattr(stage, "recorded", False):
+            yield from reward_problems(stage.rewards, where, earlier)
+        yield from sampling_problems(stage.sampling, f"{where}.sampling")
+
+
+def _training(stage: Training, where: str) -> Iterator[str]:
+    if isinstance(stage, Rollouts):
+        if stage.epochs is not None:
+            yield f"{where}.epochs: {stage.kind.value} counts steps - give `{where}.steps` instead"
+        if stage.steps is None:
+            yield f"{where}.steps: missing - how many rollout steps to take"
+    elif (stage.steps is None) == (stage.epochs is None):
+        given = "neither is given" if stage.steps is None else "not both"
+        yield f"{where}: give exactly one of {where}.steps and {where}.epochs ({given})"
+    if stage.warmup > 1 and stage.warmup != int(stage.warmup):
+        yield f"{where}.warmup: {stage.warmup} - a share below 1, or a whole number of updates"
+
+
+def _sft(stage: Sft, where: str, earlier: Earlier) -> Iterator[str]:
+    if stage.loss.fn in _DISTILS and stage.teacher is None:
+        yield f"{where}.teacher: missing - {stage.loss.fn} imitates a teacher: name a stage, a checkpoint or a model"
+    if stage.teacher in earlier.all and (problem := earlier.no_model(stage.teacher, f"{where}.teacher", ("base",))):
+        yield problem
+
+
+def _rollouts(stage: Rollouts, where: str) -> Iterator[str]:
+    kl = stage.kl
+    if kl.placement == KlPlacement.loss and kl.estimator == KlEstimator.k1:
+        yield (
+            f"{where}.kl.estimator: k1 in the loss has an expected gradient of zero: it adds noise only - "
+            "use placement: reward, or k2 or k3"
+        )
+    if kl.placement == KlPlacement.loss and isinstance(stage, Ppo | Trpo | OnlineDpo):
+        yield f"{where}.kl.placement: {stage.kind.value} has no KL term in its loss - use placement: reward"
+    if kl.target is not None and kl.beta == 0:
+        yield f"{where}.kl.beta: 0 stays 0 whatever the target - give beta a start, like 0.05"
+    for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        if getattr(stage.sampling, name) != neutral:
+            yield (
+                f"{where}.sampling.{name}: {stage.kind.value} samples from the whole distribution: a filtered sampler "
+                f"and the trainer would differ - use {neutral:g} (pairs and evaluation may)"
+            )
+    if stage.updates > stage.prompts:
+        yield f"{where}.updates: {stage.updates} for {stage.prompts} prompts - at most one update a prompt"
+    if stage.sampling.max_new_tokens >= stage.max_length:
+        yield (
+            f"{where}.max_length: {stage.max_length} leaves no room for a prompt beside "
+            f"sampling.max_new_tokens={stage.sampling.max_new_tokens} - raise it, or lower that"
+        )
+
+
+def _grouped(stage: Grouped, where: str) -> Iterator[str]:
+    if stage.advantage.fn in _BY_STEP and stage.step_end is None:
+        yield (
+            f"{where}.step_end: missing - {stage.advantage.fn} credits steps: give the text that ends one, "
+            "or '' for every token"
+        )
+    loss = getattr(stage, "loss", None)
+    if loss is not None and loss.fn == "geometric_mean" and stage.weight != Weight.sequence_mean:
+        yield f"{where}.weight: geometric_mean is one value a completion - use sequence_mean"
+    if stage.recorded and stage.environment is not None:
+        yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
+    if stage.recorded and (stage.resample or stage.advantage.fn in ("greedy_baseline", "monte_carlo_values")):
+        what = "resample" if stage.resample else f"advantage.fn={stage.advantage.fn}"
+        yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
+    if stage.correction.mode != CorrectionMode.none and stage.correction.floor >= stage.correction.cap:
+        yield f"{where}.correction.floor: {stage.correction.floor:g} is not below cap={stage.correction.cap:g}"
+
+
+def _ppo(stage: Ppo, where: str, earlier: Earlier) -> Iterator[str]:
+    start = stage.critic.start
+    if start is not None and (problem := earlier.no_judge(start, f"{where}.critic.start", (Kind.reward_model,))):
+        yield problem
+    if stage.step_end is not None:
+        yield f"{where}.step_end: ppo credits actions by its critic - use grpo with advantage.fn=process"
+
+
+def source_problems(data: dict[str, Source], where: str, earlier: Earlier | None) -> Iterator[str]:
+    """What is wrong with the sources at `where`; without `earlier`, stages' rows cannot be read there."""
+    for name, source in data.items():
+        path = f"{where}.{name}"
+        given = [key for key in ("path", "stage", "task") if getattr(source, key)]
+        if len(given) != 1:
+            yield f"{path}: give exactly one of path, stage, task ({' and '.join(given) or 'none'} given)"
+        if source.fold and source.fold.hold_out >= source.fold.of:
+            yield (
+                f"{path}.fold.hold_out: {source.fold.hold_out} of {source.fold.of} parts - counted from 0, "
+                f"it is at most {source.fold.of - 1}"
+            )
+        if source.stage and earlier is None:
+            yield f"{path}.stage: only stages read other stages' rows - give path or task"
+        elif source.stage and earlier:
+            problem = earlier.problem(source.stage, f"{path}.stage")
+            if problem:
+                yield problem
+            elif earlier.stages[source.stage].kind not in MAKES_ROWS:
+                kind = earlier.stages[source.stage].kind.value
+                yield f"{path}.stage: {source.stage!r} is of kind {kind}, without rows - name a pairs stage"
+
+
+def reward_problems(rewards: Sequence[Reward], where: str, earlier: Earlier | None) -> Iterator[str]:
+    """What is wrong with the rewards of the stage at `where`."""
+    if not rewards:
+        yield f"{where}.rewards: missing - give at least one, like [{{fn: math_answer}}]"
+    names: list[str] = []
+    for node, place in _nodes(rewards, f"{where}.rewards"):
+        name = node.name or re.split(r"[.:]", node.fn)[-1]
+        if name in names:
+            yield f"{place}.name: {name!r} is logged already - give this one a name of its own"
+        names.append(name)
+        if node.of:
+            yield from _node(node, place)
+    for leaf, place in reward_leaves(rewards, where):
+        if leaf.fn in NODES:
+            yield f"{place}.of: missing - {leaf.fn} puts other rewards together: list them"
+        if leaf.fn in _JUDGED and leaf.model is None:
+            yield f"{place}.model: missing - name a {leaf.fn} stage, or a checkpoint of one"
+        if leaf.model is not None and earlier is not None:
+            problem = earlier.no_judge(leaf.model, f"{place}.model", MAKES_JUDGES)
+            if problem:
+                yield problem
+
+
+def _nodes(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:
+    for i, reward in enumerate(rewards):
+        yield reward, f"{where}[{i}]"
+        yield from _nodes(reward.of, f"{where}[{i}].of")
+
+
+def _node(node: Reward, where: str) -> Iterator[str]:
+    if node.fn not in NODES:
+        yield f"{where}.fn: {node.fn!r} takes no other rewards{hint_or_list(node.fn, list(NODES), 'these do')}"
+        return
+    for key in node.args:
+        if key not in NODES[node.fn]:
+            near = hint_or_list(key, NODES[node.fn], "it takes")
+            yield f"{where}.args.{key}: {node.fn} has no argument {key!r}{near}"
+    if node.fn == "gate" and len(node.of) != 2:
+        yield f"{where}.of: a gate has a guard and what counts if it passed - give two, not {len(node.of)}"
+
+
+def sampling_problems(sampling: Sampling, where: str) -> Iterator[str]:
+    """What is wrong with a sampling section."""
+    if "" in sampling.stop:
+        yield f"{where}.stop: an empty string stops every completion at once - remove it"
