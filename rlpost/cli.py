@@ -102,14 +102,20 @@ def sample(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Ends a completion; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     best_of: Annotated[
-        int | None, typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe.")
+        int | None,
+        typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
     ] = None,
     recipe: _OtherRecipe = None,
+    judge: Annotated[str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Complete a prompt."""
-    if best_of is not None and recipe is None:
-        raise typer.BadParameter("needs --recipe, whose rewards choose the best", param_hint="--best-of")
+    if best_of is not None and (recipe is None) == (judge is None):
+        raise typer.BadParameter(
+            "needs either --recipe, whose rewards choose the best, or --judge", param_hint="--best-of"
+        )
+    if best_of is None and judge is not None:
+        raise typer.BadParameter("chooses among several: give --best-of too", param_hint="--judge")
     if prompt is None and sys.stdin.isatty():
         raise typer.BadParameter("give it as an argument or on stdin", param_hint="PROMPT")
     from rlpost import commands
@@ -121,7 +127,7 @@ def sample(
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
     texts = commands.sample(
-        checkpoint, text, sampling=sampling, n=n, greedy=greedy, seed=seed, best_of=best_of, recipe=recipe
+        checkpoint, text, sampling=sampling, n=n, greedy=greedy, seed=seed, best_of=best_of, recipe=recipe, judge=judge
     )
     for completion in texts:
         print(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
@@ -158,6 +164,22 @@ def show(
 
         for line in commands.show_rows(resolved, rows):
             print(line)
+
+
+@app.command()
+def verify(
+    vocab: Annotated[int, typer.Option("--vocab", min=2, help="Tokens, the end token among them.")] = 3,
+    depth: Annotated[int, typer.Option("--depth", min=2, help="Tokens of the longest completion.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of tree, policy and rewards.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Prove the objectives on a token tree small enough to sum over; fails if what must be exact is not."""
+    from rlpost.oracle.verify import verify as prove
+
+    report = prove(vocab, depth, seed)
+    print(json.dumps(report.to_json()) if as_json else report.text())
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command("list")

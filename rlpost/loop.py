@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -156,13 +156,14 @@ def show_samples(
     step: int,
     groups: Sequence[Group],
     totals: Sequence[Sequence[float | None]],
-    prompt: Callable[[Group], str],
+    tokenizer: Any,
 ) -> None:
     """A table with the first completion of a few groups and its reward."""
     rows = []
     for group, total in list(zip(groups, totals, strict=True))[:4]:
         value = total[0]
-        rows.append((prompt(group), group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
+        prompt = tokenizer.decode(list(group.prompt))
+        rows.append((prompt, group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
     console.samples(f"samples at step {step + 1}", rows)
 
 

@@ -44,6 +44,8 @@ class Summary:
     """k -> unbiased pass@k."""
     best_of: Estimate | None = None
     """The first reward of each prompt's best sample by total reward."""
+    judged: Estimate | None = None
+    """The first reward of each prompt's best sample by the judge's score."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Answers:
     """greedy or sampled."""
     groups: tuple[Group, ...]
     scores: Scores
+    judged: Nested | None = None
+    """[P][G] the judge's scores, if there is one."""
 
     def rows(self, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
         """One row an answer, for samples.jsonl."""
         for p, (group, prompt) in enumerate(zip(self.groups, prompts, strict=True)):
             for g, completion in enumerate(group.completions):
+                judged = {} if self.judged is None else {"judged": self.judged[p][g]}
                 yield {
                     "mode": self.mode,
                     "prompt": prompt,
@@ -67,6 +72,7 @@ class Answers:
                     "tokens": len(completion.ids),
                     "reward": self.scores.total[p][g],
                     "rewards": {name: values[p][g] for name, values in self.scores.by_name.items()},
+                    **judged,
                     "example": dict(group.example),
                 }
 
@@ -84,7 +90,9 @@ class Result:
         return {mode: asdict(summary) for mode, summary in self.summaries.items()}
 
 
-def evaluate(policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Evaluation, seed: int) -> Result:
+def evaluate(
+    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Evaluation, seed: int, judge: Judge | None = None
+) -> Result:
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
 
     Args:
@@ -93,13 +101,15 @@ def evaluate(policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Eval
         scorer: the evaluation's rewards; the first is the accuracy.
         cfg: the recipe's `evaluation`.
         seed: of the samples.
+        judge: a reward model that chooses among a prompt's samples.
     """
     modes = [("greedy", 1)] if cfg.greedy else []
     modes += [("sampled", cfg.samples)] if cfg.samples else []
     answers = []
     for mode, n in modes:
         groups = _answer(policy, prompts, n, mode == "greedy", cfg, seed)
-        answers.append(Answers(mode, groups, scorer.score(groups)))
+        judged = nested(judge.scores(groups), groups) if judge is not None and n > 1 else None
+        answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
 
 
@@ -131,9 +141,7 @@ def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
     completions = [c for g in answers.groups for c in g.completions]
     binary = {v for row in correct_PG for v in row} <= {0.0, 1.0}
     samples = max(len(g.completions) for g in answers.groups)
-    best = None
-    if cfg.best_of and samples > 1:
-        best = _estimate([[_best(c, t)] for c, t in zip(correct_PG, answers.scores.total, strict=True)])
+    by_total = _best_of(correct_PG, answers.scores.total) if cfg.best_of and samples > 1 else None
     return Summary(
         prompts=len(answers.groups),
         samples=samples,
@@ -143,7 +151,8 @@ def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
         unscored=sum(v is None for row in answers.scores.by_name[accuracy] for v in row),
         length=sum(len(c.ids) for c in completions) / len(completions),
         pass_at={str(k): _pass_at(correct_PG, k) for k in cfg.pass_at if binary and k <= samples},
-        best_of=best,
+        best_of=by_total,
+        judged=None if answers.judged is None else _best_of(correct_PG, answers.judged),
     )
 
 
@@ -169,6 +178,10 @@ def _estimate(scores: Sequence[Sequence[float]]) -> Estimate:
 
 def _pass_at(correct_PG: Sequence[Sequence[float]], k: int) -> Estimate:
     return clustered_mean([[pass_at_k(len(row), int(sum(row)), k)] for row in correct_PG])
+
+
+def _best_of(correct_PG: Sequence[Sequence[float]], by_PG: Nested) -> Estimate:
+    return _estimate([[_best(correct, by)] for correct, by in zip(correct_PG, by_PG, strict=True)])
 
 
 def _best(correct: Sequence[float], totals: Sequence[float | None]) -> float:

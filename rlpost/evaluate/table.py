@@ -8,9 +8,12 @@ from typing import Any
 from rlpost import console
 from rlpost.evaluate.evaluator import ALL, estimate_from, percent
 
+BEST = {"best_of": "rewards", "judged": "judge"}
+"""How the best of a prompt's samples can be chosen: by what field of a summary, and its name in the table."""
+
 
 def stage_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: a stage a row, greedy and sampled accuracy overall and by slice.
+    """Columns and rows: a stage a row, greedy and sampled accuracy overall and by slice, and of the best of n.
 
     Args:
         results: stage -> saved result (`Result.to_json`).
@@ -22,6 +25,13 @@ def stage_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], li
         [stage, *(percent(estimate_from(result[mode]["accuracy"][part])) for mode, part in keys)]
         for stage, result in results.items()
     ]
+    for key, by in BEST.items():
+        # A judge is missing until its own stage has run.
+        found = [next((s[key] for s in result.values() if s.get(key)), None) for result in results.values()]
+        if any(found):
+            columns.append(f"best of {max(summary['samples'] for summary in first.values())} by {by}")
+            for row, estimate in zip(rows, found, strict=True):
+                row.append(percent(estimate_from(estimate)) if estimate else "")
     return columns, rows
 
 

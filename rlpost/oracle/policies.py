@@ -25,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 """Of the tiny models, by family."""
-SCALE = 4.0
+SCALE = 2.0
 """On matrices of random weights: at their usual size, a model hardly looks at what came before."""
 
 

@@ -52,6 +52,11 @@ class Problem:
         return self.at_actions(self.reference_XV)
 
     @cached_property
+    def prefix_N(self) -> Tensor:
+        """[N] a number for the prefix that ends in each action, the same in every leaf that begins with it."""
+        return self.tree.state_N * self.tree.vocabulary + self.tree.token_N
+
+    @cached_property
     def probability_L(self) -> Tensor:
         """[L] of each completion under the policy."""
         return truth.leaf_logp(self.tree, self.logp_XV.detach()).exp()

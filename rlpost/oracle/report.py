@@ -67,12 +67,11 @@ class Report:
     def text(self) -> str:
         """As plain text in columns."""
         lines: list[str] = []
-        every = [row for section in self.sections for row in section.rows]
-        widths = [max((len(cell) for cell in column), default=0) for column in zip(*map(cells, every), strict=True)]
         for section in self.sections:
-            lines += [section.title]
+            lines.append(section.title)
+            widths = [max(map(len, column)) for column in zip(*map(cells, section.rows), strict=True)]
             for row in section.rows:
-                padded = [cell.ljust(width) for cell, width in zip(cells(row), widths, strict=False)]
+                padded = [cell.ljust(width) for cell, width in zip(cells(row), widths, strict=True)]
                 lines.append("  " + "  ".join(padded).rstrip())
             lines.append("")
         return "\n".join([*lines, self.title])

@@ -5,8 +5,6 @@ Axes: X states, V tokens, L leaves, N actions of all leaves, K steps of all leav
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,22 +12,22 @@ from rlpost.objectives import credit
 from rlpost.objectives.advantages import return_to_go
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.surrogates import policy_gradient
-from rlpost.oracle import truth
-from rlpost.oracle.estimators import ascent
+from rlpost.oracle.estimators import Drawn, ascent
 from rlpost.oracle.multisets import multisets
-from rlpost.oracle.problem import Problem, binary, cosine, relative_error
+from rlpost.oracle.problem import SIZES, Problem, binary, cosine, relative_error
 from rlpost.oracle.report import Row, Section, biased, exact, skipped
 
 LAMBDAS = (0.0, 0.5, 0.95, 1.0)
 WRONG = 0.3
 """A value that is said of every state."""
+GROUPS = " / ".join(f"G={size}" for size in SIZES)
 STEP = 2
 """Actions a step; a completion's last step may have fewer."""
 
 
 def credit_section(problem: Problem) -> Section:
     """Values and λ, Monte-Carlo values, steps."""
-    rows = [*gae_rows(problem), *_return_rows(problem), *_monte_carlo_rows(problem), *_process_rows(problem)]
+    rows = [*_gae_rows(problem), *_return_rows(problem), *_monte_carlo_rows(problem), *_process_rows(problem)]
     return Section("credit per action: relative error where exact, cosine with the truth where biased", tuple(rows))
 
 
@@ -40,7 +38,7 @@ def gradient(problem: Problem, advantage_N: Tensor) -> Tensor:
     return problem.expected_gradient(ascent(policy_gradient, problem.old_N, problem.old_N, advantage_N, rows, weight_N))
 
 
-def gae_rows(problem: Problem, tolerance: float = 1e-12) -> list[Row]:
+def _gae_rows(problem: Problem) -> list[Row]:
     """With the true V, each temporal difference has mean zero given the past, so every λ is exact.
 
     With a wrong V, λ = 1 alone forgives: there V is a baseline and nothing else.
@@ -61,10 +59,11 @@ def gae_rows(problem: Problem, tolerance: float = 1e-12) -> list[Row]:
             f"GAE with the true V, λ={listed}",
             [relative_error(found("true", lam), true) for lam in LAMBDAS],
             "exact for every λ",
-            tolerance,
         ),
-        biased(f"GAE with V={WRONG} everywhere, λ={below}", [cosine(found("wrong", lam), true) for lam in LAMBDAS[:-1]]),
-        exact(f"GAE with V={WRONG} everywhere, λ=1", relative_error(found("wrong", 1.0), true), tolerance=tolerance),
+        biased(
+            f"GAE with V={WRONG} everywhere, λ={below}", [cosine(found("wrong", lam), true) for lam in LAMBDAS[:-1]]
+        ),
+        exact(f"GAE with V={WRONG} everywhere, λ=1", relative_error(found("wrong", 1.0), true)),
     ]
 
 
@@ -91,7 +90,7 @@ def steps_of_two(rows: Rows) -> credit.Steps:
 
 
 def _monte_carlo_rows(problem: Problem) -> list[Row]:
-    """The mean of K rollouts has mean V and, for rewards of 0 and 1, variance V(1 − V)/K, from every state.
+    """The mean of K rollouts has mean V and, for rewards of 0 and 1, variance V(1 − V)/K: here from the root.
 
     The advantage is linear in the values and the rollouts know nothing of the completion, so its expectation is the
     advantage with the true V: exact, whatever a step's length, as the end of a step is a state.
@@ -127,7 +126,7 @@ def _process_rows(problem: Problem) -> list[Row]:
     form, an action after the worst step has no credit for there being no worse one.
     """
     tree, steps = problem.tree, steps_of_two(problem.tree.rows)
-    reward_K = _step_rewards(problem, steps)
+    reward_K = _earned(problem.prefix_N[steps.last_K])
     total_L = tree.rows.sum(credit.on_last(reward_K, steps))
     least_L = tree.rows.sum(credit.least(reward_K, steps))
     first_L = tree.rows.start_S
@@ -135,27 +134,34 @@ def _process_rows(problem: Problem) -> list[Row]:
     spread = relative_error(torch.cat([even_N[first_L], last_N[first_L]]), torch.cat([total_L, total_L]))
     true, least = problem.rewarded(total_L).reward_gradient, problem.rewarded(least_L).reward_gradient
     return [
-        exact("process reward: return, evenly spread and on the last token", spread, "the same, Σ of the steps' rewards"),
+        exact(
+            "process reward: return, evenly spread and on the last token", spread, "the same, Σ of the steps' rewards"
+        ),
         exact("process, on the step's last token", relative_error(gradient(problem, last_N), true)),
         biased("process, evenly over the step", cosine(gradient(problem, even_N), true)),
         biased("process, min form, against E[worst step]", cosine(gradient(problem, least_N), least)),
+        biased("process_normalised, " + GROUPS, _normalised(problem, true), "biased by spread"),
     ]
 
 
-def _step_rewards(problem: Problem, steps: credit.Steps) -> Tensor:
-    """[K] a reward that each step's own tokens earn: a function of the prefix at its end."""
-    tree = problem.tree
-    prefix_N = tree.state_N * tree.vocabulary + tree.token_N
-    return torch.frac((prefix_N[steps.last_K].double() + 1) * 0.6180339887498949)
+def _normalised(problem: Problem, true: Tensor) -> list[float | None]:
+    """[each group size] cosine of the group-normalised process form with the gradient of the steps' total."""
+    found: list[float | None] = []
+    for size in SIZES:
+        sets = problem.groups(size)
+        if sets is None:
+            found.append(None)
+            continue
+        drawn = Drawn(problem.tree, sets)
+        steps = steps_of_two(drawn.rows)
+        prefix_K = problem.prefix_N[drawn.action_A[steps.last_K]]
+        advantage_A = credit.process_normalised(_earned(prefix_K), steps, size)
+        logp_A = problem.old_N[drawn.action_A]
+        coefficient_A = ascent(policy_gradient, logp_A, logp_A, advantage_A, drawn.rows, 1 / size)
+        found.append(cosine(problem.expected_gradient(drawn.expected(coefficient_A)), true))
+    return found
 
 
-def shaping_section(problem: Problem) -> Section:
-    """Potentials that are 0 at the end change values and no optimum; others move it."""
-    return Section("shaping", tuple(_shaping_rows(problem)))
-
-
-def _shaping_rows(problem: Problem) -> list[Row]:
-    raise NotImplementedError
-
-
-Potential = Callable[[Tensor], Tensor]
+def _earned(prefix_K: Tensor) -> Tensor:
+    """[K] a reward in [0, 1) that a step's own tokens earn: of the prefix at its end and nothing else."""
+    return torch.frac((prefix_K.double() + 1) * 0.6180339887498949)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import advantages
+from rlpost.objectives.rows import Rows
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import group_gradient, one_by_one
 from rlpost.oracle.multisets import Multisets
@@ -47,7 +48,9 @@ def group_section(problem: Problem) -> Section:
     rows = [claim_row(problem, claim) for claim in [*_exact(), *_biased(), *_best_of_k()]]
     rows += [claim_row(two_levels, claim) for claim in _binary()]
     sizes = " / ".join(f"G={size}" for size in SIZES)
-    return Section(f"group estimators, {sizes}: relative error where exact, cosine with the truth where biased", (*rows,))
+    return Section(
+        f"group estimators, {sizes}: relative error where exact, cosine with the truth where biased", (*rows,)
+    )
 
 
 def claim_row(problem: Problem, claim: Claim) -> Row:
@@ -112,6 +115,7 @@ def _biased() -> list[Claim]:
         Claim("per_reward_normalised", _two_rewards, "sequence_sum", None, "biased by spread"),
         Claim("length_weighted_baseline", _length_weighted, "sequence_sum", None, own),
         Claim("max_likelihood", _of(advantages.max_likelihood), "sequence_sum", None, "biased: divides by the mean"),
+        Claim("whiten over the update's actions", _whitened, "sequence_sum", None, "biased by length and spread"),
     ]
 
 
@@ -146,7 +150,7 @@ def _binary() -> list[Claim]:
     ]
 
 
-def _one(_: Problem, size: int) -> float:
+def _one(_: Problem, __: int) -> float:
     return 1.0
 
 
@@ -183,15 +187,24 @@ def _length_weighted(problem: Problem, sets: Multisets) -> Tensor:
     return advantages.length_weighted_baseline(problem.reward_L[sets.leaf_PG], length_PG)
 
 
+def _whitened(problem: Problem, sets: Multisets) -> Tensor | None:
+    """The reward of every action, over the spread of all actions of an update, which here is a group."""
+    length_PG = problem.tree.length_L[sets.leaf_PG].double()
+
+    def of_group(both_12: Tensor) -> Tensor:
+        reward_1G, length_1G = both_12.chunk(2, 1)
+        rows = Rows(length_1G[0].long())
+        return advantages.whiten(rows.spread(reward_1G[0]))[rows.start_S][None]
+
+    return one_by_one(of_group, torch.cat([problem.reward_L[sets.leaf_PG], length_PG], 1))
+
+
 def _two_rewards(problem: Problem, sets: Multisets) -> Tensor | None:
     """The reward in two parts, by length and the rest."""
     by_length_L = problem.tree.length_L.double() / (problem.tree.depth + 2)
     weight_K = torch.ones(2, dtype=torch.float64)
     both_PG2 = torch.stack([by_length_L, problem.reward_L - by_length_L], 1)[sets.leaf_PG]
-    flat = one_by_one(
-        lambda x_1: advantages.per_reward_normalised(x_1.view(1, -1, 2), weight_K), both_PG2.flatten(1)
-    )
-    return flat
+    return one_by_one(lambda x_1: advantages.per_reward_normalised(x_1.view(1, -1, 2), weight_K), both_PG2.flatten(1))
 
 
 def _best_of_2(problem: Problem) -> Tensor:

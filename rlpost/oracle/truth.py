@@ -58,40 +58,34 @@ def entropy(tree: Tree, logp_XV: Tensor) -> Tensor:
 
 def soft_values(tree: Tree, reference_XV: Tensor, reward_L: Tensor, beta: float) -> Tensor:
     """[X] V_soft(x) = β·log Σ_a ref(a|x)·exp(V_soft or reward of what follows / β)."""
-    return backwards(
-        tree, reward_L, lambda level, after: beta * (reference_XV[level] + after / beta).logsumexp(1)
-    )
+    return backwards(tree, reward_L, lambda level, after: beta * (reference_XV[level] + after / beta).logsumexp(1))
 
 
 def soft_optimum(tree: Tree, reference_XV: Tensor, reward_L: Tensor, beta: float) -> Tensor:
     """[X, V] log-probabilities of the policy that maximises E[reward] − β·KL(policy || reference)."""
     soft_X = soft_values(tree, reference_XV, reward_L, beta)
-    level_xV = [
-        tree.after(level, reward_L, None if level.stop == tree.states else _next(tree, level, soft_X))
-        for level in tree.levels()
-    ]
-    return reference_XV + (torch.cat(level_xV[::-1]) - soft_X[:, None]) / beta
+    return reference_XV + (action_values(tree, soft_X, reward_L) - soft_X[:, None]) / beta
 
 
 def conditional(tree: Tree, probability_L: Tensor) -> Tensor:
     """[X, V] log-probabilities of the policy whose completions have the given probabilities, all of them positive."""
     mass_X = backwards(tree, probability_L, lambda _, after: after.sum(1))
-    level_xV = [
-        tree.after(level, probability_L, None if level.stop == tree.states else _next(tree, level, mass_X))
-        for level in tree.levels()
-    ]
-    return (torch.cat(level_xV[::-1]) / mass_X[:, None]).log()
+    return (action_values(tree, mass_X, probability_L) / mass_X[:, None]).log()
+
+
+def action_values(tree: Tree, value_X: Tensor, reward_L: Tensor) -> Tensor:
+    """[X, V] what each action leads to: the value of the next state, or the reward of a leaf."""
+    deeper: Tensor | None = None
+    found: list[Tensor] = []
+    for level in tree.levels():
+        found.append(tree.after(level, reward_L, deeper))
+        deeper = value_X[level]
+    return torch.cat(found[::-1])
 
 
 def gradient(of: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """[F] the derivative of a number by the parameters, as one vector."""
     pieces = torch.autograd.grad(of, parameters, allow_unused=True)
-    return torch.cat([
-        torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(pieces, parameters, strict=True)
-    ])
-
-
-def _next(tree: Tree, level: slice, number_X: Tensor) -> Tensor:
-    """The numbers of the states one level deeper."""
-    deeper = tree.first_T.index(level.stop)
-    return number_X[tree.first_T[deeper] : tree.first_T[deeper + 1]]
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(pieces, parameters, strict=True)]
+    )

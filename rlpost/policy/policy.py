@@ -140,6 +140,18 @@ class Policy(nn.Module):
         rest = columns[:, first] if columns.shape[1] == first + 1 else columns[:, first:]
         return Scores(columns[:, 0], columns[:, 1] if entropy else None, rest if read else None)
 
+    def distributions(self, batch: Batch) -> Callable[[slice], Tensor]:
+        """For some of the batch's actions: [n, V] log-probabilities of the whole vocabulary, without gradient."""
+        with torch.no_grad():
+            hidden_ND, head = self._scored_states(batch)
+
+        @torch.no_grad()
+        def some(where: slice) -> Tensor:
+            with self.precision():
+                return widen(head(hidden_ND[where])).log_softmax(-1)
+
+        return some
+
     def states(self, batch: Batch, adapter: str | None = adapters.POLICY) -> Tensor:
         """[B·T, D] the last hidden state after every token, in at least float32, while `adapter` acts.
 

@@ -18,7 +18,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset, Limit, open_dataset
 from rlpost.data.formats import Need
-from rlpost.errors import ModelError, RecipeError
+from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful
 from rlpost.policy.adapters import save_adapter
@@ -157,19 +157,10 @@ class Context:
         )
 
     def checkpoint(self, name: str) -> Path:
-        """What `name` stands for: an earlier stage's result, `base`, `start`, or a path to a run, stage or checkpoint.
-
-        Raises:
-            ModelError: it is none of these.
-        """
+        """What `name` stands for: `start`, `base`, an earlier stage's result, a run, stage or checkpoint, or a model."""
         if name == "start":
             return self.start
-        if name in self.checkpoints:
-            return self.checkpoints[name]
-        found = find_checkpoint(name)
-        if found is None:
-            raise ModelError(f"stages.{self.name}: {name!r} is no earlier stage and no checkpoint")
-        return found
+        return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
 
     def finish(self, policy: Policy, kind: str, steps: int) -> Path:
         """Write the stage's result; returns its folder."""

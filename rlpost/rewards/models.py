@@ -1,0 +1,63 @@
+"""Rewards from models: what a reward model, or a process reward model, thinks of completions.
+
+They take whole groups and a `model`, which a recipe names by stage or checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rlpost.errors import RecipeError
+from rlpost.groups import Group
+
+
+class Judge(Protocol):
+    """A model that scores completions."""
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """[S] a score a completion; only differences within a prompt mean anything."""
+        ...
+
+    def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
+        """[S] for every step of a completion, the probability that it is right.
+
+        `step_end` divides completions that are not divided into steps yet.
+        """
+        ...
+
+
+_REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "min": min,
+    "last": lambda scores: scores[-1],
+    "product": math.prod,
+    "mean": lambda scores: math.fsum(scores) / len(scores),
+}
+
+
+def reward_model(groups: Sequence[Group], model: Judge) -> list[float]:
+    """The score of a reward model."""
+    return model.scores(groups)
+
+
+def process_reward_model(
+    groups: Sequence[Group], model: Judge, *, reduce: str = "min", step_end: str = "\n"
+) -> list[float | None]:
+    """One number of a process reward model's probabilities for the steps of a completion.
+
+    The product is the probability that all are right if they were independent; the minimum is that of the worst
+    step (Lightman et al. 2023, arXiv:2305.20050, compare the two). A completion without a step is unscored.
+
+    Args:
+        groups: completions, divided into steps or not.
+        model: the process reward model.
+        reduce: `min`, `last`, `product` or `mean`.
+        step_end: what a step ends with, where the stage does not say; empty: every token is a step.
+
+    Raises:
+        RecipeError: another `reduce`.
+    """
+    if reduce not in _REDUCTIONS:
+        raise RecipeError(f"process_reward_model: reduce={reduce!r} - give one of {', '.join(_REDUCTIONS)}")
+    return [_REDUCTIONS[reduce](scores) if scores else None for scores in model.step_scores(groups, step_end)]

@@ -1,0 +1,152 @@
+"""A saved reward model, or process reward model, as rewards and best-of-n ask it.
+
+Axes: N action tokens, S completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.formats import Format, encode
+from rlpost.errors import ModelError
+from rlpost.groups import Completion, Group, completions
+from rlpost.policy.policy import Policy
+from rlpost.policy.scalar import ScalarModel, Values, load_scalar
+from rlpost.recipe.schema import Model
+from rlpost.rollout.divide import divide, ends_of
+
+
+class Judge:
+    """Scores completions that another model wrote.
+
+    With that model's tokenizer it reads the very tokens; with one of its own it reads the prompt of the row and the
+    text of the completion.
+    """
+
+    def __init__(self, scalar: ScalarModel, tokenizer: Any, step_end: str | None = None) -> None:
+        """Judge by `scalar`.
+
+        Args:
+            scalar: the model.
+            tokenizer: of whoever writes the completions.
+            step_end: what a step ends with; None leaves it to the reward.
+        """
+        self._scalar = scalar
+        self._writer = tokenizer
+        self._step_end = step_end
+        self._codec = None if same_tokens(scalar.trunk.tokenizer, tokenizer) else make_codec(scalar.trunk.tokenizer)
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """[S] the score of the state after each completion."""
+        scores: list[float] = self._read(self._own(groups)).final_S.tolist()
+        return scores
+
+    def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
+        """[S] the probability that each step of a completion is right, at the step's last action."""
+        end = step_end if self._step_end is None else self._step_end
+        own = [self._divided(group, end) for group in self._own(groups)]
+        right_N = torch.sigmoid(self._read(own).after_N)
+        pieces = torch.split(right_N, [c.actions for c in completions(own)])
+        every = zip(completions(own), pieces, strict=True)
+        return [x[torch.tensor(ends_of(c), dtype=torch.bool)].tolist() for c, x in every]
+
+    def _divided(self, group: Group, step_end: str) -> Group:
+        if all(c.steps or not c.actions for c in group.completions):
+            return group
+        return divide(group, self._scalar.trunk.tokenizer, step_end)
+
+    def _own(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups in the model's own tokens."""
+        if self._codec is None:
+            return list(groups)
+        return [part for group in groups for part in reread(group, self._writer, self._codec)]
+
+    def _read(self, groups: Sequence[Group]) -> Values:
+        longest = max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
+        limit = self._scalar.trunk.longest
+        if longest > limit:
+            raise ModelError(
+                f"a prompt with its completion has {longest} tokens and the reward model reads {limit}; "
+                "lower max_new_tokens, or take another reward model"
+            )
+        return self._scalar.score(groups)
+
+
+def load_judge(
+    folder: Path, settings: Model, policy: Policy, *, name: str = "reward", step_end: str | None = None
+) -> Judge:
+    """The reward model saved in `folder`, to judge what `policy` writes; it shares the policy's base if it can.
+
+    Args:
+        folder: its checkpoint.
+        settings: the recipe's `model` section.
+        policy: who writes.
+        name: of its adapter on the shared base.
+        step_end: see `Judge`.
+
+    Raises:
+        ModelError: it cannot be loaded, or is no reward model.
+    """
+    # A chat template, like all of its tokenizer, is the reward model's own.
+    settings = replace(settings, chat_template=None)
+    scalar = load_scalar(
+        folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device
+    )
+    return Judge(scalar, policy.tokenizer, step_end)
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether the ids of one tokenizer mean the same to the other, conversations included."""
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and one.eos_token_id == other.eos_token_id
+        and getattr(one, "chat_template", None) == getattr(other, "chat_template", None)
+    )
+
+
+def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
+    """The completions of a group by their text, in another tokenizer's ids; one group, if the prompt stays one.
+
+    Of a completion that was cut off at the length limit, the end is left open.
+    """
+    asked = _asked(group, writer)
+    alone = [_reread(asked, c, group.example, codec) for c in group.completions]
+    if len({g.prompt for g in alone}) == 1:
+        return [replace(alone[0], completions=tuple(completions(alone)))]
+    return alone
+
+
+def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
+    place = "what the reward model reads"
+    row = {**example, "prompt": asked, "completion": completion.text}
+    if not completion.text.strip():
+        # Formats know no empty turn; a policy that answers nothing has ended its turn all the same.
+        end = codec.stops[-1]
+        read = replace(encode(row, Format.prompt, codec, place), completions=(Completion((end,), (True,)),))
+    else:
+        read = encode(row, Format.completion, codec, place)
+    if completion.finish != "length":
+        return read
+    return replace(read, completions=(_left_open(read.completions[0], codec.stops),))
+
+
+def _left_open(completion: Completion, stops: Sequence[int]) -> Completion:
+    """The completion up to the token that ends it."""
+    at = max(i for i, token in enumerate(completion.ids) if token in stops)
+    return replace(completion, ids=completion.ids[:at], action=completion.action[:at])
+
+
+def _asked(group: Group, writer: Any) -> Any:
+    """The prompt as its row has it; of a group without a row, its text."""
+    messages = group.example.get("messages")
+    if "prompt" in group.example:
+        return group.example["prompt"]
+    if messages:
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return writer.decode(list(group.prompt))

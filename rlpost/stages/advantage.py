@@ -1,0 +1,198 @@
+"""From scored samples to experience: every action's advantage, by the estimator that the recipe names.
+
+An estimator is told what it needs by its parameters' names: rewards of groups, lengths, a greedy completion's
+reward, steps and their rewards, values from fresh rollouts.
+
+Axes: N action tokens, S completions, P prompts of a step, G completions a prompt, K steps of all completions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.experience import Experience
+from rlpost.groups import Group, completions
+from rlpost.learner import Learner
+from rlpost.objectives import correction, kl
+from rlpost.objectives.advantages import ema, ema_baseline, whiten
+from rlpost.objectives.credit import Steps, place
+from rlpost.objectives.rows import Rows
+from rlpost.policy.policy import Policy
+from rlpost.policy.score import logprobs
+from rlpost.recipe.schema import CorrectionMode, Grouped, KlPlacement
+from rlpost.rollout.continue_from import fresh_rollouts
+from rlpost.rollout.divide import ends_of, step_starts
+from rlpost.stages.context import Context
+from rlpost.stages.rollouts import Rollout, Sampler, Samples, kl_estimate, sampled_logprobs, without_unscored
+
+DECAY = 0.9
+"""Of the running mean, where the estimator's `args` give no other."""
+
+
+class Estimator:
+    """The advantage of a stage, with what it needs to know; its running mean is saved with checkpoints."""
+
+    def __init__(self, context: Context, cfg: Grouped, policy: Policy, samples: Samples, *, sparse: bool) -> None:
+        """Bind the recipe's estimator.
+
+        Args:
+            context: of the stage.
+            cfg: of the stage.
+            policy: as it was loaded; the reference is made from it.
+            samples: where rollouts come from; some estimators draw more.
+            sparse: an action of advantage 0 adds nothing to the gradient and need not be computed.
+        """
+        self._context = context
+        self._cfg = cfg
+        self._policy = policy
+        self._samples = samples
+        self._sparse = sparse
+        self._function = context.function(cfg.advantage, "advantage")
+        self._asked = set(inspect.signature(self._function.call).parameters)
+        self.reference = context.reference(policy, cfg.reference) if cfg.kl.beta else None
+        self._mean: float | None = None
+        self._step = 0
+
+    def state(self) -> dict[str, Any]:
+        """The running mean of rewards."""
+        return {"running_mean": self._mean}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that mean."""
+        self._mean = state["running_mean"]
+
+    def experience(self, rollout: Rollout, step: int, beta: float, learner: Learner) -> Experience:
+        """What the updates of a step learn from."""
+        self._step = step
+        cfg = self._cfg
+        groups = without_unscored(rollout.groups, rollout.reward_PG)
+        experience = Experience(tuple(groups))
+        rows = experience.rows
+        sampled_N = old_N = sampled_logprobs(groups)
+        values = {"sampled_logp": sampled_N}
+        if cfg.correction.mode is not CorrectionMode.none:
+            old_N = logprobs(self._policy, groups, temperature=cfg.sampling.temperature)
+            values["correction"] = self._correction(old_N, sampled_N, rows)
+        advantage_N = self._advantage(rollout, groups, rows, learner)
+        if self.reference is not None:
+            values["reference"] = self.reference.logprobs(groups, cfg.sampling.temperature)
+            if cfg.kl.placement is KlPlacement.reward:
+                estimate = kl_estimate(cfg.kl)
+                kl_N = kl.kl_in_reward(old_N, values["reference"], rows, cfg.group_size, estimate)
+                advantage_N = advantage_N - beta * kl_N
+        if cfg.whiten:
+            everyone, own = learner.gather(advantage_N)
+            advantage_N = whiten(everyone)[own]
+        experience = experience.with_actions(old_logp=old_N, advantage=advantage_N.to(old_N.dtype), **values)
+        if not self._sparse or (self.reference is not None and cfg.kl.placement is KlPlacement.loss):
+            return experience
+        return replace(experience, needed_S=tuple((rows.sum(advantage_N.abs()) != 0).tolist()))
+
+    def _correction(self, trainer_N: Tensor, engine_N: Tensor, rows: Rows) -> Tensor:
+        how = self._cfg.correction
+        return correction.correction(
+            trainer_N, engine_N, rows, per=how.per.value, cap=how.cap, mode=how.mode.value, floor=how.floor
+        )
+
+    def _advantage(self, rollout: Rollout, groups: Sequence[Group], rows: Rows, learner: Learner) -> Tensor:
+        """[N] whatever the estimator's own shape."""
+        known = _Known(rollout, groups, rows, self)
+        given = {name: make() for name, make in known.by_name().items() if name in self._asked}
+        # Statistics of a batch are over all ranks.
+        own = slice(None)
+        for name in given.keys() & _PER_PROMPT:
+            given[name], own = learner.gather(given[name])
+        found: Tensor = self._function(**given)
+        if self._function.name == ema_baseline.__name__:
+            decay = float(self._cfg.advantage.args.get("decay", DECAY))
+            self._mean = ema(self._mean, given["reward_PG"], decay)
+        return rows.spread(found[own].flatten()) if found.ndim == 2 else found
+
+    @property
+    def running_mean(self) -> float:
+        """Of the rewards so far; 0 before the first."""
+        return self._mean or 0.0
+
+    def values_of_steps(self, groups: Sequence[Group]) -> Tensor:
+        """[K] mean reward of fresh rollouts from the start of every step."""
+        assert isinstance(self._samples, Sampler), "validated: recorded rollouts give no new ones"
+        cfg = self._cfg
+        fresh = fresh_rollouts(
+            self._samples.engine,
+            self._policy,
+            groups,
+            [step_starts(c) for c in completions(groups)],
+            cfg.fresh_rollouts,
+            cfg.sampling,
+            self._context.seed_for("fresh", self._step),
+        )
+        totals = self._samples.score(fresh).total
+        return torch.tensor([_mean([r for r in row if r is not None]) for row in totals], dtype=torch.float64)
+
+    def greedy(self, groups: Sequence[Group]) -> Tensor:
+        """[P] rewards of the most likely completions."""
+        assert isinstance(self._samples, Sampler), "validated: recorded rollouts give no new ones"
+        return self._samples.greedy(groups)
+
+
+_PER_PROMPT = {"reward_PG", "length_PG", "greedy_P", "reward_PGK"}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What can be told to an estimator of one step's samples; computed only when it asks."""
+
+    rollout: Rollout
+    groups: Sequence[Group]
+    rows: Rows
+    estimator: Estimator
+
+    def by_name(self) -> dict[str, Callable[[], Any]]:
+        """Every name an estimator may ask for."""
+        return {
+            "reward_PG": lambda: self.rollout.reward_PG,
+            "length_PG": lambda: self.rows.lengths_S.view(self.rollout.reward_PG.shape).double(),
+            "greedy_P": lambda: self.estimator.greedy(self.groups),
+            "reward_PGK": lambda: self.rollout.reward_PGK,
+            "weight_K": lambda: self.rollout.weight_K,
+            "running_mean": lambda: self.estimator.running_mean,
+            "reward_S": lambda: self.reward_S,
+            "reward_N": lambda: place(self.reward_S, self.rows),
+            "rows": lambda: self.rows,
+            "steps": lambda: self.steps,
+            "step_reward_K": lambda: self.step_reward_K,
+            "value_K": lambda: self.estimator.values_of_steps(self.groups),
+            "group_size": lambda: self.rollout.reward_PG.shape[1],
+        }
+
+    @property
+    def reward_S(self) -> Tensor:
+        """[S] total rewards, 0 where a completion is unscored."""
+        return self.rollout.reward_PG.flatten().nan_to_num()
+
+    @property
+    def steps(self) -> Steps:
+        """The steps of all completions."""
+        ends = [end for c in completions(self.groups) for end in ends_of(c)]
+        return Steps(self.rows, torch.tensor(ends, dtype=torch.bool))
+
+    @property
+    def step_reward_K(self) -> Tensor:
+        """[K] rewards by step; what a completion was not given by step sits on its last one, so that totals agree."""
+        by_step: list[float] = []
+        for s, c in enumerate(completions(self.groups)):
+            if c.actions:
+                own = self.rollout.step_rewards(s, len(c.steps))
+                own[-1] += float(self.reward_S[s]) - sum(own)
+                by_step += own
+        return torch.tensor(by_step, dtype=torch.float64)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0

@@ -1,0 +1,94 @@
+"""Learning from single completions, each desirable or not (KTO, Ethayarajh et al. 2024, arXiv:2402.01306).
+
+The point of reference z is the policy's divergence from the reference, estimated on mismatched pairs: prompts with
+completions of other prompts. It is the same for the whole update and carries no gradient, so it takes a first pass.
+
+Axes: N action tokens, U completions of an update.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlpost.data.formats import Need
+from rlpost.experience import Experience
+from rlpost.groups import Group
+from rlpost.learner import Learner, LossFunction
+from rlpost.objectives.unpaired import Unpaired
+from rlpost.objectives.weights import pair_mean
+from rlpost.policy.policy import Scores
+from rlpost.recipe.schema import Kto
+from rlpost.stages.context import Context, steps_of
+
+
+def kto(context: Context, cfg: Kto) -> Path:
+    """Train on labelled completions; returns the final checkpoint."""
+    policy = context.policy()
+    data = context.data(policy, cfg.data, Need.labelled, cfg.max_length, cfg.too_long)
+    function = context.function(cfg.loss, "kto.loss")
+    steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
+    reference = context.reference(policy, cfg.reference)
+    learner = context.learner(policy, cfg, updates=steps)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+
+    for step in loop.steps():
+        groups = data.next(cfg.batch_size)
+        others = mismatched(groups, context.seed_for("mismatch", step))
+        update, others_update = (
+            Experience(tuple(some)).with_actions(reference=reference.logprobs(some)) for some in (groups, others)
+        )
+        loss = unpaired_loss(function, log_ratios(learner, others_update))
+        loop.log(step, learner.update(loss, weighted(update, learner)), live=("loss", "z"))
+    return context.finish(policy, cfg.kind, steps)
+
+
+def mismatched(groups: Sequence[Group], seed: int) -> list[Group]:
+    """Every prompt with the completion of another row: the rows in a random circle, each given its neighbour's."""
+    order = list(range(len(groups)))
+    random.Random(seed).shuffle(order)
+    given = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [replace(g, completions=groups[given[i]].completions) for i, g in enumerate(groups)]
+
+
+def log_ratios(learner: Learner, update: Experience) -> Tensor:
+    """[U of all ranks] Σ (logp − ref) of each completion, without gradient."""
+
+    def read(scores: Scores, part: Experience) -> Tensor:
+        return _delta(scores, part)
+
+    everyone, _ = learner.gather(learner.look(read, update))
+    return everyone
+
+
+def weighted(update: Experience, learner: Learner) -> Experience:
+    """The update with its labels and weights, counted over all of it."""
+    desirable = torch.tensor([bool(g.example["label"]) for g in update.groups])
+    count = learner.totals(update).groups
+    return update.with_groups(desirable=desirable, group_weight=pair_mean(len(update.groups), count))
+
+
+def unpaired_loss(function: Callable[..., Tensor], mismatched_U: Tensor) -> LossFunction:
+    """Σ loss·weight, given the log-ratios of the whole update's mismatched completions."""
+
+    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        delta_U, good_U = _delta(scores, part), part["desirable"]
+        loss_U = function(Unpaired(delta_U, mismatched_U.to(delta_U), good_U))
+        metrics = {
+            "desirable_logratio": delta_U.detach()[good_U],
+            "undesirable_logratio": delta_U.detach()[~good_U],
+            "z": mismatched_U.mean().clamp(min=0)[None],
+        }
+        return (loss_U * part["group_weight"]).sum(), metrics
+
+    return loss
+
+
+def _delta(scores: Scores, part: Experience) -> Tensor:
+    rows = part.rows.to(scores.logp_N.device)
+    return rows.sum(scores.logp_N) - rows.sum(part["reference"])

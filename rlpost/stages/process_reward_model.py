@@ -1,0 +1,81 @@
+"""Process reward models: for every step of a completion, the probability that it is right (arXiv:2305.20050).
+
+The logit of a step is read off the state after its last action.
+
+Axes: N action tokens, K labelled steps of an update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlpost.data.formats import Need
+from rlpost.experience import Experience
+from rlpost.groups import Group
+from rlpost.learner import Learner, LossFunction
+from rlpost.policy.scalar import ScalarModel, Values
+from rlpost.recipe.schema import ProcessRewardModel
+from rlpost.rollout.divide import ends_of
+from rlpost.stages.context import Context, steps_of
+
+
+def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
+    """Train a model of steps that begins as the policy and a new head; returns the final checkpoint."""
+    model = ScalarModel(context.policy())
+    data = context.data(model.trunk, cfg.data, Need.steps, cfg.max_length, cfg.too_long)
+    loss = step_loss(context.function(cfg.loss, "process_reward_model.loss"))
+    steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
+    learner = context.learner(model, cfg, updates=steps)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+
+    for step in loop.steps():
+        experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)
+        metrics = learner.update(loss, experience)
+        loop.log(step, metrics, live=("loss", "accuracy"))
+    return context.finish(model.trunk, cfg.kind, steps, beside=model.save)
+
+
+def weighted(update: Experience, learner: Learner) -> Experience:
+    """The update with its labels and weights, each on the last action of its step: a mean over all labelled steps.
+
+    An action that ends no labelled step has NaN for a label.
+    """
+    label_N = torch.tensor([x for group in update.groups for x in _labels(group)], dtype=torch.float64)
+    steps = learner.total(int((~label_N.isnan()).sum()))
+    weight_N = torch.where(label_N.isnan(), 0.0, 1.0 / max(steps, 1))
+    return update.with_actions(label=label_N, weight=weight_N)
+
+
+def step_loss(function: Callable[..., Tensor]) -> LossFunction:
+    """Σ loss·weight of a function of the steps' logits and labels.
+
+    `accuracy` is at the probability 0.5; `predicted` and `label` have the same mean where a model is calibrated.
+    """
+
+    def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        ends_N = ~part["label"].isnan()
+        logit_K = values.after_N[ends_N]
+        label_K = part["label"][ends_N].to(logit_K.dtype)
+        loss_K = function(logit_K, label_K)
+        said_K = logit_K.detach()
+        metrics = {
+            "accuracy": ((said_K > 0) == (label_K > 0.5)).double(),
+            "predicted": torch.sigmoid(said_K),
+            "label": label_K,
+        }
+        return (loss_K * part["weight"][ends_N]).sum(), metrics
+
+    return loss
+
+
+def _labels(group: Group) -> list[float]:
+    """The label of every action that ends a step, NaN for other actions and where a step has no label."""
+    # A completion that was cut has fewer steps than its row has labels.
+    labels = iter(group.example["labels"])
+    found = [next(labels) if end else None for c in group.completions for end in ends_of(c)]
+    return [math.nan if label is None else float(label) for label in found]

@@ -1,0 +1,297 @@
+"""What the stages that learn from samples share: drawing prompts, sampling, scoring, and the KL's coefficient.
+
+Axes: N action tokens, S completions, P prompts of a step, G completions a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import Dataset
+from rlpost.data.formats import Need
+from rlpost.errors import DataError
+from rlpost.experience import Experience
+from rlpost.groups import Completion, Group, completions
+from rlpost.objectives import kl
+from rlpost.objectives.rows import has_signal
+from rlpost.policy.policy import Policy
+from rlpost.recipe.schema import Grouped, Kl, KlEstimator, Rollouts
+from rlpost.rewards.score import Scorer, joined
+from rlpost.rewards.score import Scores as Rewards
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import collect
+from rlpost.rollout.divide import divide, step_texts
+from rlpost.rollout.environment import collect_turns
+from rlpost.stages.context import Context
+
+RECORDED = "recorded_rewards"
+"""The column of a recorded rollout that holds its rewards."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The samples of one step, scored."""
+
+    groups: Sequence[Group]
+    """P groups of G completions."""
+    rewards: Rewards
+    reward_PG: Tensor
+    """[P, G] total rewards; NaN where a completion is unscored, or left out of learning."""
+    drawn: int
+    """Prompts sampled to get these."""
+    weights: Mapping[str, float]
+    """Of each reward of the recipe's list, by name."""
+
+    @property
+    def reward_PGK(self) -> Tensor:
+        """[P, G, K] each reward of the recipe's list apart, NaN where a completion is unscored."""
+        columns = [_tensor(self.rewards.by_name[name]) for name in self.weights]
+        apart = torch.stack(columns, 2) if columns else self.reward_PG[..., None]
+        return torch.where(self.reward_PG.isnan()[..., None], torch.nan, apart)
+
+    @property
+    def weight_K(self) -> Tensor:
+        """[K] weight of each reward."""
+        return torch.tensor(list(self.weights.values()) or [1.0], dtype=torch.float64)
+
+    def step_rewards(self, completion: int, steps: int) -> list[float]:
+        """The weighted sum of what rewards by step gave each step of a completion (its number in S)."""
+        total = [0.0] * steps
+        for name, weight in self.weights.items():
+            given = self.rewards.by_step.get(name)
+            own = given[completion] if given is not None else None
+            if own is not None:
+                total = [t + weight * x for t, x in zip(total, own, strict=True)]
+        return total
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the samples say by themselves: rewards by name, lengths, how many groups teach anything."""
+        sampled = completions(self.groups)
+        scored = [r for total in self.rewards.total for r in total if r is not None]
+        logprobs = [x for c in sampled for x in c.logprobs]
+        metrics: dict[str, Any] = {"reward": sum(scored) / max(len(scored), 1)}
+        metrics |= {f"reward/{name}": value for name, value in self.rewards.means().items()}
+        return metrics | {
+            "unscored": self.rewards.unscored,
+            "zero_signal": 1.0 - float(has_signal(self.reward_PG).double().mean()),
+            "truncated": sum(c.finish == "length" for c in sampled) / len(sampled),
+            "length": sum(c.actions for c in sampled) / len(sampled),
+            # The mean of −log p over samples is an unbiased estimate of the entropy.
+            "entropy": -sum(logprobs) / max(len(logprobs), 1),
+            "drawn": self.drawn,
+        }
+
+
+class Samples(Protocol):
+    """Where a stage's rollouts come from."""
+
+    @property
+    def data(self) -> Dataset:
+        """The stage's rows."""
+        ...
+
+    def sample(self, step: int) -> Rollout:
+        """The rollouts of a step."""
+        ...
+
+
+def samples_of(context: Context, cfg: Rollouts, policy: Policy) -> Samples:
+    """The policy's own samples, or what another policy's rollouts recorded."""
+    if isinstance(cfg, Grouped) and cfg.recorded:
+        data = context.data(policy, cfg.data, Need.recorded, cfg.max_length, cfg.too_long)
+        return Recorded(cfg, policy, data, context.scorer(cfg.rewards, policy) if cfg.rewards else None)
+    return Sampler(context, cfg, policy)
+
+
+class Sampler:
+    """Samples of the policy as it is, from the stage's prompts, scored by the stage's rewards."""
+
+    def __init__(self, context: Context, cfg: Rollouts, policy: Policy) -> None:
+        """Open the stage's prompts; nothing is sampled yet."""
+        self.context = context
+        self.cfg = cfg
+        self.policy = policy
+        room = cfg.max_length - cfg.sampling.max_new_tokens
+        self.data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
+        self.scorer = context.scorer(cfg.rewards, policy)
+        self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
+        self.engine = BuiltinEngine(policy)
+        self.codec = make_codec(policy.tokenizer)
+        environment = context.function(cfg.environment, "environment") if cfg.environment else None
+        self._collect = (
+            partial(collect, self.engine)
+            if environment is None
+            else partial(collect_turns, self.engine, self.codec, environment=environment, turns=cfg.turns)
+        )
+
+    def sample(self, step: int) -> Rollout:
+        """The step's samples; groups without a signal are replaced from up to `resample` more draws of prompts.
+
+        The prompts kept are those with a signal first, in the order drawn (dynamic sampling: DAPO, Yu et al. 2025,
+        arXiv:2503.14476, §3.2).
+        """
+        self.engine.sync(self.policy)
+        prompts = self.cfg.prompts
+        rounds = [self._round(step, 0)]
+        while len(rounds) <= self.resample and _with_signal(rounds) < prompts:
+            rounds.append(self._round(step, len(rounds) * prompts))
+        if len(rounds) == 1:
+            return rounds[0]
+        return _chosen(rounds, prompts)
+
+    def score(self, groups: Sequence[Group]) -> Rewards:
+        """The rewards of any completions, with their steps if the stage divides them."""
+        return scored(self.scorer, groups, self.policy)
+
+    def greedy(self, prompts: Sequence[Group]) -> Tensor:
+        """[P] reward of each prompt's most likely completion, NaN where it is unscored."""
+        groups = self.divided(self._collect(prompts, 1, self.cfg.sampling, seed=0, greedy=True))
+        return _tensor(self.score(groups).total)[:, 0]
+
+    def _round(self, step: int, first: int) -> Rollout:
+        seed = self.context.seed_for("sample", step)
+        prompts = self.data.next(self.cfg.prompts)
+        groups = self.divided(self._collect(prompts, self.cfg.group_size, self.cfg.sampling, seed=seed, first=first))
+        rewards = self.score(groups)
+        reward_PG = learned_rewards(groups, rewards, self.cfg.mask_truncated)
+        return Rollout(groups, rewards, reward_PG, len(groups), self.scorer.weights)
+
+    def divided(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups, their completions divided into steps if the recipe says how."""
+        if self.cfg.step_end is None:
+            return list(groups)
+        return [divide(g, self.policy.tokenizer, self.cfg.step_end) for g in groups]
+
+
+class Recorded:
+    """Rollouts that another policy made, in the place of samples."""
+
+    def __init__(self, cfg: Rollouts, policy: Policy, data: Dataset, scorer: Scorer | None) -> None:
+        """Score with `scorer`, or take the recorded rewards."""
+        self.cfg = cfg
+        self.policy = policy
+        self.data = data
+        self.scorer = scorer
+
+    def sample(self, step: int) -> Rollout:  # noqa: ARG002 - the rows' order says what comes next
+        """The next prompts with what was sampled of them.
+
+        Raises:
+            DataError: a group has another number of completions than `group_size`.
+        """
+        groups = self.data.next(self.cfg.prompts)
+        for group in groups:
+            if len(group.completions) != self.cfg.group_size:
+                raise DataError(
+                    f"a recorded group has {len(group.completions)} completions but group_size={self.cfg.group_size}; "
+                    "set group_size to what was recorded"
+                )
+        if self.cfg.step_end is not None:
+            groups = [divide(g, self.policy.tokenizer, self.cfg.step_end) for g in groups]
+        if self.scorer is None:
+            rewards = Rewards(total=[list(g.example[RECORDED]) for g in groups], by_name={})
+        else:
+            rewards = scored(self.scorer, groups, self.policy)
+        reward_PG = learned_rewards(groups, rewards, self.cfg.mask_truncated)
+        return Rollout(groups, rewards, reward_PG, len(groups), self.scorer.weights if self.scorer else {})
+
+
+def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
+    """The rewards of any completions, told of their steps if they are divided."""
+    if not any(c.steps for c in completions(groups)):
+        return scorer.score(groups)
+    return scorer.score(groups, steps=[step_texts(c, policy.tokenizer) for c in completions(groups)])
+
+
+class Beta:
+    """The KL's coefficient: fixed, or moved towards a target; its state is saved with checkpoints."""
+
+    def __init__(self, cfg: Kl) -> None:
+        """Begin at the recipe's value."""
+        self.value = cfg.beta
+        self._cfg = cfg
+
+    def seen(self, experience: Experience) -> dict[str, float]:
+        """Take note of a step's KL; returns it, in nats a completion, with the coefficient it was weighed by."""
+        if "reference" not in experience.per_action:
+            return {}
+        rows = experience.rows
+        kl_S = rows.sum(kl.k1(experience["old_logp"], experience["reference"]))
+        mean = float(kl_S.sum()) / max(rows.learned, 1)
+        line = {"sequence_kl": mean, "beta": self.value}
+        if self._cfg.target is not None:
+            self.value = kl.adaptive(
+                self.value, mean, target=self._cfg.target, horizon=self._cfg.horizon, count=rows.learned
+            )
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """Its value."""
+        return {"beta": self.value}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that value."""
+        self.value = float(state["beta"])
+
+
+def learned_rewards(groups: Sequence[Group], rewards: Rewards, mask_truncated: bool) -> Tensor:
+    """[P, G] total rewards; NaN where a completion is unscored, or cut off and left out of learning."""
+    left_out = [[mask_truncated and c.finish == "length" for c in g.completions] for g in groups]
+    return torch.where(torch.tensor(left_out), torch.nan, _tensor(rewards.total))
+
+
+def without_unscored(groups: Sequence[Group], reward_PG: Tensor) -> list[Group]:
+    """The groups in which completions without a reward have no actions: they are counted nowhere and move nothing."""
+    unscored = reward_PG.isnan().tolist()
+    return [
+        replace(g, completions=tuple(_without_actions(c) if out else c for c, out in zip(g.completions, row, strict=True)))
+        for g, row in zip(groups, unscored, strict=True)
+    ]
+
+
+def sampled_logprobs(groups: Sequence[Group]) -> Tensor:
+    """[N] log-probabilities of the actions when they were sampled."""
+    return torch.tensor([x for c in completions(groups) if c.actions for x in c.logprobs])
+
+
+def kl_estimate(cfg: Kl) -> Callable[[Tensor, Tensor], Tensor]:
+    """The estimator of the recipe."""
+    return {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[cfg.estimator]
+
+
+def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over a step's updates; the sampler's gap is the first's, before the policy moved."""
+    names = dict.fromkeys(name for metrics in updates for name in metrics)
+    means = {n: fmean(metrics[n] for metrics in updates if n in metrics) for n in names}
+    return means | {n: x for n, x in updates[0].items() if n == "sampler_gap"}
+
+
+def _without_actions(completion: Completion) -> Completion:
+    return replace(completion, action=(False,) * len(completion.ids), logprobs=(), steps=())
+
+
+def _tensor(total: Sequence[Sequence[float | None]]) -> Tensor:
+    return torch.tensor([[float("nan") if r is None else r for r in row] for row in total], dtype=torch.float64)
+
+
+def _with_signal(rounds: Sequence[Rollout]) -> int:
+    return sum(int(has_signal(r.reward_PG).sum()) for r in rounds)
+
+
+def _chosen(rounds: Sequence[Rollout], prompts: int) -> Rollout:
+    """Groups with a signal first, then others, as many as a step has."""
+    signal = torch.cat([has_signal(r.reward_PG) for r in rounds]).tolist()
+    order = sorted(range(len(signal)), key=lambda i: not signal[i])[:prompts]
+    groups = [g for r in rounds for g in r.groups]
+    reward_PG = torch.cat([r.reward_PG for r in rounds])[order]
+    rewards = joined([r.rewards for r in rounds], order)
+    return Rollout([groups[i] for i in order], rewards, reward_PG, sum(r.drawn for r in rounds), rounds[0].weights)
