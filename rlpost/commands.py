@@ -23,15 +23,17 @@ from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer, wit
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
-from rlpost.recipe.schema import Grpo, Model, Pairs, Reward, Sampling, Source, TooLong
+from rlpost.recipe.schema import MAKES_JUDGES, Grpo, Model, Pairs, Reward, Sampling, Source, TooLong
 from rlpost.rewards.score import Scorer
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import best_of as best_of_each
 from rlpost.rollout.collect import collect
+from rlpost.rollout.judge import Judge, load_judge
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.run.lookup import find_checkpoint, newest_finished_run
 from rlpost.run.names import CONFIG
-from rlpost.stage_evaluation import evaluate_recipe
+from rlpost.run.stage import StageDirectory
+from rlpost.stage_evaluation import evaluate_recipe, judges
 from rlpost.stages.context import make_scorer
 from rlpost.stages.pairs import must_have_pairs, preference_rows
 
@@ -54,7 +56,7 @@ def evaluate(checkpoint: str | None, recipe: str | None, overrides: Sequence[str
     if cfg is None:
         raise RecipeError(f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe")
     policy = _frozen(model, resolved.config.model)
-    prompts, result = evaluate_recipe(resolved, cfg, policy)
+    prompts, result = evaluate_recipe(resolved, cfg, policy, _judges_of(resolved, path if recipe is None else None))
     print_stages({_title(model): result.to_json()})
     return prompts, result, model
 
@@ -75,8 +77,9 @@ def sample(
     seed: int = 0,
     best_of: int | None = None,
     recipe: str | None = None,
+    judge: str | None = None,
 ) -> list[str]:
-    """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards like best.
+    """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
 
     A model with a chat template is asked in its own format.
     """
@@ -90,9 +93,11 @@ def sample(
         sampling = replace(sampling, max_new_tokens=max(room, 1))
     engine = BuiltinEngine(policy)
     groups = collect(engine, [group], best_of or n, sampling, seed=seed, greedy=greedy)
-    if best_of is not None:
+    if best_of is not None and judge is not None:
+        groups = best_of_each(groups, _judge(judge, policy).by_group(groups))
+    elif best_of is not None:
         assert recipe is not None
-        groups = best_of_each(groups, _scorer_of(resolve(recipe)).score(groups).total)
+        groups = best_of_each(groups, _scorer_of(resolve(recipe), policy).score(groups).total)
     return [c.text for c in groups[0].completions]
 
 
@@ -122,7 +127,7 @@ def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> s
         base=resolved.folder,
     )
     prompts = data.next(cfg.prompts or len(data))
-    scorer = make_scorer(cfg.rewards, f"stages.{name}", resolved.folder)
+    scorer = make_scorer(cfg.rewards, f"stages.{name}", resolved.folder, judges(resolved, policy, _judges_of(resolved, None)))
     rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
     must_have_pairs(rows, prompts, cfg, name)
     write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
@@ -215,7 +220,14 @@ def _title(model: str) -> str:
     return "/".join(parts[-3:-1]) if parts[-1] == "final" else model
 
 
-def _scorer_of(resolved: Resolved) -> Scorer:
+def _judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
+    """The reward models that the recipe's run has finished; of the run that `path` lies in, if it is given."""
+    run = Path(resolved.config.runs) / resolved.config.run if path is None else _recipe_of(path).parent
+    found = {n: StageDirectory(run / n).done for n, s in resolved.config.stages.items() if s.kind in MAKES_JUDGES}
+    return {name: folder for name, folder in found.items() if folder is not None}
+
+
+def _scorer_of(resolved: Resolved, policy: Policy) -> Scorer:
     """The rewards of a recipe: its evaluation's, or its last stage's that has some.
 
     Raises:
@@ -228,7 +240,11 @@ def _scorer_of(resolved: Resolved) -> Scorer:
             rewards, where = stage.rewards, f"stages.{name}"
     if not rewards:
         raise RecipeError(f"{resolved.file}: it has no rewards to choose by")
-    return make_scorer(rewards, where, resolved.folder)
+    return make_scorer(rewards, where, resolved.folder, judges(resolved, policy, _judges_of(resolved, None)))
+
+
+def _judge(path: str, policy: Policy) -> Judge:
+    return load_judge(find_checkpoint(path) or Path(path), Model(), policy)
 
 
 def _frozen(path: str, model: Model) -> Policy:

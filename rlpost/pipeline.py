@@ -33,9 +33,18 @@ from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
 from rlpost.stages.pairs import pairs
+from rlpost.stages.process_reward_model import process_reward_model
+from rlpost.stages.reward_model import reward_model
 from rlpost.stages.sft import sft
 
-STAGES: dict[Kind, Callable[..., Path]] = {Kind.sft: sft, Kind.dpo: dpo, Kind.grpo: grpo, Kind.pairs: pairs}
+STAGES: dict[Kind, Callable[..., Path]] = {
+    Kind.sft: sft,
+    Kind.dpo: dpo,
+    Kind.reward_model: reward_model,
+    Kind.process_reward_model: process_reward_model,
+    Kind.grpo: grpo,
+    Kind.pairs: pairs,
+}
 
 
 @dataclass
@@ -80,7 +89,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         base = base_checkpoint(resolved, run)
         done = Progress(base, {"base": base})
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device)
-        evaluations.after("base", base)
+        evaluations.after("base", base, done.checkpoints)
         for name, stage in recipe.stages.items():
             if not stage.enabled:
                 continue
@@ -103,7 +112,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
             )
             _run_stage(context, stage, done, evaluations)
             if stage.kind not in (*MAKES_ROWS, *MAKES_JUDGES):
-                evaluations.after(name, done.current)
+                evaluations.after(name, done.current, done.checkpoints)
         evaluations.print()
         return done.current
 

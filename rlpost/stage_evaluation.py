@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Limit, open_dataset
 from rlpost.data.formats import Need
+from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
 from rlpost.evaluate.table import print_answers, print_stages, telling_prompts
 from rlpost.groups import Group
@@ -22,7 +23,9 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import Evaluation, TooLong
+from rlpost.rollout.judge import Judge, load_judge
 from rlpost.run.files import disk_errors, encode_line, read_json, write_atomic, write_json
+from rlpost.run.lookup import find_checkpoint
 from rlpost.stages.context import make_scorer
 
 FOLDER = "evaluation"
@@ -41,8 +44,11 @@ class StageEvaluations:
         self._device = device
         self._names: list[str] = []
 
-    def after(self, name: str, checkpoint: Path) -> None:
-        """Evaluate `checkpoint` as the result of stage `name`, unless that is on disk already."""
+    def after(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> None:
+        """Evaluate `checkpoint` as the result of stage `name`, unless that is on disk already.
+
+        `known` are the results so far by stage, for what the evaluation names.
+        """
         if self._cfg is None or not self._cfg.every_stage:
             return
         self._names.append(name)
@@ -57,7 +63,7 @@ class StageEvaluations:
             trainable=False,
         )
         console.say(f"evaluating {name}")
-        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy)
+        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy, known)
         self._folder.mkdir(parents=True, exist_ok=True)
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
         write_atomic(self._folder / f"{name}.jsonl", b"".join(lines))
@@ -112,12 +118,35 @@ class StageEvaluations:
         return self._folder / f"{name}.json"
 
 
-def evaluate_recipe(resolved: Resolved, cfg: Evaluation, policy: Policy) -> tuple[list[str], Result]:
-    """Evaluate `policy` as the recipe says; returns the prompts as text, and the result."""
+def evaluate_recipe(
+    resolved: Resolved, cfg: Evaluation, policy: Policy, known: Mapping[str, Path]
+) -> tuple[list[str], Result]:
+    """Evaluate `policy` as the recipe says; returns the prompts as text, and the result.
+
+    A judge that is a stage which has not run yet is left out; `known` are the results that there are, by stage.
+
+    Raises:
+        ModelError: a reward's model is not there, or no reward model.
+    """
     groups = evaluation_prompts(resolved, cfg, policy)
-    scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder)
-    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed)
+    judge_by = judges(resolved, policy, known)
+    scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
+    awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
+    judge = None if awaited else judge_by(str(cfg.judge), "judge")
+    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed, judge)
     return prompt_texts(policy, groups), result
+
+
+def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Callable[[str, str], Judge]:
+    """How a reward model is found by name, a stage's among `known` or a checkpoint's, to judge what `policy` writes."""
+
+    def judge(name: str, adapter: str) -> Judge:
+        if name in resolved.config.stages and name not in known:
+            raise ModelError(f"{name!r} is a stage that has not run yet; name a checkpoint of a reward model")
+        folder = known.get(name) or find_checkpoint(name) or Path(name)
+        return load_judge(folder, resolved.config.model, policy, name=adapter)
+
+    return judge
 
 
 def evaluation_prompts(resolved: Resolved, cfg: Evaluation, policy: Policy) -> list[Group]:

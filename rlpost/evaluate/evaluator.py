@@ -16,9 +16,10 @@ from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Evaluation
-from rlpost.rewards.score import Scorer, Scores
+from rlpost.rewards.score import Nested, Scorer, Scores
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import collect
+from rlpost.rollout.judge import Judge
 
 ALL = "all"
 
@@ -108,7 +109,7 @@ def evaluate(
     answers = []
     for mode, n in modes:
         groups = _answer(policy, prompts, n, mode == "greedy", cfg, seed)
-        judged = nested(judge.scores(groups), groups) if judge is not None and n > 1 else None
+        judged = judge.by_group(groups) if judge is not None and n > 1 else None
         answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
 

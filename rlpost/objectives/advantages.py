@@ -1,16 +1,63 @@
 """Advantages: how much better a completion (or an action) was than expected.
 
-Axes: P prompts, G completions a prompt, N action tokens. In `reward_PG`, NaN marks a completion that is
-unscored or left out of learning: absent from every statistic, advantage 0. A group whose rewards are all
+Axes: P prompts, G completions a prompt, K reward functions, N action tokens. In `reward_PG`, NaN marks a completion
+that is unscored or left out of learning: absent from every statistic, advantage 0. A group whose rewards are all
 equal carries no signal: its advantage is exactly 0, whatever rounding says. A group of one has no baseline: 0.
+
+An estimator is told what it needs by its parameters' names: `reward_PG`; `length_PG`, the number of actions;
+`greedy_P`, the reward of each prompt's greedy completion; `reward_PGK` and `weight_K`, the rewards apart;
+`running_mean`, of all rewards before. Those that credit actions or steps are in credit.py.
 """
 
 from __future__ import annotations
 
+from math import comb
+
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows, has_signal, widen
+from rlpost.objectives.credit import (
+    gae,
+    least,
+    monte_carlo_values,
+    on_last,
+    place,
+    process,
+    process_normalised,
+    return_to_go,
+    spread_evenly,
+)
+from rlpost.objectives.rows import has_signal, widen
+
+__all__ = [
+    "ema",
+    "ema_baseline",
+    "gae",
+    "greedy_baseline",
+    "group_mean",
+    "group_normalised",
+    "least",
+    "leave_one_out",
+    "length_weighted_baseline",
+    "max_likelihood",
+    "monte_carlo_values",
+    "nonzero_rescaled",
+    "on_last",
+    "pass_at_k",
+    "per_reward_normalised",
+    "place",
+    "process",
+    "process_normalised",
+    "return_to_go",
+    "reward",
+    "spread_evenly",
+    "whiten",
+]
+
+
+def reward(reward_PG: Tensor) -> Tensor:
+    """[P, G] the reward itself, without a baseline (REINFORCE, Williams 1992)."""
+    return widen(reward_PG).nan_to_num()
 
 
 def group_mean(reward_PG: Tensor) -> Tensor:
@@ -18,38 +65,168 @@ def group_mean(reward_PG: Tensor) -> Tensor:
     return _keep_signal(reward_PG, _centred(reward_PG))
 
 
-def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4) -> Tensor:
-    """[P, G] (r − mean)/(std + eps), std with Bessel's correction (GRPO, arXiv:2402.03300, §4.1.2)."""
-    centred_PG = _centred(reward_PG)
-    count_P1 = (~reward_PG.isnan()).sum(1, keepdim=True)
-    variance_P1 = centred_PG.nan_to_num().square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)
-    return _keep_signal(reward_PG, centred_PG / (variance_P1.sqrt() + eps))
+def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4, std_over: str = "group") -> Tensor:
+    """[P, G] (r − mean)/(std + eps), std with Bessel's correction (GRPO, arXiv:2402.03300, §4.1.2).
+
+    The standard deviation is the group's own, or with `std_over="batch"` that of all rewards of the step.
+
+    Raises:
+        ValueError: for another `std_over`.
+    """
+    if std_over not in ("group", "batch"):
+        raise ValueError(f"std_over={std_over!r}: a standard deviation is over the `group` or the `batch`")
+    spread = _std(reward_PG) if std_over == "group" else _std(reward_PG.flatten()[None])
+    return _keep_signal(reward_PG, _centred(reward_PG) / (spread + eps))
 
 
 def leave_one_out(reward_PG: Tensor) -> Tensor:
     """[P, G] r_i − mean of the others = G/(G−1)·(r_i − mean) (RLOO, Ahmadian et al. 2024, arXiv:2402.14740, eq. 8)."""
-    count_P1 = (~reward_PG.isnan()).sum(1, keepdim=True)
+    count_P1 = _count(reward_PG)
     # Multiplied before it is divided: a quotient of integers would be rounded to float32.
     return _keep_signal(reward_PG, _centred(reward_PG) * count_P1 / (count_P1 - 1).clamp(min=1))
 
 
-def return_to_go(reward_N: Tensor, rows: Rows, gamma: float = 1.0) -> Tensor:
-    """[N] Σ_{k≥t} γ^{k−t} r_k within each completion (REINFORCE, Williams 1992)."""
-    if gamma == 1.0:
-        return rows.suffix_sum(reward_N)
-    padded_SL = rows.pad(widen(reward_N))
-    returns = torch.zeros_like(padded_SL)
-    running_S = padded_SL.new_zeros(rows.completions)
-    for t in range(padded_SL.shape[1] - 1, -1, -1):
-        running_S = padded_SL[:, t] + gamma * running_S
-        returns[:, t] = running_S
-    return rows.flatten(returns)
+def greedy_baseline(reward_PG: Tensor, greedy_P: Tensor) -> Tensor:
+    """[P, G] r − r(greedy completion of the same prompt) (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 6).
+
+    The baseline is fixed before anything is drawn, so a group of one will do; a group of equal rewards still learns
+    whether it beat the greedy one. A prompt whose greedy completion is unscored has no baseline: 0.
+    """
+    return (widen(reward_PG) - widen(greedy_P)[:, None].to(widen(reward_PG).dtype)).nan_to_num()
+
+
+def length_weighted_baseline(reward_PG: Tensor, length_PG: Tensor) -> Tensor:
+    """[P, G] r − ΣL_i·r_i/ΣL_i (OPO, Hao et al. 2025, arXiv:2505.23585, eq. 7).
+
+    The baseline of least variance if a completion's squared gradient grows as its length; a completion's own reward
+    stands in it, as in the paper, which shrinks the gradient's expectation by about 1/G.
+    """
+    scored_PG = ~reward_PG.isnan()
+    length_PG = torch.where(scored_PG, length_PG.to(widen(reward_PG).dtype), 0.0)
+    weighted_P1 = (widen(reward_PG).nan_to_num() * length_PG).sum(1, keepdim=True)
+    baseline_P1 = weighted_P1 / length_PG.sum(1, keepdim=True).clamp(min=1)
+    return _keep_signal(reward_PG, widen(reward_PG) - baseline_P1)
+
+
+def max_likelihood(reward_PG: Tensor) -> Tensor:
+    """[P, G] (r − mean)/mean, 0 where the mean is not positive (MaxRL, arXiv:2602.02710).
+
+    With 0/1 rewards the gradient of log(success probability): rarely solved prompts count more.
+    """
+    mean_P1 = _mean(reward_PG)
+    scaled_PG = _centred(reward_PG) / torch.where(mean_P1 > 0, mean_P1, 1.0)
+    return _keep_signal(reward_PG, torch.where(mean_P1 > 0, scaled_PG, 0.0))
+
+
+def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
+    """[P, G] credit whose policy gradient (`sequence_sum`) is that of E[max of k samples], without bias.
+
+    J = E[max_T r] over sets T of k independent samples, so ∇J = E[max_T · Σ_{i∈T} ∇logp_i] = k·E[max_T · ∇logp_i], i
+    any member. A group of G holds C(G−1, k−1) such sets with i, whose mean estimates E[max_T | i] without bias; what
+    does not depend on i may be subtracted, and the mean over the k-sets of the *others* is nearest to it:
+
+        A_i = k·(mean of max over k-sets with i − mean of max over k-sets without i)
+
+    and 1/G·Σ A_i ∇logp_i is unbiased. k = 1 is `leave_one_out`. With G = k there is no k-set of others: their
+    (k−1)-set serves. The means are sums over ranks, weighed by how many sets have that rank as their best. Any real
+    reward will do; with 0/1 rewards J is pass@k (Chen et al. 2021, arXiv:2107.03374). A group in which fewer than k
+    are scored says nothing: 0.
+
+    Raises:
+        ValueError: if k is no number from 1 to G, or G = k = 1.
+    """
+    size = reward_PG.shape[1]
+    if not 1 <= k <= size or size == 1:
+        raise ValueError(f"k={k}: the best of k needs groups of at least max(k, 2) completions, not {size}")
+    wide_PG = widen(reward_PG)
+    result = torch.zeros_like(wide_PG)
+    count_P = (~reward_PG.isnan()).sum(1)
+    for count in sorted(set(count_P.tolist())):
+        if count < max(k, 2):
+            continue
+        these = (count_P == count).nonzero()[:, 0]
+        # NaN sorts last, so the scored ones are the first `count`.
+        sorted_PG, order_PG = wide_PG[these].sort(dim=1)
+        credit = sorted_PG[:, :count] @ _best_of_sets(count, k).to(wide_PG).T
+        result[these] = torch.zeros_like(sorted_PG).scatter(1, order_PG[:, :count], credit)
+    return _keep_signal(reward_PG, result)
+
+
+def nonzero_rescaled(reward_PG: Tensor) -> Tensor:
+    """[P, G] α(r − mean), α the number of groups over that of groups with a signal (GPG, Chu et al. 2025)."""
+    signal = int(has_signal(reward_PG).sum())
+    return _keep_signal(reward_PG, _centred(reward_PG) * (len(reward_PG) / max(signal, 1)))
+
+
+def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """[P, G] each reward normalised in its group, their weighted sum normalised over the batch (arXiv:2601.05242).
+
+    A reward without a signal in a group adds nothing there, and a group without any has advantage 0.
+    """
+    apart = torch.stack([group_normalised(reward_PG, eps=eps) for reward_PG in reward_PGK.unbind(2)], 2)
+    summed_PG = (apart * weight_K.to(apart.dtype)).sum(2)
+    unscored_PG = reward_PGK.isnan().any(2)
+    summed_PG = torch.where(unscored_PG, torch.nan, summed_PG)
+    whole = _centred(summed_PG.flatten()[None]).view_as(summed_PG) / (_std(summed_PG.flatten()[None]) + eps)
+    return _keep_signal(summed_PG, whole)
+
+
+def ema_baseline(reward_PG: Tensor, running_mean: float, *, decay: float = 0.9) -> Tensor:  # noqa: ARG001 - see ema
+    """[P, G] r − the running mean of all rewards before (Williams 1992); `ema` moves the mean on with `decay`."""
+    return (widen(reward_PG) - running_mean).nan_to_num()
+
+
+def ema(mean: float | None, reward_PG: Tensor, decay: float) -> float | None:
+    """The running mean after a step: decay·mean + (1 − decay)·(the step's mean); None before the first reward."""
+    scored = reward_PG[~reward_PG.isnan()]
+    if not len(scored):
+        return mean
+    now = float(widen(scored).mean())
+    return now if mean is None else decay * mean + (1 - decay) * now
+
+
+def whiten(x_N: Tensor, *, mean: float | Tensor | None = None, variance: float | Tensor | None = None) -> Tensor:
+    """[N] (x − mean)/√(variance + 1e-8) (REINFORCE++, Hu 2025, arXiv:2501.03262, eq. 6).
+
+    The statistics are of all actions of the update on all ranks: give them where `x_N` is a part of it. No actions,
+    or all of one value, give zeros.
+    """
+    x_N = widen(x_N)
+    mean = x_N.sum() / max(len(x_N), 1) if mean is None else mean
+    variance = (x_N - mean).square().sum() / max(len(x_N), 1) if variance is None else variance
+    return (x_N - mean) / (torch.as_tensor(variance, dtype=x_N.dtype) + 1e-8).sqrt()
+
+
+def _best_of_sets(count: int, k: int) -> Tensor:
+    """[count, count] row i: what each rank's reward adds to the credit of rank i, ranks from worst to best."""
+    others = k if count > k else k - 1
+    matrix = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(count):
+            # Sets with i whose best is j, and sets of the others whose best is j.
+            below = j - (1 if i < j else 0)
+            with_i = comb(i, k - 1) if j == i else comb(j - 1, k - 2) if j > i and k > 1 else 0
+            without_i = comb(below, others - 1) if j != i else 0
+            matrix[i, j] = k * (with_i / comb(count - 1, k - 1) - without_i / comb(count - 1, others))
+    return matrix
+
+
+def _count(reward_PG: Tensor) -> Tensor:
+    return (~reward_PG.isnan()).sum(1, keepdim=True)
+
+
+def _mean(reward_PG: Tensor) -> Tensor:
+    return widen(reward_PG).nan_to_num().sum(1, keepdim=True) / _count(reward_PG).clamp(min=1)
 
 
 def _centred(reward_PG: Tensor) -> Tensor:
-    wide_PG = widen(reward_PG)
-    count_P1 = (~reward_PG.isnan()).sum(1, keepdim=True).clamp(min=1)
-    return wide_PG - wide_PG.nan_to_num().sum(1, keepdim=True) / count_P1
+    return widen(reward_PG) - _mean(reward_PG)
+
+
+def _std(reward_PG: Tensor) -> Tensor:
+    """[P, 1] with Bessel's correction."""
+    squares_P1 = _centred(reward_PG).nan_to_num().square().sum(1, keepdim=True)
+    return (squares_P1 / (_count(reward_PG) - 1).clamp(min=1)).sqrt()
 
 
 def _keep_signal(reward_PG: Tensor, advantage_PG: Tensor) -> Tensor:

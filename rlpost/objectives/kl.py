@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rlpost.objectives.rows import Rows, widen
@@ -58,3 +59,27 @@ def kl_in_reward(
     others_PG = (learned_PG.sum(1, keepdim=True) - learned_PG).clamp(min=1)
     baseline_PG = (kl_PG.sum(1, keepdim=True) - kl_PG) / others_PG
     return to_go_N - rows.spread(baseline_PG.flatten())
+
+
+def full_kl(logp_NV: Tensor, reference_NV: Tensor) -> Tensor:
+    """[N] Σ_v π(v)·(log π(v) − log ref(v)): KL(π || ref) of the whole distribution in each state, of [N, V] logs.
+
+    As a loss it ignores that an action changes which states follow: its gradient is that of k2, without the noise.
+    """
+    logp_NV, reference_NV = widen(logp_NV), widen(reference_NV)
+    # What has no probability adds nothing, though its logarithm is −inf.
+    difference = torch.where(logp_NV == -torch.inf, 0.0, logp_NV - reference_NV)
+    return (logp_NV.exp() * difference).sum(-1)
+
+
+def adaptive(beta: float, kl: float, *, target: float, horizon: float, count: int) -> float:
+    """β·(1 + clip(KL/target − 1, −0.2, 0.2)·count/horizon) (Ziegler et al. 2019, arXiv:1909.08593, §2.2).
+
+    Args:
+        beta: the coefficient so far.
+        kl: in nats a completion, summed over its actions, averaged over the update's completions.
+        target: what it should be.
+        horizon: completions over which the coefficient moves.
+        count: completions of the update.
+    """
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * count / horizon)

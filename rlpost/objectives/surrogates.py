@@ -83,6 +83,55 @@ def sequence_clipped(
     return torch.maximum(-advantage_N * s_N, -advantage_N * s_N.clamp(1 - low, 1 + high))
 
 
+def geometric_mean(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    rows: Rows,
+    *,
+    low: float = 0.4,
+    high: float = 0.4,
+) -> Tensor:
+    """[N] −A·exp(mean over the completion of clipped log r), at each of its actions (GMPO, arXiv:2507.20673, eq. 4).
+
+    log r is clipped to [−low, high] on the pessimistic side of each action's advantage, as in PPO's surrogate, and
+    the geometric mean of the clipped ratios takes the place of the arithmetic one. One value a completion: weigh it
+    with `sequence_mean`. The advantage is the completion's; where its actions differ, their mean counts.
+    """
+    log_ratio_N = (widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT)
+    clipped_N = log_ratio_N.clamp(-low, high)
+    pessimistic_N = torch.where(
+        advantage_N >= 0, torch.minimum(log_ratio_N, clipped_N), torch.maximum(log_ratio_N, clipped_N)
+    )
+    return rows.spread(-rows.mean(advantage_N) * rows.mean(pessimistic_N).exp())
+
+
+def soft_adaptive(
+    logp_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    rows: Rows,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Tensor:
+    """[N] −(4/τ)·σ(τ(r − 1))·A, τ by the advantage's sign (SAPO, arXiv:2511.20347, eq. 6): slope −A at r = 1."""
+    tau_N = torch.where(advantage_N > 0, tau_positive, tau_negative).to(advantage_N)
+    return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio(logp_N, old_logp_N) - 1)) * advantage_N
+
+
+def divergence_masked(
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, threshold: float = 0.2
+) -> Tensor:
+    """[N] −r·A, 0 where the probability has moved by more than `threshold` the way it is pushed (DPPO, arXiv:2602.04879).
+
+    The change of a probability is what the total variation is made of; a ratio overstates it for rare tokens.
+    """
+    moved_N = widen(logp_N).detach().exp() - widen(old_logp_N).exp()
+    out_N = ((advantage_N > 0) & (moved_N > threshold)) | ((advantage_N < 0) & (moved_N < -threshold))
+    return torch.where(out_N, 0.0, -ratio(logp_N, old_logp_N) * advantage_N)
+
+
 def clipped_share(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2, high: float = 0.2
 ) -> Tensor:

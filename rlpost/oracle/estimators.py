@@ -94,11 +94,18 @@ def member_weights(weight: str, length_PG: Tensor, longest: int) -> Tensor:
 
 
 def one_by_one(function: Callable[[Tensor], Tensor], x_PG: Tensor) -> Tensor | None:
-    """[P, G] `function` on each group alone, [1, G], once for groups that look the same; None if they are too many.
+    """[P, G] `function` on each group alone, [1, G], once for groups that are alike; None if they are too many.
 
     For functions that would mix the groups of one call, which here are different draws of one and the same update.
     """
-    distinct_KG, which_P = torch.unique(x_PG, dim=0, return_inverse=True)
-    if len(distinct_KG) > MOST_CALLS:
+    # A number for each row, in the base of how many values there are: rows themselves would take long to sort.
+    value_V, digit_PG = torch.unique(x_PG, return_inverse=True)
+    assert len(value_V) ** x_PG.shape[1] < 2**62
+    row_P = torch.zeros_like(digit_PG[:, 0])
+    for digit_P in digit_PG.unbind(1):
+        row_P = row_P * len(value_V) + digit_P
+    row_K, which_P = torch.unique(row_P, return_inverse=True)
+    if len(row_K) > MOST_CALLS:
         return None
-    return torch.cat([function(x_1G) for x_1G in distinct_KG[:, None]])[which_P]
+    example_K = torch.zeros_like(row_K).index_copy(0, which_P, torch.arange(len(which_P)))
+    return torch.cat([function(x_1G) for x_1G in x_PG[example_K][:, None]])[which_P]

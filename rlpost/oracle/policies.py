@@ -104,7 +104,7 @@ class TinyModel:
 
     def logp_N(self) -> Tensor:
         """[N], as a stage's update computes it."""
-        found = self.policy(self.policy.batch([self.group])).logp_N
+        found: Tensor = self.policy(self.policy.batch([self.group])).logp_N
         self.policy.backward_done()
         return found
 

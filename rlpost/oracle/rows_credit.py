@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import credit
-from rlpost.objectives.advantages import return_to_go
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.oracle.estimators import Drawn, ascent
@@ -78,7 +77,9 @@ def _return_rows(problem: Problem) -> list[Row]:
     advantage_N, _ = credit.gae(
         placed_N, paid.value_X[tree.state_N], tree.rows, gamma=1.0, lam=0.95, bootstrap_S=beyond_L
     )
-    to_go = exact("GAE(1, 1) + V against the return to go", relative_error(return_N, return_to_go(placed_N, tree.rows)))
+    to_go = exact(
+        "GAE(1, 1) + V against the return to go", relative_error(return_N, credit.return_to_go(placed_N, tree.rows))
+    )
     limit = relative_error(gradient(problem, advantage_N), paid.reward_gradient)
     return [to_go, exact("GAE bootstrapped at the length limit, λ=0.95", limit, "exact for r + V beyond the limit")]
 

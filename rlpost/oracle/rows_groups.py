@@ -6,6 +6,7 @@ Axes: P sampled groups, G completions each, K reward functions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import sqrt
 from typing import NamedTuple
 
 import torch
@@ -139,10 +140,10 @@ def _binary() -> list[Claim]:
 
     def success(problem: Problem, size: int) -> float:
         p = float(problem.value_X[0])
-        return (1 - (1 - p) ** (size - 1)) / p
+        return float(1 - (1 - p) ** (size - 1)) / p
 
     def spread(_: Problem, size: int) -> float:
-        return (1 - 1 / size) / (0.5**0.5 + EPS)
+        return (1 - 1 / size) / (sqrt(0.5) + EPS)
 
     return [
         Claim("0/1, G=2: group_normalised", normalised, "sequence_sum", spread, "exact, scale ½/(√½ + eps)", (2,)),
@@ -171,15 +172,9 @@ def _running_mean(problem: Problem, sets: Multisets) -> Tensor:
 
 
 def _greedy(problem: Problem, sets: Multisets) -> Tensor:
-    greedy = problem.reward_L[greedy_leaf(problem)]
+    """Against the completion of the most likely token in every state."""
+    greedy = problem.reward_L[problem.tree.following(problem.logp_XV.detach().argmax(1))]
     return advantages.greedy_baseline(problem.reward_L[sets.leaf_PG], greedy.expand(len(sets.leaf_PG)))
-
-
-def greedy_leaf(problem: Problem) -> int:
-    """The completion of the most likely token in every state."""
-    best_X = problem.logp_XV.detach().argmax(1)
-    follows_N = (problem.tree.token_N == best_X[problem.tree.state_N]).double()
-    return int((problem.tree.rows.mean(follows_N) == 1).nonzero()[0])
 
 
 def _length_weighted(problem: Problem, sets: Multisets) -> Tensor:

@@ -50,10 +50,10 @@ def _family_rows(problem: Problem, family: str, seed: int) -> list[Row]:
             tolerance,
         ),
         _leave_one_out(plain, "leave_one_out, sequence_sum, G=2", tolerance),
-        _leave_one_out(tooled, "the same across a tool's turn", tolerance),
+        _leave_one_out(tooled, "leave_one_out across a tool's turn", tolerance),
         _clipped(plain, tolerance),
         _gae(plain, "GAE with the true V, λ=0.95", tolerance),
-        _gae(tooled, "the same across a tool's turn", tolerance),
+        _gae(tooled, "GAE across a tool's turn", tolerance),
         *reward_rows(plain, tolerance)[:3],
     ]
     return [Row(f"{family}: {row.name}", row.value, row.expected, row.verdict, row.ok) for row in rows]

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rlpost.objectives import surrogates
 from rlpost.objectives.correction import correction
+from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import Surrogate, ascent
 from rlpost.oracle.problem import Problem, cosine, relative_error
-from rlpost.oracle.report import Row, Section, biased, exact
+from rlpost.oracle.report import Row, Section, biased, exact, skipped
 
 NO_CAP = 1e30
 ANOTHER = (
@@ -85,7 +86,7 @@ def _off_policy(problem: Problem) -> list[Row]:
 
     true, one_N = problem.reward_gradient, torch.ones_like(sampled_N)
     return [
-        exact("off-policy, ratio of the completion", relative_error(corrected("completion"), true)),
+        _whole_ratio(problem, relative_error(corrected("completion"), true)),
         biased("off-policy, ratio of each action", cosine(corrected("token"), true)),
         biased("off-policy, ratio of the completion cut at 2", cosine(corrected("completion", 2.0), true)),
         biased(
@@ -94,3 +95,12 @@ def _off_policy(problem: Problem) -> list[Row]:
         biased("off-policy, uncorrected", cosine(found(one_N), true)),
         biased("off-policy, clipped_surrogate", cosine(found(one_N, surrogates.clipped_surrogate), true)),
     ]
+
+
+def _whole_ratio(problem: Problem, error: float) -> Row:
+    """Log-ratios are clamped before `exp`; on a deep tree some completions have a larger one."""
+    name = "off-policy, ratio of the completion"
+    largest = float(problem.tree.rows.sum(problem.old_N - problem.reference_N).abs().max())
+    if largest > LIMIT:
+        return skipped(name, f"log-ratios up to {largest:.0f} are clamped to {LIMIT:g}")
+    return exact(name, error)

@@ -17,6 +17,8 @@ END = 0
 """The token that ends a completion."""
 MOST_LEAVES = 100_000
 MOST_ACTIONS = 2_000_000
+DEEPEST = 100
+"""Tokens; sums along longer completions leave more than the rounding that exactness allows."""
 
 
 class Tree:
@@ -35,6 +37,8 @@ class Tree:
         place = f"vocabulary {vocabulary}, depth {depth}"
         if vocabulary < 2 or depth < 2:
             raise RecipeError(f"{place}: a tree needs at least vocabulary 2 (an end token and another) and depth 2")
+        if depth > DEEPEST:
+            raise RecipeError(f"{place}: a depth of more than {DEEPEST}; take a smaller one")
         go_on = vocabulary - 1
         leaves, actions, width = 0, 0, 1
         for t in range(depth):
@@ -44,7 +48,7 @@ class Tree:
                 limit = f"more than {MOST_LEAVES} completions or {MOST_ACTIONS} actions"
                 raise RecipeError(f"{place}: {limit}; take a smaller vocabulary or depth")
         self.vocabulary, self.depth = vocabulary, depth
-        self.first_T = [sum(go_on**k for k in range(t)) for t in range(depth + 1)]
+        self.first_T: list[int] = [sum(go_on**k for k in range(t)) for t in range(depth + 1)]
         """The number of the first state of each length, and of all states."""
         pieces = list(self._leaves_by_length())
         self.state_N = torch.cat([state.flatten() for state, _ in pieces])
@@ -72,6 +76,11 @@ class Tree:
     def cut_L(self) -> Tensor:
         """[L] True where a completion was cut off before it ended."""
         return self.token_N[self.rows.last] != END
+
+    def following(self, token_X: Tensor) -> int:
+        """The leaf that is reached by taking a given token in every state."""
+        follows_N = (self.token_N == token_X[self.state_N]).double()
+        return int((self.rows.mean(follows_N) == 1).nonzero()[0])
 
     def prefixes(self, length: int) -> Tensor:
         """[x, length] the tokens of every state of that length."""

@@ -32,11 +32,6 @@ def values(tree: Tree, logp_XV: Tensor, reward_L: Tensor) -> Tensor:
     return backwards(tree, reward_L, lambda level, after: (logp_XV[level].exp() * after).sum(1))
 
 
-def optimal_values(tree: Tree, reward_L: Tensor) -> Tensor:
-    """[X] the best reward that can be reached from every state."""
-    return backwards(tree, reward_L, lambda _, after: after.amax(1))
-
-
 def visits(tree: Tree, logp_XV: Tensor) -> Tensor:
     """[X] probability that a completion passes through each state."""
     found = [logp_XV.new_ones(1)]

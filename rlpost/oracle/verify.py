@@ -12,6 +12,7 @@ from rlpost.oracle.rows_groups import group_section
 from rlpost.oracle.rows_kl import kl_section
 from rlpost.oracle.rows_models import model_section
 from rlpost.oracle.rows_preference import preference_section
+from rlpost.oracle.rows_shaping import shaping_section
 from rlpost.oracle.rows_surrogates import surrogate_section
 from rlpost.oracle.rows_trust import trust_section
 from rlpost.oracle.tree import Tree
@@ -35,6 +36,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         group_section(problem),
         kl_section(problem),
         credit_section(problem),
+        shaping_section(problem),
         surrogate_section(problem),
         preference_section(problem),
         trust_section(problem),
@@ -52,7 +54,7 @@ def _tree_section(problem: Problem) -> Section:
     """The tree and its policy; a proof needs rewards of three levels or more that go with the length."""
     tree, probability_L = problem.tree, problem.probability_L
     length_L = tree.length_L.double()
-    levels = len(problem.reward_L.unique())
+    levels = len(set(problem.reward_L.tolist()))
     together = _correlation(probability_L, length_L, problem.reward_L)
     return Section(
         "the tree",

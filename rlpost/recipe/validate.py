@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rlpost.errors import RecipeError
+from rlpost.recipe.functions import reward_leaves
 from rlpost.recipe.keys import join
 from rlpost.recipe.ranges import out_of_range
 from rlpost.recipe.schema import (
@@ -13,6 +14,7 @@ from rlpost.recipe.schema import (
     Attention,
     Evaluation,
     Grouped,
+    Kind,
     KlEstimator,
     KlPlacement,
     Lora,
@@ -20,6 +22,7 @@ from rlpost.recipe.schema import (
     Ppo,
     Recipe,
     Rollouts,
+    Stage,
     TokenizerKind,
 )
 from rlpost.recipe.stage_rules import (
@@ -69,7 +72,7 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
     for name, stage in enabled.items():
         yield from stage_problems(stage, join("stages", name), Earlier(recipe, name, left_out))
     if recipe.evaluation:
-        yield from _evaluation(recipe.evaluation)
+        yield from _evaluation(recipe.evaluation, recipe.stages)
 
 
 def _stage_names(recipe: Recipe) -> Iterator[str]:
@@ -100,7 +103,7 @@ def _model(model: Model) -> Iterator[str]:
             yield "model.tokenizer.data: missing - a bpe tokenizer is trained on the text of some rows"
 
 
-def _evaluation(evaluation: Evaluation) -> Iterator[str]:
+def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage]) -> Iterator[str]:
     where = "evaluation"
     if not evaluation.data:
         yield f"{where}.data: missing - name at least one source, like {{test: {{path: rows.jsonl}}}}"
@@ -115,8 +118,22 @@ def _evaluation(evaluation: Evaluation) -> Iterator[str]:
             )
     if evaluation.best_of and evaluation.samples < 2:
         yield f"{where}.best_of: needs at least 2 samples a prompt - give evaluation.samples=8, say"
+    if evaluation.judge is not None and evaluation.samples < 2:
+        yield f"{where}.judge: chooses among at least 2 samples a prompt - give evaluation.samples=8, say"
     if not evaluation.greedy and evaluation.samples == 0:
         yield f"{where}.samples: 0 without greedy leaves nothing to evaluate - give samples or greedy=true"
+    if evaluation.judge in stages:
+        stage = stages[evaluation.judge]
+        if not stage.enabled:
+            yield f"{where}.judge: stage {evaluation.judge!r} is disabled - enable it, or name another"
+        elif stage.kind != Kind.reward_model:
+            yield f"{where}.judge: {evaluation.judge!r} is of kind {stage.kind.value} - name a reward_model stage"
+    for leaf, place in reward_leaves(evaluation.rewards, where):
+        if leaf.model in stages and evaluation.every_stage:
+            yield (
+                f"{place}.model: the base model is evaluated before stage {leaf.model!r} has run - "
+                "name a checkpoint, or set evaluation.every_stage=false"
+            )
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:

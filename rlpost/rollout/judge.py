@@ -47,6 +47,11 @@ class Judge:
         scores: list[float] = self._read(self._own(groups)).final_S.tolist()
         return scores
 
+    def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """[P][G] the same, a list a group."""
+        scores = iter(self.scores(groups))
+        return [[next(scores) for _ in group.completions] for group in groups]
+
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
         """[S] the probability that each step of a completion is right, at the step's last action."""
         end = step_end if self._step_end is None else self._step_end

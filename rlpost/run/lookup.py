@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from rlpost.errors import DiskError, ModelError
+from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS
 from rlpost.run import names
 from rlpost.run.files import disk_errors
 from rlpost.run.manifest import fault
@@ -16,7 +17,6 @@ from rlpost.run.stage import StageDirectory
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
-_ROWS_KIND = "pairs"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -96,9 +96,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def last_stage(run: Path) -> str | None:
-    """The last enabled stage of the run's recipe whose result is a model (of `pairs` it is rows); None without one."""
+    """The last enabled stage of the run's recipe whose result is a policy, not rows or a judge; None without one."""
     stages = read_config(run)["stages"]
-    trained = [n for n, stage in stages.items() if stage.get("enabled", True) and stage.get("kind") != _ROWS_KIND]
+    others = (*MAKES_ROWS, *MAKES_JUDGES)
+    trained = [n for n, stage in stages.items() if stage.get("enabled", True) and stage.get("kind") not in others]
     return trained[-1] if trained else None
 
 

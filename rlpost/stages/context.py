@@ -25,11 +25,11 @@ from rlpost.policy.adapters import save_adapter
 from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
-from rlpost.policy.scalar import ScalarModel, load_scalar
 from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
 from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
 from rlpost.rewards.score import BoundReward, Scorer
+from rlpost.rollout.judge import Judge, load_judge
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.stage import StageDirectory
@@ -105,9 +105,13 @@ class Context:
         """A function of the recipe with its arguments applied; `field` as in recipe/functions.py."""
         return bind(function, field, f"stages.{self.name}.{field.rsplit('.', 1)[-1]}", self.folder)
 
-    def scorer(self, rewards: Sequence[Reward]) -> Scorer:
-        """The stage's rewards."""
-        return make_scorer(rewards, f"stages.{self.name}", self.folder)
+    def scorer(self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None) -> Scorer:
+        """The stage's rewards, those of models to judge what `policy` writes in steps that end with `step_end`."""
+
+        def judge(name: str, adapter: str) -> Judge:
+            return load_judge(self.checkpoint(name), self.model, policy, name=adapter, step_end=step_end)
+
+        return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
 
     def learner(
         self,
@@ -145,28 +149,21 @@ class Context:
             log_every=cfg.log_every,
         )
 
-    def scalar(self, name: str, policy: Policy, adapter: str) -> ScalarModel:
-        """The frozen reward model `name`, a stage's or a checkpoint's; on the base of `policy` if it can be."""
-        return load_scalar(
-            self.checkpoint(name),
-            self.model,
-            beside=policy,
-            name=adapter,
-            bfloat16=self.bfloat16,
-            device=self.accelerator.device,
-        )
-
     def checkpoint(self, name: str) -> Path:
         """What `name` stands for: `start`, `base`, an earlier stage's result, a run, stage or checkpoint, or a model."""
         if name == "start":
             return self.start
         return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
 
-    def finish(self, policy: Policy, kind: str, steps: int) -> Path:
-        """Write the stage's result; returns its folder."""
+    def finish(
+        self, policy: Policy, kind: str, steps: int, *, beside: Callable[[Path], None] | None = None
+    ) -> Path:
+        """Write the stage's result; returns its folder. `beside` writes more into it: a head, say."""
 
         def write(folder: Path) -> None:
             save_policy(policy, folder)
+            if beside is not None:
+                beside(folder)
 
         return self.out.finish(write, self._about(kind, steps, policy.has_adapter))
 

@@ -1,11 +1,11 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its relatives.
 
-Axes: N action tokens, P pairs of an update, 2 = (chosen, rejected).
+Axes: N action tokens, P groups of an update, K completions of a ranked group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,49 +15,67 @@ from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
 from rlpost.experience import Experience
 from rlpost.groups import Group
-from rlpost.learner import Learner
-from rlpost.objectives.preference import pairs_of
+from rlpost.learner import Learner, LossFunction
+from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.policy import Scores
-from rlpost.policy.reference import Reference
+from rlpost.policy.reference import Reference, follow
 from rlpost.recipe.schema import Dpo
 from rlpost.stages.context import Context, steps_of
+from rlpost.stages.pairwise import PairObjective
+
+RANKING = "ranking"
+"""The loss of ranked groups; all others are of pairs."""
 
 
 def dpo(context: Context, cfg: Dpo) -> Path:
-    """Train on pairs of a chosen and a rejected completion; returns the final checkpoint."""
+    """Train on pairs of a chosen and a rejected completion, or on ranked groups; returns the final checkpoint."""
     policy = context.policy()
-    data = context.data(policy, cfg.data, Need.pairs, cfg.max_length, cfg.too_long)
-    pair_loss = context.function(cfg.loss, "dpo.loss")
+    need = Need.ranked if cfg.loss.fn == RANKING else Need.pairs
+    data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
+    function = context.function(cfg.loss, "dpo.loss")
+    modifiers = [context.function(f, "dpo.modifiers").call for f in cfg.modifiers]
+    objective = PairObjective(function, modifiers, cfg.nll, cfg.excess)
+    loss, prepared = (
+        (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)
+    )
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
-    references = ReferenceScores(context.reference(policy, cfg.reference), data, draws=steps * cfg.batch_size)
+    reference = context.reference(policy, cfg.reference)
+    references = ReferenceScores(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
-    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
-
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        pairs = pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device))
-        loss_P = pair_loss(pairs)
-        chosen_nll = -(scores.logp_N * part["chosen_weight"]).sum()
-        margin_P, delta_P2 = pairs.margin_P.detach(), pairs.delta_P2.detach()
-        metrics = {
-            "preference_loss": loss_P.detach(),
-            "accuracy": (margin_P > 0).to(margin_P.dtype),
-            "margin": margin_P,
-            "chosen_logratio": delta_P2[:, 0],
-            "rejected_logratio": delta_P2[:, 1],
-            "chosen_nll": -pairs.mean_logp_P2[:, 0].detach(),
-        }
-        return (loss_P * part["pair_weight"]).sum() + cfg.nll * chosen_nll, metrics
+    states = {"data": data} | ({"reference": reference} if cfg.refresh else {})
+    loop = context.loop(cfg, states, steps, policy=learner)
 
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))
-        totals = learner.totals(experience)
-        experience = experience.with_actions(
-            reference=references.of(experience.groups), chosen_weight=_chosen_mean(experience, learner)
-        ).with_groups(pair_weight=pair_mean(len(experience.groups), totals.groups))
-        metrics = learner.update(loss, experience)
+        experience = experience.with_actions(reference=references.of(experience.groups))
+        metrics = learner.update(loss, prepared(experience, learner))
+        if cfg.refresh and (step + 1) % cfg.refresh.every == 0:
+            follow(reference, policy, cfg.refresh.share)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))
     return context.finish(policy, cfg.kind, steps)
+
+
+def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
+    """Σ loss·weight over groups whose completions have rewards."""
+
+    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(scores.logp_N.device)
+        groups = Rows([len(g.completions) for g in part.groups]).to(rows.device)
+        delta_S = rows.sum(scores.logp_N) - rows.sum(part["reference"])
+        reward_S = torch.tensor([_number(r) for g in part.groups for r in g.example["scores"]], device=rows.device)
+        # Groups may differ in size: what is padded is an absent completion.
+        delta_PK, reward_PK = groups.pad(delta_S), groups.pad(reward_S.to(delta_S), fill=torch.nan)
+        loss_P = function(delta_PK=delta_PK, reward_PK=reward_PK)
+        metrics = {"preference_loss": loss_P.detach(), "accuracy": _first_is_best(delta_PK.detach(), reward_PK)}
+        return (loss_P * part["pair_weight"]).sum(), metrics
+
+    return loss
+
+
+def prepared_ranking(update: Experience, learner: Learner) -> Experience:
+    """The update with its weights, counted over all of it."""
+    return update.with_groups(pair_weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
 Key = tuple[tuple[int, ...], ...]
@@ -92,8 +110,12 @@ def _key(group: Group) -> Key:
     return (group.prompt, *(c.ids for c in group.completions))
 
 
-def _chosen_mean(experience: Experience, learner: Learner) -> Tensor:
-    """[N] a token mean over the chosen completions' actions of the whole update, 0 on the rejected ones."""
-    rows = experience.rows
-    chosen_N = rows.spread(torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(experience.groups)))
-    return chosen_N / max(learner.total(int(chosen_N.sum())), 1)
+def _number(score: float | None) -> float:
+    return float("nan") if score is None else float(score)
+
+
+def _first_is_best(delta_PK: Tensor, reward_PK: Tensor) -> Tensor:
+    """[P] 1 where the completion whose log-ratio is highest has the highest reward."""
+    top_P = torch.where(reward_PK.isnan(), -torch.inf, delta_PK).argmax(1, keepdim=True)
+    best_P = torch.where(reward_PK.isnan(), -torch.inf, reward_PK).amax(1)
+    return (reward_PK.gather(1, top_P)[:, 0] == best_P).to(delta_PK.dtype)

@@ -70,11 +70,10 @@ def test_values_visits_kl_and_entropy_against_sums_over_leaves():
     assert torch.allclose(passes, truth.visits(tree, logp_XV), atol=1e-14)
 
 
-def test_the_best_value_is_the_best_leaf():
-    problem = table_problem(Tree(3, 4), 2)
-    best_X = truth.optimal_values(problem.tree, problem.reward_L)
-    assert best_X[0] == problem.reward_L.max()
-    assert (best_X >= problem.value_X).all()
+def test_the_leaf_that_a_rule_leads_to():
+    tree = Tree(3, 3)
+    token_X = torch.tensor([2, 0, 1, 0, 0, 0, 0])  # states: (), (1), (2), (1,1), (1,2), (2,1), (2,2)
+    assert leaves_of(tree)[tree.following(token_X)] == (2, 1, 0)
 
 
 def test_a_policy_from_probabilities_of_leaves():

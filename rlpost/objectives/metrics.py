@@ -1,0 +1,75 @@
+"""What is logged of an update, as 1-D tensors whose means over all its elements are the metrics.
+
+Means of elements are the same however an update is cut into parts or spread over ranks. What is no mean (explained
+variance, effective sample size) is made of means: its parts go through the log, the number is taken at the end.
+
+Axes: N action tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from rlpost.objectives.rows import widen
+from rlpost.objectives.surrogates import ratio
+
+_RESIDUAL, _RESIDUAL2, _RETURN, _RETURN2 = "residual", "residual_squared", "return", "return_squared"
+_WEIGHT, _WEIGHT2 = "importance", "importance_squared"
+
+
+def clipped_low(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2) -> Tensor:
+    """[N] 1 where the lower clip takes the gradient of an action with a negative advantage away, else 0."""
+    r_N = ratio(logp_N, old_logp_N)
+    return ((r_N < 1 - low) & (advantage_N < 0)).to(r_N.dtype)
+
+
+def clipped_high(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, high: float = 0.2) -> Tensor:
+    """[N] 1 where the upper clip takes the gradient of an action with a positive advantage away, else 0."""
+    r_N = ratio(logp_N, old_logp_N)
+    return ((r_N > 1 + high) & (advantage_N > 0)).to(r_N.dtype)
+
+
+def explained_variance_parts(value_N: Tensor, return_N: Tensor, centre: float = 0.0) -> dict[str, Tensor]:
+    """What `explained_variance` is made of: four [N] tensors.
+
+    `centre`, any number near the returns, keeps the digits of variances that are small against the mean.
+    """
+    value_N, return_N = widen(value_N).detach(), widen(return_N).detach()
+    residual_N, centred_N = return_N - value_N, return_N - centre
+    return {
+        _RESIDUAL: residual_N,
+        _RESIDUAL2: residual_N.square(),
+        _RETURN: centred_N,
+        _RETURN2: centred_N.square(),
+    }
+
+
+def explained_variance(means: Mapping[str, float]) -> float:
+    """1 − Var(R − V)/Var(R): 1 for a critic that knows, 0 for one that says a constant; 0 where returns are equal."""
+    total = means[_RETURN2] - means[_RETURN] ** 2
+    left = means[_RESIDUAL2] - means[_RESIDUAL] ** 2
+    return 1.0 - left / total if total > 1e-12 * max(means[_RETURN2], 1e-30) else 0.0
+
+
+def effective_sample_parts(weight_N: Tensor) -> dict[str, Tensor]:
+    """What `effective_sample_share` is made of: two [N] tensors."""
+    w_N = widen(weight_N).detach()
+    return {_WEIGHT: w_N, _WEIGHT2: w_N.square()}
+
+
+def effective_sample_share(means: Mapping[str, float]) -> float:
+    """(Σw)²/(N·Σw²): the share of samples that equal weights would have needed for the same variance (Kong 1992)."""
+    return means[_WEIGHT] ** 2 / means[_WEIGHT2] if means[_WEIGHT2] > 0 else 0.0
+
+
+def without_parts(means: Mapping[str, float]) -> dict[str, float]:
+    """The means, with what numbers were made of replaced by the numbers."""
+    parts = {_RESIDUAL, _RESIDUAL2, _RETURN, _RETURN2, _WEIGHT, _WEIGHT2}
+    line = {name: x for name, x in means.items() if name not in parts}
+    if _RESIDUAL in means:
+        line["explained_variance"] = explained_variance(means)
+    if _WEIGHT in means:
+        line["effective_samples"] = effective_sample_share(means)
+    return line

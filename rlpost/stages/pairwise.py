@@ -1,0 +1,111 @@
+"""What the stages that compare two completions share: from log-probabilities to the loss of pairs.
+
+Axes: N action tokens, P pairs of an update, 2 = (chosen, rejected).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlpost.experience import Experience
+from rlpost.learner import Learner, LossFunction
+from rlpost.objectives.coupled import linearised
+from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
+from rlpost.objectives.weights import pair_mean
+from rlpost.policy.policy import Scores
+from rlpost.recipe.functions import Bound
+
+
+@dataclass(frozen=True)
+class PairObjective:
+    """A loss of pairs, with what a recipe puts before and beside it."""
+
+    function: Bound
+    modifiers: Sequence[Callable[[Pairs], Pairs]] = ()
+    nll: float = 0.0
+    """Weight of the chosen completions' negative log-likelihood, per token."""
+    excess: float = 1.0
+    """What an action beyond the shorter completion's length counts."""
+
+    @property
+    def couples(self) -> bool:
+        """A pair's loss may depend on other pairs: so it is for some losses, and for all of a user's own."""
+        return self.function.name in COUPLED or self.function.file is not None
+
+    def per_pair(self, pairs: Pairs) -> Tensor:
+        """[P] the loss, modifiers applied."""
+        for modify in self.modifiers:
+            pairs = modify(pairs)
+        loss_P: Tensor = self.function(pairs)
+        return loss_P if pairs.weight_P is None else loss_P * pairs.weight_P
+
+    def prepared(self, update: Experience, learner: Learner) -> Experience:
+        """The update, with `reference` known, and its weights counted over all of it.
+
+        A loss that couples pairs takes a pass without gradient over the whole update first, for its slope.
+        """
+        count = learner.totals(update).groups
+        update = update.with_actions(chosen_weight=_chosen_mean(update, learner))
+        update = update.with_groups(pair_weight=pair_mean(len(update.groups), count))
+        if not self.couples:
+            return update
+        table_PC = learner.look(lambda scores, part: _table(_pairs(scores, part, self.excess)), update)
+        everyone, own = learner.gather(table_PC)
+        reference_P2, length_P2 = everyone[:, 2:4], everyone[:, 4:6]
+
+        def whole(logp_P2: Tensor) -> Tensor:
+            return self.per_pair(Pairs(logp_P2, reference_P2, length_P2)).sum() / count
+
+        value, slope_P2 = linearised(whole, everyone[:, :2])
+        # Each pair carries an equal share of the value, so that parts and ranks add up to it.
+        return update.with_groups(slope=slope_P2[own], value=value.expand(len(update.groups)))
+
+    def loss(self) -> LossFunction:
+        """Σ loss·weight of a part."""
+
+        def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+            pairs = _pairs(scores, part, self.excess)
+            if self.couples:
+                loss_P = part["value"]
+                # Worth nothing, this has the slope of the whole update's loss.
+                total = (part["slope"] * (pairs.logp_P2 - pairs.logp_P2.detach())).sum()
+                total = total + (loss_P * part["pair_weight"]).sum()
+            else:
+                loss_P = self.per_pair(pairs)
+                total = (loss_P * part["pair_weight"]).sum()
+            if self.nll:
+                total = total - self.nll * (scores.logp_N * part["chosen_weight"]).sum()
+            return total, _metrics(pairs, loss_P)
+
+        return loss
+
+
+def _pairs(scores: Scores, part: Experience, excess: float) -> Pairs:
+    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), excess=excess)
+
+
+def _table(pairs: Pairs) -> Tensor:
+    """[P, 6] all that pairs are made of."""
+    return torch.cat([pairs.logp_P2, pairs.reference_P2, pairs.length_P2], 1)
+
+
+def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:
+    margin_P, delta_P2 = pairs.margin_P.detach(), pairs.delta_P2.detach()
+    return {
+        "preference_loss": loss_P.detach(),
+        "accuracy": (margin_P > 0).to(margin_P.dtype),
+        "margin": margin_P,
+        "chosen_logratio": delta_P2[:, 0],
+        "rejected_logratio": delta_P2[:, 1],
+        "chosen_nll": -pairs.mean_logp_P2[:, 0].detach(),
+    }
+
+
+def _chosen_mean(update: Experience, learner: Learner) -> Tensor:
+    """[N] a token mean over the chosen completions' actions of the whole update, 0 on the rejected ones."""
+    chosen_N = update.rows.spread(torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(update.groups)))
+    return chosen_N / max(learner.total(float(chosen_N.sum())), 1)
