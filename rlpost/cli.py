@@ -106,7 +106,9 @@ def sample(
         typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
     ] = None,
     recipe: _OtherRecipe = None,
-    judge: Annotated[str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")
+    ] = None,
     as_json: _Json = False,
 ) -> None:
     """Complete a prompt."""

@@ -127,7 +127,9 @@ def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> s
         base=resolved.folder,
     )
     prompts = data.next(cfg.prompts or len(data))
-    scorer = make_scorer(cfg.rewards, f"stages.{name}", resolved.folder, judges(resolved, policy, _judges_of(resolved, None)))
+    scorer = make_scorer(
+        cfg.rewards, f"stages.{name}", resolved.folder, judges(resolved, policy, _judges_of(resolved, None))
+    )
     rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
     must_have_pairs(rows, prompts, cfg, name)
     write_atomic(Path(out), b"".join(encode_line(row) for row in rows))

@@ -29,9 +29,12 @@ class Completion:
     """"stop" (end token or stop string), "length" (cut off), or empty for data we did not sample."""
     logprobs: tuple[float, ...] = ()
     """[sum(action)] log-probabilities under the sampler, at its temperature; empty for data we did not sample."""
+    steps: tuple[int, ...] = ()
+    """[K] number of actions of each step; empty where a completion is not divided into steps."""
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.action), (len(self.ids), len(self.action))
+        assert not self.steps or sum(self.steps) == self.actions, (self.steps, self.actions)
 
     @property
     def actions(self) -> int:

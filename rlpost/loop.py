@@ -34,6 +34,18 @@ class Stateful(Protocol):
         ...
 
 
+class Weights(Protocol):
+    """Weights that move beside those of the learners, and are saved with a checkpoint too."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """By name."""
+        ...
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Go on from those."""
+        ...
+
+
 class Loop:
     """The steps of one stage.
 
@@ -47,6 +59,7 @@ class Loop:
         out: StageDirectory,
         learners: Mapping[str, Learner],
         states: Mapping[str, Stateful],
+        weights: Mapping[str, Weights],
         interrupts: Interrupts,
         *,
         steps: int,
@@ -61,6 +74,7 @@ class Loop:
             out: its directory.
             learners: what is trained, by name: `policy`, and what a stage trains beside it.
             states: what else is saved with a checkpoint, by name.
+            weights: likewise, of tensors.
             interrupts: signals that ask to stop.
             steps: how many.
             checkpoint_every: steps between checkpoints; 0 for none.
@@ -71,6 +85,7 @@ class Loop:
         self._out = out
         self._learners = learners
         self._states = states
+        self._weights = weights
         self._interrupts = interrupts
         self._steps = steps
         self._every = checkpoint_every
@@ -126,6 +141,8 @@ class Loop:
             updates = int(checkpoint.state["updates"][name])
             learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
         _set_random(checkpoint.tensors("random"))
+        for name, moving in self._weights.items():
+            moving.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
         return checkpoint.step
@@ -135,6 +152,7 @@ class Loop:
             tensors: dict[str, Mapping[str, Tensor]] = {"random": _random()}
             for name, learner in self._learners.items():
                 tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
+            tensors |= {name: moving.weights() for name, moving in self._weights.items()}
             self._out.save(
                 done,
                 tensors,

@@ -280,7 +280,9 @@ def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[st
             f"{place} {what} {length} tokens, the limit is {limit.max_length}: "
             "raise max_length, or set too_long=drop or too_long=cut"
         )
-    if limit.too_long is TooLong.drop or not group.completions:
+    # Labels of steps, and log-probabilities of what was sampled, are of whole completions.
+    whole = any(c.steps or c.logprobs for c in group.completions)
+    if limit.too_long is TooLong.drop or not group.completions or whole:
         counts["dropped"] += 1
         return None
     room = max(limit.max_length - len(group.prompt), 0)

@@ -56,9 +56,7 @@ def mix(policy: Tensor, reference: Tensor, share: float) -> Tensor:
     return share * policy + (1 - share) * reference
 
 
-def mix_lora(
-    policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], share: float
-) -> tuple[Tensor, Tensor]:
+def mix_lora(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]:
     """(A [r + r′, in], B [out, r + r′]) with B·A = share·B_p·A_p + (1 − share)·B_r·A_r exactly.
 
     Products are mixed by stacking ranks. Mixing the factors is another matter: (B_p + B_r)(A_p + A_r)/4 has cross

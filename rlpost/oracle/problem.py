@@ -104,6 +104,10 @@ class Problem:
         """The same with other rewards."""
         return replace(self, reward_L=reward_L)
 
+    def binary(self) -> Problem:
+        """The same with reward 1 for completions better than the expected reward, else 0."""
+        return self.rewarded((self.reward_L > self.value_X[0]).double())
+
 
 def table_problem(tree: Tree, seed: int) -> Problem:
     """Random logits for policy and reference, and rewards."""
@@ -121,11 +125,6 @@ def graded(tree: Tree, generator: torch.Generator) -> Tensor:
     """
     own_L = torch.arange(tree.leaves)[torch.randperm(tree.leaves, generator=generator)] % 3
     return (tree.length_L.double() + 0.4 * own_L) / (tree.depth + 2)
-
-
-def binary(reward_L: Tensor) -> Tensor:
-    """[L] 1 for the better completions, else 0."""
-    return (reward_L > (reward_L.min() + reward_L.max()) / 2).double()
 
 
 def relative_error(found: Tensor, true: Tensor, scale: float = 1.0) -> float:

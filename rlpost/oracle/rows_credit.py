@@ -13,7 +13,7 @@ from rlpost.objectives.rows import Rows
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.oracle.estimators import Drawn, ascent
 from rlpost.oracle.multisets import multisets
-from rlpost.oracle.problem import SIZES, Problem, binary, cosine, relative_error
+from rlpost.oracle.problem import SIZES, Problem, cosine, relative_error
 from rlpost.oracle.report import Row, Section, biased, exact, skipped
 
 LAMBDAS = (0.0, 0.5, 0.95, 1.0)
@@ -108,14 +108,14 @@ def _monte_carlo_rows(problem: Problem) -> list[Row]:
 def _rollout_rows(problem: Problem, rollouts: int = 2) -> list[Row]:
     name = f"mean of {rollouts} rollouts with 0/1 rewards: mean and variance"
     expected = "V and V(1 − V)/K, exact"
-    success_L = binary(problem.reward_L)
+    success = problem.binary()
     sets = multisets(problem.probability_L.log(), rollouts)
     if sets is None:
         return [skipped(name, "too many pairs of rollouts", expected)]
-    estimate_P = success_L[sets.leaf_PG].mean(1)
+    estimate_P = success.reward_L[sets.leaf_PG].mean(1)
     mean = float(sets.probability_P @ estimate_P)
     variance = float(sets.probability_P @ (estimate_P - mean) ** 2)
-    value = float(problem.rewarded(success_L).value_X[0])
+    value = float(success.value_X[0])
     true = value * (1 - value) / rollouts
     return [exact(name, [abs(mean / value - 1), abs(variance / true - 1)], expected)]
 

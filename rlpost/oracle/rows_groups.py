@@ -17,7 +17,7 @@ from rlpost.objectives.rows import Rows
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import group_gradient, one_by_one
 from rlpost.oracle.multisets import Multisets
-from rlpost.oracle.problem import SIZES, Problem, binary, cosine, relative_error
+from rlpost.oracle.problem import SIZES, Problem, cosine, relative_error
 from rlpost.oracle.report import Row, Section, biased, exact
 
 MEAN = 0.3
@@ -45,7 +45,7 @@ class Claim(NamedTuple):
 
 def group_section(problem: Problem) -> Section:
     """Every advantage, over all groups of 2 and of 3 completions of one prompt."""
-    two_levels = problem.rewarded(binary(problem.reward_L))
+    two_levels = problem.binary()
     rows = [claim_row(problem, claim) for claim in [*_exact(), *_biased(), *_best_of_k()]]
     rows += [claim_row(two_levels, claim) for claim in _binary()]
     sizes = " / ".join(f"G={size}" for size in SIZES)

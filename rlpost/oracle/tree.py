@@ -17,8 +17,8 @@ END = 0
 """The token that ends a completion."""
 MOST_LEAVES = 100_000
 MOST_ACTIONS = 2_000_000
-DEEPEST = 100
-"""Tokens; sums along longer completions leave more than the rounding that exactness allows."""
+DEEPEST = 25
+"""Tokens. A vocabulary of 2 alone could go deeper, into a chain that shows nothing new."""
 
 
 class Tree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.functions import reward_leaves
@@ -72,7 +72,7 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
     for name, stage in enabled.items():
         yield from stage_problems(stage, join("stages", name), Earlier(recipe, name, left_out))
     if recipe.evaluation:
-        yield from _evaluation(recipe.evaluation, recipe.stages)
+        yield from _evaluation(recipe.evaluation, enabled, left_out | (recipe.stages.keys() - enabled.keys()))
 
 
 def _stage_names(recipe: Recipe) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _model(model: Model) -> Iterator[str]:
             yield "model.tokenizer.data: missing - a bpe tokenizer is trained on the text of some rows"
 
 
-def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage]) -> Iterator[str]:
+def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: Set[str]) -> Iterator[str]:
     where = "evaluation"
     if not evaluation.data:
         yield f"{where}.data: missing - name at least one source, like {{test: {{path: rows.jsonl}}}}"
@@ -122,12 +122,10 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage]) -> Iterator
         yield f"{where}.judge: chooses among at least 2 samples a prompt - give evaluation.samples=8, say"
     if not evaluation.greedy and evaluation.samples == 0:
         yield f"{where}.samples: 0 without greedy leaves nothing to evaluate - give samples or greedy=true"
-    if evaluation.judge in stages:
-        stage = stages[evaluation.judge]
-        if not stage.enabled:
-            yield f"{where}.judge: stage {evaluation.judge!r} is disabled - enable it, or name another"
-        elif stage.kind != Kind.reward_model:
-            yield f"{where}.judge: {evaluation.judge!r} is of kind {stage.kind.value} - name a reward_model stage"
+    if evaluation.judge in disabled:
+        yield f"{where}.judge: stage {evaluation.judge!r} is disabled - enable it, or name another"
+    elif evaluation.judge in stages and (kind := stages[evaluation.judge].kind) != Kind.reward_model:
+        yield f"{where}.judge: {evaluation.judge!r} is of kind {kind.value} - name a reward_model stage"
     for leaf, place in reward_leaves(evaluation.rewards, where):
         if leaf.model in stages and evaluation.every_stage:
             yield (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Format, encode
@@ -19,7 +20,7 @@ from rlpost.groups import Completion, Group, completions
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel, Values, load_scalar
 from rlpost.recipe.schema import Model
-from rlpost.rollout.divide import divide, ends_of
+from rlpost.rollout.divide import divide
 
 
 class Judge:
@@ -53,13 +54,23 @@ class Judge:
         return [[next(scores) for _ in group.completions] for group in groups]
 
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
-        """[S] the probability that each step of a completion is right, at the step's last action."""
+        """[S] the probability that each step of a completion is right, at the step's last action.
+
+        The token that ends a completion is not read: rows of labelled steps have none.
+        """
         end = step_end if self._step_end is None else self._step_end
         own = [self._divided(group, end) for group in self._own(groups)]
         right_N = torch.sigmoid(self._read(own).after_N)
         pieces = torch.split(right_N, [c.actions for c in completions(own)])
         every = zip(completions(own), pieces, strict=True)
-        return [x[torch.tensor(ends_of(c), dtype=torch.bool)].tolist() for c, x in every]
+        return [x[self._step_ends(c)].tolist() for c, x in every]
+
+    def _step_ends(self, completion: Completion) -> Tensor:
+        """[K] the action at which each step is read."""
+        at = torch.tensor(completion.steps, dtype=torch.long).cumsum(0) - 1
+        if completion.steps and completion.steps[-1] > 1 and completion.ids[-1] in self._scalar.trunk.end_ids:
+            at[-1] -= 1
+        return at
 
     def _divided(self, group: Group, step_end: str) -> Group:
         if all(c.steps or not c.actions for c in group.completions):
@@ -100,9 +111,7 @@ def load_judge(
     """
     # A chat template, like all of its tokenizer, is the reward model's own.
     settings = replace(settings, chat_template=None)
-    scalar = load_scalar(
-        folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device
-    )
+    scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
     return Judge(scalar, policy.tokenizer, step_end)
 
 

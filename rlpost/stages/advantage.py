@@ -125,7 +125,7 @@ class Estimator:
         cfg = self._cfg
         fresh = fresh_rollouts(
             self._samples.engine,
-            self._policy,
+            self._policy.tokenizer,
             groups,
             [step_starts(c) for c in completions(groups)],
             cfg.fresh_rollouts,

@@ -20,7 +20,7 @@ from rlpost.data.dataset import Dataset, Limit, open_dataset
 from rlpost.data.formats import Need
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
-from rlpost.loop import Loop, Stateful
+from rlpost.loop import Loop, Stateful, Weights
 from rlpost.policy.adapters import save_adapter
 from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
 from rlpost.policy.policy import Policy
@@ -135,13 +135,21 @@ class Context:
             whole_groups=whole_groups,
         )
 
-    def loop(self, cfg: Training, states: Mapping[str, Stateful], steps: int, **learners: Learner) -> Loop:
+    def loop(
+        self,
+        cfg: Training,
+        states: Mapping[str, Stateful],
+        steps: int,
+        weights: Mapping[str, Weights] | None = None,
+        **learners: Learner,
+    ) -> Loop:
         """The stage's steps, resumed where they stopped; learners by name, `policy` the one of the stage's result."""
         return Loop(
             self.name,
             self.out,
             learners,
             states,
+            weights or {},
             self.interrupts,
             steps=steps,
             checkpoint_every=cfg.checkpoint_every,
@@ -155,9 +163,7 @@ class Context:
             return self.start
         return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
 
-    def finish(
-        self, policy: Policy, kind: str, steps: int, *, beside: Callable[[Path], None] | None = None
-    ) -> Path:
+    def finish(self, policy: Policy, kind: str, steps: int, *, beside: Callable[[Path], None] | None = None) -> Path:
         """Write the stage's result; returns its folder. `beside` writes more into it: a head, say."""
 
         def write(folder: Path) -> None:

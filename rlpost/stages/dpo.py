@@ -5,8 +5,9 @@ Axes: N action tokens, P groups of an update, K completions of a ranked group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from rlpost.groups import Group
 from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
+from rlpost.policy.following import Following
 from rlpost.policy.policy import Scores
-from rlpost.policy.reference import Reference, follow
 from rlpost.recipe.schema import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
@@ -40,18 +41,19 @@ def dpo(context: Context, cfg: Dpo) -> Path:
         (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)
     )
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
-    reference = context.reference(policy, cfg.reference)
+    following = Following(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
+    reference = following or context.reference(policy, cfg.reference)
     references = ReferenceScores(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
-    states = {"data": data} | ({"reference": reference} if cfg.refresh else {})
-    loop = context.loop(cfg, states, steps, policy=learner)
+    moving = {"reference": following} if following else {}
+    loop = context.loop(cfg, {"data": data}, steps, moving, policy=learner)
 
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))
         experience = experience.with_actions(reference=references.of(experience.groups))
         metrics = learner.update(loss, prepared(experience, learner))
-        if cfg.refresh and (step + 1) % cfg.refresh.every == 0:
-            follow(reference, policy, cfg.refresh.share)
+        if following and cfg.refresh and (step + 1) % cfg.refresh.every == 0:
+            metrics["cut_off"] = following.follow(cfg.refresh.share)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))
     return context.finish(policy, cfg.kind, steps)
 
@@ -78,6 +80,14 @@ def prepared_ranking(update: Experience, learner: Learner) -> Experience:
     return update.with_groups(pair_weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
+class Scorer(Protocol):
+    """A reference, fixed or following."""
+
+    def logprobs(self, groups: Sequence[Group]) -> Tensor:
+        """[N] log-probability of every action."""
+        ...
+
+
 Key = tuple[tuple[int, ...], ...]
 """A group's tokens."""
 
@@ -89,7 +99,7 @@ class ReferenceScores:
     sees the same digits.
     """
 
-    def __init__(self, reference: Reference, data: Dataset, draws: int) -> None:
+    def __init__(self, reference: Scorer, data: Dataset, draws: int) -> None:
         """Score the whole dataset now if it will be drawn from more often than it has rows."""
         self._reference = reference
         self._known: dict[Key, Tensor] = {}

@@ -34,7 +34,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
     limit = policy.longest - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
-    scorer = context.scorer(cfg.rewards)
+    scorer = context.scorer(cfg.rewards, policy)
     rows = []
     for row in preference_rows(policy, prompts, scorer, cfg, context.seed_for("sample"), context.name):
         rows.append(row)

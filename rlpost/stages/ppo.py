@@ -24,7 +24,6 @@ from rlpost.objectives import kl, metrics
 from rlpost.objectives.advantages import whiten
 from rlpost.objectives.credit import gae, place
 from rlpost.objectives.values import value_loss
-from rlpost.objectives.weights import weigh
 from rlpost.policy.reference import Reference
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
 from rlpost.recipe.schema import AtLimit, Ppo, Trunk

@@ -46,9 +46,8 @@ def weighted(update: Experience, learner: Learner) -> Experience:
     An action that ends no labelled step has NaN for a label.
     """
     label_N = torch.tensor([x for group in update.groups for x in _labels(group)], dtype=torch.float64)
-    steps = learner.total(int((~label_N.isnan()).sum()))
-    weight_N = torch.where(label_N.isnan(), 0.0, 1.0 / max(steps, 1))
-    return update.with_actions(label=label_N, weight=weight_N)
+    labelled_N = (~label_N.isnan()).double()
+    return update.with_actions(label=label_N, weight=labelled_N / max(learner.total(float(labelled_N.sum())), 1))
 
 
 def step_loss(function: Callable[..., Tensor]) -> LossFunction:

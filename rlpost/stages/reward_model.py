@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rlpost.data.formats import Need
-from rlpost.errors import DataError
 from rlpost.experience import Experience
 from rlpost.groups import Group
 from rlpost.learner import Learner, LossFunction
@@ -48,14 +45,8 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
 
 
 def weighted(update: Experience, learner: Learner) -> Experience:
-    """The update with the margins of its rows and its weights, counted over all of it.
-
-    Raises:
-        DataError: a margin is no number.
-    """
-    margin_P = torch.tensor([_margin(g) for g in update.groups], dtype=torch.float64)
-    weight_P = pair_mean(len(update.groups), learner.totals(update).groups)
-    return update.with_groups(margin=margin_P, weight=weight_P)
+    """The update with its weights, counted over all of it."""
+    return update.with_groups(weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
 def score_loss(function: Callable[..., Tensor]) -> LossFunction:
@@ -65,44 +56,38 @@ def score_loss(function: Callable[..., Tensor]) -> LossFunction:
     each with each.
     """
     asked = set(inspect.signature(function).parameters)
+    rewards = pair_rewards if "score_P2" in asked else ranked_rewards
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        score_PK, reward_PK = tables(values.final_S, part.groups)
-        given = {"score_P2": score_PK, "margin_P": part["margin"], "score_PK": score_PK, "reward_PK": reward_PK}
+        rows_P = Rows([len(g.completions) for g in part.groups]).to(values.final_S.device)
+        score_PK = rows_P.pad(values.final_S)
+        # A shorter group is filled up with unscored completions.
+        reward_PK = rows_P.pad(values.final_S.new_tensor([r for g in part.groups for r in rewards(g)]), math.nan)
+        margin_P = values.final_S.new_tensor([margin(g) if "margin_P" in asked else 0.0 for g in part.groups])
+        given = {"score_P2": score_PK, "margin_P": margin_P, "score_PK": score_PK, "reward_PK": reward_PK}
         loss_P = function(**{name: x for name, x in given.items() if name in asked})
         better_PKK = reward_PK[:, :, None] > reward_PK[:, None, :]
-        margin = (score_PK[:, :, None] - score_PK[:, None, :]).detach()[better_PKK]
-        metrics = {"accuracy": (margin > 0).double(), "margin": margin, "score": values.final_S.detach()}
+        lead = (score_PK[:, :, None] - score_PK[:, None, :]).detach()[better_PKK]
+        metrics = {"accuracy": (lead > 0).double(), "margin": lead, "score": values.final_S.detach()}
         return (loss_P * part["weight"]).sum(), metrics
 
     return loss
 
 
-def tables(score_S: Tensor, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Scores [P, K] and rewards [P, K] of whole groups; a shorter group is filled up with unscored (NaN) rewards.
-
-    The rewards of a pair are 1 and 0.
-    """
-    rows_P = Rows([len(g.completions) for g in groups]).to(score_S.device)
-    reward_S = torch.tensor([r for g in groups for r in rewards_of(g)], dtype=score_S.dtype, device=score_S.device)
-    return rows_P.pad(score_S), rows_P.pad(reward_S, math.nan)
+def pair_rewards(group: Group) -> list[float]:
+    """Of the chosen and the rejected completion."""
+    assert len(group.completions) == 2, "a pair"
+    return [1.0, 0.0]
 
 
-def rewards_of(group: Group) -> list[float]:
-    """The rewards of a ranked row's completions, or of a pair's."""
-    scores = group.example.get("scores", (1.0, 0.0))
+def ranked_rewards(group: Group) -> list[float]:
+    """Of each completion of a ranked row, NaN where it has none; or of a pair's."""
+    scores = group.example.get("scores")
+    if scores is None:
+        return pair_rewards(group)
     return [math.nan if score is None else float(score) for score in scores]
 
 
-def _margin(group: Group) -> float:
-    """By how much the chosen completion's score is to lead: the row's `margin`, or 0.
-
-    Raises:
-        DataError: it is no number.
-    """
-    margin = group.example.get("margin")
-    if margin is None:
-        return 0.0
-    if not isinstance(margin, Real) or not math.isfinite(margin):
-        raise DataError(f"a row's 'margin' is {margin!r}: give a number, or leave it out")
-    return float(margin)
+def margin(group: Group) -> float:
+    """By how much the chosen completion's score is to lead: the row's `margin`, or 0."""
+    return float(group.example.get("margin") or 0.0)

@@ -125,12 +125,18 @@ class Sampler:
         self.scorer = context.scorer(cfg.rewards, policy)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = BuiltinEngine(policy)
-        self.codec = make_codec(policy.tokenizer)
         environment = context.function(cfg.environment, "environment") if cfg.environment else None
         self._collect = (
             partial(collect, self.engine)
             if environment is None
-            else partial(collect_turns, self.engine, self.codec, environment=environment, turns=cfg.turns)
+            else partial(
+                collect_turns,
+                self.engine,
+                make_codec(policy.tokenizer),
+                environment=environment,
+                turns=cfg.turns,
+                longest=policy.longest,
+            )
         )
 
     def sample(self, step: int) -> Rollout:
@@ -253,7 +259,9 @@ def without_unscored(groups: Sequence[Group], reward_PG: Tensor) -> list[Group]:
     """The groups in which completions without a reward have no actions: they are counted nowhere and move nothing."""
     unscored = reward_PG.isnan().tolist()
     return [
-        replace(g, completions=tuple(_without_actions(c) if out else c for c, out in zip(g.completions, row, strict=True)))
+        replace(
+            g, completions=tuple(_without_actions(c) if out else c for c, out in zip(g.completions, row, strict=True))
+        )
         for g, row in zip(groups, unscored, strict=True)
     ]
 

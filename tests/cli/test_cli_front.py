@@ -169,6 +169,8 @@ def test_sample_passes_its_options_on(heavy: Heavy, monkeypatch, capsys) -> None
         ["sample", "m", "x", "--temperature", "0"],
         ["sample", "m", "x", "--top-p", "2"],
         ["sample", "m", "x", "--best-of", "4"],
+        ["sample", "m", "x", "--best-of", "4", "--recipe", "r.yaml", "--judge", "r"],
+        ["sample", "m", "x", "--judge", "r"],
         ["pairs", "m", "--recipe", "r.yaml"],
         ["train"],
         ["trian", "r.yaml"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rlpost.evaluate.evaluator import Answers, Result, estimate_from, percent, summarise
@@ -76,6 +78,14 @@ def test_no_answer_scored_has_no_best():
     assert summary.best_of == wilson(0, 1)
 
 
+def test_the_best_of_a_prompts_answers_is_chosen_by_a_judge():
+    scored = replace(answers([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), judged=[[0.1, -0.2], [3.0, 2.0], [-9.0, -9.5]])
+    summary = summarise(scored, "right", Evaluation())
+    assert summary.judged == wilson(2, 3)
+    assert summary.best_of is None
+    assert [row["judged"] for row in scored.rows(["a", "b", "c"])] == [0.1, -0.2, 3.0, 2.0, -9.0, -9.5]
+
+
 def test_rows_tell_every_answer():
     first, second = answers([[1.0, 0.0]], carry=[True]).rows(["1+1="])
     assert first == {
@@ -100,6 +110,17 @@ def test_the_table_has_a_row_a_stage():
     assert columns == ["stage", "greedy", "greedy, carry"]
     assert [row[0] for row in rows] == ["base", "sft"]
     assert rows[1][1:] == [percent(wilson(1, 2)), percent(wilson(1, 1))]
+
+
+def test_the_table_says_how_good_the_best_of_several_are():
+    def result(judged) -> dict:
+        scored = replace(answers([[1.0, 0.0], [0.0, 0.0]]), judged=judged)
+        return Result({"sampled": summarise(scored, "right", Evaluation(best_of=True))}, ()).to_json()
+
+    columns, rows = stage_table({"base": result(None), "reward": result([[0.0, 1.0], [0.0, 1.0]])})
+    assert columns == ["stage", "sampled", "best of 2 by rewards", "best of 2 by judge"]
+    assert rows[0][2:] == [percent(wilson(1, 2)), ""]
+    assert rows[1][2:] == [percent(wilson(1, 2)), percent(wilson(0, 2))]
 
 
 def test_an_estimate_in_percent():

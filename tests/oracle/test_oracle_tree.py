@@ -9,7 +9,7 @@ import torch
 from rlpost.errors import RecipeError
 from rlpost.oracle import truth
 from rlpost.oracle.multisets import count, multisets
-from rlpost.oracle.problem import binary, table_problem
+from rlpost.oracle.problem import table_problem
 from rlpost.oracle.tree import Tree
 
 
@@ -140,7 +140,7 @@ def test_too_many_multisets_are_none():
 
 @pytest.mark.parametrize("vocabulary", [2, 3, 4])
 @pytest.mark.parametrize("depth", [2, 3, 5])
-def test_rewards_have_three_levels_and_their_halves_two(vocabulary, depth):
-    reward_L = table_problem(Tree(vocabulary, depth), 0).reward_L
-    assert len(reward_L.unique()) >= 3
-    assert binary(reward_L).unique().tolist() == [0.0, 1.0]
+def test_rewards_have_three_levels_and_binary_ones_two(vocabulary, depth):
+    problem = table_problem(Tree(vocabulary, depth), 0)
+    assert len(problem.reward_L.unique()) >= 3
+    assert problem.binary().reward_L.unique().tolist() == [0.0, 1.0]

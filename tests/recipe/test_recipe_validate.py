@@ -88,6 +88,12 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.grpo.max_length=8", "stages.grpo.max_length: 8 leaves no room for a prompt"),
         ("evaluation.pass_at=[1,4]", "evaluation.pass_at[1]: pass@4 needs 4 samples a prompt, not 1"),
         ("evaluation.best_of=true", "evaluation.best_of: needs at least 2 samples"),
+        ("evaluation.judge=runs/reward", "evaluation.judge: chooses among at least 2 samples"),
+        ("evaluation={judge: sft, samples: 4}", "evaluation.judge: 'sft' is of kind sft - name a reward_model stage"),
+        (
+            "evaluation.rewards=[{fn: reward_model, model: sft}]",
+            "evaluation.rewards[0].model: the base model is evaluated before stage 'sft' has run",
+        ),
         ("evaluation.rewards=[]", "evaluation.rewards: missing"),
         ("evaluation.data.test={path: null, stage: pairs}", "evaluation.data.test.stage: only stages read"),
         ("seed=-1", "seed: expected from 0 to"),

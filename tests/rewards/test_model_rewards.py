@@ -150,8 +150,8 @@ def test_steps_are_judged_at_their_last_action():
     model = scalar(DIGITS)
     group = written("12;3;", "4", "5;67")
     found = Judge(model, DIGITS).step_scores([group], ";")
-    # The end token belongs to the last step.
-    assert found == by_hand(model, group, [[2, 5], [1], [1, 4]])
+    # The end token belongs to the last step, and is not read.
+    assert found == by_hand(model, group, [[2, 4], [0], [1, 3]])
     assert found == Judge(model, DIGITS).step_scores([divide(group, DIGITS, ";")], "unused")
     assert all(0 < x < 1 for row in found for x in row)
 
@@ -167,7 +167,7 @@ def test_steps_of_another_tokenizer_are_divided_anew():
     model = scalar(LETTERS)
     group = divide(written("12;3;"), DIGITS, "")
     found = Judge(model, DIGITS).step_scores([group], ";")
-    assert found == by_hand(model, written("12;3;", tokenizer=LETTERS), [[2, 5]])
+    assert found == by_hand(model, written("12;3;", tokenizer=LETTERS), [[2, 4]])
 
 
 def test_a_completion_without_actions_has_no_steps():

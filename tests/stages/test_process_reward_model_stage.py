@@ -47,7 +47,7 @@ def stepped(*lengths: int, first: int = 5, reads: int = 0) -> Completion:
 GROUPS = [
     Group((5, 6), (stepped(2, 1, 3, first=8),), {"labels": [1.0, 0.0, 0.5]}),
     Group((7,), (stepped(1, reads=2, first=20),), {"labels": [0.0]}),
-    Group((8, 9, 10), (stepped(2, 2, reads=3, first=30),), {"labels": [1.0, None]}),
+    Group((8, 9, 10), (stepped(2, 2, reads=3, first=30),), {"labels": [1.0, 0.0]}),
     Group((11,), (stepped(reads=2, first=40),), {"labels": []}),
     # Cut: one of two labels has lost its step.
     Group((12,), (stepped(4, first=50),), {"labels": [1.0, 0.0]}),
@@ -63,11 +63,8 @@ class Alone:
 
 def test_labels_and_weights_are_on_the_last_action_of_each_step():
     update = weighted(Experience(tuple(GROUPS[:3])), Alone())
-    x = math.nan
-    assert update["label"].nan_to_num(-1).tolist() == torch.tensor(
-        [x, 1, 0, x, x, 0.5, 0, x, 1, x, x]
-    ).nan_to_num(-1).tolist()
-    assert update["weight"].tolist() == [0, 0.2, 0.2, 0, 0, 0.2, 0.2, 0, 0.2, 0, 0]
+    assert update["label"].nan_to_num(-1).tolist() == [-1, 1, 0, -1, -1, 0.5, 0, -1, 1, -1, 0]
+    assert (6 * update["weight"]).tolist() == [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]
 
 
 def test_the_loss_by_hand():

@@ -10,13 +10,13 @@ from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradi
 from tiny_recipes import GRPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, run, sha256, weights
 from torch import Tensor
 
-from rlpost.errors import DataError
 from rlpost.experience import Experience
 from rlpost.groups import Completion, Group
 from rlpost.learner import Learner
 from rlpost.objectives.ranking import bradley_terry, ranking
+from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import Values
-from rlpost.stages.reward_model import rewards_of, score_loss, tables, weighted
+from rlpost.stages.reward_model import pair_rewards, ranked_rewards, score_loss, weighted
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 REWARD = {
@@ -51,10 +51,8 @@ def values(*final: float) -> Values:
     return Values(torch.zeros(0), torch.zeros(0), torch.tensor(final, dtype=torch.float64))
 
 
-def as_update(groups, **weights) -> Experience:
-    count = len(groups)
-    margin = torch.tensor([float(g.example.get("margin") or 0) for g in groups], dtype=torch.float64)
-    return Experience(tuple(groups)).with_groups(margin=margin, weight=torch.full((count,), 1 / count).double())
+def as_update(groups) -> Experience:
+    return Experience(tuple(groups)).with_groups(weight=pair_mean(len(groups)))
 
 
 def log_sigmoid(x: float) -> float:
@@ -79,12 +77,22 @@ def test_a_function_is_told_what_it_asks_for_by_name():
 
 
 def test_groups_of_different_sizes_are_filled_up_with_unscored():
-    score_PK, reward_PK = tables(torch.arange(5.0), RANKED[:2])
-    assert score_PK.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 0.0]]
-    assert reward_PK[0].tolist() == [0.5, 2.0, -1.0]
-    assert reward_PK[1, :2].tolist() == [0.0, 1.0]
-    assert bool(reward_PK[1, 2].isnan())
-    assert rewards_of(PAIRS[0]) == [1.0, 0.0]
+    seen = {}
+
+    def remember(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
+        seen.update(score=score_PK, reward=reward_PK)
+        return score_PK.sum(1)
+
+    score_loss(remember)(values(0, 1, 2, 3, 4), as_update(RANKED[:2]))
+    assert seen["score"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 0.0]]
+    assert seen["reward"].nan_to_num(9.0).tolist() == [[0.5, 2.0, -1.0], [0.0, 1.0, 9.0]]
+
+
+def test_scores_of_a_row_mean_nothing_to_a_loss_of_pairs():
+    assert ranked_rewards(PAIRS[0]) == pair_rewards(PAIRS[0]) == [1.0, 0.0]
+    pair = Group((5,), PAIRS[0].completions, {"scores": "high, low"})
+    total, _ = score_loss(bradley_terry)(values(2.0, 1.0), as_update([pair]))
+    assert float(total) == pytest.approx(-log_sigmoid(1.0))
 
 
 def test_what_fills_a_group_up_changes_nothing():
@@ -115,13 +123,6 @@ def test_the_gradient_does_not_depend_on_how_the_update_is_cut(function, groups,
         assert other == pytest.approx(line, abs=1e-9)
     turned, _ = gradient(model, groups[::-1], weighted, loss, 16, whole_groups=True)
     assert float((turned - whole).norm() / whole.norm()) < 1e-12
-
-
-@pytest.mark.parametrize("margin", ["big", float("nan"), [1.0]])
-def test_a_margin_that_is_no_number_is_refused(margin):
-    learner = object()
-    with pytest.raises(DataError, match=r"a row's 'margin' is .*: give a number, or leave it out"):
-        weighted(Experience((Group((5,), PAIRS[0].completions, {"margin": margin}),)), learner)
 
 
 def scores(folder, rows=PREFERENCES) -> Tensor:
@@ -184,6 +185,24 @@ def test_killed_in_the_middle_it_ends_as_if_it_had_gone_through(tmp_path, monkey
     for file in ("final/adapter_model.safetensors", "final/scalar_head.safetensors", "metrics.jsonl"):
         paths = [tmp_path / "runs" / name / "reward" / file for name in ("run", "whole")]
         assert sha256(paths[0]) == sha256(paths[1]), file
+
+
+def test_rankings_are_learned_whole(tmp_path):
+    answers = [[f"{(a + b) % 10}{a}", f"{(a + b) % 10}", f"{(a + b + 1) % 10}"] for a in range(2) for b in range(2)]
+    prompts = [f"{a}+{b}=" for a in range(2) for b in range(2)]
+    rows = [
+        # One group is shorter; an answer nobody scored has no part in it.
+        {"prompt": p, "completions": x[: 3 - i % 2], "scores": [2.0, 1.0, None if i == 2 else 0.0][: 3 - i % 2]}
+        for i, (p, x) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    jsonl(tmp_path / "ranked.jsonl", rows)
+    settings = {**REWARD, "data": {"ranked": {"path": "ranked.jsonl"}}, "loss": {"fn": "ranking"}, "steps": 30}
+    run(tmp_path, {"reward": settings})
+    first, *_, last = metrics(tmp_path, "reward")
+    # log 3! for three, log 2 for two.
+    assert first["loss"] == pytest.approx((math.log(6) + 3 * math.log(2)) / 4, abs=0.3)
+    assert last["loss"] < 0.3
+    assert last["accuracy"] == 1.0
 
 
 @LORA_OR_NOT

@@ -1,0 +1,182 @@
+"""Rows of one kind each as groups: text, answers, conversations, pairs.
+
+A prompt is text or a list of messages; text goes to the model as it is, messages through the chat template.
+Prompt and completion are tokenised apart, so a prompt's ids are those that generation sees. The end of
+every completion is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlpost.data import chat
+from rlpost.data.codec import Codec
+from rlpost.data.columns import missing
+from rlpost.errors import DataError, ModelError
+from rlpost.groups import Completion, Group
+
+Row = Mapping[str, Any]
+
+
+def encode_text(row: Row, codec: Codec, place: str) -> Group:
+    """The begin token, or else the first token, is the prompt: what comes first is never predicted."""
+    text = as_text(value_of(row, "text", place), "text", place)
+    completion = plain_completion(text, codec, place)
+    begin = codec.begin or begin_token(codec)
+    if begin:
+        without = completion.ids[len(begin) :] if completion.ids[: len(begin)] == begin else completion.ids
+        prompt, ids = begin, without
+    else:
+        prompt, ids = completion.ids[:1], completion.ids[1:]
+    if not ids:
+        raise DataError(f"{place}: 'text' is empty")
+    return Group(prompt, (Completion(ids, (True,) * len(ids), completion.text),), row)
+
+
+def encode_answered(row: Row, codec: Codec, place: str) -> Group:
+    """A prompt with its answer."""
+    prompt, answer = value_of(row, "prompt", place), value_of(row, "completion", place)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        if not answer:
+            raise DataError(f"{place}: 'completion' is empty")
+        return Group(plain_prompt(prompt, codec, place), (plain_completion(answer, codec, place),), row)
+    asked = as_messages(prompt, "user", f"{place}, prompt")
+    answered = as_messages(answer, "assistant", f"{place}, completion")
+    ids, completion = conversation(row, asked + answered, len(asked), codec, place)
+    return Group(ids, (completion,), row)
+
+
+def encode_pair(row: Row, codec: Codec, place: str) -> Group:
+    """A prompt with a chosen and a rejected answer, in this order."""
+    chosen, rejected = value_of(row, "chosen", place), value_of(row, "rejected", place)
+    plain = isinstance(chosen, str) and isinstance(rejected, str)
+    if plain and isinstance(value_of(row, "prompt", place), str):
+        prompt = plain_prompt(row["prompt"], codec, place)
+        return Group(prompt, tuple(plain_completion(text, codec, place) for text in (chosen, rejected)), row)
+    good = as_messages(chosen, "assistant", f"{place}, chosen")
+    bad = as_messages(rejected, "assistant", f"{place}, rejected")
+    if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":
+        # Whole conversations carry their prompt with them: what they have in common.
+        first = common(good, bad, place)
+    else:
+        asked = as_messages(value_of(row, "prompt", place), "user", f"{place}, prompt")
+        first, good, bad = len(asked), asked + good, asked + bad
+    prompt, better = conversation(row, good, first, codec, f"{place}, chosen")
+    other, worse = conversation(row, bad, first, codec, f"{place}, rejected")
+    if prompt != other:
+        raise DataError(
+            f"{place}: the chat template gives chosen and rejected different prompts: "
+            "give each a single assistant turn, or set model.chat_template=FILE.jinja"
+        )
+    return Group(prompt, (better, worse), row)
+
+
+def common(good: Sequence[chat.Message], bad: Sequence[chat.Message], place: str) -> int:
+    """How many messages two conversations share, up to where an assistant answers."""
+    shared = 0
+    while shared < min(len(good), len(bad)) and good[shared] == bad[shared]:
+        shared += 1
+    if shared == 0 or shared in (len(good), len(bad)):
+        what = "nothing in common to be the prompt" if shared == 0 else "no difference after their common part"
+        raise DataError(f"{place}: chosen and rejected have {what}")
+    if good[shared]["role"] != "assistant" or bad[shared]["role"] != "assistant":
+        raise DataError(f"{place}: chosen and rejected first differ in message {shared + 1}, which is no assistant's")
+    return shared
+
+
+def conversation(
+    row: Row, messages: list[chat.Message], first: int, codec: Codec, place: str
+) -> tuple[tuple[int, ...], Completion]:
+    """Prompt ids and completion of a conversation whose assistant turns from `first` on are trained."""
+    template = template_of(codec, place)
+    cut = chat.segments(codec.tokenizer, template, messages, place, first=first, tools=row.get("tools"))
+    ids: list[int] = []
+    action: list[bool] = []
+    for segment in cut[1:]:
+        piece = codec.ids(segment.text, place)
+        if segment.trained and (piece[-1] != template.stop_id or template.stop_id in piece[:-1]):
+            raise DataError(f"{place}: a turn does not end with its one stop token {template.stop!r}")
+        ids += piece
+        action += [segment.trained] * len(piece)
+    last = next(m for m in reversed(messages) if m["role"] == "assistant")
+    prompt = codec.ids(cut[0].text, place)
+    return prompt, Completion(tuple(ids), tuple(action), last["content"])
+
+
+def plain_completion(text: str, codec: Codec, place: str) -> Completion:
+    """A plain completion: its tokens and the end token."""
+    ids = codec.ids(text, place)
+    if codec.end in ids[:-1]:
+        raise DataError(f"{place}: the end token stands inside a completion: take it out")
+    if ids[-1:] != (codec.end,):
+        ids = (*ids, codec.end)
+    return Completion(ids, (True,) * len(ids), text.removesuffix(codec.tokenizer.eos_token))
+
+
+def prompt_ids(row: Row, codec: Codec, place: str) -> tuple[int, ...]:
+    """The ids of a row's prompt."""
+    prompt = value_of(row, "prompt", place)
+    if isinstance(prompt, str):
+        return plain_prompt(prompt, codec, place)
+    messages = as_messages(prompt, "user", f"{place}, prompt")
+    return conversation_prompt(row, messages, codec, place)
+
+
+def conversation_prompt(row: Row, messages: list[chat.Message], codec: Codec, place: str) -> tuple[int, ...]:
+    """The ids of a conversation that is to be answered."""
+    if not messages or messages[-1]["role"] == "assistant":
+        raise DataError(f"{place}: the prompt ends with an assistant turn: there is nothing to answer")
+    template_of(codec, place)
+    text = chat.render(codec.tokenizer, messages, place, tools=row.get("tools"), generation=True)
+    return codec.ids(text, place)
+
+
+def plain_prompt(prompt: str, codec: Codec, place: str) -> tuple[int, ...]:
+    """The ids of a plain prompt, never empty."""
+    ids = codec.ids(prompt, place)
+    if ids[: len(codec.begin)] != codec.begin:
+        ids = (*codec.begin, *ids)
+    ids = ids or begin_token(codec)
+    if not ids:
+        raise DataError(f"{place}: 'prompt' is empty, and the tokenizer has no begin token to stand for it")
+    return ids
+
+
+def begin_token(codec: Codec) -> tuple[int, ...]:
+    """What can stand for an empty prompt."""
+    begin = codec.tokenizer.bos_token_id
+    return () if begin is None else (begin,)
+
+
+def template_of(codec: Codec, place: str) -> chat.Template:
+    """The chat template, which must be there."""
+    if codec.template is None:
+        raise ModelError(f"{place}: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
+    return codec.template
+
+
+def as_messages(value: Any, role: str, place: str) -> list[chat.Message]:
+    """Messages as they are, text as the one message of `role`."""
+    return chat.validate([{"role": role, "content": value}] if isinstance(value, str) else value, place)
+
+
+def value_of(row: Row, column: str, place: str) -> Any:
+    """The text or messages in a column."""
+    if column not in row:
+        raise DataError(f"{place} {missing(column, row)}")
+    value = row[column]
+    if not isinstance(value, str | list | tuple):
+        kind = "null" if value is None else f"{type(value).__name__} ({value!r:.40})"
+        raise DataError(
+            f"{place}: {column!r} is {kind}, not text or messages: "
+            f'a template makes text of it, columns: {{{column}: "{{{column}}}"}}'
+        )
+    return value
+
+
+def as_text(value: Any, column: str, place: str) -> str:
+    """The value, which must be text."""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {column!r} must be text")
+    return value

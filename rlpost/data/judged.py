@@ -1,0 +1,160 @@
+"""Rows that carry a judgement: a label, scores of several answers, labels of steps, or rollouts with their rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlpost.data.codec import Codec
+from rlpost.data.encoders import (
+    Row,
+    as_messages,
+    conversation,
+    encode_answered,
+    encode_pair,
+    plain_completion,
+    plain_prompt,
+    prompt_ids,
+)
+from rlpost.errors import DataError
+from rlpost.groups import Completion, Group
+
+REWARDS = "recorded_rewards"
+"""The column of a recorded group's example that holds its completions' rewards."""
+_TRUE, _FALSE = ("true", "1", "yes", "good"), ("false", "0", "no", "bad")
+
+
+def encode_labelled(row: Row, codec: Codec, place: str) -> Group:
+    """`prompt, completion, label`: one completion; the label is a boolean in the example.
+
+    Raises:
+        DataError: the label is neither true nor false.
+    """
+    given = row["label"]
+    word = str(given).strip().lower()
+    if isinstance(given, float) or word not in (*_TRUE, *_FALSE):
+        raise DataError(f"{place}: 'label' is {given!r:.40}, neither true (desirable) nor false")
+    return encode_answered({**row, "label": word in _TRUE}, codec, place)
+
+
+def encode_ranked(row: Row, codec: Codec, place: str) -> Group:
+    """`prompt, completions, scores`: K completions; or a pair, whose chosen answer scores 1 and rejected one 0.
+
+    Raises:
+        DataError: the lists do not fit together, or all scores are equal.
+    """
+    if "completions" not in row:
+        pair = encode_pair(row, codec, place)
+        return Group(pair.prompt, pair.completions, {**row, "scores": [1.0, 0.0]})
+    answers, scores = _list(row, "completions", place), _list(row, "scores", place)
+    if len(answers) != len(scores):
+        raise DataError(f"{place}: {len(answers)} completions have {len(scores)} scores; give one for each")
+    numbers = [None if s is None else _number(s, f"scores[{i}]", place) for i, s in enumerate(scores)]
+    if len({s for s in numbers if s is not None}) < 2:
+        raise DataError(f"{place}: a ranking needs two completions of different scores; leave the row out")
+    encoded = [_answer(row, answer, codec, f"{place}, completions[{i}]") for i, answer in enumerate(answers)]
+    prompts = {prompt for prompt, _ in encoded}
+    if len(prompts) > 1:
+        raise DataError(f"{place}: the chat template gives its completions different prompts")
+    return Group(encoded[0][0], tuple(c for _, c in encoded), {**row, "scores": numbers})
+
+
+def encode_steps(row: Row, codec: Codec, place: str) -> Group:
+    """`prompt, steps, labels`: one completion, its steps one after the other, each tokenised apart, no end token.
+
+    Raises:
+        DataError: the lists do not fit together, a step is empty, or a label is not from 0 to 1.
+    """
+    texts, labels = _list(row, "steps", place), _list(row, "labels", place)
+    if len(texts) != len(labels) or not texts:
+        raise DataError(f"{place}: {len(texts)} steps have {len(labels)} labels; give at least one step, and each one")
+    numbers = [_number(x, f"labels[{i}]", place) for i, x in enumerate(labels)]
+    for i, x in enumerate(numbers):
+        if not 0 <= x <= 1:
+            raise DataError(f"{place}: labels[{i}] is {x:g}; a step is wrong (0) or right (1), or something between")
+    ids: list[int] = []
+    lengths = []
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{place}: steps[{i}] is {text!r:.40}, not text")
+        piece = codec.ids(text, f"{place}, steps[{i}]")
+        ids += piece
+        lengths.append(len(piece))
+    completion = Completion(tuple(ids), (True,) * len(ids), "".join(texts), steps=tuple(lengths))
+    return Group(prompt_ids(row, codec, place), (completion,), {**row, "labels": numbers})
+
+
+def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
+    """A line of rollouts/*.jsonl as it was sampled; its rewards stand in the example.
+
+    Raises:
+        DataError: it does not fit together, or speaks another vocabulary.
+    """
+    prompt = _ids(_list(row, "prompt", place), codec, f"{place}, prompt")
+    example = row.get("example") or {}
+    given = _list(row, "completions", place)
+    if not prompt or not given or not isinstance(example, Mapping):
+        raise DataError(
+            f"{place}: a recorded rollout has a prompt, completions, and the row they are about as `example`"
+        )
+    completions, rewards = [], []
+    for i, c in enumerate(given):
+        where = f"{place}, completions[{i}]"
+        if not isinstance(c, Mapping) or not {"ids", "action", "logprobs"} <= set(c):
+            raise DataError(f"{where} needs ids, action and logprobs, as rollouts/*.jsonl has them")
+        ids = _ids(c["ids"], codec, where)
+        action = tuple(bool(a) for a in c["action"])
+        logprobs = tuple(_number(x, "logprobs", where) for x in c["logprobs"])
+        if len(action) != len(ids) or len(logprobs) != sum(action):
+            raise DataError(
+                f"{where}: {len(ids)} ids, {len(action)} flags of action and {len(logprobs)} logprobs for "
+                f"{sum(action)} actions do not fit together"
+            )
+        completions.append(Completion(ids, action, str(c.get("text", "")), str(c.get("finish", "")), logprobs))
+        reward = c.get("reward")
+        rewards.append(None if reward is None else _number(reward, "reward", where))
+    return Group(prompt, tuple(completions), {**example, REWARDS: rewards})
+
+
+def check_margin(row: Row, place: str) -> None:
+    """A pair may say by how much its chosen answer is better.
+
+    Raises:
+        DataError: its `margin` is no number.
+    """
+    if row.get("margin") is not None:
+        _number(row["margin"], "margin", place)
+
+
+def _answer(row: Row, answer: Any, codec: Codec, place: str) -> tuple[tuple[int, ...], Completion]:
+    if isinstance(answer, str) and isinstance(row.get("prompt"), str):
+        return plain_prompt(row["prompt"], codec, place), plain_completion(answer, codec, place)
+    asked = as_messages(row.get("prompt"), "user", f"{place}, prompt")
+    answered = as_messages(answer, "assistant", place)
+    return conversation(row, asked + answered, len(asked), codec, place)
+
+
+def _list(row: Row, column: str, place: str) -> Sequence[Any]:
+    value = row.get(column)
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{place}: {column!r} is {type(value).__name__}, not a list")
+    return value
+
+
+def _number(value: Any, what: str, place: str) -> float:
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: {what} is {value!r:.40}, not a finite number")
+    return float(value)
+
+
+def _ids(value: Any, codec: Codec, place: str) -> tuple[int, ...]:
+    vocabulary = len(codec.tokenizer)
+    for i in value:
+        if not isinstance(i, int) or not 0 <= i < vocabulary:
+            raise DataError(
+                f"{place}: token {i!r:.20} is none of the tokenizer's {vocabulary}; record with this model's"
+            )
+    return tuple(value)

@@ -1,0 +1,155 @@
+"""Episodes of several turns: the model says something, an environment answers, until one of them is done.
+
+An environment is a function of what has been said: (text of the model's last turn, its turns so far, the row) ->
+its reply as text, or None when the episode is over. What it replies becomes part of the completion, as tokens that
+are no actions: they are read, and nothing is learned from having written them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from rlpost.data.codec import Codec
+from rlpost.errors import EngineError, RlpostError
+from rlpost.groups import Completion, Group
+from rlpost.recipe.functions import Bound
+from rlpost.recipe.schema import Sampling
+from rlpost.rollout.engine import Engine
+from rlpost.rollout.streams import prompt_streams
+
+
+@dataclass
+class _Episode:
+    """One completion as it grows."""
+
+    group: Group
+    stream: int
+    ids: list[int] = field(default_factory=list)
+    action: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    finish: str = ""
+
+    def say(self, turn: Completion) -> None:
+        """The model's turn."""
+        self.ids += turn.ids
+        self.action += turn.action
+        self.logprobs += turn.logprobs
+        self.turns.append(turn.text)
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """The environment's."""
+        self.ids += ids
+        self.action += [False] * len(ids)
+
+    def completion(self) -> Completion:
+        """What a reward reads: its text is the last turn's, the conclusion."""
+        text = self.turns[-1] if self.turns else ""
+        return Completion(tuple(self.ids), tuple(self.action), text, self.finish, tuple(self.logprobs))
+
+
+def collect_turns(
+    engine: Engine,
+    codec: Codec,
+    groups: Sequence[Group],
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    greedy: bool = False,
+    first: int = 0,
+    *,
+    environment: Bound,
+    turns: int,
+    longest: int,
+) -> list[Group]:
+    """The groups with `n` episodes each, in place of what completions they had.
+
+    Args:
+        engine: what samples; synchronised by the caller.
+        codec: tokenises what the environment replies.
+        groups: prompts with their rows.
+        n: episodes a prompt.
+        sampling: how tokens are drawn; `max_new_tokens` holds for a whole episode, replies included.
+        seed: of this call's random streams. An episode depends on its prompt's stream, its index and its turns.
+        greedy: take the most likely tokens.
+        first: number of the first prompt when a larger set is collected in parts.
+        environment: the function that replies.
+        turns: most turns of the model.
+        longest: positions of the model.
+
+    Raises:
+        EngineError: the environment failed, or did not reply with text.
+    """
+    streams = prompt_streams(seed, first, len(groups))
+    episodes = [
+        _Episode(group, stream)
+        for group, stream in zip(groups, streams, strict=True)
+        for stream in prompt_streams(stream, 0, n)
+    ]
+    for turn in range(turns):
+        going = [e for e in episodes if not e.finish]
+        for budget, some in _by_budget(going, sampling.max_new_tokens, longest).items():
+            prompts = [(*e.group.prompt, *e.ids) for e in some]
+            own = [prompt_streams(e.stream, turn, 1)[0] for e in some]
+            said = engine.generate(prompts, 1, replace(sampling, max_new_tokens=budget), own, greedy)
+            for episode, (completion,) in zip(some, said, strict=True):
+                episode.say(completion)
+                last = turn + 1 == turns
+                _reply(episode, completion, environment, codec, last, sampling.max_new_tokens, longest)
+    found = iter(episodes)
+    return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
+
+
+def _by_budget(episodes: Sequence[_Episode], limit: int, longest: int) -> dict[int, list[_Episode]]:
+    """Episodes by how many tokens each may still have."""
+    found: dict[int, list[_Episode]] = {}
+    for e in episodes:
+        room = min(limit - len(e.ids), longest - len(e.group.prompt) - len(e.ids))
+        found.setdefault(room, []).append(e)
+    return found
+
+
+def _reply(
+    episode: _Episode,
+    said: Completion,
+    environment: Callable[..., str | None],
+    codec: Codec,
+    last: bool,
+    limit: int,
+    longest: int,
+) -> None:
+    """The environment's answer to a turn, or the end of the episode."""
+    if said.finish == "length" or last:
+        episode.finish = said.finish
+        return
+    reply = _ask(environment, episode)
+    if reply is None:
+        episode.finish = "stop"
+        return
+    ids = codec.ids(reply, "the environment's reply")
+    used = len(episode.ids) + len(ids)
+    # A turn needs room for one token at least.
+    if used >= limit or len(episode.group.prompt) + used >= longest:
+        episode.finish = "length"
+        return
+    episode.hear(ids)
+
+
+def _ask(environment: Callable[..., str | None], episode: _Episode) -> str | None:
+    supplied = {"text": episode.turns[-1], "turns": list(episode.turns), "example": dict(episode.group.example)}
+    asked = inspect.signature(environment).parameters
+    try:
+        reply = environment(**{name: value for name, value in supplied.items() if name in asked})
+    except RlpostError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EngineError(
+            f"environment: {type(error).__name__}: {reason}, on the turn {episode.turns[-1][:60]!r}; "
+            "mend the function, or let it return None to end the episode"
+        ) from error
+    if reply is not None and not isinstance(reply, str):
+        raise EngineError(f"environment: returned {type(reply).__name__}; return text, or None to end the episode")
+    return reply
