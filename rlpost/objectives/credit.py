@@ -181,6 +181,18 @@ def monte_carlo_values(value_K: Tensor, reward_S: Tensor, steps: Steps) -> Tenso
     return steps.spread(after_K - value_K)
 
 
+def potential_shaping(potential_N: Tensor, rows: Rows, *, gamma: float = 1.0) -> Tensor:
+    """[N] γΦ(s′) − Φ(s), with Φ = 0 after the end (Ng, Harada & Russell 1999): the best policy stays the best.
+
+    The sum over a completion telescopes to −Φ(its prompt) at γ = 1, whatever was done; a Φ that is not 0 at the end
+    would pay for ending well in its own eyes. `potential_N` is Φ of the state in which each action was taken.
+    """
+    potential_N = widen(potential_N)
+    next_SL = rows.pad(potential_N)[:, 1:]
+    after_N = rows.flatten(torch.cat([next_SL, next_SL.new_zeros(rows.completions, 1)], 1)) if rows.actions else potential_N
+    return gamma * after_N - potential_N
+
+
 def _discounted(x_SL: Tensor, factor: float) -> Tensor:
     """[S, L] Σ_{k≥t} factor^{k−t} x_k along each row."""
     sums = torch.zeros_like(x_SL)

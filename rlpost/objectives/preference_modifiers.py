@@ -1,84 +1,128 @@
-"""What may be done to pairs before any pair loss: another divergence, weights of confidence.
+"""What may be done to pairs before any pair loss: another divergence, less regard for length, weights of confidence.
 
-Each takes pairs and gives pairs, so that it composes with every loss. Also the mixing of a reference that follows.
-Axes: P pairs, 2 = (chosen, rejected).
+Each modifier takes pairs and gives pairs, so that it composes with every loss. Divergences and lengths change Δ, which
+losses without a reference (`simpo`, `cpo`, `orpo`) do not have. Below them, how a reference follows the policy.
+
+Axes: P pairs, 2 = (chosen, rejected), N action tokens; of a low-rank adapter, r its rank.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlpost.objectives.kl import LIMIT
-from rlpost.objectives.preference import Pairs
+from rlpost.objectives.preference import Pairs, beyond_shorter
+from rlpost.objectives.rows import Rows, widen
 
 
-def f_divergence(pairs: Pairs, *, kind: str = "jensen_shannon", alpha: float = 0.5) -> Pairs:
-    """Pairs whose log-ratios Δ became f′(e^Δ), for another divergence than reverse KL (arXiv:2309.16240, table 1).
+def f_divergence(pairs: Pairs, *, kind: str = "reverse_kl", alpha: float = 0.5) -> Pairs:
+    """Pairs with f′(e^Δ) in the place of Δ: another divergence than reverse KL (Wang et al. 2023, arXiv:2309.16240).
 
-    `reverse_kl`: Δ + 1; `forward_kl`: −e^{−Δ}; `jensen_shannon`: log(2e^Δ/(1 + e^Δ)); `alpha`: (1 − e^{−αΔ})/α, between
-    reverse (α → 0) and forward KL (α = 1). Constants fall out of the margin. Δ is clamped to ±20 before it is
-    exponentiated.
+    `reverse_kl`: Δ; `forward_kl`: 1 − e^{−Δ}; `jensen_shannon`: log(2e^Δ/(1 + e^Δ)); `alpha`: (1 − e^{−αΔ})/α, which is
+    reverse KL for α → 0 and forward KL for α = 1. f is free up to c·(u − 1), which changes f′ by c: we take f′(1) = 0,
+    so that a policy at its reference has 0 also in losses that look at one side alone; margins, and so the paper's
+    loss, do not depend on c. Δ is held above −20 where it is exponentiated.
 
     Raises:
         ValueError: for another kind, or α outside (0, 1].
     """
-    delta_P2 = pairs.delta_P2.clamp(-LIMIT, LIMIT)
+    delta_P2 = pairs.delta_P2
     if kind == "reverse_kl":
-        changed_P2 = delta_P2 + 1
+        ratio_P2 = delta_P2
     elif kind == "forward_kl":
-        changed_P2 = -(-delta_P2).exp()
+        ratio_P2 = _alpha(delta_P2, 1.0)
     elif kind == "jensen_shannon":
-        changed_P2 = delta_P2 - torch.nn.functional.softplus(delta_P2) + torch.log(torch.tensor(2.0)).to(delta_P2)
+        ratio_P2 = F.logsigmoid(delta_P2) + math.log(2)
     elif kind == "alpha":
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha lies between reverse KL (towards 0) and forward KL (1), got {alpha}")
-        changed_P2 = -(-alpha * delta_P2).expm1() / alpha
+        ratio_P2 = _alpha(delta_P2, alpha)
     else:
-        raise ValueError(f"kind={kind!r}: reverse_kl, forward_kl, jensen_shannon or alpha")
-    return replace(pairs, logp_P2=changed_P2 + pairs.reference_P2)
+        raise ValueError(f"kind={kind!r}: a divergence is reverse_kl, forward_kl, jensen_shannon or alpha")
+    return replace(pairs, ratio_P2=ratio_P2)
+
+
+def _alpha(delta_P2: Tensor, alpha: float) -> Tensor:
+    return -(-alpha * delta_P2.clamp(min=-LIMIT)).expm1() / alpha
+
+
+def length_desensitised(pairs: Pairs, *, alpha: float = 0.5) -> Pairs:
+    """Pairs in whose Δ an action beyond the shorter one's length counts α (LD-DPO, Liu et al. 2024, arXiv:2409.06411).
+
+    The reference is weighed like the policy, so that Δ is 0 where they agree. α = 1 changes nothing, at α = 0 the
+    excess is cut off. Lengths stay as they are.
+
+    Raises:
+        ValueError: if α is not in [0, 1], or the pairs do not know what lies beyond.
+    """
+    _check_share(alpha)
+    if pairs.excess_P2 is None:
+        raise ValueError("these pairs do not say what lies beyond the shorter completion: make them with pairs_of")
+    if pairs.ratio_P2 is not None:
+        raise ValueError("length_desensitised weighs actions, so it stands before f_divergence: change their order")
+    return replace(pairs, ratio_P2=pairs.delta_P2 - (1 - alpha) * pairs.excess_P2)
+
+
+def length_multipliers(rows: Rows, alpha: float) -> Tensor:
+    """[N] what `length_desensitised` multiplies each action with: 1, and α beyond the shorter completion's length."""
+    _check_share(alpha)
+    return 1 - (1 - alpha) * beyond_shorter(rows).to(torch.float64)
+
+
+def _check_share(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is what an action beyond the shorter one's length counts, in [0, 1], got {alpha}")
 
 
 def confidence(pairs: Pairs) -> Pairs:
-    """Pairs weighed by the policy's own mean probability of both, detached (WPO, Zhou et al. 2024, arXiv:2406.11827, eq. 2).
+    """Pairs weighed by how likely the policy itself is to say both, detached (WPO, Zhou et al. 2024, arXiv:2406.11827).
 
-    w = exp(mean logp_w + mean logp_l): what the policy would hardly say teaches it less. The paper's aligned variant
-    divides by the sum of squared probabilities in each state, which this plain one leaves out.
+    w = exp(mean logp_w + mean logp_l): the length-normalised probabilities, plain. Where the pairs know the chance
+    that two draws agree (`collision_N` of `pairs_of`), the paper's sampled alignment: every action's π(y) is divided by
+    Σ_v π(v)², its mean over draws, so that a sample of the policy itself weighs about 1; w is at most 1, which the
+    paper's formula leaves open.
     """
-    weight_P = pairs.mean_logp_P2.detach().sum(1).exp()
+    logp_P2 = pairs.logp_P2 if pairs.collision_P2 is None else pairs.logp_P2 - pairs.collision_P2
+    weight_P = (logp_P2 / pairs.length_P2.clamp(min=1)).detach().sum(1).clamp(max=0).exp()
     return replace(pairs, weight_P=weight_P if pairs.weight_P is None else pairs.weight_P * weight_P)
 
 
-def mix(policy: Tensor, reference: Tensor, share: float) -> Tensor:
-    """share·policy + (1 − share)·reference, the new reference (TR-DPO, arXiv:2404.09656, eq. 3)."""
-    return share * policy + (1 - share) * reference
+def mix(policy: Tensor, reference: Tensor, alpha: float) -> Tensor:
+    """α·π + (1 − α)·ref: the weights of the next reference (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
+    return alpha * widen(policy) + (1 - alpha) * widen(reference)
 
 
-def mix_lora(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], share: float) -> tuple[Tensor, Tensor]:
-    """(A [r + r′, in], B [out, r + r′]) with B·A = share·B_p·A_p + (1 − share)·B_r·A_r exactly.
+def mix_lora(
+    a_policy: Tensor, b_policy: Tensor, a_reference: Tensor, b_reference: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """(A [2r, in], B [out, 2r]) with B·A = α·B_p·A_p + (1 − α)·B_r·A_r: `mix` of low-rank adapters, exactly.
 
-    Products are mixed by stacking ranks. Mixing the factors is another matter: (B_p + B_r)(A_p + A_r)/4 has cross
-    terms that belong to neither.
-
-    Args:
-        policy: (A [r, in], B [out, r]) of the policy's adapter.
-        reference: likewise, of any rank.
-        share: of the policy.
+    What acts is the product, and the mean of products is not the product of means, which has cross terms that belong
+    to neither; stacked along the rank, the products stay apart. Both adapters have the same scale, which the result
+    keeps although its rank has grown. The ranks may differ.
     """
-    (a_p, b_p), (a_r, b_r) = policy, reference
-    return torch.cat([a_p, a_r]), torch.cat([share * b_p, (1 - share) * b_r], 1)
+    a = torch.cat([widen(a_policy), widen(a_reference)])
+    return a, torch.cat([alpha * widen(b_policy), (1 - alpha) * widen(b_reference)], 1)
 
 
 def recompressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(A [rank, in], B [out, rank]) nearest to B·A, and the relative error ‖B·A − B′·A′‖/‖B·A‖ (Eckart–Young).
+    """(A′ [rank, in], B′ [out, rank], ‖B·A − B′·A′‖/‖B·A‖), the product nearest to B·A (Eckart & Young 1936).
 
-    Mixing again and again stacks ranks without end; QR of both factors keeps the singular values of the small core.
+    Stacking adds ranks with every refresh. The singular values are those of the small core between the two factors'
+    orthonormal bases; each factor gets their roots. A rank beyond the product's own is filled up with zeros.
     """
-    q_out, r_out = torch.linalg.qr(b)
-    q_in, r_in = torch.linalg.qr(a.T)
-    u, s, v = torch.linalg.svd(r_out @ r_in.T)
-    root = s[:rank].sqrt()
-    lost = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt().clamp(min=torch.finfo(s.dtype).tiny))
-    return root[:, None] * (v[:rank] @ q_in.T), (q_out @ u[:, :rank]) * root, lost
+    basis_out, core_out = torch.linalg.qr(widen(b))
+    basis_in, core_in = torch.linalg.qr(widen(a).T)
+    u, s, v = torch.linalg.svd(core_out @ core_in.T, full_matrices=False)
+    norm = float(s.norm())
+    kept = s[:rank]
+    missing = rank - len(kept)
+    a_new = kept.sqrt()[:, None] * (v[:rank] @ basis_in.T)
+    b_new = (basis_out @ u[:, :rank]) * kept.sqrt()
+    error = float(s[rank:].norm()) / norm if norm > 0 else 0.0
+    return F.pad(a_new, (0, 0, 0, missing)), F.pad(b_new, (0, missing)), error

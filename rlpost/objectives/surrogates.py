@@ -116,7 +116,7 @@ def soft_adaptive(
     tau_negative: float = 1.05,
 ) -> Tensor:
     """[N] −(4/τ)·σ(τ(r − 1))·A, τ by the advantage's sign (SAPO, arXiv:2511.20347, eq. 6): slope −A at r = 1."""
-    tau_N = torch.where(advantage_N > 0, tau_positive, tau_negative).to(advantage_N)
+    tau_N = torch.full_like(advantage_N, tau_negative).masked_fill(advantage_N > 0, tau_positive)
     return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio(logp_N, old_logp_N) - 1)) * advantage_N
 
 

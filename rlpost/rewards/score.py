@@ -7,7 +7,7 @@ import inspect
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
 from types import MappingProxyType
@@ -15,24 +15,15 @@ from typing import Any
 
 from rlpost.errors import RecipeError, RewardError, RlpostError
 from rlpost.groups import Completion, Group, completions
+from rlpost.rewards.tree import BoundReward, Reward, evaluate, leaves, names, weighted_sum
+
+__all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean"]
 
 LARGEST = 1e12
 """Largest size of a reward: squares of larger ones, summed over a group, leave float32."""
 
 Nested = list[list[float | None]]
 """[P][G] one number a completion, None where it is unscored."""
-
-
-@dataclass(frozen=True)
-class BoundReward:
-    """A reward function ready to be called."""
-
-    name: str
-    """What it is logged under."""
-    weight: float
-    """Its weight in the sum."""
-    function: Callable[..., Any]
-    """The function with its arguments applied: `completion(s)` and `example(s)` remain."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,9 @@ class Scores:
     total: Nested
     """[P][G] weighted sums; None where any reward with a weight other than 0 is None."""
     by_name: dict[str, Nested]
-    """[P][G] each reward, without its weight."""
+    """[P][G] each reward and each node of the tree, without its weight."""
+    by_step: dict[str, list[list[float]]] = field(default_factory=dict)
+    """[S] what rewards by step gave each step of a completion, by name."""
 
     def means(self) -> dict[str, float]:
         """Mean of each reward over the completions it scored; rewards that scored none are left out."""
@@ -65,6 +58,24 @@ def mean(values: Nested) -> float | None:
     return math.fsum(scored) / len(scored) if scored else None
 
 
+def joined(scores: Sequence[Scores], order: Sequence[int]) -> Scores:
+    """The groups of several scores one after the other, those of `order` alone and in that order."""
+
+    def groups(parts: Sequence[Nested]) -> Nested:
+        flat = [row for part in parts for row in part]
+        return [flat[i] for i in order]
+
+    def steps(name: str) -> list[list[float]]:
+        # Steps lie completion after completion: they are cut into groups as the totals are.
+        flat = [s.by_step[name] for s in scores]
+        cut = [_nest(own, s.total) for own, s in zip(flat, scores, strict=True)]
+        return [step for row in groups(cut) for step in row]  # type: ignore[arg-type,misc]
+
+    first = scores[0]
+    by_name = {name: groups([s.by_name[name] for s in scores]) for name in first.by_name}
+    return Scores(groups([s.total for s in scores]), by_name, {name: steps(name) for name in first.by_step})
+
+
 class Scorer:
     """Calls reward functions and checks what they return. An error in one stops the run, by its name.
 
@@ -72,80 +83,139 @@ class Scorer:
         RecipeError: no rewards, two of one name, or a function that does not take what it is given.
     """
 
-    def __init__(self, rewards: Sequence[BoundReward]) -> None:
+    def __init__(self, rewards: Sequence[Reward]) -> None:
         if not rewards:
             raise RecipeError("rewards: there are none; add one, such as {fn: math_answer}")
         self.rewards = list(rewards)
-        names = [reward.name for reward in self.rewards]
-        for name in names:
-            if names.count(name) > 1:
+        found = list(names(self.rewards))
+        for name in found:
+            if found.count(name) > 1:
                 raise RecipeError(f"rewards: two are called {name!r}; give one of them another `name`")
-        self._calls = [_call(reward) for reward in self.rewards]
+        self._calls = {leaf.name: _call(leaf) for leaf in leaves(self.rewards)}
 
-    def score(self, groups: Sequence[Group]) -> Scores:
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each reward of the list, by name."""
+        return {reward.name: reward.weight for reward in self.rewards}
+
+    def score(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None = None) -> Scores:
         """Reward every completion of every group.
+
+        Args:
+            groups: with completions.
+            steps: [S] the texts of each completion's steps, for rewards by step.
 
         Raises:
             RewardError: a reward raised, or returned something that is not a finite number or None.
         """
-        flat = completions(groups)
-        examples = [group.example for group in groups for _ in group.completions]
-        values = [call(flat, examples) for call in self._calls]
-        sums = [_weighted_sum(self.rewards, column) for column in zip(*values, strict=True)]
-        named = {reward.name: _nest(v, groups) for reward, v in zip(self.rewards, values, strict=True)}
-        return Scores(total=_nest(sums, groups), by_name=named)
+        given = Given(
+            groups=list(groups),
+            completions=completions(groups),
+            examples=[group.example for group in groups for _ in group.completions],
+            steps=steps,
+        )
+        by_step: dict[str, list[list[float]]] = {}
+        values: dict[str, Sequence[float | None]] = {}
+        for name, call in self._calls.items():
+            found = call(given)
+            if isinstance(found, ByStep):
+                by_step[name] = found.steps
+                values[name] = [math.fsum(own) if own else None for own in found.steps]
+            else:
+                values[name] = found
+        seen: dict[str, Sequence[float | None]] = {}
+        columns = [evaluate(reward, values, seen) for reward in self.rewards]
+        weights = [reward.weight for reward in self.rewards]
+        sums = [weighted_sum(column, weights) for column in zip(*columns, strict=True)]
+        shape = [[None for _ in group.completions] for group in groups]
+        named = {name: _nest(list(seen[name]), shape) for name in names(self.rewards)}
+        return Scores(_nest(sums, shape), named, by_step)
 
 
-def _weighted_sum(rewards: Sequence[BoundReward], values: Sequence[float | None]) -> float | None:
-    total = 0.0
-    for reward, value in zip(rewards, values, strict=True):
-        if reward.weight != 0:
-            if value is None:
-                return None
-            total += reward.weight * value
-    return total
+@dataclass(frozen=True)
+class Given:
+    """What rewards may ask for."""
+
+    groups: list[Group]
+    completions: Sequence[Completion]
+    """[S]."""
+    examples: Sequence[Mapping[str, Any]]
+    """[S] the row of each completion."""
+    steps: Sequence[Sequence[str]] | None
+    """[S] the texts of each completion's steps."""
+
+    def steps_of(self, reward: BoundReward) -> Sequence[Sequence[str]]:
+        """The steps, which must be known.
+
+        Raises:
+            RecipeError: nobody said what ends a step.
+        """
+        if self.steps is None:
+            raise RecipeError(f"rewards: {reward.name} rewards steps; say what ends one with the stage's `step_end`")
+        return self.steps
 
 
-def _nest(flat: Sequence[float | None], groups: Sequence[Group]) -> Nested:
+@dataclass(frozen=True)
+class ByStep:
+    """[S] numbers for every step of every completion."""
+
+    steps: list[list[float]]
+
+
+def _nest(flat: Sequence[Any], shape: Sequence[Sequence[Any]]) -> list[list[Any]]:
     values = iter(flat)
-    return [[next(values) for _ in group.completions] for group in groups]
+    return [[next(values) for _ in row] for row in shape]
 
 
-_Call = Callable[[Sequence[Completion], Sequence[Mapping[str, Any]]], list[float | None]]
+_Call = Callable[[Given], "list[float | None] | ByStep"]
+_ONE = {"completion", "example", "steps"}
+_ALL = {"completions", "examples", "all_steps", "groups"}
 
 
 def _call(reward: BoundReward) -> _Call:
     """A reward as a function of all completions, whether it takes them one by one or together."""
-    names = set(inspect.signature(reward.function).parameters)
-    if {"completions", "examples"} & names:
-        wanted, each = ("completions", "examples"), _together
-    else:
-        wanted, each = ("completion", "example"), _one_by_one
-    if wanted[0] not in names or ({"completion", "example"} & names and each is _together):
+    asked = set(inspect.signature(reward.function).parameters)
+    one, together = asked & {"completion", "steps"}, asked & {"completions", "groups", "all_steps"}
+    if bool(one) == bool(together) or (asked & _ONE and asked & _ALL):
         raise RecipeError(
-            f"rewards: {reward.name} takes ({', '.join(sorted(names))}); "
+            f"rewards: {reward.name} takes ({', '.join(sorted(asked))}); "
             "a reward takes `completion` and `example`, or `completions` and `examples`"
         )
-    return partial(each, reward, [name for name in wanted if name in names])
+    names_wanted = asked & (_ALL | _ONE | {"model"})
+    return partial(_together if together else _one_by_one, reward, names_wanted)
 
 
-def _one_by_one(
-    reward: BoundReward, wanted: list[str], flat: Sequence[Completion], examples: Sequence[Mapping[str, Any]]
-) -> list[float | None]:
-    values = []
-    for completion, example in zip(flat, examples, strict=True):
-        supplied = {"completion": completion, "example": _protected(example)}
+def _one_by_one(reward: BoundReward, wanted: set[str], given: Given) -> list[float | None] | ByStep:
+    values: list[float | None] = []
+    by_step: list[list[float]] = []
+    for s, (completion, example) in enumerate(zip(given.completions, given.examples, strict=True)):
+        supplied: dict[str, Any] = {
+            "completion": completion,
+            "example": _protected(example) if "example" in wanted else None,
+            "model": reward.model,
+        }
+        if "steps" in wanted:
+            supplied["steps"] = list(given.steps_of(reward)[s])
         value = _run(reward, {name: supplied[name] for name in wanted}, _where(completion))
-        values.append(_checked(reward, value, completion))
-    return values
+        if "steps" in wanted:
+            by_step.append(_checked_steps(reward, value, completion, len(supplied["steps"])))
+        else:
+            values.append(_checked(reward, value, completion))
+    return ByStep(by_step) if "steps" in wanted else values
 
 
-def _together(
-    reward: BoundReward, wanted: list[str], flat: Sequence[Completion], examples: Sequence[Mapping[str, Any]]
-) -> list[float | None]:
+def _together(reward: BoundReward, wanted: set[str], given: Given) -> list[float | None] | ByStep:
+    flat = given.completions
     if not flat:
         return []
-    supplied = {"completions": list(flat), "examples": [_protected(example) for example in examples]}
+    supplied: dict[str, Any] = {
+        "completions": list(flat),
+        "examples": [_protected(example) for example in given.examples] if "examples" in wanted else None,
+        "groups": given.groups,
+        "model": reward.model,
+    }
+    if "all_steps" in wanted:
+        supplied["all_steps"] = [list(own) for own in given.steps_of(reward)]
     where = f"for {len(flat)} completions, the first {_clip(flat[0].text)!r}"
     values = _run(reward, {name: supplied[name] for name in wanted}, where)
     if not isinstance(values, list | tuple):
@@ -156,7 +226,23 @@ def _together(
         raise RewardError(
             f"rewards: {reward.name} returned {len(values)} values for {len(flat)} completions; return one for each"
         )
+    if "all_steps" in wanted:
+        counts = [len(own) for own in supplied["all_steps"]]
+        rows = zip(values, flat, counts, strict=True)
+        return ByStep([_checked_steps(reward, value, completion, n) for value, completion, n in rows])
     return [_checked(reward, value, completion) for value, completion in zip(values, flat, strict=True)]
+
+
+def _checked_steps(reward: BoundReward, values: Any, completion: Completion, steps: int) -> list[float]:
+    if not isinstance(values, list | tuple) or len(values) != steps:
+        raise RewardError(
+            f"rewards: {reward.name} returned {_kind(values)} for {steps} steps, {_where(completion)}; "
+            "return a list with a number for each step"
+        )
+    checked = [_checked(reward, value, completion) for value in values]
+    if None in checked:
+        raise RewardError(f"rewards: {reward.name} returned None for a step, {_where(completion)}; return a number")
+    return [float(x) for x in checked if x is not None]
 
 
 def _protected(example: Mapping[str, Any]) -> Mapping[str, Any]:

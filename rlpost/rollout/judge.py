@@ -68,7 +68,8 @@ class Judge:
     def _step_ends(self, completion: Completion) -> Tensor:
         """[K] the action at which each step is read."""
         at = torch.tensor(completion.steps, dtype=torch.long).cumsum(0) - 1
-        if completion.steps and completion.steps[-1] > 1 and completion.ids[-1] in self._scalar.trunk.end_ids:
+        chosen = [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]
+        if completion.steps and completion.steps[-1] > 1 and chosen[-1] in self._scalar.trunk.end_ids:
             at[-1] -= 1
         return at
 

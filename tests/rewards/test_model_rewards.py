@@ -31,9 +31,11 @@ class Said:
         self.ends = []
 
     def scores(self, groups):
+        assert groups == []
         return list(self.given)
 
     def step_scores(self, groups, step_end):
+        assert groups == []
         self.ends.append(step_end)
         return self.steps
 

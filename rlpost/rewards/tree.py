@@ -1,0 +1,142 @@
+"""Rewards as a tree: leaves are functions of completions, nodes put other rewards together.
+
+A node's children have weights, which a sum takes as factors and the other nodes do not. None is a completion that
+could not be scored; what needs it cannot be either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlpost.errors import RecipeError
+
+Value = float | None
+
+
+@dataclass(frozen=True)
+class BoundReward:
+    """A leaf: a reward function ready to be called."""
+
+    name: str
+    """What it is logged under."""
+    weight: float
+    """Its weight in the sum above it."""
+    function: Callable[..., Any]
+    """The function with its arguments applied; what the program supplies remains."""
+    model: Any = None
+    """What a function that asks for a `model` is given."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Other rewards put together."""
+
+    name: str
+    """What it is logged under."""
+    weight: float
+    """Its weight in the sum above it."""
+    kind: str
+    """A key of NODES."""
+    of: Sequence[Reward]
+    args: Mapping[str, float] = field(default_factory=dict)
+
+
+Reward = BoundReward | Node
+
+
+def leaves(rewards: Sequence[Reward]) -> Iterator[BoundReward]:
+    """All leaves below."""
+    for reward in rewards:
+        if isinstance(reward, BoundReward):
+            yield reward
+        else:
+            yield from leaves(reward.of)
+
+
+def names(rewards: Sequence[Reward]) -> Iterator[str]:
+    """Names of all nodes and leaves."""
+    for reward in rewards:
+        yield reward.name
+        if isinstance(reward, Node):
+            yield from names(reward.of)
+
+
+def evaluate(reward: Reward, of_leaf: Mapping[str, Sequence[Value]], seen: dict[str, Sequence[Value]]) -> list[Value]:
+    """[S] the value of a node for every completion; what is found on the way is written into `seen` by name."""
+    if isinstance(reward, BoundReward):
+        found = list(of_leaf[reward.name])
+    else:
+        columns = [evaluate(child, of_leaf, seen) for child in reward.of]
+        weights = [child.weight for child in reward.of]
+        combine = NODES[reward.kind]
+        found = [combine(values, weights, **reward.args) for values in zip(*columns, strict=True)]
+    seen[reward.name] = found
+    return found
+
+
+def weighted_sum(values: Sequence[Value], weights: Sequence[float]) -> Value:
+    """Σ weight·value; a child of weight 0 is only logged, and may be unscored."""
+    total = 0.0
+    for value, weight in zip(values, weights, strict=True):
+        if weight != 0:
+            if value is None:
+                return None
+            total += weight * value
+    return total
+
+
+def product(values: Sequence[Value], weights: Sequence[float]) -> Value:  # noqa: ARG001 - factors have no weights
+    """All of them together: with 0/1 rewards, "and"."""
+    known = _known(values)
+    return None if known is None else math.prod(known)
+
+
+def least(values: Sequence[Value], weights: Sequence[float]) -> Value:  # noqa: ARG001 - so has a minimum
+    """The worst of them."""
+    known = _known(values)
+    return None if known is None else min(known)
+
+
+def gate(values: Sequence[Value], weights: Sequence[float], *, above: float = 0.5) -> Value:
+    """(guard, then): then's value, weighted, if the guard is above a threshold; else 0, whatever then says."""
+    guard, then = values
+    if guard is None:
+        return None
+    if guard <= above:
+        return 0.0
+    return None if then is None else weights[1] * then
+
+
+def lexicographic(values: Sequence[Value], weights: Sequence[float], *, scale: float = 1.0) -> Value:  # noqa: ARG001
+    """The first decides, a later one only between equals: Σ value_i·step^{−i}, all values within ±scale.
+
+    With step = 1 + 4·scale·n a whole unit of an earlier value outweighs all later ones together, so values that
+    differ are to differ by 1 at least (counts, right or wrong).
+
+    Raises:
+        RecipeError: a value beyond ±scale, which could turn the order around.
+    """
+    known = _known(values)
+    if known is None:
+        return None
+    if any(abs(value) > scale for value in known):
+        raise RecipeError(f"lexicographic: a value of {max(known, key=abs):g} is beyond scale={scale:g} - raise scale")
+    step = 1 + 4 * scale * len(known)
+    return math.fsum(value / step**place for place, value in enumerate(known))
+
+
+def _known(values: Sequence[Value]) -> list[float] | None:
+    return None if any(v is None for v in values) else [v for v in values if v is not None]
+
+
+NODES: dict[str, Callable[..., Value]] = {
+    "sum": weighted_sum,
+    "product": product,
+    "min": least,
+    "gate": gate,
+    "lexicographic": lexicographic,
+}
+"""What a recipe may call a node."""
