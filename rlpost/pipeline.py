@@ -32,18 +32,28 @@ from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
+from rlpost.stages.kto import kto
+from rlpost.stages.online_dpo import online_dpo
 from rlpost.stages.pairs import pairs
+from rlpost.stages.ppo import ppo
 from rlpost.stages.process_reward_model import process_reward_model
 from rlpost.stages.reward_model import reward_model
 from rlpost.stages.sft import sft
+from rlpost.stages.step_labels import step_labels
+from rlpost.stages.trpo import trpo
 
 STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.sft: sft,
     Kind.dpo: dpo,
+    Kind.kto: kto,
+    Kind.online_dpo: online_dpo,
     Kind.reward_model: reward_model,
     Kind.process_reward_model: process_reward_model,
     Kind.grpo: grpo,
+    Kind.ppo: ppo,
+    Kind.trpo: trpo,
     Kind.pairs: pairs,
+    Kind.step_labels: step_labels,
 }
 
 

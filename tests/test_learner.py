@@ -29,7 +29,8 @@ from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Grpo, Lora
-from rlpost.stages.grpo import surrogate_loss, weighted
+from rlpost.stages.rollouts import Beta
+from rlpost.stages.surrogate import surrogate_loss, weighted
 
 EVERYTHING = 10**6
 
@@ -98,6 +99,7 @@ def reinforcement(family: str = "gpt2", **settings) -> Problem:
     exact = logprobs(make_policy(family), groups, temperature=0.8)
     values = {
         "old_logp": exact + noise(rows.actions, 1, 0.3),
+        "sampled_logp": exact,
         "reference": exact + noise(rows.actions, 2, 0.5),
         "advantage": rows.spread(noise(rows.completions, 3)),
     }
@@ -105,7 +107,7 @@ def reinforcement(family: str = "gpt2", **settings) -> Problem:
         groups,
         {name: spread_by_group(groups, x) for name, x in values.items()},
         lambda experience, learner: weighted(experience, cfg, learner),
-        surrogate_loss(clipped_surrogate, cfg),
+        surrogate_loss(clipped_surrogate, cfg, Beta(cfg.kl)),
         temperature=0.8,
         entropy=cfg.entropy > 0,
     )
@@ -339,7 +341,7 @@ def assert_resumes(make: Callable[[], Policy], losses: Sequence[Callable], at: i
         if number == at:
             saved = {"weights": snapshot(learner.weights()), "optimizer": snapshot(learner.optimizer_state())}
             saved["updates"] = learner.updates
-        learner.update(loss, simple(learner.policy, seed=number))
+        learner.update(loss, simple(learner.model, seed=number))
     policy = make()
     with torch.no_grad():
         for p in policy.parameters():

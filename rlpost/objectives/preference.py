@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.ranking import ranking as ranked
 from rlpost.objectives.rows import Rows, widen
 from rlpost.objectives.supervised import log1mexp
@@ -32,12 +33,38 @@ class Pairs:
     length_P2: Tensor
     """[P, 2] number of actions."""
     weight_P: Tensor | None = None
-    """[P] factor on each pair's loss, where a modifier gave one."""
+    """[P] factor on each pair's loss, where a modifier gave one: whoever sums the losses applies it."""
+    ratio_P2: Tensor | None = None
+    """[P, 2] what a modifier put in the place of Δ; losses without a reference do not see it."""
+    excess_P2: Tensor | None = None
+    """[P, 2] the part of Δ that comes from actions beyond the other completion's length."""
+    collision_P2: Tensor | None = None
+    """[P, 2] Σ over actions of log Σ_v π(v)²: how likely it is that two draws of the policy agree."""
 
     @property
     def delta_P2(self) -> Tensor:
-        """[P, 2] Δ_w and Δ_l."""
-        return self.logp_P2 - self.reference_P2
+        """[P, 2] Δ_w and Δ_l, or what stands for them."""
+        return self.logp_P2 - self.reference_P2 if self.ratio_P2 is None else self.ratio_P2
+
+    @property
+    def table_PC(self) -> Tensor:
+        """[P, C] all that pairs are made of before modifiers, in columns: what a pass over a whole update collects."""
+        assert self.weight_P is None
+        assert self.ratio_P2 is None
+        columns = (self.logp_P2, self.reference_P2, self.length_P2, self.excess_P2, self.collision_P2)
+        return torch.cat([x_P2 for x_P2 in columns if x_P2 is not None], 1)
+
+    @staticmethod
+    def from_table(table_PC: Tensor) -> Pairs:
+        """The pairs of such a table, as `pairs_of` made them."""
+        logp_P2, reference_P2, length_P2, excess_P2, *collision_P2 = torch.split(table_PC, 2, 1)
+        return Pairs(
+            logp_P2,
+            reference_P2,
+            length_P2,
+            excess_P2=excess_P2,
+            collision_P2=collision_P2[0] if collision_P2 else None,
+        )
 
     @property
     def margin_P(self) -> Tensor:
@@ -55,25 +82,36 @@ class Pairs:
         return self.delta_P2 / self.length_P2.clamp(min=1)
 
 
-def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Rows, *, excess: float = 1.0) -> Pairs:
+def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Rows, collision_N: Tensor | None = None) -> Pairs:
     """Pairs from per-action log-probabilities; completions lie chosen, rejected, chosen, rejected, …
 
-    With `excess` α below 1, what the longer completion of a pair has beyond the shorter one's length counts α, in
-    policy and reference (LD-DPO, Liu et al. 2024, arXiv:2409.06411, eq. 8).
+    Args:
+        logp_N: under the policy, with gradient.
+        reference_N: under the reference.
+        rows: which action belongs to which completion.
+        collision_N: log Σ_v π(v)² in the state before each action, which the modifier `confidence` can use.
 
     Raises:
         ValueError: if the number of completions is odd.
     """
     if rows.completions % 2:
         raise ValueError(f"{rows.completions} completions are not pairs of chosen and rejected")
-    length_P2 = rows.lengths_S.view(-1, 2)
-    if excess != 1.0:
-        shared_N = rows.spread(length_P2.amin(1, keepdim=True).expand(-1, 2).flatten())
-        place_N = torch.arange(rows.actions, device=rows.device) - rows.spread(rows.start_S)
-        factor_N = torch.where(place_N < shared_N, 1.0, excess)
-        logp_N, reference_N = widen(logp_N) * factor_N, widen(reference_N) * factor_N
     logp_P2 = rows.sum(logp_N).view(-1, 2)
-    return Pairs(logp_P2, rows.sum(reference_N).view(-1, 2), length_P2.to(logp_P2.dtype))
+    excess_N = beyond_shorter(rows) * (widen(logp_N) - widen(reference_N))
+    return Pairs(
+        logp_P2,
+        rows.sum(reference_N).view(-1, 2),
+        rows.lengths_S.view(-1, 2).to(logp_P2.dtype),
+        excess_P2=rows.sum(excess_N).view(-1, 2),
+        collision_P2=None if collision_N is None else rows.sum(collision_N).view(-1, 2),
+    )
+
+
+def beyond_shorter(rows: Rows) -> Tensor:
+    """[N] bool: the action lies beyond the length of its pair's shorter completion."""
+    shorter_S = rows.lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
+    place_N = torch.arange(rows.actions, device=rows.device) - rows.spread(rows.start_S)
+    return place_N >= rows.spread(shorter_S)
 
 
 def dpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
@@ -126,7 +164,7 @@ def cpo(pairs: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
 
 
 def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
-    """[P] KL(softmax(βΔ_w, βΔ_l) || [1−ε, ε]) (EXO on pairs, Ji et al. 2024, arXiv:2402.00856, eq. 17).
+    """[P] KL(softmax(βΔ_w, βΔ_l) || [1−ε, ε]) (EXO on pairs, Ji et al. 2024, arXiv:2402.00856, eq. 16).
 
     Raises:
         ValueError: if ε is not in [1e-3, ½): at 0 the divergence is infinite.
@@ -139,60 +177,73 @@ def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
 
 
 def nca(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] −logσ(βΔ_w) − ½logσ(−βΔ_w) − ½logσ(−βΔ_l) (NCA, Chen et al. 2024, arXiv:2402.05369, eq. 11)."""
+    """[P] −logσ(βΔ_w) − ½logσ(−βΔ_w) − ½logσ(−βΔ_l) (NCA on pairs, Chen et al. 2024, arXiv:2402.05369)."""
     chosen_P, rejected_P = (beta * pairs.delta_P2).unbind(1)
     return -F.logsigmoid(chosen_P) - 0.5 * F.logsigmoid(-chosen_P) - 0.5 * F.logsigmoid(-rejected_P)
 
 
-def bco(pairs: Pairs, *, beta: float = 0.1, threshold: float | None = None) -> Tensor:
-    """[P] −logσ(βΔ_w − δ) − logσ(−(βΔ_l − δ)) (BCO, Jung et al. 2024, arXiv:2404.04656, eq. 10).
+def bco(pairs: Pairs, *, beta: float = 0.1, delta: float | None = None) -> Tensor:
+    """[P] −logσ(βΔ_w − δ) − logσ(−(βΔ_l − δ)) (BCO, Jung et al. 2024, arXiv:2404.04656).
 
-    δ is the mean of βΔ over all completions of the update, without gradient, or `threshold`. The paper's is a running
-    mean over updates; an update's own mean needs no state, and is the same however the update is cut.
+    δ is given, or the mean of βΔ over both sides of all these pairs, without gradient. The paper's is a running mean
+    over updates; an update's own needs no state.
     """
     reward_P2 = beta * pairs.delta_P2
-    delta = reward_P2.detach().mean() if threshold is None else threshold
-    return -F.logsigmoid(reward_P2[:, 0] - delta) - F.logsigmoid(delta - reward_P2[:, 1])
+    shift = reward_P2.detach().sum() / max(reward_P2.numel(), 1) if delta is None else delta
+    return -F.logsigmoid(reward_P2[:, 0] - shift) - F.logsigmoid(shift - reward_P2[:, 1])
 
 
 def sppo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))² (SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.6 with hard labels)."""
+    """[P] (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))² (SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7; β = 1/η).
+
+    The paper estimates how probable it is that the chosen one wins; here it is 1.
+    """
     chosen_P, rejected_P = pairs.delta_P2.unbind(1)
     return (chosen_P - 1 / (2 * beta)).square() + (rejected_P + 1 / (2 * beta)).square()
 
 
 def aot(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] −logσ(β(sorted policy margins − sorted reference margins)) (AOT paired, Melnyk et al. 2024, arXiv:2406.05882).
+    """[P] −logσ(β(policy margin − reference margin of the same rank)) (AOT paired, arXiv:2406.05882).
 
-    The policy's margins are to dominate the reference's as distributions, not pair by pair.
+    A margin is logp_w − logp_l. The policy's are to dominate the reference's as a distribution, not pair by pair: each
+    stands against its equal among the sorted ones. An element of the result belongs to the pair of its policy margin.
     """
-    policy_P = (pairs.logp_P2[:, 0] - pairs.logp_P2[:, 1]).sort().values
-    reference_P = (pairs.reference_P2[:, 0] - pairs.reference_P2[:, 1]).sort().values
-    return -F.logsigmoid(beta * (policy_P - reference_P))
+    reference_P = pairs.reference_P2[:, 0] - pairs.reference_P2[:, 1]
+    policy_P = pairs.margin_P + reference_P
+    return -F.logsigmoid(beta * (policy_P - _of_same_rank(policy_P, reference_P)))
 
 
 def aot_unpaired(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] −logσ(β(sorted Δ_w − sorted Δ_l)): who was compared with whom does not matter (AOT unpaired, ibid.)."""
-    chosen_P, rejected_P = (delta.sort().values for delta in pairs.delta_P2.unbind(1))
-    return -F.logsigmoid(beta * (chosen_P - rejected_P))
+    """[P] −logσ(β(Δ_w − Δ_l of the same rank)) (AOT unpaired, Melnyk et al. 2024, arXiv:2406.05882).
+
+    Who was compared with whom does not matter. An element of the result belongs to the pair of its chosen completion.
+    """
+    chosen_P, rejected_P = pairs.delta_P2.unbind(1)
+    return -F.logsigmoid(beta * (chosen_P - _of_same_rank(chosen_P, rejected_P)))
+
+
+def _of_same_rank(x_P: Tensor, other_P: Tensor) -> Tensor:
+    """[P] for every element of `x_P`, the one of `other_P` that has its rank there."""
+    return other_P.sort().values[x_P.argsort(stable=True).argsort()]
 
 
 def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] 1 − σ(βΔ_w) + σ(βΔ_l): the chosen one up, the rejected one down (APO, arXiv:2408.06266, eq. 3)."""
+    """[P] 1 − σ(βΔ_w) + σ(βΔ_l): the chosen one up, the rejected one down (APO-zero, arXiv:2408.06266)."""
     chosen_P, rejected_P = (beta * pairs.delta_P2).unbind(1)
     return 1 - chosen_P.sigmoid() + rejected_P.sigmoid()
 
 
 def apo_down(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
-    """[P] σ(βΔ_w) + 1 − σ(βh): both down, the rejected one more (APO, arXiv:2408.06266, eq. 4)."""
+    """[P] σ(βΔ_w) + 1 − σ(βh): both down, the rejected one more (APO-down, arXiv:2408.06266)."""
     return (beta * pairs.delta_P2[:, 0]).sigmoid() + 1 - (beta * pairs.margin_P).sigmoid()
 
 
 def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> Tensor:
-    """[P] (1−s)(−logσ(βh)) + s·e^{−βh}, s = σ(βh/τ) (DiscoPOP, Lu et al. 2024, arXiv:2406.08414, eq. 4)."""
+    """[P] (1−s)·(−logσ(βh)) + s·e^{−βh}, s = σ(βh/τ), τ = `temperature` (DiscoPOP, arXiv:2406.08414)."""
     logit_P = beta * pairs.margin_P
-    s_P = (logit_P / temperature).sigmoid()
-    return (1 - s_P) * -F.logsigmoid(logit_P) + s_P * (-logit_P).exp()
+    # Both factors in one exponent: apart, a hopeless pair would be 0·∞.
+    exponential_P = (F.logsigmoid(logit_P / temperature) - logit_P).clamp(max=LIMIT).exp()
+    return (-logit_P / temperature).sigmoid() * -F.logsigmoid(logit_P) + exponential_P
 
 
 def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -207,8 +258,8 @@ def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 
 
 def ranking(delta_PK: Tensor, reward_PK: Tensor, *, beta: float = 0.1) -> Tensor:
-    """[P] the Plackett–Luce loss of βΔ over whole groups in the order of their rewards (DPO, ibid., appendix A.3).
+    """[P] Plackett–Luce of βΔ over whole groups, by reward (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3).
 
-    With two completions it is `dpo`.
+    See ranking.py for equal and missing rewards. With two completions it is `dpo`.
     """
     return ranked(beta * delta_PK, reward_PK)

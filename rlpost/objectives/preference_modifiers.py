@@ -48,30 +48,30 @@ def f_divergence(pairs: Pairs, *, kind: str = "reverse_kl", alpha: float = 0.5) 
 
 
 def _alpha(delta_P2: Tensor, alpha: float) -> Tensor:
-    return -(-alpha * delta_P2.clamp(min=-LIMIT)).expm1() / alpha
+    return (-alpha * delta_P2.clamp(min=-LIMIT)).expm1() / -alpha
 
 
 def length_desensitised(pairs: Pairs, *, alpha: float = 0.5) -> Pairs:
     """Pairs in whose Δ an action beyond the shorter one's length counts α (LD-DPO, Liu et al. 2024, arXiv:2409.06411).
 
-    The reference is weighed like the policy, so that Δ is 0 where they agree. α = 1 changes nothing, at α = 0 the
-    excess is cut off. Lengths stay as they are.
+    So a completion is not better for being longer. The reference is weighed like the policy, so that Δ is 0 where they
+    agree; lengths stay, where a loss divides by them. α = 1 changes nothing, α = 0 cuts the excess off.
 
     Raises:
-        ValueError: if α is not in [0, 1], or the pairs do not know what lies beyond.
+        ValueError: if α is not in [0, 1], the pairs do not know what lies beyond, or it stands after `f_divergence`.
     """
     _check_share(alpha)
     if pairs.excess_P2 is None:
         raise ValueError("these pairs do not say what lies beyond the shorter completion: make them with pairs_of")
     if pairs.ratio_P2 is not None:
-        raise ValueError("length_desensitised weighs actions, so it stands before f_divergence: change their order")
+        raise ValueError("length_desensitised weighs actions: put it before f_divergence, and only once")
     return replace(pairs, ratio_P2=pairs.delta_P2 - (1 - alpha) * pairs.excess_P2)
 
 
 def length_multipliers(rows: Rows, alpha: float) -> Tensor:
     """[N] what `length_desensitised` multiplies each action with: 1, and α beyond the shorter completion's length."""
     _check_share(alpha)
-    return 1 - (1 - alpha) * beyond_shorter(rows).to(torch.float64)
+    return torch.ones(rows.actions, dtype=torch.float64, device=rows.device).masked_fill(beyond_shorter(rows), alpha)
 
 
 def _check_share(alpha: float) -> None:
@@ -100,11 +100,17 @@ def mix(policy: Tensor, reference: Tensor, alpha: float) -> Tensor:
 def mix_lora(
     a_policy: Tensor, b_policy: Tensor, a_reference: Tensor, b_reference: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """(A [2r, in], B [out, 2r]) with B·A = α·B_p·A_p + (1 − α)·B_r·A_r: `mix` of low-rank adapters, exactly.
+    """(A [r + r′, in], B [out, r + r′]) with B·A = α·B_p·A_p + (1 − α)·B_r·A_r: `mix` of low-rank adapters, exactly.
 
-    What acts is the product, and the mean of products is not the product of means, which has cross terms that belong
-    to neither; stacked along the rank, the products stay apart. Both adapters have the same scale, which the result
-    keeps although its rank has grown. The ranks may differ.
+    What acts is the product, and a mixture of products is not the product of mixed factors, which has cross terms that
+    belong to neither. Stacked along the rank, the products stay apart.
+
+    Args:
+        a_policy: [r, in].
+        b_policy: [out, r].
+        a_reference: [r′, in], of the same scale as the policy's: the result keeps it, though its rank has grown.
+        b_reference: [out, r′].
+        alpha: the policy's share.
     """
     a = torch.cat([widen(a_policy), widen(a_reference)])
     return a, torch.cat([alpha * widen(b_policy), (1 - alpha) * widen(b_reference)], 1)

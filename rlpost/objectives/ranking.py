@@ -13,7 +13,7 @@ from rlpost.objectives.rows import widen
 
 
 def bradley_terry(score_P2: Tensor, margin_P: Tensor | None = None, *, centre: float = 0.0) -> Tensor:
-    """[P] −logσ(s_w − s_l − margin) + c·(s_w + s_l)² (Bradley & Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+    """[P] −logσ(s_w − s_l − margin) + c·(s_w + s_l)² (Bradley & Terry 1952; InstructGPT, arXiv:2203.02155, eq. 1).
 
     The margin says by how much the chosen one is better (Touvron et al. 2023, arXiv:2307.09288, eq. 2); `centre` c
     draws the scores' level, which pairs leave free, to 0 (Eisenstein et al. 2023, arXiv:2312.09244).

@@ -103,7 +103,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "log_every": _from(1),
     },
     Sft: {"batch_size": _from(1)},
-    Dpo: {"batch_size": _from(1), "nll": _from(0), "excess": Range(0, 1)},
+    Dpo: {"batch_size": _from(1), "nll": _from(0)},
     Kto: {"batch_size": _from(2)},
     RewardModel: {"batch_size": _from(1)},
     ProcessRewardModel: {"batch_size": _from(1)},

@@ -153,8 +153,6 @@ class Dpo(Training):
     """Weight of the chosen completion's negative log-likelihood, per token, beside the pair loss."""
     reference: str = "start"
     """`start` (where this stage begins), `base`, or an earlier stage by name."""
-    excess: float = 1.0
-    """What an action counts that the longer completion of a pair has beyond the shorter one's length."""
     modifiers: list[Function] = field(default_factory=list)
     """What is done to the pairs before the loss, in order (objectives/preference_modifiers.py)."""
     refresh: Optional[Refresh] = None

@@ -122,10 +122,11 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
         yield f"{where}.judge: chooses among at least 2 samples a prompt - give evaluation.samples=8, say"
     if not evaluation.greedy and evaluation.samples == 0:
         yield f"{where}.samples: 0 without greedy leaves nothing to evaluate - give samples or greedy=true"
-    if evaluation.judge in disabled:
-        yield f"{where}.judge: stage {evaluation.judge!r} is disabled - enable it, or name another"
-    elif evaluation.judge in stages and (kind := stages[evaluation.judge].kind) != Kind.reward_model:
-        yield f"{where}.judge: {evaluation.judge!r} is of kind {kind.value} - name a reward_model stage"
+    judge = evaluation.judge or ""
+    if judge in disabled:
+        yield f"{where}.judge: stage {judge!r} is disabled - enable it, or name another"
+    elif judge in stages and (kind := stages[judge].kind) != Kind.reward_model:
+        yield f"{where}.judge: {judge!r} is of kind {kind.value} - name a reward_model stage"
     for leaf, place in reward_leaves(evaluation.rewards, where):
         if leaf.model in stages and evaluation.every_stage:
             yield (

@@ -6,7 +6,16 @@ keyword-only arguments that a recipe sets with `args`. It returns a number, or N
 """
 
 from rlpost.rewards.math import math_answer
-from rlpost.rewards.models import process_reward_model, reward_model
+from rlpost.rewards.models import process_reward_model, process_steps, reward_model
 from rlpost.rewards.text import ends, length, pattern, repetition
 
-__all__ = ["ends", "length", "math_answer", "pattern", "process_reward_model", "repetition", "reward_model"]
+__all__ = [
+    "ends",
+    "length",
+    "math_answer",
+    "pattern",
+    "process_reward_model",
+    "process_steps",
+    "repetition",
+    "reward_model",
+]

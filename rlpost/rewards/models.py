@@ -36,6 +36,15 @@ _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
 }
 
 
+def process_steps(
+    groups: Sequence[Group],
+    all_steps: Sequence[Sequence[str]],  # noqa: ARG001 - who asks for steps rewards each of them
+    model: Judge,
+) -> list[list[float]]:
+    """By step: a process reward model's probability for every step of a completion."""
+    return model.step_scores(groups, "\n")
+
+
 def reward_model(groups: Sequence[Group], model: Judge) -> list[float]:
     """The score of a reward model."""
     return model.scores(groups)

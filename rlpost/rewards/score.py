@@ -66,10 +66,9 @@ def joined(scores: Sequence[Scores], order: Sequence[int]) -> Scores:
         return [flat[i] for i in order]
 
     def steps(name: str) -> list[list[float]]:
-        # Steps lie completion after completion: they are cut into groups as the totals are.
-        flat = [s.by_step[name] for s in scores]
-        cut = [_nest(own, s.total) for own, s in zip(flat, scores, strict=True)]
-        return [step for row in groups(cut) for step in row]  # type: ignore[arg-type,misc]
+        # They lie completion after completion: cut into groups, as the totals are, they can be put in order.
+        cut = [row for s in scores for row in _nest(s.by_step[name], s.total)]
+        return [step for i in order for step in cut[i]]
 
     first = scores[0]
     by_name = {name: groups([s.by_name[name] for s in scores]) for name in first.by_name}

@@ -110,8 +110,8 @@ def load_judge(
     Raises:
         ModelError: it cannot be loaded, or is no reward model.
     """
-    # A chat template, like all of its tokenizer, is the reward model's own.
-    settings = replace(settings, chat_template=None)
+    # Its chat template, like all of its tokenizer, is its own; fully trained, it keeps its float32 weights.
+    settings = replace(settings, chat_template=None, lora=None)
     scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
     return Judge(scalar, policy.tokenizer, step_end)
 

@@ -28,7 +28,8 @@ from rlpost.policy.reference import Reference, reference_policy
 from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
 from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
-from rlpost.rewards.score import BoundReward, Scorer
+from rlpost.rewards import tree
+from rlpost.rewards.score import Scorer
 from rlpost.rollout.judge import Judge, load_judge
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
@@ -158,7 +159,7 @@ class Context:
         )
 
     def checkpoint(self, name: str) -> Path:
-        """What `name` stands for: `start`, `base`, an earlier stage's result, a run, stage or checkpoint, or a model."""
+        """What `name` stands for: `start`, `base`, a stage before this one, a run, stage or checkpoint, or a model."""
         if name == "start":
             return self.start
         return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
@@ -192,13 +193,30 @@ def save_policy(policy: Policy, folder: Path) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def make_scorer(rewards: Sequence[Reward], where: str, folder: Path) -> Scorer:
-    """Bind reward functions that stand at `where` in a recipe of `folder`."""
-    bound = []
-    for i, reward in enumerate(rewards):
-        function = bind(reward, "reward", f"{where}.rewards[{i}]", folder)
-        bound.append(BoundReward(reward.name or function.name, reward.weight, function.call))
-    return Scorer(bound)
+def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], Judge]) -> Scorer:
+    """Bind the tree of rewards that stands at `where` in a recipe of `folder`.
+
+    Args:
+        rewards: the recipe's.
+        where: the key path of what has them.
+        folder: what files of functions are looked up in.
+        judge: (name, adapter) -> the reward model of that name, under that adapter where it shares a base; asked
+            once a name.
+    """
+    judges: dict[str, Judge] = {}
+
+    def bound(reward: Reward, place: str) -> tree.Reward:
+        if reward.of:
+            of = [bound(child, f"{place}.of[{i}]") for i, child in enumerate(reward.of)]
+            return tree.Node(reward.name or reward.fn, reward.weight, reward.fn, of, reward.args)
+        function = bind(reward, "reward", place, folder)
+        name = reward.model
+        if name is not None and name not in judges:
+            judges[name] = judge(name, f"reward_{len(judges)}")
+        model = None if name is None else judges[name]
+        return tree.BoundReward(reward.name or function.name, reward.weight, function.call, model)
+
+    return Scorer([bound(reward, f"{where}.rewards[{i}]") for i, reward in enumerate(rewards)])
 
 
 def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:

@@ -36,7 +36,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
     function = context.function(cfg.loss, "dpo.loss")
     modifiers = [context.function(f, "dpo.modifiers").call for f in cfg.modifiers]
-    objective = PairObjective(function, modifiers, cfg.nll, cfg.excess)
+    objective = PairObjective(function, modifiers, cfg.nll)
     loss, prepared = (
         (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlpost.loop import show_samples
+from rlpost.objectives import metrics
 from rlpost.recipe.schema import Grpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
@@ -40,7 +41,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
             for number in range(cfg.passes)
             for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number))
         ]
-        line = rollout.metrics | beta.seen(experience) | mean_of(updates)
+        line = rollout.metrics | beta.seen(experience) | metrics.without_parts(mean_of(updates))
         loop.log(step, line, live=("reward", "length", "entropy"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
             loop.rollouts(step, rollout.groups, rollout.rewards.total)

@@ -54,7 +54,9 @@ def best_and_worst(groups: Sequence[Group], reward_PG: Tensor, min_gap: float) -
     pairs = []
     for group, reward_G in zip(groups, reward_PG.tolist(), strict=True):
         scored = [i for i, reward in enumerate(reward_G) if reward == reward]
-        ranked = sorted(scored, key=lambda i, rewards=reward_G: -rewards[i])
-        if ranked and reward_G[ranked[0]] - reward_G[ranked[-1]] > min_gap:
-            pairs.append(replace(group, completions=(group.completions[ranked[0]], group.completions[ranked[-1]])))
+        if not scored:
+            continue
+        best, worst = max(scored, key=reward_G.__getitem__), min(scored, key=reward_G.__getitem__)
+        if reward_G[best] - reward_G[worst] > min_gap:
+            pairs.append(replace(group, completions=(group.completions[best], group.completions[worst])))
     return pairs

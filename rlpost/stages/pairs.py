@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own samples, ranked by rewards: the bridge from SFT to DPO."""
+"""Rows from a model's own samples, ranked by rewards: pairs, rankings or labels. The bridge from SFT to DPO."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, n
     Raises:
         DataError: there are none.
     """
-    console.say(f"{name}: {len(rows)} pairs from {len(prompts)} prompts")
+    console.say(f"{name}: {len(rows)} rows from {len(prompts)} prompts")
     if not rows:
         raise DataError(
             f"stages.{name}: no prompt gave two completions whose rewards differ by more than "
@@ -69,7 +69,7 @@ def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, n
 def preference_rows(
     policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Pairs, seed: int, title: str
 ) -> Iterator[dict[str, Any]]:
-    """Rows `prompt, chosen, rejected, chosen_reward, rejected_reward` and the prompt's own columns."""
+    """Rows as `cfg.choice` says, with the prompt's own columns."""
     engine = BuiltinEngine(policy)
     with console.Progress(title, len(prompts)) as progress:
         for first in range(0, len(prompts), AT_ONCE):
@@ -77,17 +77,17 @@ def preference_rows(
             groups = collect(engine, some, cfg.group_size, cfg.sampling, seed=seed, first=first)
             totals = scorer.score(groups).total
             for group, rewards in zip(groups, totals, strict=True):
-                yield from pairs_of_group(group, rewards, cfg.choice, cfg.min_gap)
+                yield from rows_of_group(group, rewards, cfg.choice, cfg.min_gap)
             progress.advance(n=len(some))
 
 
-def pairs_of_group(
+def rows_of_group(
     group: Group, rewards: Sequence[float | None], choice: PairChoice, min_gap: float
 ) -> Iterator[dict[str, Any]]:
-    """Pairs of one prompt's completions, each text once, unfinished and unscored ones left out.
+    """Rows of one prompt's completions, each text once, unfinished and unscored ones left out.
 
     So are blank answers to a conversation, where chat formats know no empty turn; after a plain text they may stand.
-    `one` pairs the best with the worst (the first of each); `all` gives every better/worse combination.
+    A prompt whose rewards do not differ by more than `min_gap` gives nothing.
     """
     asked = group.example.get("prompt", _asked(group.example))
     scored: dict[str, float] = {}
@@ -95,15 +95,25 @@ def pairs_of_group(
         blank = not isinstance(asked, str) and not completion.text.strip()
         if reward is not None and completion.finish == "stop" and not blank:
             scored.setdefault(completion.text, reward)
+    if not scored or max(scored.values()) - min(scored.values()) <= min_gap:
+        return
+    row = {"prompt": asked, **group.example}
+    if choice is PairChoice.ranked:
+        yield {**row, "completions": list(scored), "scores": list(scored.values())}
+    elif choice is PairChoice.labelled:
+        mean = sum(scored.values()) / len(scored)
+        yield from ({**row, "completion": text, "label": reward > mean} for text, reward in scored.items())
+    else:
+        yield from ({**row, **pair} for pair in _pairs(scored, choice, min_gap))
+
+
+def _pairs(scored: Mapping[str, float], choice: PairChoice, min_gap: float) -> Iterator[dict[str, Any]]:
+    """The best with the worst (the first of each), or every better/worse combination."""
     ranked = sorted(scored, key=lambda text: -scored[text])
-    candidates = (
-        itertools.combinations(ranked, 2) if choice is PairChoice.all else [(ranked[0], ranked[-1])] if ranked else []
-    )
+    candidates = itertools.combinations(ranked, 2) if choice is PairChoice.all else [(ranked[0], ranked[-1])]
     for chosen, rejected in candidates:
         if scored[chosen] - scored[rejected] > min_gap:
             yield {
-                "prompt": asked,
-                **group.example,
                 "chosen": chosen,
                 "rejected": rejected,
                 "chosen_reward": scored[chosen],

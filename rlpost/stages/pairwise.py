@@ -28,8 +28,6 @@ class PairObjective:
     modifiers: Sequence[Callable[[Pairs], Pairs]] = ()
     nll: float = 0.0
     """Weight of the chosen completions' negative log-likelihood, per token."""
-    excess: float = 1.0
-    """What an action beyond the shorter completion's length counts."""
 
     @property
     def couples(self) -> bool:
@@ -53,7 +51,7 @@ class PairObjective:
         update = update.with_groups(pair_weight=pair_mean(len(update.groups), count))
         if not self.couples:
             return update
-        table_PC = learner.look(lambda scores, part: _table(_pairs(scores, part, self.excess)), update)
+        table_PC = learner.look(lambda scores, part: _table(_pairs(scores, part)), update)
         everyone, own = learner.gather(table_PC)
         reference_P2, length_P2 = everyone[:, 2:4], everyone[:, 4:6]
 
@@ -68,7 +66,7 @@ class PairObjective:
         """Σ loss·weight of a part."""
 
         def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-            pairs = _pairs(scores, part, self.excess)
+            pairs = _pairs(scores, part)
             if self.couples:
                 loss_P = part["value"]
                 # Worth nothing, this has the slope of the whole update's loss.
@@ -84,8 +82,8 @@ class PairObjective:
         return loss
 
 
-def _pairs(scores: Scores, part: Experience, excess: float) -> Pairs:
-    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), excess=excess)
+def _pairs(scores: Scores, part: Experience) -> Pairs:
+    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device))
 
 
 def _table(pairs: Pairs) -> Tensor:

@@ -10,14 +10,14 @@ Axes: N action tokens, S completions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlpost.experience import Experience
-from rlpost.groups import completions
+from rlpost.groups import Group, completions
 from rlpost.learner import Learner, LossFunction
 from rlpost.loop import show_samples
 from rlpost.objectives import kl, metrics
@@ -104,14 +104,14 @@ def value_of(cfg: Ppo) -> LossFunction:
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         loss_N = value_loss(values.before_N, part["returns"], part["old_value"], clip=cfg.critic.clip)
-        line = {"value": values.before_N.detach(), "return": part["returns"]}
+        line = {"value": values.before_N.detach()}
         line |= metrics.explained_variance_parts(part["old_value"], part["returns"])
         return (loss_N * part["weight"]).sum(), line
 
     return loss
 
 
-def _beyond(scored: Values, groups: Rollout, cfg: Ppo) -> Tensor | None:
+def _beyond(scored: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
     """[S] what the critic expects after the end of completions that were cut off; None if a cut is an end."""
     if cfg.at_limit is AtLimit.terminate:
         return None
@@ -120,6 +120,6 @@ def _beyond(scored: Values, groups: Rollout, cfg: Ppo) -> Tensor | None:
 
 
 def _critic_metrics(line: dict[str, float]) -> dict[str, float]:
-    """The critic's metrics by names that do not meet the policy's."""
+    """The critic's metrics by names that do not meet the policy's, what is made of several put together."""
     own = {"loss": "value_loss", "grad_norm": "critic_grad_norm", "learning_rate": "critic_learning_rate"}
-    return {own.get(name, name): x for name, x in line.items()}
+    return {own.get(name, name): x for name, x in metrics.without_parts(line).items()}

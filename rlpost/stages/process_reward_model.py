@@ -2,7 +2,7 @@
 
 The logit of a step is read off the state after its last action.
 
-Axes: N action tokens, K labelled steps of an update.
+Axes: N action tokens, K steps of an update.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
 
 
 def weighted(update: Experience, learner: Learner) -> Experience:
-    """The update with its labels and weights, each on the last action of its step: a mean over all labelled steps.
+    """The update with its labels and weights, each on the last action of its step: a mean over all steps.
 
-    An action that ends no labelled step has NaN for a label.
+    An action that ends no step has NaN for a label.
     """
     label_N = torch.tensor([x for group in update.groups for x in _labels(group)], dtype=torch.float64)
-    labelled_N = (~label_N.isnan()).double()
-    return update.with_actions(label=label_N, weight=labelled_N / max(learner.total(float(labelled_N.sum())), 1))
+    ends_N = (~label_N.isnan()).double()
+    return update.with_actions(label=label_N, weight=ends_N / max(learner.total(float(ends_N.sum())), 1))
 
 
 def step_loss(function: Callable[..., Tensor]) -> LossFunction:
@@ -73,8 +73,6 @@ def step_loss(function: Callable[..., Tensor]) -> LossFunction:
 
 
 def _labels(group: Group) -> list[float]:
-    """The label of every action that ends a step, NaN for other actions and where a step has no label."""
-    # A completion that was cut has fewer steps than its row has labels.
+    """The label of every action that ends a step, NaN for other actions."""
     labels = iter(group.example["labels"])
-    found = [next(labels) if end else None for c in group.completions for end in ends_of(c)]
-    return [math.nan if label is None else float(label) for label in found]
+    return [float(next(labels)) if end else math.nan for c in group.completions for end in ends_of(c)]

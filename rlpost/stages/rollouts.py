@@ -80,15 +80,18 @@ class Rollout:
         logprobs = [x for c in sampled for x in c.logprobs]
         metrics: dict[str, Any] = {"reward": sum(scored) / max(len(scored), 1)}
         metrics |= {f"reward/{name}": value for name, value in self.rewards.means().items()}
-        return metrics | {
-            "unscored": self.rewards.unscored,
-            "zero_signal": 1.0 - float(has_signal(self.reward_PG).double().mean()),
-            "truncated": sum(c.finish == "length" for c in sampled) / len(sampled),
-            "length": sum(c.actions for c in sampled) / len(sampled),
-            # The mean of −log p over samples is an unbiased estimate of the entropy.
-            "entropy": -sum(logprobs) / max(len(logprobs), 1),
-            "drawn": self.drawn,
-        }
+        return (
+            metrics
+            | {
+                "unscored": self.rewards.unscored,
+                "zero_signal": 1.0 - float(has_signal(self.reward_PG).double().mean()),
+                "truncated": sum(c.finish == "length" for c in sampled) / len(sampled),
+                "length": sum(c.actions for c in sampled) / len(sampled),
+                # The mean of −log p over samples is an unbiased estimate of the entropy.
+                "entropy": -sum(logprobs) / max(len(logprobs), 1),
+            }
+            | ({"drawn": self.drawn} if self.drawn > len(self.groups) else {})
+        )
 
 
 class Samples(Protocol):
@@ -108,7 +111,7 @@ def samples_of(context: Context, cfg: Rollouts, policy: Policy) -> Samples:
     """The policy's own samples, or what another policy's rollouts recorded."""
     if isinstance(cfg, Grouped) and cfg.recorded:
         data = context.data(policy, cfg.data, Need.recorded, cfg.max_length, cfg.too_long)
-        return Recorded(cfg, policy, data, context.scorer(cfg.rewards, policy) if cfg.rewards else None)
+        return Recorded(cfg, policy, data, context.scorer(cfg.rewards, policy, cfg.step_end) if cfg.rewards else None)
     return Sampler(context, cfg, policy)
 
 
@@ -122,7 +125,7 @@ class Sampler:
         self.policy = policy
         room = cfg.max_length - cfg.sampling.max_new_tokens
         self.data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
-        self.scorer = context.scorer(cfg.rewards, policy)
+        self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = BuiltinEngine(policy)
         environment = context.function(cfg.environment, "environment") if cfg.environment else None

@@ -43,7 +43,8 @@ def sft(context: Context, cfg: Sft) -> Path:
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
         metrics = learner.update(loss, experience, **how)
-        loop.log(step, metrics, live=("nll", "grad_norm"))
+        tokens = learner.totals(experience).actions
+        loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
     return context.finish(policy, cfg.kind, steps)
 
 

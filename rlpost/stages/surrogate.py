@@ -18,24 +18,29 @@ from rlpost.policy.policy import Scores
 from rlpost.recipe.schema import Grpo, KlPlacement, Ppo
 from rlpost.stages.rollouts import Beta, kl_estimate
 
+CLIP = 0.2
+"""The clip of `clipped_surrogate` where `args` give no other."""
+
 
 def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo | Ppo, beta: Beta) -> LossFunction:
     """Σ surrogate·weight, with the KL term if it belongs in the loss, less the entropy bonus.
 
     Its metrics are over the actions that were computed: those of completions with an advantage, as a rule.
     """
-    clip = {side: float(cfg.loss.args[side]) for side in ("low", "high") if side in cfg.loss.args}
+    low, high = (float(cfg.loss.args.get(side, CLIP)) for side in ("low", "high"))
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         old_N, advantage_N = part["old_logp"], part["advantage"]
         rows = part.rows.to(scores.logp_N.device)
         logp_N = scores.logp_N.detach()
         loss_N = surrogate(scores.logp_N, old_N, advantage_N, rows)
+        line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
         if "correction" in part.per_action:
             loss_N = loss_N * part["correction"]
-        line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
+            line |= metrics.effective_sample_parts(part["correction"])
         if cfg.loss.fn == clipped_surrogate.__name__:
-            line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, **clip)
+            line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=low)
+            line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=high)
         if "reference" in part.per_action:
             line["kl"] = kl.k3(logp_N, part["reference"])
         if cfg.kl.beta and cfg.kl.placement is KlPlacement.loss:

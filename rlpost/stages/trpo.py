@@ -24,7 +24,7 @@ from rlpost.objectives.trust_region import conjugate_gradient, finite_difference
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.batch import Batch
 from rlpost.policy.logprobs import Reader
-from rlpost.policy.policy import Scores
+from rlpost.policy.policy import Policy, Scores
 from rlpost.recipe.schema import Trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
@@ -51,7 +51,7 @@ def trpo(context: Context, cfg: Trpo) -> Path:
         line: dict[str, float] = {}
         for number in range(cfg.passes):
             for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number)):
-                line = trust_region_update(learner, weighted(update, cfg, learner), cfg)
+                line = trust_region_update(learner, policy, weighted(update, cfg, learner), cfg)
         loop.log(step, rollout.metrics | beta.seen(experience) | line, live=("reward", "kl_over_delta"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
             loop.rollouts(step, rollout.groups, rollout.rewards.total)
@@ -59,10 +59,10 @@ def trpo(context: Context, cfg: Trpo) -> Path:
     return context.finish(policy, cfg.kind, steps)
 
 
-def trust_region_update(learner: Learner, update: Experience, cfg: Trpo) -> dict[str, float]:
+def trust_region_update(learner: Learner, policy: Policy, update: Experience, cfg: Trpo) -> dict[str, float]:
     """One step within the trust region, or none if no share of it improves; returns what was measured."""
     how = {"temperature": cfg.sampling.temperature, "read": _everything}
-    update = update.with_actions(old_NV=_distributions(learner, update, how))
+    update = update.with_actions(old_NV=_distributions(learner, policy, update, how))
     before = learner.flat_weights()
     here = learner.gradient(surrogate, update, **how)
     gradient = -learner.flat_gradient()
@@ -119,13 +119,13 @@ def _divergence(scores: Scores, part: Experience) -> Tensor:
     return full_kl(part["old_NV"], scores.read)
 
 
-def _distributions(learner: Learner, update: Experience, how: Mapping[str, object]) -> Tensor:
+def _distributions(learner: Learner, policy: Policy, update: Experience, how: Mapping[str, object]) -> Tensor:
     """[N, V] log-probabilities of the whole vocabulary under the policy as it is.
 
     Raises:
         ModelError: they are too many to keep.
     """
-    size = update.rows.actions * learner.model.vocabulary
+    size = update.rows.actions * policy.vocabulary
     if size > MOST_NUMBERS:
         raise ModelError(
             f"trpo keeps the whole distribution of every action of an update, {size:.2g} numbers here; "

@@ -6,9 +6,26 @@ import pytest
 import torch
 
 from rlpost.objectives import Pairs, Rows, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
-from rlpost.objectives.preference import pairs_of
+from rlpost.objectives.preference import (
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco,
+    beyond_shorter,
+    discopop,
+    exo,
+    nca,
+    orpo,
+    pairs_of,
+    ranking,
+    sppo,
+)
 
-ALL = [dpo, dpo_robust, ipo, hinge, length_normalised, simpo, cpo]
+FIRST = [dpo, dpo_robust, ipo, hinge, length_normalised, simpo, cpo]
+UP_AND_DOWN = [*FIRST, exo, bco, sppo, apo_zero, discopop, orpo, aot_unpaired]
+"""At the reference, or near it, their gradient raises the chosen one and lowers the rejected one."""
+ALL = [*UP_AND_DOWN, nca, apo_down, aot]
 
 
 def softplus(x: float) -> float:
@@ -47,6 +64,119 @@ def test_losses_by_hand(pair):
     assert cpo(pair, beta=0.5, alpha=0.25).item() == pytest.approx(softplus(-3.0) + 0.25 * 1.0)
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_losses_of_each_side_by_hand(pair):
+    # β = ½: βΔ_w = ½, βΔ_l = −3/2, βh = 2.
+    w, low = 0.5, -1.5
+    assert nca(pair, beta=0.5).item() == pytest.approx(softplus(-w) + 0.5 * softplus(w) + 0.5 * softplus(low))
+    assert bco(pair, beta=0.5).item() == pytest.approx(2 * softplus(-1.0))  # δ = −½: both are 1 away from it
+    assert bco(pair, beta=0.5, delta=0.25).item() == pytest.approx(softplus(-0.25) + softplus(-1.75))
+    assert sppo(pair, beta=0.5).item() == pytest.approx((1 - 1) ** 2 + (-3 + 1) ** 2)
+    assert apo_zero(pair, beta=0.5).item() == pytest.approx(1 - sigmoid(w) + sigmoid(low))
+    assert apo_down(pair, beta=0.5).item() == pytest.approx(sigmoid(w) + 1 - sigmoid(2.0))
+
+
+def test_losses_of_the_margin_by_hand(pair):
+    s = sigmoid(2.0 / 4)
+    expected = (1 - s) * softplus(-2.0) + s * math.exp(-2.0)
+    assert discopop(pair, beta=0.5, temperature=4.0).item() == pytest.approx(expected)
+    p = sigmoid(2.0)
+    expected = p * math.log(p / 0.9) + (1 - p) * math.log((1 - p) / 0.1)
+    assert exo(pair, beta=0.5, epsilon=0.1).item() == pytest.approx(expected)
+
+
+def test_exo_is_zero_where_the_margin_says_what_the_labels_do():
+    h = math.log(0.8 / 0.2) / 0.1
+    pairs = Pairs(torch.tensor([[h, 0.0]], dtype=torch.float64), torch.zeros(1, 2), torch.ones(1, 2))
+    assert exo(pairs, beta=0.1, epsilon=0.2).item() == pytest.approx(0, abs=1e-15)
+    for epsilon in (0.0, 1e-4, 0.5):
+        with pytest.raises(ValueError, match=r"from 1e-3"):
+            exo(pairs, epsilon=epsilon)
+
+
+def test_orpo_by_hand_and_close_to_certainty(pair):
+    # Mean logp −1 and −2, p/(1 − p) = 1/(e − 1) and 1/(e² − 1).
+    odds = math.log((math.e**2 - 1) / (math.e - 1))
+    assert orpo(pair, beta=0.25).item() == pytest.approx(1 + 0.25 * softplus(-odds))
+    sure = torch.tensor([[-1e-30, -3.0]], dtype=torch.float64, requires_grad=True)
+    value = orpo(Pairs(sure, torch.zeros(1, 2), torch.ones(1, 2)))
+    value.sum().backward()
+    assert 0 <= value.item() < 1e-10
+    assert sure.grad.isfinite().all()
+
+
+def test_aot_compares_what_has_the_same_rank():
+    # Policy margins 3, 1, 2 and reference margins 0, 5, 4: ranks 2, 0, 1 meet 5, 0, 4.
+    policy = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
+    reference = torch.tensor([[0.0, 0.0], [5.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
+    pairs = Pairs(policy, reference, torch.ones(3, 2))
+    assert aot(pairs, beta=1.0).tolist() == pytest.approx([softplus(2.0), softplus(-1.0), softplus(2.0)])
+    # Δ_w = 3, −4, −2 and Δ_l = 1, 0, −1 (say): the same ranks meet 1, −1, 0.
+    pairs = Pairs(policy + torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, -1.0]]), reference, torch.ones(3, 2))
+    assert aot_unpaired(pairs, beta=1.0).tolist() == pytest.approx([softplus(-2.0), softplus(3.0), softplus(2.0)])
+
+
+@pytest.mark.parametrize("loss", [aot, aot_unpaired])
+def test_aot_of_one_pair_is_dpo_and_does_not_depend_on_the_order(pair, loss):
+    assert loss(pair).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
+    torch.manual_seed(0)
+    many = Pairs(*torch.randn(2, 6, 2, dtype=torch.float64), torch.ones(6, 2))
+    turned = Pairs(many.logp_P2.flip(0), many.reference_P2.flip(0), many.length_P2)
+    assert loss(turned).tolist() == pytest.approx(loss(many).flip(0).tolist(), abs=1e-15)
+
+
+@pytest.mark.parametrize("loss", [aot, aot_unpaired, bco])
+def test_who_belongs_to_whom_does_not_matter_to_losses_of_distributions(loss):
+    torch.manual_seed(1)
+    logp, reference = torch.randn(2, 5, 2, dtype=torch.float64)
+    pairs = Pairs(logp, reference, torch.ones(5, 2))
+    if loss is aot:  # the reference's margins are a distribution of their own
+        other = Pairs((logp - reference) + reference.roll(1, 0), reference.roll(1, 0), torch.ones(5, 2))
+        back = aot(Pairs(logp, reference.roll(1, 0), torch.ones(5, 2)))
+        assert back.sum().item() == pytest.approx(aot(pairs).sum().item(), abs=1e-14)
+        assert aot(other).sum().item() != pytest.approx(aot(pairs).sum().item(), abs=1e-3)
+        return
+    delta = logp - reference
+    mixed = torch.stack([delta[:, 0], delta[:, 1].roll(2)], 1)
+    rearranged = Pairs(mixed, torch.zeros(5, 2), torch.ones(5, 2))
+    assert loss(rearranged).sum().item() == pytest.approx(loss(pairs).sum().item(), abs=1e-14)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_gradients_are_those_of_finite_differences(loss):
+    torch.manual_seed(2)
+    logp = -5 * torch.rand(4, 2, dtype=torch.float64) - 0.5
+    reference = -5 * torch.rand(4, 2, dtype=torch.float64)
+    lengths = torch.tensor([[2.0, 3.0], [1.0, 1.0], [4.0, 2.0], [5.0, 1.0]], dtype=torch.float64)
+    given = {"delta": 0.1} if loss is bco else {}  # its own delta is without gradient
+    assert torch.autograd.gradcheck(
+        lambda x: loss(Pairs(x, reference, lengths), beta=0.7, **given), logp.requires_grad_(True)
+    )
+
+
+def test_the_directions_of_the_anchored_losses():
+    logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    for loss, signs in ((apo_zero, [-1, 1]), (apo_down, [0, 1]), (nca, [-1, 1])):
+        (grad,) = torch.autograd.grad(loss(Pairs(logp, torch.zeros(1, 2), torch.ones(1, 2))).sum(), logp)
+        assert grad[0].sign().tolist() == signs, loss
+    # Once the margin is won, APO-down lowers the chosen one too.
+    won = torch.tensor([[0.0, -50.0]], dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(apo_down(Pairs(won, torch.zeros(1, 2), torch.ones(1, 2))).sum(), won)
+    assert grad[0, 0] > 0
+
+
+def test_ranking_of_two_is_dpo(pair):
+    torch.manual_seed(3)
+    delta = torch.randn(4, 2, dtype=torch.float64)
+    pairs = Pairs(delta, torch.zeros(4, 2), torch.ones(4, 2))
+    reward = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    assert ranking(delta, reward, beta=0.3).tolist() == pytest.approx(dpo(pairs, beta=0.3).tolist(), abs=1e-15)
+    assert ranking(pair.delta_P2, reward[:1]).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
+
+
 def test_at_the_reference_dpo_is_log_two():
     logp = torch.tensor([[-2.0, -7.0], [-4.0, -1.0]], dtype=torch.float64, requires_grad=True)
     pairs = Pairs(logp, logp.detach(), torch.ones(2, 2))
@@ -69,13 +199,16 @@ def test_the_robust_loss_refuses_a_flip_rate_of_one_half(pair):
         dpo_robust(pair, epsilon=0.5)
 
 
-@pytest.mark.parametrize("loss", [dpo, length_normalised, ipo, hinge])
+@pytest.mark.parametrize(
+    "loss",
+    [dpo, length_normalised, ipo, hinge, exo, nca, bco, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop],
+)
 def test_only_differences_to_the_reference_matter(pair, loss):
     shifted = Pairs(pair.logp_P2 - 3, pair.reference_P2 - 3, pair.length_P2)
     assert loss(shifted).item() == pytest.approx(loss(pair).item(), abs=1e-14)
 
 
-@pytest.mark.parametrize("loss", [simpo, cpo])
+@pytest.mark.parametrize("loss", [simpo, cpo, orpo])
 def test_some_need_no_reference(pair, loss):
     assert loss(Pairs(pair.logp_P2, pair.reference_P2 + 9, pair.length_P2)).item() == loss(pair).item()
 
@@ -90,7 +223,7 @@ def test_pairs_of_sums_actions_chosen_first():
         pairs_of(logp[:3], torch.zeros(3), Rows([1, 1, 1]))
 
 
-@pytest.mark.parametrize("loss", ALL)
+@pytest.mark.parametrize("loss", UP_AND_DOWN)
 def test_an_empty_completion_survives_and_the_gradient_has_the_right_sign(loss):
     logp = torch.tensor([-1.0, -2.0, -3.0, -1.5], dtype=torch.float64, requires_grad=True)
     pairs = pairs_of(logp, torch.full((4,), -1.8, dtype=torch.float64), Rows([1, 2, 0, 1]))
@@ -111,6 +244,28 @@ def test_no_pairs_and_half_precision(loss):
     assert pairs.logp_P2.tolist() == [[-291.0, -10.0]]  # bfloat16 would stop at -256
     assert pairs.length_P2.tolist() == [[291.0, 10.0]]
     assert loss(pairs).dtype == torch.float32
+
+
+def test_beyond_the_shorter_completion():
+    rows = Rows([3, 1, 0, 2, 2, 2])
+    beyond = [False, True, True, False, True, True, False, False, False, False]
+    assert beyond_shorter(rows).tolist() == beyond
+    logp = torch.tensor([-1.0, -2.0, -4.0, -8.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0], dtype=torch.float64)
+    pairs = pairs_of(logp, logp - 1, rows)
+    assert pairs.excess_P2.tolist() == [[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+
+
+def test_a_table_holds_all_of_the_pairs():
+    torch.manual_seed(4)
+    rows = Rows([3, 1, 0, 2])
+    logp, reference, collision = -torch.rand(3, 6, dtype=torch.float64)
+    for extra in (None, collision):
+        pairs = pairs_of(logp, reference, rows, extra)
+        back = Pairs.from_table(pairs.table_PC)
+        for name in ("logp_P2", "reference_P2", "length_P2", "excess_P2"):
+            assert torch.equal(getattr(back, name), getattr(pairs, name)), name
+        assert (back.collision_P2 is None) == (extra is None)
+        assert extra is None or torch.equal(back.collision_P2, pairs.collision_P2)
 
 
 def test_extreme_margins_stay_finite():

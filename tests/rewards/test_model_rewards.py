@@ -10,14 +10,16 @@ from families import tiny
 
 from rlpost.data.codec import make_codec
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.errors import ModelError, RecipeError
+from rlpost.errors import ModelError, RecipeError, RewardError
 from rlpost.groups import Completion, Group
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel
 from rlpost.recipe.schema import Tokenizer, TokenizerKind
-from rlpost.rewards import process_reward_model, reward_model
+from rlpost.rewards import process_reward_model, process_steps, reward_model
+from rlpost.rewards.score import Scorer
+from rlpost.rewards.tree import BoundReward
 from rlpost.rollout.divide import divide
 from rlpost.rollout.judge import Judge, reread, same_tokens
 
@@ -31,11 +33,11 @@ class Said:
         self.ends = []
 
     def scores(self, groups):
-        assert groups == []
+        self.seen = groups
         return list(self.given)
 
     def step_scores(self, groups, step_end):
-        assert groups == []
+        self.seen = groups
         self.ends.append(step_end)
         return self.steps
 
@@ -57,6 +59,19 @@ def test_steps_become_one_number(reduce, expected):
 def test_another_reduction_is_refused_in_one_line():
     with pytest.raises(RecipeError, match="reduce='max' - give one of min, last, product, mean"):
         process_reward_model([], Said(), reduce="max")
+
+
+def test_steps_are_rewarded_each_by_itself():
+    group = Group(
+        (1,), (Completion((2, 3), (True, True), "ab", steps=(1, 1)), Completion((4,), (True,), "c", steps=(1,)))
+    )
+    leaf = BoundReward("steps", 1.0, process_steps, Said(steps=[[0.25, 0.5], [1.0]]))
+    scores = Scorer([leaf]).score([group], steps=[["a", "b"], ["c"]])
+    assert scores.by_step == {"steps": [[0.25, 0.5], [1.0]]}
+    with pytest.raises(RewardError, match="for 2 steps"):
+        Scorer([BoundReward("steps", 1.0, process_steps, Said(steps=[[0.5], [1.0]]))]).score(
+            [group], [["a", "b"], ["c"]]
+        )
 
 
 # --- What a judge reads

@@ -55,7 +55,7 @@ def test_the_first_loss_is_what_the_rollouts_say_by_hand(tmp_path):
     assert line["zero_signal"] == sum(len({c["reward"] for c in group}) == 1 for group in groups) / 6
     assert line["entropy"] == pytest.approx(-sum(sum(c["logprobs"]) for c, _ in every) / tokens)
     assert line["ratio"] == pytest.approx(1, abs=1e-5)
-    assert line["clipped"] == 0
+    assert line["clipped_low"] == line["clipped_high"] == 0
     assert line["sampler_gap"] < 1e-5
 
 
@@ -75,7 +75,7 @@ def test_what_is_logged(tmp_path):
     run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "kl": {"beta": 0.1}, "reference": "base", "entropy": 0.01}})
     names = {
         *("step", "reward", "reward/digits", "unscored", "zero_signal", "truncated", "length", "entropy"),
-        *("loss", "ratio", "sampler_gap", "clipped", "kl", "exact_entropy", "grad_norm", "learning_rate"),
+        "sequence_kl", "beta", *("loss", "ratio", "sampler_gap", "clipped_low", "clipped_high", "kl", "exact_entropy", "grad_norm", "learning_rate"),
     }
     assert [set(line) for line in metrics(tmp_path, "grpo")] == 4 * [names]
 

@@ -14,7 +14,7 @@ from rlpost.groups import Completion, Group
 from rlpost.recipe.schema import PairChoice
 from rlpost.rewards.score import Scorer
 from rlpost.stages import pairs as stage
-from rlpost.stages.pairs import pairs_of_group
+from rlpost.stages.pairs import rows_of_group
 
 OWN = {**DPO, "data": {"own": {"stage": "pairs"}}}
 
@@ -32,7 +32,7 @@ FIVE = group(("a", "stop"), ("b", "stop"), ("c", "stop"), ("d", "stop"), ("b", "
 
 
 def test_one_pair_of_the_best_and_the_worst():
-    rows = list(pairs_of_group(FIVE, [1.0, 3.0, 0.0, 2.0, 3.0], PairChoice.one, 0.0))
+    rows = list(rows_of_group(FIVE, [1.0, 3.0, 0.0, 2.0, 3.0], PairChoice.one, 0.0))
     assert rows == [
         {
             "prompt": "p",
@@ -46,21 +46,21 @@ def test_one_pair_of_the_best_and_the_worst():
 
 
 def test_all_pairs_of_distinct_texts_whose_rewards_differ():
-    rows = pairs_of_group(FIVE, [1.0, 3.0, 0.0, 1.0, 3.0], PairChoice.all, 0.0)
+    rows = rows_of_group(FIVE, [1.0, 3.0, 0.0, 1.0, 3.0], PairChoice.all, 0.0)
     assert chosen(rows) == [("b", "a"), ("b", "d"), ("b", "c"), ("a", "c"), ("d", "c")]
 
 
 def test_a_gap_must_be_more_than_the_smallest():
     rewards = [1.0, 3.0, 0.0, 2.5, 3.0]
-    assert chosen(pairs_of_group(FIVE, rewards, PairChoice.all, 2.0)) == [("b", "c"), ("d", "c")]
-    assert chosen(pairs_of_group(FIVE, rewards, PairChoice.one, 3.0)) == []
+    assert chosen(rows_of_group(FIVE, rewards, PairChoice.all, 2.0)) == [("b", "c"), ("d", "c")]
+    assert chosen(rows_of_group(FIVE, rewards, PairChoice.one, 3.0)) == []
 
 
 def test_answers_that_are_unfinished_or_unscored_make_no_pair():
     answers = group(("a", "length"), ("b", "stop"), ("c", "stop"), ("d", "stop"))
-    assert chosen(pairs_of_group(answers, [9.0, 1.0, None, 0.0], PairChoice.all, 0.0)) == [("b", "d")]
-    assert chosen(pairs_of_group(answers, [9.0, 1.0, None, None], PairChoice.one, 0.0)) == []
-    assert chosen(pairs_of_group(answers, [None] * 4, PairChoice.one, 0.0)) == []
+    assert chosen(rows_of_group(answers, [9.0, 1.0, None, 0.0], PairChoice.all, 0.0)) == [("b", "d")]
+    assert chosen(rows_of_group(answers, [9.0, 1.0, None, None], PairChoice.one, 0.0)) == []
+    assert chosen(rows_of_group(answers, [None] * 4, PairChoice.one, 0.0)) == []
 
 
 def test_the_prompt_of_a_conversation_is_all_but_its_answer():
@@ -68,16 +68,16 @@ def test_the_prompt_of_a_conversation_is_all_but_its_answer():
     answered = [*asked, {"role": "assistant", "content": "old"}]
     for messages in (asked, answered):
         answers = group(("a", "stop"), ("b", "stop"), messages=messages)
-        (row,) = pairs_of_group(answers, [1.0, 0.0], PairChoice.one, 0.0)
+        (row,) = rows_of_group(answers, [1.0, 0.0], PairChoice.one, 0.0)
         assert row["prompt"] == asked
 
 
 def test_a_blank_answer_makes_a_pair_after_a_text_but_not_in_a_conversation():
     answers = (("a", "stop"), ("", "stop"), (" ", "stop"))
-    assert chosen(pairs_of_group(group(*answers), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == [("a", "")]
+    assert chosen(rows_of_group(group(*answers), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == [("a", "")]
     asked = [{"role": "user", "content": "q"}]
     for example in ({"messages": asked}, {"prompt": asked}):
-        assert chosen(pairs_of_group(group(*answers, **example), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == []
+        assert chosen(rows_of_group(group(*answers, **example), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == []
 
 
 def rows_of(final) -> list[dict]:

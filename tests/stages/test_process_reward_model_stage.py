@@ -49,8 +49,7 @@ GROUPS = [
     Group((7,), (stepped(1, reads=2, first=20),), {"labels": [0.0]}),
     Group((8, 9, 10), (stepped(2, 2, reads=3, first=30),), {"labels": [1.0, 0.0]}),
     Group((11,), (stepped(reads=2, first=40),), {"labels": []}),
-    # Cut: one of two labels has lost its step.
-    Group((12,), (stepped(4, first=50),), {"labels": [1.0, 0.0]}),
+    Group((12,), (stepped(4, first=50),), {"labels": [1.0]}),
 ]
 
 
@@ -156,3 +155,18 @@ def test_a_later_stage_is_rewarded_by_it(tmp_path, lora):
     run(tmp_path, {"steps": STEPS, "grpo": {**GRPO, "steps": 1, "rewards": [reward]}}, *lora)
     (line,) = metrics(tmp_path, "grpo")
     assert 0 < line["reward/process_reward_model"] < 1
+
+
+def test_every_step_of_a_later_stages_samples_is_credited_with_its_own_probability(tmp_path):
+    jsonl(tmp_path / "steps.jsonl", ROWS)
+    later = {
+        **GRPO,
+        "steps": 1,
+        "rewards": [{"fn": "process_steps", "model": "steps"}],
+        "advantage": {"fn": "process_normalised"},
+        "step_end": "=",
+    }
+    run(tmp_path, {"steps": STEPS, "grpo": later}, LORA)
+    (line,) = metrics(tmp_path, "grpo")
+    assert line["reward/process_steps"] > 0
+    assert line["grad_norm"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -66,6 +67,12 @@ def test_the_loss_of_pairs_by_hand():
     assert line["accuracy"].tolist() == [1.0, 0.0]
     assert line["margin"].tolist() == [1.0, -0.5]
     assert line["score"].tolist() == [2.0, 1.0, 0.0, 0.5]
+
+
+def test_centring_is_an_argument_of_the_recipe():
+    centred = score_loss(partial(bradley_terry, centre=0.1))(values(2.0, 1.0, 0.0, 0.5), as_update(PAIRS[:2]))[0]
+    plain = score_loss(bradley_terry)(values(2.0, 1.0, 0.0, 0.5), as_update(PAIRS[:2]))[0]
+    assert float(centred - plain) == pytest.approx(0.1 * (3.0**2 + 0.5**2) / 2)
 
 
 def test_a_function_is_told_what_it_asks_for_by_name():
@@ -158,7 +165,7 @@ def test_what_comes_after_starts_from_the_policy(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_margins_of_rows_and_centring_are_part_of_the_loss(tmp_path):
+def test_margins_of_rows_are_part_of_the_loss(tmp_path):
     jsonl(tmp_path / "margins.jsonl", [{**row, "margin": 3.0} for row in PREFERENCES])
     settings = {**REWARD, "data": {"pairs": {"path": "margins.jsonl"}}, "steps": 1, "batch_size": len(PREFERENCES)}
     run(tmp_path, {"reward": settings})

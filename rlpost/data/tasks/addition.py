@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random as randomness
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpost.errors import RecipeError
@@ -58,6 +58,40 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, forge
 def correct(completion: Completion, example: Mapping[str, Any]) -> float:
     """1 for exactly the right digits, else 0."""
     return float(completion.text == example["answer"])
+
+
+def right_digits(completion: Completion, example: Mapping[str, Any]) -> float:
+    """The share of digits that are right, each in its place; 0 for an answer of another length."""
+    if len(completion.text) != len(example["answer"]):
+        return 0.0
+    return sum(a == b for a, b in zip(completion.text, example["answer"], strict=True)) / len(example["answer"])
+
+
+def right_so_far(example: Mapping[str, Any], completion: Completion, steps: Sequence[str]) -> list[float]:  # noqa: ARG001
+    """For every step of an answer, 1 while the digits up to its end are the right ones, else 0."""
+    found, text = [], ""
+    for step in steps:
+        text += step
+        found.append(float(example["answer"].startswith(text)))
+    return found
+
+
+def steps(*, held_out: int = 2000, seed: int = 0, forgets: float = 0.6) -> list[dict[str, Any]]:
+    """Rows `prompt, steps, labels`, as a person would mark a careless pupil: right up to the first wrong digit.
+
+    Raises:
+        RecipeError: no problem is left, or `forgets` is no probability.
+    """
+    random = randomness.Random(seed)
+    rows = [careless_teacher(row, random, forgets=forgets) for row in train(held_out=held_out, seed=seed)]
+    return [
+        {
+            **row,
+            "steps": list(row["completion"]),
+            "labels": [float(row["answer"].startswith(row["completion"][: i + 1])) for i in range(3)],
+        }
+        for row in rows
+    ]
 
 
 def _row(number: int) -> dict[str, Any]:

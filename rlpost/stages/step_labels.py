@@ -1,0 +1,96 @@
+"""Rows for a process reward model without people: a step is as right as rollouts from its end turn out.
+
+Math-Shepherd (Wang et al. 2023, arXiv:2312.08935, §3.3), with soft labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpost import console
+from rlpost.data.formats import Need
+from rlpost.errors import DataError, Interrupted
+from rlpost.groups import Completion, Group, completions
+from rlpost.policy.policy import Policy
+from rlpost.recipe.schema import StepLabels, TooLong
+from rlpost.rewards.score import Scorer
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import collect
+from rlpost.rollout.continue_from import fresh_rollouts
+from rlpost.rollout.divide import divide, step_starts, step_texts
+from rlpost.stages.context import Context
+
+AT_ONCE = 64
+"""Prompts sampled between two moves of the progress bar."""
+
+
+def step_labels(context: Context, cfg: StepLabels) -> Path:
+    """Sample, divide, try every step again and again; returns the folder with the rows `prompt, steps, labels`.
+
+    Raises:
+        DataError: no completion has a step.
+        Interrupted: when a signal asked to stop.
+    """
+    policy = context.policy()
+    limit = policy.longest - cfg.sampling.max_new_tokens
+    data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
+    prompts = data.next(cfg.prompts or len(data))
+    scorer = context.scorer(cfg.rewards, policy)
+    rows: list[dict[str, Any]] = []
+    with console.Progress(context.name, len(prompts)) as progress:
+        for first in range(0, len(prompts), AT_ONCE):
+            some = prompts[first : first + AT_ONCE]
+            rows += labelled(policy, some, scorer, cfg, context.seed_for("sample", first))
+            progress.advance(n=len(some))
+            if context.interrupts.requested is not None:
+                raise Interrupted(
+                    f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin again",
+                    context.interrupts.requested,
+                )
+    console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
+    if not rows:
+        raise DataError(f"stages.{context.name}: no completion has a step; look at step_end={cfg.step_end!r}")
+
+    def write(folder: Path) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / context.out.rows.name).write_text(lines, "utf-8")
+
+    return context.finish_rows(write, cfg.kind)
+
+
+def labelled(
+    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: StepLabels, seed: int
+) -> Iterator[dict[str, Any]]:
+    """Rows of sampled completions: the label of a step is the mean reward of fresh rollouts from its end.
+
+    After its last step a completion is what it is, so that step's label is the completion's own reward. Unscored
+    rollouts are left out; a completion with a step that has none of them left gives no row.
+    """
+    engine = BuiltinEngine(policy)
+    tokenizer = policy.tokenizer
+    groups = [
+        divide(g, tokenizer, cfg.step_end) for g in collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed)
+    ]
+    sampled = completions(groups)
+    ends = [step_starts(c)[1:] for c in sampled]
+    fresh = fresh_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
+    tried = iter([_mean(row) for row in scorer.score(fresh).total])
+    own = iter([reward for row in scorer.score(groups).total for reward in row])
+    for group in groups:
+        for completion in group.completions:
+            labels = [next(tried) for _ in completion.steps[1:]] + [next(own)]
+            if completion.steps and None not in labels:
+                yield _row(group, completion, tokenizer, labels)
+
+
+def _row(group: Group, completion: Completion, tokenizer: Any, labels: Sequence[float | None]) -> dict[str, Any]:
+    example = dict(group.example)
+    return {**example, "steps": step_texts(completion, tokenizer), "labels": list(labels)}
+
+
+def _mean(rewards: Sequence[float | None]) -> float | None:
+    scored = [r for r in rewards if r is not None]
+    return sum(scored) / len(scored) if scored else None
