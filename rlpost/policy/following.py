@@ -64,7 +64,7 @@ class Following:
         mixed, lost = dict(reference), 0.0
         for name in (n for n in reference if "lora_A" in n):
             other = name.replace("lora_A", "lora_B")
-            a, b = mix_lora((policy[name], policy[other]), (reference[name], reference[other]), share)
+            a, b = mix_lora(policy[name], policy[other], reference[name], reference[other], share)
             mixed[name], mixed[other], error = recompressed(a, b, self._rank)
             lost = max(lost, error)
         self._write(self._padded(mixed))

@@ -51,16 +51,14 @@ class PairObjective:
         update = update.with_groups(pair_weight=pair_mean(len(update.groups), count))
         if not self.couples:
             return update
-        table_PC = learner.look(lambda scores, part: _table(_pairs(scores, part)), update)
-        everyone, own = learner.gather(table_PC)
-        reference_P2, length_P2 = everyone[:, 2:4], everyone[:, 4:6]
+        everyone, own = learner.gather(learner.look(lambda scores, part: _pairs(scores, part).table_PC, update))
 
-        def whole(logp_P2: Tensor) -> Tensor:
-            return self.per_pair(Pairs(logp_P2, reference_P2, length_P2)).sum() / count
+        def whole(table_PC: Tensor) -> Tensor:
+            return self.per_pair(Pairs.from_table(table_PC)).sum() / count
 
-        value, slope_P2 = linearised(whole, everyone[:, :2])
+        value, slope_PC = linearised(whole, everyone)
         # Each pair carries an equal share of the value, so that parts and ranks add up to it.
-        return update.with_groups(slope=slope_P2[own], value=value.expand(len(update.groups)))
+        return update.with_groups(slope=slope_PC[own], value=value.expand(len(update.groups)))
 
     def loss(self) -> LossFunction:
         """Σ loss·weight of a part."""
@@ -70,7 +68,7 @@ class PairObjective:
             if self.couples:
                 loss_P = part["value"]
                 # Worth nothing, this has the slope of the whole update's loss.
-                total = (part["slope"] * (pairs.logp_P2 - pairs.logp_P2.detach())).sum()
+                total = (part["slope"] * (pairs.table_PC - pairs.table_PC.detach())).sum()
                 total = total + (loss_P * part["pair_weight"]).sum()
             else:
                 loss_P = self.per_pair(pairs)
@@ -84,11 +82,6 @@ class PairObjective:
 
 def _pairs(scores: Scores, part: Experience) -> Pairs:
     return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device))
-
-
-def _table(pairs: Pairs) -> Tensor:
-    """[P, 6] all that pairs are made of."""
-    return torch.cat([pairs.logp_P2, pairs.reference_P2, pairs.length_P2], 1)
 
 
 def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:

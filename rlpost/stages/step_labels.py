@@ -38,7 +38,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     limit = policy.longest - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
-    scorer = context.scorer(cfg.rewards, policy)
+    scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
     rows: list[dict[str, Any]] = []
     with console.Progress(context.name, len(prompts)) as progress:
         for first in range(0, len(prompts), AT_ONCE):

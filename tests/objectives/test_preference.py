@@ -157,6 +157,24 @@ def test_gradients_are_those_of_finite_differences(loss):
     )
 
 
+def test_the_shift_of_bco_has_no_gradient(pair):
+    logp = pair.logp_P2.clone().requires_grad_(True)
+    bco(Pairs(logp, pair.reference_P2, pair.length_P2), beta=0.5).sum().backward()
+    assert logp.grad[0].tolist() == pytest.approx([-0.5 * sigmoid(-1.0), 0.5 * sigmoid(-1.0)])
+    apart = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)  # δ = 1 at β = 1
+    bco(Pairs(apart, torch.zeros(2, 2), torch.ones(2, 2)), beta=1.0).sum().backward()
+    assert apart.grad[0].tolist() == pytest.approx([-sigmoid(-2.0), sigmoid(-1.0)])
+    assert apart.grad[1].tolist() == pytest.approx([-sigmoid(1.0), sigmoid(0.0)])
+
+
+def test_discopop_stays_finite_at_any_temperature():
+    logp = torch.tensor([[-9000.0, 0.0]], requires_grad=True)
+    value = discopop(Pairs(logp, torch.zeros(1, 2), torch.ones(1, 2)), beta=1.0, temperature=3.0)
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert logp.grad.isfinite().all()
+
+
 def test_the_directions_of_the_anchored_losses():
     logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     for loss, signs in ((apo_zero, [-1, 1]), (apo_down, [0, 1]), (nca, [-1, 1])):
