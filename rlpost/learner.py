@@ -186,12 +186,12 @@ class Learner:
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
 
     @torch.no_grad()
-    def look(self, read: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
-        """What `read` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
+    def look(self, take: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
+        """What `take` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
         pieces = []
         for part in self._parts(experience):
             said = self.model(self.model.batch(part.groups), **how)
-            pieces.append(read(said, part.to(self.model.device)).cpu())
+            pieces.append(take(said, part.to(self.model.device)).cpu())
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def measure(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:

@@ -1,0 +1,261 @@
+"""On-policy methods from one SFT checkpoint with one budget of samples: a table and pictures.
+
+    python scripts/compare_methods.py [--seeds 0 1 2] [--runs runs/compare] [--samples 30720] [--jobs 2] [METHOD ...]
+
+Trains the start and every method of recipes/methods/ on the demo's addition, once a seed (finished runs are not
+repeated), each with as many samples as the others, those of fresh rollouts and of replaced prompts included. Then:
+accuracy on held-out problems, the KL that was spent from the start, seconds; the reward against samples; PPO at
+λ = 0, .95 and 1; and for leave-one-out REINFORCE the frontier of reward against KL over four β. Writes table.md,
+methods.png, gae.png and frontier.png into the folder of runs. Needs matplotlib (`pip install rlpost[plots]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from rlpost import console, pipeline
+from rlpost.data.codec import make_codec
+from rlpost.data.formats import Format, encode
+from rlpost.data.tasks.addition import held_out
+from rlpost.groups import completions
+from rlpost.policy.load import load_policy
+from rlpost.policy.score import logprobs
+from rlpost.recipe.resolve import resolve
+from rlpost.recipe.schema import Model, Sampling
+from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.rollout.collect import collect
+
+METHODS = (
+    *("reinforce", "reinforce_mean", "reinforce_pp", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "gmpo"),
+    *("sapo", "dppo", "remax", "opo", "maxrl", "pass_at_k", "gpg", "gdpo", "process", "vineppo", "ppo", "trpo"),
+    "online_dpo",
+)
+LAMBDAS = (0.0, 0.95, 1.0)
+BETAS = (0.003, 0.01, 0.03, 0.1)
+DIGITS = 4
+"""Actions of an answer: three digits and the end."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    title: str
+    method: str
+    seed: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.title.replace(' ', '_').replace('=', '')}_seed{self.seed}"
+
+
+def start(runs: Path, seed: int) -> Path:
+    return runs / f"start_seed{seed}"
+
+
+def train_start(runs: Path, seed: int) -> None:
+    words = [f"runs={runs}", f"run=start_seed{seed}", f"seed={seed}", "threads=1", "evaluation=null"]
+    pipeline.train(resolve("methods/start", words))
+
+
+def train(given: tuple[Run, Path, int]) -> None:
+    """One method on its budget."""
+    run, runs, samples = given
+    words = [f"runs={runs}", f"run={run.name}", f"seed={run.seed}", "threads=1", f"vars.start={start(runs, run.seed)}"]
+    words += ["evaluation.every_stage=true", *run.overrides]
+    stage = resolve(f"methods/{run.method}", words).config.stages["rl"]
+    steps = max(1, round(samples / samples_a_step(stage)))
+    pipeline.train(resolve(f"methods/{run.method}", [*words, f"stages.rl.steps={steps}"]))
+
+
+def samples_a_step(stage: Any) -> float:
+    """Completions sampled a step: the groups, a greedy completion a prompt, fresh rollouts from every state.
+
+    Prompts drawn again are counted as they come, in `curve`.
+    """
+    own = stage.prompts * stage.group_size
+    advantage = getattr(stage, "advantage", None)
+    if advantage is not None and advantage.fn == "greedy_baseline":
+        own += stage.prompts
+    if advantage is not None and advantage.fn == "monte_carlo_values":
+        # The prompt's state is tried once, others once a completion where all differ: an upper bound.
+        own += stage.prompts * (1 + stage.group_size * (DIGITS - 2)) * stage.fresh_rollouts
+    return own
+
+
+def curve(runs: Path, run: Run) -> tuple[list[float], list[float]]:
+    """Samples so far, and the mean reward (share of right answers) of a step's samples."""
+    stage = resolve(str(runs / run.name / "config.resolved.yaml"), []).config.stages["rl"]
+    samples, rewards, total = [], [], 0.0
+    for line in map(json.loads, (runs / run.name / "rl" / "metrics.jsonl").read_text().splitlines()):
+        total += samples_a_step(stage) * line.get("drawn", stage.prompts) / stage.prompts
+        samples.append(total)
+        rewards.append(line.get("reward/correct", line["reward"]))
+    return samples, rewards
+
+
+def result(runs: Path, run: Run, samples: int) -> dict[str, float]:
+    """What a finished run reached, at the budget's end."""
+    evaluation = json.loads((runs / run.name / "evaluation" / "rl.json").read_text())
+    spent, rewards = curve(runs, run)
+    timings = (runs / run.name / "rl" / "timings.jsonl").read_text().splitlines()
+    inside = [r for s, r in zip(spent, rewards, strict=True) if s <= samples]
+    return {
+        "greedy": evaluation["greedy"]["accuracy"]["all"]["value"],
+        "sampled": evaluation["sampled"]["accuracy"]["all"]["value"],
+        "area": fmean(inside or rewards),
+        "samples": spent[-1],
+        "kl": divergence(runs, run),
+        "seconds": sum(json.loads(line)["seconds"] for line in timings),
+    }
+
+
+def divergence(runs: Path, run: Run) -> float:
+    """KL(final || start) in nats a completion, by one sample of each held-out problem; kept beside the run."""
+    kept = runs / run.name / "divergence.json"
+    if not kept.is_file():
+        final = load_policy(runs / run.name / "rl" / "final", Model(), trainable=False)
+        before = load_policy(start(runs, run.seed) / "sft" / "final", Model(), trainable=False)
+        codec = make_codec(final.tokenizer)
+        prompts = [encode(row, Format.prompt, codec, "held out") for row in held_out()]
+        groups = collect(BuiltinEngine(final), prompts, 1, Sampling(max_new_tokens=5), seed=run.seed)
+        spent = float((logprobs(final, groups) - logprobs(before, groups)).sum()) / len(completions(groups))
+        kept.write_text(json.dumps(spent))
+    return float(json.loads(kept.read_text()))
+
+
+def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """Mean over seeds, and the seeds' range."""
+    low, high = min(values) * scale, max(values) * scale
+    return f"{fmean(values) * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> None:
+    columns = ["method", "greedy %", "sampled %", "mean reward while training %", "KL, nats", "samples", "seconds"]
+    rows = []
+    for title, results in sorted(found.items(), key=lambda item: -fmean(r["area"] for r in item[1])):
+        by = {key: [r[key] for r in results] for key in results[0]}
+        rows.append(
+            [
+                title,
+                spread(by["greedy"], 100),
+                spread(by["sampled"], 100),
+                spread(by["area"], 100),
+                spread(by["kl"], digits=2),
+                f"{fmean(by['samples']):.0f}",
+                f"{fmean(by['seconds']):.0f}",
+            ]
+        )
+    console.table(f"mean over {seeds} seeds [their range]", columns, rows)
+    lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+    (runs / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def draw_curves(axes: Axes, runs: Path, groups: dict[str, list[Run]], highlight: Sequence[str]) -> None:
+    """The mean over seeds of reward against samples, seeds cut to the shortest; the rest in grey."""
+    for title, members in groups.items():
+        curves = [curve(runs, run) for run in members]
+        steps = min(len(rewards) for _, rewards in curves)
+        x = [fmean(samples[i] for samples, _ in curves) for i in range(steps)]
+        y = [fmean(rewards[i] for _, rewards in curves) for i in range(steps)]
+        seen = title in highlight
+        axes.plot(x, smooth(y), lw=2 if seen else 0.8, color=None if seen else "0.7", label=title if seen else None)
+    axes.set(xlabel="samples", ylabel="share of right samples")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def smooth(y: Sequence[float], width: int = 3) -> list[float]:
+    return [fmean(y[max(0, i - width + 1) : i + 1]) for i in range(len(y))]
+
+
+def pictures(runs: Path, groups: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
+    methods = {t: members for t, members in groups.items() if t in METHODS}
+    ranked = sorted(methods, key=lambda t: -fmean(r["area"] for r in found[t]))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    known = [t for t in ("reinforce", "rloo", "grpo", "ppo", "online_dpo") if t in methods]
+    draw_curves(left, runs, methods, list(dict.fromkeys([*ranked[:2], *known, *ranked[-1:]])))
+    for t in ranked:
+        points = found[t]
+        right.errorbar(
+            fmean(r["kl"] for r in points),
+            fmean(r["sampled"] for r in points),
+            yerr=[
+                [fmean(r["sampled"] for r in points) - min(r["sampled"] for r in points)],
+                [max(r["sampled"] for r in points) - fmean(r["sampled"] for r in points)],
+            ],
+            fmt="o",
+            ms=4,
+            color="0.3",
+        )
+        right.annotate(t, (fmean(r["kl"] for r in points), fmean(r["sampled"] for r in points)), fontsize=7)
+    right.set(xlabel="KL spent, nats a completion", ylabel="accuracy of samples, held out")
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(runs / "methods.png", dpi=120)
+    for file, prefix in (("gae.png", "ppo lam"), ("frontier.png", "rloo beta")):
+        some = {t: members for t, members in groups.items() if t.startswith(prefix)}
+        if some:
+            draw_pair(runs / file, runs, some, found)
+
+
+def draw_pair(file: Path, runs: Path, some: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
+    """Curves beside end points of reward against KL."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    draw_curves(left, runs, some, list(some))
+    for title in some:
+        right.plot([r["kl"] for r in found[title]], [r["sampled"] for r in found[title]], "o", label=title)
+    right.set(xlabel="KL spent, nats a completion", ylabel="accuracy of samples, held out")
+    right.legend(frameon=False, fontsize=8)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+
+
+def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[str, list[Run]]:
+    groups = {m: [Run(m, m, seed) for seed in seeds] for m in methods}
+    if extras:
+        for lam in LAMBDAS:
+            title = f"ppo lam={lam:g}"
+            groups[title] = [Run(title, "ppo", seed, (f"stages.rl.lam={lam}",)) for seed in seeds]
+        for beta in BETAS:
+            title = f"rloo beta={beta:g}"
+            groups[title] = [Run(title, "rloo", seed, (f"stages.rl.kl.beta={beta}",)) for seed in seeds]
+    return groups
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--samples", type=int, default=30720)
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    runs: Path = given.runs.resolve()
+    groups = planned(given.methods, given.seeds, extras=given.methods == list(METHODS))
+    work = [(run, runs, given.samples) for members in zip(*groups.values(), strict=True) for run in members]
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        pool.starmap(train_start, [(runs, seed) for seed in given.seeds], chunksize=1)
+        pool.map(train, work, chunksize=1)
+    found = {title: [result(runs, run, given.samples) for run in members] for title, members in groups.items()}
+    table(runs, found, len(given.seeds))
+    pictures(runs, groups, found)
+    print(runs / "table.md")
+
+
+if __name__ == "__main__":
+    main()
