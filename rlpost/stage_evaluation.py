@@ -133,7 +133,9 @@ def evaluate_recipe(
     scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
     awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
     judge = None if awaited else judge_by(str(cfg.judge), "judge")
-    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed, judge)
+    given = cfg.environment
+    environment = bind(given, "environment", "evaluation.environment", resolved.folder) if given else None
+    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed, judge, environment)
     return prompt_texts(policy, groups), result
 
 

@@ -15,10 +15,11 @@ from rlpost import console
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k, wilson
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy
+from rlpost.recipe.functions import Bound
 from rlpost.recipe.schema import Evaluation
 from rlpost.rewards.score import Nested, Scorer, Scores
 from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
+from rlpost.rollout.environment import Collect, collector
 from rlpost.rollout.judge import Judge
 
 ALL = "all"
@@ -92,7 +93,13 @@ class Result:
 
 
 def evaluate(
-    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Evaluation, seed: int, judge: Judge | None = None
+    policy: Policy,
+    prompts: Sequence[Group],
+    scorer: Scorer,
+    cfg: Evaluation,
+    seed: int,
+    judge: Judge | None = None,
+    environment: Bound | None = None,
 ) -> Result:
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
 
@@ -103,28 +110,29 @@ def evaluate(
         cfg: the recipe's `evaluation`.
         seed: of the samples.
         judge: a reward model that chooses among a prompt's samples.
+        environment: what answers the model's turns.
     """
+    engine = BuiltinEngine(policy)
+    collect = collector(engine, policy, environment, cfg.turns)
     modes = [("greedy", 1)] if cfg.greedy else []
     modes += [("sampled", cfg.samples)] if cfg.samples else []
     answers = []
     for mode, n in modes:
-        groups = _answer(policy, prompts, n, mode == "greedy", cfg, seed)
+        groups = _answer(collect, prompts, n, mode == "greedy", cfg, seed)
         judged = judge.by_group(groups) if judge is not None and n > 1 else None
         answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
 
 
 def _answer(
-    policy: Policy, prompts: Sequence[Group], n: int, greedy: bool, cfg: Evaluation, seed: int
+    collect: Collect, prompts: Sequence[Group], n: int, greedy: bool, cfg: Evaluation, seed: int
 ) -> tuple[Group, ...]:
-    engine = BuiltinEngine(policy)
-    engine.sync(policy)
     at_once = max(1, cfg.batch // n)
     groups: list[Group] = []
     with console.Progress("greedy answers" if greedy else "sampled answers", len(prompts)) as progress:
         for first in range(0, len(prompts), at_once):
             some = prompts[first : first + at_once]
-            groups += collect(engine, some, n, cfg.sampling, seed=seed, first=first, greedy=greedy)
+            groups += collect(some, n, cfg.sampling, seed=seed, first=first, greedy=greedy)
             progress.advance(n=len(some))
     return tuple(groups)
 

@@ -72,7 +72,8 @@ def finite_difference(gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilo
         return torch.zeros_like(v)
     epsilon = torch.finfo(v.dtype).eps ** (1 / 3) if epsilon is None else epsilon
     offset = v * (epsilon / length)
-    return (gradient(offset) - gradient(-offset)) * (length / (2 * epsilon))
+    product: Tensor = (gradient(offset) - gradient(-offset)) * (length / (2 * epsilon))
+    return product
 
 
 def line_search(

@@ -128,7 +128,7 @@ RANGES: dict[type, dict[str, Range]] = {
     OnlineDpo: {"min_gap": _from(0)},
     Pairs: {"prompts": _from(1), "group_size": _from(2), "min_gap": _from(0)},
     StepLabels: {"prompts": _from(1), "group_size": _from(1), "fresh_rollouts": _from(1)},
-    Evaluation: {"samples": _from(0), "pass_at": _from(1), "show": _from(0), "batch": _from(1)},
+    Evaluation: {"samples": _from(0), "turns": _from(1), "pass_at": _from(1), "show": _from(0), "batch": _from(1)},
 }
 
 

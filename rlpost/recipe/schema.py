@@ -341,6 +341,10 @@ class Evaluation:
     """Also report the best of a prompt's samples by the sum of rewards."""
     judge: Optional[str] = None
     """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
+    environment: Optional[Function] = None
+    """What answers the model's turns, as in the stages."""
+    turns: int = 2
+    """With an environment: most turns of the model."""
     slices: list[str] = field(default_factory=list)
     """Columns with true or false, reported apart."""
     every_stage: bool = True

@@ -10,12 +10,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
 
-from rlpost.data.codec import Codec
+from rlpost.data.codec import Codec, make_codec
 from rlpost.errors import EngineError, RlpostError
 from rlpost.groups import Completion, Group
+from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import Bound
 from rlpost.recipe.schema import Sampling
+from rlpost.rollout.collect import collect
 from rlpost.rollout.engine import Engine
 from rlpost.rollout.streams import prompt_streams
 
@@ -100,6 +104,30 @@ def collect_turns(
                 _reply(episode, completion, environment, codec, last, sampling.max_new_tokens, longest)
     found = iter(episodes)
     return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
+
+
+class Collect(Protocol):
+    """`collect`, or `collect_turns` with its environment."""
+
+    def __call__(
+        self, groups: Sequence[Group], n: int, sampling: Sampling, seed: int, greedy: bool = False, first: int = 0
+    ) -> list[Group]:
+        """The groups with `n` completions each."""
+        ...
+
+
+def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: int) -> Collect:
+    """How completions are collected: in one turn, or in several with an environment."""
+    if environment is None:
+        return partial(collect, engine)
+    return partial(
+        collect_turns,
+        engine,
+        make_codec(policy.tokenizer),
+        environment=environment,
+        turns=turns,
+        longest=policy.longest,
+    )
 
 
 def _by_budget(episodes: Sequence[_Episode], limit: int, longest: int) -> dict[int, list[_Episode]]:

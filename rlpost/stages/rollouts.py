@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
 from rlpost.errors import DataError
@@ -27,9 +25,8 @@ from rlpost.recipe.schema import Grouped, Kl, KlEstimator, Rollouts
 from rlpost.rewards.score import Scorer, joined
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
 from rlpost.rollout.divide import divide, step_texts
-from rlpost.rollout.environment import collect_turns
+from rlpost.rollout.environment import collector
 from rlpost.stages.context import Context
 
 RECORDED = "recorded_rewards"
@@ -129,18 +126,7 @@ class Sampler:
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = BuiltinEngine(policy)
         environment = context.function(cfg.environment, "environment") if cfg.environment else None
-        self._collect = (
-            partial(collect, self.engine)
-            if environment is None
-            else partial(
-                collect_turns,
-                self.engine,
-                make_codec(policy.tokenizer),
-                environment=environment,
-                turns=cfg.turns,
-                longest=policy.longest,
-            )
-        )
+        self._collect = collector(self.engine, policy, environment, cfg.turns)
 
     def sample(self, step: int) -> Rollout:
         """The step's samples; groups without a signal are replaced from up to `resample` more draws of prompts.

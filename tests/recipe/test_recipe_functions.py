@@ -31,7 +31,8 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {
         ADVANTAGES: "def group_normalised(reward_PG, *, eps: float = 1e-4): return (reward_PG, eps)\n"
         "def leave_one_out(reward_PG): return reward_PG\ndef ratio(a, b): return a\ndef _mean(r): return r\n",
-        "rlpost.objectives.surrogates": "def clipped_surrogate(l, o, a, rows, *, low: float = 0.2): return low\n",
+        "rlpost.objectives.surrogates": "def clipped_surrogate(l, o, a, rows, *, low: float = 0.2): return low\n"
+        "def ratio(a, b): return a\n",
         "rlpost.objectives.preference": "def dpo(pairs, *, beta: float = 0.1): return beta\n",
         "rlpost.objectives.supervised": "def nll(logp_N): return -logp_N\n",
         "rlpost.rewards": "def math_answer(completion, example): return 1.0\n"
@@ -78,7 +79,9 @@ def test_arguments_that_do_not_fit(objectives: None, tmp_path: Path) -> None:
         "group_normalised", "advantage", tmp_path, eps="small"
     )
     assert "here.args.beta: expected float, got True" in refusal("dpo", "dpo.loss", tmp_path, beta=True)
-    assert "'ratio' takes (a, b) from the program, which gives (reward_PG)" in refusal("ratio", "advantage", tmp_path)
+    assert "'ratio' takes () - a `advantage` function takes some of (reward_PG," in refusal("ratio", "advantage", tmp_path)
+    told = refusal("ratio", "grpo.loss", tmp_path)
+    assert "'ratio' takes (a, b) from the program, which gives (logp_N, old_logp_N, advantage_N, rows)" in told
     assert bind(Function("group_normalised", {"eps": 1}), "advantage", "x", tmp_path)(0) == (0, 1)
 
 

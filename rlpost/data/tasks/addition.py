@@ -64,7 +64,8 @@ def right_digits(completion: Completion, example: Mapping[str, Any]) -> float:
     """The share of digits that are right, each in its place; 0 for an answer of another length."""
     if len(completion.text) != len(example["answer"]):
         return 0.0
-    return sum(a == b for a, b in zip(completion.text, example["answer"], strict=True)) / len(example["answer"])
+    right = sum(a == b for a, b in zip(completion.text, example["answer"], strict=True))
+    return right / len(completion.text)
 
 
 def right_so_far(example: Mapping[str, Any], completion: Completion, steps: Sequence[str]) -> list[float]:  # noqa: ARG001
