@@ -74,3 +74,25 @@ def test_arguments_out_of_range():
         addition.held_out(n=0)
     with pytest.raises(RecipeError, match="forgets=2"):
         addition.careless_teacher(row("47+38="), random.Random(0), forgets=2)
+
+
+def test_digits_are_counted_in_their_places():
+    def share(text):
+        return addition.right_digits(Completion((1,), (True,), text), {"answer": "580"})
+
+    assert [share(text) for text in ("580", "581", "058", "58", "")] == [1.0, pytest.approx(2 / 3), 0.0, 0.0, 0.0]
+
+
+def test_a_step_is_right_while_all_before_it_are():
+    said = Completion((1,), (True,), "590")
+    assert addition.right_so_far({"answer": "580"}, said, ["5", "9", "0"]) == [1.0, 0.0, 0.0]
+    assert addition.right_so_far({"answer": "580"}, said, ["58", "0"]) == [1.0, 1.0]
+
+
+def test_a_careless_pupils_steps_are_marked_up_to_the_first_mistake():
+    rows = addition.steps(held_out=9000, forgets=1.0)
+    assert len(rows) == 1000
+    carried = [row for row in rows if row["carry"]]
+    assert all("".join(row["steps"]) == row["completion"] for row in rows)
+    assert all(row["labels"][:2] == [1.0, 0.0] for row in carried)
+    assert all(row["labels"] == [1.0, 1.0, 1.0] for row in rows if not row["carry"])

@@ -18,7 +18,6 @@ def with_entropy(target, temperature=1.0):
     return with_more(target, temperature, True, None)
 
 
-
 def identity(x):
     return x
 

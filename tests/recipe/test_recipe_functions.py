@@ -79,7 +79,9 @@ def test_arguments_that_do_not_fit(objectives: None, tmp_path: Path) -> None:
         "group_normalised", "advantage", tmp_path, eps="small"
     )
     assert "here.args.beta: expected float, got True" in refusal("dpo", "dpo.loss", tmp_path, beta=True)
-    assert "'ratio' takes () - a `advantage` function takes some of (reward_PG," in refusal("ratio", "advantage", tmp_path)
+    assert "'ratio' takes () - a `advantage` function takes some of (reward_PG," in refusal(
+        "ratio", "advantage", tmp_path
+    )
     told = refusal("ratio", "grpo.loss", tmp_path)
     assert "'ratio' takes (a, b) from the program, which gives (logp_N, old_logp_N, advantage_N, rows)" in told
     assert bind(Function("group_normalised", {"eps": 1}), "advantage", "x", tmp_path)(0) == (0, 1)
