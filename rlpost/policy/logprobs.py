@@ -66,7 +66,8 @@ def with_more(
         if entropy:
             columns.append(-(logp.exp() * logp).sum(-1, keepdim=True))
         if read is not None:
-            columns.append(read(logp, where).flatten(1) if logp.shape[0] else logp.new_zeros(0, 1))
+            more = read(logp, where)
+            columns.append(more[:, None] if more.ndim == 1 else more)
         return torch.cat(columns, 1)
 
     return reduce

@@ -97,7 +97,7 @@ def test_rewards_by_step_need_steps_and_a_number_for_each():
     def short(completion, steps):
         return [1.0]
 
-    with pytest.raises(RewardError, match="short returned a list .* for 2 steps"):
+    with pytest.raises(RewardError, match=r"short returned a list .* for 2 steps"):
         Scorer([leaf(short)]).score([group("12")], [["1", "2"]])
 
     def unsure(completion, steps):
