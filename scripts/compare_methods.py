@@ -4,7 +4,8 @@
 
 Trains the start and every method of recipes/methods/ on the demo's addition, once a seed (finished runs are not
 repeated), each with as many samples as the others, those of fresh rollouts and of replaced prompts included. Then:
-accuracy on held-out problems, the KL that was spent from the start, seconds; the reward against samples; PPO at
+accuracy on held-out problems, the KL that was spent from the start, seconds of processor time (one thread, the last
+evaluation included); the reward against samples; PPO at
 λ = 0, .95 and 1; and for leave-one-out REINFORCE the frontier of reward against KL over four β. Writes table.md,
 methods.png, gae.png and frontier.png into the folder of runs. Needs matplotlib (`pip install rlpost[plots]`).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,8 @@ METHODS = (
     "online_dpo",
 )
 LAMBDAS = (0.0, 0.95, 1.0)
+PPO_LAMBDA = 0.95
+"""Of recipes/methods/ppo.yaml."""
 BETAS = (0.003, 0.01, 0.03, 0.1)
 DIGITS = 4
 """Actions of an answer: three digits and the end."""
@@ -80,7 +84,11 @@ def train(given: tuple[Run, Path, int]) -> None:
     words += ["evaluation.every_stage=true", *run.overrides]
     stage = resolve(f"methods/{run.method}", words).config.stages["rl"]
     steps = max(1, round(samples / samples_a_step(stage)))
+    begun = time.process_time()
     pipeline.train(resolve(f"methods/{run.method}", [*words, f"stages.rl.steps={steps}"]))
+    kept = runs / run.name / "cpu_seconds.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(time.process_time() - begun))
 
 
 def samples_a_step(stage: Any) -> float:
@@ -113,7 +121,6 @@ def result(runs: Path, run: Run, samples: int) -> dict[str, float]:
     """What a finished run reached, at the budget's end."""
     evaluation = json.loads((runs / run.name / "evaluation" / "rl.json").read_text())
     spent, rewards = curve(runs, run)
-    timings = (runs / run.name / "rl" / "timings.jsonl").read_text().splitlines()
     inside = [r for s, r in zip(spent, rewards, strict=True) if s <= samples]
     return {
         "greedy": evaluation["greedy"]["accuracy"]["all"]["value"],
@@ -121,7 +128,7 @@ def result(runs: Path, run: Run, samples: int) -> dict[str, float]:
         "area": fmean(inside or rewards),
         "samples": spent[-1],
         "kl": divergence(runs, run),
-        "seconds": sum(json.loads(line)["seconds"] for line in timings),
+        "seconds": json.loads((runs / run.name / "cpu_seconds.json").read_text()),
     }
 
 
@@ -146,7 +153,7 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
 
 
 def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> None:
-    columns = ["method", "greedy %", "sampled %", "mean reward while training %", "KL, nats", "samples", "seconds"]
+    columns = ["method", "greedy %", "sampled %", "mean reward while training %", "KL, nats", "samples", "CPU seconds"]
     rows = []
     for title, results in sorted(found.items(), key=lambda item: -fmean(r["area"] for r in item[1])):
         by = {key: [r[key] for r in results] for key in results[0]}
@@ -230,7 +237,8 @@ def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[
     if extras:
         for lam in LAMBDAS:
             title = f"ppo lam={lam:g}"
-            groups[title] = [Run(title, "ppo", seed, (f"stages.rl.lam={lam}",)) for seed in seeds]
+            words = (f"stages.rl.lam={lam}",)
+            groups[title] = groups["ppo"] if lam == PPO_LAMBDA else [Run(title, "ppo", s, words) for s in seeds]
         for beta in BETAS:
             title = f"rloo beta={beta:g}"
             groups[title] = [Run(title, "rloo", seed, (f"stages.rl.kl.beta={beta}",)) for seed in seeds]
@@ -247,7 +255,8 @@ def main() -> None:
     given = parser.parse_args()
     runs: Path = given.runs.resolve()
     groups = planned(given.methods, given.seeds, extras=given.methods == list(METHODS))
-    work = [(run, runs, given.samples) for members in zip(*groups.values(), strict=True) for run in members]
+    every = dict.fromkeys(run for members in zip(*groups.values(), strict=True) for run in members)
+    work = [(run, runs, given.samples) for run in every]
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         pool.starmap(train_start, [(runs, seed) for seed in given.seeds], chunksize=1)
         pool.map(train, work, chunksize=1)

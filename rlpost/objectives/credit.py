@@ -188,8 +188,10 @@ def potential_shaping(potential_N: Tensor, rows: Rows, *, gamma: float = 1.0) ->
     would pay for ending well in its own eyes. `potential_N` is Φ of the state in which each action was taken.
     """
     potential_N = widen(potential_N)
+    if not rows.actions:
+        return potential_N
     next_SL = rows.pad(potential_N)[:, 1:]
-    after_N = rows.flatten(torch.cat([next_SL, next_SL.new_zeros(rows.completions, 1)], 1)) if rows.actions else potential_N
+    after_N = rows.flatten(torch.cat([next_SL, next_SL.new_zeros(rows.completions, 1)], 1))
     return gamma * after_N - potential_N
 
 

@@ -54,8 +54,9 @@ def reverse_kl(logp_NV: Tensor, teacher_NV: Tensor) -> Tensor:
 
 
 def jensen_shannon(logp_NV: Tensor, teacher_NV: Tensor, *, mix: float = 0.5) -> Tensor:
-    """[N] β·KL(teacher || m) + (1−β)·KL(student || m), m = β·teacher + (1−β)·student, β = `mix` (GKD, arXiv:2306.13649, eq. 1).
+    """[N] β·KL(teacher || m) + (1−β)·KL(student || m), m = β·teacher + (1−β)·student, β = `mix`.
 
+    Generalised knowledge distillation (GKD, arXiv:2306.13649, eq. 1).
     Divided by β(1−β), its limits are the forward KL at β → 0 and the reverse KL at β → 1; as in the paper it is not.
 
     Raises:

@@ -123,7 +123,9 @@ def soft_adaptive(
 def divergence_masked(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, threshold: float = 0.2
 ) -> Tensor:
-    """[N] −r·A, 0 where the probability has moved by more than `threshold` the way it is pushed (DPPO, arXiv:2602.04879).
+    """[N] −r·A, 0 where the probability has moved by more than `threshold` the way it is pushed.
+
+    DPPO, arXiv:2602.04879.
 
     The change of a probability is what the total variation is made of; a ratio overstates it for rare tokens.
     """

@@ -102,7 +102,9 @@ def rows_of_group(
         yield {**row, "completions": list(scored), "scores": list(scored.values())}
     elif choice is PairChoice.labelled:
         mean = sum(scored.values()) / len(scored)
-        yield from ({**row, "completion": text, "label": reward > mean} for text, reward in scored.items())
+        # A row of a prompt and a completion has something to say.
+        said = {text: reward for text, reward in scored.items() if text.strip()}
+        yield from ({**row, "completion": text, "label": reward > mean} for text, reward in said.items())
     else:
         yield from ({**row, **pair} for pair in _pairs(scored, choice, min_gap))
 

@@ -62,10 +62,10 @@ def correct(completion: Completion, example: Mapping[str, Any]) -> float:
 
 def right_digits(completion: Completion, example: Mapping[str, Any]) -> float:
     """The share of digits that are right, each in its place; 0 for an answer of another length."""
-    if len(completion.text) != len(example["answer"]):
+    answer = str(example["answer"])
+    if len(completion.text) != len(answer):
         return 0.0
-    right = sum(a == b for a, b in zip(completion.text, example["answer"], strict=True))
-    return right / len(completion.text)
+    return sum(a == b for a, b in zip(completion.text, answer, strict=True)) / len(answer)
 
 
 def right_so_far(example: Mapping[str, Any], completion: Completion, steps: Sequence[str]) -> list[float]:  # noqa: ARG001
@@ -73,7 +73,7 @@ def right_so_far(example: Mapping[str, Any], completion: Completion, steps: Sequ
     found, text = [], ""
     for step in steps:
         text += step
-        found.append(float(example["answer"].startswith(text)))
+        found.append(float(str(example["answer"]).startswith(text)))
     return found
 
 
