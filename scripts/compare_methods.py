@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ METHODS = (
 LAMBDAS = (0.0, 0.95, 1.0)
 PPO_LAMBDA = 0.95
 """Of recipes/methods/ppo.yaml."""
-BETAS = (0.003, 0.01, 0.03, 0.1)
+BETAS = (0.01, 0.1, 0.3, 1.0)
 DIGITS = 4
 """Actions of an answer: three digits and the end."""
 
@@ -84,11 +85,17 @@ def train(given: tuple[Run, Path, int]) -> None:
     words += ["evaluation.every_stage=true", *run.overrides]
     stage = resolve(f"methods/{run.method}", words).config.stages["rl"]
     steps = max(1, round(samples / samples_a_step(stage)))
-    begun = time.process_time()
-    pipeline.train(resolve(f"methods/{run.method}", [*words, f"stages.rl.steps={steps}"]))
     kept = runs / run.name / "cpu_seconds.json"
-    if not kept.is_file():
-        kept.write_text(json.dumps(time.process_time() - begun))
+    while not kept.is_file():
+        begun = time.process_time()
+        pipeline.train(resolve(f"methods/{run.method}", [*words, f"stages.rl.steps={steps}"]))
+        within = sum(spent <= samples for spent in curve(runs, run)[0])
+        if within == steps or samples_a_step(stage) > samples:
+            kept.write_text(json.dumps(time.process_time() - begun))
+        else:
+            # Prompts drawn again cost more than the budget: the same run, only as far as it reaches.
+            shutil.rmtree(runs / run.name)
+            steps = within
 
 
 def samples_a_step(stage: Any) -> float:
@@ -113,7 +120,7 @@ def curve(runs: Path, run: Run) -> tuple[list[float], list[float]]:
     for line in map(json.loads, (runs / run.name / "rl" / "metrics.jsonl").read_text().splitlines()):
         total += samples_a_step(stage) * line.get("drawn", stage.prompts) / stage.prompts
         samples.append(total)
-        rewards.append(line.get("reward/correct", line["reward"]))
+        rewards.append(line.get("drawn/correct", line.get("reward/correct", line["reward"])))
     return samples, rewards
 
 
@@ -181,7 +188,8 @@ def draw_curves(axes: Axes, runs: Path, groups: dict[str, list[Run]], highlight:
         x = [fmean(samples[i] for samples, _ in curves) for i in range(steps)]
         y = [fmean(rewards[i] for _, rewards in curves) for i in range(steps)]
         seen = title in highlight
-        axes.plot(x, smooth(y), lw=2 if seen else 0.8, color=None if seen else "0.7", label=title if seen else None)
+        color = f"C{highlight.index(title)}" if seen else "0.8"
+        axes.plot(x, smooth(y), lw=1.8 if seen else 0.8, color=color, label=title if seen else None, zorder=1 + seen)
     axes.set(xlabel="samples", ylabel="share of right samples")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -194,42 +202,31 @@ def smooth(y: Sequence[float], width: int = 3) -> list[float]:
 def pictures(runs: Path, groups: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
     methods = {t: members for t, members in groups.items() if t in METHODS}
     ranked = sorted(methods, key=lambda t: -fmean(r["area"] for r in found[t]))
+    named = [t for t in ("rloo", "grpo", "dapo", "ppo", "trpo", "online_dpo") if t in methods]
+    named = list(dict.fromkeys([*ranked[:1], *named, *ranked[-2:]]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    known = [t for t in ("reinforce", "rloo", "grpo", "ppo", "online_dpo") if t in methods]
-    draw_curves(left, runs, methods, list(dict.fromkeys([*ranked[:2], *known, *ranked[-1:]])))
-    for t in ranked:
-        points = found[t]
-        right.errorbar(
-            fmean(r["kl"] for r in points),
-            fmean(r["sampled"] for r in points),
-            yerr=[
-                [fmean(r["sampled"] for r in points) - min(r["sampled"] for r in points)],
-                [max(r["sampled"] for r in points) - fmean(r["sampled"] for r in points)],
-            ],
-            fmt="o",
-            ms=4,
-            color="0.3",
-        )
-        right.annotate(t, (fmean(r["kl"] for r in points), fmean(r["sampled"] for r in points)), fontsize=7)
-    right.set(xlabel="KL spent, nats a completion", ylabel="accuracy of samples, held out")
-    right.spines[["top", "right"]].set_visible(False)
+    draw_curves(left, runs, methods, named)
+    draw_ends(right, {t: found[t] for t in [*(t for t in methods if t not in named), *named]}, named)
     figure.savefig(runs / "methods.png", dpi=120)
-    for file, prefix in (("gae.png", "ppo lam"), ("frontier.png", "rloo beta")):
+    for file, prefix in (("gae.png", "ppo"), ("frontier.png", "rloo")):
         some = {t: members for t, members in groups.items() if t.startswith(prefix)}
-        if some:
-            draw_pair(runs / file, runs, some, found)
+        if len(some) > 1:
+            figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+            draw_curves(left, runs, some, list(some))
+            draw_ends(right, {t: found[t] for t in some}, list(some))
+            figure.savefig(runs / file, dpi=120)
 
 
-def draw_pair(file: Path, runs: Path, some: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
-    """Curves beside end points of reward against KL."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    draw_curves(left, runs, some, list(some))
-    for title in some:
-        right.plot([r["kl"] for r in found[title]], [r["sampled"] for r in found[title]], "o", label=title)
-    right.set(xlabel="KL spent, nats a completion", ylabel="accuracy of samples, held out")
-    right.legend(frameon=False, fontsize=8)
-    right.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=120)
+def draw_ends(axes: Axes, found: dict[str, list[dict[str, float]]], named: Sequence[str]) -> None:
+    """Where every seed ended, and in full colour the seeds' mean: accuracy against the KL that it cost."""
+    colors = {t: f"C{i}" for i, t in enumerate(named)}
+    for title, results in found.items():
+        kl, accuracy = [r["kl"] for r in results], [r["sampled"] for r in results]
+        color = colors.get(title, "0.7")
+        axes.plot(kl, accuracy, ".", ms=4, alpha=0.4, color=color)
+        axes.plot(fmean(kl), fmean(accuracy), "o", ms=7 if title in colors else 4, color=color)
+    axes.set(xlabel="KL spent, nats a completion", ylabel="accuracy of samples, held out")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[str, list[Run]]:
@@ -237,8 +234,8 @@ def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[
     if extras:
         for lam in LAMBDAS:
             title = f"ppo lam={lam:g}"
-            words = (f"stages.rl.lam={lam}",)
-            groups[title] = groups["ppo"] if lam == PPO_LAMBDA else [Run(title, "ppo", s, words) for s in seeds]
+            if lam != PPO_LAMBDA:
+                groups[title] = [Run(title, "ppo", seed, (f"stages.rl.lam={lam}",)) for seed in seeds]
         for beta in BETAS:
             title = f"rloo beta={beta:g}"
             groups[title] = [Run(title, "rloo", seed, (f"stages.rl.kl.beta={beta}",)) for seed in seeds]

@@ -42,6 +42,11 @@ class Segment:
     trained: bool
 
 
+def opening(messages: Sequence[Message]) -> Sequence[Message]:
+    """A conversation up to the answer it ends with, if it ends with one."""
+    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+
+
 def validate(messages: Any, place: str) -> list[Message]:
     """The messages with their roles and contents checked; keys that are null are left out.
 

@@ -126,8 +126,7 @@ def _messages(row: Row, codec: Codec, place: str) -> Group:
 
 def _opening(row: Row, codec: Codec, place: str) -> Group:
     messages = chat.validate(value_of(row, "messages", place), f"{place}, messages")
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return Group(conversation_prompt(row, asked, codec, place), (), row)
+    return Group(conversation_prompt(row, list(chat.opening(messages)), codec, place), (), row)
 
 
 def _prompt(row: Row, codec: Codec, place: str) -> Group:

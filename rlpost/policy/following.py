@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlpost.groups import Group
@@ -19,6 +20,7 @@ from rlpost.objectives.preference_modifiers import mix, mix_lora, recompressed
 from rlpost.policy import adapters
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
+from rlpost.policy.reference import same_base
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Model
 
@@ -30,19 +32,19 @@ class Following:
     """A reference with weights of its own, in the shape that mixing needs."""
 
     def __init__(self, policy: Policy, checkpoint: Path, settings: Model) -> None:
-        """Begin as what `checkpoint` holds; `policy` was just loaded, from it or from an adapter on the same base."""
+        """Begin as what `checkpoint` holds; with LoRA, that is the policy's base or an adapter on it."""
         self._policy = policy
         self._frozen: Policy | None = None
         if not policy.has_adapter:
-            self._frozen = load_policy(
-                checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False
-            )
+            # As if to be trained: an adapter is merged into the weights then, as it was in the policy's.
+            self._frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device)
+            self._frozen.requires_grad_(False)
             return
         config = copy.deepcopy(policy.model.peft_config[adapters.POLICY])
         self._rank = config.r * ROOM
         config.r, config.lora_alpha = self._rank, config.lora_alpha * ROOM
         policy.model.add_adapter(adapters.REFERENCE, config)
-        self._write(self._padded(adapters.adapter_state(policy.model, adapters.POLICY)))
+        self._write(self._padded(_adapter_of(checkpoint, policy)))
 
     def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
@@ -97,3 +99,12 @@ class Following:
             missing[axis] = self._rank - x.shape[axis]
             full[name] = torch.cat([x, x.new_zeros(missing)], axis)
         return full
+
+
+def _adapter_of(checkpoint: Path, policy: Policy) -> dict[str, Tensor]:
+    """The weights of a checkpoint's adapter on the policy's base; zeros for the base itself."""
+    if same_base(checkpoint, policy):
+        saved: dict[str, Tensor] = load_file(checkpoint / "adapter_model.safetensors")
+        return saved
+    assert str(checkpoint) == policy.base, f"{checkpoint} is no adapter on {policy.base}"
+    return {name: torch.zeros_like(x) for name, x in adapters.adapter_state(policy.model, adapters.POLICY).items()}

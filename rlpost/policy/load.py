@@ -21,6 +21,8 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Attention, Lora, Model, Precision
 
 ADAPTER_FILE = "adapter_config.json"
+HEAD_FILE = "scalar_head.safetensors"
+"""Beside the weights or the adapter of a model of scalars: the head's weight [1, D] and bias [1]."""
 
 
 def load_policy(
@@ -30,6 +32,7 @@ def load_policy(
     bfloat16: bool = False,
     device: torch.device | str = "cpu",
     trainable: bool = True,
+    scores: bool = False,
 ) -> Policy:
     """Load, check, and dress a model as the recipe says.
 
@@ -39,11 +42,14 @@ def load_policy(
         bfloat16: the precision already decided (see `decide_bfloat16`).
         device: where to put it.
         trainable: False freezes every weight.
+        scores: it is to be the trunk of a model of scalars, which is no policy.
 
     Raises:
         ModelError: if it cannot be loaded, or adapter, tokenizer and model do not fit together.
     """
     folder = Path(path)
+    if not scores and (folder / HEAD_FILE).is_file():
+        raise ModelError(f"{path}: a model that scores ({HEAD_FILE}), not a policy; name the stage it was trained from")
     adapter = folder if (folder / ADAPTER_FILE).is_file() else None
     base = base_of(adapter) if adapter else str(path)
     wants_lora = settings.lora is not None

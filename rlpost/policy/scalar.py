@@ -20,14 +20,11 @@ from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.batch import Batch
-from rlpost.policy.load import ADAPTER_FILE, load_policy
+from rlpost.policy.load import ADAPTER_FILE, HEAD_FILE, load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import passes
 from rlpost.recipe.schema import Model
-
-HEAD_FILE = "scalar_head.safetensors"
-"""Beside the weights or the adapter of a checkpoint: the head's weight [1, D] and bias [1]."""
 
 
 class Values(NamedTuple):
@@ -170,7 +167,7 @@ def load_scalar(
         adapters.add_saved_adapter(beside.model, name, folder)
         model = ScalarModel(beside, name, trains_trunk=False)
     else:
-        trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False)
+        trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False, scores=True)
         model = ScalarModel(trunk, adapters.POLICY, trains_trunk=False)
     model.load_head(folder)
     return model.requires_grad_(False).eval()
@@ -201,7 +198,12 @@ def critic_beside(
         adapters.add_saved_adapter(policy.model, adapters.CRITIC, scores, trainable=trains_trunk)
     else:
         trunk = load_policy(
-            scores or start, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=trains_trunk
+            scores or start,
+            settings,
+            bfloat16=policy.in_bfloat16,
+            device=policy.device,
+            trainable=trains_trunk,
+            scores=scores is not None,
         )
         critic = ScalarModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
         return _with_head(critic, scores)

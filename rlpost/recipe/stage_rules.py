@@ -11,6 +11,7 @@ from rlpost.recipe.schema import (
     MAKES_JUDGES,
     MAKES_ROWS,
     CorrectionMode,
+    Dpo,
     Grouped,
     Kind,
     KlEstimator,
@@ -37,6 +38,10 @@ GROUP_BASELINES = (
 """Advantages that compare the completions of a group with each other."""
 _BY_STEP = ("process", "process_normalised", "monte_carlo_values")
 _DISTILS = ("forward_kl", "reverse_kl", "jensen_shannon")
+_WITHOUT_REFERENCE = ("simpo", "cpo", "orpo")
+"""Losses of pairs that look at the policy alone."""
+_OF_LOG_RATIOS = ("f_divergence", "length_desensitised")
+"""Modifiers that change log-ratios to the reference, and nothing else."""
 _JUDGED = ("reward_model", "process_reward_model")
 """Reward functions that ask a model."""
 NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",)}
@@ -103,14 +108,16 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
         yield from _training(stage, where)
     if isinstance(stage, Sft):
         yield from _sft(stage, where, earlier)
+    if isinstance(stage, Dpo):
+        yield from _dpo(stage, where)
     if isinstance(stage, Rollouts):
         yield from _rollouts(stage, where)
     if isinstance(stage, Grouped):
         yield from _grouped(stage, where)
     if isinstance(stage, Ppo):
         yield from _ppo(stage, where, earlier)
-    if isinstance(stage, OnlineDpo) and stage.group_size < 2:
-        yield f"{where}.group_size: a pair needs two completions - give at least 2"
+    if isinstance(stage, OnlineDpo):
+        yield from _online_dpo(stage, where)
     if hasattr(stage, "rewards"):
         if not getattr(stage, "recorded", False):
             yield from reward_problems(stage.rewards, where, earlier)
@@ -137,6 +144,32 @@ def _sft(stage: Sft, where: str, earlier: Earlier) -> Iterator[str]:
         yield problem
 
 
+def _dpo(stage: Dpo, where: str) -> Iterator[str]:
+    """A setting that would have no effect is refused, so that nobody takes the result for its."""
+    loss, modifiers = stage.loss.fn, [m.fn for m in stage.modifiers]
+    if loss == "ranking" and modifiers:
+        yield f"{where}.modifiers[0]: {modifiers[0]} is for pairs, and ranking compares whole groups - remove it"
+    if loss == "ranking" and stage.nll:
+        yield f"{where}.nll: ranking compares whole groups, of which none is the chosen one - use 0"
+    if loss in _WITHOUT_REFERENCE and stage.refresh:
+        yield f"{where}.refresh: {loss} has no reference that could follow - remove it, or use another loss"
+    for i, name in enumerate(modifiers):
+        if loss in _WITHOUT_REFERENCE and name in _OF_LOG_RATIOS:
+            yield (
+                f"{where}.modifiers[{i}]: {name} changes log-ratios to the reference, and {loss} has none - "
+                "remove it, or use another loss"
+            )
+        if name == "length_desensitised" and any(m in _OF_LOG_RATIOS for m in modifiers[:i]):
+            yield f"{where}.modifiers[{i}]: {name} weighs actions - put it before f_divergence, and only once"
+
+
+def _online_dpo(stage: OnlineDpo, where: str) -> Iterator[str]:
+    if stage.group_size < 2:
+        yield f"{where}.group_size: a pair needs two completions - give at least 2"
+    if stage.kl.beta:
+        yield f"{where}.kl.beta: the loss of online_dpo holds to the reference by itself - use 0, and loss.args.beta"
+
+
 def _rollouts(stage: Rollouts, where: str) -> Iterator[str]:
     kl = stage.kl
     if kl.placement == KlPlacement.loss and kl.estimator == KlEstimator.k1:
@@ -144,7 +177,7 @@ def _rollouts(stage: Rollouts, where: str) -> Iterator[str]:
             f"{where}.kl.estimator: k1 in the loss has an expected gradient of zero: it adds noise only - "
             "use placement: reward, or k2 or k3"
         )
-    if kl.placement == KlPlacement.loss and isinstance(stage, Ppo | Trpo | OnlineDpo):
+    if kl.placement == KlPlacement.loss and isinstance(stage, Ppo | Trpo):
         yield f"{where}.kl.placement: {stage.kind.value} has no KL term in its loss - use placement: reward"
     if kl.target is not None and kl.beta == 0:
         yield f"{where}.kl.beta: 0 stays 0 whatever the target - give beta a start, like 0.05"

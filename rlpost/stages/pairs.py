@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost import console
+from rlpost.data.chat import opening
 from rlpost.data.formats import Need
 from rlpost.errors import DataError, Interrupted
 from rlpost.groups import Group
@@ -89,7 +90,7 @@ def rows_of_group(
     So are blank answers to a conversation, where chat formats know no empty turn; after a plain text they may stand.
     A prompt whose rewards do not differ by more than `min_gap` gives nothing.
     """
-    asked = group.example.get("prompt", _asked(group.example))
+    asked = group.example.get("prompt", opening(group.example.get("messages", [])))
     scored: dict[str, float] = {}
     for completion, reward in zip(group.completions, rewards, strict=True):
         blank = not isinstance(asked, str) and not completion.text.strip()
@@ -121,9 +122,3 @@ def _pairs(scored: Mapping[str, float], choice: PairChoice, min_gap: float) -> I
                 "chosen_reward": scored[chosen],
                 "rejected_reward": scored[rejected],
             }
-
-
-def _asked(example: Mapping[str, Any]) -> Any:
-    """The prompt of a row: its own, or its conversation up to the last answer."""
-    messages = example.get("messages", [])
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages

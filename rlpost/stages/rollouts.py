@@ -6,7 +6,7 @@ Axes: N action tokens, S completions, P prompts of a step, G completions a promp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -46,6 +46,8 @@ class Rollout:
     """Prompts sampled to get these."""
     weights: Mapping[str, float]
     """Of each reward of the recipe's list, by name."""
+    drawn_means: Mapping[str, float] = field(default_factory=dict)
+    """Mean of each reward over all that was drawn, where groups were chosen from it."""
 
     @property
     def reward_PGK(self) -> Tensor:
@@ -88,6 +90,7 @@ class Rollout:
                 "entropy": -sum(logprobs) / max(len(logprobs), 1),
             }
             | ({"drawn": self.drawn} if self.drawn > len(self.groups) else {})
+            | {f"drawn/{name}": value for name, value in self.drawn_means.items()}
         )
 
 
@@ -290,5 +293,12 @@ def _chosen(rounds: Sequence[Rollout], prompts: int) -> Rollout:
     order = sorted(range(len(signal)), key=lambda i: not signal[i])[:prompts]
     groups = [g for r in rounds for g in r.groups]
     reward_PG = torch.cat([r.reward_PG for r in rounds])[order]
-    rewards = joined([r.rewards for r in rounds], order)
-    return Rollout([groups[i] for i in order], rewards, reward_PG, sum(r.drawn for r in rounds), rounds[0].weights)
+    drawn = [r.rewards for r in rounds]
+    return Rollout(
+        groups=[groups[i] for i in order],
+        rewards=joined(drawn, order),
+        reward_PG=reward_PG,
+        drawn=len(groups),
+        weights=rounds[0].weights,
+        drawn_means=joined(drawn, range(len(groups))).means(),
+    )

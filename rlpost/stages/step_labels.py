@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlpost import console
+from rlpost.data.chat import opening
 from rlpost.data.formats import Need
 from rlpost.errors import DataError, Interrupted
-from rlpost.groups import Completion, Group, completions
+from rlpost.groups import Group, completions
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import StepLabels, TooLong
 from rlpost.rewards.score import Scorer
@@ -31,7 +32,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     """Sample, divide, try every step again and again; returns the folder with the rows `prompt, steps, labels`.
 
     Raises:
-        DataError: no completion has a step.
+        DataError: no completion has steps that could be labelled.
         Interrupted: when a signal asked to stop.
     """
     policy = context.policy()
@@ -52,7 +53,10 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
                 )
     console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
     if not rows:
-        raise DataError(f"stages.{context.name}: no completion has a step; look at step_end={cfg.step_end!r}")
+        raise DataError(
+            f"stages.{context.name}: no completion has steps that could be labelled; "
+            f"look at step_end={cfg.step_end!r}, and at the rewards"
+        )
 
     def write(folder: Path) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -67,7 +71,7 @@ def labelled(
     """Rows of sampled completions: the label of a step is the mean reward of fresh rollouts from its end.
 
     After its last step a completion is what it is, so that step's label is the completion's own reward. Unscored
-    rollouts are left out; a completion with a step that has none of them left gives no row.
+    rollouts are left out; a completion with a step that has none of them left gives no row, nor does one without text.
     """
     engine = BuiltinEngine(policy)
     tokenizer = policy.tokenizer
@@ -82,13 +86,14 @@ def labelled(
     for group in groups:
         for completion in group.completions:
             labels = [next(tried) for _ in completion.steps[1:]] + [next(own)]
-            if completion.steps and None not in labels:
-                yield _row(group, completion, tokenizer, labels)
+            steps = step_texts(completion, tokenizer)
+            if any(steps) and None not in labels:
+                yield _row(group, steps, labels)
 
 
-def _row(group: Group, completion: Completion, tokenizer: Any, labels: Sequence[float | None]) -> dict[str, Any]:
-    example = dict(group.example)
-    return {**example, "steps": step_texts(completion, tokenizer), "labels": list(labels)}
+def _row(group: Group, steps: Sequence[str], labels: Sequence[float | None]) -> dict[str, Any]:
+    asked = opening(group.example.get("messages", []))
+    return {"prompt": asked, **group.example, "steps": steps, "labels": labels}
 
 
 def _mean(rewards: Sequence[float | None]) -> float | None:
