@@ -15,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors"},
     {"console", "groups", "objectives", "recipe"},
+    {"goals"},
     {"data", "experience", "rewards", "run", "schedules"},
     {"policy"},
     {"learner", "rollout"},
