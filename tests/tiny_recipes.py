@@ -98,6 +98,21 @@ GRPO: dict[str, Any] = {
     "max_length": 16,
     "table_every": 1,
 }
+PPO: dict[str, Any] = {
+    **GRPO,
+    "kind": "ppo",
+    "prompts": 8,
+    "schedule": "constant",
+    "critic": {"learning_rate": 1e-2},
+}
+TRPO: dict[str, Any] = {
+    **GRPO,
+    "kind": "trpo",
+    "learning_rate": 1.0,
+    "schedule": "constant",
+    "delta": 0.02,
+    "iterations": 5,
+}
 PREFERENCES = [
     {"prompt": f"{a}+{b}=", "chosen": f"{(a + b) % 10}{a}", "rejected": f"{(a + b + 1) % 10}"}
     for a in range(3)

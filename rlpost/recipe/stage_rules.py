@@ -119,7 +119,7 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
     if isinstance(stage, OnlineDpo):
         yield from _online_dpo(stage, where)
     if hasattr(stage, "rewards"):
-        if not getattr(stage, "recorded", False):
+        if stage.rewards or not getattr(stage, "recorded", False):
             yield from reward_problems(stage.rewards, where, earlier)
         yield from sampling_problems(stage.sampling, f"{where}.sampling")
 
@@ -210,6 +210,11 @@ def _grouped(stage: Grouped, where: str) -> Iterator[str]:
     if stage.recorded and (stage.resample or stage.advantage.fn in ("greedy_baseline", "monte_carlo_values")):
         what = "resample" if stage.resample else f"advantage.fn={stage.advantage.fn}"
         yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
+    if stage.environment is not None and stage.advantage.fn == "monte_carlo_values":
+        yield f"{where}.environment: monte_carlo_values goes on from the middle of a turn, alone - remove one of the two"
+    k = stage.advantage.args.get("k") if stage.advantage.fn == "pass_at_k" else None
+    if isinstance(k, int) and not 1 <= k <= stage.group_size:
+        yield f"{where}.advantage.args.k: {k} - the best of k is among {stage.group_size} completions (group_size)"
     if stage.correction.mode != CorrectionMode.none and stage.correction.floor >= stage.correction.cap:
         yield f"{where}.correction.floor: {stage.correction.floor:g} is not below cap={stage.correction.cap:g}"
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from rlpost.experience import Experience
 from rlpost.groups import Group, completions
 from rlpost.learner import Learner
-from rlpost.objectives import correction, kl
-from rlpost.objectives.advantages import ema, ema_baseline, whiten
+from rlpost.objectives import kl
+from rlpost.objectives.advantages import ema, whiten
+from rlpost.objectives.correction import correction
 from rlpost.objectives.credit import Steps, place
 from rlpost.objectives.rows import Rows
 from rlpost.policy.policy import Policy
@@ -96,7 +97,7 @@ class Estimator:
 
     def _correction(self, trainer_N: Tensor, engine_N: Tensor, rows: Rows) -> Tensor:
         how = self._cfg.correction
-        return correction.correction(
+        return correction(
             trainer_N, engine_N, rows, per=how.per.value, cap=how.cap, mode=how.mode.value, floor=how.floor
         )
 
@@ -104,14 +105,14 @@ class Estimator:
         """[N] whatever the estimator's own shape."""
         known = _Known(rollout, groups, rows, self)
         given = {name: make() for name, make in known.by_name().items() if name in self._asked}
-        # Statistics of a batch are over all ranks.
+        # Statistics of a batch are over all ranks, which gather in the same order: a set's differs by process.
         own = slice(None)
-        for name in given.keys() & _PER_PROMPT:
+        for name in (n for n in given if n in _PER_PROMPT):
             given[name], own = learner.gather(given[name])
         found: Tensor = self._function(**given)
-        if self._function.name == ema_baseline.__name__:
+        if "running_mean" in self._asked:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
-            self._mean = ema(self._mean, given["reward_PG"], decay)
+            self._mean = ema(self._mean, learner.gather(rollout.reward_PG)[0], decay)
         return rows.spread(found[own].flatten()) if found.ndim == 2 else found
 
     @property
@@ -132,7 +133,11 @@ class Estimator:
             cfg.sampling,
             self._context.seed_for("fresh", self._step),
         )
-        totals = self._samples.score(fresh).total
+        # To a reward, what was said before the state is part of the answer, its steps and its length.
+        whole = [
+            replace(g, completions=tuple(replace(c, action=(True,) * len(c.ids)) for c in g.completions)) for g in fresh
+        ]
+        totals = self._samples.score(self._samples.divided(whole)).total
         return torch.tensor([_mean([r for r in row if r is not None]) for row in totals], dtype=torch.float64)
 
     def greedy(self, groups: Sequence[Group]) -> Tensor:

@@ -1,0 +1,116 @@
+"""Guided decoding: a policy's tokens weighed by where they lead.
+
+With V(s) = P(a completion of s ends in the goal) the guided policy is π(v|s) ∝ π0(v|s)·w(s·v), where w is
+
+- toward: V(s·v). With the true V this samples π0's completions given that they end in the goal (FUDGE, Yang & Klein
+  2021, arXiv:2104.05218).
+- away: S(s·v), the probability of not ending there, by a recursion or a model of its own: 1 − V has only rounding
+  errors left where V is near 1.
+- soft: exp(V_soft(s·v)/β), the optimum of E[r] − β·KL (controlled decoding, Mudgal et al. 2023, arXiv:2310.17022).
+
+Where a completion ends, the goal itself is asked: whether it was reached is a fact, also under a learned value.
+
+Axes: B rows, K candidates a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from rlpost.errors import EngineError
+from rlpost.goals import Goal
+
+
+class Mode(StrEnum):
+    """Which way a guide leads."""
+
+    toward = "toward"
+    away = "away"
+    soft = "soft"
+
+
+@dataclass(frozen=True)
+class Position:
+    """A row's state: what has been written, and whether the next token is the last that fits."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    last: bool
+
+
+LogWeights = Callable[[Sequence[Position], Tensor], Tensor]
+"""(rows, candidates [B, K]) -> [B, K] log V, log S or V_soft/β of the states that the candidates lead to."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Weighs the likeliest candidates of every row by where they lead."""
+
+    ahead: LogWeights
+    """Of states that go on; for `away`, of not ending in the goal."""
+    goal: Goal
+    end_ids: Collection[int]
+    mode: Mode = Mode.toward
+    beta: float = 1.0
+    """For `soft`: nats that ending in the goal is worth are 1/β."""
+    candidates: int = 0
+    """Likeliest tokens that are weighed, all others are left out; 0 for the whole vocabulary."""
+    truncated_counts: bool = False
+    """A completion that is cut off may have ended in the goal."""
+
+    def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
+        """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
+
+        Raises:
+            EngineError: `away`, and every candidate leads to a forbidden ending.
+        """
+        vocabulary = logits_BV.shape[1]
+        k = min(self.candidates or vocabulary, vocabulary)
+        candidate_BK = (
+            logits_BV.topk(k).indices if k < vocabulary else torch.arange(vocabulary).expand(len(logits_BV), -1)
+        )
+        candidate_BK = candidate_BK.cpu()
+        weight_BK = self.ahead(positions, candidate_BK).clone()
+        for b, position in enumerate(positions):
+            for j, token in enumerate(candidate_BK[b].tolist()):
+                over = self._over(position, token)
+                if over is not None:
+                    weight_BK[b, j] = over
+        nowhere_B = (weight_BK == -math.inf).all(1)
+        if nowhere_B.any():
+            self._refuse(positions[int(nowhere_B.nonzero()[0])])
+            # No candidate reaches the goal any more: the completion is lost, and goes on as it would have.
+            weight_BK[nowhere_B] = 0.0
+        # float64 weights stay such: the proofs are in it.
+        full_BV = weight_BK.new_full(logits_BV.shape, -math.inf)
+        return full_BV.scatter(1, candidate_BK, weight_BK).to(logits_BV.device)
+
+    def reached(self, ids: Sequence[int], *, cut: bool) -> bool:
+        """True if a completion of these tokens, without its end token, ends in the goal."""
+        return (self.truncated_counts or not cut) and self.goal.reached(ids)
+
+    def _over(self, position: Position, token: int) -> float | None:
+        """The log-weight of a candidate after which the completion is over; None where it goes on."""
+        if token in self.end_ids:
+            there = self.reached(position.ids, cut=False)
+        elif position.last:
+            there = self.reached((*position.ids, token), cut=True)
+        else:
+            return None
+        if self.mode is Mode.soft:
+            return float(there) / self.beta
+        return 0.0 if there == (self.mode is Mode.toward) else -math.inf
+
+    def _refuse(self, position: Position) -> None:
+        if self.mode is Mode.away:
+            which = f"of the {self.candidates} likeliest tokens" if self.candidates else "token"
+            raise EngineError(
+                f"after {len(position.ids)} tokens every one {which} leads to a forbidden ending; "
+                "weigh more candidates, or forbid less"
+            )

@@ -1,0 +1,209 @@
+"""How exactly an update's gradient and metrics stay the same however the update is cut: stage by stage.
+
+    python scripts/invariance.py                # every stage
+    python scripts/invariance.py grpo kto
+
+Cut by tokens_per_pass into parts of about 1, 3 or 8 completions, its groups in another order, prompts computed once or
+again for each completion, on flat or padded rows, and spread over two processes; against one pass over all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import torch
+from accelerate import Accelerator
+from stage_updates import CASES, Case, Measured, World
+from torch import Tensor, multiprocessing
+
+from rlpost.experience import Experience
+from rlpost.groups import completions
+from rlpost.learner import Learner
+from rlpost.objectives.weights import token_mean
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One way to compute an update."""
+
+    at_once: int | None = None
+    """Completions a pass, about; None for all of them."""
+    layout: str = "shared"
+    shuffled: bool = False
+
+
+WHOLE = Cut()
+CUTS = (
+    Cut(1),
+    Cut(3, shuffled=True),
+    Cut(8),
+    Cut(shuffled=True),
+    Cut(1, "apart", shuffled=True),
+    Cut(8, "apart"),
+    Cut(1, "padded"),
+    Cut(3, "padded", shuffled=True),
+    Cut(None, "padded"),
+)
+FEWER = (Cut(1, shuffled=True), Cut(3, "apart"), Cut(8, "padded", shuffled=True))
+SHARES = {"even": 0.5, "one": 0.0}
+"""How much of the update the second process has: half, or a single group, which in some stages has nothing to teach."""
+LONE_GROUP = 1
+"""The group of which all rewards are equal."""
+
+
+class Gap(NamedTuple):
+    """How far one way is from the other."""
+
+    gradient: float
+    """‖difference‖ / ‖gradient‖ over all parameters."""
+    metrics: float
+    """Largest difference of a metric, relative to those above 1."""
+
+
+def gap(found: Measured, expected: Measured) -> Gap:
+    """The errors of `found`; metrics must have the same names."""
+    (vector, metrics), (right, known) = found, expected
+    assert metrics.keys() == known.keys(), metrics.keys() ^ known.keys()
+    errors = [abs(metrics[name] - x) / max(abs(x), 1.0) for name, x in known.items()]
+    return Gap(float((vector - right).norm() / right.norm()), max(errors))
+
+
+def budget(case: Case, at_once: int | None, shares_prompts: bool) -> int:
+    """Tokens of so many completions of mean length, with their prompts; one token stands for one completion."""
+    repeats = [1 if shares_prompts else len(g.completions) for g in case.groups]
+    prompts = sum(n * len(g.prompt) for n, g in zip(repeats, case.groups, strict=True))
+    every = completions(case.groups)
+    tokens = prompts + sum(len(c.ids) for c in every)
+    return tokens if at_once is None else 1 if at_once == 1 else at_once * tokens // len(every)
+
+
+def measured(
+    case: Case, world: World, cut: Cut, share: Sequence[int], accelerator: Accelerator
+) -> tuple[Measured, int]:
+    """The gradient and the metrics of the update, of which this process has the groups `share`; and its passes."""
+    model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
+    learner = Learner(
+        model,
+        accelerator,
+        learning_rate=1.0,
+        tokens_per_pass=budget(case, cut.at_once, model.shares_prompts),
+        whole_groups=case.whole_groups,
+    )
+    share = list(share)
+    if cut.shuffled:
+        random.Random(1).shuffle(share)
+    update = case.prepare(share, learner)
+    passes = len(learner._parts(update.experience))
+    return case.measure(learner, update), passes
+
+
+def whole(case: Case, world: World, accelerator: Accelerator) -> Measured:
+    """What every cut is compared with."""
+    return measured(case, world, WHOLE, range(len(case.groups)), accelerator)[0]
+
+
+def worst(gaps: Sequence[Gap]) -> Gap:
+    """The largest of each error."""
+    return Gap(*(max(column) for column in zip(*gaps, strict=True)))
+
+
+def worst_gap(case: Case, world: World, cuts: Sequence[Cut]) -> Gap:
+    """Over the cuts, in one process."""
+    accelerator = Accelerator()
+    expected = whole(case, world, accelerator)
+    everyone = range(len(case.groups))
+    return worst([gap(measured(case, world, cut, everyone, accelerator)[0], expected) for cut in cuts])
+
+
+def shares(groups: int, second: float) -> list[list[int]]:
+    """Numbers of the groups of each of two processes."""
+    if not second:
+        return [[i for i in range(groups) if i != LONE_GROUP], [LONE_GROUP]]
+    first = round(groups * (1 - second))
+    return [list(range(first)), list(range(first, groups))]
+
+
+def two_steps(world: World, share: Sequence[int], idle: Sequence[int], accelerator: Accelerator) -> Measured:
+    """Weights after two updates and the metrics of both; groups of `idle` have nothing to teach in the second one."""
+    policy = World(world.family, world.dtype).policy()
+    learner = Learner(policy, accelerator, learning_rate=1e-2, max_grad_norm=0.1, tokens_per_pass=30)
+    groups = world.groups
+    lines: dict[str, float] = {}
+
+    def loss(scores: Any, part: Experience) -> Any:
+        return -(scores.logp_N * part["weight"]).sum(), {"nll": -scores.logp_N.detach()}
+
+    for step in range(2):
+        experience = Experience(tuple(groups[i] for i in share))
+        total = learner.totals(experience).actions
+        experience = experience.with_actions(weight=token_mean(experience.rows, total))
+        if step:
+            needed = tuple(i not in idle for i in share for _ in groups[i].completions)
+            experience = replace(experience, needed_S=needed)
+        lines |= {f"{name}/{step}": x for name, x in learner.update(loss, experience).items()}
+    return learner.flat_weights(), lines
+
+
+def _rank(rank: int, folder: str, names: Sequence[str]) -> None:
+    """One of two processes: what it finds of every case, on its share, in a file."""
+    torch.set_num_threads(1)
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    world = World("gpt2", torch.float64)
+    found: dict[str, Measured] = {}
+    for name in names:
+        case = CASES[name](world)
+        for kind, second in SHARES.items():
+            own = shares(len(case.groups), second)[rank]
+            found[f"{name}/{kind}"] = measured(case, world, Cut(3), own, accelerator)[0]
+    for kind, second in SHARES.items():
+        each = shares(len(world.groups), second)
+        found[f"steps/{kind}"] = two_steps(world, each[rank], each[1], accelerator)
+    torch.save(found, Path(folder, f"rank{rank}"))
+    accelerator.wait_for_everyone()
+    torch.distributed.destroy_process_group()
+
+
+def on_two_processes(names: Sequence[str]) -> list[dict[str, Measured]]:
+    """What each of two processes that share the updates finds: GPT-2 in float64, keys `case/share`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            Path(folder, "port").write_text(str(free.getsockname()[1]))
+        multiprocessing.spawn(_rank, (folder, list(names)), nprocs=2)
+        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(2)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = sorted({name.split()[0] for name in CASES})
+    parser.add_argument("stages", nargs="*", default=stages, help=", ".join(stages))
+    wanted = parser.parse_args().stages
+    names = [name for name in CASES if name.split()[0] in wanted]
+    worlds = [World("gpt2", torch.float64), World("llama", torch.float64), World("llama", torch.float32)]
+    headings = ["gpt2 float64", "2 processes", "llama float64", "llama float32"]
+    print(f"{'worst relative error':24}" + "".join(f"{heading:>18}" for heading in headings))
+    print(f"{'':24}" + len(headings) * f"{'gradient':>10}{'metrics':>8}")
+    ranks = on_two_processes(names)
+    for name in names:
+        expected = whole(CASES[name](worlds[0]), worlds[0], Accelerator())
+        gaps = [worst_gap(CASES[name](world), world, CUTS) for world in worlds]
+        gaps.insert(1, worst([gap(found[f"{name}/{kind}"], expected) for found in ranks for kind in SHARES]))
+        print(f"{name:24}" + "".join(f"{g.gradient:10.0e}{g.metrics:8.0e}" for g in gaps), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The module's public names: all there is, each once, and those that the methods are known by."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlpost import objectives
+
+FOLDER = Path(objectives.__file__).parent
+OTHER_NAME = {"ranking.ranking": "ranking_scores"}
+"""Exported under another name, since a function of another file has its own."""
+METHODS = {
+    "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
+    "kl": "k1 k2 k3 kl_in_reward full_kl adaptive",
+    "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
+        pass_at_k nonzero_rescaled per_reward_normalised ema_baseline whiten""",
+    "credit": "Steps return_to_go gae monte_carlo_values process process_normalised potential_shaping",
+    "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
+        divergence_masked""",
+    "correction": "correction off_policy_ratio",
+    "preference": """Pairs dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
+        apo_down discopop simpo orpo cpo ranking""",
+    "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
+    "ranking": "bradley_terry process_reward",
+    "unpaired": "Unpaired kto",
+    "supervised": """nll dynamic_fine_tuning label_smoothing unlikelihood forward_kl reverse_kl jensen_shannon""",
+    "values": "value_loss",
+    "trust_region": "conjugate_gradient step_length finite_difference line_search",
+    "metrics": "clipped_low clipped_high explained_variance effective_sample_share",
+    "rows": "Rows",
+}
+"""File -> what recipes and papers ask for; a rename breaks them."""
+
+
+def public() -> Iterator[tuple[str, str]]:
+    """(file, name) of every function and class of the module that is not private."""
+    for file in sorted(FOLDER.glob("*.py")):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield file.stem, node.name
+
+
+def exported_as(file: str, name: str) -> str:
+    return OTHER_NAME.get(f"{file}.{name}", name)
+
+
+def test_every_public_function_and_class_is_exported():
+    for file, name in public():
+        # import_module, since the package's `ranking` and `correction` are functions and not the files.
+        own = vars(importlib.import_module(f"rlpost.objectives.{file}"))[name]
+        assert getattr(objectives, exported_as(file, name), None) is own, f"{file}.{name}"
+
+
+def test_all_lists_them_each_once_in_order():
+    assert objectives.__all__ == sorted(exported_as(file, name) for file, name in public())
+
+
+def test_the_methods_keep_their_names_and_files():
+    found = set(public())
+    for file, names in METHODS.items():
+        for name in names.split():
+            assert (file, name) in found, f"{file}.{name}"
+            assert name in objectives.__all__

@@ -1,0 +1,120 @@
+"""TRPO: every step stays within the trust region, by what it measures and by a count of our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from moved import assert_only_the_policy_moved
+from tiny_recipes import LORA, SFT, TRPO, base, metrics, policy, rollouts, run, weights
+from torch import Tensor
+
+from rlpost.learner import Learner
+from rlpost.policy.check import use_attention
+from rlpost.stages import trpo
+
+LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
+ONE = {**TRPO, "steps": 1, "prompts": 8}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(w, other[name]) for name, w in one.items())
+
+
+@LORA_OR_NOT
+def test_every_step_stays_within_the_region_and_the_reward_rises(tmp_path, lora):
+    run(tmp_path, {"trpo": {**TRPO, "steps": 12, "prompts": 8, "delta": 0.1, "table_every": 0}}, *lora)
+    lines = metrics(tmp_path, "trpo")
+    for line in lines:
+        assert 0 < line["step_kl"] <= 0.1
+        assert line["kl_over_delta"] == line["step_kl"] / 0.1
+        assert line["improvement"] > 0
+        assert line["step_share"] in [2.0**-i for i in range(11)]
+    assert max(line["kl_over_delta"] for line in lines) > 0.5  # it goes as far as it may
+    rewards = [line["reward"] for line in lines]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 3
+    assert_only_the_policy_moved(tmp_path, "trpo", bool(lora))
+
+
+def plain_logprobs(folder: Path, row: dict, completion: dict) -> Tensor:
+    """[n, V] of a sampled completion's states, computed alone by transformers' own forward."""
+    model = policy(folder).causal_lm
+    use_attention(model, "eager")
+    ids = torch.tensor([[*row["prompt"], *completion["ids"]]])
+    with torch.no_grad():
+        return model(ids).logits[0, len(row["prompt"]) - 1 : -1].double().log_softmax(-1)
+
+
+@LORA_OR_NOT
+def test_the_step_measured_by_hand(tmp_path, lora):
+    final = run(tmp_path, {"sft": SFT, "trpo": {**ONE, "advantage": {"fn": "leave_one_out"}}}, *lora)
+    (line,) = metrics(tmp_path, "trpo")
+    kl, gain, actions, start = 0.0, 0.0, 0, 0.0
+    for row in rollouts(tmp_path, "trpo", 1):
+        total = sum(c["reward"] for c in row["completions"])
+        for c in row["completions"]:
+            advantage = c["reward"] - (total - c["reward"]) / 3
+            old, new = (plain_logprobs(folder, row, c) for folder in (tmp_path / "runs/run/sft/final", final))
+            kl += float((old.exp() * (old - new)).sum())
+            taken = torch.tensor(c["ids"])[:, None]
+            ratio = (new - old).exp().gather(1, taken)
+            gain += advantage * float((ratio - 1).sum())
+            start += advantage * len(c["ids"])
+            actions += len(c["ids"])
+    assert line["step_kl"] == pytest.approx(kl / actions, rel=1e-3)
+    assert line["improvement"] == pytest.approx(gain / actions, rel=1e-3)
+    assert line["loss"] == pytest.approx(-start / actions, abs=1e-5)  # every ratio is 1 before the step
+
+
+@LORA_OR_NOT
+def test_rewards_that_are_all_equal_change_nothing(tmp_path, lora):
+    stages = {"sft": SFT, "trpo": {**TRPO, "rewards": [{"fn": "rewards.py:always"}]}}
+    final = run(tmp_path, stages, *lora)
+    lines = metrics(tmp_path, "trpo")
+    assert [(line["zero_signal"], line["grad_norm"], line["step_kl"]) for line in lines] == 4 * [(1.0, 0.0, 0.0)]
+    assert same(weights(final), weights(tmp_path / "runs/run/sft/final"))
+
+
+def test_no_reward_at_all_changes_nothing(tmp_path):
+    final = run(tmp_path, {"trpo": {**TRPO, "rewards": [{"fn": "rewards.py:none"}]}})
+    assert [line["grad_norm"] for line in metrics(tmp_path, "trpo")] == 4 * [0.0]
+    assert same(weights(final), weights(base(tmp_path)))
+
+
+@LORA_OR_NOT
+def test_a_search_without_an_acceptable_step_leaves_the_weights_exactly(tmp_path, lora, monkeypatch):
+    length = trpo.step_length
+    monkeypatch.setattr(trpo, "step_length", lambda *args: 100 * length(*args))
+    stages = {"sft": SFT, "trpo": {**TRPO, "backtracks": 1}}
+    final = run(tmp_path, stages, *lora)
+    for line in metrics(tmp_path, "trpo"):
+        assert (line["step_share"], line["improvement"], line["step_kl"], line["kl_over_delta"]) == (0, 0, 0, 0)
+        assert line["grad_norm"] > 0
+    assert same(weights(final), weights(tmp_path / "runs/run/sft/final"))
+
+
+def test_a_step_that_is_too_long_is_halved_until_it_fits(tmp_path, monkeypatch):
+    length = trpo.step_length
+    monkeypatch.setattr(trpo, "step_length", lambda *args: 8 * length(*args))
+    run(tmp_path, {"trpo": ONE})
+    (line,) = metrics(tmp_path, "trpo")
+    assert line["step_share"] in (1 / 8, 1 / 16, 1 / 32)
+    assert 0 < line["kl_over_delta"] <= 1
+
+
+def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
+    measured = []
+    update = trpo.trust_region_update
+
+    def remember(learner: Learner, *args) -> dict[str, float]:
+        rate = learner.rate
+        measured.append((rate, update(learner, *args)))
+        return measured[-1][1]
+
+    monkeypatch.setattr(trpo, "trust_region_update", remember)
+    stage = {**TRPO, "steps": 2, "updates": 2, "passes": 2, "prompts": 6, "schedule": "linear"}
+    run(tmp_path, {"trpo": stage})
+    assert [rate for rate, _ in measured] == pytest.approx([(8 - n) / 8 for n in range(8)])
+    assert all(line["step_kl"] <= 0.02 for _, line in measured)
+    assert sum(line["step_kl"] > 0 for _, line in measured) > 4
