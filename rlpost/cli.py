@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,16 +169,25 @@ def show(
             print(line)
 
 
+class Proof(StrEnum):
+    """What `rlpost verify` proves."""
+
+    objectives = "objectives"
+    goals = "goals"
+
+
 @app.command()
 def verify(
+    what: Annotated[Proof, typer.Argument(help="Objectives, or goals and guided decoding.")] = Proof.objectives,
     vocab: Annotated[int, typer.Option("--vocab", min=2, help="Tokens, the end token among them.")] = 3,
     depth: Annotated[int, typer.Option("--depth", min=2, help="Tokens of the longest completion.")] = 3,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of tree, policy and rewards.")] = 0,
     as_json: _Json = False,
 ) -> None:
     """Prove the objectives on a token tree small enough to sum over; fails if what must be exact is not."""
-    from rlpost.oracle.verify import verify as prove
+    from rlpost.oracle import verify as proofs
 
+    prove = proofs.verify_goals if what is Proof.goals else proofs.verify
     report = prove(vocab, depth, seed)
     print(json.dumps(report.to_json()) if as_json else report.text())
     if not report.ok:

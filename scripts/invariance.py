@@ -16,6 +16,7 @@ import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,19 +45,17 @@ class Cut:
 
 WHOLE = Cut()
 CUTS = (
-    Cut(1),
-    Cut(3, shuffled=True),
-    Cut(8),
-    Cut(shuffled=True),
-    Cut(1, "apart", shuffled=True),
+    Cut(1, shuffled=True),
+    Cut(3),
+    Cut(8, shuffled=True),
     Cut(8, "apart"),
-    Cut(1, "padded"),
     Cut(3, "padded", shuffled=True),
     Cut(None, "padded"),
 )
-FEWER = (Cut(1, shuffled=True), Cut(3, "apart"), Cut(8, "padded", shuffled=True))
-SHARES = {"even": 0.5, "one": 0.0}
-"""How much of the update the second process has: half, or a single group, which in some stages has nothing to teach."""
+FEWER = (Cut(3, "apart", shuffled=True), Cut(8, "padded"))
+"""For models whose rounding is coarser anyway."""
+SHARES = ("even", "one")
+"""How two processes share an update: half each, or all but one group, which in some stages has nothing to teach."""
 LONE_GROUP = 1
 """The group of which all rewards are equal."""
 
@@ -92,24 +91,19 @@ def measured(
 ) -> tuple[Measured, int]:
     """The gradient and the metrics of the update, of which this process has the groups `share`; and its passes."""
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
+    tokens = budget(case, cut.at_once, model.shares_prompts)
     learner = Learner(
-        model,
-        accelerator,
-        learning_rate=1.0,
-        tokens_per_pass=budget(case, cut.at_once, model.shares_prompts),
-        whole_groups=case.whole_groups,
+        model, accelerator, learning_rate=1.0, tokens_per_pass=tokens, whole_groups=case.whole_groups
     )
-    share = list(share)
-    if cut.shuffled:
-        random.Random(1).shuffle(share)
-    update = case.prepare(share, learner)
-    passes = len(learner._parts(update.experience))
-    return case.measure(learner, update), passes
+    order = random.Random(1).sample(share, len(share)) if cut.shuffled else share
+    update = case.prepare(order, learner)
+    parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=model.shares_prompts)
+    return case.measure(learner, update), len(parts)
 
 
 def whole(case: Case, world: World, accelerator: Accelerator) -> Measured:
     """What every cut is compared with."""
-    return measured(case, world, WHOLE, range(len(case.groups)), accelerator)[0]
+    return measured(case, world, WHOLE, list(range(len(case.groups))), accelerator)[0]
 
 
 def worst(gaps: Sequence[Gap]) -> Gap:
@@ -121,16 +115,16 @@ def worst_gap(case: Case, world: World, cuts: Sequence[Cut]) -> Gap:
     """Over the cuts, in one process."""
     accelerator = Accelerator()
     expected = whole(case, world, accelerator)
-    everyone = range(len(case.groups))
+    everyone = list(range(len(case.groups)))
     return worst([gap(measured(case, world, cut, everyone, accelerator)[0], expected) for cut in cuts])
 
 
-def shares(groups: int, second: float) -> list[list[int]]:
+def shares(groups: int, kind: str) -> list[list[int]]:
     """Numbers of the groups of each of two processes."""
-    if not second:
-        return [[i for i in range(groups) if i != LONE_GROUP], [LONE_GROUP]]
-    first = round(groups * (1 - second))
-    return [list(range(first)), list(range(first, groups))]
+    everyone = list(range(groups))
+    if kind == "even":
+        return [everyone[: groups // 2], everyone[groups // 2 :]]
+    return [[i for i in everyone if i != LONE_GROUP], [LONE_GROUP]]
 
 
 def two_steps(world: World, share: Sequence[int], idle: Sequence[int], accelerator: Accelerator) -> Measured:
@@ -166,11 +160,11 @@ def _rank(rank: int, folder: str, names: Sequence[str]) -> None:
     found: dict[str, Measured] = {}
     for name in names:
         case = CASES[name](world)
-        for kind, second in SHARES.items():
-            own = shares(len(case.groups), second)[rank]
+        for kind in SHARES:
+            own = shares(len(case.groups), kind)[rank]
             found[f"{name}/{kind}"] = measured(case, world, Cut(3), own, accelerator)[0]
-    for kind, second in SHARES.items():
-        each = shares(len(world.groups), second)
+    for kind in SHARES:
+        each = shares(len(world.groups), kind)
         found[f"steps/{kind}"] = two_steps(world, each[rank], each[1], accelerator)
     torch.save(found, Path(folder, f"rank{rank}"))
     accelerator.wait_for_everyone()
@@ -183,7 +177,9 @@ def on_two_processes(names: Sequence[str]) -> list[dict[str, Measured]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             Path(folder, "port").write_text(str(free.getsockname()[1]))
-        multiprocessing.spawn(_rank, (folder, list(names)), nprocs=2)
+        # Forked from a server that has imported what takes long.
+        set_forkserver_preload(["rlpost.pipeline"])
+        multiprocessing.start_processes(_rank, (folder, list(names)), nprocs=2, start_method="forkserver")
         return [torch.load(Path(folder, f"rank{rank}")) for rank in range(2)]
 
 

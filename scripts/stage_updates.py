@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,6 @@ SHAPES = (
     (4, ((2,), (6,), (9,), (1,))),
     (17, ((5,), (0, 3, 2), (8,), (4,))),
     (1, ((6,), (3,), (10,), (2,))),
-    (6, ((4,), (4,), (7,), (5,))),
-    (12, ((1,), (12,), (3, 2, 3), (5,))),
 )
 """Groups: length of the prompt, and of each completion's runs of actions and of what it reads, in turn."""
 RIGHT: list[list[float | None]] = [
@@ -56,8 +54,6 @@ RIGHT: list[list[float | None]] = [
     [1.0, 1.0, 1.0, 1.0],
     [0.5, None, 2.0, 1.0],
     [0.0, 1.0, 0.5, 0.25],
-    [2.0, 0.0, 1.0, 1.0],
-    [0.0, 0.0, 1.0, 0.5],
 ]
 """[P][G] rewards: a group without a signal, a completion without a reward, ties."""
 LAYOUTS = ("shared", "apart", "padded")
@@ -101,7 +97,7 @@ class World:
     def reference(self, policy: Policy | None = None, name: str = "start") -> Reference:
         return Reference(self.policy(near=1), None)
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """Sampled groups, with the sampler's log-probabilities."""
         bare = sampled_groups()
@@ -130,8 +126,8 @@ def sampled_groups() -> list[Group]:
 
 
 def singles() -> list[Group]:
-    """Groups of one completion: half of the sampled ones, each labelled, as a whole and by step."""
-    kept = [replace(g, completions=(c,)) for g in sampled_groups() for c in g.completions[:2]]
+    """Groups of one completion: most of the sampled ones, each labelled, as a whole and by step."""
+    kept = [replace(g, completions=(c,)) for g in sampled_groups() for c in g.completions[:3]]
     return [
         replace(g, example={"label": i % 3 > 0, "labels": [0.5 * ((i + k) % 3) for k in range(len(c.steps))]})
         for i, g in enumerate(kept)
@@ -333,9 +329,9 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
         learner.set_weights(here + offset)
         return gradient(learner, update._replace(loss=trpo.divergence))[0]
 
-    # A longer offset than a step of the stage takes: a short one blows the rounding of a gradient up.
+    # Longer than the stage's own offset, which is so short that the difference blows the gradients' rounding up.
     product = finite_difference(divergence_gradient, v, epsilon=0.5)
-    learner.set_weights(here + v * (0.1 / v.norm()))
+    learner.set_weights(here + v * (0.5 / v.norm()))
     metrics = learner.measure(update.loss, update.experience, **update.how)
     learner.set_weights(here)
     return product, metrics

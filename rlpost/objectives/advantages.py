@@ -153,9 +153,9 @@ def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
 
 
 def nonzero_rescaled(reward_PG: Tensor) -> Tensor:
-    """[P, G] α(r − mean), α the number of groups over that of groups with a signal (GPG, Chu et al. 2025)."""
-    signal = int(has_signal(reward_PG).sum())
-    return _keep_signal(reward_PG, _centred(reward_PG) * (len(reward_PG) / max(signal, 1)))
+    """[P, G] α(r − mean), α the number of scored groups over that of those with a signal (GPG, Chu et al. 2025)."""
+    scored, signal = int((_count(reward_PG) > 0).sum()), int(has_signal(reward_PG).sum())
+    return _keep_signal(reward_PG, _centred(reward_PG) * (scored / max(signal, 1)))
 
 
 def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -163,9 +163,10 @@ def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 
 
     A reward without a signal in a group adds nothing there, and a group without any has advantage 0.
     """
-    apart = torch.stack([group_normalised(reward_PG, eps=eps) for reward_PG in reward_PGK.unbind(2)], 2)
-    summed_PG = (apart * weight_K.to(apart.dtype)).sum(2)
     unscored_PG = reward_PGK.isnan().any(2)
+    scored_PGK = torch.where(unscored_PG[:, :, None], torch.nan, widen(reward_PGK))
+    apart = torch.stack([group_normalised(reward_PG, eps=eps) for reward_PG in scored_PGK.unbind(2)], 2)
+    summed_PG = (apart * weight_K.to(apart.dtype)).sum(2)
     summed_PG = torch.where(unscored_PG, torch.nan, summed_PG)
     whole = _centred(summed_PG.flatten()[None]).view_as(summed_PG) / (_std(summed_PG.flatten()[None]) + eps)
     return _keep_signal(summed_PG, whole)
@@ -192,7 +193,10 @@ def whiten(x_N: Tensor, *, mean: float | Tensor | None = None, variance: float |
     or all of one value, give zeros.
     """
     x_N = widen(x_N)
-    mean = x_N.sum() / max(len(x_N), 1) if mean is None else mean
+    if mean is None:
+        # The mean of equal numbers may be rounded to another one, which the division would blow up.
+        equal = len(x_N) > 0 and x_N.min() == x_N.max()
+        mean = x_N[0] if equal else x_N.sum() / max(len(x_N), 1)
     variance = (x_N - mean).square().sum() / max(len(x_N), 1) if variance is None else variance
     return (x_N - mean) / (torch.as_tensor(variance, dtype=x_N.dtype) + 1e-8).sqrt()
 

@@ -36,7 +36,8 @@ def explained_variance_parts(value_N: Tensor, return_N: Tensor, centre: float = 
 
     `centre`, any number near the returns, keeps the digits of variances that are small against the mean.
     """
-    value_N, return_N = widen(value_N).detach(), widen(return_N).detach()
+    # In float64: the squares of equal returns, rounded to float32, would have a variance.
+    value_N, return_N = value_N.detach().double(), return_N.detach().double()
     residual_N, centred_N = return_N - value_N, return_N - centre
     return {
         _RESIDUAL: residual_N,

@@ -64,7 +64,9 @@ def jensen_shannon(logp_NV: Tensor, teacher_NV: Tensor, *, mix: float = 0.5) -> 
     """
     if not 0 < mix < 1:
         raise ValueError(f"mix is strictly between 0 (forward_kl) and 1 (reverse_kl), got {mix}")
-    student, teacher = widen(logp_NV), widen(teacher_NV)
+    # Where both are −inf, logaddexp has no gradient.
+    least = torch.finfo(torch.float32).min
+    student, teacher = widen(logp_NV).clamp(min=least), widen(teacher_NV).clamp(min=least)
     mixture = torch.logaddexp(teacher + math.log(mix), student + math.log(1 - mix))
     return mix * full_kl(teacher, mixture) + (1 - mix) * full_kl(student, mixture)
 

@@ -43,7 +43,7 @@ def clipped_surrogate(
     `dual` c bounds the loss of a negative advantage by −cA (Ye et al. 2020, arXiv:1912.09729, eq. 5); `delta`
     bounds r itself from above first.
     """
-    r_N = ratio(logp_N, old_logp_N)
+    r_N, advantage_N = ratio(logp_N, old_logp_N), widen(advantage_N)
     if delta is not None:
         r_N = r_N.clamp(max=delta)
     loss_N = torch.maximum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - low, 1 + high))
@@ -116,6 +116,7 @@ def soft_adaptive(
     tau_negative: float = 1.05,
 ) -> Tensor:
     """[N] −(4/τ)·σ(τ(r − 1))·A, τ by the advantage's sign (SAPO, arXiv:2511.20347, eq. 6): slope −A at r = 1."""
+    advantage_N = widen(advantage_N)
     tau_N = torch.full_like(advantage_N, tau_negative).masked_fill(advantage_N > 0, tau_positive)
     return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio(logp_N, old_logp_N) - 1)) * advantage_N
 

@@ -139,6 +139,11 @@ class _EndToken:
 
     eos_token_id = END
 
+    @staticmethod
+    def decode(ids: Sequence[int], **_: Any) -> str:
+        """Tokens of this vocabulary have numbers and no text."""
+        return " ".join(map(str, ids))
+
 
 def _made(family: str, tree: Tree, seed: int, beside: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM

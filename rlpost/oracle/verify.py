@@ -8,6 +8,8 @@ from rlpost.oracle.multisets import MOST, count
 from rlpost.oracle.problem import SIZES, Problem, table_problem
 from rlpost.oracle.report import Report, Row, Section, exact, fact, holds
 from rlpost.oracle.rows_credit import credit_section
+from rlpost.oracle.rows_engine import engine_section
+from rlpost.oracle.rows_goals import goal_section
 from rlpost.oracle.rows_groups import group_section
 from rlpost.oracle.rows_kl import kl_section
 from rlpost.oracle.rows_models import model_section
@@ -45,9 +47,14 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
     return Report(vocabulary, depth, seed, tuple(sections))
 
 
-def run_verify(vocab: int, depth: int, seed: int) -> list[Section]:
-    """The sections of `verify`."""
-    return list(verify(vocab, depth, seed).sections)
+def verify_goals(vocabulary: int = 3, depth: int = 3, seed: int = 0) -> Report:
+    """Prove what is said of goals: values, guided decoding, sequential Monte Carlo; arguments as of `verify`.
+
+    Raises:
+        RecipeError: the tree is too small to prove anything, or too large to enumerate.
+    """
+    problem = table_problem(Tree(vocabulary, depth), seed)
+    return Report(vocabulary, depth, seed, (goal_section(problem, seed), engine_section(problem.tree, seed)))
 
 
 def _tree_section(problem: Problem) -> Section:

@@ -7,7 +7,7 @@ Axes: B rows (live completions), R rows of a chunk, T tokens a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from rlpost.errors import EngineError
 from rlpost.groups import Completion
+from rlpost.objectives.rows import widen
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Sampling
 from rlpost.rollout.decoders import Decoder, FlatDecoder, PaddedDecoder
-from rlpost.rollout.sampling import choose
+from rlpost.rollout.guide import Guide, Position
+from rlpost.rollout.sampling import choose, is_greedy
 from rlpost.rollout.stopping import StopStrings, finished
 from rlpost.rollout.streams import uniforms
 
@@ -42,10 +44,14 @@ class Row:
 class BuiltinEngine:
     """Samples from a policy in place."""
 
-    def __init__(self, policy: Policy, rows_at_once: int = ROWS_AT_ONCE) -> None:
-        """Sample from `policy`; at most `rows_at_once` completions run together, with the same result."""
+    def __init__(self, policy: Policy, rows_at_once: int = ROWS_AT_ONCE, guide: Guide | None = None) -> None:
+        """Sample from `policy`; at most `rows_at_once` completions run together, with the same result.
+
+        With a `guide`, tokens are drawn from the guided distribution, and their log-probabilities are under it.
+        """
         assert rows_at_once >= 1
         self.policy = policy
+        self.guide = guide
         self.rows_at_once = rows_at_once
 
     def sync(self, policy: Policy) -> None:
@@ -102,7 +108,9 @@ class BuiltinEngine:
         )
         noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
         stops = StopStrings(policy.tokenizer, sampling.stop)
-        drawn = _decode(decoder, torch.from_numpy(noise).to(policy.device), sampling, greedy, policy.end_ids, stops)
+        steer = _steering(self.guide, [tuple(prompts[r.prompt]) for r in rows], sampling, greedy)
+        uniform_RT = torch.from_numpy(noise).to(policy.device)
+        drawn = _decode(decoder, uniform_RT, sampling, greedy, policy.end_ids, stops, steer)
         ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
         if np.isnan(logp_RT).any():
             raise EngineError(
@@ -117,6 +125,30 @@ class BuiltinEngine:
         }
 
 
+Steer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(logits of the live rows, which rows they are, which of them have ended, [R, t] ids so far) -> their logits."""
+
+
+def _steering(guide: Guide | None, prompts: Sequence[tuple[int, ...]], sampling: Sampling, greedy: bool) -> Steer:
+    """Logits as they are, or with the guide's weights added at the scale of log-probabilities."""
+    if guide is None:
+        return lambda logits, *_: logits
+    # Temperature divides the sum afterwards; weights are of the distribution that is sampled, which it has shaped.
+    scale = 1.0 if is_greedy(sampling, greedy) else sampling.temperature
+    limit = sampling.max_new_tokens
+
+    def steer(logits: Tensor, live: Tensor, ended: Tensor, ids_Rt: Tensor) -> Tensor:
+        going = (~ended).nonzero()[:, 0]
+        written = ids_Rt[live[going]].tolist()
+        last = ids_Rt.shape[1] + 1 == limit
+        rows = [Position(prompts[r], tuple(w), last) for r, w in zip(live[going].tolist(), written, strict=True)]
+        steered = widen(logits).clone()
+        steered[going] += scale * guide.log_weights(logits[going], rows).to(steered.dtype)
+        return steered
+
+    return steer
+
+
 def _decode(
     decoder: Decoder,
     noise_RT: Tensor,
@@ -124,18 +156,20 @@ def _decode(
     greedy: bool,
     end_ids: Sequence[int],
     stops: StopStrings,
+    steer: Steer,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[R, T] token ids, their log-probabilities, and whether the row had ended by then."""
     shape, device = noise_RT.shape, noise_RT.device
     ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
-    logp_RT = torch.zeros(shape, device=device)
     ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
     ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
     live = torch.arange(shape[0], device=device)
     ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
     logits = decoder.start()
+    logp_RT = torch.zeros(shape, dtype=widen(logits).dtype, device=device)
     for t in range(shape[1]):
+        logits = steer(logits, live, ended, ids_RT[:, :t])
         token, logp = choose(logits, noise_RT[live, t], sampling, greedy)
         ids_RT[live, t], logp_RT[live, t] = token, logp.to(logp_RT.dtype)
         ended = ended | (token[:, None] == ends).any(1)

@@ -6,7 +6,8 @@ from itertools import product
 import pytest
 import torch
 
-from rlpost.objectives import Rows, k1, k2, k3, kl_in_reward
+from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, kl_in_reward
+from rlpost.objectives.rows import Rows
 
 
 def test_estimators_by_hand():
@@ -108,3 +109,63 @@ def test_its_expected_gradient_is_that_of_the_kl():
 def test_kl_in_reward_refuses_rows_that_are_not_whole_groups():
     with pytest.raises(ValueError, match="groups of 2"):
         kl_in_reward(torch.zeros(3), torch.zeros(3), Rows([1, 1, 1]), 2)
+
+
+def test_k3_is_clamped_before_it_is_exponentiated():
+    logp = torch.tensor([0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    value = k3(logp, torch.tensor([LIMIT - 1, LIMIT + 1, -LIMIT - 1], dtype=torch.float64))
+    expected = [math.expm1(19) - 19, math.expm1(20) - 20, math.expm1(-20) + 20]
+    assert value.tolist() == pytest.approx(expected)
+    value.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-math.expm1(19), 0.0, 0.0])
+
+
+@pytest.mark.parametrize("estimator", [k2, k3])
+def test_another_estimator_in_the_reward(estimator):
+    logp, reference = torch.tensor([0.5, -1.0, 2.0]), torch.zeros(3)
+    each = estimator(logp, reference).tolist()
+    found = kl_in_reward(logp, reference, Rows([2, 1]), 2, estimator)
+    expected = [each[0] + each[1] - each[2], each[1] - each[2], each[2] - each[0] - each[1]]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_full_kl_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [0.25, 0.75]]), torch.tensor([[0.25, 0.75], [0.25, 0.75]])
+    assert full_kl(p.log(), q.log()).tolist() == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0])
+
+
+def test_full_kl_is_the_expectation_of_k1_and_its_gradient_that_of_k2():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(4, 5, dtype=torch.float64).log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    value = full_kl(logp, reference)
+    assert torch.allclose(value, (logp.exp() * k1(logp, reference)).sum(-1), rtol=0, atol=1e-14)
+    sampled = (logp.exp().detach() * k2(logp, reference)).sum()  # the mean over every token that may be drawn
+    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (value.sum(), sampled))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-14)
+
+
+def test_full_kl_of_what_cannot_be_said():
+    barred = torch.tensor([[0.5, 0.5, 0.0]]).log().requires_grad_()
+    everywhere = torch.tensor([[0.25, 0.25, 0.5]]).log()
+    for reference in (everywhere, torch.tensor([[0.25, 0.75, 0.0]]).log()):
+        value = full_kl(barred, reference)
+        assert value.isfinite().all()
+        assert torch.autograd.grad(value.sum(), barred)[0].isfinite().all()
+    assert full_kl(everywhere, barred.detach()).tolist() == [math.inf]
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on target
+        (6.6, 0.1 * 1.01),  # 10 % above: a tenth of 10 %
+        (5.4, 0.1 * 0.99),
+        (60.0, 0.1 * 1.02),  # at most 20 %
+        (0.0, 0.1 * 0.98),
+        (-1.0, 0.1 * 0.98),  # k1's mean may be negative
+    ],
+)
+def test_the_adaptive_coefficient_by_hand(kl, expected):
+    assert adaptive(0.1, kl, target=6.0, horizon=1000, count=100) == pytest.approx(expected)

@@ -61,16 +61,21 @@ def test_its_limits():
     returns = torch.tensor([1.0, 2.0, 6.0])
     for value, expected in ((returns + 7, 1.0), (torch.full((3,), 9.0), 0.0), (2 * returns.mean() - returns, -3.0)):
         assert explained_variance(means(explained_variance_parts(value, returns))) == pytest.approx(expected)
-    equal = torch.full((3,), 0.1)
-    assert explained_variance(means(explained_variance_parts(returns, equal))) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 0.95])
+def test_equal_returns_leave_nothing_to_explain(reward, dtype):
+    equal = torch.full((7,), reward, dtype=dtype)
+    assert explained_variance(means(explained_variance_parts(torch.arange(7.0), equal))) == 0.0
 
 
 def test_a_centre_keeps_the_digits_of_small_variances():
-    value, returns = (x.float() for x in critic())
-    near = explained_variance(means(explained_variance_parts(value, returns)))
-    far = explained_variance_parts(value + 8192, returns + 8192, centre=8192.0)
-    assert explained_variance(means(far)) == pytest.approx(near, abs=1e-2)
-    lost = explained_variance_parts(value + 8192, returns + 8192)
+    value, returns = critic()
+    near, far = explained_variance(means(explained_variance_parts(value, returns))), 2.0**30
+    kept = explained_variance_parts(value + far, returns + far, centre=far)
+    assert explained_variance(means(kept)) == pytest.approx(near, abs=1e-6)
+    lost = explained_variance_parts(value + far, returns + far)
     assert abs(explained_variance(means(lost)) - near) > 0.1
 
 
@@ -103,10 +108,13 @@ def test_a_mean_of_the_parts_own_numbers_is_another_number():
     assert explained_variance(means(explained_variance_parts(value, returns))) == 1.0
 
 
-def test_parts_carry_no_gradient_and_are_at_least_float32():
+def test_parts_carry_no_gradient_and_are_widened():
     value = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
-    for parts in (explained_variance_parts(value, value), effective_sample_parts(value)):
-        assert all(not x.requires_grad and x.dtype == torch.float32 for x in parts.values())
+    for parts, dtype in (
+        (explained_variance_parts(value, value), torch.float64),
+        (effective_sample_parts(value), torch.float32),
+    ):
+        assert all(not x.requires_grad and x.dtype == dtype for x in parts.values())
 
 
 def test_a_log_line_shows_the_numbers_and_not_what_they_are_made_of():

@@ -50,9 +50,8 @@ AT_THE_REFERENCE = {
     "apo_zero": 1.0,
     "apo_down": 1.0,
     "discopop": LOG_2 / 2 + 1 / 2,
-    "ranking": LOG_2,
 }
-"""What each loss with a reference is worth where the policy is at it."""
+"""What each loss of pairs with a reference is worth where the policy is at it."""
 WITHOUT = ("simpo", "cpo", "orpo")
 RANKED = [
     {"prompt": "1+2=", "completions": ["31", "3", "4", "99"], "scores": [3.0, 2.0, 1.0, 0.0]},
@@ -69,10 +68,10 @@ def sums(model: Policy) -> Tensor:
     return torch.stack([torch.stack([logprobs(model, [group(model, p, c)]).sum() for c in both]) for p, *both in rows])
 
 
-def test_every_loss_there_is_stands_here():
+def test_every_loss_of_pairs_stands_here():
     own = [f for f in vars(preference).values() if inspect.isfunction(f) and f.__module__ == preference.__name__]
     losses = {f.__name__ for f in own if "pairs" in inspect.signature(f).parameters}
-    assert losses | {"ranking"} == {*AT_THE_REFERENCE, *WITHOUT}
+    assert losses == {*AT_THE_REFERENCE, *WITHOUT}
 
 
 @pytest.mark.parametrize("loss", [*AT_THE_REFERENCE, *WITHOUT])
@@ -95,17 +94,16 @@ def test_every_loss_begins_with_its_value_at_the_reference_and_widens_the_margin
         expected = float(by_hand[loss].mean())
     assert first["loss"] == pytest.approx(expected, rel=1e-4)
     assert last["loss"] < first["loss"]
-    delta_P2 = sums(policy(tmp_path / "runs/run/dpo/final")) - sums(policy(base(tmp_path)))
     # The slope of discopop at h = 0 is β·(−¾ + (1 − log 2)/(4·0.05)) > 0: it has a maximum to the right of it.
     way = -1 if loss == "discopop" else 1
-    assert way * float((delta_P2[:, 0] - delta_P2[:, 1]).mean()) > 1
+    assert way * last["margin"] > 1
     assert last["accuracy"] > 0.7 if way == 1 else last["accuracy"] < 0.3
 
 
 @LORA_OR_NOT
 def test_rankings_begin_at_the_number_of_orders_and_are_learned_whole(tmp_path, lora):
     jsonl(tmp_path / "ranked.jsonl", RANKED)
-    run(tmp_path, {"dpo": {**RANK, "steps": 30, "learning_rate": 1e-2}}, *lora)
+    run(tmp_path, {"dpo": {**RANK, "steps": 20, "learning_rate": 2e-2}}, *lora)
     first, *_, last = metrics(tmp_path, "dpo")
     # Whoever beats k others costs log(k + 1): 4·3·2 orders of the first, 2 of the second and third; in the last, both
     # that are as good beat one each.
@@ -122,7 +120,7 @@ def test_rankings_begin_at_the_number_of_orders_and_are_learned_whole(tmp_path, 
 def test_the_cut_into_parts_changes_no_ranking(tmp_path):
     jsonl(tmp_path / "ranked.jsonl", RANKED)
     for name, budget in (("whole", 8192), ("cut", 1)):
-        settings = {**RANK, "reference": "base", "tokens_per_pass": budget}
+        settings = {**RANK, "steps": 2, "reference": "base", "tokens_per_pass": budget}
         run(tmp_path, {"sft": SFT, "dpo": settings}, f"run={name}")
     whole, cut = (metrics(tmp_path, "dpo", name) for name in ("whole", "cut"))
     for one, other in zip(whole, cut, strict=True):
@@ -158,8 +156,11 @@ def some_pairs() -> list[Group]:
     return made
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("modifiers", [[], [length_desensitised, f_divergence, confidence]], ids=["plain", "modified"])
+@pytest.mark.parametrize(
+    ("modifiers", "lora"),
+    [([], False), ([length_desensitised, f_divergence, confidence], True)],
+    ids=["plain", "modified-lora"],
+)
 @pytest.mark.parametrize("loss", sorted(COUPLED))
 def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(loss, modifiers, lora):
     model, groups, function = exact_policy(lora), some_pairs(), getattr(preference, loss)
@@ -188,45 +189,47 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     assert not torch.allclose(alone, function(plain), atol=1e-3), "it couples nothing"
 
 
-MODIFIED = [
-    ([{"fn": "f_divergence", "args": {"kind": "forward_kl"}}], lambda d, _: (1 - (-d).exp(), 1.0)),
-    ([{"fn": "f_divergence", "args": {"kind": "jensen_shannon"}}], lambda d, _: ((2 / (1 + (-d).exp())).log(), 1.0)),
-    ([{"fn": "f_divergence", "args": {"kind": "alpha", "alpha": 0.25}}], lambda d, _: ((1 - (-d / 4).exp()) * 4, 1.0)),
-    ([{"fn": "length_desensitised", "args": {"alpha": 0.5}}], lambda d, x: (d - 0.5 * x, 1.0)),
-    ([{"fn": "confidence"}], lambda d, _: (d, None)),
-    (
-        [{"fn": "length_desensitised", "args": {"alpha": 0.0}}, {"fn": "f_divergence", "args": {"kind": "forward_kl"}}]
-        + [{"fn": "confidence"}],
-        lambda d, x: (1 - (-(d - x)).exp(), None),
+MODIFIED = {
+    "forward_kl": ([("f_divergence", {"kind": "forward_kl"})], lambda d, _: 1 - (-d).exp()),
+    "jensen_shannon": ([("f_divergence", {"kind": "jensen_shannon"})], lambda d, _: (2 / (1 + (-d).exp())).log()),
+    "alpha": ([("f_divergence", {"kind": "alpha", "alpha": 0.25})], lambda d, _: (1 - (-d / 4).exp()) * 4),
+    "length": ([("length_desensitised", {"alpha": 0.5})], lambda d, excess: d - 0.5 * excess),
+    "confidence": ([("confidence", {})], lambda d, _: d),
+    "all": (
+        [("length_desensitised", {"alpha": 0.0}), ("f_divergence", {"kind": "forward_kl"}), ("confidence", {})],
+        lambda d, excess: 1 - (excess - d).exp(),
     ),
-]
-"""Modifiers, and what they make by hand of Δ and of its part from the third action on: (Δ, weight or None for w)."""
+}
+"""Modifiers, and what they make by hand of Δ, given also its part from the third action on."""
 
 
-@pytest.mark.parametrize(("modifiers", "by_hand"), MODIFIED, ids=["-".join(m["fn"] for m in x) for x, _ in MODIFIED])
-def test_modifiers_by_hand(tmp_path, modifiers, by_hand):
-    """On the first update of a stage that starts away from its reference."""
-    settings = {**ALL, "steps": 1, "reference": "base", "loss": {"fn": "dpo", "args": {"beta": 0.3}}}
-    run(tmp_path, {"sft": SFT, "dpo": {**settings, "modifiers": modifiers, "tokens_per_pass": 30}})
+def test_modifiers_by_hand(tmp_path):
+    """On the first update of stages that start away from their reference."""
+    settings = {**ALL, "start": "sft", "steps": 1, "reference": "base", "loss": {"fn": "dpo", "args": {"beta": 0.3}}}
+    stages = {
+        name: {**settings, "modifiers": [{"fn": fn, "args": args} for fn, args in modifiers], "tokens_per_pass": 30}
+        for name, (modifiers, _) in MODIFIED.items()
+    }
+    run(tmp_path, {"sft": SFT, **stages})
     now, then = policy(tmp_path / "runs/run/sft/final"), policy(base(tmp_path))
-    loss = []
+    said = []
     for row in PREFERENCES:
         both = [[group(now, row["prompt"], row[side])] for side in ("chosen", "rejected")]
-        (chosen, rejected), (chosen_delta, rejected_delta) = (
-            [logprobs(now, x) for x in both],
-            [logprobs(now, x) - logprobs(then, x) for x in both],
-        )
-        assert (len(chosen), len(rejected)) == (3, 2)
-        better, weight = by_hand(chosen_delta.sum(), chosen_delta[2])
-        worse, _ = by_hand(rejected_delta.sum(), torch.tensor(0.0))
-        weight = (chosen.mean() + rejected.mean()).exp() if weight is None else weight
-        loss.append(float(-F.logsigmoid(0.3 * (better - worse)) * weight))
-    (line,) = metrics(tmp_path, "dpo")
-    assert line["preference_loss"] == pytest.approx(sum(loss) / len(loss), rel=1e-4)
-    assert line["loss"] == pytest.approx(line["preference_loss"], rel=1e-6)
+        said.append([(logprobs(now, one), logprobs(then, one)) for one in both])
+    for name, (modifiers, changed) in MODIFIED.items():
+        loss = []
+        for (chosen, chosen_then), (rejected, rejected_then) in said:
+            assert (len(chosen), len(rejected)) == (3, 2)
+            better = changed((chosen - chosen_then).sum(), (chosen - chosen_then)[2])
+            worse = changed((rejected - rejected_then).sum(), torch.tensor(0.0))
+            weight = (chosen.mean() + rejected.mean()).exp() if modifiers[-1][0] == "confidence" else 1.0
+            loss.append(float(-F.logsigmoid(0.3 * (better - worse)) * weight))
+        (line,) = metrics(tmp_path, name)
+        assert line["preference_loss"] == pytest.approx(sum(loss) / len(loss), rel=1e-4), name
+        assert line["loss"] == pytest.approx(line["preference_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "sppo"])
+@pytest.mark.parametrize("loss", ["dpo", "sppo"])
 def test_modifiers_learn_with_any_loss(tmp_path, loss):
     modifiers = [{"fn": "length_desensitised"}, {"fn": "f_divergence", "args": {"kind": "jensen_shannon"}}]
     settings = {**ALL, "loss": {"fn": loss}, "modifiers": [*modifiers, {"fn": "confidence"}], "steps": 10}

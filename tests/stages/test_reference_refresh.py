@@ -78,17 +78,18 @@ def test_half_a_refresh_is_halfway(tmp_path, lora, followings):
 
 
 @LORA_OR_NOT
-@pytest.mark.parametrize(("name", "folder"), [("base", "base"), ("sft", "sft/final"), ("start", "first/final")])
-def test_it_begins_as_the_reference_that_the_recipe_names(tmp_path, lora, name, folder):
-    stages = {"sft": SFT, "first": {**ALL, "steps": 2}}
-    follows = {**ALL, "steps": 1, "reference": name, "refresh": {"every": 9}}
-    run(tmp_path, {**stages, "dpo": follows}, *lora)
-    chosen, rejected = mean_logratios(tmp_path / "runs/run/first/final", tmp_path / "runs/run" / folder)
-    (line,) = metrics(tmp_path, "dpo")
-    assert line["chosen_logratio"] == pytest.approx(chosen, abs=1e-4)
-    assert line["rejected_logratio"] == pytest.approx(rejected, abs=1e-4)
-    if name != "start":
-        assert abs(line["chosen_logratio"]) > 0.1
+def test_it_begins_as_the_reference_that_the_recipe_names(tmp_path, lora):
+    folders = {"base": "base", "sft": "sft/final", "start": "first/final"}
+    follows = {**ALL, "start": "first", "steps": 1, "refresh": {"every": 9}}
+    stages = {f"from_{name}": {**follows, "reference": name} for name in folders}
+    run(tmp_path, {"sft": SFT, "first": {**ALL, "steps": 2}, **stages}, *lora)
+    runs = tmp_path / "runs/run"
+    for name, folder in folders.items():
+        chosen, rejected = mean_logratios(runs / "first/final", runs / folder)
+        (line,) = metrics(tmp_path, f"from_{name}")
+        assert line["chosen_logratio"] == pytest.approx(chosen, abs=1e-4)
+        assert line["rejected_logratio"] == pytest.approx(rejected, abs=1e-4)
+        assert (abs(line["chosen_logratio"]) > 0.1) == (name != "start")
 
 
 def test_it_follows_a_policy_into_which_an_adapter_was_merged(tmp_path):
@@ -136,8 +137,7 @@ def test_killed_between_two_refreshes_it_ends_as_if_it_had_gone_through(tmp_path
 
 
 def test_rankings_and_coupled_losses_have_a_reference_that_follows_too(tmp_path):
-    refresh = {"every": 1, "share": 1.0}
-    for loss in ("ranking", "aot"):
-        run(tmp_path, {"dpo": {**ALL, "steps": 3, "loss": {"fn": loss}, "refresh": refresh}}, LORA, f"run={loss}")
-        for line in metrics(tmp_path, "dpo", loss):
-            assert line["preference_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    settings = {**ALL, "steps": 3, "refresh": {"every": 1, "share": 1.0}}
+    run(tmp_path, {loss: {**settings, "loss": {"fn": loss}} for loss in ("ranking", "aot")}, LORA)
+    for line in [*metrics(tmp_path, "ranking"), *metrics(tmp_path, "aot")]:
+        assert line["preference_loss"] == pytest.approx(math.log(2), abs=1e-4)

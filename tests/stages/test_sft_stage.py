@@ -6,10 +6,15 @@ import json
 
 import pytest
 import torch
-from tiny_recipes import LORA, SFT, base, greedy, group, jsonl, metrics, policy, run, weights
+from moved import assert_only_the_policy_moved
+from tiny_recipes import LORA, MODEL, SFT, base, greedy, group, jsonl, metrics, policy, run, weights
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from rlpost.errors import DataError, DivergedError
+from rlpost.errors import DataError, DivergedError, ModelError
+from rlpost.policy.load import load_policy
 from rlpost.policy.score import logprobs
+from rlpost.stages import sft as stage
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}" * (1 + n % 3)} for n in range(6)]
 MEMORISE = {**SFT, "data": {"rows": {"path": "rows.jsonl"}}, "batch_size": 6, "steps": 60}
@@ -84,10 +89,132 @@ def test_epochs_are_steps_enough_to_see_every_row_so_often(tmp_path):
     assert sum(line["tokens"] for line in metrics(tmp_path, "sft")) == 7 * 24 * 4
 
 
-def test_another_loss_is_named_in_the_recipe(tmp_path):
-    run(tmp_path, {"sft": {**SFT, "loss": {"fn": "dynamic_fine_tuning"}, "steps": 1}})
-    (line,) = metrics(tmp_path, "sft")
-    assert 0 < line["loss"] < line["nll"]  # weighted by probabilities
+def distributions(folder, rows) -> tuple[Tensor, Tensor]:
+    """[N, V] log-probabilities before each token of the rows' completions, by transformers alone; [N] the tokens."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), policy(folder).tokenizer
+    logp, targets = [], []
+    for row in rows:
+        asked = tokenizer.encode(row["prompt"])
+        said = [*tokenizer.encode(row["completion"]), tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([asked + said])).logits[0]
+        logp.append(logits[len(asked) - 1 : -1].double().log_softmax(-1))
+        targets += said
+    return torch.cat(logp), torch.tensor(targets)
+
+
+LOSSES = {
+    "dynamic_fine_tuning": ({"fn": "dynamic_fine_tuning"}, lambda logp, _: -logp.exp() * logp),
+    "label_smoothing": (
+        {"fn": "label_smoothing", "args": {"epsilon": 0.2}},
+        lambda logp, every: -0.8 * logp - 0.2 * every.mean(-1),
+    ),
+    "unlikelihood": ({"fn": "unlikelihood"}, lambda logp, _: -(1 - logp.exp()).log()),
+    "their own": (
+        {"fn": "mine.py:squared", "args": {"times": 3.0}},
+        lambda logp, every: 3 * (logp - every.amax(-1)) ** 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
+def test_other_losses_are_named_in_the_recipe(tmp_path, lora):
+    """The first loss of each by hand; the last is a user's, which asks for all that there is to know of the data."""
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "mine.py").write_text(
+        "def squared(logp_NV, target_N, *, times):\n"
+        "    return times * (logp_NV.gather(1, target_N[:, None])[:, 0] - logp_NV.amax(-1)) ** 2\n"
+    )
+    one = {**MEMORISE, "start": "base", "steps": 1, "warmup": 0, "tokens_per_pass": 20}
+    run(tmp_path, {name.replace(" ", "_"): {**one, "loss": loss} for name, (loss, _) in LOSSES.items()}, *lora)
+    logp_NV, target_N = distributions(base(tmp_path), ROWS)
+    logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
+    for name, (_, by_hand) in LOSSES.items():
+        (line,) = metrics(tmp_path, name.replace(" ", "_"))
+        assert line["loss"] == pytest.approx(float(by_hand(logp_N, logp_NV).mean()), rel=1e-4), name
+        assert line["nll"] == pytest.approx(-float(logp_N.mean()), rel=1e-5)
+
+
+def test_smoothed_labels_are_not_learned_by_heart(tmp_path):
+    """With ε of 16 tokens spread, the least loss has 1 − ε + ε/16 at the target: its −log is 0.236 for ε = 0.225."""
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    loss = {"fn": "label_smoothing", "args": {"epsilon": 0.225}}
+    run(tmp_path, {"sft": {**MEMORISE, "loss": loss}})
+    assert metrics(tmp_path, "sft")[-1]["nll"] == pytest.approx(0.236, abs=0.05)
+
+
+def test_unlikely_is_what_it_makes_of_the_rows(tmp_path):
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    run(tmp_path, {"good": MEMORISE, "bad": {**MEMORISE, "loss": {"fn": "unlikelihood"}, "steps": 20}})
+    first, *_, last = metrics(tmp_path, "bad")
+    assert first["nll"] < 0.1
+    assert last["nll"] > 2
+
+
+IMITATIONS = {
+    "forward_kl": lambda student, teacher: (teacher.exp() * (teacher - student)).sum(-1),
+    "reverse_kl": lambda student, teacher: (student.exp() * (student - teacher)).sum(-1),
+    "jensen_shannon": lambda student, teacher: (
+        0.25 * towards_mixture(teacher, student, 0.25) + 0.75 * towards_mixture(student, teacher, 0.75)
+    ),
+}
+
+
+def towards_mixture(logp: Tensor, other: Tensor, own: float) -> Tensor:
+    """[N] KL to a mixture of which so much is its own."""
+    mixture = (own * logp.exp() + (1 - own) * other.exp()).log()
+    return (logp.exp() * (logp - mixture)).sum(-1)
+
+
+@pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
+def test_a_teacher_is_imitated_and_does_not_move(tmp_path, lora, monkeypatch):
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    teachers = []
+
+    def remember(*args, **how):
+        teachers.append(load_policy(*args, **how))
+        return teachers[-1]
+
+    monkeypatch.setattr(stage, "load_policy", remember)
+    args = {"forward_kl": {}, "reverse_kl": {}, "jensen_shannon": {"mix": 0.25}}
+    learns = {**MEMORISE, "start": "base", "teacher": "sft", "steps": 20, "schedule": "constant", "warmup": 0}
+    learns["tokens_per_pass"] = 20
+    stages = {name: {**learns, "loss": {"fn": name, "args": args[name]}} for name in IMITATIONS}
+    final = tmp_path / "runs/run/sft/final"
+    run(tmp_path, {"sft": {**MEMORISE, "steps": 10}, **stages}, *lora)
+    student_NV, target_N = distributions(base(tmp_path), ROWS)
+    teacher_NV, _ = distributions(final, ROWS)
+    for name, by_hand in IMITATIONS.items():
+        first, *_, last = metrics(tmp_path, name)
+        expected_N = by_hand(student_NV, teacher_NV)
+        assert float(expected_N.min()) > 0
+        assert first["loss"] == pytest.approx(float(expected_N.mean()), rel=1e-4)
+        assert first["nll"] == pytest.approx(-float(student_NV.gather(1, target_N[:, None]).mean()), rel=1e-5)
+        assert last["loss"] < 0.3 * first["loss"]
+        assert_only_the_policy_moved(tmp_path, name, bool(lora))
+    assert len(teachers) == 3
+    saved = dict(policy(final).named_parameters())
+    for teacher in teachers:
+        assert all(torch.equal(p, saved[name]) for name, p in teacher.named_parameters())
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    other = {**MODEL, "tokenizer": {"kind": "characters", "alphabet": "0123456789=+"}}
+    folder = run(tmp_path, {"sft": {**SFT, "steps": 1}}, "run=other", model=other)
+    imitates = {**SFT, "teacher": str(folder), "loss": {"fn": "forward_kl"}}
+    with pytest.raises(ModelError, match=r"stages\.sft\.teacher: .*another vocabulary"):
+        run(tmp_path, {"sft": imitates})
+
+
+def test_a_users_loss_that_imitates_needs_a_teacher(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def near(logp_NV, teacher_NV):\n    return ((logp_NV - teacher_NV) ** 2).sum(-1)\n"
+    )
+    with pytest.raises(ModelError, match=r"the loss imitates a teacher and there is none; give `teacher`"):
+        run(tmp_path, {"sft": {**SFT, "loss": {"fn": "mine.py:near"}}})
+    # The base is its own teacher: there is nothing to learn.
+    run(tmp_path, {"sft": {**SFT, "steps": 1, "loss": {"fn": "mine.py:near"}, "teacher": "base"}}, "run=taught")
+    assert metrics(tmp_path, "sft", "taught")[0]["loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_seed_is_all_that_chance_hangs_on(tmp_path):

@@ -1,0 +1,90 @@
+"""An update's gradient and metrics are the same however it is cut, ordered, laid out and shared: in every stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from invariance import CUTS, FEWER, SHARES, WHOLE, Cut, gap, measured, on_two_processes, shares, two_steps, whole
+from stage_updates import CASES, World, paired, pairs, with_reference
+
+from rlpost.objectives.preference import aot, bco
+from rlpost.recipe.functions import Bound
+from rlpost.recipe.schema import STAGES
+from rlpost.stages.pairwise import PairObjective
+
+EXACT = 1e-12
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> World:
+    return World("gpt2", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def llama() -> dict[torch.dtype, World]:
+    return {dtype: World("llama", dtype) for dtype in (torch.float64, torch.float32)}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What two real processes find of every case."""
+    return on_two_processes(list(CASES))
+
+
+def test_every_stage_that_trains_is_here():
+    trained = {kind.value for kind, stage in STAGES.items() if hasattr(stage, "tokens_per_pass")}
+    assert {name.split()[0] for name in CASES} == trained
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_float64_to_the_last_digits(name, gpt2, ranks):
+    case = CASES[name](gpt2)
+    everyone = list(range(len(case.groups)))
+    expected, one_pass = measured(case, gpt2, WHOLE, everyone, Accelerator())
+    assert one_pass == 1
+    assert float(expected[0].norm()) > 1e-3
+    for cut in CUTS:
+        found, passes = measured(case, gpt2, cut, everyone, Accelerator())
+        assert passes > 1 or cut.at_once is None, cut
+        assert max(gap(found, expected)) <= EXACT, cut
+    for kind in SHARES:
+        for rank, everything in enumerate(ranks):
+            assert max(gap(everything[f"{name}/{kind}"], expected)) <= EXACT, (kind, rank)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_where_norms_and_rotations_are_in_float32(name, dtype, tolerance, llama):
+    world = llama[dtype]
+    case = CASES[name](world)
+    expected = whole(case, world, Accelerator())
+    for cut in FEWER:
+        found, _ = measured(case, world, cut, list(range(len(case.groups))), Accelerator())
+        assert max(gap(found, expected)) <= tolerance, cut
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_two_processes_take_the_steps_of_one(kind, gpt2, ranks):
+    """AdamW with clipping; in the second step the second process has nothing to teach."""
+    everyone = list(range(len(gpt2.groups)))
+    expected = two_steps(gpt2, everyone, shares(len(everyone), kind)[1], Accelerator())
+    assert expected[1]["grad_norm/0"] > 0.1, "nothing was clipped"
+    for everything in ranks:
+        assert max(gap(everything[f"steps/{kind}"], expected)) <= EXACT
+
+
+@pytest.mark.parametrize("function", [aot, bco])
+def test_a_coupled_loss_that_is_taken_part_by_part_would_be_seen(function, gpt2):
+    """Under another name the loss counts as one of single pairs: its sort, or its mean, is then a part's own."""
+    objective = PairObjective(Bound(function, "of single pairs"))
+    apart = replace(
+        paired(gpt2, function.__name__),
+        prepare=lambda share, learner: (
+            objective.loss(),
+            objective.prepared(with_reference(gpt2, [pairs()[i] for i in share]), learner),
+            {},
+        ),
+    )
