@@ -40,6 +40,18 @@ _Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.")
 ]
 
+_Guide = Annotated[str | None, typer.Option("--guide", help="A value network: weighs tokens by where they lead.")]
+_Goal = Annotated[list[str] | None, typer.Option("--goal", help="With --guide: end in this text; may be repeated.")]
+_Avoid = Annotated[list[str] | None, typer.Option("--avoid", help="With --guide: never end so; may be repeated.")]
+_Candidates = Annotated[
+    int, typer.Option("--candidates", min=0, help="With --guide: likeliest tokens weighed; 0: all.")
+]
+_BestOf = Annotated[
+    int | None,
+    typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
+]
+_Judge = Annotated[str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")]
+
 
 @app.command()
 def train(
@@ -102,17 +114,18 @@ def sample(
     greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token, always.")] = False,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Ends a completion; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    best_of: Annotated[
-        int | None,
-        typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
-    ] = None,
+    best_of: _BestOf = None,
     recipe: _OtherRecipe = None,
-    judge: Annotated[
-        str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")
-    ] = None,
+    judge: _Judge = None,
+    guide: _Guide = None,
+    goal: _Goal = None,
+    avoid: _Avoid = None,
+    candidates: _Candidates = 32,
     as_json: _Json = False,
 ) -> None:
     """Complete a prompt."""
+    if (guide is None) != (not goal and not avoid) or (goal and avoid):
+        raise typer.BadParameter("goes with either --goal or --avoid", param_hint="--guide")
     if best_of is not None and (recipe is None) == (judge is None):
         raise typer.BadParameter(
             "needs either --recipe, whose rewards choose the best, or --judge", param_hint="--best-of"
@@ -129,8 +142,18 @@ def sample(
     for problem in out_of_range(sampling, "--"):
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
     text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
+    lead = commands.Lead(guide, tuple(goal or avoid or ()), bool(avoid), candidates) if guide else None
     texts = commands.sample(
-        checkpoint, text, sampling=sampling, n=n, greedy=greedy, seed=seed, best_of=best_of, recipe=recipe, judge=judge
+        checkpoint,
+        text,
+        sampling=sampling,
+        n=n,
+        greedy=greedy,
+        seed=seed,
+        best_of=best_of,
+        recipe=recipe,
+        judge=judge,
+        lead=lead,
     )
     for completion in texts:
         print(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)

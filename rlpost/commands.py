@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from rlpost import console
-from rlpost.data.codec import make_codec
+from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import Limit, open_dataset
 from rlpost.data.formats import Format, Need, encode
-from rlpost.errors import RecipeError
+from rlpost.errors import ModelError, RecipeError
 from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
+from rlpost.goals import GoalSet
 from rlpost.groups import Group
 from rlpost.pipeline import need_of, scratch_tokenizer
 from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer, with_chat_template
@@ -28,7 +29,9 @@ from rlpost.rewards.score import Scorer
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import best_of as best_of_each
 from rlpost.rollout.collect import collect
+from rlpost.rollout.guide import Guide, Mode
 from rlpost.rollout.judge import Judge, load_judge
+from rlpost.rollout.value_network import load_value, read_settings
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.run.lookup import find_checkpoint, newest_finished_run
 from rlpost.run.names import CONFIG
@@ -78,10 +81,11 @@ def sample(
     best_of: int | None = None,
     recipe: str | None = None,
     judge: str | None = None,
+    lead: Lead | None = None,
 ) -> list[str]:
     """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
 
-    A model with a chat template is asked in its own format.
+    A model with a chat template is asked in its own format. With `lead`, tokens are weighed by where they lead.
     """
     policy = _frozen(str(find_checkpoint(checkpoint) or checkpoint), Model())
     codec = make_codec(policy.tokenizer)
@@ -91,7 +95,7 @@ def sample(
     if room < sampling.max_new_tokens:
         # The default is for models with room; a short one answers as far as it can.
         sampling = replace(sampling, max_new_tokens=max(room, 1))
-    engine = BuiltinEngine(policy)
+    engine = BuiltinEngine(policy, guide=_guide(lead, policy, codec) if lead else None)
     groups = collect(engine, [group], best_of or n, sampling, seed=seed, greedy=greedy)
     if best_of is not None and judge is not None:
         groups = best_of_each(groups, _judge(judge, policy).by_group(groups))
@@ -99,6 +103,40 @@ def sample(
         assert recipe is not None
         groups = best_of_each(groups, _scorer_of(resolve(recipe), policy).score(groups).total)
     return [c.text for c in groups[0].completions]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Where `sample` is to be led, and by what."""
+
+    network: str
+    """A value network: its run's stage, or a checkpoint."""
+    endings: tuple[str, ...]
+    avoid: bool
+    """Away from the endings, not toward them."""
+    candidates: int
+    """Likeliest tokens that are weighed; 0: all."""
+
+
+def _guide(lead: Lead, policy: Policy, codec: Codec) -> Guide:
+    """The guide that `sample` asks for.
+
+    Raises:
+        ModelError: the network reads its goal, and there are several.
+    """
+    folder = find_checkpoint(lead.network) or Path(lead.network)
+    members = [codec.ids(text, "--avoid" if lead.avoid else "--goal") for text in lead.endings]
+    settings = read_settings(folder)
+    if settings.condition is not None and len(members) > 1:
+        raise ModelError(f"{folder}: it reads one goal, not {len(members)}; give one, or train a network for the set")
+    return Guide(
+        load_value(folder, policy, members[0], avoid=lead.avoid).ahead,
+        GoalSet(members),
+        policy.end_ids,
+        Mode.away if lead.avoid else Mode.toward,
+        candidates=lead.candidates,
+        truncated_counts=settings.truncated_counts,
+    )
 
 
 def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> str:

@@ -216,7 +216,12 @@ class Learner:
             else:
                 p.grad.zero_()
 
-    def _clip(self) -> float:
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradient that `gradient` left.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
         if not torch.isfinite(norm):
             name = next((n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
@@ -224,6 +229,10 @@ class Learner:
                 f"update {self.updates + 1}: the gradient of {name} is not finite; nothing was changed by it. "
                 "Lower learning_rate, or look at the last rollouts; the run resumes from its last checkpoint"
             )
+        return norm
+
+    def _clip(self) -> float:
+        norm = self.gradient_norm()
         if self._max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_norm, norm)
         return float(norm)

@@ -41,6 +41,7 @@ from rlpost.stages.reward_model import reward_model
 from rlpost.stages.sft import sft
 from rlpost.stages.step_labels import step_labels
 from rlpost.stages.trpo import trpo
+from rlpost.stages.value import value
 
 STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.sft: sft,
@@ -49,6 +50,7 @@ STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.online_dpo: online_dpo,
     Kind.reward_model: reward_model,
     Kind.process_reward_model: process_reward_model,
+    Kind.value: value,
     Kind.grpo: grpo,
     Kind.ppo: ppo,
     Kind.trpo: trpo,

@@ -24,8 +24,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import torch
 from accelerate import Accelerator
-from stage_updates import CASES, Case, Measured, World
-from torch import Tensor, multiprocessing
+from stage_updates import CASES, Case, Measured
+from torch import multiprocessing
+from worlds import World
 
 from rlpost.experience import Experience
 from rlpost.groups import completions
@@ -92,9 +93,7 @@ def measured(
     """The gradient and the metrics of the update, of which this process has the groups `share`; and its passes."""
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
     tokens = budget(case, cut.at_once, model.shares_prompts)
-    learner = Learner(
-        model, accelerator, learning_rate=1.0, tokens_per_pass=tokens, whole_groups=case.whole_groups
-    )
+    learner = Learner(model, accelerator, learning_rate=1.0, tokens_per_pass=tokens, whole_groups=case.whole_groups)
     order = random.Random(1).sample(share, len(share)) if cut.shuffled else share
     update = case.prepare(order, learner)
     parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=model.shares_prompts)

@@ -1,153 +1,41 @@
 """One optimiser update of every training stage, from the stage's own functions, that can be put together in any order.
 
 A case says which groups an update has and what the stage makes of some of them: those of one process, in its order.
-Models are tiny and random. Log-probabilities of reference, teacher and sampler come from models near the trained one,
-so that ratios are away from 1 and some of them clipped.
-
-Axes: P prompts, G completions a prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from families import VOCABULARY, EndTokenOnly, tiny
 from torch import Tensor
+from worlds import GROUP_SIZE, REFERENCE, SAMPLER, SAMPLING, World, pairs, ranked, rollout_of, singles
 
 from rlpost.experience import Experience
-from rlpost.groups import Completion, Group, completions
+from rlpost.groups import Group
 from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.trust_region import finite_difference
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
-from rlpost.policy.load import remove_dropout
-from rlpost.policy.policy import Policy
-from rlpost.policy.reference import Reference
-from rlpost.policy.scalar import ScalarModel
-from rlpost.policy.score import logprobs
-from rlpost.recipe.functions import Bound, bind
-from rlpost.recipe.parts import AtLimit, Correction, CorrectionMode, Critic, Function, Kl, KlEstimator, KlPlacement
-from rlpost.recipe.schema import Grpo, Ppo, Sampling, Sft, Trpo
-from rlpost.rewards.score import Scores as Rewards
+from rlpost.recipe.schema import (
+    AtLimit,
+    Correction,
+    CorrectionMode,
+    Critic,
+    Function,
+    Grpo,
+    Kl,
+    KlEstimator,
+    KlPlacement,
+    Ppo,
+    Sft,
+    Trpo,
+)
 from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.online_dpo import best_and_worst
 from rlpost.stages.pairwise import PairObjective
-from rlpost.stages.rollouts import Beta, Rollout
-
-SAMPLING = Sampling(max_new_tokens=12, temperature=0.8)
-GROUP_SIZE = 4
-SHAPES = (
-    (9, ((7,), (3, 4, 5), (0,), (11,))),
-    (4, ((2,), (6,), (9,), (1,))),
-    (17, ((5,), (0, 3, 2), (8,), (4,))),
-    (1, ((6,), (3,), (10,), (2,))),
-)
-"""Groups: length of the prompt, and of each completion's runs of actions and of what it reads, in turn."""
-RIGHT: list[list[float | None]] = [
-    [1.0, 0.5, 0.0, 0.0],
-    [1.0, 1.0, 1.0, 1.0],
-    [0.5, None, 2.0, 1.0],
-    [0.0, 1.0, 0.5, 0.25],
-]
-"""[P][G] rewards: a group without a signal, a completion without a reward, ties."""
-LAYOUTS = ("shared", "apart", "padded")
-"""Flat rows with each prompt once, flat rows with a prompt a completion, one padded row a completion."""
-
-
-class Apart(Policy):
-    """Flat rows in which every completion has its own copy of the prompt."""
-
-    shares_prompts = False
-
-
-class World:
-    """The models of one family and precision. To a stage's functions it is the context: functions and a reference."""
-
-    def __init__(self, family: str, dtype: torch.dtype) -> None:
-        self.family, self.dtype = family, dtype
-        self.policy, self.scalar = cache(self._policy), cache(self._scalar)
-
-    def _policy(self, layout: str = "shared", near: int = 0) -> Policy:
-        """The trained model, or with `near` one a small random step away."""
-        model = tiny(self.family, self.dtype)
-        remove_dropout(model)
-        use_attention(model, "sdpa" if layout == "padded" else FLAT)
-        generator = torch.Generator().manual_seed(near)
-        with torch.no_grad():
-            for p in model.parameters() if near else ():
-                p.add_(0.015 * torch.randn(p.shape, generator=generator))
-        kind = Apart if layout == "apart" else Policy
-        return kind(model, EndTokenOnly(), flat=layout != "padded").eval()
-
-    def _scalar(self, layout: str = "shared", near: int = 0) -> ScalarModel:
-        model = ScalarModel(self.policy(layout, near))
-        with torch.no_grad():
-            model.head.weight.copy_(0.1 * torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(3)))
-        return model
-
-    def function(self, function: Function, field: str) -> Bound:
-        return bind(function, field, field, Path())
-
-    def reference(self, policy: Policy | None = None, name: str = "start") -> Reference:
-        return Reference(self.policy(near=1), None)
-
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """Sampled groups, with the sampler's log-probabilities."""
-        bare = sampled_groups()
-        scored = logprobs(self.policy(near=2), bare, temperature=SAMPLING.temperature)
-        pieces = iter(torch.split(scored, [c.actions for c in completions(bare)]))
-        return tuple(
-            replace(g, completions=tuple(replace(c, logprobs=tuple(next(pieces).tolist())) for c in g.completions))
-            for g in bare
-        )
-
-
-def sampled_groups() -> list[Group]:
-    """The groups of SHAPES; every third completion was cut off, and a step is three actions."""
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(n: int) -> tuple[int, ...]:
-        return tuple(torch.randint(1, VOCABULARY, (n,), generator=generator).tolist())
-
-    def completion(number: int, runs: tuple[int, ...]) -> Completion:
-        action = tuple(i % 2 == 0 for i, n in enumerate(runs) for _ in range(n))
-        steps = tuple(min(3, sum(action) - first) for first in range(0, sum(action), 3))
-        finish = "length" if number % 3 == 0 else "stop"
-        return Completion(draw(len(action)), action, finish=finish, steps=steps)
-
-    return [Group(draw(prompt), tuple(completion(i, runs) for i, runs in enumerate(each))) for prompt, each in SHAPES]
-
-
-def singles() -> list[Group]:
-    """Groups of one completion: most of the sampled ones, each labelled, as a whole and by step."""
-    kept = [replace(g, completions=(c,)) for g in sampled_groups() for c in g.completions[:3]]
-    return [
-        replace(g, example={"label": i % 3 > 0, "labels": [0.5 * ((i + k) % 3) for k in range(len(c.steps))]})
-        for i, g in enumerate(kept)
-        for c in g.completions
-    ]
-
-
-def pairs() -> list[Group]:
-    """Groups of two completions, chosen and rejected; some with a margin."""
-    return [
-        Group(g.prompt, g.completions[first : first + 2], {"margin": 0.5 * (i % 3)})
-        for i, g in enumerate(sampled_groups())
-        for first in (0, 2)
-    ]
-
-
-def ranked() -> list[Group]:
-    """Groups of four completions, and one of two, with scores of which some are equal and one is missing."""
-    groups = [replace(g, example={"scores": RIGHT[i]}) for i, g in enumerate(sampled_groups())]
-    return [*groups[:-1], Group(groups[-1].prompt, groups[-1].completions[1:3], {"scores": RIGHT[-1][1:3]})]
+from rlpost.stages.rollouts import Beta
 
 
 class Update(NamedTuple):
@@ -178,7 +66,7 @@ class Case:
     scalar: bool = False
     """A model of scalars is trained."""
     whole_groups: bool = False
-    measure: Callable[[Learner, Update], Measured] = field(default=gradient)
+    measure: Callable[[Learner, Update], Measured] = gradient
 
 
 def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Case:
@@ -188,7 +76,7 @@ def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Cas
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         layout = "shared" if learner.model.flat else "padded"
-        how = sft.reading(function, world.policy(layout, near=1) if teacher else None)
+        how = sft.reading(function, world.policy(layout, step=REFERENCE) if teacher else None)
         experience = Experience(tuple(groups[i] for i in share))
         return Update(sft.supervised_loss(function), sft.weighted(experience, cfg, learner), how)
 
@@ -224,7 +112,7 @@ def ranked_policy(world: World) -> Case:
 def unpaired(world: World) -> Case:
     function = world.function(Function("kto"), "kto.loss")
     groups = singles()
-    others = kto.mismatched(groups, seed=1)
+    others = kto.mismatched(groups, seed=2)  # with other seeds z is below 0, and cut off there
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         update, mismatched = (with_reference(world, [some[i] for i in share]) for some in (groups, others))
@@ -253,22 +141,9 @@ def scored_steps(world: World) -> Case:
     return Case(groups, prepare, scalar=True)
 
 
-def rollout_of(groups: Sequence[Group], share: Sequence[int]) -> Rollout:
-    """The scored samples of some groups: a reward that also has a value a step, and one for being brief."""
-    own = [groups[i] for i in share]
-    right = [RIGHT[i] for i in share]
-    brief = [[-0.1 * len(c.ids) for c in g.completions] for g in own]
-    total = [
-        [None if r is None else r + 0.5 * b for r, b in zip(*row, strict=True)] for row in zip(right, brief, strict=True)
-    ]
-    by_step = [[0.25 * (k % 3) for k in range(len(c.steps))] for c in completions(own)]
-    numbers = [[float("nan") if r is None else r for r in row] for row in total]
-    reward_PG = torch.tensor(numbers, dtype=torch.float64).view(len(own), GROUP_SIZE)
-    rewards = Rewards(total, {"right": right, "brief": brief}, {"right": by_step})
-    return Rollout(own, rewards, reward_PG, len(own), {"right": 1.0, "brief": 0.5})
-
-
-def estimated(world: World, groups: Sequence[Group], cfg: Grpo | Trpo, share: Sequence[int], learner: Learner) -> Experience:
+def estimated(
+    world: World, groups: Sequence[Group], cfg: Grpo | Trpo, share: Sequence[int], learner: Learner
+) -> Experience:
     """What the stage learns from: advantages by its estimator."""
     sparse = isinstance(cfg, Grpo) and not cfg.entropy
     estimator = Estimator(world, cfg, learner.model, None, sparse=sparse)
@@ -312,7 +187,7 @@ def with_critic(world: World, critic: bool) -> Case:
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         # The values are those of a critic that has moved since.
-        old, reference = world.scalar(near=2), world.reference()
+        old, reference = world.scalar(step=SAMPLER), world.reference()
         experience = ppo.assemble(rollout_of(groups, share), cfg, old, reference, cfg.kl.beta, learner)
         experience = surrogate.weighted(experience, cfg, learner)
         return Update(ppo.value_of(cfg), experience) if critic else Update(loss, experience, how)
@@ -340,11 +215,11 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
 def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -> Case:
     cfg = Trpo(group_size=GROUP_SIZE, sampling=SAMPLING, advantage=Function("leave_one_out"), weight="sequence_sum")
     groups = world.groups
-    how = {"temperature": SAMPLING.temperature, "read": lambda batch: lambda logp_nV, where: logp_nV}
+    how = {"temperature": SAMPLING.temperature, "read": lambda _batch: lambda logp_nV, _where: logp_nV}
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         experience = trpo.weighted(estimated(world, groups, cfg, share, learner), cfg, learner)
-        old_NV = learner.look(lambda scores, part: scores.read, experience, **how)
+        old_NV = learner.look(lambda scores, _part: scores.read, experience, **how)
         return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), how)
 
     return Case(groups, prepare, measure=measure)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, fields, is_dataclass
 from enum import Enum
@@ -16,13 +17,15 @@ from typing import Any
 import pytest
 import yaml
 
-from rlpost import errors, objectives
+from rlpost import errors, objectives, rewards
+from rlpost.data.formats import Format, Need, recognise
 from rlpost.oracle.verify import verify
 from rlpost.recipe import schema
 from rlpost.recipe.files import packaged
 from rlpost.recipe.keys import MISSING, fields_of, shape
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.typed import plain
+from rlpost.rewards.tree import NODES
 from rlpost.run import names
 
 ROOT = Path(__file__).parents[1]
@@ -138,8 +141,8 @@ def objective_rows() -> Iterator[tuple[str, str]]:
 
 
 def says(row: str, parameter: inspect.Parameter) -> bool:
-    """Whether the row has the argument, and its default after it; None and False go without saying."""
-    rest = row.partition(f"`{parameter.name}`")
+    """Whether the row's last cell has the argument, and its default after it; None and False go without saying."""
+    rest = row.rsplit(" | ", 1)[1].partition(f"`{parameter.name}`")
     default = parameter.default
     if not rest[1] or default in (None, parameter.empty) or isinstance(default, bool):
         return bool(rest[1])
@@ -165,7 +168,7 @@ def test_every_argument_of_an_objective_is_documented_with_its_default():
 
 
 def test_no_objective_is_documented_that_is_not_there():
-    assert {name for name, _ in objective_rows()} <= set(objectives.__all__) | {"placement"}
+    assert {name for name, _ in objective_rows()} <= set(objectives.__all__)
 
 
 def test_what_is_exact_and_what_is_biased_is_documented_as_it_is_proved():
@@ -180,11 +183,51 @@ def test_what_is_exact_and_what_is_biased_is_documented_as_it_is_proved():
     }
 
 
-def test_every_reward_is_documented():
-    tree = ast.parse((ROOT / "rlpost/rewards/__init__.py").read_text("utf-8"))
-    exported = next(n.value for n in tree.body if isinstance(n, ast.Assign))
+def arguments(function: Callable[..., Any]) -> Iterator[str]:
+    """How docs/rewards.md writes the arguments: a name, and the default in brackets where it is a plain value."""
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            plain = isinstance(p.default, int | float) and not isinstance(p.default, bool)
+            yield f"`{p.name}` ({p.default})" if plain else f"`{p.name}`"
+
+
+def test_every_reward_and_node_is_documented_with_its_arguments():
     page = (DOCS / "rewards.md").read_text("utf-8")
-    assert all(f"| `{name}` |" in page for name in ast.literal_eval(exported))
+    functions = {name: getattr(rewards, name) for name in rewards.__all__} | NODES
+    for name, function in functions.items():
+        row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), "")
+        assert row, name
+        for argument in arguments(function):
+            assert argument in row, f"{name}: {argument}"
+
+
+def test_every_function_of_a_task_is_documented():
+    pages = "".join((DOCS / f"{name}.md").read_text("utf-8") for name in ("data", "rewards"))
+    internal = {"gsm8k.prompt", "gsm8k.final_answer"}  # what its maps are made of
+    for file in (ROOT / "rlpost/data/tasks").glob("[a-z]*.py"):
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                name = f"{file.stem}.{node.name}"
+                assert name in internal or f"`{name}`" in pages, name
+
+
+def test_examples_of_judged_rows_are_read_as_what_they_are():
+    page = (DOCS / "data.md").read_text("utf-8")
+    rows = [json.loads(line) for block in re.findall(r"(?ms)^```json\n(.*?)^```", page) for line in block.splitlines()]
+    forms = {
+        Need.pairs: Format.pair,
+        Need.ranked: Format.ranked,
+        Need.labelled: Format.labelled,
+        Need.steps: Format.steps,
+        Need.recorded: Format.recorded,
+    }
+    for row, (need, form) in zip(rows, forms.items(), strict=True):
+        assert recognise([row], "data.md", need) is form
+
+
+def test_every_kind_of_stage_is_described():
+    page = (DOCS / "how-it-works.md").read_text("utf-8")
+    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == {kind.value for kind in schema.Kind}
 
 
 def test_every_exit_code_is_documented():

@@ -105,7 +105,7 @@ from rlpost.objectives.surrogates import (
 )
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
 from rlpost.objectives.unpaired import Unpaired, kto
-from rlpost.objectives.values import value_loss
+from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value, value_loss
 from rlpost.objectives.weights import constant_length, pair_mean, sequence_mean, sequence_sum, token_mean, weigh
 
 __all__ = [
@@ -119,6 +119,7 @@ __all__ = [
     "apo_down",
     "apo_zero",
     "bco",
+    "bellman_residual",
     "beyond_shorter",
     "bradley_terry",
     "clipped_high",
@@ -129,6 +130,7 @@ __all__ = [
     "confidence",
     "conjugate_gradient",
     "constant_length",
+    "contrastive_value",
     "correction",
     "cpo",
     "discopop",
@@ -174,6 +176,7 @@ __all__ = [
     "max_likelihood",
     "mix",
     "mix_lora",
+    "monte_carlo_value",
     "monte_carlo_values",
     "nca",
     "nll",

@@ -136,13 +136,13 @@ def merged(model: PeftModel) -> nn.Module:
     return result
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the policy's adapter alone into `folder`, as peft reads it.
+def save_adapter(model: PeftModel, folder: Path, name: str = POLICY) -> None:
+    """Write one adapter alone into `folder`, as peft reads it.
 
     peft puts adapters of other names than "default" into a folder of their own; here each has a checkpoint to itself.
     """
-    model.save_pretrained(folder, selected_adapters=[POLICY], save_embedding_layers=False)
-    inner = folder / POLICY
+    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    inner = folder / name
     for file in inner.iterdir():
         file.rename(folder / file.name)
     inner.rmdir()

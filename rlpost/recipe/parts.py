@@ -19,6 +19,7 @@ class Kind(StrEnum):
     online_dpo = "online_dpo"
     reward_model = "reward_model"
     process_reward_model = "process_reward_model"
+    value = "value"
     grpo = "grpo"
     ppo = "ppo"
     trpo = "trpo"
@@ -135,6 +136,17 @@ class CorrectionMode(StrEnum):
     """Weigh by trainer over sampler, at most `cap` (TIS)."""
     mask = "mask"
     """Weigh likewise, and leave out what lies beyond `cap` or below `floor` (MIS)."""
+
+
+class ValueTarget(StrEnum):
+    """What a value network is trained towards."""
+
+    monte_carlo = "monte_carlo"
+    """Whether the completion ended in the goal (cross-entropy)."""
+    bootstrap = "bootstrap"
+    """The value of the next state; where there is none, whether the goal was reached (squared error)."""
+    contrastive = "contrastive"
+    """To tell a completion's own ending from those of others: log V up to a constant of the prompt."""
 
 
 class Per(StrEnum):
@@ -297,3 +309,46 @@ class Refresh:
 
     every: int = 100
     share: float = 0.6
+
+
+@dataclass
+class Goals:
+    """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
+
+    texts: list[str] = field(default_factory=list)
+    path: Optional[str] = None
+    """A text file with one ending a line."""
+    column: Optional[str] = None
+    """Each prompt's own: a column of its row with a text."""
+    truncated_counts: bool = False
+    """A completion cut off at the length limit may end in a goal too."""
+
+
+@dataclass
+class Evaluation:
+    """Held-out evaluation: the first reward is the accuracy (1 is right), others are reported beside it."""
+
+    data: dict[str, Source] = field(default_factory=dict)
+    rewards: list[Reward] = field(default_factory=list)
+    sampling: Sampling = field(default_factory=Sampling)
+    greedy: bool = True
+    samples: int = 1
+    """Samples a prompt at `sampling.temperature` (0: greedy only)."""
+    pass_at: list[int] = field(default_factory=list)
+    """The k of pass@k, each at most `samples`."""
+    best_of: bool = False
+    """Also report the best of a prompt's samples by the sum of rewards."""
+    judge: Optional[str] = None
+    """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
+    environment: Optional[Function] = None
+    """What answers the model's turns, as in the stages."""
+    turns: int = 2
+    """With an environment: most turns of the model."""
+    slices: list[str] = field(default_factory=list)
+    """Columns with true or false, reported apart."""
+    every_stage: bool = True
+    """`rlpost train` evaluates the base model and each stage's result, and prints the table."""
+    show: int = 3
+    """Prompts whose answers are printed before and after."""
+    batch: int = 256
+    """Completions generated at a time."""

@@ -14,9 +14,11 @@ from rlpost.recipe.parts import (
     Correction,
     CorrectionMode,
     Critic,
+    Evaluation,
     Fold,
     FoldPart,
     Function,
+    Goals,
     Kind,
     Kl,
     KlEstimator,
@@ -35,6 +37,7 @@ from rlpost.recipe.parts import (
     TokenizerKind,
     TooLong,
     Trunk,
+    ValueTarget,
     Weight,
 )
 
@@ -55,6 +58,7 @@ __all__ = [
     "Fold",
     "FoldPart",
     "Function",
+    "Goals",
     "Grouped",
     "Grpo",
     "Kind",
@@ -88,6 +92,8 @@ __all__ = [
     "Training",
     "Trpo",
     "Trunk",
+    "Value",
+    "ValueTarget",
     "Weight",
 ]
 
@@ -188,6 +194,29 @@ class ProcessRewardModel(Training):
     batch_size: int = 32
     """Rows an update."""
     loss: Function = field(default_factory=lambda: Function(fn="process_reward"))
+
+
+@dataclass
+class Value(Training):
+    """A model of the probability that a completion ends in a goal, from every state on; the policy passes unchanged."""
+
+    kind: Kind = Kind.value
+    prompts: int = 32
+    """Prompts a step."""
+    group_size: int = 8
+    """Completions a prompt, sampled from the policy as it is."""
+    sampling: Sampling = field(default_factory=Sampling)
+    goals: Goals = field(default_factory=Goals)
+    target: ValueTarget = ValueTarget.monte_carlo
+    avoid: bool = False
+    """Model the probability of not ending in the goal, which is what guiding away needs."""
+    condition: Optional[str] = None
+    """The model reads the goal: this text, with {goal} for it, stands before the prompt. Without, one model is of all
+    goals together."""
+    hindsight: float = 0.0
+    """Share of prompts whose goal is instead an ending that one of their own completions reached."""
+    hindsight_tokens: int = 4
+    """Tokens of such an ending, at most."""
 
 
 @dataclass
@@ -326,36 +355,6 @@ class StepLabels(Stage):
 
 
 @dataclass
-class Evaluation:
-    """Held-out evaluation: the first reward is the accuracy (1 is right), others are reported beside it."""
-
-    data: dict[str, Source] = field(default_factory=dict)
-    rewards: list[Reward] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=Sampling)
-    greedy: bool = True
-    samples: int = 1
-    """Samples a prompt at `sampling.temperature` (0: greedy only)."""
-    pass_at: list[int] = field(default_factory=list)
-    """The k of pass@k, each at most `samples`."""
-    best_of: bool = False
-    """Also report the best of a prompt's samples by the sum of rewards."""
-    judge: Optional[str] = None
-    """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
-    environment: Optional[Function] = None
-    """What answers the model's turns, as in the stages."""
-    turns: int = 2
-    """With an environment: most turns of the model."""
-    slices: list[str] = field(default_factory=list)
-    """Columns with true or false, reported apart."""
-    every_stage: bool = True
-    """`rlpost train` evaluates the base model and each stage's result, and prints the table."""
-    show: int = 3
-    """Prompts whose answers are printed before and after."""
-    batch: int = 256
-    """Completions generated at a time."""
-
-
-@dataclass
 class Recipe:
     """A whole recipe."""
 
@@ -385,6 +384,7 @@ STAGES: dict[Kind, type[Stage]] = {
     Kind.online_dpo: OnlineDpo,
     Kind.reward_model: RewardModel,
     Kind.process_reward_model: ProcessRewardModel,
+    Kind.value: Value,
     Kind.grpo: Grpo,
     Kind.ppo: Ppo,
     Kind.trpo: Trpo,
@@ -393,5 +393,5 @@ STAGES: dict[Kind, type[Stage]] = {
 }
 MAKES_ROWS = (Kind.pairs, Kind.step_labels)
 """Stages whose result is rows; the model passes unchanged."""
-MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model)
+MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model, Kind.value)
 """Stages whose result scores completions; the model passes unchanged."""

@@ -27,6 +27,8 @@ from rlpost.recipe.schema import (
     Stage,
     Training,
     Trpo,
+    Value,
+    ValueTarget,
     Weight,
 )
 from rlpost.recipe.suggest import hint_or_list
@@ -110,6 +112,8 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
         yield from _sft(stage, where, earlier)
     if isinstance(stage, Dpo):
         yield from _dpo(stage, where)
+    if isinstance(stage, Value):
+        yield from _value(stage, where)
     if isinstance(stage, Rollouts):
         yield from _rollouts(stage, where)
     if isinstance(stage, Grouped):
@@ -163,6 +167,28 @@ def _dpo(stage: Dpo, where: str) -> Iterator[str]:
             yield f"{where}.modifiers[{i}]: {name} weighs actions - put it before f_divergence, and only once"
 
 
+def _value(stage: Value, where: str) -> Iterator[str]:
+    goals = stage.goals
+    given = [n for n, x in (("texts", goals.texts), ("path", goals.path), ("column", goals.column)) if x]
+    if len(given) != 1 and stage.hindsight < 1:
+        which = " and ".join(given) or "none is given"
+        yield f"{where}.goals: give exactly one of texts, path and column ({which})"
+    needs = {
+        "goals.column": bool(goals.column),
+        "hindsight": stage.hindsight > 0,
+        "target: contrastive": stage.target == ValueTarget.contrastive,
+    }
+    needed = next((name for name, wanted in needs.items() if wanted), None)
+    if needed and not stage.condition:
+        yield f"{where}.condition: with {needed} goals differ, so the model has to read them - give '{{goal}} ', say"
+    if stage.condition and "{goal}" not in stage.condition:
+        yield f"{where}.condition: {stage.condition!r} does not say where the goal goes - write {{goal}} in it"
+    if (stage.hindsight or stage.target == ValueTarget.contrastive) and stage.group_size < 2:
+        yield f"{where}.group_size: another completion's ending is the goal - give at least 2"
+    if stage.target == ValueTarget.contrastive and stage.avoid:
+        yield f"{where}.avoid: a contrastive value has no scale of its own, and 1 − V needs one - use another target"
+
+
 def _online_dpo(stage: OnlineDpo, where: str) -> Iterator[str]:
     if stage.group_size < 2:
         yield f"{where}.group_size: a pair needs two completions - give at least 2"
@@ -211,10 +237,12 @@ def _grouped(stage: Grouped, where: str) -> Iterator[str]:
         what = "resample" if stage.resample else f"advantage.fn={stage.advantage.fn}"
         yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
     if stage.environment is not None and stage.advantage.fn == "monte_carlo_values":
-        yield f"{where}.environment: monte_carlo_values goes on from the middle of a turn, alone - remove one of the two"
+        yield f"{where}.environment: monte_carlo_values goes on from inside a turn, alone - remove one of the two"
     k = stage.advantage.args.get("k") if stage.advantage.fn == "pass_at_k" else None
     if isinstance(k, int) and not 1 <= k <= stage.group_size:
-        yield f"{where}.advantage.args.k: {k} - the best of k is among {stage.group_size} completions (group_size)"
+        yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={stage.group_size}"
+    elif k is not None and stage.group_size == 1:
+        yield f"{where}.group_size: pass_at_k compares completions - give at least 2"
     if stage.correction.mode != CorrectionMode.none and stage.correction.floor >= stage.correction.cap:
         yield f"{where}.correction.floor: {stage.correction.floor:g} is not below cap={stage.correction.cap:g}"
 

@@ -21,7 +21,7 @@ from rlpost.data.formats import Need
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
-from rlpost.policy.adapters import save_adapter
+from rlpost.policy.adapters import POLICY, save_adapter
 from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
@@ -164,11 +164,22 @@ class Context:
             return self.start
         return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
 
-    def finish(self, policy: Policy, kind: str, steps: int, *, beside: Callable[[Path], None] | None = None) -> Path:
-        """Write the stage's result; returns its folder. `beside` writes more into it: a head, say."""
+    def finish(
+        self,
+        policy: Policy,
+        kind: str,
+        steps: int,
+        *,
+        adapter: str | None = POLICY,
+        beside: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Write the stage's result, with LoRA the given adapter of it; returns its folder.
+
+        `beside` writes more into it: a head, say.
+        """
 
         def write(folder: Path) -> None:
-            save_policy(policy, folder)
+            save_policy(policy, folder, adapter or POLICY)
             if beside is not None:
                 beside(folder)
 
@@ -184,10 +195,10 @@ class Context:
         return {**about, "base": base} if adapter else about
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
-    """The policy as transformers or peft load it: the whole model, or the policy's adapter alone; and its tokenizer."""
+def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
+    """The policy as transformers or peft load it: the whole model, or one adapter alone; and its tokenizer."""
     if policy.has_adapter:
-        save_adapter(policy.model, folder)
+        save_adapter(policy.model, folder, adapter)
     else:
         policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)

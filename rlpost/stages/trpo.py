@@ -28,7 +28,7 @@ from rlpost.policy.policy import Policy, Scores
 from rlpost.recipe.schema import Trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
-from rlpost.stages.rollouts import Beta, samples_of
+from rlpost.stages.rollouts import Beta, mean_of, samples_of
 
 MOST_NUMBERS = 1 << 28
 """Log-probabilities of whole distributions that are kept for a step: a gigabyte."""
@@ -48,11 +48,11 @@ def trpo(context: Context, cfg: Trpo) -> Path:
     for step in loop.steps():
         rollout = samples.sample(step)
         experience = estimator.experience(rollout, step, beta.value, learner)
-        line: dict[str, float] = {}
+        lines = []
         for number in range(cfg.passes):
             for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number)):
-                line = trust_region_update(learner, policy, weighted(update, cfg, learner), cfg)
-        loop.log(step, rollout.metrics | beta.seen(experience) | line, live=("reward", "kl_over_delta"))
+                lines.append(trust_region_update(learner, policy, weighted(update, cfg, learner), cfg))
+        loop.log(step, rollout.metrics | beta.seen(experience) | mean_of(lines), live=("reward", "kl_over_delta"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
             loop.rollouts(step, rollout.groups, rollout.rewards.total)
             show_samples(step, rollout.groups, rollout.rewards.total, policy.tokenizer)
@@ -60,11 +60,16 @@ def trpo(context: Context, cfg: Trpo) -> Path:
 
 
 def trust_region_update(learner: Learner, policy: Policy, update: Experience, cfg: Trpo) -> dict[str, float]:
-    """One step within the trust region, or none if no share of it improves; returns what was measured."""
+    """One step within the trust region, or none if no share of it improves; returns what was measured.
+
+    Raises:
+        DivergedError: if the gradient is not finite; nothing was changed then.
+    """
     how = {"temperature": cfg.sampling.temperature, "read": _everything}
     update = update.with_actions(old_NV=_distributions(learner, policy, update, how))
     before = learner.flat_weights()
     here = learner.gradient(surrogate, update, **how)
+    norm = learner.gradient_norm()
     gradient = -learner.flat_gradient()
 
     def divergence_gradient(offset: Tensor) -> Tensor:
@@ -92,13 +97,15 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
         "step_share": share,
         "step_kl": kl,
         "kl_over_delta": kl / cfg.delta,
-        "grad_norm": float(gradient.norm()),
+        "grad_norm": float(norm),
     }
 
 
 def surrogate(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
     """−Σ r·A·weight (eq. 14), and the divergence from the policy that sampled."""
     loss_N = -ratio(scores.logp_N, part["old_logp"]) * part["advantage"]
+    if "correction" in part.per_action:
+        loss_N = loss_N * part["correction"]
     return (loss_N * part["weight"]).sum(), {"divergence": _divergence(scores, part).detach()}
 
 

@@ -14,6 +14,7 @@ from rlpost.objectives import credit, kl, preference, surrogates, weights
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.preference_modifiers import length_multipliers
 from rlpost.objectives.rows import Rows
+from rlpost.objectives.values import bellman_residual
 
 
 def by_step(rows: Rows) -> credit.Steps:
@@ -58,6 +59,7 @@ CREDIT = {
 OTHERS = {
     "kl_in_reward": lambda x, rows: kl.kl_in_reward(x, 2 * x, rows, max(rows.completions, 1)),
     "correction": lambda x, rows: correction(x, 2 * x, rows, per="completion"),
+    "bellman_residual": lambda x, rows: bellman_residual(x, (x < -0.6).to(x.dtype), rows),
     "off_policy_ratio": lambda x, rows: off_policy_ratio(x, (2 * x).detach(), rows),
 }
 OF_TENSORS = {**SURROGATES, **CLIPPED_TWICE, **CREDIT, **OTHERS}

@@ -80,6 +80,42 @@ def test_a_blank_answer_makes_a_pair_after_a_text_but_not_in_a_conversation():
         assert chosen(rows_of_group(group(*answers, **example), [1.0, 0.0, 0.5], PairChoice.one, 0.0)) == []
 
 
+def test_a_ranking_has_every_distinct_text_with_its_first_reward():
+    (row,) = rows_of_group(FIVE, [1.0, 3.0, 0.0, 1.0, 2.0], PairChoice.ranked, 0.0)
+    expected = {"completions": ["a", "b", "c", "d"], "scores": [1.0, 3.0, 0.0, 1.0]}
+    assert row == {"prompt": "p", "answer": "7", **expected}
+
+
+def test_a_text_by_itself_is_desirable_above_the_prompts_mean():
+    rows = list(rows_of_group(FIVE, [1.0, 3.0, 0.0, 1.5, 9.0], PairChoice.labelled, 0.0))
+    # The mean of distinct texts is 1.375; with the second "b" it would be 2.9.
+    assert [(row["completion"], row["label"]) for row in rows] == [("a", False), ("b", True), ("c", False), ("d", True)]
+    assert all(row["prompt"] == "p" and row["answer"] == "7" for row in rows)
+
+
+def test_a_text_that_is_exactly_the_mean_is_not_desirable():
+    answers = group(("a", "stop"), ("b", "stop"), ("c", "stop"))
+    rows = rows_of_group(answers, [0.0, 1.0, 2.0], PairChoice.labelled, 0.0)
+    assert [row["label"] for row in rows] == [False, False, True]
+
+
+def test_a_blank_text_counts_for_the_mean_but_is_no_row_by_itself():
+    answers = group(("a", "stop"), ("b", "stop"), ("", "stop"))
+    rows = list(rows_of_group(answers, [1.0, 0.5, -6.0], PairChoice.labelled, 0.0))
+    assert [(row["completion"], row["label"]) for row in rows] == [("a", True), ("b", True)]
+    (row,) = rows_of_group(answers, [1.0, 0.5, -6.0], PairChoice.ranked, 0.0)
+    assert (row["completions"], row["scores"]) == (["a", "b", ""], [1.0, 0.5, -6.0])
+
+
+@pytest.mark.parametrize("choice", PairChoice)
+def test_rewards_that_do_not_differ_by_more_than_the_gap_give_nothing(choice):
+    assert list(rows_of_group(FIVE, [1.0] * 5, choice, 0.0)) == []
+    assert list(rows_of_group(FIVE, [1.0, 1.0, 3.0, 1.0, 1.0], choice, 2.0)) == []
+    assert len(list(rows_of_group(FIVE, [1.0, 1.0, 3.5, 1.0, 1.0], choice, 2.0))) > 0
+    unfinished = group(("a", "length"), ("b", "stop"))
+    assert list(rows_of_group(unfinished, [1.0, 0.0], choice, 0.0)) == []
+
+
 def rows_of(final) -> list[dict]:
     return [json.loads(line) for line in (final / "rows.jsonl").read_text("utf-8").splitlines()]
 
@@ -98,6 +134,36 @@ def test_a_stage_writes_pairs_that_the_next_stage_trains_on(tmp_path):
     assert about["parent"] == str(tmp_path / "runs/run/sft/final")
     made = json.loads((tmp_path / "runs/run/pairs/final/checkpoint.json").read_text("utf-8"))
     assert (made["stage"], made["kind"], made["parent"]) == ("pairs", "pairs", about["parent"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "stage"),
+    [
+        ("all", {**DPO, "steps": 2}),
+        ("ranked", {**DPO, "steps": 2, "loss": {"fn": "ranking"}}),
+        ("ranked", {**DPO, "steps": 2, "kind": "reward_model", "loss": {"fn": "ranking"}}),
+        ("labelled", {**DPO, "steps": 2, "kind": "kto"}),
+    ],
+    ids=["all", "ranked", "ranked-reward", "labelled"],
+)
+def test_rows_of_every_kind_are_read_by_the_stage_that_learns_from_them(tmp_path, choice, stage):
+    pairs = {**PAIRS, "choice": choice, "group_size": 6, "prompts": 16}
+    run(tmp_path, {"sft": SFT, "pairs": pairs, "next": {**stage, "data": {"own": {"stage": "pairs"}}}})
+    rows = rows_of(tmp_path / "runs/run/pairs/final")
+    by_prompt = {row["prompt"]: [other for other in rows if other["prompt"] == row["prompt"]] for row in rows}
+    for own in by_prompt.values():
+        if choice == "all":
+            assert all(row["chosen"].count("1") > row["rejected"].count("1") for row in own)
+            assert len({(row["chosen"], row["rejected"]) for row in own}) == len(own)
+        elif choice == "ranked":
+            (row,) = own
+            assert row["scores"] == [text.count("1") for text in row["completions"]]
+            assert len(set(row["scores"])) > 1
+        else:
+            worst_good = min(row["completion"].count("1") for row in own if row["label"])
+            assert worst_good > max((row["completion"].count("1") for row in own if not row["label"]), default=-1)
+    assert len(by_prompt) > 2
+    assert len(metrics(tmp_path, "next")) == 2
 
 
 def test_a_pipeline_that_ends_with_pairs_ends_with_the_model_before_them(tmp_path):

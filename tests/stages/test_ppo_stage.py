@@ -236,8 +236,8 @@ def test_in_the_warm_up_the_critic_learns_and_the_policy_stays(tmp_path, lora, b
     (tmp_path / "small.py").write_text(OF_THE_PROMPT, "utf-8")
     jsonl(tmp_path / "digits.jsonl", [{"prompt": str(d)} for d in range(10)])
     stage = {**PPO, "data": {"digits": {"path": "digits.jsonl"}}, "rewards": [{"fn": "small.py:small"}]}
-    stage |= {"lam": 1.0, "prompts": 10, "group_size": 2, "steps": 40}
-    stage |= {"critic": {"learning_rate": 2e-2, "clip": None, "warmup_steps": 40}, "table_every": 0}
+    stage |= {"lam": 1.0, "prompts": 10, "group_size": 2, "steps": 10, "passes": 4, "table_every": 0}
+    stage |= {"sampling": {"max_new_tokens": 2}, "critic": {"clip": None, "warmup_steps": 10, "learning_rate": 1e-2}}
     final = run(tmp_path, {"ppo": stage}, *lora)
     lines = metrics(tmp_path, "ppo")
     explained = [line["explained_variance"] for line in lines]

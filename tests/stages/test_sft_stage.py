@@ -177,8 +177,8 @@ def test_a_teacher_is_imitated_and_does_not_move(tmp_path, lora, monkeypatch):
 
     monkeypatch.setattr(stage, "load_policy", remember)
     args = {"forward_kl": {}, "reverse_kl": {}, "jensen_shannon": {"mix": 0.25}}
-    learns = {**MEMORISE, "start": "base", "teacher": "sft", "steps": 20, "schedule": "constant", "warmup": 0}
-    learns["tokens_per_pass"] = 20
+    learns = {**MEMORISE, "start": "base", "teacher": "sft", "steps": 12, "schedule": "constant", "warmup": 0}
+    learns["tokens_per_pass"] = 30
     stages = {name: {**learns, "loss": {"fn": name, "args": args[name]}} for name in IMITATIONS}
     final = tmp_path / "runs/run/sft/final"
     run(tmp_path, {"sft": {**MEMORISE, "steps": 10}, **stages}, *lora)

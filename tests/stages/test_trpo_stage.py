@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from moved import assert_only_the_policy_moved
+from moved import assert_only_the_policy_moved, assert_same_result
 from tiny_recipes import LORA, SFT, TRPO, base, metrics, policy, rollouts, run, weights
 from torch import Tensor
 
+from rlpost.errors import DivergedError, ModelError
 from rlpost.learner import Learner
 from rlpost.policy.check import use_attention
 from rlpost.stages import trpo
@@ -37,25 +39,29 @@ def test_every_step_stays_within_the_region_and_the_reward_rises(tmp_path, lora)
     assert_only_the_policy_moved(tmp_path, "trpo", bool(lora))
 
 
-def plain_logprobs(folder: Path, row: dict, completion: dict) -> Tensor:
-    """[n, V] of a sampled completion's states, computed alone by transformers' own forward."""
+def plain(folder: Path) -> Callable[[list[int], list[int]], Tensor]:
+    """(prompt, completion) -> [n, V] log-probabilities in each of its states, by transformers' own forward."""
     model = policy(folder).causal_lm
     use_attention(model, "eager")
-    ids = torch.tensor([[*row["prompt"], *completion["ids"]]])
-    with torch.no_grad():
-        return model(ids).logits[0, len(row["prompt"]) - 1 : -1].double().log_softmax(-1)
+
+    @torch.no_grad()
+    def logprobs(prompt: list[int], ids: list[int]) -> Tensor:
+        return model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+
+    return logprobs
 
 
 @LORA_OR_NOT
 def test_the_step_measured_by_hand(tmp_path, lora):
     final = run(tmp_path, {"sft": SFT, "trpo": {**ONE, "advantage": {"fn": "leave_one_out"}}}, *lora)
     (line,) = metrics(tmp_path, "trpo")
+    before, after = plain(tmp_path / "runs/run/sft/final"), plain(final)
     kl, gain, actions, start = 0.0, 0.0, 0, 0.0
     for row in rollouts(tmp_path, "trpo", 1):
         total = sum(c["reward"] for c in row["completions"])
         for c in row["completions"]:
             advantage = c["reward"] - (total - c["reward"]) / 3
-            old, new = (plain_logprobs(folder, row, c) for folder in (tmp_path / "runs/run/sft/final", final))
+            old, new = (says(row["prompt"], c["ids"]) for says in (before, after))
             kl += float((old.exp() * (old - new)).sum())
             taken = torch.tensor(c["ids"])[:, None]
             ratio = (new - old).exp().gather(1, taken)
@@ -113,8 +119,61 @@ def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
         return measured[-1][1]
 
     monkeypatch.setattr(trpo, "trust_region_update", remember)
-    stage = {**TRPO, "steps": 2, "updates": 2, "passes": 2, "prompts": 6, "schedule": "linear"}
+    stage = {**TRPO, "steps": 2, "updates": 2, "passes": 2, "prompts": 8, "group_size": 8, "schedule": "linear"}
     run(tmp_path, {"trpo": stage})
     assert [rate for rate, _ in measured] == pytest.approx([(8 - n) / 8 for n in range(8)])
-    assert all(line["step_kl"] <= 0.02 for _, line in measured)
-    assert sum(line["step_kl"] > 0 for _, line in measured) > 4
+    assert all(0 < line["step_kl"] <= 0.02 for _, line in measured)
+    for step, line in enumerate(metrics(tmp_path, "trpo")):
+        own = [found["step_kl"] for _, found in measured[4 * step : 4 * step + 4]]
+        assert line["step_kl"] == pytest.approx(sum(own) / 4)
+
+
+@LORA_OR_NOT
+def test_the_step_does_not_depend_on_how_the_update_is_cut(tmp_path, lora):
+    found = []
+    for budget in (20, 8192):
+        final = run(tmp_path, {"trpo": {**ONE, "tokens_per_pass": budget}}, *lora, f"run=b{budget}")
+        found.append(weights(final))
+    start = weights(base(tmp_path, "b20"))
+    print(max(float((w - found[1][n]).abs().max()) for n, w in found[0].items()))
+    for name, w in found[0].items():
+        assert torch.allclose(w, found[1][name], rtol=0, atol=2e-6), (name, float((w - found[1][name]).abs().max()))
+    assert lora or max(float((w - start[name]).abs().max()) for name, w in found[0].items()) > 1e-3
+
+
+@LORA_OR_NOT
+def test_killed_in_the_middle_it_ends_as_if_it_had_gone_through(tmp_path, lora, monkeypatch):
+    """With a running mean, and a coefficient of the KL that adapts: both are taken up again."""
+    stage = {**TRPO, "steps": 4, "checkpoint_every": 2, "advantage": {"fn": "ema_baseline"}, "schedule": "linear"}
+    stage |= {"kl": {"beta": 0.1, "target": 0.5, "horizon": 50}, "reference": "base"}
+    run(tmp_path, {"sft": SFT, "trpo": stage}, *lora, "run=whole")
+    update = trpo.trust_region_update
+
+    def failing(learner: Learner, *args) -> dict[str, float]:
+        if learner.updates == 3:
+            raise KeyboardInterrupt
+        return update(learner, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trpo, "trust_region_update", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, {"sft": SFT, "trpo": stage}, *lora)
+    assert len(metrics(tmp_path, "trpo")) == 3
+    run(tmp_path, {"sft": SFT, "trpo": stage}, *lora)
+    assert_same_result(tmp_path, "trpo", lora=bool(lora))
+    lines = metrics(tmp_path, "trpo")
+    assert len({line["beta"] for line in lines}) == 4
+    assert lines[-1]["step_kl"] > 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    (tmp_path / "broken.py").write_text("def broken(reward_PG):\n    return reward_PG * float('nan')\n", "utf-8")
+    with pytest.raises(DivergedError, match=r"the gradient of .* is not finite; nothing was changed by it"):
+        run(tmp_path, {"trpo": {**TRPO, "advantage": {"fn": "broken.py:broken"}}})
+    assert not (tmp_path / "runs/run/trpo/final").exists()
+
+
+def test_distributions_too_many_to_keep_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(trpo, "MOST_NUMBERS", 1000)
+    with pytest.raises(ModelError, match="use fewer prompts or more updates, for at most 1e"):
+        run(tmp_path, {"trpo": TRPO})

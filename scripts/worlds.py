@@ -1,0 +1,162 @@
+"""What the updates of scripts/stage_updates.py are made of: tiny models near each other, and groups of many shapes.
+
+Log-probabilities of reference, teacher and sampler come from models near the trained one, so that ratios are away
+from 1, some of them clipped, and margins differ in rank.
+
+Axes: P prompts, G completions a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import VOCABULARY, EndTokenOnly, tiny
+
+from rlpost.groups import Completion, Group, completions
+from rlpost.policy.attention import FLAT
+from rlpost.policy.check import use_attention
+from rlpost.policy.load import remove_dropout
+from rlpost.policy.policy import Policy
+from rlpost.policy.reference import Reference
+from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.score import logprobs
+from rlpost.recipe.functions import Bound, bind
+from rlpost.recipe.schema import Function, Sampling
+from rlpost.rewards.score import Scores as Rewards
+from rlpost.stages.rollouts import Rollout
+
+SAMPLING = Sampling(max_new_tokens=12, temperature=0.8)
+GROUP_SIZE = 4
+SHAPES = (
+    (9, ((7,), (3, 4, 5), (0,), (11,))),
+    (4, ((3,), (6,), (6,), (2,))),
+    (17, ((5,), (0, 3, 2), (6,), (4,))),
+    (1, ((6,), (3,), (7,), (3,))),
+)
+"""Groups: length of the prompt, and of each completion's runs of actions and of what it reads, in turn."""
+RIGHT: list[list[float | None]] = [
+    [1.0, 0.5, 0.0, 0.0],
+    [1.0, 1.0, 1.0, 1.0],
+    [0.5, None, 2.0, 1.0],
+    [0.0, 1.0, 0.5, 0.25],
+]
+"""[P][G] rewards: a group without a signal, a completion without a reward, ties."""
+REFERENCE, SAMPLER = 0.06, 0.015
+"""Size of the random step from the trained model to the one that is the reference and the teacher, or that sampled."""
+
+
+class Apart(Policy):
+    """Flat rows in which every completion has its own copy of the prompt."""
+
+    shares_prompts = False
+
+
+class World:
+    """The models of one family and precision. To a stage's functions it is the context: functions and a reference."""
+
+    def __init__(self, family: str, dtype: torch.dtype) -> None:
+        self.family, self.dtype = family, dtype
+        self.policy, self.scalar = cache(self._policy), cache(self._scalar)
+
+    def _policy(self, layout: str = "shared", step: float = 0.0) -> Policy:
+        """The trained model, or one a small random step away, on flat rows with each prompt once (`shared`).
+
+        Or on flat rows with a prompt a completion (`apart`), or on one padded row a completion (`padded`).
+        """
+        model = tiny(self.family, self.dtype)
+        remove_dropout(model)
+        use_attention(model, "sdpa" if layout == "padded" else FLAT)
+        generator = torch.Generator().manual_seed(int(1000 * step))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(step * torch.randn(p.shape, generator=generator))
+        kind = Apart if layout == "apart" else Policy
+        return kind(model, EndTokenOnly(), flat=layout != "padded").eval()
+
+    def _scalar(self, layout: str = "shared", step: float = 0.0) -> ScalarModel:
+        model = ScalarModel(self.policy(layout, step))
+        with torch.no_grad():
+            model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+        return model
+
+    def function(self, function: Function, field: str) -> Bound:
+        """A function of objectives/ by its name in a recipe."""
+        return bind(function, field, field, Path())
+
+    def reference(self, *_: Any) -> Reference:
+        """The one reference there is, whatever its name."""
+        return Reference(self.policy(step=REFERENCE), None)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Sampled groups, with the sampler's log-probabilities."""
+        bare = sampled_groups()
+        scored = logprobs(self.policy(step=SAMPLER), bare, temperature=SAMPLING.temperature)
+        pieces = iter(torch.split(scored, [c.actions for c in completions(bare)]))
+        return tuple(
+            replace(g, completions=tuple(replace(c, logprobs=tuple(next(pieces).tolist())) for c in g.completions))
+            for g in bare
+        )
+
+
+def sampled_groups() -> list[Group]:
+    """The groups of SHAPES; every third completion was cut off, and a step is three actions."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(1, VOCABULARY, (n,), generator=generator).tolist())
+
+    def completion(number: int, runs: tuple[int, ...]) -> Completion:
+        action = tuple(i % 2 == 0 for i, n in enumerate(runs) for _ in range(n))
+        steps = tuple(min(3, sum(action) - first) for first in range(0, sum(action), 3))
+        finish = "length" if number % 3 == 0 else "stop"
+        return Completion(draw(len(action)), action, finish=finish, steps=steps)
+
+    return [Group(draw(prompt), tuple(completion(i, runs) for i, runs in enumerate(each))) for prompt, each in SHAPES]
+
+
+def singles() -> list[Group]:
+    """Groups of one completion: most of the sampled ones, each labelled, as a whole and by step."""
+    kept = [replace(g, completions=(c,)) for g in sampled_groups() for c in g.completions[:3]]
+    return [
+        replace(g, example={"label": i % 3 > 0, "labels": [0.5 * ((i + k) % 3) for k in range(len(c.steps))]})
+        for i, g in enumerate(kept)
+        for c in g.completions
+    ]
+
+
+def pairs() -> list[Group]:
+    """Groups of two completions, chosen and rejected, of lengths so near that margins are not ranked by them."""
+    by_length = [replace(g, completions=sorted(g.completions, key=lambda c: c.actions)) for g in sampled_groups()]
+    return [
+        Group(g.prompt, tuple(g.completions[first : first + 2][:: 1 - 2 * (i % 2)]), {"margin": 0.5 * (i % 3)})
+        for i, g in enumerate(by_length)
+        for first in (0, 2)
+    ]
+
+
+def ranked() -> list[Group]:
+    """Groups of four completions, and one of two, with scores of which some are equal and one is missing."""
+    groups = [replace(g, example={"scores": RIGHT[i]}) for i, g in enumerate(sampled_groups())]
+    return [*groups[:-1], Group(groups[-1].prompt, groups[-1].completions[1:3], {"scores": RIGHT[-1][1:3]})]
+
+
+def rollout_of(groups: Sequence[Group], share: Sequence[int]) -> Rollout:
+    """The scored samples of some groups: a reward that also has a value a step, and one for being brief."""
+    own = [groups[i] for i in share]
+    right = [RIGHT[i] for i in share]
+    brief = [[-0.5 * (len(c.ids) > 6) for c in g.completions] for g in own]
+    total = [
+        [None if r is None else r + 0.5 * b for r, b in zip(*row, strict=True)]
+        for row in zip(right, brief, strict=True)
+    ]
+    by_step = [[0.25 * (k % 3) for k in range(len(c.steps))] for c in completions(own)]
+    numbers = [[float("nan") if r is None else r for r in row] for row in total]
+    reward_PG = torch.tensor(numbers, dtype=torch.float64).view(len(own), GROUP_SIZE)
+    rewards = Rewards(total, {"right": right, "brief": brief}, {"right": by_step})
+    return Rollout(own, rewards, reward_PG, len(own), {"right": 1.0, "brief": 0.5})
