@@ -186,19 +186,16 @@ def ema(mean: float | None, reward_PG: Tensor, decay: float) -> float | None:
     return now if mean is None else decay * mean + (1 - decay) * now
 
 
-def whiten(x_N: Tensor, *, mean: float | Tensor | None = None, variance: float | Tensor | None = None) -> Tensor:
+def whiten(x_N: Tensor) -> Tensor:
     """[N] (x − mean)/√(variance + 1e-8) (REINFORCE++, Hu 2025, arXiv:2501.03262, eq. 6).
 
-    The statistics are of all actions of the update on all ranks: give them where `x_N` is a part of it. No actions,
-    or all of one value, give zeros.
+    Give it all actions of the update, those of all ranks. No actions, or all of one value, give zeros.
     """
     x_N = widen(x_N)
-    if mean is None:
-        # The mean of equal numbers may be rounded to another one, which the division would blow up.
-        equal = len(x_N) > 0 and x_N.min() == x_N.max()
-        mean = x_N[0] if equal else x_N.sum() / max(len(x_N), 1)
-    variance = (x_N - mean).square().sum() / max(len(x_N), 1) if variance is None else variance
-    return (x_N - mean) / (torch.as_tensor(variance, dtype=x_N.dtype) + 1e-8).sqrt()
+    # The mean of equal numbers may be rounded to another one, which the division would blow up.
+    equal = len(x_N) > 0 and x_N.min() == x_N.max()
+    centred_N = x_N - (x_N[0] if equal else x_N.sum() / max(len(x_N), 1))
+    return centred_N / (centred_N.square().sum() / max(len(x_N), 1) + 1e-8).sqrt()
 
 
 def _best_of_sets(count: int, k: int) -> Tensor:

@@ -31,19 +31,16 @@ def clipped_high(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, hig
     return ((r_N > 1 + high) & (advantage_N > 0)).to(r_N.dtype)
 
 
-def explained_variance_parts(value_N: Tensor, return_N: Tensor, centre: float = 0.0) -> dict[str, Tensor]:
-    """What `explained_variance` is made of: four [N] tensors.
-
-    `centre`, any number near the returns, keeps the digits of variances that are small against the mean.
-    """
+def explained_variance_parts(value_N: Tensor, return_N: Tensor) -> dict[str, Tensor]:
+    """What `explained_variance` is made of: four [N] tensors."""
     # In float64: the squares of equal returns, rounded to float32, would have a variance.
     value_N, return_N = value_N.detach().double(), return_N.detach().double()
-    residual_N, centred_N = return_N - value_N, return_N - centre
+    residual_N = return_N - value_N
     return {
         _RESIDUAL: residual_N,
         _RESIDUAL2: residual_N.square(),
-        _RETURN: centred_N,
-        _RETURN2: centred_N.square(),
+        _RETURN: return_N,
+        _RETURN2: return_N.square(),
     }
 
 

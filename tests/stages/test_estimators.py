@@ -1,4 +1,4 @@
-"""Every estimator of the advantage, against credit made by hand from the saved rollouts."""
+"""Every estimator of the advantage and every surrogate, against losses made by hand from the saved rollouts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from moved import assert_same_result, fail_after
-from tiny_recipes import GRPO, base, greedy, metrics, policy, rollouts, run
+from tiny_recipes import GRPO, base, greedy, metrics, policy, rollouts, run, weights
 
 from rlpost.groups import Completion, Group
 from rlpost.rollout.divide import divide, step_texts
@@ -310,3 +311,40 @@ def test_advantages_of_all_actions_can_be_whitened(tmp_path):
     every = [x for r, n in both for reward, count in zip(r, n, strict=True) for x in [reward] * count]
     spread = (mean([(x - mean(every)) ** 2 for x in every]) + 1e-8) ** 0.5
     assert_credited(tmp_path, rows, [[(x - mean(every)) / spread for x in group] for group in rewards(rows)])
+
+
+VALUES = {
+    # −A·logp
+    "policy_gradient": lambda a, logp: -a * logp,
+    "clipped_weight": lambda a, logp: -a * logp,
+    # −A·r, with r = 1
+    "clipped_surrogate": lambda a, logp: -a,
+    "sequence_clipped": lambda a, logp: -a,
+    "geometric_mean": lambda a, logp: -a,
+    "divergence_masked": lambda a, logp: -a,
+    # −(4/τ)·σ(0)·A, of one τ for either sign
+    "soft_adaptive": lambda a, logp: -a * 2 / (0.5 if a > 0 else 2.0),
+}
+"""The loss of an action, of its advantage and log-probability, by surrogate."""
+ARGS = {
+    "clipped_surrogate": {"low": 0.2, "high": 0.28, "dual": 3.0, "delta": 2.0},
+    "soft_adaptive": {"tau_positive": 0.5, "tau_negative": 2.0},
+}
+
+
+def test_on_policy_surrogates_differ_by_their_value_alone(tmp_path):
+    """Where no ratio has moved from 1, all have the gradient of REINFORCE."""
+    norms = []
+    for fn, by_hand in VALUES.items():
+        name = "run" if not norms else fn
+        loss = {"fn": fn, "args": ARGS.get(fn, {})}
+        learn(tmp_path, f"run={name}", loss=loss, weight="sequence_mean", advantage={"fn": "reward"})
+        (line,) = metrics(tmp_path, "grpo", name)
+        sampled = [c for row in rollouts(tmp_path, "grpo", 1) for c in row["completions"]]
+        expected = mean([mean([by_hand(c["reward"], x) for x in c["logprobs"]]) for c in sampled])
+        assert line["loss"] == pytest.approx(expected, rel=1e-4), fn
+        assert abs(line["loss"]) > 0.01
+        norms.append(line["grad_norm"])
+        before, after = weights(base(tmp_path)), weights(tmp_path / "runs" / name / "grpo/final")
+        assert not any(torch.equal(w, before[n]) for n, w in after.items()), fn
+    assert norms == pytest.approx([norms[0]] * len(VALUES), rel=1e-4)

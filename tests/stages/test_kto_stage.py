@@ -82,18 +82,19 @@ def test_the_two_sides_weigh_what_the_recipe_says(tmp_path):
 
 
 @pytest.mark.parametrize(("lora", "reference"), [((), "base"), ((LORA,), "sft")], ids=["full", "lora"])
-def test_the_second_stages_first_loss_by_hand(tmp_path, lora, reference):
-    """Of two rows each is the other's mismatch, whatever the seed; sft is away from base, kto from both."""
+def test_the_loss_away_from_the_reference_by_hand(tmp_path, lora, reference):
+    """Of two rows each is the other's mismatch, whatever the seed; sft is away from base, and learned from both."""
     rows = [
         {"prompt": "1+2=", "completion": "31", "label": True},
-        {"prompt": "2+2=", "completion": "5", "label": False},
+        {"prompt": "7+2=", "completion": "99", "label": False},
     ]
     jsonl(tmp_path / "labelled.jsonl", rows)
-    two = {**KTO, "batch_size": 2, "steps": 3, "learning_rate": 1e-2}
+    # Desirable or not, both answers become likelier, also after each other's prompt: z is above 0.
+    learned = {**SFT, "data": KTO["data"], "batch_size": 2, "learning_rate": 1e-2}
     loss = {"fn": "kto", "args": {"beta": 0.5}}
-    stages = {"sft": SFT, "kto": two, "again": {**two, "steps": 1, "loss": loss, "reference": reference}}
-    run(tmp_path, stages, *lora)
-    now = policy(tmp_path / "runs/run/kto/final")
+    judged = {**KTO, "batch_size": 2, "steps": 1, "loss": loss, "reference": reference}
+    run(tmp_path, {"sft": SFT, "learned": learned, "kto": judged}, *lora)
+    now = policy(tmp_path / "runs/run/learned/final")
     then = policy(tmp_path / "runs/run/sft/final" if reference == "sft" else base(tmp_path))
 
     def delta(prompt: int, completion: int) -> float:
@@ -105,14 +106,14 @@ def test_the_second_stages_first_loss_by_hand(tmp_path, lora, reference):
 
     z = max(0.0, (delta(0, 1) + delta(1, 0)) / 2)
     good, bad = delta(0, 0), delta(1, 1)
-    (line,) = metrics(tmp_path, "again")
+    assert z > 0.5
+    (line,) = metrics(tmp_path, "kto")
     assert line["z"] == pytest.approx(z, abs=1e-4)
     assert line["desirable_logratio"] == pytest.approx(good, abs=1e-4)
     assert line["undesirable_logratio"] == pytest.approx(bad, abs=1e-4)
     expected = (1 - sigmoid(0.5 * (good - z)) + 1 - sigmoid(0.5 * (z - bad))) / 2
     assert line["loss"] == pytest.approx(expected, abs=1e-5)
-    assert abs(good) > 0.1
-    assert abs(bad) > 0.1
+    assert abs((good + bad) / 2 - z) > 0.5, "pairs as they belong together would say the same"
 
 
 def test_z_is_the_updates_and_so_the_cut_into_parts_changes_nothing(tmp_path):

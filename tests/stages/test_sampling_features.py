@@ -53,45 +53,6 @@ def line_of(folder: Path, **stage: Any) -> dict[str, Any]:
     return line
 
 
-SIGNED = [{"fn": "rewards.py:digits"}, {"fn": "length", "args": {"target": 1, "width": 4}, "weight": 0.7}]
-"""Rewards of both signs."""
-VALUES = {
-    # −A·logp
-    "policy_gradient": lambda a, logp: -a * logp,
-    "clipped_weight": lambda a, logp: -a * logp,
-    # −A·r, with r = 1
-    "clipped_surrogate": lambda a, logp: -a,
-    "sequence_clipped": lambda a, logp: -a,
-    "geometric_mean": lambda a, logp: -a,
-    "divergence_masked": lambda a, logp: -a,
-    # −(4/τ)·σ(0)·A, of one τ for either sign
-    "soft_adaptive": lambda a, logp: -a * 2 / (0.5 if a > 0 else 2.0),
-}
-"""The loss of an action, of its advantage and log-probability."""
-ARGS = {
-    "clipped_surrogate": {"low": 0.2, "high": 0.28, "dual": 3.0, "delta": 2.0},
-    "soft_adaptive": {"tau_positive": 0.5, "tau_negative": 2.0},
-}
-
-
-def test_on_policy_surrogates_differ_by_their_value_alone(tmp_path):
-    """Where no ratio has moved from 1, all have the gradient of REINFORCE."""
-    stage = {**STAGE, "weight": "sequence_mean", "advantage": {"fn": "reward"}, "rewards": SIGNED}
-    norms = []
-    for fn, by_hand in VALUES.items():
-        loss = {"fn": fn, "args": ARGS.get(fn, {})}
-        name = "run" if not norms else fn
-        final = run(tmp_path, {"grpo": {**stage, "loss": loss}}, f"run={name}")
-        (line,) = metrics(tmp_path, "grpo", name)
-        each = [[by_hand(c["reward"], x) for x in c["logprobs"]] for c in every(rollouts(tmp_path, "grpo", 1))]
-        assert line["loss"] == pytest.approx(sum(sum(x) / len(x) for x in each) / len(each), rel=1e-4), fn
-        assert abs(line["loss"]) > 0.01
-        norms.append(line["grad_norm"])
-        before = weights(base(tmp_path))
-        assert not any(torch.equal(w, before[n]) for n, w in weights(final).items()), fn
-    assert norms == pytest.approx([norms[0]] * len(VALUES), rel=1e-4)
-
-
 def test_groups_without_a_signal_are_replaced(tmp_path):
     """DAPO's dynamic sampling: those with a signal, in the order drawn, from as many rounds as it takes."""
     few = {"prompts": 4, "group_size": 3, "sampling": {"max_new_tokens": 3}, "learning_rate": 1e-9}
@@ -121,7 +82,7 @@ def test_prompts_are_drawn_again_so_often_and_no_more(tmp_path):
 
 
 def test_nothing_is_drawn_again_where_every_group_has_a_signal(tmp_path):
-    telling = [{"fn": "repetition", "args": {"n": 1}}, {"fn": "length", "args": {"target": 1}}, *SIGNED[:1]]
+    telling = [{"fn": "repetition", "args": {"n": 1}}, {"fn": "length", "args": {"target": 1}}, *GRPO["rewards"]]
     line = line_of(tmp_path, resample=2, rewards=telling, group_size=8)
     assert line["zero_signal"] == 0
     assert not any(name.startswith("drawn") for name in line)
