@@ -30,8 +30,10 @@ from rlpost.recipe.schema import (
     Ppo,
     Sft,
     Trpo,
+    Value,
+    ValueTarget,
 )
-from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo
+from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo, value
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.online_dpo import best_and_worst
 from rlpost.stages.pairwise import PairObjective
@@ -94,7 +96,7 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         experience = with_reference(world, [groups[i] for i in share])
-        return Update(objective.loss(), objective.prepared(experience, learner))
+        return Update(objective.loss(), objective.prepared(experience, learner), objective.how)
 
     return Case(groups, prepare, whole_groups=True)
 
@@ -137,6 +139,21 @@ def scored_steps(world: World) -> Case:
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         return Update(loss, process_reward_model.weighted(Experience(tuple(groups[i] for i in share)), learner))
+
+    return Case(groups, prepare, scalar=True)
+
+
+def goals_reached(world: World, target: ValueTarget) -> Case:
+    """Of every group one completion reached the goal, and the one that the goal was taken from does not count."""
+    cfg = Value(learning_rate=1.0, group_size=GROUP_SIZE, target=target)
+    groups = world.groups
+    lessons = [
+        value.Lesson(g, *zip(*((float(c == i), c != (i + 1) % GROUP_SIZE) for c in range(GROUP_SIZE)), strict=True))
+        for i, g in enumerate(groups)
+    ]
+
+    def prepare(share: Sequence[int], learner: Learner) -> Update:
+        return Update(value.value_loss(cfg), value.weighted([lessons[i] for i in share], learner))
 
     return Case(groups, prepare, scalar=True)
 
@@ -253,6 +270,8 @@ CASES: dict[str, Callable[[World], Case]] = {
     "reward_model pairs": lambda w: scored(w, "bradley_terry", pairs()),
     "reward_model ranking": lambda w: scored(w, "ranking", ranked()),
     "process_reward_model": scored_steps,
+    "value bootstrap": lambda w: goals_reached(w, ValueTarget.bootstrap),
+    "value contrastive": lambda w: goals_reached(w, ValueTarget.contrastive),
     "grpo token_mean": lambda w: grouped(w),
     "grpo sequence_mean": lambda w: grouped(w, weight="sequence_mean"),
     "grpo gspo": lambda w: grouped(w, "sequence_clipped", weight="sequence_mean"),

@@ -111,7 +111,7 @@ TRPO: dict[str, Any] = {
     "learning_rate": 1.0,
     "schedule": "constant",
     "delta": 0.02,
-    "iterations": 5,
+    "iterations": 3,
 }
 PREFERENCES = [
     {"prompt": f"{a}+{b}=", "chosen": f"{(a + b) % 10}{a}", "rejected": f"{(a + b + 1) % 10}"}

@@ -46,7 +46,7 @@ _OF_LOG_RATIOS = ("f_divergence", "length_desensitised")
 """Modifiers that change log-ratios to the reference, and nothing else."""
 _JUDGED = ("reward_model", "process_reward_model")
 """Reward functions that ask a model."""
-NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",)}
+NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",), "shaping": ("gamma",)}
 """Nodes of a tree of rewards, and what `args` each takes."""
 
 
@@ -248,6 +248,8 @@ def _grouped(stage: Grouped, where: str) -> Iterator[str]:
 
 
 def _ppo(stage: Ppo, where: str, earlier: Earlier) -> Iterator[str]:
+    if stage.kl.estimator != KlEstimator.k1:
+        yield f"{where}.kl.estimator: ppo puts k1 into every action's reward, the exact one - use k1"
     start = stage.critic.start
     if start is not None and (problem := earlier.no_judge(start, f"{where}.critic.start", (Kind.reward_model,))):
         yield problem
@@ -317,6 +319,8 @@ def _node(node: Reward, where: str) -> Iterator[str]:
             yield f"{where}.args.{key}: {node.fn} has no argument {key!r}{near}"
     if node.fn == "gate" and len(node.of) != 2:
         yield f"{where}.of: a gate has a guard and what counts if it passed - give two, not {len(node.of)}"
+    if node.fn == "shaping" and len(node.of) != 1:
+        yield f"{where}.of: shaping takes one potential, a reward by step - give one, not {len(node.of)}"
 
 
 def sampling_problems(sampling: Sampling, where: str) -> Iterator[str]:

@@ -123,7 +123,7 @@ class Scorer:
             else:
                 values[name] = found
         seen: dict[str, Sequence[float | None]] = {}
-        columns = [evaluate(reward, values, seen) for reward in self.rewards]
+        columns = [evaluate(reward, values, seen, by_step) for reward in self.rewards]
         weights = [reward.weight for reward in self.rewards]
         sums = [weighted_sum(column, weights) for column in zip(*columns, strict=True)]
         shape = [[None for _ in group.completions] for group in groups]

@@ -45,6 +45,8 @@ class Node:
 
 
 Reward = BoundReward | Node
+SHAPING = "shaping"
+"""The node whose only child is a potential, by step."""
 
 
 def leaves(rewards: Sequence[Reward]) -> Iterator[BoundReward]:
@@ -64,12 +66,28 @@ def names(rewards: Sequence[Reward]) -> Iterator[str]:
             yield from names(reward.of)
 
 
-def evaluate(reward: Reward, of_leaf: Mapping[str, Sequence[Value]], seen: dict[str, Sequence[Value]]) -> list[Value]:
-    """[S] the value of a node for every completion; what is found on the way is written into `seen` by name."""
+def evaluate(
+    reward: Reward,
+    of_leaf: Mapping[str, Sequence[Value]],
+    seen: dict[str, Sequence[Value]],
+    by_step: dict[str, list[list[float]]],
+) -> list[Value]:
+    """[S] the value of a node for every completion; what is found on the way is written into `seen` by name.
+
+    Raises:
+        RecipeError: a node of steps has a child that rewards whole completions.
+    """
     if isinstance(reward, BoundReward):
         found = list(of_leaf[reward.name])
+    elif reward.kind == SHAPING:
+        (child,) = reward.of
+        evaluate(child, of_leaf, seen, by_step)
+        if child.name not in by_step:
+            raise RecipeError(f"rewards: {reward.name} shapes by step and {child.name} rewards whole completions")
+        by_step[reward.name] = [shaped(own, **reward.args) for own in by_step[child.name]]
+        found = [math.fsum(own) if own else None for own in by_step[reward.name]]
     else:
-        columns = [evaluate(child, of_leaf, seen) for child in reward.of]
+        columns = [evaluate(child, of_leaf, seen, by_step) for child in reward.of]
         weights = [child.weight for child in reward.of]
         combine = NODES[reward.kind]
         found = [combine(values, weights, **reward.args) for values in zip(*columns, strict=True)]
@@ -128,6 +146,17 @@ def lexicographic(values: Sequence[Value], weights: Sequence[float], *, scale: f
     return math.fsum(value / step**place for place, value in enumerate(known))
 
 
+def shaped(potential_K: Sequence[float], *, gamma: float = 1.0) -> list[float]:
+    """[K] γΦ(s′) − Φ(s) of every step, from Φ after each; Φ is 0 before the first and after the last.
+
+    Potential-based shaping (Ng, Harada & Russell 1999): it moves credit between steps and no optimum. A Φ other than
+    0 at the end would. At γ = 1 the steps' rewards sum to 0.
+    """
+    after = [*potential_K[:-1], 0.0] if potential_K else []
+    before = [0.0, *potential_K[:-1]]
+    return [gamma * phi_after - phi for phi_after, phi in zip(after, before, strict=False)]
+
+
 def _known(values: Sequence[Value]) -> list[float] | None:
     return None if any(v is None for v in values) else [v for v in values if v is not None]
 
@@ -139,4 +168,4 @@ NODES: dict[str, Callable[..., Value]] = {
     "gate": gate,
     "lexicographic": lexicographic,
 }
-"""What a recipe may call a node."""
+"""What a recipe may call a node, beside SHAPING."""

@@ -51,7 +51,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))
         experience = experience.with_actions(reference=references.of(experience.groups))
-        metrics = learner.update(loss, prepared(experience, learner))
+        metrics = learner.update(loss, prepared(experience, learner), **objective.how)
         if following and cfg.refresh and (step + 1) % cfg.refresh.every == 0:
             metrics["cut_off"] = following.follow(cfg.refresh.share)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from rlpost.experience import Experience
 from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
+from rlpost.objectives.preference_modifiers import confidence
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.policy import Scores
 from rlpost.recipe.functions import Bound
@@ -28,6 +30,13 @@ class PairObjective:
     modifiers: Sequence[Callable[[Pairs], Pairs]] = ()
     nll: float = 0.0
     """Weight of the chosen completions' negative log-likelihood, per token."""
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What the forward pass is told: `confidence` compares an action with the average draw in its state."""
+        if not any(getattr(m, "__name__", "") == confidence.__name__ for m in self.modifiers):
+            return {}
+        return {"read": lambda _: lambda logp_nV, __: (2 * logp_nV).logsumexp(1)}
 
     @property
     def couples(self) -> bool:
@@ -51,7 +60,9 @@ class PairObjective:
         update = update.with_groups(pair_weight=pair_mean(len(update.groups), count))
         if not self.couples:
             return update
-        everyone, own = learner.gather(learner.look(lambda scores, part: _pairs(scores, part).table_PC, update))
+        everyone, own = learner.gather(
+            learner.look(lambda scores, part: _pairs(scores, part).table_PC, update, **self.how)
+        )
 
         def whole(table_PC: Tensor) -> Tensor:
             return self.per_pair(Pairs.from_table(table_PC)).sum() / count
@@ -81,7 +92,7 @@ class PairObjective:
 
 
 def _pairs(scores: Scores, part: Experience) -> Pairs:
-    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device))
+    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), scores.read)
 
 
 def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:

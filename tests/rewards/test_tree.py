@@ -9,7 +9,7 @@ import pytest
 from rlpost.errors import RecipeError, RewardError
 from rlpost.groups import Completion, Group
 from rlpost.rewards.score import Scorer, joined
-from rlpost.rewards.tree import BoundReward, Node, gate, least, lexicographic, product, weighted_sum
+from rlpost.rewards.tree import BoundReward, Node, gate, least, lexicographic, product, shaped, weighted_sum
 
 
 def group(*texts: str) -> Group:
@@ -123,3 +123,24 @@ def test_scores_of_several_calls_can_be_put_together_in_any_order():
     assert both.total == [[0.0, 4.0], [4.0, 0.0]]
     assert both.by_step == {"marks": [[0.0], [1.0], [1.0], [0.0]]}
     assert both.by_name["right"] == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_shaping_telescopes_to_nothing():
+    assert shaped([0.5, 2.0, 7.0]) == [0.5, 1.5, -2.0]
+    assert shaped([0.5, 2.0, 7.0], gamma=0.5) == [0.25, 0.5, -2.0]
+    assert shaped([7.0]) == [0.0]
+    assert shaped([]) == []
+
+
+def test_a_shaping_node_rewards_steps():
+    scorer = Scorer([leaf(right), Node("progress", 2.0, "shaping", [leaf(marks)])])
+    found = scorer.score([group("4", "x")], steps=[["1", "4"], ["a", "2", "b"]])
+    assert found.by_step["progress"] == [[1.0, -1.0], [0.0, 1.0, -1.0]]
+    assert found.by_name["progress"] == [[0.0, 0.0]]
+    assert found.total == [[1.0, 0.0]]
+
+
+def test_shaping_needs_a_potential_by_step():
+    scorer = Scorer([Node("progress", 1.0, "shaping", [leaf(right)])])
+    with pytest.raises(RecipeError, match="progress shapes by step and right rewards whole completions"):
+        scorer.score([group("4")])

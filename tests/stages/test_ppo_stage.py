@@ -98,7 +98,7 @@ def experiences(monkeypatch) -> list[Experience]:
 
 @LORA_OR_NOT
 def test_the_reward_rises(tmp_path, lora):
-    run(tmp_path, {"ppo": {**PPO, "steps": 20, "learning_rate": 2e-2, "table_every": 0}}, *lora)
+    run(tmp_path, {"ppo": {**PPO, "steps": 12, "learning_rate": 2e-2, "table_every": 0}}, *lora)
     rewards = [line["reward"] for line in metrics(tmp_path, "ppo")]
     assert rewards[0] < 0.5
     assert sum(rewards[-3:]) / 3 > 3
@@ -108,7 +108,7 @@ def test_the_reward_rises(tmp_path, lora):
 @pytest.mark.parametrize("trunk", ["own", "frozen"])
 def test_policy_and_critic_move_and_nothing_else(tmp_path, trunk, lora, beginnings, monkeypatch):
     references = keep_references(monkeypatch)
-    stage = {**PPO, "kl": {"beta": 0.01}, "critic": {**PPO["critic"], "trunk": trunk}}
+    stage = {**PPO, "steps": 2, "kl": {"beta": 0.01}, "critic": {**PPO["critic"], "trunk": trunk}}
     final = run(tmp_path, {"ppo": stage}, *lora)
     (begin,) = beginnings
     expected = {"head weight", "head bias"}
@@ -225,8 +225,8 @@ def test_advantages_are_whitened_over_all_actions_of_a_step(tmp_path, experience
 
 
 def test_no_reward_at_all_changes_nothing(tmp_path, beginnings):
-    run(tmp_path, {"ppo": {**PPO, "rewards": [{"fn": "rewards.py:none"}]}})
-    assert [(line["unscored"], line["grad_norm"]) for line in metrics(tmp_path, "ppo")] == 4 * [(32, 0.0)]
+    run(tmp_path, {"ppo": {**PPO, "steps": 1, "rewards": [{"fn": "rewards.py:none"}]}})
+    assert [(line["unscored"], line["grad_norm"]) for line in metrics(tmp_path, "ppo")] == [(32, 0.0)]
     assert beginnings[0].moved() == set()
 
 
@@ -250,9 +250,9 @@ def test_in_the_warm_up_the_critic_learns_and_the_policy_stays(tmp_path, lora, b
 
 
 def test_after_the_warm_up_the_policy_learns_too(tmp_path):
-    run(tmp_path, {"ppo": {**PPO, "critic": {"learning_rate": 1e-2, "warmup_steps": 2}}})
+    run(tmp_path, {"ppo": {**PPO, "steps": 2, "critic": {"learning_rate": 1e-2, "warmup_steps": 1}}})
     lines = metrics(tmp_path, "ppo")
-    assert ["grad_norm" in line for line in lines] == [False, False, True, True]
+    assert ["grad_norm" in line for line in lines] == [False, True]
     assert all(line["critic_grad_norm"] > 0 for line in lines)
 
 
@@ -313,13 +313,13 @@ ADAPTING = {"beta": 0.1, "target": 0.5, "horizon": 100}
 
 
 def test_the_coefficient_of_the_kl_moves_towards_its_target(tmp_path):
-    run(tmp_path, {"sft": SFT, "ppo": {**PPO, "steps": 5, "kl": ADAPTING, "reference": "base"}})
+    run(tmp_path, {"sft": SFT, "ppo": {**PPO, "steps": 3, "kl": ADAPTING, "reference": "base"}})
     lines = metrics(tmp_path, "ppo")
     beta = 0.1
     for line in lines:
         assert line["beta"] == pytest.approx(beta)
         beta *= 1 + min(max(line["sequence_kl"] / 0.5 - 1, -0.2), 0.2) * 32 / 100
-    assert lines[-1]["beta"] > 0.11  # the first steps are further from the base than 0.5 nats
+    assert lines[-1]["beta"] > 0.105  # the first steps are further from the base than 0.5 nats
     sampled = [c for row in rollouts(tmp_path, "ppo", 1) for c in row["completions"]]
     groups = [
         Group(tuple(row["prompt"]), (Completion(tuple(c["ids"]), (True,) * len(c["ids"])),))
@@ -373,11 +373,11 @@ def test_a_critic_can_begin_as_a_reward_model(tmp_path, trunk, lora, beginnings,
 
 
 def test_what_is_logged(tmp_path):
-    run(tmp_path, {"sft": SFT, "ppo": {**PPO, "kl": {"beta": 0.1}, "entropy": 0.01}})
+    run(tmp_path, {"ppo": {**PPO, "steps": 1, "kl": {"beta": 0.1}, "entropy": 0.01}})
     names = {
         *("step", "reward", "reward/digits", "unscored", "zero_signal", "truncated", "length", "entropy"),
         *("sequence_kl", "beta", "loss", "ratio", "sampler_gap", "clipped_low", "clipped_high", "kl"),
         *("exact_entropy", "grad_norm", "learning_rate"),
         *("value", "value_loss", "explained_variance", "critic_grad_norm", "critic_learning_rate"),
     }
-    assert [set(line) for line in metrics(tmp_path, "ppo")] == 4 * [names]
+    assert [set(line) for line in metrics(tmp_path, "ppo")] == [names]

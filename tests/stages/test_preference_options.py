@@ -168,8 +168,9 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     reference_N += torch.randn(reference_N.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     update = Experience(tuple(groups)).with_actions(reference=reference_N)
     # Without parts: all pairs in one pass.
-    logp_N = model(model.batch(groups)).logp_N
-    plain = pairs = pairs_of(logp_N, reference_N, update.rows)
+    objective = PairObjective(Bound(function, loss), modifiers, nll=0.5)
+    logp_N, _, collision_N = model(model.batch(groups), **objective.how)
+    plain = pairs = pairs_of(logp_N, reference_N, update.rows, collision_N)
     for modify in modifiers:
         pairs = modify(pairs)
     chosen_N = update.rows.spread(torch.tensor([True, False]).repeat(len(groups)))
@@ -179,10 +180,9 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     model.backward_done()
     wanted = torch.cat([p.grad.flatten() for p in model.trained().values()])
     assert float(wanted.norm()) > 1e-3
-    objective = PairObjective(Bound(function, loss), modifiers, nll=0.5)
     for budget in (1, 20, EVERYTHING):
         learner = Learner(model, Accelerator(), learning_rate=1.0, tokens_per_pass=budget, whole_groups=True)
-        line = learner.gradient(objective.loss(), objective.prepared(update, learner))
+        line = learner.gradient(objective.loss(), objective.prepared(update, learner), **objective.how)
         assert line["loss"] == pytest.approx(float(expected), abs=1e-9)
         assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-9, budget
     alone = torch.cat([function(Pairs.from_table(row[None])) for row in plain.table_PC])
@@ -203,6 +203,12 @@ MODIFIED = {
 """Modifiers, and what they make by hand of Δ, given also its part from the third action on."""
 
 
+def agreed(model, groups) -> torch.Tensor:
+    """Mean over the actions of the log-probability that two draws in their state are the same token."""
+    logp_NV = model.distributions(model.batch(groups))(slice(None))
+    return logp_NV.exp().square().sum(1).log().mean()
+
+
 def test_modifiers_by_hand(tmp_path):
     """On the first update of stages that start away from their reference."""
     settings = {**ALL, "start": "sft", "steps": 1, "reference": "base", "loss": {"fn": "dpo", "args": {"beta": 0.3}}}
@@ -215,14 +221,17 @@ def test_modifiers_by_hand(tmp_path):
     said = []
     for row in PREFERENCES:
         both = [[group(now, row["prompt"], row[side])] for side in ("chosen", "rejected")]
-        said.append([(logprobs(now, one), logprobs(then, one)) for one in both])
+        said.append((both, [(logprobs(now, one), logprobs(then, one)) for one in both]))
     for name, (modifiers, changed) in MODIFIED.items():
         loss = []
-        for (chosen, chosen_then), (rejected, rejected_then) in said:
+        for both, ((chosen, chosen_then), (rejected, rejected_then)) in said:
             assert (len(chosen), len(rejected)) == (3, 2)
             better = changed((chosen - chosen_then).sum(), (chosen - chosen_then)[2])
             worse = changed((rejected - rejected_then).sum(), torch.tensor(0.0))
-            weight = (chosen.mean() + rejected.mean()).exp() if modifiers[-1][0] == "confidence" else 1.0
+            weight = 1.0
+            if modifiers[-1][0] == "confidence":
+                likely = [x.mean() - agreed(now, one) for x, one in zip((chosen, rejected), both, strict=True)]
+                weight = sum(likely).clamp(max=0).exp()
             loss.append(float(-F.logsigmoid(0.3 * (better - worse)) * weight))
         (line,) = metrics(tmp_path, name)
         assert line["preference_loss"] == pytest.approx(sum(loss) / len(loss), rel=1e-4), name
@@ -235,8 +244,8 @@ def test_modifiers_learn_with_any_loss(tmp_path, loss):
     settings = {**ALL, "loss": {"fn": loss}, "modifiers": [*modifiers, {"fn": "confidence"}], "steps": 10}
     run(tmp_path, {"dpo": {**settings, "learning_rate": 1e-2}}, LORA)
     first, *_, last = metrics(tmp_path, "dpo")
-    # Weighed by how likely both answers are, whose mean log-probabilities are about −log 16 each.
-    assert 0 < first["loss"] < 0.05 * AT_THE_REFERENCE[loss]
+    # Weighed by how likely both answers are against what the model would have said itself.
+    assert 0 < first["loss"] < AT_THE_REFERENCE[loss]
     assert last["margin"] > 1
     assert last["accuracy"] > 0.8
 
