@@ -147,10 +147,8 @@ def goals_reached(world: World, target: ValueTarget) -> Case:
     """Of every group one completion reached the goal, and the one that the goal was taken from does not count."""
     cfg = Value(learning_rate=1.0, group_size=GROUP_SIZE, target=target)
     groups = world.groups
-    lessons = [
-        value.Lesson(g, *zip(*((float(c == i), c != (i + 1) % GROUP_SIZE) for c in range(GROUP_SIZE)), strict=True))
-        for i, g in enumerate(groups)
-    ]
+    one_hot = torch.eye(GROUP_SIZE)
+    lessons = [value.Lesson(g, one_hot[i].tolist(), (one_hot[i - 1] == 0).tolist()) for i, g in enumerate(groups)]
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         return Update(value.value_loss(cfg), value.weighted([lessons[i] for i in share], learner))

@@ -21,7 +21,7 @@ from invariance import (
     two_steps,
     whole,
 )
-from stage_updates import CASES, Update, paired, with_reference
+from stage_updates import CASES, Update, gradient, paired, with_reference
 from worlds import World, pairs
 
 from rlpost.learner import Learner
@@ -106,6 +106,16 @@ def test_a_coupled_loss_that_is_taken_part_by_part_would_be_seen(function, gpt2)
     assert gap(whole(apart, gpt2, Accelerator()), expected).gradient <= EXACT
     found, _ = measured(apart, gpt2, Cut(3), list(range(len(groups))), Accelerator())
     assert gap(found, expected).gradient > 1e-3
+
+
+def test_leaving_out_completions_of_advantage_zero_changes_nothing(gpt2):
+    learner = Learner(gpt2.policy(), Accelerator(), learning_rate=1.0)
+    update = CASES["grpo token_mean"](gpt2).prepare([0, 1, 2, 3], learner)
+    assert update.experience.needed_S.count(False) > 4, "the group without a signal, and what is unscored or empty"
+    part, line = gradient(learner, update)
+    everything, known = gradient(learner, update._replace(experience=replace(update.experience, needed_S=None)))
+    assert float((part - everything).norm() / everything.norm()) <= EXACT
+    assert line["loss"] == pytest.approx(known["loss"], rel=EXACT)
 
 
 def test_nothing_is_proved_of_a_special_case(gpt2):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,19 +17,13 @@ from rlpost.errors import DivergedError
 from rlpost.experience import Experience
 from rlpost.groups import Completion, Group, completions
 from rlpost.learner import Learner
-from rlpost.objectives.preference import dpo, pairs_of
-from rlpost.objectives.supervised import nll
-from rlpost.objectives.surrogates import clipped_surrogate
-from rlpost.objectives.weights import pair_mean, weigh
+from rlpost.objectives.weights import token_mean
 from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
-from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Grpo, Lora
-from rlpost.stages.rollouts import Beta
-from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.recipe.schema import Lora
 
 EVERYTHING = 10**6
 
@@ -48,164 +41,24 @@ def make_learner(policy: Policy, **settings) -> Learner:
     return Learner(policy, Accelerator(), **{"learning_rate": 1e-3, "max_grad_norm": 0.0, **settings})
 
 
-# --- The gradient of an update
+# --- The gradient of an update; how it is cut in every stage is in test_invariance.py
 
 
-@dataclass(frozen=True)
-class Problem:
-    """An update that can be put together in any order."""
-
-    groups: Sequence[Group]
-    values: Mapping[str, Sequence[Tensor]]
-    """name -> [actions of the group] for each group."""
-    prepare: Callable[[Experience, Learner], Experience]
-    """Adds the weights."""
-    loss: Callable
-    temperature: float = 1.0
-    entropy: bool = False
-    whole_groups: bool = False
-
-    def experience(self, order: Sequence[int]) -> Experience:
-        values = {name: torch.cat([per_group[g] for g in order]) for name, per_group in self.values.items()}
-        return Experience(tuple(self.groups[g] for g in order)).with_actions(**values)
-
-
-def spread_by_group(groups: Sequence[Group], x_N: Tensor) -> list[Tensor]:
-    return list(torch.split(x_N, [sum(c.actions for c in g.completions) for g in groups]))
-
-
-def noise(n: int, seed: int, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def supervised(weight: str = "token_mean") -> Problem:
-    def prepare(experience: Experience, learner: Learner) -> Experience:
-        totals = learner.totals(experience)
-        return experience.with_actions(weight=weigh(weight, experience.rows, totals.actions, totals.completions, 20))
-
-    def loss(scores, part):
-        loss_N = nll(scores.logp_N)
-        return (loss_N * part["weight"]).sum(), {"nll": loss_N}
-
-    return Problem(sample_groups(VOCABULARY), {}, prepare, loss)
-
-
-def reinforcement(family: str = "gpt2", **settings) -> Problem:
-    """Advantages of each completion; old log-probabilities near the policy's, so that some ratios are clipped."""
-    cfg = Grpo(**{"learning_rate": 1e-3, "weight": "token_mean", **settings})
-    cfg.sampling.temperature = 0.8
-    groups = sample_groups(VOCABULARY)
-    rows = Experience(tuple(groups)).rows
-    exact = logprobs(make_policy(family), groups, temperature=0.8)
-    values = {
-        "old_logp": exact + noise(rows.actions, 1, 0.3),
-        "sampled_logp": exact,
-        "reference": exact + noise(rows.actions, 2, 0.5),
-        "advantage": rows.spread(noise(rows.completions, 3)),
-    }
-    return Problem(
-        groups,
-        {name: spread_by_group(groups, x) for name, x in values.items()},
-        lambda experience, learner: weighted(experience, cfg, learner),
-        surrogate_loss(clipped_surrogate, cfg, Beta(cfg.kl)),
-        temperature=0.8,
-        entropy=cfg.entropy > 0,
-    )
-
-
-def preference(family: str = "gpt2") -> Problem:
-    """DPO and the chosen completions' nll."""
-    source = sample_groups(VOCABULARY)
-    every = [c for c in completions(source) if c.actions]
-    groups = [replace(g, completions=(every[i], every[-1 - i])) for i, g in enumerate(source[:5])]
-    exact = logprobs(make_policy(family), groups)
-
-    def prepare(experience: Experience, learner: Learner) -> Experience:
-        pairs = len(experience.groups)
-        chosen_N = experience.rows.spread(torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(pairs))
-        experience = experience.with_actions(chosen=chosen_N / learner.total(int(chosen_N.sum())))
-        return experience.with_groups(pair=pair_mean(pairs, learner.totals(experience).groups))
-
-    def loss(scores, part):
-        pairs = pairs_of(scores.logp_N, part["reference"], part.rows)
-        chosen_nll = -(scores.logp_N * part["chosen"]).sum()
-        return (dpo(pairs) * part["pair"]).sum() + 0.3 * chosen_nll, {"margin": pairs.margin_P}
-
-    reference = spread_by_group(groups, exact + noise(len(exact), 4, 0.5))
-    return Problem(groups, {"reference": reference}, prepare, loss, whole_groups=True)
-
-
-PROBLEMS = {
-    "sft token_mean": lambda _: supervised("token_mean"),
-    "sft sequence_mean": lambda _: supervised("sequence_mean"),
-    "grpo": reinforcement,
-    "grpo with entropy": lambda family: reinforcement(family, entropy=0.1, weight="sequence_mean"),
-    "dpo with nll": preference,
-}
-
-
-def update(problem: Problem, policy: Policy, budget: int, order: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-    """The gradient of the update as one vector, and its metrics; `policy` takes no step to speak of."""
-    learner = make_learner(policy, learning_rate=1e-300, tokens_per_pass=budget, whole_groups=problem.whole_groups)
-    experience = problem.prepare(problem.experience(order), learner)
-    metrics = learner.update(problem.loss, experience, temperature=problem.temperature, entropy=problem.entropy)
-    gradient = torch.cat([p.grad.flatten().double() for p in policy.parameters()])
-    return gradient, metrics
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype", "tolerance"),
-    [("gpt2", torch.float64, 1e-12), ("llama", torch.float64, 1e-6), ("llama", torch.float32, 1e-5)],
-    ids=["gpt2-float64", "llama-float64", "llama-float32"],
-)
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_the_gradient_is_the_same_however_the_update_is_cut_ordered_and_computed(name, family, dtype, tolerance):
-    problem = PROBLEMS[name](family)
-    shared = make_policy(family, dtype)
-    padded = make_policy(family, dtype, flat=False)
-    straight = list(range(len(problem.groups)))
-    shuffled = random.Random(1).sample(straight, len(straight))
-    expected, expected_metrics = update(problem, shared, EVERYTHING, straight)
-    assert expected.norm() > 1e-3
-    ways = [(shared, 1, straight), (shared, 45, shuffled), (padded, EVERYTHING, straight), (padded, 45, shuffled)]
-    for policy, budget, order in ways:
-        gradient, metrics = update(problem, policy, budget, order)
-        assert (gradient - expected).norm() <= tolerance * expected.norm(), (budget, order)
-        assert metrics == pytest.approx(expected_metrics, rel=10 * tolerance, abs=10 * tolerance)
-
-
-def test_a_mean_of_means_would_have_been_seen():
+@pytest.mark.parametrize("budget", [1, EVERYTHING])
+def test_a_mean_of_means_would_have_been_seen(budget):
     """Two completions of 100 and 4 actions: at token_mean the long one has 100/104 of the weight, cut or not."""
     long, short = (Completion((5,) * n, (True,) * n) for n in (100, 4))
-    groups = [Group((1, 2), (long,)), Group((3,), (short,))]
-    policy = make_policy()
+    experience = Experience((Group((1, 2), (long,)), Group((3,), (short,))))
+    learner = make_learner(make_policy(), tokens_per_pass=budget)
+    experience = experience.with_actions(weight=token_mean(experience.rows, learner.totals(experience).actions))
 
     def loss(scores, part):
         sign_N = part.rows.spread(torch.tensor([1.0 if c.actions == 100 else -1.0 for c in completions(part.groups)]))
         return (0.0 * scores.logp_N + sign_N * part["weight"]).sum(), {"sign": sign_N}
 
-    problem = replace(supervised(), groups=groups, loss=loss)
-    for budget in (1, EVERYTHING):
-        _, metrics = update(problem, policy, budget, [0, 1])
-        assert metrics["loss"] == pytest.approx(96 / 104)
-        assert metrics["sign"] == pytest.approx(96 / 104)
-
-
-def test_leaving_out_completions_of_advantage_zero_changes_nothing():
-    problem = reinforcement()
-    policy = make_policy()
-    order = range(len(problem.groups))
-    learner = make_learner(policy, learning_rate=1e-300)
-    advantages = [x if g in (0, 3) else torch.zeros_like(x) for g, x in enumerate(problem.values["advantage"])]
-    whole = replace(problem, values={**problem.values, "advantage": advantages}).experience(order)
-    needed = tuple(g in (0, 3) for g in order for _ in problem.groups[g].completions)
-    found = []
-    for experience in (whole, replace(whole, needed_S=needed)):
-        metrics = learner.update(problem.loss, problem.prepare(experience, learner), temperature=0.8)
-        found.append((torch.cat([p.grad.flatten() for p in policy.parameters()]), metrics["loss"]))
-    (everything, loss), (part, part_loss) = found
-    assert (part - everything).norm() <= 1e-12 * everything.norm()
-    assert part_loss == pytest.approx(loss, rel=1e-12)
+    metrics = learner.gradient(loss, experience)
+    assert metrics["loss"] == pytest.approx(96 / 104)
+    assert metrics["sign"] == pytest.approx(96 / 104)
 
 
 # --- The step

@@ -1,0 +1,90 @@
+"""Mazes: their text, the teacher's walk, and the exact solutions."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from rlpost.data.tasks import maze as task
+from rlpost.groups import Completion
+
+CORRIDOR = "ABCDE"
+MAZE = "..$.!" + "#####" * 4
+"""A corridor: cells A and B, the exit, D, and the trap."""
+
+
+def walked(text: str, finish: str = "stop") -> Completion:
+    return Completion((), (), text=text, finish=finish)
+
+
+def example(start: int, maze: str = MAZE) -> dict:
+    return {"maze": maze, "start": start}
+
+
+def test_values_of_a_corridor_by_hand():
+    assert task.distances(MAZE) == {2: 0, 1: 1, 0: 2, 3: 1}
+    go = 1 - task.GIVES_UP
+    # From B to the exit or back to A, from which there is but one way.
+    b = go * 0.5 / (1 - go * go * 0.5)
+    values = task.walk_values(MAZE)
+    assert values[1] == pytest.approx(b, abs=1e-12)
+    assert values[0] == pytest.approx(go * b, abs=1e-12)
+    assert values[3] == pytest.approx(go * 0.5, abs=1e-12)
+    assert values[4] == 0
+
+
+def test_the_best_neighbour_minus_one():
+    for row in task.train(mazes=6):
+        maze, steps = row["maze"], task.distances(row["maze"])
+        for cell, distance in steps.items():
+            if maze[cell] != task.EXIT:
+                assert distance == 1 + min(steps[n] for n in task.neighbours(maze, cell) if n in steps)
+
+
+@pytest.mark.parametrize(
+    ("start", "text", "escaped", "optimal"),
+    [
+        (0, "B$", 1, 1),
+        (0, "BAB$", 1, 3 / 4),
+        (0, "$", 0, 0),  # through a cell
+        (0, "BCB", 0, 1 / 3),  # the exit is not called C
+        (3, "!", 0, 0),
+        (1, "A?", 0, 0),
+        (1, "", 0, 0),
+    ],
+)
+def test_walks_by_hand(start, text, escaped, optimal):
+    assert task.escaped(walked(text), example(start)) == escaped
+    assert task.optimal(walked(text), example(start)) == pytest.approx(optimal)
+
+
+def test_a_walk_that_was_cut_off_has_not_escaped():
+    assert task.escaped(walked("B$", "length"), example(0)) == 0
+
+
+def test_every_step_too_many_costs():
+    assert task.brisk(walked("B$"), example(0)) == 1
+    assert task.brisk(walked("BAB$"), example(0), cost=0.1) == pytest.approx(0.8)
+    assert task.brisk(walked("BA?"), example(0)) == 0
+    assert task.trapped(walked("!")) == 1
+
+
+def test_the_teacher_walks_as_its_values_say():
+    """2,000 walks a start, within four standard errors of the exact value."""
+    draw = random.Random(0)
+    for row in task.train(mazes=1)[:4]:
+        ends = [task.random_walk(row, draw)["completion"] for _ in range(2000)]
+        share = sum(e.endswith("$") for e in ends) / 2000
+        exact = task.walk_values(row["maze"])[row["start"]]
+        assert abs(share - exact) < 4 * (exact * (1 - exact) / 2000) ** 0.5 + 1e-9
+        assert {e[-1] for e in ends} <= set("$!?")
+        assert all(task.escaped(walked(e), row) == e.endswith("$") for e in ends)
+
+
+def test_held_out_starts_are_of_the_same_mazes_and_not_trained_on():
+    seen, kept = task.train(), task.held_out()
+    assert {r["maze"] for r in kept} == {r["maze"] for r in seen}
+    assert not {r["prompt"] for r in kept} & {r["prompt"] for r in seen}
+    assert 0.2 < len(kept) / (len(kept) + len(seen)) < 0.3
+    assert not {r["maze"] for r in task.unseen()} & {r["maze"] for r in seen}
