@@ -217,6 +217,33 @@ def verify(
         raise typer.Exit(1)
 
 
+class Picture(StrEnum):
+    """What `rlpost plot` draws."""
+
+    maze = "maze"
+
+
+@app.command()
+def plot(
+    what: Annotated[Picture, typer.Argument(help="The kind of picture.")],  # noqa: ARG001 - there is one so far
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[str | None, typer.Option("--out", help="The .png file; RUN/maze.png by default.")] = None,
+    stage: Annotated[str | None, typer.Option("--stage", help="Whose policy; the last one by default.")] = None,
+    mazes: Annotated[int, typer.Option("--mazes", min=1, help="How many are drawn.")] = 3,
+) -> None:
+    """Draw what a run knows of its mazes beside the exact solution; prints the picture's path."""
+    from rlpost import console
+    from rlpost.plots import maze
+
+    found = maze.solved(Path(run), stage)
+    for s in found[:mazes]:
+        console.say("\n".join(["", *maze.in_text(s)]))
+    file = Path(out) if out else Path(run) / "maze.png"
+    maze.draw(found[:mazes], file)
+    console.say("\n".join(["", *maze.report(found)]))
+    print(file)
+
+
 @app.command("list")
 def list_(
     runs: Annotated[str, typer.Option("--runs", help="The folder of runs.")] = "runs",

@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"evaluate", "loop", "oracle"},
     {"stages"},
     {"stage_evaluation"},
-    {"pipeline"},
+    {"pipeline", "plots"},
     {"commands"},
     {"cli"},
     {"__main__"},
