@@ -53,7 +53,7 @@ CUTS = (
     Cut(3, "padded", shuffled=True),
     Cut(None, "padded"),
 )
-FEWER = (Cut(3, "apart", shuffled=True), Cut(8, "padded"))
+FEWER = (Cut(8, "apart", shuffled=True), Cut(8, "padded"))
 """For models whose rounding is coarser anyway."""
 SHARES = ("even", "one")
 """How two processes share an update: half each, or all but one group, which in some stages has nothing to teach."""

@@ -108,7 +108,13 @@ RANGES: dict[type, dict[str, Range]] = {
     Kto: {"batch_size": _from(2)},
     RewardModel: {"batch_size": _from(1)},
     ProcessRewardModel: {"batch_size": _from(1)},
-    Value: {"prompts": _from(1), "group_size": _from(1), "hindsight": Range(0, 1), "hindsight_tokens": _from(1)},
+    Value: {
+        "prompts": _from(1),
+        "group_size": _from(1),
+        "updates": _from(1),
+        "hindsight": Range(0, 1),
+        "hindsight_tokens": _from(1),
+    },
     Rollouts: {
         "prompts": _from(1),
         "group_size": _from(1),

@@ -205,6 +205,8 @@ class Value(Training):
     """Prompts a step."""
     group_size: int = 8
     """Completions a prompt, sampled from the policy as it is."""
+    updates: int = 1
+    """Optimiser updates a step, each on its share of the prompts."""
     sampling: Sampling = field(default_factory=Sampling)
     goals: Goals = field(default_factory=Goals)
     target: ValueTarget = ValueTarget.monte_carlo

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from rlpost.errors import DiskError, ModelError
-from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS
 from rlpost.run import names
 from rlpost.run.files import disk_errors
 from rlpost.run.manifest import fault
@@ -98,6 +97,9 @@ def read_config(run: Path) -> dict[str, Any]:
 def last_stage(run: Path) -> str | None:
     """The last enabled stage of the run's recipe whose result is a policy, not rows or a judge; None without one."""
     stages = read_config(run)["stages"]
+    # Here, since the schema is slow to import and most of this module does without.
+    from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS
+
     others = (*MAKES_ROWS, *MAKES_JUDGES)
     trained = [n for n, stage in stages.items() if stage.get("enabled", True) and stage.get("kind") not in others]
     return trained[-1] if trained else None

@@ -31,6 +31,7 @@ from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import collect
 from rlpost.rollout.value_network import ValueSettings, conditioned
 from rlpost.stages.context import Context, steps_of
+from rlpost.stages.rollouts import mean_of
 
 
 def value(context: Context, cfg: Value) -> Path:
@@ -44,15 +45,15 @@ def value(context: Context, cfg: Value) -> Path:
     engine = BuiltinEngine(policy)
     loss = value_loss(cfg)
     steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")
-    learner = context.learner(model, cfg, updates=steps)
+    learner = context.learner(model, cfg, updates=steps * cfg.updates)
     loop = context.loop(cfg, {"data": data}, steps, policy=learner)
 
     for step in loop.steps():
         seed = context.seed_for("sample", step)
         groups = collect(engine, data.next(cfg.prompts), cfg.group_size, cfg.sampling, seed=seed)
         draw = random.Random(context.seed_for("goal", step))
-        lessons = [lesson(g, endings, cfg, codec, draw) for g in groups]
-        metrics = learner.update(loss, weighted(lessons, learner))
+        shares = split([lesson(g, endings, cfg, codec, draw) for g in groups], cfg.updates, draw)
+        metrics = mean_of([learner.update(loss, weighted(share, learner)) for share in shares])
         loop.log(step, metrics, live=("loss", "predicted", "reached"))
     settings = ValueSettings(cfg.condition, cfg.avoid, cfg.target.value, cfg.goals.truncated_counts)
 
@@ -138,6 +139,12 @@ def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: rando
         label = tuple(float(r != cfg.avoid) for r in reached)
         counts = tuple(i != at for i in range(len(reached)))
     return Lesson(replace(group, prompt=conditioned(cfg.condition, named, group.prompt, codec)), label, counts)
+
+
+def split(lessons: Sequence[Lesson], updates: int, draw: random.Random) -> list[list[Lesson]]:
+    """The step's lessons, shuffled, in shares of about equal size for its updates."""
+    order = draw.sample(lessons, len(lessons))
+    return [order[i::updates] for i in range(min(updates, len(order)))]
 
 
 def weighted(lessons: Sequence[Lesson], learner: Learner) -> Experience:
