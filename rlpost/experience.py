@@ -80,10 +80,6 @@ class Experience:
                 parts[-1].append((g, list(wanted)))
         return [self._take(part) for part in parts]
 
-    def first_group(self) -> Experience:
-        """The first group; for a rank that has nothing to learn and yet must run a pass."""
-        return self._take([(0, None)])
-
     def to(self, device: torch.device | str) -> Experience:
         """The same with its tensors on `device`."""
         return replace(

@@ -122,12 +122,6 @@ def test_nothing_needed_gives_no_part():
     assert make((False,) * 5).cut(100, whole_groups=True) == []
 
 
-def test_the_first_group_has_its_values():
-    first = make().first_group()
-    assert first.groups == GROUPS[:1]
-    assert first["token"].tolist() == ACTIONS[:6]
-
-
 def test_split_deals_out_whole_groups_once_each_with_their_values():
     many = Experience(tuple(Group((i, i), (completion(100 + i), completion(200 + i))) for i in range(7)))
     many = many.with_actions(token=torch.tensor([t for i in range(7) for t in (100 + i, 200 + i)]))

@@ -171,7 +171,7 @@ def test_calculator(tmp_path):
         *TINY,
         *stage("sft", *TWO, "batch_size=8"),
         *stage("grpo", *TWO, "prompts=4"),
-        *stage("ppo", *TWO, "prompts=4"),
+        *stage("ppo", *TWO, "prompts=4", "critic.warmup_steps=0"),
         "evaluation.data.held_out.limit=8",
     )
 

@@ -24,6 +24,7 @@ from rlpost.recipe.schema import (
     Rollouts,
     Stage,
     TokenizerKind,
+    Trpo,
 )
 from rlpost.recipe.stage_rules import (
     GROUP_BASELINES,
@@ -152,6 +153,12 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
             )
         if stage.kl.placement == KlPlacement.reward and stage.kl.estimator != KlEstimator.k1 and stage.kl.beta > 0:
             yield f"{where}.kl.estimator: {stage.kl.estimator.value} in the reward is biased - k1 is exact"
+    trust_regions = [n for n, stage in recipe.stages.items() if stage.enabled and isinstance(stage, Trpo)]
+    if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0 and trust_regions:
+        yield (
+            f"model.lora.dropout: stages.{trust_regions[0]} compares gradients with each other, and dropout changes them "
+            "at random - 0 gives it a direction"
+        )
     if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0:
         flat = "attention=flat cannot share prompts and " if recipe.model.attention == Attention.flat else ""
         yield (

@@ -61,6 +61,14 @@ def fresh_rollouts(
     return [found[state] for state in states]
 
 
+def as_answers(fresh: Sequence[Group]) -> list[Group]:
+    """The rollouts as rewards read them: what was said before the state is part of the answer and of its length."""
+    return [
+        replace(g, completions=tuple(replace(c, action=(True,) * len(c.ids), logprobs=()) for c in g.completions))
+        for g in fresh
+    ]
+
+
 def _joined(prefix: tuple[int, ...], tail: Completion, tokenizer: Any) -> Completion:
     """The completion from its beginning; only what is fresh are actions."""
     text = tokenizer.decode(list(prefix), skip_special_tokens=True) + tail.text

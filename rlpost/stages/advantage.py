@@ -27,7 +27,7 @@ from rlpost.objectives.rows import Rows
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import CorrectionMode, Grouped, KlPlacement
-from rlpost.rollout.continue_from import fresh_rollouts
+from rlpost.rollout.continue_from import as_answers, fresh_rollouts
 from rlpost.rollout.divide import ends_of, step_starts
 from rlpost.stages.context import Context
 from rlpost.stages.rollouts import Rollout, Sampler, Samples, kl_estimate, sampled_logprobs, without_unscored
@@ -133,11 +133,7 @@ class Estimator:
             cfg.sampling,
             self._context.seed_for("fresh", self._step),
         )
-        # To a reward, what was said before the state is part of the answer, its steps and its length.
-        whole = [
-            replace(g, completions=tuple(replace(c, action=(True,) * len(c.ids)) for c in g.completions)) for g in fresh
-        ]
-        totals = self._samples.score(self._samples.divided(whole)).total
+        totals = self._samples.score(self._samples.divided(as_answers(fresh))).total
         return torch.tensor([_mean([r for r in row if r is not None]) for row in totals], dtype=torch.float64)
 
     def greedy(self, groups: Sequence[Group]) -> Tensor:

@@ -20,9 +20,10 @@ from rlpost.recipe.schema import StepLabels, TooLong
 from rlpost.rewards.score import Scorer
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import collect
-from rlpost.rollout.continue_from import fresh_rollouts
+from rlpost.rollout.continue_from import as_answers, fresh_rollouts
 from rlpost.rollout.divide import divide, step_starts, step_texts
 from rlpost.stages.context import Context
+from rlpost.stages.rollouts import scored
 
 AT_ONCE = 64
 """Prompts sampled between two moves of the progress bar."""
@@ -81,8 +82,9 @@ def labelled(
     sampled = completions(groups)
     ends = [step_starts(c)[1:] for c in sampled]
     fresh = fresh_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
-    tried = iter([_mean(row) for row in scorer.score(fresh).total])
-    own = iter([reward for row in scorer.score(groups).total for reward in row])
+    divided = [divide(g, tokenizer, cfg.step_end) for g in as_answers(fresh)]
+    tried = iter([_mean(row) for row in scored(scorer, divided, policy).total])
+    own = iter([reward for row in scored(scorer, groups, policy).total for reward in row])
     for group in groups:
         for completion in group.completions:
             labels = [next(tried) for _ in completion.steps[1:]] + [next(own)]

@@ -55,7 +55,7 @@ def labels_of(monkeypatch, texts: list[str], tried: list[list[str]], rewards: di
         return [Group((1,), tuple(map(said, one))) for one in tried]
 
     class Table:
-        def score(self, groups):
+        def score(self, groups, steps=None):  # noqa: ARG002 - told of them, as every scorer is
             return SimpleNamespace(total=[[rewards[c.text] for c in g.completions] for g in groups])
 
     monkeypatch.setattr(stage, "BuiltinEngine", lambda policy: None)
@@ -147,11 +147,11 @@ def test_a_signal_ends_the_sampling_between_two_lots_of_prompts(tmp_path, monkey
     monkeypatch.setattr(stage, "AT_ONCE", 4)
     score, asked = Scorer.score, []
 
-    def signalled(self, groups):
+    def signalled(self, groups, steps=None):
         if not asked:
             os.kill(os.getpid(), signal.SIGTERM)
         asked.append(len(groups))
-        return score(self, groups)
+        return score(self, groups, steps)
 
     monkeypatch.setattr(Scorer, "score", signalled)
     with pytest.raises(Interrupted, match=r"labels stopped while it sampled") as raised:
