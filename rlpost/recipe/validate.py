@@ -156,8 +156,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
     trust_regions = [n for n, stage in recipe.stages.items() if stage.enabled and isinstance(stage, Trpo)]
     if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0 and trust_regions:
         yield (
-            f"model.lora.dropout: stages.{trust_regions[0]} compares gradients with each other, and dropout changes them "
-            "at random - 0 gives it a direction"
+            f"model.lora.dropout: stages.{trust_regions[0]} compares gradients with each other, which dropout "
+            "changes at random - 0 gives it a direction"
         )
     if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0:
         flat = "attention=flat cannot share prompts and " if recipe.model.attention == Attention.flat else ""
