@@ -171,7 +171,7 @@ class Reward(Function):
     weight: float = 1.0
     name: Optional[str] = None
     of: list["Reward"] = field(default_factory=list)
-    """The children of a node: `fn` is then sum, product, min, gate or lexicographic."""
+    """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
     model: Optional[str] = None
     """For functions that ask for a model: an earlier reward_model or process_reward_model stage, or a checkpoint."""
 
