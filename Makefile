@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/rlpost train demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS, Evaluation, Kind, Source, Stage, TokenizerKind
+from rlpost.recipe.schema import MAKES_ROWS, Evaluation, Kind, Source, Stage, TokenizerKind, leaves_policy
 from rlpost.run.files import place
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
@@ -32,6 +32,7 @@ from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
+from rlpost.stages.guided import guided
 from rlpost.stages.kto import kto
 from rlpost.stages.online_dpo import online_dpo
 from rlpost.stages.pairs import pairs
@@ -55,6 +56,7 @@ STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.ppo: ppo,
     Kind.trpo: trpo,
     Kind.pairs: pairs,
+    Kind.guided: guided,
     Kind.step_labels: step_labels,
 }
 
@@ -123,7 +125,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 allow_change=allow_change,
             )
             _run_stage(context, stage, done, evaluations)
-            if stage.kind not in (*MAKES_ROWS, *MAKES_JUDGES):
+            if leaves_policy(stage):
                 evaluations.after(name, done.current, done.checkpoints)
         evaluations.print()
         return done.current
@@ -231,7 +233,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         done.rows[context.name] = context.out.rows
         return
     done.checkpoints[context.name] = result.resolve()
-    if stage.kind not in MAKES_JUDGES:
+    if leaves_policy(stage):
         done.current = done.checkpoints[context.name]
 
 

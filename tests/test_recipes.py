@@ -196,6 +196,11 @@ def test_maze(tmp_path):
     assert held_out.startswith(f"starts held out: {len(maze.held_out(mazes=1))}, ")
 
 
+def test_maze_grpo(tmp_path):
+    small = [*TINY, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts=4")]
+    assert run(tmp_path, "maze_grpo", *small) == tmp_path / "maze_grpo/grpo/final"
+
+
 def test_gsm8k_tiny(tmp_path, gsm8k):
     small = [f"model.config.{key}" for key in ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1")]
     run(

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.data.codec import Codec
+from rlpost.data.direction import backwards
 from rlpost.data.formats import Format, Need, encode, recognise, row_texts, untrained_turns
 from rlpost.data.order import Order
 from rlpost.data.sources import Bind, Row, label, read
 from rlpost.errors import DataError, RecipeError, RlpostError
 from rlpost.groups import Completion, Group
-from rlpost.recipe.schema import Source, TooLong
+from rlpost.recipe.schema import Direction, Source, TooLong
 
 Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
 
@@ -44,6 +45,7 @@ class Part:
     groups: Sequence[Group]
     """[rows] encoded; empty where rows are presented anew each time."""
     present: Present | None = None
+    direction: Direction = Direction.forward
 
 
 class Dataset:
@@ -227,7 +229,7 @@ def _part(
     """Encode every row once, also those that are presented anew: what is wrong shows before training."""
     place = label(source, key)
     sample = rows[0] if present is None else _present(present, rows[0], seed, f"{place} row 1")
-    part = Part(place, source.weight, rows, recognise([sample], place, need), (), present)
+    part = Part(place, source.weight, rows, recognise([sample], place, need), (), present, source.direction)
     encoded = [_presented(part, i, seed + i, codec, limit, counts) for i in range(len(rows))]
     kept = [(row, group) for row, group in zip(rows, encoded, strict=True) if group is not None]
     counts["read"] += len(rows)
@@ -246,6 +248,8 @@ def _presented(part: Part, i: int, seed: int, codec: Codec, limit: Limit, counts
     group = encode(row, part.format, codec, place)
     if part.format is Format.messages:
         counts["last_turn_only"] += untrained_turns(row, group)
+    if part.direction is Direction.reverse:
+        group = backwards(group, codec)
     return fit(group, limit, codec, place, counts)
 
 

@@ -24,6 +24,7 @@ class Kind(StrEnum):
     ppo = "ppo"
     trpo = "trpo"
     pairs = "pairs"
+    guided = "guided"
     step_labels = "step_labels"
 
 
@@ -66,6 +67,13 @@ class TooLong(StrEnum):
     refuse = "refuse"
     drop = "drop"
     cut = "cut"
+
+
+class Direction(StrEnum):
+    """The way a text is read."""
+
+    forward = "forward"
+    reverse = "reverse"
 
 
 class TokenizerKind(StrEnum):
@@ -210,6 +218,8 @@ class Source:
     present: Optional[Function] = None
     """(row, random) -> row, applied anew every time a row is drawn."""
     fold: Optional[Fold] = None
+    direction: Direction = Direction.forward
+    """`reverse`, in sft alone: prompt and completion are one text, learned from its end to its beginning."""
 
 
 @dataclass
@@ -309,6 +319,42 @@ class Refresh:
 
     every: int = 100
     share: float = 0.6
+
+
+@dataclass
+class Stage:
+    """What every stage has."""
+
+    kind: Kind = MISSING
+    enabled: bool = True
+    """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
+    start: Optional[str] = None
+    """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
+
+
+@dataclass
+class Training(Stage):
+    """What every stage that updates weights has."""
+
+    data: dict[str, Source] = field(default_factory=dict)
+    steps: Optional[int] = None
+    """Optimiser steps (grpo: rollout steps); or give `epochs`."""
+    epochs: Optional[float] = None
+    learning_rate: float = MISSING
+    schedule: Schedule = Schedule.linear
+    warmup: float = 0.0
+    """A share of all updates below 1, a number of updates from 1 on."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    tokens_per_pass: int = 8192
+    """Token budget of one forward and backward pass; the gradient does not depend on it."""
+    max_length: int = 1024
+    """Tokens of prompt and completion together."""
+    too_long: TooLong = TooLong.refuse
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 1
 
 
 @dataclass

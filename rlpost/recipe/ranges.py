@@ -16,6 +16,7 @@ from rlpost.recipe.schema import (
     Fold,
     Grouped,
     Grpo,
+    Guided,
     Kl,
     Kto,
     Lora,
@@ -135,6 +136,7 @@ RANGES: dict[type, dict[str, Range]] = {
     Ppo: {"gamma": Range(0, 1, above=True), "lam": Range(0, 1), "entropy": _from(0)},
     OnlineDpo: {"min_gap": _from(0)},
     Pairs: {"prompts": _from(1), "group_size": _from(2), "min_gap": _from(0)},
+    Guided: {"prompts": _from(1), "group_size": _from(1), "candidates": _from(0)},
     StepLabels: {"prompts": _from(1), "group_size": _from(1), "fresh_rollouts": _from(1)},
     Evaluation: {"samples": _from(0), "turns": _from(1), "pass_at": _from(1), "show": _from(0), "batch": _from(1)},
 }

@@ -14,6 +14,7 @@ from rlpost.recipe.parts import (
     Correction,
     CorrectionMode,
     Critic,
+    Direction,
     Evaluation,
     Fold,
     FoldPart,
@@ -33,9 +34,11 @@ from rlpost.recipe.parts import (
     Sampling,
     Schedule,
     Source,
+    Stage,
     Tokenizer,
     TokenizerKind,
     TooLong,
+    Training,
     Trunk,
     ValueTarget,
     Weight,
@@ -53,6 +56,7 @@ __all__ = [
     "Correction",
     "CorrectionMode",
     "Critic",
+    "Direction",
     "Dpo",
     "Evaluation",
     "Fold",
@@ -61,6 +65,7 @@ __all__ = [
     "Goals",
     "Grouped",
     "Grpo",
+    "Guided",
     "Kind",
     "Kl",
     "KlEstimator",
@@ -96,42 +101,6 @@ __all__ = [
     "ValueTarget",
     "Weight",
 ]
-
-
-@dataclass
-class Stage:
-    """What every stage has."""
-
-    kind: Kind = MISSING
-    enabled: bool = True
-    """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
-    start: Optional[str] = None
-    """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
-
-
-@dataclass
-class Training(Stage):
-    """What every stage that updates weights has."""
-
-    data: dict[str, Source] = field(default_factory=dict)
-    steps: Optional[int] = None
-    """Optimiser steps (grpo: rollout steps); or give `epochs`."""
-    epochs: Optional[float] = None
-    learning_rate: float = MISSING
-    schedule: Schedule = Schedule.linear
-    warmup: float = 0.0
-    """A share of all updates below 1, a number of updates from 1 on."""
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    tokens_per_pass: int = 8192
-    """Token budget of one forward and backward pass; the gradient does not depend on it."""
-    max_length: int = 1024
-    """Tokens of prompt and completion together."""
-    too_long: TooLong = TooLong.refuse
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    log_every: int = 1
 
 
 @dataclass
@@ -340,6 +309,26 @@ class Pairs(Stage):
 
 
 @dataclass
+class Guided(Stage):
+    """Rows from samples that a value network led to its goals, for `sft` to imitate; the model passes unchanged."""
+
+    kind: Kind = Kind.guided
+    data: dict[str, Source] = field(default_factory=dict)
+    prompts: Optional[int] = None
+    """How many prompts to sample (all of them by default)."""
+    group_size: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+    network: str = MISSING
+    """A stage of kind value, or a checkpoint of one."""
+    goals: Goals = field(default_factory=Goals)
+    """As in the stage that trained the network."""
+    candidates: int = 32
+    """Likeliest tokens that are weighed at each step; 0: all."""
+    reached_only: bool = True
+    """Keep the samples that end as they should, and no others."""
+
+
+@dataclass
 class StepLabels(Stage):
     """Rows for a process reward model: steps of own samples, labelled by fresh rollouts; the model passes unchanged."""
 
@@ -391,9 +380,20 @@ STAGES: dict[Kind, type[Stage]] = {
     Kind.ppo: Ppo,
     Kind.trpo: Trpo,
     Kind.pairs: Pairs,
+    Kind.guided: Guided,
     Kind.step_labels: StepLabels,
 }
-MAKES_ROWS = (Kind.pairs, Kind.step_labels)
+MAKES_ROWS = (Kind.pairs, Kind.guided, Kind.step_labels)
 """Stages whose result is rows; the model passes unchanged."""
 MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model, Kind.value)
 """Stages whose result scores completions; the model passes unchanged."""
+
+
+def reads_backwards(stage: Any) -> bool:
+    """Whether the stage trains a model of reversed text, which is no policy; the model passes unchanged."""
+    return any(source.direction is Direction.reverse for source in stage.data.values())
+
+
+def leaves_policy(stage: Stage) -> bool:
+    """Whether the next stage starts from this one's result."""
+    return stage.kind not in (*MAKES_ROWS, *MAKES_JUDGES) and not reads_backwards(stage)

@@ -11,8 +11,11 @@ from rlpost.recipe.schema import (
     MAKES_JUDGES,
     MAKES_ROWS,
     CorrectionMode,
+    Direction,
     Dpo,
+    Goals,
     Grouped,
+    Guided,
     Kind,
     KlEstimator,
     KlPlacement,
@@ -30,6 +33,7 @@ from rlpost.recipe.schema import (
     Value,
     ValueTarget,
     Weight,
+    reads_backwards,
 )
 from rlpost.recipe.suggest import hint_or_list
 
@@ -82,6 +86,8 @@ class Earlier:
             )
         if kind in MAKES_JUDGES:
             return f"{where}: {name!r} is of kind {kind.value}, which leaves no policy - name a stage that trains one"
+        if problem is None and name in self.stages and reads_backwards(self.stages[name]):
+            return f"{where}: {name!r} reads backwards, and leaves no policy - name a stage that trains one"
         return problem
 
     def no_judge(self, name: str, where: str, kinds: tuple[Kind, ...]) -> str | None:
@@ -102,6 +108,7 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
     if not stage.data:
         yield f"{where}.data: missing - name at least one source, like {{train: {{path: rows.jsonl}}}}"
     yield from source_problems(stage.data, f"{where}.data", earlier)
+    yield from _directions(stage, where)
     if hasattr(stage, "reference"):
         problem = earlier.no_model(stage.reference, f"{where}.reference", ("start", "base"))
         if problem:
@@ -114,6 +121,11 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
         yield from _dpo(stage, where)
     if isinstance(stage, Value):
         yield from _value(stage, where)
+    if isinstance(stage, Guided):
+        yield from _goals(stage.goals, where)
+        yield from sampling_problems(stage.sampling, f"{where}.sampling")
+        if problem := earlier.no_judge(stage.network, f"{where}.network", (Kind.value,)):
+            yield problem
     if isinstance(stage, Rollouts):
         yield from _rollouts(stage, where)
     if isinstance(stage, Grouped):
@@ -126,6 +138,16 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
         if stage.rewards or not getattr(stage, "recorded", False):
             yield from reward_problems(stage.rewards, where, earlier)
         yield from sampling_problems(stage.sampling, f"{where}.sampling")
+
+
+def _directions(stage: Any, where: str) -> Iterator[str]:
+    """Only likelihoods can be learned backwards, and a model reads one way."""
+    ways = {name: source.direction for name, source in stage.data.items()}
+    turned = [f"{where}.data.{name}.direction" for name, way in ways.items() if way is Direction.reverse]
+    if turned and not isinstance(stage, Sft):
+        yield f"{turned[0]}: reverse is for sft - remove it"
+    elif turned and len(turned) < len(ways):
+        yield f"{turned[0]}: a model reads one way - give all sources of the stage the same direction"
 
 
 def _training(stage: Training, where: str) -> Iterator[str]:
@@ -167,12 +189,17 @@ def _dpo(stage: Dpo, where: str) -> Iterator[str]:
             yield f"{where}.modifiers[{i}]: {name} weighs actions - put it before f_divergence, and only once"
 
 
-def _value(stage: Value, where: str) -> Iterator[str]:
-    goals = stage.goals
+def _goals(goals: Goals, where: str) -> Iterator[str]:
     given = [n for n, x in (("texts", goals.texts), ("path", goals.path), ("column", goals.column)) if x]
-    if len(given) != 1 and stage.hindsight < 1:
+    if len(given) != 1:
         which = " and ".join(given) or "none is given"
         yield f"{where}.goals: give exactly one of texts, path and column ({which})"
+
+
+def _value(stage: Value, where: str) -> Iterator[str]:
+    goals = stage.goals
+    if stage.hindsight < 1:
+        yield from _goals(goals, where)
     needs = {
         "goals.column": bool(goals.column),
         "hindsight": stage.hindsight > 0,
@@ -271,7 +298,9 @@ def source_problems(data: dict[str, Source], where: str, earlier: Earlier | None
             )
         if source.stage and earlier is None:
             yield f"{path}.stage: only stages read other stages' rows - give path or task"
-        elif source.stage and earlier:
+        if source.direction is Direction.reverse and earlier is None:
+            yield f"{path}.direction: reverse is for sft - remove it"
+        if source.stage and earlier:
             problem = earlier.problem(source.stage, f"{path}.stage")
             if problem:
                 yield problem

@@ -69,22 +69,26 @@ class ValueNetwork:
     def __init__(self, scalar: ScalarModel, settings: ValueSettings, goal: Sequence[int]) -> None:
         """Ask `scalar` about `goal`, which it is told if it was trained to be."""
         self._scalar = scalar
-        self._settings = settings
+        self.settings = settings
         self._goal = tuple(goal)
         self._codec = make_codec(scalar.trunk.tokenizer)
+
+    def about(self, goal: Sequence[int]) -> ValueNetwork:
+        """The same network, asked about another goal."""
+        return ValueNetwork(self._scalar, self.settings, goal)
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
         """[B, K] log of the value, in float64: what a `Guide` asks for."""
         groups = [
             Group(
-                conditioned(self._settings.condition, self._goal, row.prompt, self._codec) + row.ids,
+                conditioned(self.settings.condition, self._goal, row.prompt, self._codec) + row.ids,
                 tuple(Completion((token,), (True,)) for token in candidates),
             )
             for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
         ]
         logit_BK = self._scalar.score(groups).after_N.view(candidate_BK.shape).double()
         # A contrastive logit is the log of a value up to a constant, which guiding does not see.
-        return logit_BK if self._settings.target == ValueTarget.contrastive else F.logsigmoid(logit_BK)
+        return logit_BK if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit_BK)
 
 
 def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool) -> ValueNetwork:

@@ -101,7 +101,13 @@ def last_stage(run: Path) -> str | None:
     from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS
 
     others = (*MAKES_ROWS, *MAKES_JUDGES)
-    trained = [n for n, stage in stages.items() if stage.get("enabled", True) and stage.get("kind") not in others]
+    trained = [
+        name
+        for name, stage in stages.items()
+        if stage.get("enabled", True)
+        and stage.get("kind") not in others
+        and all(source.get("direction") != "reverse" for source in stage["data"].values())
+    ]
     return trained[-1] if trained else None
 
 

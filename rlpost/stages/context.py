@@ -172,10 +172,11 @@ class Context:
         *,
         adapter: str | None = POLICY,
         beside: Callable[[Path], None] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the stage's result, with LoRA the given adapter of it; returns its folder.
 
-        `beside` writes more into it: a head, say.
+        `beside` writes more into it: a head, say; `about` is what else checkpoint.json is to say.
         """
 
         def write(folder: Path) -> None:
@@ -183,7 +184,7 @@ class Context:
             if beside is not None:
                 beside(folder)
 
-        return self.out.finish(write, self._about(kind, steps, policy.has_adapter))
+        return self.out.finish(write, {**self._about(kind, steps, policy.has_adapter), **(about or {})})
 
     def finish_rows(self, write: Callable[[Path], None], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""

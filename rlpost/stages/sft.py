@@ -21,7 +21,7 @@ from rlpost.policy.batch import Batch
 from rlpost.policy.load import load_policy
 from rlpost.policy.logprobs import Reader
 from rlpost.policy.policy import Policy, Scores
-from rlpost.recipe.schema import Sft
+from rlpost.recipe.schema import Direction, Sft, reads_backwards
 from rlpost.stages.context import Context, steps_of
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
@@ -45,7 +45,8 @@ def sft(context: Context, cfg: Sft) -> Path:
         metrics = learner.update(loss, experience, **how)
         tokens = learner.totals(experience).actions
         loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
-    return context.finish(policy, cfg.kind, steps)
+    about = {"direction": str(Direction.reverse)} if reads_backwards(cfg) else None
+    return context.finish(policy, cfg.kind, steps, about=about)
 
 
 def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:

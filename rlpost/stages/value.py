@@ -19,18 +19,18 @@ from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
-from rlpost.errors import DataError
 from rlpost.experience import Experience
-from rlpost.goals import Goal, GoalSet, ends_in
+from rlpost.goals import GoalSet, ends_in
 from rlpost.groups import Completion, Group
 from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value
 from rlpost.policy.scalar import Values, critic_beside
-from rlpost.recipe.schema import Goals, Value, ValueTarget
+from rlpost.recipe.schema import Value, ValueTarget
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import collect
 from rlpost.rollout.value_network import ValueSettings, conditioned
 from rlpost.stages.context import Context, steps_of
+from rlpost.stages.endings import Endings
 from rlpost.stages.rollouts import mean_of
 
 
@@ -40,7 +40,7 @@ def value(context: Context, cfg: Value) -> Path:
     model = critic_beside(policy, context.start, None, context.model, trains_trunk=True)
     codec = make_codec(policy.tokenizer)
     endings = Endings(cfg.goals, codec, context)
-    room = cfg.max_length - cfg.sampling.max_new_tokens - endings.longest(cfg)
+    room = cfg.max_length - cfg.sampling.max_new_tokens - endings.longest(cfg.condition, cfg.hindsight_tokens)
     data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
     engine = BuiltinEngine(policy)
     loss = value_loss(cfg)
@@ -75,48 +75,6 @@ class Lesson:
     """False for a completion that the goal was taken from."""
 
 
-class Endings:
-    """The goals of a recipe."""
-
-    def __init__(self, goals: Goals, codec: Codec, context: Context) -> None:
-        """Read them.
-
-        Raises:
-            DataError: the file cannot be read, or has no endings.
-        """
-        self._codec = codec
-        self.column = goals.column
-        """The rows' column that holds each prompt's own goal, if it is there."""
-        where = f"stages.{context.name}.goals"
-        texts = list(goals.texts) if goals.path is None else _lines(context.folder / goals.path, where)
-        self.members = [codec.ids(text, where) for text in texts]
-        self.all = GoalSet(self.members, where) if self.members else None
-        """Every ending of the recipe; None where each prompt has its own."""
-
-    def of(self, group: Group, cfg: Value, draw: random.Random) -> tuple[Goal, tuple[int, ...]]:
-        """A goal for the group, and the tokens that name it: one of the recipe's, or all if the network reads none.
-
-        Raises:
-            DataError: the row has no goal of its own.
-        """
-        if self.column is not None:
-            text = group.example.get(self.column)
-            if not isinstance(text, str) or not text:
-                raise DataError(f"goals.column: a row has no text in {self.column!r}; give each row its goal")
-            ids = self._codec.ids(text, self.column)
-            return GoalSet([ids]), ids
-        assert self.all is not None, "validated: goals, or hindsight for every prompt"
-        if cfg.condition is None:
-            return self.all, ()
-        ids = draw.choice(self.members)
-        return GoalSet([ids]), ids
-
-    def longest(self, cfg: Value) -> int:
-        """Tokens that naming a goal takes, at most; for goals in a column, as many as `hindsight_tokens` says."""
-        goal = [0] * max([cfg.hindsight_tokens, *map(len, self.members)])
-        return len(conditioned(cfg.condition, goal, (), self._codec))
-
-
 def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: random.Random) -> Lesson:
     """A group with a goal: the recipe's, or an ending that one of its completions reached."""
     own = draw.random() < cfg.hindsight or cfg.target is ValueTarget.contrastive
@@ -125,7 +83,7 @@ def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: rando
         # Every completion was cut off, and the recipe has no other goal: nothing to learn from these.
         return Lesson(group, (0.0,) * len(group.completions), (False,) * len(group.completions))
     if taken is None:
-        goal, named = endings.of(group, cfg, draw)
+        goal, named = endings.of(group, cfg.condition, draw)
         at = None
     else:
         at, named = taken
@@ -192,9 +150,3 @@ def _taken(
         return None
     at = draw.choice(able)
     return at, endings[at]
-
-
-def _lines(file: Path, where: str) -> list[str]:
-    if not file.is_file():
-        raise DataError(f"{where}.path: {file} does not exist; give a text file with one ending a line")
-    return [line for line in file.read_text("utf-8").splitlines() if line]

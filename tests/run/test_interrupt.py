@@ -11,6 +11,15 @@ import pytest
 from rlpost.run.interrupt import Interrupts
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Whoever runs the tests may ignore signals (nohup, a shell's background), and children inherit that."""
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_noted_and_the_handlers_come_back(number, capfd):
     before = signal.signal(number, lambda *_: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import pytest
@@ -18,7 +19,8 @@ from rlpost.policy.scalar import HEAD_FILE, load_scalar
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Goals, Model, Sampling, Value, ValueTarget
 from rlpost.rollout.value_network import conditioned
-from rlpost.stages.value import Endings, lesson
+from rlpost.stages.endings import Endings
+from rlpost.stages.value import lesson
 
 VALUE = {
     "kind": "value",
@@ -214,3 +216,28 @@ def test_a_column_holds_each_prompts_goal(codec):
     group = Group((9,), (done, Completion((stop,), (True,), finish="stop")), {"answer": "1"})
     found = lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
     assert (found.label, found.counts) == ((1.0, 0.0), (True, True))
+
+
+def test_a_policy_that_imitates_guided_samples_needs_no_guide(tmp_path):
+    stages = {
+        "sft": SFT,
+        "value": VALUE,
+        "led": {
+            "kind": "guided",
+            "data": SFT["data"],
+            "network": "value",
+            "goals": VALUE["goals"],
+            "sampling": VALUE["sampling"],
+            "candidates": 0,
+        },
+        "imitate": {**SFT, "data": {"own": {"stage": "led"}}, "steps": 40},
+    }
+    run(tmp_path, stages)
+    rows = (tmp_path / "runs/run/led/final/rows.jsonl").read_text().splitlines()
+    assert len(rows) > 100
+    assert all(json.loads(row)["completion"].endswith(("1", "22")) for row in rows)
+    here, how = str(tmp_path / "runs/run"), Sampling(max_new_tokens=3)
+    before, after = (commands.sample(f"{here}/{s}", "33+4=", sampling=how, n=200) for s in ("sft", "imitate"))
+    share = [sum(t.endswith(("1", "22")) for t in texts) / 200 for texts in (before, after)]
+    assert share[0] < 0.45
+    assert share[1] > 0.6

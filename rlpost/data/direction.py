@@ -1,0 +1,28 @@
+"""Text read backwards, for a model that searches from the end: p(x) = Π p(x_t | x_>t)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rlpost.data.codec import Codec
+from rlpost.groups import Completion, Group
+
+
+def backwards(group: Group, codec: Codec) -> Group:
+    """A prompt and its completion as one reversed text, all of which is learned: begin and end change places.
+
+    The begin token stays what a text begins with and the end token what it ends with, so that the model is sampled,
+    saved and scored as any other. Without a begin token the text's own last token is the prompt.
+    Example: begin, "1+2=", "3", end becomes begin, "3=2+1", end.
+    """
+    (completion,) = group.completions
+    before, after = group.prompt, completion.ids
+    begin = codec.tokenizer.bos_token_id
+    if begin is not None and before[0] == begin:
+        before = before[1:]
+    if after[-1] == codec.end:
+        after = after[:-1]
+    ids = (*reversed((*before, *after)), codec.end)
+    prompt, ids = (ids[:1], ids[1:]) if begin is None else ((begin,), ids)
+    text = codec.tokenizer.decode(list(ids), skip_special_tokens=True)
+    return replace(group, prompt=prompt, completions=(Completion(ids, (True,) * len(ids), text),))
