@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -215,6 +216,32 @@ def verify(
     print(json.dumps(report.to_json()) if as_json else report.text())
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    network: Annotated[
+        str, typer.Argument(metavar="NETWORK", help="A value network: its run's stage, or a checkpoint.")
+    ],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Whose completions are enumerated.")],
+    goal: Annotated[list[str], typer.Option("--goal", help="Ending that it is asked about; may be repeated.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="As it was trained with.")],
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Whose completions; by default the model it was trained beside.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Compare a value network with the truth, on all likely completions of prompts."""
+    from rlpost.oracle import calibration
+    from rlpost.run.lookup import find_checkpoint, parent_of
+
+    folder = find_checkpoint(network) or Path(network)
+    model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
+    found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens))
+    if as_json:
+        print("\n".join(json.dumps(asdict(asked)) for asked in found))
+    else:
+        calibration.print_table(found)
 
 
 class Picture(StrEnum):

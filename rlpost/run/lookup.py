@@ -1,5 +1,6 @@
 """Finding runs and checkpoints by what a user types."""
 
+import json
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -79,6 +80,21 @@ def find_checkpoint(path: str | Path) -> Path | None:
     raise ModelError(f"{folder}: no checkpoint here; {remedy}")
 
 
+def parent_of(checkpoint: Path) -> Path:
+    """The model that the stage which wrote a checkpoint started from.
+
+    Raises:
+        ModelError: the checkpoint does not say, or that model is gone.
+    """
+    about = checkpoint / names.ABOUT
+    parent = json.loads(about.read_text("utf-8")).get("parent") if about.is_file() else None
+    if parent is None:
+        raise ModelError(f"{checkpoint}: it does not say which model it was trained beside; name it with --policy")
+    if not Path(parent).is_dir():
+        raise ModelError(f"{checkpoint}: trained beside {parent}, which is gone; name that model with --policy")
+    return Path(parent)
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """The resolved recipe of a run as plain data; raises DiskError when it cannot be read."""
     path = run / names.CONFIG
@@ -106,7 +122,7 @@ def last_stage(run: Path) -> str | None:
         for name, stage in stages.items()
         if stage.get("enabled", True)
         and stage.get("kind") not in others
-        and all(source.get("direction") != "reverse" for source in stage["data"].values())
+        and all(source.get("direction") != "reverse" for source in stage.get("data", {}).values())
     ]
     return trained[-1] if trained else None
 
