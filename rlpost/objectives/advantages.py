@@ -12,6 +12,7 @@ An estimator is told what it needs by its parameters' names: `reward_PG`; `lengt
 from __future__ import annotations
 
 from math import comb
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def group_mean(reward_PG: Tensor) -> Tensor:
     return _keep_signal(reward_PG, _centred(reward_PG))
 
 
-def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4, std_over: str = "group") -> Tensor:
+def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4, std_over: Literal["group", "batch"] = "group") -> Tensor:
     """[P, G] (r − mean)/(std + eps), std with Bessel's correction (GRPO, arXiv:2402.03300, §4.1.2).
 
     The standard deviation is the group's own, or with `std_over="batch"` that of all rewards of the step.

@@ -7,6 +7,8 @@ so that credit passes over the turns of a tool or an environment.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -125,7 +127,9 @@ def least(reward_K: Tensor, steps: Steps) -> Tensor:
     return on_last(torch.where(keep_K, reward_K, 0.0), steps)
 
 
-def process(step_reward_K: Tensor, steps: Steps, *, how: str = "even", gamma: float = 1.0) -> Tensor:
+def process(
+    step_reward_K: Tensor, steps: Steps, *, how: Literal["even", "last", "least"] = "even", gamma: float = 1.0
+) -> Tensor:
     """[N] return-to-go of rewards by step: `even` shares on a step's actions, on its `last` one, or the `least` form.
 
     With γ = 1 the total return of a completion is the sum of its steps' rewards for `even` and `last` alike.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,12 @@ from rlpost.objectives.preference import Pairs, beyond_shorter
 from rlpost.objectives.rows import Rows, widen
 
 
-def f_divergence(pairs: Pairs, *, kind: str = "reverse_kl", alpha: float = 0.5) -> Pairs:
+def f_divergence(
+    pairs: Pairs,
+    *,
+    kind: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl",
+    alpha: float = 0.5,
+) -> Pairs:
     """Pairs with f′(e^Δ) in the place of Δ: another divergence than reverse KL (Wang et al. 2023, arXiv:2309.16240).
 
     `reverse_kl`: Δ; `forward_kl`: 1 − e^{−Δ}; `jensen_shannon`: log(2e^Δ/(1 + e^Δ)); `alpha`: (1 − e^{−αΔ})/α, which is

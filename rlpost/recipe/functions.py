@@ -6,6 +6,7 @@ functions of data are told what they take by their parameters' names instead.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -28,6 +29,7 @@ from rlpost.recipe.schema import Function, Recipe, Reward, Source
 from rlpost.recipe.suggest import hint_or_list
 
 _TASKS = "rlpost.data.tasks"
+_LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
 _FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
 
 
@@ -72,7 +74,10 @@ FIELDS = {
     ),
     "process_reward_model.loss": Field("rlpost.objectives.ranking", ("logit_K", "label_K")),
     "sft.loss": Field(
-        "rlpost.objectives.supervised", ("logp_N", "logp_NV", "teacher_NV", "target_N"), by_name=True, some=True
+        "rlpost.objectives.supervised",
+        ("logp_N", "logp_NV", "teacher_NV", "target_N", "label_N"),
+        by_name=True,
+        some=True,
     ),
     "environment": Field(_TASKS, ("text", "turns", "example"), by_name=True, some=True),
     "task": Field(_TASKS, (), by_name=True),
@@ -341,7 +346,10 @@ def _check_named(own: list[str], name: str, field: str, where: str) -> None:
 def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:
     """Refuse a value that a plain annotation rules out: a step too late it would be a traceback."""
     annotation = parameter.annotation
-    name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    options = _LITERAL.fullmatch(name)
+    if options and value not in (given := ast.literal_eval(f"({options[1]},)")):
+        raise RecipeError(f"{where}: no choice {value!r}{hint_or_list(str(value), list(map(str, given)), 'there are')}")
     accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(name)
     wrong_bool = isinstance(value, bool) and name in ("int", "float")
     if accepted is not None and (wrong_bool or not isinstance(value, accepted)):  # type: ignore[arg-type]

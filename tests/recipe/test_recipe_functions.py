@@ -189,3 +189,17 @@ def test_every_function_of_a_recipe_is_bound_before_anything_runs(
 def test_a_file_that_is_not_there_is_found_out_on_resolving(adding: str) -> None:
     with pytest.raises(RecipeError, match=r"stages\.grpo\.rewards\[0\]\.fn: no file 'none\.py'"):
         resolve(adding, [DATA, "stages.grpo.rewards=[{fn: 'none.py:f'}]"])
+
+
+@pytest.mark.parametrize("header", ["from __future__ import annotations\n", ""], ids=["as text", "as it is"])
+def test_an_argument_that_is_one_of_few_words_is_checked_before_anything_runs(tmp_path, header):
+    """One that is misspelt would else be refused only when the first step is done."""
+    (tmp_path / "mine.py").write_text(
+        f"{header}from typing import Literal\n\n\n"
+        "def share(reward_PG, *, how: Literal['even', 'last'] = 'even'):\n    return reward_PG\n"
+    )
+    fn = "mine.py:share"
+    assert bind(Function(fn, {"how": "last"}), "advantage", "stages.grpo.advantage", tmp_path).name == "share"
+    wrong = r"stages\.grpo\.advantage\.args\.how: no choice 'lsat' - did you mean 'last'\?"
+    with pytest.raises(RecipeError, match=wrong):
+        bind(Function(fn, {"how": "lsat"}), "advantage", "stages.grpo.advantage", tmp_path)
