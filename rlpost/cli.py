@@ -51,7 +51,9 @@ _BestOf = Annotated[
     int | None,
     typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
 ]
-_Judge = Annotated[str | None, typer.Option("--judge", help="A reward model: its run's stage, or a checkpoint.")]
+_Judge = Annotated[
+    str | None, typer.Option("--judge", help="A reward model or a reverse model: its run's stage, or a checkpoint.")
+]
 
 
 @app.command()
@@ -124,7 +126,7 @@ def sample(
     candidates: _Candidates = 32,
     as_json: _Json = False,
 ) -> None:
-    """Complete a prompt."""
+    """Complete a prompt; a reverse model says what comes before it."""
     if (guide is None) != (not goal and not avoid) or (goal and avoid):
         raise typer.BadParameter("goes with either --goal or --avoid", param_hint="--guide")
     if best_of is not None and (recipe is None) == (judge is None):
@@ -158,6 +160,38 @@ def sample(
     )
     for completion in texts:
         print(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
+
+
+@app.command()
+def infill(
+    forward: Annotated[str, typer.Argument(metavar="FORWARD", help="A run, a stage or checkpoint in it, or a model.")],
+    reverse: Annotated[str, typer.Argument(metavar="REVERSE", help="A stage with direction: reverse, or its result.")],
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="How the text begins.")],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="How it ends.")],
+    n: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Samples of each model.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Of the longest middle.")] = 32,
+    temperature: Annotated[float, typer.Option("--temperature")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    top: Annotated[int, typer.Option("--top", min=1, help="Print so many, best first.")] = 5,
+    begin: Annotated[
+        bool, typer.Option(help="FORWARD was trained on texts that begin with the begin token, as `text` rows do.")
+    ] = True,
+    as_json: _Json = False,
+) -> None:
+    """Fill in what stands between two texts, searching from both ends."""
+    from rlpost import commands, console
+    from rlpost.recipe.ranges import out_of_range
+    from rlpost.recipe.schema import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature)
+    for problem in out_of_range(sampling, "--"):
+        raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
+    found, sampled = commands.infill(forward, reverse, before, after, n=n, sampling=sampling, seed=seed, begin=begin)
+    rows = [(text, f"{m.forward:.3f}", f"{m.reverse:.3f}", f"{m.score:.3f}") for text, m in found[:top]]
+    title = f"{len(found)} middles ranked, {sampled} tokens sampled"
+    console.table(title, ["middle", "log p forward", "log p reverse", "sum"], rows)
+    for text, m in found[:top]:
+        print(json.dumps({"middle": text, "forward": m.forward, "reverse": m.reverse}) if as_json else text)
 
 
 @app.command()
@@ -260,14 +294,14 @@ def plot(
 ) -> None:
     """Draw what a run knows of its mazes beside the exact solution; prints the picture's path."""
     from rlpost import console
-    from rlpost.plots import maze
+    from rlpost.plots import escape, maze
 
     found = maze.solved(Path(run), stage)
     for s in found[:mazes]:
         console.say("\n".join(["", *maze.in_text(s)]))
     file = Path(out) if out else Path(run) / "maze.png"
     maze.draw(found[:mazes], file)
-    console.say("\n".join(["", *maze.report(found)]))
+    console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
     print(file)
 
 

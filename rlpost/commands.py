@@ -1,4 +1,4 @@
-"""What the commands `eval`, `sample`, `pairs` and `show --rows` do."""
+"""What the commands `eval`, `sample`, `infill`, `pairs` and `show --rows` do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.direction import before_what, in_reading_order
+from rlpost.data.encoders import begin_token, plain_prompt
 from rlpost.data.formats import Format, Need, encode
 from rlpost.errors import ModelError, RecipeError
 from rlpost.evaluate.evaluator import Result
@@ -20,17 +22,28 @@ from rlpost.evaluate.table import print_stages
 from rlpost.goals import GoalSet
 from rlpost.groups import Group
 from rlpost.pipeline import need_of, scratch_tokenizer
-from rlpost.policy.load import decide_bfloat16, load_policy, load_tokenizer, with_chat_template
+from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy, load_tokenizer, with_chat_template
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
-from rlpost.recipe.schema import MAKES_JUDGES, Grpo, Model, Pairs, Reward, Sampling, Source, TooLong
+from rlpost.recipe.schema import (
+    MAKES_JUDGES,
+    Grpo,
+    Model,
+    Pairs,
+    Reward,
+    Sampling,
+    Source,
+    TooLong,
+    reads_backwards,
+)
 from rlpost.rewards.score import Scorer
+from rlpost.rollout import middle
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.collect import best_of as best_of_each
 from rlpost.rollout.collect import collect
 from rlpost.rollout.guide import Guide, Mode
-from rlpost.rollout.judge import Judge, load_judge
+from rlpost.rollout.judge import AnyJudge, load_judge, same_tokens
 from rlpost.rollout.value_network import load_value, read_settings
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.run.lookup import find_checkpoint, newest_finished_run
@@ -85,16 +98,19 @@ def sample(
 ) -> list[str]:
     """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
 
-    A model with a chat template is asked in its own format. With `lead`, tokens are weighed by where they lead.
+    A model with a chat template is asked in its own format. With `lead`, tokens are weighed by where they lead. A model
+    of reversed text is given the end of a text, and says what comes before it.
     """
-    policy = _frozen(str(find_checkpoint(checkpoint) or checkpoint), Model())
+    folder = str(find_checkpoint(checkpoint) or checkpoint)
+    if is_backwards(folder):
+        if best_of or lead or sampling.stop:
+            raise ModelError(f"{checkpoint}: it reads backwards; leave out --best-of, --guide and --stop")
+        return _before(folder, prompt, sampling, n, greedy, seed)
+    policy = _frozen(folder, Model())
     codec = make_codec(policy.tokenizer)
     asked: Any = [{"role": "user", "content": prompt}] if codec.template else prompt
     group = encode({"prompt": asked}, Format.prompt, codec, "the prompt")
-    room = policy.longest - len(group.prompt)
-    if room < sampling.max_new_tokens:
-        # The default is for models with room; a short one answers as far as it can.
-        sampling = replace(sampling, max_new_tokens=max(room, 1))
+    sampling = _within(sampling, policy.longest - len(group.prompt))
     engine = BuiltinEngine(policy, guide=_guide(lead, policy, codec) if lead else None)
     groups = collect(engine, [group], best_of or n, sampling, seed=seed, greedy=greedy)
     if best_of is not None and judge is not None:
@@ -103,6 +119,61 @@ def sample(
         assert recipe is not None
         groups = best_of_each(groups, _scorer_of(resolve(recipe), policy).score(groups).total)
     return [c.text for c in groups[0].completions]
+
+
+def _before(folder: str, text: str, sampling: Sampling, n: int, greedy: bool, seed: int) -> list[str]:
+    """What a model of reversed text puts before a text, in reading order."""
+    policy = _frozen(folder, Model(), backwards=True)
+    codec = make_codec(policy.tokenizer)
+    group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
+    sampling = _within(sampling, policy.longest - len(group.prompt))
+    (found,) = collect(BuiltinEngine(policy), [group], n, sampling, seed=seed, greedy=greedy)
+    return [policy.tokenizer.decode(list(in_reading_order(c.ids, codec.end))) for c in found.completions]
+
+
+def _within(sampling: Sampling, room: int) -> Sampling:
+    """The default is for models with room; a short one answers as far as it can."""
+    return replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1))
+
+
+def infill(
+    forward: str,
+    reverse: str,
+    before: str,
+    after: str,
+    *,
+    n: int,
+    sampling: Sampling,
+    seed: int = 0,
+    begin: bool = True,
+) -> tuple[list[tuple[str, middle.Middle]], int]:
+    """What may stand between two texts, best first, and the tokens sampled to find it.
+
+    Args:
+        forward: a run, a stage, a checkpoint or a model.
+        reverse: the same, of reversed text.
+        before: how the text begins.
+        after: how it ends.
+        n: samples of each model.
+        sampling: how they are drawn.
+        seed: of the samples.
+        begin: the forward model's texts begin with the begin token, if there is one.
+
+    Raises:
+        ModelError: one reads the wrong way, or their tokenizers differ.
+    """
+    ahead = _frozen(str(find_checkpoint(forward) or forward), Model())
+    back = _frozen(str(find_checkpoint(reverse) or reverse), Model(), backwards=True)
+    if not same_tokens(ahead.tokenizer, back.tokenizer):
+        raise ModelError(f"{forward} and {reverse} have different tokenizers; train both from one model")
+    codec = make_codec(ahead.tokenizer)
+    asked, end = plain_prompt(before, codec, "BEFORE"), codec.ids(after, "AFTER")
+    first = begin_token(codec)
+    if begin and asked[:1] != first:
+        asked = (*first, *asked)
+    sampling = _within(sampling, min(ahead.longest, back.longest) - len(asked) - len(end) - 2)
+    found = middle.infill(ahead, back, asked, end, n=n, sampling=sampling, seed=seed)
+    return [(codec.tokenizer.decode(list(m.ids)), m) for m in found.middles], found.sampled
 
 
 @dataclass(frozen=True)
@@ -186,7 +257,9 @@ def show_rows(resolved: Resolved, n: int) -> Iterator[str]:
             continue
         tokenizer = tokenizer or _tokenizer(resolved)
         yield f"stages.{name}"
-        yield from _rows_of_stage(tokenizer, sources, need_of(stage), f"stages.{name}.data", resolved, n)
+        yield from _rows_of_stage(
+            tokenizer, sources, need_of(stage, name, resolved.folder), f"stages.{name}.data", resolved, n
+        )
 
 
 def _rows_of_stage(
@@ -261,9 +334,10 @@ def _title(model: str) -> str:
 
 
 def _judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
-    """The reward models that the recipe's run has finished; of the run that `path` lies in, if it is given."""
+    """The models for rewards that the recipe's run has finished; of the run that `path` lies in, if it is given."""
     run = Path(resolved.config.runs) / resolved.config.run if path is None else _recipe_of(path).parent
-    found = {n: StageDirectory(run / n).done for n, s in resolved.config.stages.items() if s.kind in MAKES_JUDGES}
+    stages = resolved.config.stages.items()
+    found = {n: StageDirectory(run / n).done for n, s in stages if s.kind in MAKES_JUDGES or reads_backwards(s)}
     return {name: folder for name, folder in found.items() if folder is not None}
 
 
@@ -283,13 +357,14 @@ def _scorer_of(resolved: Resolved, policy: Policy) -> Scorer:
     return make_scorer(rewards, where, resolved.folder, judges(resolved, policy, _judges_of(resolved, None)))
 
 
-def _judge(path: str, policy: Policy) -> Judge:
+def _judge(path: str, policy: Policy) -> AnyJudge:
     return load_judge(find_checkpoint(path) or Path(path), Model(), policy)
 
 
-def _frozen(path: str, model: Model) -> Policy:
+def _frozen(path: str, model: Model, backwards: bool = False) -> Policy:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_policy(path, model, bfloat16=decide_bfloat16(model.precision, device), device=device, trainable=False)
+    half = decide_bfloat16(model.precision, device)
+    return load_policy(path, model, bfloat16=half, device=device, trainable=False, backwards=backwards)
 
 
 def _no_stage(name: str) -> Path:

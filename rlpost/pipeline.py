@@ -22,7 +22,7 @@ from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import MAKES_ROWS, Evaluation, Kind, Source, Stage, TokenizerKind, leaves_policy
+from rlpost.recipe.schema import MAKES_ROWS, Evaluation, Kind, Sft, Source, Stage, TokenizerKind, leaves_policy
 from rlpost.run.files import place
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
@@ -32,6 +32,7 @@ from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
+from rlpost.stages.guesses import guesses
 from rlpost.stages.guided import guided
 from rlpost.stages.kto import kto
 from rlpost.stages.online_dpo import online_dpo
@@ -39,6 +40,7 @@ from rlpost.stages.pairs import pairs
 from rlpost.stages.ppo import ppo
 from rlpost.stages.process_reward_model import process_reward_model
 from rlpost.stages.reward_model import reward_model
+from rlpost.stages.sft import need_of as sft_need
 from rlpost.stages.sft import sft
 from rlpost.stages.step_labels import step_labels
 from rlpost.stages.trpo import trpo
@@ -57,6 +59,7 @@ STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.trpo: trpo,
     Kind.pairs: pairs,
     Kind.guided: guided,
+    Kind.guesses: guesses,
     Kind.step_labels: step_labels,
 }
 
@@ -144,7 +147,7 @@ def preflight(resolved: Resolved) -> list[str]:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
     for name, stage in resolved.config.stages.items():
         if stage.enabled:
-            _look_at(stage.data, f"stages.{name}.data", need_of(stage), resolved.folder)
+            _look_at(stage.data, f"stages.{name}.data", need_of(stage, name, resolved.folder), resolved.folder)
     if resolved.config.evaluation is not None:
         _look_at(resolved.config.evaluation.data, "evaluation.data", Need.prompts, resolved.folder)
     return lines
@@ -200,12 +203,13 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
     return make_tokenizer(spec, corpus)
 
 
-def need_of(stage: Stage) -> Need:
-    """What a stage does with its rows."""
+def need_of(stage: Stage, name: str, folder: Path) -> Need:
+    """What the stage of that name does with its rows; `folder` is the recipe's."""
     if getattr(stage, "recorded", False):
         return Need.recorded
+    if isinstance(stage, Sft):
+        return sft_need(bind(stage.loss, "sft.loss", f"stages.{name}.loss", folder))
     needs = {
-        Kind.sft: Need.completions,
         Kind.dpo: Need.pairs,
         Kind.kto: Need.labelled,
         Kind.reward_model: Need.pairs,

@@ -23,7 +23,7 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import Evaluation, TooLong
-from rlpost.rollout.judge import Judge, load_judge
+from rlpost.rollout.judge import AnyJudge, load_judge
 from rlpost.run.files import disk_errors, encode_line, read_json, write_atomic, write_json
 from rlpost.run.lookup import find_checkpoint
 from rlpost.stages.context import make_scorer
@@ -139,10 +139,10 @@ def evaluate_recipe(
     return prompt_texts(policy, groups), result
 
 
-def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Callable[[str, str], Judge]:
+def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Callable[[str, str], AnyJudge]:
     """How a reward model is found by name, a stage's among `known` or a checkpoint's, to judge what `policy` writes."""
 
-    def judge(name: str, adapter: str) -> Judge:
+    def judge(name: str, adapter: str) -> AnyJudge:
         if name in resolved.config.stages and name not in known:
             raise ModelError(f"{name!r} is a stage that has not run yet; name a checkpoint of a reward model")
         folder = known.get(name) or find_checkpoint(name) or Path(name)

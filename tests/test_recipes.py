@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlpost.data.tasks import maze
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.pipeline import train
+from rlpost.plots.escape import escapes
 from rlpost.plots.maze import draw, in_text, report, solved
 from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve
@@ -176,11 +177,14 @@ def test_calculator(tmp_path):
     )
 
 
+TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
+
+
 def test_maze(tmp_path):
     final = run(
         tmp_path,
         "maze",
-        *TINY,
+        *TINY_GPT2,
         "vars.mazes=1",
         *stage("sft", *TWO, "batch_size=8"),
         *stage("value", *TWO, "prompts=4"),
@@ -194,11 +198,26 @@ def test_maze(tmp_path):
     trained, held_out = report(found)
     assert trained.startswith(f"starts trained on: {len(maze.train(mazes=1))}, mean |V − exact| 0.")
     assert held_out.startswith(f"starts held out: {len(maze.held_out(mazes=1))}, ")
+    names = ["random walker", "led by its value network", "policy"]
+    assert [line.split(",")[0] for line in escapes(final.parents[1])] == names
+    # What the value network guesses of the cells goes into the prompts of another policy.
+    rows = final.parents[1] / "guesses/final/rows.jsonl"
+    small = [*TINY_GPT2, f"vars.rows={rows}", *stage("sft", *TWO, "batch_size=8"), *stage("ppo", *TWO, "prompts=4")]
+    run(tmp_path, "maze_guesses", *small, "stages.ppo.critic.warmup_steps=0")
+    (prompt, *_) = [json.loads(x) for x in rows.read_text("utf-8").splitlines()]
+    (read,) = maze.read_guesses(prompt, part="train")
+    assert read["prompt"].translate(str.maketrans("0123456789", "." * 10)) == prompt["prompt"]
 
 
 def test_maze_grpo(tmp_path):
-    small = [*TINY, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts=4")]
+    small = [*TINY_GPT2, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts=4")]
     assert run(tmp_path, "maze_grpo", *small) == tmp_path / "maze_grpo/grpo/final"
+
+
+def test_maze_shaped(tmp_path):
+    small = [*TINY_GPT2, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("value", *TWO, "prompts=4")]
+    final = run(tmp_path, "maze_shaped", *small, *stage("grpo", *TWO, "prompts=4"))
+    assert final == tmp_path / "maze_shaped/grpo/final"
 
 
 def test_gsm8k_tiny(tmp_path, gsm8k):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rlpost.data.codec import Codec
+from rlpost.errors import DataError
 from rlpost.groups import Completion, Group
 
 
@@ -26,3 +29,20 @@ def backwards(group: Group, codec: Codec) -> Group:
     prompt, ids = (ids[:1], ids[1:]) if begin is None else ((begin,), ids)
     text = codec.tokenizer.decode(list(ids), skip_special_tokens=True)
     return replace(group, prompt=prompt, completions=(Completion(ids, (True,) * len(ids), text),))
+
+
+def before_what(after: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """The prompt that asks a model of reversed text what comes before `after`: the begin token, and `after` backwards.
+
+    Raises:
+        DataError: `after` is empty, and the tokenizer has no begin token.
+    """
+    begin = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+    if not begin and not after:
+        raise DataError("nothing to read backwards from: the tokenizer has no begin token, so give some text")
+    return (*begin, *reversed(after))
+
+
+def in_reading_order(sampled: Sequence[int], end: int) -> tuple[int, ...]:
+    """What a model of reversed text said, turned around, without the end token."""
+    return tuple(reversed([token for token in sampled if token != end]))

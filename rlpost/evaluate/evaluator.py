@@ -20,7 +20,7 @@ from rlpost.recipe.schema import Evaluation
 from rlpost.rewards.score import Nested, Scorer, Scores
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.environment import Collect, collector
-from rlpost.rollout.judge import Judge
+from rlpost.rollout.judge import AnyJudge
 
 ALL = "all"
 
@@ -98,7 +98,7 @@ def evaluate(
     scorer: Scorer,
     cfg: Evaluation,
     seed: int,
-    judge: Judge | None = None,
+    judge: AnyJudge | None = None,
     environment: Bound | None = None,
 ) -> Result:
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.

@@ -49,6 +49,29 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     return Estimate(p, low, high)
 
 
+def upper_bound(successes: int, trials: int, level: float = 0.95) -> float:
+    """The largest probability that so few successes do not rule out: exact (Clopper & Pearson 1934, Biometrika 26).
+
+    The p with P(X <= successes) = 1 − level for X ~ Binomial(trials, p). One-sided: of all experiments, at most a
+    share of 1 − level finds a bound below the truth. After 0 of n it is 1 − (1 − level)^(1/n), about 3/n.
+
+    Raises:
+        ValueError: no trials, or `successes` or `level` out of range.
+    """
+    if trials < 1 or not 0 <= successes <= trials or not 0 < level < 1:
+        raise ValueError(f"{successes} successes of {trials} trials at level {level}; count at least one trial")
+    if successes == trials:
+        return 1.0
+    ways = [math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) for k in range(successes + 1)]
+    log_ways, k = np.array(ways), np.arange(successes + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        at_most = float(np.exp(log_ways + k * math.log(p) + (trials - k) * math.log1p(-p)).sum())
+        low, high = (p, high) if at_most > 1 - level else (low, p)
+    return high
+
+
 def clustered_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> Estimate:
     """Mean of all scores [P][n], with an interval that counts prompts, not samples, as independent.
 

@@ -1,7 +1,8 @@
 """Supervised losses per action: likelihood, and the distance to a teacher's distributions.
 
 Axes: N action tokens, V vocabulary. A function is told what it needs by its parameters' names: `logp_N`, the
-log-probability of each target; `logp_NV`, of the whole vocabulary; `teacher_NV`, the same of a teacher; `target_N`.
+log-probability of each target; `logp_NV`, of the whole vocabulary; `teacher_NV`, the same of a teacher; `target_N`;
+`label_N`, true where the row's completion is to be said.
 """
 
 from __future__ import annotations
@@ -41,6 +42,21 @@ def unlikelihood(logp_N: Tensor) -> Tensor:
     # p = 1 has no finite loss; one bit below it has.
     logp_N = widen(logp_N).clamp(max=-torch.finfo(widen(logp_N).dtype).eps)
     return -log1mexp(logp_N)
+
+
+def likelihood_by_label(logp_N: Tensor, label_N: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """[N] −logp where the label is true, −α·log(1 − p) where it is false (Welleck et al., arXiv:1908.04319, eq. 5).
+
+    The paper adds both terms at every token, the second for tokens other than the target; here a completion is one to
+    be said or one not to be said, and each of its tokens has one of the two. By the logit of its token, neither term's
+    gradient is larger than 1 or α: p → 1 makes the loss large, and not the step.
+
+    Raises:
+        ValueError: if α is negative.
+    """
+    if alpha < 0:
+        raise ValueError(f"alpha is the weight of what is not to be said, 0 or more, got {alpha}")
+    return torch.where(label_N.bool(), nll(logp_N), alpha * unlikelihood(logp_N))
 
 
 def forward_kl(logp_NV: Tensor, teacher_NV: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def calibrate(network: ValueNetwork, policy: Policy, prompt: tuple[int, ...], go
     true_X = unfolded.values(goal, truncated_counts=told.truncated_counts)
     if told.avoid:
         true_X = 1 - true_X
-    logit_X = network.logits(prompt, unfolded.states)
+    logit_X = network.logits([(prompt, state) for state in unfolded.states])
     if told.target == ValueTarget.contrastive:
         learned_X = (true_X[0] * (logit_X - logit_X[0]).exp()).clamp(max=1)
     else:

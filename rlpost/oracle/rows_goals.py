@@ -35,7 +35,6 @@ def goal_section(problem: Problem, seed: int) -> Section:
         *_value_rows(tree, logp_XV, goal),
         *_guide_rows(tree, logp_XV, goal),
         *_particle_rows(tree, logp_XV, goal, seed),
-        _direction_row(problem),
     ]
     return Section("goals: a set of endings, values, guided decoding", tuple(rows))
 
@@ -124,23 +123,3 @@ def _estimates(tree: Tree, logp_XV: Tensor, goal: GoalSet, log_X: Tensor, runs: 
         for _ in range(runs)
     ]
     return torch.tensor(found, dtype=torch.float64).exp()
-
-
-def _direction_row(problem: Problem) -> Row:
-    """Π p(x_t | x_<t) = Π p(x_t | x_>t): a model of reversed text has the same joint to learn."""
-    tree, joint_L = problem.tree, problem.probability_L
-    texts = [tuple(x.tolist()) for x in torch.split(tree.token_N, tree.length_L.tolist())]
-    mass: dict[tuple[int, ...], float] = {}
-    for text, p in zip(texts, joint_L.tolist(), strict=True):
-        # A text that was not ended is told from one that was by its last token; lengths by a token before the first.
-        backward = (*reversed(text), -1)
-        for k in range(len(backward) + 1):
-            mass[backward[:k]] = mass.get(backward[:k], 0.0) + p
-    product = []
-    for text in texts:
-        backward, p = (*reversed(text), -1), 1.0
-        for k in range(len(backward)):
-            p *= mass[backward[: k + 1]] / mass[backward[:k]]
-        product.append(p)
-    backward_L = torch.tensor(product, dtype=torch.float64)
-    return exact("conditionals read backwards multiply to the same joint", relative_error(backward_L, joint_L))

@@ -8,12 +8,14 @@ from rlpost.oracle.multisets import MOST, count
 from rlpost.oracle.problem import SIZES, Problem, table_problem
 from rlpost.oracle.report import Report, Row, Section, exact, fact, holds
 from rlpost.oracle.rows_credit import credit_section
+from rlpost.oracle.rows_direction import direction_section
 from rlpost.oracle.rows_engine import engine_section
 from rlpost.oracle.rows_goals import goal_section
 from rlpost.oracle.rows_groups import group_section
 from rlpost.oracle.rows_kl import kl_section
 from rlpost.oracle.rows_models import model_section
 from rlpost.oracle.rows_preference import preference_section
+from rlpost.oracle.rows_safety import safety_section
 from rlpost.oracle.rows_shaping import shaping_section
 from rlpost.oracle.rows_surrogates import surrogate_section
 from rlpost.oracle.rows_trust import trust_section
@@ -48,13 +50,23 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
 
 
 def verify_goals(vocabulary: int = 3, depth: int = 3, seed: int = 0) -> Report:
-    """Prove what is said of goals: values, guided decoding, sequential Monte Carlo; arguments as of `verify`.
+    """Prove what is said of goals: values, guided decoding, Monte Carlo, reverse models; arguments as of `verify`.
 
     Raises:
         RecipeError: the tree is too small to prove anything, or too large to enumerate.
     """
     problem = table_problem(Tree(vocabulary, depth), seed)
-    return Report(vocabulary, depth, seed, (goal_section(problem, seed), engine_section(problem.tree, seed)))
+    return Report(
+        vocabulary,
+        depth,
+        seed,
+        (
+            goal_section(problem, seed),
+            engine_section(problem.tree, seed),
+            direction_section(problem, seed),
+            safety_section(problem, seed),
+        ),
+    )
 
 
 def _tree_section(problem: Problem) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,22 +64,10 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
         ModelError: the run has no value network or no policy yet.
         DataError: its rows are no mazes.
     """
-    file = run / CONFIG
-    if not file.is_file():
-        raise ModelError(f"{run}: no run; give the folder of one, like runs/maze")
-    recipe = resolve(str(file)).config
-    scalar_at = _final(run, recipe, (Kind.value,), "a value network: a stage of kind value")
-    policy_at = (
-        StageDirectory(run / policy_stage).done
-        if policy_stage
-        else _final(run, recipe, (Kind.ppo, Kind.grpo, Kind.sft, Kind.dpo), "a policy")
-    )
-    if policy_at is None:
-        raise ModelError(
-            f"{run / str(policy_stage)}: not finished; run `rlpost train` to the end, or name another stage"
-        )
-    policy = load_policy(policy_at, Model(), trainable=False)
-    rows = _mazes(recipe)
+    recipe = recipe_of(run)
+    scalar_at = final_of(run, recipe, (Kind.value,), "a value network: a stage of kind value")
+    policy = load_policy(policy_of(run, recipe, policy_stage), Model(), trainable=False)
+    rows = mazes_of(recipe)
     scalar = load_scalar(scalar_at, Model(), bfloat16=False, device="cpu")
     groups = [_group(row, policy) for row in rows]
     value = torch.sigmoid(scalar.score(groups).before_N).tolist()
@@ -100,6 +89,32 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
     return found
 
 
+def recipe_of(run: Path) -> Recipe:
+    """What a run did.
+
+    Raises:
+        ModelError: there is none.
+    """
+    file = run / CONFIG
+    if not file.is_file():
+        raise ModelError(f"{run}: no run; give the folder of one, like runs/maze")
+    return resolve(str(file)).config
+
+
+def policy_of(run: Path, recipe: Recipe, stage: str | None) -> Path:
+    """The checkpoint of a stage's policy; by default of the last one.
+
+    Raises:
+        ModelError: it is not there yet.
+    """
+    if stage is None:
+        return final_of(run, recipe, (Kind.ppo, Kind.grpo, Kind.sft, Kind.dpo), "a policy")
+    done = StageDirectory(run / stage).done
+    if done is None:
+        raise ModelError(f"{run / stage}: not finished; run `rlpost train` to the end, or name another stage")
+    return done
+
+
 def report(found: Sequence[Solved]) -> list[str]:
     """The numbers, in lines."""
     lines = []
@@ -110,11 +125,19 @@ def report(found: Sequence[Solved]) -> list[str]:
             best = fmean(float(s.is_optimal(c)) for s, c in some)
             noise = fmean(s.walk[c] * (1 - s.walk[c]) for s, c in some)
             worth = noise / max(fmean(s.errors[c] ** 2 for s, c in some), 1e-12)
+            tokens = fmean(_length(s.maze, c) for s, c in some)
             lines.append(
-                f"starts {title}: {len(some)}, mean |V − exact| {error:.3f} (as good as {worth:.0f} walks from each), "
-                f"optimal moves {best:.1%}"
+                f"starts {title}: {len(some)}, mean |V − exact| {error:.3f}, optimal moves {best:.1%}; "
+                f"one look is as good as {worth:.0f} walks from each, of {tokens:.1f} tokens"
             )
     return lines
+
+
+def _length(maze: str, start: int, walks: int = 20) -> float:
+    """Mean tokens of a random walk and its end token."""
+    draw = random.Random(start)
+    row = {"maze": maze, "start": start}
+    return fmean(len(task.random_walk(row, draw)["completion"]) + 1 for _ in range(walks))
 
 
 def in_text(s: Solved) -> list[str]:
@@ -192,7 +215,12 @@ def _best(s: Solved, cell: int) -> list[int]:
     return [n for n in task.neighbours(s.maze, cell) if s.steps.get(n, len(s.maze)) == s.steps[cell] - 1]
 
 
-def _final(run: Path, recipe: Recipe, kinds: Sequence[Kind], what: str) -> Path:
+def final_of(run: Path, recipe: Recipe, kinds: Sequence[Kind], what: str) -> Path:
+    """The result of the last finished stage of some kinds.
+
+    Raises:
+        ModelError: there is none; `what` is said to be missing.
+    """
     for name, stage in reversed(recipe.stages.items()):
         done = StageDirectory(run / name).done if stage.enabled and stage.kind in kinds else None
         if done is not None:
@@ -200,7 +228,7 @@ def _final(run: Path, recipe: Recipe, kinds: Sequence[Kind], what: str) -> Path:
     raise ModelError(f"{run}: no finished stage gives {what}; run `rlpost train` to the end")
 
 
-def _mazes(recipe: Recipe) -> list[dict[str, Any]]:
+def mazes_of(recipe: Recipe) -> list[dict[str, Any]]:
     """All starts of the run's mazes.
 
     Raises:

@@ -196,16 +196,18 @@ def flat_layout(segments: Sequence[Segment], tokens: int) -> FlatLayout:
 def _bunches(rows: Sequence[Segment]) -> list[list[Segment]]:
     """Neighbours in sorted order, as long as padding stays below a third or so and a tile within its budget."""
     bunches: list[list[Segment]] = []
+    shortest = longest = 0
     for s in rows:
         if bunches:
-            longest = max(max(r.length for r in bunches[-1]), s.length)
-            shortest = min(min(r.length for r in bunches[-1]), s.length)
-            prefixes = [r.prefix for r in bunches[-1]] + [s.prefix]
-            close = longest <= 1.5 * shortest + 16 and max(prefixes) <= 1.5 * min(prefixes) + 16
-            if close and longest * (len(bunches[-1]) + 1) <= TILE_TOKENS:
+            low, high = min(shortest, s.length), max(longest, s.length)
+            # Sorted by prefix, the first has the shortest.
+            close = high <= 1.5 * low + 16 and s.prefix <= 1.5 * bunches[-1][0].prefix + 16
+            if close and high * (len(bunches[-1]) + 1) <= TILE_TOKENS:
                 bunches[-1].append(s)
+                shortest, longest = low, high
                 continue
         bunches.append([s])
+        shortest = longest = s.length
     return bunches
 
 

@@ -18,7 +18,8 @@ from rlpost.errors import ModelError
 from rlpost.policy import adapters
 from rlpost.policy.check import Exactness, check_exactness, use_attention
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Attention, Lora, Model, Precision
+from rlpost.recipe.schema import Attention, Direction, Lora, Model, Precision
+from rlpost.run.names import ABOUT
 
 ADAPTER_FILE = "adapter_config.json"
 HEAD_FILE = "scalar_head.safetensors"
@@ -33,6 +34,7 @@ def load_policy(
     device: torch.device | str = "cpu",
     trainable: bool = True,
     scores: bool = False,
+    backwards: bool = False,
 ) -> Policy:
     """Load, check, and dress a model as the recipe says.
 
@@ -43,13 +45,13 @@ def load_policy(
         device: where to put it.
         trainable: False freezes every weight.
         scores: it is to be the trunk of a model of scalars, which is no policy.
+        backwards: it is to be a model of reversed text, which is no policy either.
 
     Raises:
-        ModelError: if it cannot be loaded, or adapter, tokenizer and model do not fit together.
+        ModelError: if it cannot be loaded, is something else, or adapter, tokenizer and model do not fit together.
     """
     folder = Path(path)
-    if not scores and (folder / HEAD_FILE).is_file():
-        raise ModelError(f"{path}: a model that scores ({HEAD_FILE}), not a policy; name the stage it was trained from")
+    _must_be(folder, scores, backwards)
     adapter = folder if (folder / ADAPTER_FILE).is_file() else None
     base = base_of(adapter) if adapter else str(path)
     wants_lora = settings.lora is not None
@@ -67,13 +69,32 @@ def load_policy(
     dressed = _dress(model, adapter, settings.lora, trainable)
     policy = Policy(dressed, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled, base=base)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
-    policy.end_ids = tuple(dict.fromkeys((*policy.end_ids, *make_codec(tokenizer).stops)))
+    codec = make_codec(tokenizer)
+    # Read backwards, a turn has its stop token first: only the end token ends the text.
+    policy.end_ids = (codec.end,) if backwards else tuple(dict.fromkeys((*policy.end_ids, *codec.stops)))
     if settings.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         policy.causal_lm.enable_input_require_grads()
     if not trainable:
         policy.requires_grad_(False)
     return policy.eval()
+
+
+def is_backwards(folder: str | Path) -> bool:
+    """Whether a checkpoint is a model of reversed text, as `data.NAME.direction: reverse` makes one."""
+    about = Path(folder) / ABOUT
+    return about.is_file() and json.loads(about.read_text("utf-8")).get("direction") == Direction.reverse
+
+
+def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
+    if not scores and (folder / HEAD_FILE).is_file():
+        raise ModelError(
+            f"{folder}: a model that scores ({HEAD_FILE}), not a policy; name the stage it was trained from"
+        )
+    if backwards and not is_backwards(folder):
+        raise ModelError(f"{folder}: it reads forwards; name an sft stage with direction: reverse, or its checkpoint")
+    if is_backwards(folder) and not backwards:
+        raise ModelError(f"{folder}: it reads backwards (direction: reverse), so it is no policy; name another stage")
 
 
 def choose_rows(exact: Exactness, wish: Attention, family: str) -> bool:

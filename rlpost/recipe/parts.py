@@ -25,6 +25,7 @@ class Kind(StrEnum):
     trpo = "trpo"
     pairs = "pairs"
     guided = "guided"
+    guesses = "guesses"
     step_labels = "step_labels"
 
 
@@ -181,7 +182,7 @@ class Reward(Function):
     of: list["Reward"] = field(default_factory=list)
     """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
     model: Optional[str] = None
-    """For functions that ask for a model: an earlier reward_model or process_reward_model stage, or a checkpoint."""
+    """For functions that ask for a model: an earlier stage that leaves a judge or reads backwards, or a checkpoint."""
 
 
 @dataclass
@@ -355,19 +356,6 @@ class Training(Stage):
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 1
-
-
-@dataclass
-class Goals:
-    """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
-
-    texts: list[str] = field(default_factory=list)
-    path: Optional[str] = None
-    """A text file with one ending a line."""
-    column: Optional[str] = None
-    """Each prompt's own: a column of its row with a text."""
-    truncated_counts: bool = False
-    """A completion cut off at the length limit may end in a goal too."""
 
 
 @dataclass

@@ -19,7 +19,6 @@ from rlpost.recipe.parts import (
     Fold,
     FoldPart,
     Function,
-    Goals,
     Kind,
     Kl,
     KlEstimator,
@@ -43,6 +42,7 @@ from rlpost.recipe.parts import (
     ValueTarget,
     Weight,
 )
+from rlpost.recipe.row_stages import Goals, Guesses, Guided, Pairs, StepLabels
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
@@ -65,6 +65,7 @@ __all__ = [
     "Goals",
     "Grouped",
     "Grpo",
+    "Guesses",
     "Guided",
     "Kind",
     "Kl",
@@ -293,59 +294,6 @@ class OnlineDpo(Rollouts):
 
 
 @dataclass
-class Pairs(Stage):
-    """Rows from the model's own samples, ranked by rewards; the model passes unchanged."""
-
-    kind: Kind = Kind.pairs
-    data: dict[str, Source] = field(default_factory=dict)
-    prompts: Optional[int] = None
-    """How many prompts to sample (all of them by default)."""
-    group_size: int = 8
-    sampling: Sampling = field(default_factory=Sampling)
-    rewards: list[Reward] = field(default_factory=list)
-    choice: PairChoice = PairChoice.one
-    min_gap: float = 0.0
-    """A pair's rewards must differ by more than this."""
-
-
-@dataclass
-class Guided(Stage):
-    """Rows from samples that a value network led to its goals, for `sft` to imitate; the model passes unchanged."""
-
-    kind: Kind = Kind.guided
-    data: dict[str, Source] = field(default_factory=dict)
-    prompts: Optional[int] = None
-    """How many prompts to sample (all of them by default)."""
-    group_size: int = 8
-    sampling: Sampling = field(default_factory=Sampling)
-    network: str = MISSING
-    """A stage of kind value, or a checkpoint of one."""
-    goals: Goals = field(default_factory=Goals)
-    """As in the stage that trained the network."""
-    candidates: int = 32
-    """Likeliest tokens that are weighed at each step; 0: all."""
-    reached_only: bool = True
-    """Keep the samples that end as they should, and no others."""
-
-
-@dataclass
-class StepLabels(Stage):
-    """Rows for a process reward model: steps of own samples, labelled by fresh rollouts; the model passes unchanged."""
-
-    kind: Kind = Kind.step_labels
-    data: dict[str, Source] = field(default_factory=dict)
-    prompts: Optional[int] = None
-    """How many prompts to sample (all of them by default)."""
-    group_size: int = 2
-    sampling: Sampling = field(default_factory=Sampling)
-    rewards: list[Reward] = field(default_factory=list)
-    step_end: str = "\n"
-    """A step ends with this text; empty: every token is a step."""
-    fresh_rollouts: int = 4
-    """Rollouts from the end of every step; a label is their mean reward."""
-
-
-@dataclass
 class Recipe:
     """A whole recipe."""
 
@@ -381,9 +329,10 @@ STAGES: dict[Kind, type[Stage]] = {
     Kind.trpo: Trpo,
     Kind.pairs: Pairs,
     Kind.guided: Guided,
+    Kind.guesses: Guesses,
     Kind.step_labels: StepLabels,
 }
-MAKES_ROWS = (Kind.pairs, Kind.guided, Kind.step_labels)
+MAKES_ROWS = (Kind.pairs, Kind.guided, Kind.guesses, Kind.step_labels)
 """Stages whose result is rows; the model passes unchanged."""
 MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model, Kind.value)
 """Stages whose result scores completions; the model passes unchanged."""

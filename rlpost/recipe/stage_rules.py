@@ -15,6 +15,7 @@ from rlpost.recipe.schema import (
     Dpo,
     Goals,
     Grouped,
+    Guesses,
     Guided,
     Kind,
     KlEstimator,
@@ -48,8 +49,12 @@ _WITHOUT_REFERENCE = ("simpo", "cpo", "orpo")
 """Losses of pairs that look at the policy alone."""
 _OF_LOG_RATIOS = ("f_divergence", "length_desensitised")
 """Modifiers that change log-ratios to the reference, and nothing else."""
-_JUDGED = ("reward_model", "process_reward_model")
-"""Reward functions that ask a model."""
+_JUDGED = {
+    "reward_model": "a reward_model stage",
+    "process_reward_model": "a process_reward_model stage",
+    "reverse_likelihood": "an sft stage with direction: reverse",
+}
+"""Reward functions that ask a model, and what leaves one."""
 NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",), "shaping": ("gamma",)}
 """Nodes of a tree of rewards, and what `args` each takes."""
 
@@ -100,6 +105,15 @@ class Earlier:
             return f"{where}: {name!r} is of kind {self.stages[name].kind.value} - name a {wanted} stage"
         return problem
 
+    def no_reverse(self, name: str, where: str) -> str | None:
+        """Why `name` is no stage that reads backwards; None as of `no_judge`."""
+        if name not in self.all and name not in self.disabled:
+            return None
+        problem = self.problem(name, where)
+        if problem is None and not reads_backwards(self.stages[name]):
+            return f"{where}: {name!r} does not read backwards - name {_JUDGED['reverse_likelihood']}"
+        return problem
+
 
 def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
     """What is wrong with one stage, given those before it."""
@@ -122,8 +136,9 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
     if isinstance(stage, Value):
         yield from _value(stage, where)
     if isinstance(stage, Guided):
-        yield from _goals(stage.goals, where)
         yield from sampling_problems(stage.sampling, f"{where}.sampling")
+    if isinstance(stage, Guided | Guesses):
+        yield from _goals(stage.goals, where)
         if problem := earlier.no_judge(stage.network, f"{where}.network", (Kind.value,)):
             yield problem
     if isinstance(stage, Rollouts):
@@ -325,9 +340,12 @@ def reward_problems(rewards: Sequence[Reward], where: str, earlier: Earlier | No
         if leaf.fn in NODES:
             yield f"{place}.of: missing - {leaf.fn} puts other rewards together: list them"
         if leaf.fn in _JUDGED and leaf.model is None:
-            yield f"{place}.model: missing - name a {leaf.fn} stage, or a checkpoint of one"
+            yield f"{place}.model: missing - name {_JUDGED[leaf.fn]}, or a checkpoint of one"
         if leaf.model is not None and earlier is not None:
-            problem = earlier.no_judge(leaf.model, f"{place}.model", MAKES_JUDGES)
+            if leaf.fn == "reverse_likelihood":
+                problem = earlier.no_reverse(leaf.model, f"{place}.model")
+            else:
+                problem = earlier.no_judge(leaf.model, f"{place}.model", MAKES_JUDGES)
             if problem:
                 yield problem
 

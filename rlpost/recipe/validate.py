@@ -25,6 +25,7 @@ from rlpost.recipe.schema import (
     Stage,
     TokenizerKind,
     Trpo,
+    reads_backwards,
 )
 from rlpost.recipe.stage_rules import (
     GROUP_BASELINES,
@@ -126,8 +127,8 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
     judge = evaluation.judge or ""
     if judge in disabled:
         yield f"{where}.judge: stage {judge!r} is disabled - enable it, or name another"
-    elif judge in stages and (kind := stages[judge].kind) != Kind.reward_model:
-        yield f"{where}.judge: {judge!r} is of kind {kind.value} - name a reward_model stage"
+    elif judge in stages and (kind := stages[judge].kind) != Kind.reward_model and not reads_backwards(stages[judge]):
+        yield f"{where}.judge: {judge!r} is of kind {kind.value} - name a reward_model stage or a reverse one"
     for leaf, place in reward_leaves(evaluation.rewards, where):
         if leaf.model in stages and evaluation.every_stage:
             yield (

@@ -6,7 +6,7 @@ keyword-only arguments that a recipe sets with `args`. It returns a number, or N
 """
 
 from rlpost.rewards.math import math_answer
-from rlpost.rewards.models import process_reward_model, process_steps, reward_model
+from rlpost.rewards.models import process_reward_model, process_steps, reverse_likelihood, reward_model
 from rlpost.rewards.text import ends, length, pattern, repetition
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "process_reward_model",
     "process_steps",
     "repetition",
+    "reverse_likelihood",
     "reward_model",
 ]

@@ -1,4 +1,4 @@
-"""Rewards from models: what a reward model, or a process reward model, thinks of completions.
+"""Rewards from models: what a reward model, a process reward model or a model of reversed text says of completions.
 
 They take whole groups and a `model`, which a recipe names by stage or checkpoint.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlpost.errors import RecipeError
 from rlpost.groups import Group
@@ -15,6 +15,9 @@ from rlpost.groups import Group
 
 class Judge(Protocol):
     """A model that scores completions."""
+
+    backwards: bool
+    """True for a model of reversed text: its scores are log-likelihoods of the prompt."""
 
     def scores(self, groups: Sequence[Group]) -> list[float]:
         """[S] a score a completion; only differences within a prompt mean anything."""
@@ -51,7 +54,11 @@ def reward_model(groups: Sequence[Group], model: Judge) -> list[float]:
 
 
 def process_reward_model(
-    groups: Sequence[Group], model: Judge, *, reduce: str = "min", step_end: str = "\n"
+    groups: Sequence[Group],
+    model: Judge,
+    *,
+    reduce: Literal["min", "last", "product", "mean"] = "min",
+    step_end: str = "\n",
 ) -> list[float | None]:
     """One number of a process reward model's probabilities for the steps of a completion.
 
@@ -70,3 +77,19 @@ def process_reward_model(
     if reduce not in _REDUCTIONS:
         raise RecipeError(f"process_reward_model: reduce={reduce!r} - give one of {', '.join(_REDUCTIONS)}")
     return [_REDUCTIONS[reduce](scores) if scores else None for scores in model.step_scores(groups, step_end)]
+
+
+def reverse_likelihood(groups: Sequence[Group], model: Judge) -> list[float]:
+    """log p_reverse(prompt | completion), in nats, under a model of reversed text: how well an answer tells its prompt.
+
+    The second term of MMI-bidi (Li et al. 2016, arXiv:1510.03055), which reranks answers by mutual information.
+
+    Raises:
+        RecipeError: the model reads forwards.
+    """
+    if not model.backwards:
+        raise RecipeError(
+            "reverse_likelihood: asks a model of reversed text - name an sft stage with direction: reverse, "
+            "or a checkpoint of one"
+        )
+    return model.scores(groups)

@@ -1,4 +1,4 @@
-"""A saved reward model, or process reward model, as rewards and best-of-n ask it.
+"""A saved reward model, process reward model or model of reversed text, as rewards and best-of-n ask it.
 
 Axes: N action tokens, S completions.
 """
@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
+from rlpost.data.direction import backwards
 from rlpost.data.formats import Format, encode
 from rlpost.errors import ModelError
 from rlpost.groups import Completion, Group, completions
+from rlpost.objectives.rows import Rows
+from rlpost.policy import adapters
+from rlpost.policy.load import is_backwards, load_policy
 from rlpost.policy.policy import Policy
+from rlpost.policy.reference import Reference, same_base
 from rlpost.policy.scalar import ScalarModel, Values, load_scalar
 from rlpost.recipe.schema import Model
 from rlpost.rollout.divide import divide
@@ -29,6 +34,8 @@ class Judge:
     With that model's tokenizer it reads the very tokens; with one of its own it reads the prompt of the row and the
     text of the completion.
     """
+
+    backwards = False
 
     def __init__(self, scalar: ScalarModel, tokenizer: Any, step_end: str | None = None) -> None:
         """Judge by `scalar`.
@@ -50,8 +57,7 @@ class Judge:
 
     def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """[P][G] the same, a list a group."""
-        scores = iter(self.scores(groups))
-        return [[next(scores) for _ in group.completions] for group in groups]
+        return _nested(self.scores(groups), groups)
 
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
         """[S] the probability that each step of a completion is right, at the step's last action.
@@ -85,20 +91,70 @@ class Judge:
         return [part for group in groups for part in reread(group, self._writer, self._codec)]
 
     def _read(self, groups: Sequence[Group]) -> Values:
-        longest = max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
-        limit = self._scalar.trunk.longest
-        if longest > limit:
-            raise ModelError(
-                f"a prompt with its completion has {longest} tokens and the reward model reads {limit}; "
-                "lower max_new_tokens, or take another reward model"
-            )
+        _must_fit(groups, self._scalar.trunk)
         return self._scalar.score(groups)
+
+
+class ReverseJudge:
+    """Scores completions by how well they tell their prompt: log p_reverse(prompt, end | completion).
+
+    By Bayes' rule that is log p(completion | prompt) − log p(completion) and a number that a prompt's completions
+    share: an answer that would do for any prompt gains nothing. What was cut off is read as if the text ended there.
+    """
+
+    backwards = True
+
+    def __init__(self, reverse: Policy, adapter: str | None, tokenizer: Any) -> None:
+        """Judge by `reverse`, a model of reversed text.
+
+        Args:
+            reverse: the model, or one with the same base.
+            adapter: the adapter of it that reads backwards, if it has any.
+            tokenizer: of whoever writes the completions; with another than the model's own, texts are read.
+        """
+        self._reverse = reverse
+        self._adapter = adapter
+        self._writer = tokenizer
+        self._codec = make_codec(reverse.tokenizer)
+        self._reads_ids = same_tokens(reverse.tokenizer, tokenizer)
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """[S] the log-likelihood of each completion's prompt, summed in float64."""
+        own = groups if self._reads_ids else [g for group in groups for g in reread(group, self._writer, self._codec)]
+        turned = [self._asked(Group(g.prompt, (c,))) for g in own for c in g.completions]
+        _must_fit(turned, self._reverse)
+        logp_N = Reference(self._reverse, self._adapter).logprobs(turned)
+        scores: list[float] = Rows([c.actions for c in completions(turned)]).sum(logp_N.double()).tolist()
+        return scores
+
+    def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """[P][G] the same, a list a group."""
+        return _nested(self.scores(groups), groups)
+
+    def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:  # noqa: ARG002
+        """It knows no steps.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("a model of reversed text scores whole completions; name a process reward model for steps")
+
+    def _asked(self, group: Group) -> Group:
+        """The text backwards, with the completion as the prompt of the prompt."""
+        turned = backwards(group, self._codec)
+        ids = (*turned.prompt, *turned.completions[0].ids)
+        # Without a begin token, an empty completion leaves nothing to begin with but the prompt's own last token.
+        cut = max(1, len(ids) - 1 - len(_without(group.prompt, self._codec.tokenizer.bos_token_id)))
+        return Group(ids[:cut], (Completion(ids[cut:], (True,) * (len(ids) - cut)),))
+
+
+AnyJudge = Judge | ReverseJudge
 
 
 def load_judge(
     folder: Path, settings: Model, policy: Policy, *, name: str = "reward", step_end: str | None = None
-) -> Judge:
-    """The reward model saved in `folder`, to judge what `policy` writes; it shares the policy's base if it can.
+) -> AnyJudge:
+    """The model saved in `folder`, to judge what `policy` writes; it shares the policy's base if it can.
 
     Args:
         folder: its checkpoint.
@@ -108,12 +164,37 @@ def load_judge(
         step_end: see `Judge`.
 
     Raises:
-        ModelError: it cannot be loaded, or is no reward model.
+        ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
     """
     # Its chat template, like all of its tokenizer, is its own; fully trained, it keeps its float32 weights.
     settings = replace(settings, chat_template=None, lora=None)
+    if is_backwards(folder):
+        if policy.has_adapter and same_base(folder, policy):
+            adapters.add_saved_adapter(policy.model, name, folder)
+            return ReverseJudge(policy, name, policy.tokenizer)
+        half, device = policy.in_bfloat16, policy.device
+        reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
+        return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
     scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
     return Judge(scalar, policy.tokenizer, step_end)
+
+
+def _nested(scores: Sequence[float], groups: Sequence[Group]) -> list[list[float | None]]:
+    every = iter(scores)
+    return [[next(every) for _ in group.completions] for group in groups]
+
+
+def _without(prompt: Sequence[int], begin: int | None) -> Sequence[int]:
+    return prompt[1:] if begin is not None and prompt[0] == begin else prompt
+
+
+def _must_fit(groups: Sequence[Group], model: Policy) -> None:
+    longest = max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
+    if longest > model.longest:
+        raise ModelError(
+            f"a prompt with its completion has {longest} tokens and the reward model reads {model.longest}; "
+            "lower max_new_tokens, or take another reward model"
+        )
 
 
 def same_tokens(one: Any, other: Any) -> bool:

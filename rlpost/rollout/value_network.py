@@ -77,11 +77,16 @@ class ValueNetwork:
         """The same network, asked about another goal."""
         return ValueNetwork(self._scalar, self.settings, goal)
 
-    def logits(self, prompt: tuple[int, ...], states: Sequence[tuple[int, ...]]) -> Tensor:
-        """[X] what it says of states in which `prompt` and these tokens have been written, in float64."""
-        read = conditioned(self.settings.condition, self._goal, prompt, self._codec)
+    def logits(self, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+        """[X] what it says of states, each a prompt and what has been written after it, in float64."""
         # The action is there to have a state before it; which one it is does not matter.
-        rows = [Group(read, (Completion((*ids, 0), (False,) * len(ids) + (True,)),)) for ids in states]
+        rows = [
+            Group(
+                conditioned(self.settings.condition, self._goal, prompt, self._codec),
+                (Completion((*written, 0), (False,) * len(written) + (True,)),),
+            )
+            for prompt, written in states
+        ]
         return self._scalar.score(rows).before_N.double()
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import zlib
@@ -30,7 +31,7 @@ from rlpost.recipe.functions import Bound, bind
 from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
 from rlpost.rewards import tree
 from rlpost.rewards.score import Scorer
-from rlpost.rollout.judge import Judge, load_judge
+from rlpost.rollout.judge import AnyJudge, load_judge
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.stage import StageDirectory
@@ -109,7 +110,7 @@ class Context:
     def scorer(self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None) -> Scorer:
         """The stage's rewards, those of models to judge what `policy` writes in steps that end with `step_end`."""
 
-        def judge(name: str, adapter: str) -> Judge:
+        def judge(name: str, adapter: str) -> AnyJudge:
             return load_judge(self.checkpoint(name), self.model, policy, name=adapter, step_end=step_end)
 
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
@@ -186,8 +187,13 @@ class Context:
 
         return self.out.finish(write, {**self._about(kind, steps, policy.has_adapter), **(about or {})})
 
-    def finish_rows(self, write: Callable[[Path], None], kind: str) -> Path:
+    def finish_rows(self, rows: Sequence[Mapping[str, Any]], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""
+
+        def write(folder: Path) -> None:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / self.out.rows.name).write_text(lines, "utf-8")
+
         return self.out.finish(write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage})
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], Judge]) -> Scorer:
+def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:
     """Bind the tree of rewards that stands at `where` in a recipe of `folder`.
 
     Args:
@@ -215,7 +221,7 @@ def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Call
         judge: (name, adapter) -> the reward model of that name, under that adapter where it shares a base; asked
             once a name.
     """
-    judges: dict[str, Judge] = {}
+    judges: dict[str, AnyJudge] = {}
 
     def bound(reward: Reward, place: str) -> tree.Reward:
         if reward.of:

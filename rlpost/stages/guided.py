@@ -6,7 +6,6 @@ policy that `sft` makes of these rows comes to decode as the guided one does, wi
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,11 +63,7 @@ def guided(context: Context, cfg: Guided) -> Path:
             f"stages.{context.name}: no sample ends as it should; train the network longer, or look at the goals"
         )
 
-    def write(into: Path) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (into / context.out.rows.name).write_text(lines, "utf-8")
-
-    return context.finish_rows(write, cfg.kind)
+    return context.finish_rows(rows, cfg.kind)
 
 
 def guided_rows(

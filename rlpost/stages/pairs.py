@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
             )
     must_have_pairs(rows, prompts, cfg, context.name)
 
-    def write(folder: Path) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / context.out.rows.name).write_text(lines, "utf-8")
-
-    return context.finish_rows(write, cfg.kind)
+    return context.finish_rows(rows, cfg.kind)
 
 
 def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, name: str) -> None:

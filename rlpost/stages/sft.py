@@ -1,5 +1,7 @@
 """Supervised fine-tuning: raise the likelihood of given completions, or imitate a teacher's distributions on them.
 
+A loss that asks for `label_N` reads labelled rows, of which some are to be said and the others not.
+
 Axes: N action tokens of an update, V vocabulary.
 """
 
@@ -10,10 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlpost.data.formats import Need
-from rlpost.errors import ModelError
+from rlpost.errors import ModelError, RecipeError
 from rlpost.experience import Experience
 from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.weights import weigh
@@ -31,8 +34,8 @@ FULL = {"logp_NV", "teacher_NV", "target_N"}
 def sft(context: Context, cfg: Sft) -> Path:
     """Train on completions; returns the final checkpoint."""
     policy = context.policy()
-    data = context.data(policy, cfg.data, Need.completions, cfg.max_length, cfg.too_long)
     function = context.function(cfg.loss, "sft.loss")
+    data = context.data(policy, cfg.data, need_of(function), cfg.max_length, cfg.too_long)
     teacher = _teacher(context, policy, cfg.teacher) if cfg.teacher else None
     how = reading(function, teacher)
     loss = supervised_loss(function)
@@ -42,6 +45,8 @@ def sft(context: Context, cfg: Sft) -> Path:
 
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
+        if need_of(function) is Need.labelled:
+            experience = labelled(experience)
         metrics = learner.update(loss, experience, **how)
         tokens = learner.totals(experience).actions
         loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
@@ -57,12 +62,29 @@ def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:
     )
 
 
+def need_of(function: Callable[..., Tensor]) -> Need:
+    """What a loss asks of the rows: labels, or completions alone."""
+    return Need.labelled if "label_N" in inspect.signature(function).parameters else Need.completions
+
+
+def labelled(update: Experience) -> Experience:
+    """The update with its rows' labels, at every action: true where the completion is to be said."""
+    label_P = torch.tensor([bool(g.example["label"]) for g in update.groups])
+    return update.with_actions(label=label_P.repeat_interleave(update.rows.lengths_S))
+
+
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
     """Σ loss·weight of a function of log-probabilities; one of whole distributions was read off them already."""
+    by_label = need_of(function) is Need.labelled
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        nll_N = -scores.logp_N.detach()
+        if by_label:
+            label_N = part["label"]
+            loss_N = function(logp_N=scores.logp_N, label_N=label_N)
+            return (loss_N * part["weight"]).sum(), {"nll": nll_N[label_N], "unsaid_nll": nll_N[~label_N]}
         loss_N = function(logp_N=scores.logp_N) if scores.read is None else scores.read
-        return (loss_N * part["weight"]).sum(), {"nll": -scores.logp_N.detach()}
+        return (loss_N * part["weight"]).sum(), {"nll": nll_N}
 
     return loss
 
@@ -72,8 +94,14 @@ def reading(function: Callable[..., Tensor], teacher: Policy | None) -> dict[str
 
     Raises:
         ModelError: the loss asks for a teacher, and there is none.
+        RecipeError: it asks for labels and for whole distributions.
     """
-    asked = set(inspect.signature(function).parameters) & {"logp_N", *FULL}
+    takes = set(inspect.signature(function).parameters)
+    asked = takes & {"logp_N", *FULL}
+    if "label_N" in takes and asked & FULL:
+        raise RecipeError(
+            f"a loss with label_N is told logp_N alone beside it; remove {', '.join(sorted(asked & FULL))}"
+        )
     if "teacher_NV" in asked and teacher is None:
         raise ModelError("the loss imitates a teacher and there is none; give `teacher`")
     if not asked & FULL:

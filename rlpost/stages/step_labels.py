@@ -5,7 +5,6 @@ Math-Shepherd (Wang et al. 2023, arXiv:2312.08935, §3.3), with soft labels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
             f"look at step_end={cfg.step_end!r}, and at the rewards"
         )
 
-    def write(folder: Path) -> None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / context.out.rows.name).write_text(lines, "utf-8")
-
-    return context.finish_rows(write, cfg.kind)
+    return context.finish_rows(rows, cfg.kind)
 
 
 def labelled(

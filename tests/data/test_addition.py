@@ -96,3 +96,21 @@ def test_a_careless_pupils_steps_are_marked_up_to_the_first_mistake():
     assert all("".join(row["steps"]) == row["completion"] for row in rows)
     assert all(row["labels"][:2] == [1.0, 0.0] for row in carried)
     assert all(row["labels"] == [1.0, 1.0, 1.0] for row in rows if not row["carry"])
+
+
+def test_labels_are_false_where_the_right_answer_ends_in_a_forbidden_ending():
+    rows = addition.labelled(forbidden=["80", "31"], held_out=0)
+    assert {row["prompt"]: row["label"] for row in rows if row["prompt"] in ("47+38=", "47+37=", "47+28=")} == {
+        "47+38=": False,  # 85, written 580
+        "47+37=": False,
+        "47+28=": True,
+    }
+    # Sums from 80 to 89 and from 130 to 139: 81 + … + 90 and 69 + … + 60 problems.
+    assert sum(not row["label"] for row in rows) == 855 + 645
+    assert [{**row, "label": 0} for row in rows] == [{**row, "label": 0} for row in addition.train(held_out=0)]
+
+
+@pytest.mark.parametrize("forbidden", [[], "80", [""]])
+def test_endings_that_forbid_nothing_or_all_are_refused(forbidden):
+    with pytest.raises(RecipeError, match="give a list of endings"):
+        addition.labelled(forbidden=forbidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -88,3 +89,42 @@ def test_held_out_starts_are_of_the_same_mazes_and_not_trained_on():
     assert not {r["prompt"] for r in kept} & {r["prompt"] for r in seen}
     assert 0.2 < len(kept) / (len(kept) + len(seen)) < 0.3
     assert not {r["maze"] for r in task.unseen()} & {r["maze"] for r in seen}
+
+
+def test_guesses_stand_in_the_places_of_open_cells():
+    (row,) = [r for r in task.train(mazes=1) if r["start"] == task.starts(r["maze"])[1]]
+    asked = task.with_places(row)["places"]
+    assert len(asked) == row["maze"].count(".")
+    assert [text[:-1] for text in asked] == [row["maze"] + ">"] * len(asked)
+    assert [row["maze"][task.LETTERS.index(text[-1])] for text in asked] == ["."] * len(asked)
+    guesses = "".join(str(i % 10) for i in range(len(asked)))
+    (read,) = task.read_guesses({**row, "guesses": guesses}, part="train")
+    seen, start = read["prompt"].split(">")
+    assert start == task.LETTERS[row["start"]]
+    assert "".join(sign for sign in seen if sign.isdigit()) == guesses
+    assert [i for i, sign in enumerate(seen) if not sign.isdigit()] == [
+        i for i, sign in enumerate(row["maze"]) if sign != "."
+    ]
+    assert task.read_guesses({**row, "guesses": guesses}, part="held_out") == []
+    assert task.read_guesses({**row, "guesses": guesses}, part="unseen") == []
+
+
+def test_rows_say_which_part_they_are():
+    assert {(r["held_out"], r["unseen"]) for r in task.train(mazes=2)} == {(False, False)}
+    assert {(r["held_out"], r["unseen"]) for r in task.held_out(mazes=2)} == {(True, False)}
+    assert {(r["held_out"], r["unseen"]) for r in task.unseen(mazes=2)} == {(False, True)}
+
+
+def test_a_walk_may_have_begun_already():
+    draw = random.Random(0)
+    row = task.train(mazes=1)[3]
+    found = [task.part_way(row, draw, steps=4) for _ in range(300)]
+    lengths = set()
+    for begun in found:
+        path = begun["prompt"].removeprefix(row["prompt"])
+        cells = [row["start"], *map(task.LETTERS.index, path)]
+        assert all(b in task.neighbours(row["maze"], a) for a, b in itertools.pairwise(cells))
+        assert begun["start"] == cells[-1]
+        assert row["maze"][begun["start"]] == task.OPEN
+        lengths.add(len(path))
+    assert lengths == {0, 1, 2, 3, 4}

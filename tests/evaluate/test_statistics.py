@@ -16,8 +16,37 @@ from rlpost.evaluate.statistics import (
     paired_difference,
     pass_at_k,
     student_t,
+    upper_bound,
     wilson,
 )
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 6000), (3, 10), (9, 10), (120, 6000), (7, 100_000)])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_upper_bound_is_scipys(successes: int, n: int, level: float):
+    # One side of scipy's two-sided interval of twice the error.
+    expected = stats.binomtest(successes, n, alternative="less").proportion_ci(level, method="exact").high
+    assert upper_bound(successes, n, level) == pytest.approx(expected, rel=1e-8)
+
+
+def test_upper_bound_by_hand():
+    assert upper_bound(0, 1) == pytest.approx(0.95)
+    assert upper_bound(0, 6000) == pytest.approx(1 - 0.05 ** (1 / 6000))  # about 3/n
+    assert upper_bound(1, 2, level=0.75) == pytest.approx(0.75**0.5)  # P(X <= 1) = 1 − p²
+    assert upper_bound(5, 5) == 1.0
+
+
+def test_a_bound_is_below_the_truth_as_seldom_as_it_says():
+    """Summed over all outcomes of 40 trials."""
+    for p in (0.01, 0.1, 0.5, 0.97):
+        missed = sum(stats.binom.pmf(k, 40, p) for k in range(41) if upper_bound(k, 40) < p)
+        assert missed <= 0.05
+
+
+@pytest.mark.parametrize(("successes", "n", "level"), [(0, 0, 0.9), (3, 2, 0.9), (-1, 2, 0.9), (1, 2, 1.0)])
+def test_upper_bound_refuses_what_cannot_be(successes: int, n: int, level: float):
+    with pytest.raises(ValueError, match="count at least one trial"):
+        upper_bound(successes, n, level)
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 10), (8, 10), (50, 100), (999, 1000), (7, 100_000)])

@@ -26,7 +26,8 @@ METHODS = {
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
     "ranking": "bradley_terry process_reward",
     "unpaired": "Unpaired kto",
-    "supervised": """nll dynamic_fine_tuning label_smoothing unlikelihood forward_kl reverse_kl jensen_shannon""",
+    "supervised": """nll dynamic_fine_tuning label_smoothing unlikelihood likelihood_by_label forward_kl reverse_kl
+        jensen_shannon""",
     "values": "value_loss",
     "trust_region": "conjugate_gradient step_length finite_difference line_search",
     "metrics": "clipped_low clipped_high explained_variance effective_sample_share",

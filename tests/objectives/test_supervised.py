@@ -10,6 +10,7 @@ from rlpost.objectives.supervised import (
     forward_kl,
     jensen_shannon,
     label_smoothing,
+    likelihood_by_label,
     log1mexp,
     nll,
     reverse_kl,
@@ -42,7 +43,9 @@ def test_its_gradient_raises_the_probability_itself():
     assert torch.allclose(found, expected, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("loss", [nll, dynamic_fine_tuning, unlikelihood])
+@pytest.mark.parametrize(
+    "loss", [nll, dynamic_fine_tuning, unlikelihood, lambda x: likelihood_by_label(x, x < -1)], ids=str
+)
 def test_formats_and_nothing_at_all(loss):
     assert loss(torch.zeros(0)).shape == (0,)
     assert loss(torch.zeros(2, dtype=torch.float64)).dtype == torch.float64
@@ -99,6 +102,33 @@ def test_unlikelihood_of_the_certain_and_the_impossible_is_finite(dtype):
     assert loss[0].item() == pytest.approx(-math.log(torch.finfo(dtype).eps))
     assert loss[1].item() == 0.0
     assert logp.grad.isfinite().all()
+
+
+def test_likelihood_by_label_by_hand():
+    logp, label = log([0.75, 0.75, 0.2])[0].requires_grad_(), torch.tensor([True, False, False])
+    loss = likelihood_by_label(logp, label, alpha=2.0)
+    assert loss.tolist() == pytest.approx([-math.log(0.75), 2 * math.log(4), -2 * math.log(0.8)])
+    loss.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-1.0, 6.0, 0.5])  # −1, and α·p/(1 − p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_certain_and_not_to_be_said_has_a_finite_loss_and_a_bounded_slope(dtype):
+    """By the logits: α·p at the token itself, whatever p, also where 1 − p is a few bits."""
+    logits = torch.tensor([[9.0, 0.0], [14.0, 0.0], [60.0, 0.0], [-60.0, 0.0]], dtype=dtype, requires_grad=True)
+    label = torch.tensor([False, False, False, True])
+    loss = likelihood_by_label(logits.log_softmax(1)[:, 0], label, alpha=0.5)
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0].tolist() == pytest.approx([0.5, -0.5], rel=1e-2)
+    assert logits.grad.abs().max() <= 1.0
+    assert logits.grad[3].tolist() == pytest.approx([-1.0, 1.0])
+
+
+def test_likelihood_by_label_refuses_a_negative_weight():
+    with pytest.raises(ValueError, match="0 or more"):
+        likelihood_by_label(torch.zeros(1), torch.ones(1), alpha=-1.0)
 
 
 def test_forward_and_reverse_kl_by_hand():

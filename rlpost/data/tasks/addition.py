@@ -40,6 +40,18 @@ def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
     return [_row(number) for number in _order(seed)[:n]]
 
 
+def labelled(*, forbidden: Sequence[str], held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows of `train` with `label`: false where the right answer ends in a forbidden ending.
+
+    Raises:
+        RecipeError: no ending is given, one is empty, or no problem is left.
+    """
+    if isinstance(forbidden, str) or not forbidden or not all(forbidden):
+        raise RecipeError(f"forbidden={forbidden!r}: give a list of endings, like ['80', '31'], and no empty one")
+    rows = train(held_out=held_out, seed=seed)
+    return [{**row, "label": not row["answer"].endswith(tuple(forbidden))} for row in rows]
+
+
 def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, forgets: float = 0.6) -> dict[str, Any]:
     """The row with an answer drawn afresh: with probability `forgets` the carry from the units is dropped.
 

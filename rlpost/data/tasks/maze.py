@@ -13,14 +13,14 @@ import random as randomness
 from collections import deque
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from rlpost.errors import RecipeError
 from rlpost.groups import Completion
 
 SIDE = 5
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXY"
-EXIT, TRAP, WALL, LOST = "$", "!", "#", "?"
+OPEN, EXIT, TRAP, WALL, LOST = ".", "$", "!", "#", "?"
 GIVES_UP = 0.06
 HELD_OUT = 4
 """Every so manyth start of a maze is never trained on."""
@@ -50,7 +50,37 @@ def unseen(*, mazes: int = 20, seed: int = 1000) -> list[dict[str, Any]]:
     Raises:
         RecipeError: `mazes` is no count.
     """
-    return _rows(mazes, seed)
+    return [{**row, "held_out": False, "unseen": True} for row in _rows(mazes, seed)]
+
+
+def part_way(row: Mapping[str, Any], random: randomness.Random, *, steps: int = 6) -> dict[str, Any]:
+    """The row with up to `steps` random steps behind it, which are part of the prompt: exploring starts.
+
+    A policy that has become good no longer comes by the far corners, and would forget them.
+    """
+    maze, cell, path = row["maze"], int(row["start"]), ""
+    for _ in range(random.randrange(steps + 1)):
+        near = [n for n in neighbours(maze, cell) if maze[n] == OPEN]
+        if near:
+            cell = random.choice(near)
+            path += LETTERS[cell]
+    return {**row, "prompt": row["prompt"] + path, "start": cell}
+
+
+def with_places(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `places`: a prompt for every open cell, to ask a value network about."""
+    maze = row["maze"]
+    return {**row, "places": [prompt(maze, cell) for cell in range(len(maze)) if maze[cell] == OPEN]}
+
+
+def read_guesses(row: Mapping[str, Any], *, part: Literal["train", "held_out", "unseen"]) -> list[dict[str, Any]]:
+    """The row with its guesses in the prompt, a digit in the place of every open cell; none of another part's rows."""
+    here = "unseen" if row["unseen"] else "held_out" if row["held_out"] else "train"
+    if here != part:
+        return []
+    guesses = iter(row["guesses"])
+    seen = "".join(next(guesses) if sign == OPEN else sign for sign in row["maze"])
+    return [{**row, "prompt": prompt(seen, row["start"])}]
 
 
 def random_walk(row: Mapping[str, Any], random: randomness.Random) -> dict[str, Any]:
@@ -162,6 +192,7 @@ def _rows(count: int, seed: int) -> list[dict[str, Any]]:
                     "number": number,
                     "start": start,
                     "held_out": i % HELD_OUT == number % HELD_OUT,
+                    "unseen": False,
                 }
             )
     return rows
@@ -170,7 +201,7 @@ def _rows(count: int, seed: int) -> list[dict[str, Any]]:
 def _maze(random: randomness.Random) -> str:
     """Seven walls, an exit and a trap, all other cells in one piece and the exit some way from the middle of it."""
     while True:
-        cells = ["."] * SIDE**2
+        cells = [OPEN] * SIDE**2
         for cell, sign in zip(random.sample(range(SIDE**2), 9), f"{WALL * 7}{EXIT}{TRAP}", strict=True):
             cells[cell] = sign
         maze = "".join(cells)

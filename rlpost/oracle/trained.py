@@ -1,0 +1,73 @@
+"""A trained policy on the tree of all its completions of a prompt, and the same guided by a trained value network.
+
+A tree numbers its tokens from the one that ends a completion; which token of the model each is, `Tokens` says.
+
+Axes: X states, V tokens, L leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlpost.goals import Goal, GoalSet
+from rlpost.groups import Completion, Group
+from rlpost.oracle.goals import from_table, guided
+from rlpost.oracle.tree import END, Tree
+from rlpost.policy.policy import Policy
+from rlpost.rollout.guide import Guide, Mode, Position
+from rlpost.rollout.value_network import ValueNetwork
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The model's tokens in the tree's order. Example: (2, 0, 1, 3) where token 2 ends a completion."""
+
+    of_V: tuple[int, ...]
+
+    @classmethod
+    def made_for(cls, policy: Policy) -> Tokens:
+        """The end token first, all others in their order."""
+        (end,) = policy.end_ids
+        return cls((end, *(v for v in range(policy.vocabulary) if v != end)))
+
+    def real(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The model's tokens for the tree's."""
+        return tuple(self.of_V[v] for v in ids)
+
+    def goal(self, members: Sequence[Sequence[int]]) -> GoalSet:
+        """Endings in the model's tokens, as a goal on the tree."""
+        number = {real: v for v, real in enumerate(self.of_V)}
+        return GoalSet([[number[i] for i in member] for member in members])
+
+
+def policy_table(policy: Policy, prompt: Sequence[int], tree: Tree, tokens: Tokens) -> Tensor:
+    """[X, V] log-probabilities in every state after `prompt`, in float64, by the policy's own forward pass."""
+    completions = []
+    for length in range(tree.depth):
+        for ids in tree.prefixes(length).tolist():
+            # Whatever follows a state, its log-probabilities are those of the state before.
+            real = (*tokens.real(ids), tokens.of_V[END])
+            completions.append(Completion(real, (False,) * length + (True,)))
+    says = policy.distributions(policy.batch([Group(tuple(prompt), tuple(completions))]))
+    return says(slice(None))[:, list(tokens.of_V)].double().log_softmax(1).cpu()
+
+
+def network_table(network: ValueNetwork, prompt: Sequence[int], tree: Tree, tokens: Tokens) -> Tensor:
+    """[X] log of the network's value in every state after `prompt`; of the prompt itself, which is not asked for, 0."""
+    rows = [
+        Position(tuple(prompt), tokens.real(ids), last=False)
+        for length in range(tree.depth - 1)
+        for ids in tree.prefixes(length).tolist()
+    ]
+    candidate_BK = torch.tensor(tokens.of_V[1:]).expand(len(rows), -1)
+    return torch.cat([torch.zeros(1, dtype=torch.float64), network.ahead(rows, candidate_BK).flatten()])
+
+
+def guided_away(tree: Tree, logp_XV: Tensor, log_X: Tensor, goal: Goal) -> Tensor:
+    """[X, V] log-probabilities of the policy led away from `goal` by log S; cut-off completions count as endings."""
+    guide = Guide(from_table(tree, log_X), goal, {END}, Mode.away, truncated_counts=True)
+    return guided(tree, logp_XV, guide)
