@@ -13,7 +13,7 @@ from rlpost.data.encoders import plain_prompt
 from rlpost.data.tasks import maze as task
 from rlpost.goals import GoalSet
 from rlpost.groups import Group, completions
-from rlpost.plots.maze import final_of, mazes_of, policy_of, recipe_of
+from rlpost.plots.maze import final_of, finished, mazes_of, policy_of, recipe_of
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Kind, Model, Recipe, Sampling
@@ -32,14 +32,14 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
     """The share of walks that escape and of moves that are optimal, in lines; `stage` as in `maze.solved`.
 
     Raises:
-        ModelError: the run lacks a value network or a policy.
+        ModelError: the run has no walker or no policy.
         DataError: its rows are no mazes.
     """
     recipe = recipe_of(run)
     rows = [row for row in mazes_of(recipe) if row["held_out"]]
     sampling = Sampling(max_new_tokens=_room(recipe))
     walker_at = final_of(run, recipe, (Kind.sft,), "a walker: a stage of kind sft")
-    value_at = final_of(run, recipe, (Kind.value,), "a value network: a stage of kind value")
+    value_at = finished(run, recipe, (Kind.value,))
     lines = []
     for name, engine in _engines(walker_at, value_at, policy_of(run, recipe, stage)):
         groups = collect(engine, _groups(rows, engine.policy), SAMPLES, sampling, seed=0)
@@ -50,13 +50,14 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
     return lines
 
 
-def _engines(walker_at: Path, value_at: Path, policy_at: Path) -> Iterator[tuple[str, BuiltinEngine]]:
+def _engines(walker_at: Path, value_at: Path | None, policy_at: Path) -> Iterator[tuple[str, BuiltinEngine]]:
     walker = load_policy(walker_at, Model(), trainable=False)
     yield "random walker", BuiltinEngine(walker)
-    exits = GoalSet([make_codec(walker.tokenizer).ids(task.EXIT, "the exit")])
-    network = load_value(value_at, walker, (), avoid=False)
-    guide = Guide(network.ahead, exits, walker.end_ids, candidates=CANDIDATES)
-    yield "led by its value network", BuiltinEngine(walker, guide=guide)
+    if value_at is not None:
+        exits = GoalSet([make_codec(walker.tokenizer).ids(task.EXIT, "the exit")])
+        network = load_value(value_at, walker, (), avoid=False)
+        guide = Guide(network.ahead, exits, walker.end_ids, candidates=CANDIDATES)
+        yield "led by its value network", BuiltinEngine(walker, guide=guide)
     yield "policy", BuiltinEngine(load_policy(policy_at, Model(), trainable=False))
 
 

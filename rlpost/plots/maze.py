@@ -37,7 +37,7 @@ class Solved:
     walk: Mapping[int, float]
     """Exact: the probability that the random walk from a cell ends at the exit."""
     value: Mapping[int, float]
-    """What the value network says of it."""
+    """What the value network says of it; empty where the run has none."""
     steps: Mapping[int, int]
     """Exact: fewest steps to the exit."""
     move: Mapping[int, int]
@@ -48,6 +48,11 @@ class Solved:
         """|V − exact| of every start."""
         return {c: abs(self.value[c] - self.walk[c]) for c in self.value}
 
+    @property
+    def starts(self) -> list[int]:
+        """Cells from which the exit can be reached."""
+        return list(self.move)
+
     def is_optimal(self, cell: int) -> bool:
         """The policy's move comes a step nearer to the exit."""
         return self.steps.get(self.move[cell], len(self.maze)) == self.steps[cell] - 1
@@ -57,20 +62,19 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
     """The mazes of a run, as its last stages know them.
 
     Args:
-        run: a finished run of mazes with a stage of kind value.
+        run: a finished run of mazes, with a stage of kind value or without.
         policy_stage: whose policy; the last one by default.
 
     Raises:
-        ModelError: the run has no value network or no policy yet.
+        ModelError: the run has no policy yet.
         DataError: its rows are no mazes.
     """
     recipe = recipe_of(run)
-    scalar_at = final_of(run, recipe, (Kind.value,), "a value network: a stage of kind value")
+    scalar_at = finished(run, recipe, (Kind.value,))
     policy = load_policy(policy_of(run, recipe, policy_stage), Model(), trainable=False)
     rows = mazes_of(recipe)
-    scalar = load_scalar(scalar_at, Model(), bfloat16=False, device="cpu")
     groups = [_group(row, policy) for row in rows]
-    value = torch.sigmoid(scalar.score(groups).before_N).tolist()
+    value = _values(scalar_at, groups) if scalar_at else []
     moves = _moves(policy, rows, groups)
     found = []
     for maze in dict.fromkeys(row["maze"] for row in rows):
@@ -81,7 +85,7 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
                 maze,
                 frozenset(start[i] for i in own if rows[i]["held_out"]),
                 task.walk_values(maze),
-                {start[i]: value[i] for i in own},
+                {start[i]: value[i] for i in own if value},
                 task.distances(maze),
                 {start[i]: moves[i] for i in own},
             )
@@ -119,17 +123,19 @@ def report(found: Sequence[Solved]) -> list[str]:
     """The numbers, in lines."""
     lines = []
     for title, wanted in (("trained on", False), ("held out", True)):
-        some = [(s, c) for s in found for c in s.value if (c in s.held_out) == wanted]
-        if some:
+        some = [(s, c) for s in found for c in s.starts if (c in s.held_out) == wanted]
+        best = fmean(float(s.is_optimal(c)) for s, c in some)
+        line = f"starts {title}: {len(some)}, optimal moves {best:.1%}"
+        if found[0].value:
             error = fmean(s.errors[c] for s, c in some)
-            best = fmean(float(s.is_optimal(c)) for s, c in some)
             noise = fmean(s.walk[c] * (1 - s.walk[c]) for s, c in some)
             worth = noise / max(fmean(s.errors[c] ** 2 for s, c in some), 1e-12)
             tokens = fmean(_length(s.maze, c) for s, c in some)
-            lines.append(
-                f"starts {title}: {len(some)}, mean |V − exact| {error:.3f}, optimal moves {best:.1%}; "
-                f"one look is as good as {worth:.0f} walks from each, of {tokens:.1f} tokens"
+            line += (
+                f", mean |V − exact| {error:.3f}: one look is as good as {worth:.0f} walks from each, "
+                f"of {tokens:.1f} tokens"
             )
+        lines.append(line)
     return lines
 
 
@@ -141,15 +147,18 @@ def _length(maze: str, start: int, walks: int = 20) -> float:
 
 
 def in_text(s: Solved) -> list[str]:
-    """The maze for a terminal: the network's values as shades, the policy's arrows; x marks a move that is not best."""
+    """The maze for a terminal: values as shades, the policy's arrows; x marks a move that is not best.
+
+    The values are the network's, or the exact ones where there is none.
+    """
     lines = []
     for row in range(task.SIDE):
         shades, arrows = "", ""
         for cell in range(row * task.SIDE, (row + 1) * task.SIDE):
             sign = s.maze[cell]
-            if cell in s.value:
-                shade = SHADES[min(int(s.value[cell] * len(SHADES)), len(SHADES) - 1)]
-                shades += shade * 2
+            if cell in s.move:
+                value = s.value.get(cell, s.walk[cell])
+                shades += SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)] * 2
                 arrows += ARROWS.get(s.move[cell] - cell, "·") + (" " if s.is_optimal(cell) else "x")
             else:
                 shades += sign * 2
@@ -171,13 +180,15 @@ def draw(found: Sequence[Solved], file: Path) -> None:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ModelError("pictures need matplotlib: pip install rlpost[plots]") from error
-    titles = ("exact V of the walk", "learned V", "fewest steps", "the policy")
-    figure, axes = plt.subplots(len(found), 4, figsize=(10, 2.6 * len(found)), squeeze=False, layout="constrained")
+    titles = ["exact V of the walk", *(["learned V"] if found[0].value else []), "fewest steps", "the policy"]
+    size = (2.5 * len(titles), 2.6 * len(found))
+    figure, axes = plt.subplots(len(found), len(titles), figsize=size, squeeze=False, layout="constrained")
     for s, line in zip(found, axes, strict=True):
-        _heat(line[0], s, {c: s.walk[c] for c in s.value}, "{:.2f}")
-        _heat(line[1], s, s.value, "{:.2f}")
-        _heat(line[2], s, {c: 1 - s.steps[c] / 12 for c in s.value}, "", arrows={c: _best(s, c) for c in s.value})
-        _heat(line[3], s, {c: float(s.is_optimal(c)) for c in s.value}, "", arrows={c: [s.move[c]] for c in s.value})
+        _heat(line[0], s, {c: s.walk[c] for c in s.starts}, "{:.2f}")
+        if s.value:
+            _heat(line[1], s, s.value, "{:.2f}")
+        _heat(line[-2], s, {c: 1 - s.steps[c] / 12 for c in s.starts}, "", arrows={c: _best(s, c) for c in s.starts})
+        _heat(line[-1], s, {c: float(s.is_optimal(c)) for c in s.starts}, "", arrows={c: [s.move[c]] for c in s.starts})
     for title, axis in zip(titles, axes[0], strict=True):
         axis.set_title(title, fontsize=10)
     figure.savefig(file, dpi=110)
@@ -216,16 +227,31 @@ def _best(s: Solved, cell: int) -> list[int]:
 
 
 def final_of(run: Path, recipe: Recipe, kinds: Sequence[Kind], what: str) -> Path:
-    """The result of the last finished stage of some kinds.
+    """As `finished`.
 
     Raises:
         ModelError: there is none; `what` is said to be missing.
     """
+    done = finished(run, recipe, kinds)
+    if done is None:
+        raise ModelError(f"{run}: no finished stage gives {what}; run `rlpost train` to the end")
+    return done
+
+
+def finished(run: Path, recipe: Recipe, kinds: Sequence[Kind]) -> Path | None:
+    """The result of the last finished stage of some kinds; None where there is none."""
     for name, stage in reversed(recipe.stages.items()):
         done = StageDirectory(run / name).done if stage.enabled and stage.kind in kinds else None
         if done is not None:
             return done
-    raise ModelError(f"{run}: no finished stage gives {what}; run `rlpost train` to the end")
+    return None
+
+
+def _values(network: Path, groups: Sequence[Group]) -> list[float]:
+    """What a value network says of the groups' prompts."""
+    scalar = load_scalar(network, Model(), bfloat16=False, device="cpu")
+    value: list[float] = torch.sigmoid(scalar.score(groups).before_N).tolist()
+    return value
 
 
 def mazes_of(recipe: Recipe) -> list[dict[str, Any]]:
