@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from reverse_worlds import SHAPES, TOKENS, Arithmetic, Maze, Node, Problem, Visits, World, make_maze
+from reverse_worlds import SHAPES, Arithmetic, Maze, Node, Problem, Visits, World, make_maze
 
 from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
@@ -113,6 +113,8 @@ class Result:
     """Forward and reverse: the share of the model's full samples that solve the problem."""
     chance: Mapping[str, list[float]]
     """The same of the teacher, exactly."""
+    perfect: Mapping[str, list[tuple[float, float]]]
+    """Forward and reverse: success and tokens expected of the teacher."""
     legal: Mapping[str, float]
     """The share of full samples that are legal to their end."""
 
@@ -231,9 +233,11 @@ def measured(case: Case, out: Path) -> Result:
             solved[way].append(found.path is not None)
         for way, side, end in (("forward", forward, problem.goal), ("reverse", reverse, problem.start)):
             rate[way].append(fmean(any(node == end for node, _ in s.visits) for s in side))
-    chance = {way: [case.world.chance(p, way == "reverse") for p in case.problems] for way in samples}
+    arrivals = {way: [case.world.arrivals(p, way == "reverse") for p in case.problems] for way in samples}
+    chance = {way: [sum(a) for a in arrivals[way]] for way in samples}
+    expected = {way: [perfect(a, case.budget) for a in arrivals[way]] for way in samples}
     legal = {way: fmean(reaches_end(s) for side in samples[way] for s in side) for way in samples}
-    return Result(tokens, solved, rate, chance, legal)
+    return Result(tokens, solved, rate, chance, expected, legal)
 
 
 def reaches_end(sample: Sample) -> bool:
@@ -250,14 +254,17 @@ def result(case: Case, out: Path) -> Result:
     return Result(**json.loads(kept.read_text()))
 
 
-def exact_success(chances: Sequence[float], samples: int) -> float:
-    """Of the perfect teacher's search within the budget: 1 − (1 − p)ⁿ, mean over problems."""
-    return fmean(1 - (1 - p) ** samples for p in chances)
+def perfect(arrivals: Sequence[float], budget: int) -> tuple[float, float]:
+    """What is expected of the search with the perfect teacher's samples: the success within the budget, the tokens.
 
-
-def exact_tokens(chances: Sequence[float], samples: int, size: int) -> float:
-    """An upper bound of its mean tokens: samples until the first success, or all of them, each of full size."""
-    return fmean(size * (1 - (1 - p) ** samples) / p for p in chances)
+    With p the chance of one sample, the n-th is the first to succeed with (1 − p)ⁿ⁻¹·p, and before it are n − 1 whole
+    ones.
+    """
+    size, missed, tokens = len(arrivals), 1.0, 0.0
+    for begun in range(0, budget - size + 1, size):
+        tokens += missed * sum(p * (begun + t) for t, p in enumerate(arrivals, 1))
+        missed *= 1 - sum(arrivals)
+    return 1 - missed, tokens + missed * budget
 
 
 def success(results: Sequence[Result], way: str) -> Estimate:
@@ -308,9 +315,9 @@ def draw(out: Path, found: Results) -> None:
             _line(axes[0, column], some, way, [success(r, way) for r in some.values()], _seed_success)
             _line(axes[1, column], some, way, [spent(r, way) for r in some.values()], _seed_tokens)
         for way in WAYS[:2]:
-            exact = [_exact(results, way, kind, size) for size, results in some.items()]
-            for axis, values in zip(axes[:, column], zip(*exact, strict=True), strict=True):
-                axis.plot(list(some), values, "--", lw=1, color=COLORS[way], alpha=0.7)
+            for number, axis in enumerate(axes[:, column]):
+                exact = [fmean(e[number] for r in results for e in r.perfect[way]) for results in some.values()]
+                axis.plot(list(some), exact, "--", lw=1, color=COLORS[way], alpha=0.7)
         axes[1, column].axhline(BUDGET[kind], color="0.75", lw=0.8, zorder=0)
         axes[1, column].text(next(iter(some)), BUDGET[kind] * 1.08, "budget", color="0.5", fontsize=8)
         axes[0, column].set_title(title if kind != "maze" else f"maze, {title}", fontsize=11)
@@ -347,13 +354,6 @@ def _seed_success(result: Result, way: str) -> float:
 
 def _seed_tokens(result: Result, way: str) -> float:
     return fmean(result.tokens[way])
-
-
-def _exact(results: Sequence[Result], way: str, kind: str, size: int) -> tuple[float, float]:
-    """The perfect teacher's success and tokens."""
-    length = 2 * size if kind == "maze" else TOKENS * size
-    chances, samples = [p for r in results for p in r.chance[way]], BUDGET[kind] // length
-    return exact_success(chances, samples), exact_tokens(chances, samples, length)
 
 
 def main() -> None:

@@ -67,8 +67,8 @@ class World(Protocol):
         """Whether a path solves the problem."""
         ...
 
-    def chance(self, problem: Problem, backward: bool) -> float:
-        """The exact probability that one full sample of the teacher, given one end, passes through the other."""
+    def arrivals(self, problem: Problem, backward: bool) -> list[float]:
+        """[tokens] the exact P(a sample of the teacher from one end first passes through the other at that token)."""
         ...
 
 
@@ -89,13 +89,13 @@ class Chain:
         joint_SS = (self.share_S[:, None] * self.move_SS).T
         return Chain(self.place_S, joint_SS / joint_SS.sum(1, keepdims=True), self.share_S)
 
-    def hits(self, start: int, goal: int, steps: int) -> float:
-        """P(within `steps` steps on cell `goal` | now on cell `start`): a sum over cells × steps."""
+    def arrivals(self, start: int, goal: int, steps: int) -> list[float]:
+        """[steps] P(first on cell `goal` after 1, 2, … steps | now on cell `start`): a sum over states × steps."""
         mass_S = np.where(self.place_S == start, self.share_S, 0.0)
-        mass_S, found = mass_S / mass_S.sum(), 0.0
+        mass_S, found = mass_S / mass_S.sum(), []
         for _ in range(steps):
             mass_S = mass_S @ self.move_SS
-            found += float(mass_S[self.place_S == goal].sum())
+            found.append(float(mass_S[self.place_S == goal].sum()))
             mass_S = np.where(self.place_S == goal, 0.0, mass_S)
         return found
 
@@ -183,12 +183,12 @@ class Maze:
             and all(b in self.ways[a] for a, b in pairwise(cells))
         )
 
-    def chance(self, problem: Problem, backward: bool) -> float:
+    def arrivals(self, problem: Problem, backward: bool) -> list[float]:
         """By dynamic programming over states × steps."""
         start, goal = _cell(problem.start), _cell(problem.goal)
         if backward:
-            return self.chain.backward.hits(goal, start, problem.steps)
-        return self.chain.hits(start, goal, problem.steps)
+            return self.chain.backward.arrivals(goal, start, problem.steps)
+        return self.chain.arrivals(start, goal, problem.steps)
 
 
 def make_maze(shape: str, side: int, seed: int) -> Maze:
@@ -349,15 +349,15 @@ class Arithmetic:
             y in results(x) for x, y in pairwise(numbers)
         )
 
-    def chance(self, problem: Problem, backward: bool) -> float:
-        """Forward P(y after the gaps | x); backward, by Bayes, that times P(x there)/P(y at the end of a chain)."""
+    def arrivals(self, problem: Problem, backward: bool) -> list[float]:
+        """All at the last token: forward P(y there | x); backward, by Bayes, times P(x)/P(y), each in its place."""
         (x, _), (y, _) = _number(problem.start), _number(problem.goal)
         power = np.linalg.matrix_power
-        forward = float(power(self._move_SS, self.gaps)[x, y])
-        if not backward:
-            return forward
-        before, end = (power(self._move_SS, n).mean(0) for n in (OPERATIONS - self.gaps, OPERATIONS))
-        return forward * float(before[x] / end[y])
+        chance = power(self._move_SS, self.gaps)[x, y]
+        if backward:
+            before, end = (power(self._move_SS, n).mean(0) for n in (OPERATIONS - self.gaps, OPERATIONS))
+            chance *= before[x] / end[y]
+        return [0.0] * (problem.tokens - 1) + [float(chance)]
 
 
 def apply(x: int, sign: str, digit: int) -> int:

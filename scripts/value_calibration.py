@@ -25,7 +25,7 @@ from rlpost.recipe.resolve import resolve
 ENDINGS = [f"{tens}{hundreds}" for hundreds in "01" for tens in "0123456789"]
 HELD_OUT = ENDINGS[3::7]
 """Never a goal in training, unless hindsight finds it."""
-PROBLEMS = 12
+PROBLEMS = 10
 LIKELY = 0.02
 """Goals that a problem's answers reach less often are left out: almost any value is right about them."""
 VALUE: dict[str, Any] = {
@@ -35,10 +35,10 @@ VALUE: dict[str, Any] = {
     "condition": "{goal}?",
     "hindsight_tokens": 2,
     "sampling": {"max_new_tokens": 5},
-    "prompts": 64,
+    "prompts": 48,
     "group_size": 8,
     "updates": 4,
-    "steps": 100,
+    "steps": 60,
     "learning_rate": 2e-3,
     "schedule": "cosine",
     "max_length": 24,

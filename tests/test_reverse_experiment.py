@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from reverse import PROBLEMS, Result, Sample, cases, exact_success, exact_tokens, reaches_end, search, success
-from reverse_worlds import LETTERS, OPERATIONS, SHAPES, Arithmetic, Maze, Problem, distances, make_maze, results
+from reverse import PROBLEMS, Result, Sample, cases, perfect, reaches_end, search, success
+from reverse_worlds import LETTERS, OPERATIONS, SHAPES, Arithmetic, Maze, Problem, World, distances, make_maze, results
 
 KITE = Maze(4, ((1, 2), (0, 2), (0, 1, 3), (2, 4), (3,)), ((0, 4),))
 """A triangle 0 1 2, and a corridor 2 3 4."""
@@ -32,12 +32,16 @@ def stationary(maze: Maze) -> list[tuple[tuple[int, ...], float]]:
     return [(w[1:], p / len(edges)) for edge in edges for w, p in walks(maze, edge, maze.steps)]
 
 
+def chance(world: World, problem: Problem, backward: bool) -> float:
+    return sum(world.arrivals(problem, backward))
+
+
 def arithmetic_problem(x: int, y: int, gaps: int) -> Problem:
     return Problem((x, 0), (y, gaps), gaps, 5 * gaps)
 
 
 def result(solved: list[bool]) -> Result:
-    return Result({}, {"forward": solved}, {}, {}, {})
+    return Result({}, {"forward": solved}, {}, {}, {}, {})
 
 
 def test_the_chances_of_a_maze_are_those_of_enumeration():
@@ -47,14 +51,14 @@ def test_the_chances_of_a_maze_are_those_of_enumeration():
     backward = [(w, p) for w, p in texts if w[-1] == 4]
     for found, given, other, turned in ((forward, 0, 4, False), (backward, 4, 0, True)):
         reached = sum(p for w, p in found if other in w) / sum(p for _, p in found)
-        assert KITE.chance(FROM_0_TO_4, turned) == pytest.approx(reached), given
+        assert chance(KITE, FROM_0_TO_4, turned) == pytest.approx(reached), given
 
 
 def test_the_chances_of_a_maze_by_hand():
     # From 0 to 1 or 2; from 1 to 2 and then on or back around; from 2 half of the walks turn into the corridor.
-    assert KITE.chance(FROM_0_TO_4, backward=False) == pytest.approx(1 / 2 * 1 / 2 + 1 / 2 * 1 / 2)
+    assert KITE.arrivals(FROM_0_TO_4, backward=False) == pytest.approx([0, 0, 1 / 4, 1 / 4])
     # Out of the corridor there is no choice, and either way around the triangle comes to 0.
-    assert KITE.chance(FROM_0_TO_4, backward=True) == 1
+    assert KITE.arrivals(FROM_0_TO_4, backward=True) == pytest.approx([0, 0, 1 / 2, 1 / 2])
 
 
 @pytest.mark.parametrize("shape", ["open", "funnel"])
@@ -62,7 +66,7 @@ def test_where_ways_lead_both_ways_a_walk_looks_the_same_from_either_end(shape):
     maze = make_maze(shape, 6, seed=0)
     problem = maze.problems[0]
     turned = Problem(problem.goal, problem.start, problem.steps, problem.tokens)
-    assert maze.chance(problem, backward=True) == pytest.approx(maze.chance(turned, backward=False))
+    assert chance(maze, problem, backward=True) == pytest.approx(chance(maze, turned, backward=False))
     assert maze.chain.share_S == pytest.approx(1 / len(maze.chain.share_S))
 
 
@@ -92,10 +96,10 @@ def test_one_way_mazes_have_one_way_back():
         straight = 1.0
         for cell in path[1:]:
             straight /= len(maze.ways[cell])
-        assert maze.chain.hits(0, problem.goal, steps=6) == pytest.approx(straight)
+        assert maze.chain.arrivals(0, problem.goal, steps=6)[-1] == pytest.approx(straight)
         # A walk that is dropped at the entrance in time tries again.
-        assert straight < maze.chance(problem, backward=False) < 1
-        assert maze.chance(problem, backward=True) == pytest.approx(1)
+        assert straight < chance(maze, problem, backward=False) < 1
+        assert chance(maze, problem, backward=True) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -203,9 +207,9 @@ def test_the_chances_of_arithmetic_are_those_of_counting():
     ends = Counter(y for middle in results(12) for y in results(middle))
     assert len(ends) == sum(p.start == (12, 0) for p in world.problems)
     for y, ways in ends.items():
-        assert world.chance(arithmetic_problem(12, y, 2), backward=False) == pytest.approx(ways / 100)
+        assert chance(world, arithmetic_problem(12, y, 2), backward=False) == pytest.approx(ways / 100)
     for y in (7, 38):
-        assert sum(world.chance(arithmetic_problem(x, y, 2), True) for x in range(100)) == pytest.approx(1)
+        assert sum(chance(world, arithmetic_problem(x, y, 2), True) for x in range(100)) == pytest.approx(1)
 
 
 def test_the_teachers_chains_are_right_from_both_ends():
@@ -271,10 +275,9 @@ def test_the_cases_are_all_worlds_with_the_same_models_for_all_gaps():
 
 
 def test_the_perfect_teachers_search_by_hand():
-    # Of two samples one or the other succeeds with 3/4; one and a half are expected to be taken.
-    assert exact_success([0.5], samples=2) == 0.75
-    assert exact_tokens([0.5], samples=2, size=10) == 15
-    assert exact_success([0.5, 1.0], samples=2) == 0.875
+    # Two samples of four tokens fit into nine. The first succeeds with 1/2 at token 2, the second with 1/4 at 4 + 2.
+    assert perfect([0, 0.5, 0, 0], budget=9) == (0.75, 0.5 * 2 + 0.25 * 6 + 0.25 * 9)
+    assert perfect([0.25, 0, 0, 0.75], budget=9) == (1, 0.25 * 1 + 0.75 * 4)
 
 
 def test_success_counts_the_problems_of_all_seeds():
