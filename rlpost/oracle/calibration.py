@@ -39,6 +39,8 @@ class Calibration:
     """Expected calibration error: mean over bins of learned values of |mean learned − mean true|."""
     worth: float
     """Completions sampled from a state whose share of reached goals is off as much: E[V(1 − V)] / E[error²]."""
+    states: int
+    """States that had to be looked at for the truth; the network looks at one."""
     left_out: float
     """Probability of completions that were not enumerated."""
 
@@ -58,6 +60,7 @@ def compare(true_X: Tensor, learned_X: Tensor, reach_X: Tensor, left_out: float 
         largest=float(error_X.abs().max()),
         calibration_error=float(gap_B.abs().sum()),
         worth=float(weight_X @ (true_X * (1 - true_X))) / max(square, 1e-30),
+        states=len(true_X),
         left_out=left_out,
     )
 
@@ -115,11 +118,12 @@ def calibrations(
 
 def print_table(found: Sequence[Asked]) -> None:
     """What was found, a line for each prompt and goal."""
-    columns = [*("prompt", "goal", "true V", "learned", "mean error", "largest", "ECE", "worth"), "not enumerated"]
+    columns = ["prompt", "goal", "true V", "learned", "mean error", "largest", "ECE", "worth"]
+    columns += ["states", "not enumerated"]
     rows = []
     for asked in found:
         c = asked.found
         numbers = (c.true_root, c.learned_root, c.mean_error, c.largest, c.calibration_error)
         worth, left_out = f"{c.worth:.1f}", f"{c.left_out:.0e}"
-        rows.append([asked.prompt, asked.goal, *(f"{x:.4f}" for x in numbers), worth, left_out])
+        rows.append([asked.prompt, asked.goal, *(f"{x:.4f}" for x in numbers), worth, str(c.states), left_out])
     console.table("a value network against all likely completions", columns, rows)

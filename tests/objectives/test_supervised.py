@@ -44,7 +44,9 @@ def test_its_gradient_raises_the_probability_itself():
 
 
 @pytest.mark.parametrize(
-    "loss", [nll, dynamic_fine_tuning, unlikelihood, lambda x: likelihood_by_label(x, x < -1)], ids=str
+    "loss",
+    [nll, dynamic_fine_tuning, unlikelihood, lambda x: likelihood_by_label(x, x < -1)],
+    ids=["nll", "dynamic_fine_tuning", "unlikelihood", "likelihood_by_label"],
 )
 def test_formats_and_nothing_at_all(loss):
     assert loss(torch.zeros(0)).shape == (0,)

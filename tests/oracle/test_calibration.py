@@ -94,6 +94,7 @@ def test_measures_by_hand():
     assert found.largest == pytest.approx(0.2)
     # Three bins, each off by its own error; two states in one bin could cancel.
     assert found.calibration_error == pytest.approx(0.5 * 0.2 + 0.25 * 0.05 + 0.25 * 0.05)
+    assert found.states == 3
     assert found.worth == pytest.approx(0.5 * 0.25 / (0.5 * 0.04 + 0.5 * 0.0025))
     one_bin = compare(true_X, torch.full((3,), 0.5).double(), torch.tensor([2.0, 1.0, 1.0]).double())
     assert one_bin.calibration_error == pytest.approx(0)
