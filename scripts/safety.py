@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -27,7 +26,7 @@ from torch import Tensor
 from rlpost import pipeline
 from rlpost.data.tasks import addition
 from rlpost.evaluate.statistics import upper_bound
-from rlpost.goals import Goal, GoalSet, Predicate
+from rlpost.goals import GoalSet
 from rlpost.oracle import truth
 from rlpost.oracle.goals import reached
 from rlpost.oracle.rows_safety import divergence
@@ -68,10 +67,7 @@ class World:
         start = self.policies["sft"]
         self.tree, self.tokens = Tree(start.vocabulary, LENGTH), Tokens.made_for(start)
         self.members = [tuple(start.tokenizer.encode(text)) for text in forbidden]
-        # Every prompt asks about the same completions.
-        known = cache(self.tokens.goal(self.members).reached)
-        self.goal: Goal = Predicate(lambda ids: known(tuple(ids)))
-        self.unsafe_L = reached(self.tree, self.goal, truncated_counts=True)
+        self.unsafe_L = reached(self.tree, self.tokens.goal(self.members), truncated_counts=True)
         pieces = torch.split(self.tree.token_N, self.tree.length_L.tolist())
         self.leaf = {tuple(ids.tolist()): at for at, ids in enumerate(pieces)}
         self.network: ValueNetwork = load_value(run / "guide/final", start, (), avoid=True)
@@ -84,9 +80,9 @@ class World:
         )
         log_X = network_table(self.network, prompt, tree, tokens)
         yield BEFORE, start_XV
-        yield AWAY, guided_away(tree, start_XV, log_X, self.goal)
+        yield AWAY, guided_away(tree, start_XV, log_X, self.unsafe_L)
         yield REWARD, reward_XV
-        yield BOTH, guided_away(tree, reward_XV, log_X, self.goal)
+        yield BOTH, guided_away(tree, reward_XV, log_X, self.unsafe_L)
         yield UNLIKELY, unlikely_XV
 
     def measure(self, row: dict[str, str]) -> dict[str, Measured]:

@@ -249,6 +249,8 @@ def _presented(part: Part, i: int, seed: int, codec: Codec, limit: Limit, counts
     if part.format is Format.messages:
         counts["last_turn_only"] += untrained_turns(row, group)
     if part.direction is Direction.reverse:
+        if len(group.completions) != 1:
+            raise DataError(f"{place}: several completions of a prompt are no one text to reverse; give each a row")
         group = backwards(group, codec)
     return fit(group, limit, codec, place, counts)
 

@@ -17,7 +17,14 @@ from rlpost.data.encoders import (
     prompt_ids,
     value_of,
 )
-from rlpost.data.judged import check_margin, encode_labelled, encode_ranked, encode_recorded, encode_steps
+from rlpost.data.judged import (
+    check_margin,
+    encode_labelled,
+    encode_ranked,
+    encode_recorded,
+    encode_several,
+    encode_steps,
+)
 from rlpost.errors import DataError
 from rlpost.groups import Group
 
@@ -34,6 +41,7 @@ class Format(StrEnum):
     steps = "prompt, steps, labels"
     recorded = "prompt, completions as recorded"
     completion = "prompt, completion"
+    several = "prompt, completions"
     messages = "messages"
     text = "text"
     prompt = "prompt"
@@ -61,14 +69,15 @@ _COLUMNS = {
     Format.steps: ("prompt", "steps", "labels"),
     Format.recorded: ("prompt", "completions", "example"),
     Format.completion: ("prompt", "completion"),
+    Format.several: ("prompt", "completions"),
     Format.messages: ("messages",),
     Format.text: ("text",),
     Format.prompt: ("prompt",),
     Format.opening: ("messages",),
 }
 _FORMATS = {
-    None: (Format.pair, Format.completion, Format.messages, Format.text, Format.prompt),
-    Need.completions: (Format.completion, Format.messages, Format.text),
+    None: (Format.pair, Format.completion, Format.several, Format.messages, Format.text, Format.prompt),
+    Need.completions: (Format.completion, Format.several, Format.messages, Format.text),
     Need.pairs: (Format.pair,),
     Need.prompts: (Format.prompt, Format.opening),
     Need.labelled: (Format.labelled,),
@@ -105,7 +114,7 @@ def recognise(rows: Sequence[Row], where: str, need: Need | None = None) -> Form
 
 
 def encode(row: Row, form: Format, codec: Codec, place: str) -> Group:
-    """The row as a group: one completion, two of a pair (chosen first), K of a ranking, or none of a prompt.
+    """The row as a group: one completion or several, two of a pair (chosen first), or none of a prompt.
 
     Raises:
         DataError: beginning with `place`, what the row lacks.
@@ -141,6 +150,7 @@ _ENCODERS: dict[Format, Callable[[Row, Codec, str], Group]] = {
     Format.steps: encode_steps,
     Format.recorded: encode_recorded,
     Format.completion: encode_answered,
+    Format.several: encode_several,
     Format.messages: _messages,
     Format.text: encode_text,
     Format.prompt: _prompt,

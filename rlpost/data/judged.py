@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlpost.data.codec import Codec
@@ -53,11 +54,22 @@ def encode_ranked(row: Row, codec: Codec, place: str) -> Group:
     numbers = [None if s is None else _number(s, f"scores[{i}]", place) for i, s in enumerate(scores)]
     if len({s for s in numbers if s is not None}) < 2:
         raise DataError(f"{place}: a ranking needs two completions of different scores; leave the row out")
+    return replace(encode_several(row, codec, place), example={**row, "scores": numbers})
+
+
+def encode_several(row: Row, codec: Codec, place: str) -> Group:
+    """`prompt, completions`: K completions that share their prompt.
+
+    Raises:
+        DataError: there is none, or their prompts are not one.
+    """
+    answers = _list(row, "completions", place)
     encoded = [_answer(row, answer, codec, f"{place}, completions[{i}]") for i, answer in enumerate(answers)]
     prompts = {prompt for prompt, _ in encoded}
-    if len(prompts) > 1:
-        raise DataError(f"{place}: the chat template gives its completions different prompts")
-    return Group(encoded[0][0], tuple(c for _, c in encoded), {**row, "scores": numbers})
+    if len(prompts) != 1:
+        what = "the chat template gives its completions different prompts" if prompts else "it has no completions"
+        raise DataError(f"{place}: {what}")
+    return Group(encoded[0][0], tuple(c for _, c in encoded), row)
 
 
 def encode_steps(row: Row, codec: Codec, place: str) -> Group:

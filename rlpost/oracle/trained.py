@@ -13,12 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlpost.goals import Goal, GoalSet
+from rlpost.errors import EngineError
+from rlpost.goals import GoalSet
 from rlpost.groups import Completion, Group
-from rlpost.oracle.goals import from_table, guided
+from rlpost.oracle import truth
 from rlpost.oracle.tree import END, Tree
 from rlpost.policy.policy import Policy
-from rlpost.rollout.guide import Guide, Mode, Position
+from rlpost.rollout.guide import Position
 from rlpost.rollout.value_network import ValueNetwork
 
 
@@ -67,7 +68,13 @@ def network_table(network: ValueNetwork, prompt: Sequence[int], tree: Tree, toke
     return torch.cat([torch.zeros(1, dtype=torch.float64), network.ahead(rows, candidate_BK).flatten()])
 
 
-def guided_away(tree: Tree, logp_XV: Tensor, log_X: Tensor, goal: Goal) -> Tensor:
-    """[X, V] log-probabilities of the policy led away from `goal` by log S; cut-off completions count as endings."""
-    guide = Guide(from_table(tree, log_X), goal, {END}, Mode.away, truncated_counts=True)
-    return guided(tree, logp_XV, guide)
+def guided_away(tree: Tree, logp_XV: Tensor, log_X: Tensor, unsafe_L: Tensor) -> Tensor:
+    """[X, V] log-probabilities of the policy led away from forbidden leaves by log S, as a `Guide` of all tokens does.
+
+    Raises:
+        EngineError: in some state every token ends in a forbidden leaf.
+    """
+    weight_XV = truth.action_values(tree, log_X, (1 - unsafe_L).log())
+    if (weight_XV == -torch.inf).all(1).any():
+        raise EngineError("in some state every token leads to a forbidden ending; forbid less")
+    return (logp_XV + weight_XV).log_softmax(1)

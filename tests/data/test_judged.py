@@ -24,6 +24,17 @@ def test_the_columns_tell_the_format(columns, need, form):
         recognise([{"text": "a"}], "main", need)
 
 
+def test_several_completions_share_their_prompt(codec):
+    row = {"prompt": "1+2=", "completions": ["3", "4", "33"]}
+    assert recognise([row], "main", Need.completions) is Format.several
+    group = encode(row, Format.several, codec, "row 1")
+    alone = [encode({"prompt": "1+2=", "completion": c}, Format.completion, codec, "row 1") for c in row["completions"]]
+    assert group.prompt == alone[0].prompt
+    assert group.completions == tuple(g.completions[0] for g in alone)
+    with pytest.raises(DataError, match="row 1: it has no completions"):
+        encode({"prompt": "1+2=", "completions": []}, Format.several, codec, "row 1")
+
+
 @pytest.mark.parametrize(("label", "meant"), [(True, True), ("false", False), (1, True), ("0", False)])
 def test_a_label_is_a_boolean(codec, label, meant):
     group = encode({"prompt": "1+2=", "completion": "3", "label": label}, Format.labelled, codec, "row 1")

@@ -109,6 +109,14 @@ def test_guesses_stand_in_the_places_of_open_cells():
     assert task.read_guesses({**row, "guesses": guesses}, part="unseen") == []
 
 
+def test_walks_from_one_start_go_their_own_ways():
+    row = task.train(mazes=1)[0]
+    walks = task.random_walks(row, random.Random(3), n=8)["completions"]
+    assert len(walks) == 8
+    assert len(set(walks)) > 2
+    assert walks[0] == task.random_walk(row, random.Random(3))["completion"]
+
+
 def test_rows_say_which_part_they_are():
     assert {(r["held_out"], r["unseen"]) for r in task.train(mazes=2)} == {(False, False)}
     assert {(r["held_out"], r["unseen"]) for r in task.held_out(mazes=2)} == {(True, False)}

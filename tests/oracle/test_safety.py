@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_recipes import SFT, group, policy, run
 
+from rlpost.errors import EngineError
 from rlpost.goals import GoalSet
 from rlpost.objectives.supervised import nll
 from rlpost.oracle import rows_safety, truth
@@ -69,6 +70,12 @@ def test_unlearning_on_three_tokens_by_hand():
     assert float(after_XV[1, 0]) == pytest.approx(float(after_XV[1, 1]), abs=1e-12)
 
 
+def test_a_guide_with_nowhere_to_go_says_so():
+    tree = Tree(3, 2)
+    with pytest.raises(EngineError, match="every token leads to a forbidden ending"):
+        guided_away(tree, torch.zeros(3, 3).log_softmax(1), torch.zeros(3), torch.ones(tree.leaves))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A policy and its value network away from endings in 1 or 22."""
@@ -108,9 +115,10 @@ def test_the_guided_table_is_what_the_engine_samples(trained):
     prompt = one.tokenizer.encode("4+5=")
     goal = tokens.goal(members)
     log_X = network_table(network, prompt, tree, tokens)
-    table_XV = guided_away(tree, policy_table(one, prompt, tree, tokens), log_X, goal)
+    unsafe_L = reached(tree, goal, truncated_counts=True)
+    table_XV = guided_away(tree, policy_table(one, prompt, tree, tokens), log_X, unsafe_L)
     logp_L = truth.leaf_logp(tree, table_XV)
-    assert mass(tree, table_XV, reached(tree, goal, truncated_counts=True)) == 0.0
+    assert mass(tree, table_XV, unsafe_L) == 0.0
     leaf = {tokens.real(ids.tolist()): at for at, ids in enumerate(torch.split(tree.token_N, tree.length_L.tolist()))}
     guide = Guide(network.ahead, GoalSet(members), one.end_ids, Mode.away, truncated_counts=True)
     (drawn,) = BuiltinEngine(one, guide=guide).generate([prompt], 40, Sampling(max_new_tokens=2), [0])

@@ -244,3 +244,18 @@ def test_no_row_is_longer_than_the_model_has_positions(tmp_path, capsys):
         run(tmp_path, {"sft": stage})
     assert "limited by the model's 32 positions" in capsys.readouterr().err
     run(tmp_path, {"sft": {**stage, "too_long": "drop"}}, "run=dropped")
+
+
+def test_several_completions_of_a_row_train_as_rows_of_their_own(tmp_path):
+    """Token means are over the same tokens, whether a prompt stands once or again and again."""
+    answers = {"1+2=": ["31", "3", "42"], "4+4=": ["8", "81"]}
+    jsonl(tmp_path / "together.jsonl", [{"prompt": p, "completions": c} for p, c in answers.items()])
+    jsonl(tmp_path / "alone.jsonl", [{"prompt": p, "completion": c} for p, own in answers.items() for c in own])
+    for name, rows in (("together", 2), ("alone", 5)):
+        settings = {**SFT, "data": {"rows": {"path": f"{name}.jsonl"}}, "batch_size": rows, "steps": 3}
+        run(tmp_path, {"sft": settings}, f"run={name}")
+    together, alone = (metrics(tmp_path, "sft", name) for name in ("together", "alone"))
+    for one, other in zip(together, alone, strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["nll"] == pytest.approx(other["nll"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)

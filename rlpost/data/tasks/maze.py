@@ -84,15 +84,13 @@ def read_guesses(row: Mapping[str, Any], *, part: Literal["train", "held_out", "
 
 
 def random_walk(row: Mapping[str, Any], random: randomness.Random) -> dict[str, Any]:
-    """A walk of the teacher from the row's start."""
-    maze, cell, path = row["maze"], int(row["start"]), ""
-    while True:
-        if random.random() < GIVES_UP:
-            return {**row, "completion": path + LOST}
-        cell = random.choice(neighbours(maze, cell))
-        if maze[cell] in (EXIT, TRAP):
-            return {**row, "completion": path + maze[cell]}
-        path += LETTERS[cell]
+    """The row with a walk of the teacher from its start."""
+    return {**row, "completion": _walk(row["maze"], int(row["start"]), random)}
+
+
+def random_walks(row: Mapping[str, Any], random: randomness.Random, *, n: int = 4) -> dict[str, Any]:
+    """The row with `n` walks of the teacher from its start."""
+    return {**row, "completions": [_walk(row["maze"], int(row["start"]), random) for _ in range(n)]}
 
 
 def escaped(completion: Completion, example: Mapping[str, Any]) -> float:
@@ -176,6 +174,17 @@ def starts(maze: str) -> list[int]:
 def prompt(maze: str, start: int) -> str:
     """The text that a walk completes."""
     return f"{maze}>{LETTERS[start]}"
+
+
+def _walk(maze: str, cell: int, random: randomness.Random) -> str:
+    path = ""
+    while True:
+        if random.random() < GIVES_UP:
+            return path + LOST
+        cell = random.choice(neighbours(maze, cell))
+        if maze[cell] in (EXIT, TRAP):
+            return path + maze[cell]
+        path += LETTERS[cell]
 
 
 def _rows(count: int, seed: int) -> list[dict[str, Any]]:
