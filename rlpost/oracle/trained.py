@@ -15,9 +15,9 @@ from torch import Tensor
 
 from rlpost.errors import EngineError
 from rlpost.goals import GoalSet
-from rlpost.groups import Completion, Group
 from rlpost.oracle import truth
-from rlpost.oracle.tree import END, Tree
+from rlpost.oracle.tree import Tree
+from rlpost.oracle.unfold import next_tokens
 from rlpost.policy.policy import Policy
 from rlpost.rollout.guide import Position
 from rlpost.rollout.value_network import ValueNetwork
@@ -47,14 +47,8 @@ class Tokens:
 
 def policy_table(policy: Policy, prompt: Sequence[int], tree: Tree, tokens: Tokens) -> Tensor:
     """[X, V] log-probabilities in every state after `prompt`, in float64, by the policy's own forward pass."""
-    completions = []
-    for length in range(tree.depth):
-        for ids in tree.prefixes(length).tolist():
-            # Whatever follows a state, its log-probabilities are those of the state before.
-            real = (*tokens.real(ids), tokens.of_V[END])
-            completions.append(Completion(real, (False,) * length + (True,)))
-    says = policy.distributions(policy.batch([Group(tuple(prompt), tuple(completions))]))
-    return says(slice(None))[:, list(tokens.of_V)].double().log_softmax(1).cpu()
+    states = [tokens.real(ids) for length in range(tree.depth) for ids in tree.prefixes(length).tolist()]
+    return next_tokens(policy, tuple(prompt), states)[:, list(tokens.of_V)]
 
 
 def network_table(network: ValueNetwork, prompt: Sequence[int], tree: Tree, tokens: Tokens) -> Tensor:
