@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
-SHARED_BY_STAGES = ("advantage", "context", "endings", "pairwise", "rollouts", "surrogate")
+SHARED_BY_STAGES = ("advantage", "context", "endings", "lots", "pairwise", "rollouts", "surrogate")
 """Modules of stages/ that are no stage."""
 LIGHT = ("cli", "console", "data", "errors", "groups", "recipe", "rewards", "run", "schedules")
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.encoders import plain_prompt
 from rlpost.data.formats import Need
-from rlpost.errors import DataError, Interrupted, ModelError
+from rlpost.errors import DataError, ModelError
 from rlpost.groups import Group
 from rlpost.recipe.schema import Guesses, TooLong, ValueTarget
 from rlpost.rollout.value_network import ValueNetwork, load_value, read_settings
 from rlpost.stages.context import Context
 from rlpost.stages.endings import Endings
+from rlpost.stages.lots import rows_by_lots
 
 AT_ONCE = 64
 """Rows between two moves of the progress bar."""
@@ -49,18 +49,11 @@ def guesses(context: Context, cfg: Guesses) -> Path:
     data = context.data(policy, cfg.data, Need.prompts, policy.longest, TooLong.refuse)
     prompts = data.all()
     draw = random.Random(context.seed_for("goals"))
-    rows: list[dict[str, Any]] = []
-    with console.Progress(context.name, len(prompts)) as progress:
-        for first in range(0, len(prompts), AT_ONCE):
-            some = prompts[first : first + AT_ONCE]
-            rows += guessed(network, endings, some, cfg, codec, f"stages.{context.name}", draw)
-            progress.advance(n=len(some))
-            if context.interrupts.requested is not None:
-                raise Interrupted(
-                    f"{context.name} stopped, and keeps nothing; run the same command to begin again",
-                    context.interrupts.requested,
-                )
-    console.say(f"{context.name}: {len(rows)} rows")
+
+    def make(some: Sequence[Group], _first: int) -> Iterator[dict[str, Any]]:
+        return guessed(network, endings, some, cfg, codec, f"stages.{context.name}", draw)
+
+    rows = rows_by_lots(context, prompts, AT_ONCE, make)
     return context.finish_rows(rows, cfg.kind)
 
 

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost import console
 from rlpost.data.chat import opening
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
-from rlpost.errors import DataError, Interrupted
+from rlpost.errors import DataError
 from rlpost.goals import Goal, ends_in
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy
@@ -26,6 +25,7 @@ from rlpost.rollout.guide import Guide, Mode
 from rlpost.rollout.value_network import ValueNetwork, load_value, read_settings
 from rlpost.stages.context import Context
 from rlpost.stages.endings import Endings
+from rlpost.stages.lots import rows_by_lots
 
 AT_ONCE = 64
 """Prompts whose samples are held at a time."""
@@ -46,18 +46,11 @@ def guided(context: Context, cfg: Guided) -> Path:
     endings = Endings(cfg.goals, codec, context)
     data = context.data(policy, cfg.data, Need.prompts, policy.longest - cfg.sampling.max_new_tokens, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
-    rows: list[dict[str, Any]] = []
-    with console.Progress(context.name, len(prompts)) as progress:
-        for first in range(0, len(prompts), AT_ONCE):
-            some = prompts[first : first + AT_ONCE]
-            rows += guided_rows(policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
-            progress.advance(n=len(some))
-            if context.interrupts.requested is not None:
-                raise Interrupted(
-                    f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin again",
-                    context.interrupts.requested,
-                )
-    console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
+
+    def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
+        return guided_rows(policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
+
+    rows = rows_by_lots(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
             f"stages.{context.name}: no sample ends as it should; train the network longer, or look at the goals"

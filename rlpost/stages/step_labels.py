@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost import console
 from rlpost.data.chat import opening
 from rlpost.data.formats import Need
-from rlpost.errors import DataError, Interrupted
+from rlpost.errors import DataError
 from rlpost.groups import Group, completions
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import StepLabels, TooLong
@@ -22,6 +21,7 @@ from rlpost.rollout.collect import collect
 from rlpost.rollout.continue_from import as_answers, fresh_rollouts
 from rlpost.rollout.divide import divide, step_starts, step_texts
 from rlpost.stages.context import Context
+from rlpost.stages.lots import rows_by_lots
 from rlpost.stages.rollouts import scored
 
 AT_ONCE = 64
@@ -40,18 +40,11 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
-    rows: list[dict[str, Any]] = []
-    with console.Progress(context.name, len(prompts)) as progress:
-        for first in range(0, len(prompts), AT_ONCE):
-            some = prompts[first : first + AT_ONCE]
-            rows += labelled(policy, some, scorer, cfg, context.seed_for("sample", first))
-            progress.advance(n=len(some))
-            if context.interrupts.requested is not None:
-                raise Interrupted(
-                    f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin again",
-                    context.interrupts.requested,
-                )
-    console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
+
+    def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
+        return labelled(policy, some, scorer, cfg, context.seed_for("sample", first))
+
+    rows = rows_by_lots(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
             f"stages.{context.name}: no completion has steps that could be labelled; "

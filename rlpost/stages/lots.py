@@ -1,0 +1,42 @@
+"""Rows made lot by lot: with a bar that moves, and an ear for signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rlpost import console
+from rlpost.errors import Interrupted
+from rlpost.groups import Group
+from rlpost.stages.context import Context
+
+Row = dict[str, Any]
+
+
+def rows_by_lots(
+    context: Context, prompts: Sequence[Group], at_once: int, make: Callable[[Sequence[Group], int], Iterable[Row]]
+) -> list[Row]:
+    """The rows of all prompts, made of `at_once` of them at a time; says how many there are.
+
+    Args:
+        context: of the stage.
+        prompts: all of them.
+        at_once: prompts of a lot.
+        make: (prompts of a lot, number of its first) -> its rows.
+
+    Raises:
+        Interrupted: when a signal asked to stop.
+    """
+    rows: list[Row] = []
+    with console.Progress(context.name, len(prompts)) as progress:
+        for first in range(0, len(prompts), at_once):
+            some = prompts[first : first + at_once]
+            rows += make(some, first)
+            progress.advance(n=len(some))
+            if context.interrupts.requested is not None:
+                raise Interrupted(
+                    f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin again",
+                    context.interrupts.requested,
+                )
+    console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
+    return rows
