@@ -77,11 +77,10 @@ class Guide:
         )
         candidate_BK = candidate_BK.cpu()
         weight_BK = self.ahead(positions, candidate_BK).clone()
-        for b, position in enumerate(positions):
-            for j, token in enumerate(candidate_BK[b].tolist()):
-                over = self._over(position, token)
-                if over is not None:
-                    weight_BK[b, j] = over
+        over_BK = torch.isin(candidate_BK, torch.tensor(sorted(self.end_ids)))
+        over_BK |= torch.tensor([position.last for position in positions])[:, None]
+        ending = zip(over_BK.nonzero()[:, 0].tolist(), candidate_BK[over_BK].tolist(), strict=True)
+        weight_BK[over_BK] = weight_BK.new_tensor([self._over(positions[b], token) for b, token in ending])
         nowhere_B = (weight_BK == -math.inf).all(1)
         if nowhere_B.any():
             self._refuse(positions[int(nowhere_B.nonzero()[0])])
@@ -95,14 +94,12 @@ class Guide:
         """True if a completion of these tokens, without its end token, ends in the goal."""
         return (self.truncated_counts or not cut) and self.goal.reached(ids)
 
-    def _over(self, position: Position, token: int) -> float | None:
-        """The log-weight of a candidate after which the completion is over; None where it goes on."""
+    def _over(self, position: Position, token: int) -> float:
+        """The log-weight of a candidate after which the completion is over."""
         if token in self.end_ids:
             there = self.reached(position.ids, cut=False)
-        elif position.last:
-            there = self.reached((*position.ids, token), cut=True)
         else:
-            return None
+            there = self.reached((*position.ids, token), cut=True)
         if self.mode is Mode.soft:
             return float(there) / self.beta
         return 0.0 if there == (self.mode is Mode.toward) else -math.inf
