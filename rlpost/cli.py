@@ -263,6 +263,7 @@ def calibrate(
     policy: Annotated[
         str | None, typer.Option("--policy", help="Whose completions; by default the model it was trained beside.")
     ] = None,
+    least: Annotated[float, typer.Option("--least", min=0, help="Rarer states are not followed.")] = 1e-5,
     as_json: _Json = False,
 ) -> None:
     """Compare a value network with the truth, on all likely completions of prompts."""
@@ -271,7 +272,7 @@ def calibrate(
 
     folder = find_checkpoint(network) or Path(network)
     model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
-    found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens))
+    found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
     if as_json:
         print("\n".join(json.dumps(asdict(asked)) for asked in found))
     else:

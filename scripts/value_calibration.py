@@ -10,22 +10,31 @@ every state is known. Prints a Markdown table, means over seeds.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlpost import pipeline
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.encoders import plain_prompt
 from rlpost.data.tasks import addition
-from rlpost.oracle.calibration import Asked, calibrations
+from rlpost.goals import GoalSet
+from rlpost.oracle.calibration import Calibration, calibrate
+from rlpost.oracle.unfold import Unfolded, unfold
+from rlpost.policy.load import load_policy
+from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import resolve
+from rlpost.recipe.schema import Model
+from rlpost.rollout.value_network import load_value
 
 ENDINGS = [f"{tens}{hundreds}" for hundreds in "01" for tens in "0123456789"]
 HELD_OUT = ENDINGS[3::7]
 """Never a goal in training, unless hindsight finds it."""
-PROBLEMS = 10
+PROBLEMS = 30
+LEAST = 1e-4
+"""Probability from which on a state is followed."""
 LIKELY = 0.02
 """Goals that a problem's answers reach less often are left out: almost any value is right about them."""
 VALUE: dict[str, Any] = {
@@ -38,7 +47,7 @@ VALUE: dict[str, Any] = {
     "prompts": 48,
     "group_size": 8,
     "updates": 4,
-    "steps": 60,
+    "steps": 150,
     "learning_rate": 2e-3,
     "schedule": "cosine",
     "max_length": 24,
@@ -93,29 +102,47 @@ def name_of(way: str) -> str:
     return way.lower().replace(", ", "_").replace(" ½", "").replace(" ", "_")
 
 
-def measured(run: Path, way: str) -> Iterator[Asked]:
-    """Every held-out problem and goal that matters to it."""
-    prompts = [row["prompt"] for row in addition.held_out(n=PROBLEMS)]
-    folders = (run / name_of(way) / "final", run / "sft" / "final")
-    for asked in calibrations(*folders, prompts, ENDINGS, VALUE["sampling"]["max_new_tokens"]):
-        if asked.found.true_root >= LIKELY:
-            yield asked
+def questions(policy: Policy, codec: Codec) -> list[tuple[Unfolded, str, tuple[int, ...]]]:
+    """Held-out problems with all their likely answers, and the endings that matter to each."""
+    found = []
+    for row in addition.held_out(n=PROBLEMS):
+        prompt = plain_prompt(row["prompt"], codec, "the prompt")
+        answers = unfold(policy, prompt, VALUE["sampling"]["max_new_tokens"], least=LEAST)
+        for ending in ENDINGS:
+            ids = codec.ids(ending, "the goal")
+            if float(answers.values(GoalSet([ids]))[0]) >= LIKELY:
+                found.append((answers, ending, ids))
+    return found
 
 
-def line(way: str, kind: str, seeds: Sequence[Sequence[Asked]]) -> str:
+def measured(run: Path) -> dict[str, dict[bool, list[Calibration]]]:
+    """Way -> goal held out? -> what the network knows of it, for every problem and goal."""
+    policy = load_policy(run / "sft/final", Model(), trainable=False)
+    asked = questions(policy, make_codec(policy.tokenizer))
+    found: dict[str, dict[bool, list[Calibration]]] = {}
+    for way in WAYS:
+        network = load_value(run / name_of(way) / "final", policy, (), avoid=False)
+        found[way] = {False: [], True: []}
+        for answers, ending, ids in asked:
+            compared = calibrate(network.about(ids), answers, GoalSet([ids]))
+            found[way][ending in HELD_OUT].append(compared)
+    return found
+
+
+def line(way: str, kind: str, seeds: Sequence[Sequence[Calibration]]) -> str:
     """A row of the table: means over seeds of means over problems and goals."""
 
     def mean(name: str) -> float:
-        return statistics.fmean(statistics.fmean(getattr(a.found, name) for a in found) for found in seeds)
+        return statistics.fmean(statistics.fmean(getattr(c, name) for c in found) for found in seeds)
 
     errors = [f"{mean(name):.3f}" for name in ("mean_error", "root_mean_square", "largest", "calibration_error")]
-    return f"| {way} | {kind} | {' | '.join(errors)} | {statistics.fmean(map(worth, seeds)):.0f} |"
+    return f"| {way} | {kind} | {' | '.join(errors)} | {statistics.fmean(map(worth, seeds)):.1f} |"
 
 
-def worth(found: Sequence[Asked]) -> float:
+def worth(found: Sequence[Calibration]) -> float:
     """Samples a state that would be off as much, over all problems and goals."""
-    square = [a.found.root_mean_square**2 for a in found]
-    return sum(a.found.worth * s for a, s in zip(found, square, strict=True)) / sum(square)
+    square = [c.root_mean_square**2 for c in found]
+    return sum(c.worth * s for c, s in zip(found, square, strict=True)) / sum(square)
 
 
 def main() -> None:
@@ -124,19 +151,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    runs = []
+    results = []
     for seed in args.seeds:
         file = args.runs / f"calibration_{seed}.yaml"
-        file.write_text(yaml.safe_dump(recipe(args.runs.resolve(), seed), sort_keys=False), "utf-8")
+        # JSON is YAML without aliases, which recipes refuse.
+        file.write_text(json.dumps(recipe(args.runs.resolve(), seed), indent=1, ensure_ascii=False), "utf-8")
         pipeline.train(resolve(str(file)))
-        runs.append(args.runs / f"calibration_{seed}")
+        results.append(measured(args.runs / f"calibration_{seed}"))
     print(
         "| trained by | goals | mean error | root mean square | largest | ECE | worth |\n|---|---|---|---|---|---|---|"
     )
     for way in WAYS:
-        found = [list(measured(run, way)) for run in runs]
         for kind, held in (("trained on", False), ("held out", True)):
-            print(line(way, kind, [[a for a in some if (a.goal in HELD_OUT) == held] for some in found]))
+            print(line(way, kind, [found[way][held] for found in results]))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.encoders import plain_prompt
 from rlpost.goals import GoalSet
-from rlpost.oracle.unfold import unfold
+from rlpost.oracle.unfold import LEAST, Unfolded, unfold
 from rlpost.policy.load import load_policy
-from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Model, ValueTarget
 from rlpost.rollout.value_network import ValueNetwork, load_value, read_settings
 
@@ -65,17 +64,16 @@ def compare(true_X: Tensor, learned_X: Tensor, reach_X: Tensor, left_out: float 
     )
 
 
-def calibrate(network: ValueNetwork, policy: Policy, prompt: tuple[int, ...], goal: GoalSet, depth: int) -> Calibration:
-    """Compare a network, asked about `goal`, with the truth on a prompt's completions of at most `depth` tokens.
+def calibrate(network: ValueNetwork, unfolded: Unfolded, goal: GoalSet) -> Calibration:
+    """Compare a network, asked about `goal`, with the truth on a prompt's completions.
 
     A contrastive network knows V but for a factor: it is given the true value of the root.
     """
     told = network.settings
-    unfolded = unfold(policy, prompt, depth)
     true_X = unfolded.values(goal, truncated_counts=told.truncated_counts)
     if told.avoid:
         true_X = 1 - true_X
-    logit_X = network.logits([(prompt, state) for state in unfolded.states])
+    logit_X = network.logits([(unfolded.prompt, state) for state in unfolded.states])
     if told.target == ValueTarget.contrastive:
         learned_X = (true_X[0] * (logit_X - logit_X[0]).exp()).clamp(max=1)
     else:
@@ -93,11 +91,12 @@ class Asked:
 
 
 def calibrations(
-    folder: Path, model: Path, prompts: Sequence[str], goals: Sequence[str], depth: int
+    folder: Path, model: Path, prompts: Sequence[str], goals: Sequence[str], depth: int, least: float = LEAST
 ) -> Iterator[Asked]:
     """A saved network against the truth of the policy in `model`, for every prompt and goal.
 
-    A network that reads its goal is asked about one after the other; another about all of them as one set.
+    Completions have at most `depth` tokens; states that come by with less than `least` are not followed. A network
+    that reads its goal is asked about one after the other; another about all of them as one set.
 
     Raises:
         ModelError: the network or the policy cannot be loaded.
@@ -111,9 +110,9 @@ def calibrations(
     members = [codec.ids(goal, "--goal") for goal in goals]
     one_by_one = [(text, [ids], ids) for text, ids in zip(goals, members, strict=True)]
     for prompt in prompts:
-        ids = plain_prompt(prompt, codec, "the prompt")
+        unfolded = unfold(policy, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
         for text, some, named in one_by_one if told.condition else [(", ".join(goals), members, ())]:
-            yield Asked(prompt, text, calibrate(network.about(named), policy, ids, GoalSet(some), depth))
+            yield Asked(prompt, text, calibrate(network.about(named), unfolded, GoalSet(some)))
 
 
 def print_table(found: Sequence[Asked]) -> None:

@@ -18,6 +18,9 @@ from rlpost.oracle.tree import MOST_LEAVES
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import passes
 
+LEAST = 1e-5
+"""Probability from which on a state is followed."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -72,7 +75,7 @@ class Unfolded:
         return torch.cat(found[::-1])
 
 
-def unfold(policy: Policy, prompt: tuple[int, ...], depth: int, *, least: float = 1e-7) -> Unfolded:
+def unfold(policy: Policy, prompt: tuple[int, ...], depth: int, *, least: float = LEAST) -> Unfolded:
     """Follow every completion of at most `depth` tokens through states that are reached with probability `least`.
 
     Raises:
@@ -88,7 +91,7 @@ def unfold(policy: Policy, prompt: tuple[int, ...], depth: int, *, least: float 
         if looked_at > MOST_LEAVES:
             raise RecipeError(
                 f"the completions have more than {MOST_LEAVES} likely continuations; "
-                "enumerate fewer tokens, a smaller vocabulary, or a policy that is surer of itself"
+                "enumerate fewer tokens, or leave out more with --least"
             )
         logp_xV = next_tokens(policy, prompt, states)
         joint_xV = reach_x[:, None] * logp_xV.exp()
