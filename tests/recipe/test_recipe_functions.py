@@ -130,7 +130,8 @@ def test_files_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_file_that_fails_to_load_is_one_line(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "bad.py").write_text(source)
     assert message in refusal("bad.py:f", "reward", tmp_path)
-    assert not [name for name in sys.modules if name.startswith("_rlpost_user") and "bad" in str(sys.modules[name])]
+    loaded = [str(module.__file__) for name, module in sys.modules.items() if name.startswith("_rlpost_user")]
+    assert not [file for file in loaded if Path(file).name == "bad.py"]
 
 
 @pytest.mark.parametrize(
