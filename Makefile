@@ -19,7 +19,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 torture: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or case"
 
 # torch first and alone: its constraint decides which build every later package is resolved against.
 $(STAMP): pyproject.toml constraints.txt

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import os
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -10,3 +12,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit, which only a CPU promises.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of `tally`: cases that came out right, were refused, or were wrong, by kind."""
+    counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "cases" and report.when == "call":
+                    kind, *found = value
+                    counts[kind] = [a + b for a, b in zip(counts[kind], found, strict=True)]
+    if not counts:
+        return
+    terminalreporter.section("cases by kind")
+    terminalreporter.write_line(f"{'kind':<44} {'cases':>6} {'right':>6} {'refused':>8} {'wrong':>6}")
+    for kind, found in sorted(counts.items()):
+        terminalreporter.write_line(f"{kind:<44} {sum(found):>6} {found[0]:>6} {found[1]:>8} {found[2]:>6}")
