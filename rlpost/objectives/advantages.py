@@ -17,43 +17,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlpost.objectives.credit import (
-    gae,
-    least,
-    monte_carlo_values,
-    on_last,
-    place,
-    process,
-    process_normalised,
-    return_to_go,
-    spread_evenly,
-)
+from rlpost.objectives.credit import monte_carlo_values, process, process_normalised, return_to_go
 from rlpost.objectives.rows import has_signal, widen
 
 __all__ = [
-    "ema",
     "ema_baseline",
-    "gae",
     "greedy_baseline",
     "group_mean",
     "group_normalised",
-    "least",
     "leave_one_out",
     "length_weighted_baseline",
     "max_likelihood",
     "monte_carlo_values",
     "nonzero_rescaled",
-    "on_last",
     "pass_at_k",
     "per_reward_normalised",
-    "place",
     "process",
     "process_normalised",
     "return_to_go",
     "reward",
-    "spread_evenly",
-    "whiten",
 ]
+"""What a recipe may name as its advantage; `ema` and `whiten` help."""
 
 
 def reward(reward_PG: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.suggest import hint_or_list
+from rlpost.recipe.suggest import closest, hint_or_list
 
 MAX_BYTES = 256_000
 MAX_FILES = 50
@@ -73,11 +73,25 @@ def find(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(f"{recipe}: no such file{hint_or_list(path.stem, packaged(), 'packaged recipes')}")
+            raise RecipeError(f"{recipe}: no such file{_near(recipe)}")
         return path.resolve()
     if recipe not in packaged():
-        raise RecipeError(f"{recipe}: no packaged recipe of that name{hint_or_list(recipe, packaged(), 'packaged')}")
+        raise RecipeError(f"{recipe}: no packaged recipe of that name{_near(recipe)}")
     return (packaged_folder() / f"{recipe}.yaml").resolve()
+
+
+def _near(recipe: str) -> str:
+    """Which recipe may be meant: a file beside it, or a packaged one (`rloo` for methods/rloo too); or where to look."""
+    path = Path(recipe)
+    beside = {str(p): p for ending in ("yaml", "yml") for p in sorted(path.parent.glob(f"*.{ending}"))}
+    own = next((name for name, p in beside.items() if p.stem == path.name), None) or (
+        closest(recipe, beside) if path.suffix else None
+    )
+    names, stem = packaged(), recipe.removesuffix(".yaml").removesuffix(".yml")
+    by_last = {name.rpartition("/")[2]: name for name in names}
+    last = stem.rpartition("/")[2]
+    near = own or by_last.get(last) or closest(stem, names) or by_last.get(closest(last, by_last) or "")
+    return f" - did you mean {near!r}?" if near else " - `rlpost list` shows them all; a file's name ends in .yaml"
 
 
 def chain(file: Path) -> list[Part]:

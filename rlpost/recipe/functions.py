@@ -189,7 +189,7 @@ def bind(function: Function, field: str, where: str, base: Path) -> Bound:
         place = module.__name__
     else:
         module, name, place = importlib.import_module(owner.module), function.fn, owner.module
-    found = _function(module, name, place, f"{where}.fn")
+    found = _function(module, name, place, f"{where}.fn", field)
     _check_arguments(found, function.args, owner, field, where)
     if isinstance(function, Reward):
         asks = "model" in inspect.signature(found).parameters
@@ -213,7 +213,11 @@ def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
     for folder in folders:
         if (folder / given).is_file():
             return f"{(folder / given).resolve()}:{match['name']}"
-    raise RecipeError(f"{where}: no file {match['file']!r} in {folders[0]} or {folders[-1]}")
+    raise RecipeError(f"{where}: no file {match['file']!r} in {_either(folders[0], folders[-1])}")
+
+
+def _either(one: Path, other: Path) -> str:
+    return str(one) if one.resolve() == other.resolve() else f"{one} or {other}"
 
 
 def _allowed(file: Path, where: str, base: Path) -> Path:
@@ -223,7 +227,7 @@ def _allowed(file: Path, where: str, base: Path) -> Path:
     if not any(path.is_relative_to(folder) for folder in (*folders, packaged_folder().resolve())):
         raise RecipeError(f"{where}: {file} lies outside the recipe's folder and the working directory - move it")
     if not path.is_file():
-        raise RecipeError(f"{where}: no file {str(file)!r} in {base} or {Path.cwd()}")
+        raise RecipeError(f"{where}: no file {str(file)!r} in {_either(base, Path.cwd())}")
     return path
 
 
@@ -277,19 +281,32 @@ def _task(fn: str, where: str) -> tuple[ModuleType, str]:
     return importlib.import_module(f"{_TASKS}.{task}"), name
 
 
-def _function(module: ModuleType, name: str, place: str, where: str) -> Callable[..., Any]:
-    """A public function of the module: defined there, or (a package's) exported by `__all__`."""
-    exported = getattr(module, "__all__", ())
+def _function(module: ModuleType, name: str, place: str, where: str, field: str) -> Callable[..., Any]:
+    """A public function of the module: one that it defines, or, where one of rlpost's says so, that it exports."""
+    exported = getattr(module, "__all__", None) if module.__name__.startswith("rlpost.") else None
     options = {
         key: value
         for key, value in vars(module).items()
         if inspect.isfunction(value)
         and not key.startswith("_")
-        and (value.__module__ == module.__name__ or key in exported)
+        and (value.__module__ == module.__name__ if exported is None else key in exported)
     }
     if name not in options:
-        raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, options, 'it has')}")
+        offered = [key for key, function in options.items() if _fits(function, field)]
+        raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, offered, 'it has')}")
     return options[name]
+
+
+def _fits(function: Callable[..., Any], field: str) -> bool:
+    """Whether the function takes what such a field gives: its module has helpers too, which are nothing to offer."""
+    owner, parameters = FIELDS[field], inspect.signature(function).parameters
+    if not owner.by_name:
+        return tuple(p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY) == owner.supplied
+    try:
+        _check_named([name for name in parameters if name in owner.supplied], function.__name__, field, "")
+    except RecipeError:
+        return False
+    return True
 
 
 def _check_arguments(function: Callable[..., Any], args: dict[str, Any], owner: Field, field: str, where: str) -> None:
@@ -302,7 +319,9 @@ def _check_arguments(function: Callable[..., Any], args: dict[str, Any], owner: 
     else:
         own = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
         settable = [p for p in named if p.kind == p.KEYWORD_ONLY]
-        if len(own) != len(owner.supplied):
+        # A user's function may call them as it likes; one of rlpost's own with other names is for something else.
+        foreign = function.__module__.startswith("rlpost.") and tuple(own) != owner.supplied
+        if foreign or len(own) != len(owner.supplied):
             raise RecipeError(
                 f"{where}.fn: {function.__name__!r} takes ({', '.join(own)}) from the program, which gives "
                 f"({', '.join(owner.supplied)}) - what a recipe sets stands after `*`"

@@ -56,8 +56,13 @@ def test_packaged_recipes_can_be_named_inherited_and_extended_under_their_own_na
     other = write("own/other.yaml", "defaults: [methods/quick]\n")
     assert resolve(str(other), [DATA]).config.run == "other"
     assert refusal("methods/quik").endswith("did you mean 'methods/quick'?")
-    assert "did you mean 'adding'?" in refusal("ading.yaml")
+    assert refusal("quick").endswith("did you mean 'methods/quick'?")
+    assert refusal("quikc").endswith("did you mean 'methods/quick'?")
+    assert "did you mean 'adding.yaml'?" in refusal("ading.yaml")
+    assert "did you mean 'methods/quick'?" in refusal("quick.yml")
     assert "did you mean 'adding'?" in refusal(str(write("own/c.yaml", "defaults: [ading]\n")))
+    assert refusal(str(tmp_path / "own" / "c")).endswith("own/c.yaml'?")
+    assert refusal(str(tmp_path / "own" / "d.yml")).endswith("own/c.yaml'?")
 
 
 def test_every_packaged_recipe_can_be_read_and_says_what_it_does() -> None:

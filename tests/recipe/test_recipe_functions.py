@@ -31,8 +31,8 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {
         ADVANTAGES: "def group_normalised(reward_PG, *, eps: float = 1e-4): return (reward_PG, eps)\n"
         "def leave_one_out(reward_PG): return reward_PG\ndef ratio(a, b): return a\ndef _mean(r): return r\n",
-        "rlpost.objectives.surrogates": "def clipped_surrogate(l, o, a, rows, *, low: float = 0.2): return low\n"
-        "def ratio(a, b): return a\n",
+        "rlpost.objectives.surrogates": "def clipped_surrogate(logp_N, old_logp_N, advantage_N, rows, *,"
+        " low: float = 0.2): return low\ndef ratio(a, b): return a\n",
         "rlpost.objectives.preference": "def dpo(pairs, *, beta: float = 0.1): return beta\n",
         "rlpost.objectives.supervised": "def nll(logp_N): return -logp_N\n",
         "rlpost.rewards": "def math_answer(completion, example): return 1.0\n"
@@ -56,11 +56,28 @@ def test_arguments_are_applied(objectives: None, tmp_path: Path) -> None:
     assert bind(Function("leave_one_out"), "advantage", "x", tmp_path)(7) == 7
 
 
+def test_helpers_are_not_offered_and_a_function_for_something_else_is_refused(tmp_path: Path) -> None:
+    offered = refusal("zzzzzz", "advantage", tmp_path)
+    assert "leave_one_out" in offered
+    for helper in ("ema,", "ema)", "gae", "whiten", "place", "least", "on_last", "spread_evenly"):
+        assert helper not in offered
+    assert "no function 'gae'" in refusal("gae", "advantage", tmp_path)
+    # As many arguments as a loss of steps has, and for other things.
+    assert "'bradley_terry' takes (score_P2, margin_P)" in refusal(
+        "bradley_terry", "process_reward_model.loss", tmp_path
+    )
+
+
+def test_a_missing_file_names_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal("no.py:f", "reward", tmp_path).endswith(f"no file 'no.py' in {tmp_path}")
+
+
 def test_a_name_that_is_not_there(objectives: None, tmp_path: Path) -> None:
     assert refusal("leave_one_uot", "advantage", tmp_path) == (
         f"here.fn: no function 'leave_one_uot' in {ADVANTAGES} - did you mean 'leave_one_out'?"
     )
-    assert "(it has: group_normalised, leave_one_out, ratio)" in refusal("frobnicate", "advantage", tmp_path)
+    assert "(it has: group_normalised, leave_one_out)" in refusal("frobnicate", "advantage", tmp_path)
     assert "no function '_mean'" in refusal("_mean", "advantage", tmp_path)
     assert "here.fn: no task 'adition' in rlpost.data.tasks - did you mean 'addition'?" in refusal(
         "adition.train", "task", tmp_path
