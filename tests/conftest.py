@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit, which only a CPU promises.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """The table of `tally`: cases that came out right, were refused, or were wrong, by kind."""
     counts: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])

@@ -81,7 +81,7 @@ def find(recipe: str) -> Path:
 
 
 def _near(recipe: str) -> str:
-    """Which recipe may be meant: a file beside it, or a packaged one (`rloo` for methods/rloo too); or where to look."""
+    """Which recipe may be meant: a file beside it, or a packaged one (methods/rloo by `rloo`); or where to look."""
     path = Path(recipe)
     beside = {str(p): p for ending in ("yaml", "yml") for p in sorted(path.parent.glob(f"*.{ending}"))}
     own = next((name for name, p in beside.items() if p.stem == path.name), None) or (

@@ -51,7 +51,9 @@ def byte_tokenizer(
     return tokenizer
 
 
-def tiny_model(family: str = "llama", vocabulary: int = 259, *, seed: int = 0, scale: float = 1.0, **fields: Any) -> Any:
+def tiny_model(
+    family: str = "llama", vocabulary: int = 259, *, seed: int = 0, scale: float = 1.0, **fields: Any
+) -> Any:
     """A random model in float32; `scale` multiplies its matrices, for one with opinions."""
     torch.manual_seed(seed)
     own = LLAMA if family == "llama" else {}
