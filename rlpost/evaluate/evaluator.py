@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlpost import console
-from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k, wilson
+from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import Bound
@@ -176,17 +176,13 @@ def _slices(answers: Answers, cfg: Evaluation) -> dict[str, list[int]]:
 
 
 def _estimate(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Share of right answers, or mean where scores are graded; Wilson's interval for one answer a prompt."""
-    values = [v for row in scores for v in row]
-    if not set(values) <= {0.0, 1.0}:
-        return clustered_mean(scores)
-    if all(len(row) == 1 for row in scores):
-        return wilson(int(sum(values)), len(values))
-    return clustered_share(scores)
+    """Share of right answers, or mean of graded ones; a score outside [0, 1] has no scale that is known."""
+    known = all(0.0 <= v <= 1.0 for row in scores for v in row)
+    return clustered_share(scores) if known else clustered_mean(scores)
 
 
 def _pass_at(correct_PG: Sequence[Sequence[float]], k: int) -> Estimate:
-    return clustered_mean([[pass_at_k(len(row), int(sum(row)), k)] for row in correct_PG])
+    return clustered_share([[pass_at_k(len(row), int(sum(row)), k)] for row in correct_PG])
 
 
 def _best_of(correct_PG: Sequence[Sequence[float]], by_PG: Nested) -> Estimate:

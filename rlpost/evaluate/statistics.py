@@ -9,9 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
+
+MOST_FREEDOM = 100_000
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,17 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Estimate:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} trials; count at least one trial")
-    z = NormalDist().inv_cdf(_upper(level))
-    p = successes / n
+    return _score_interval(successes / n, n, _normal(_upper(level)))
+
+
+def _score_interval(p: float, n: float, z: float) -> Estimate:
+    """Wilson's interval of a share p of n trials, for z standard errors; n need not be whole."""
     scale = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
     # At the ends centre ± half is 0 or 1 but for rounding.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if p == 0 else max(0.0, centre - half)
+    high = 1.0 if p == 1 else min(1.0, centre + half)
     return Estimate(p, low, high)
 
 
@@ -78,8 +84,8 @@ def clustered_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> Es
     Cluster-robust standard error, √(P/(P−1) · Σ_p (Σ_i (y_pi − mean))²)/N, and Student's t with P − 1 degrees
     of freedom (Liang & Zeger 1986, Biometrika 73; Cameron & Miller 2015, J. Human Resources 50; for model
     evaluations Miller 2024, arXiv:2411.00640). Prompts may have different numbers of samples; those with none
-    are left out. Equal scores throughout have an interval of width 0: for right and wrong, `clustered_share`
-    is the better one.
+    are left out. Equal scores throughout say nothing of how much others would differ: no interval then. For scores
+    between 0 and 1, `clustered_share` is the better one.
 
     Raises:
         ValueError: there are no scores, or `level` is out of range.
@@ -90,7 +96,7 @@ def clustered_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> Es
     count, total = len(prompts), sum(map(len, prompts))
     upper = _upper(level)
     value = math.fsum(float(samples.sum()) for samples in prompts) / total
-    if count == 1:
+    if count == 1 or all((samples == prompts[0][0]).all() for samples in prompts):
         return Estimate(value, math.nan, math.nan)
     squares = math.fsum(float((samples - value).sum()) ** 2 for samples in prompts)
     half = student_t(upper, count - 1) * math.sqrt(count / (count - 1) * squares) / total
@@ -98,24 +104,46 @@ def clustered_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> Es
 
 
 def clustered_share(scores: Sequence[Sequence[float]], level: float = 0.95) -> Estimate:
-    """Share of right samples among scores 0 and 1 [P][n]: `clustered_mean` cut to [0, 1].
+    """Mean of scores between 0 and 1 [P][n], right and wrong above all; prompts count as independent, samples do not.
 
-    Where all are right, or all wrong, the standard error is 0 but certainty is not: then it is `wilson` over
-    the P prompts, as if each had one sample.
+    Wilson's interval of as many trials as would have the cluster-robust variance, n* = p(1−p)·N²/Σ_p e_p² with
+    e_p = Σ_i (y_pi − p): never outside [0, 1], never a point, and lopsided where the share is near 0 or 1, as its error
+    is (Korn & Graubard 1998, Survey Methodology 24, take Clopper & Pearson's of as many). n* is an estimate too, a poor
+    one where few prompts hold all the successes: in the place of z stands Student's t with Satterthwaite's
+    2P/(kurtosis of e − 1) degrees of freedom (1946, Biometrics Bulletin 2), 2/(the squared relative error of Σe²).
+
+    One sample a prompt, or samples that never disagree, are `wilson` over the prompts; so are equal scores throughout.
+    scripts/coverage.py measures how often the truth is inside (docs/intervals.md).
 
     Raises:
-        ValueError: a score is neither 0 nor 1, or as in `clustered_mean`.
+        ValueError: a score is outside [0, 1], or as in `clustered_mean`.
     """
-    prompts = [samples for samples in scores if len(samples)]
-    found = {score for samples in prompts for score in samples}
-    if not found <= {0.0, 1.0}:
-        raise ValueError("a score is neither 0 nor 1; use clustered_mean")
-    if len(found) == 1:
-        return wilson(int(found.pop()) * len(prompts), len(prompts), level)
-    mean = clustered_mean(prompts, level)
-    if math.isnan(mean.low):  # one prompt alone
-        return mean
-    return Estimate(mean.value, max(0.0, mean.low), min(1.0, mean.high))
+    prompts = [np.asarray(samples, dtype=np.float64) for samples in scores if len(samples)]
+    if not prompts:
+        raise ValueError("no scores; give at least one prompt with a score")
+    upper = _upper(level)
+    everything = np.concatenate(prompts)
+    if not ((everything >= 0) & (everything <= 1)).all():
+        raise ValueError("a score is outside 0 to 1; use clustered_mean")
+    count, total = len(prompts), len(everything)
+    value = math.fsum(everything) / total
+    binary = bool(np.isin(everything, (0.0, 1.0)).all())
+    excess_P = np.array([math.fsum(samples - value) for samples in prompts])
+    squares = float((excess_P**2).sum())
+    agreed = binary and all((samples == samples[0]).all() for samples in prompts)
+    if agreed and len({len(samples) for samples in prompts}) == 1:
+        return wilson(sum(int(samples[0]) for samples in prompts), count, level)
+    if count == 1:
+        return Estimate(value, math.nan, math.nan)
+    if squares <= 1e-20 * total**2:
+        # Of prompts with unlike numbers of samples, as many as are worth the same (Kish 1965).
+        return _score_interval(value, total**2 / sum(len(samples) ** 2 for samples in prompts), _normal(upper))
+    trials = value * (1 - value) * total**2 / squares
+    if binary:
+        trials = min(trials, float(total))
+    kurtosis = count * float((excess_P**4).sum()) / squares**2
+    freedom = max(1, int(min(2 * count / max(kurtosis - 1, 1e-9), MOST_FREEDOM)))
+    return _score_interval(value, trials, _normal(upper) if agreed else student_t(upper, freedom))
 
 
 def paired_difference(
@@ -179,6 +207,7 @@ def majority_at_k(answers: Sequence[Hashable | None], scores: Sequence[float]) -
     return math.fsum(winning) / len(winning)
 
 
+@cache
 def student_t(probability: float, freedom: int) -> float:
     """Quantile of Student's t with a whole number of degrees of freedom, for a probability in [0.5, 1).
 
@@ -190,7 +219,7 @@ def student_t(probability: float, freedom: int) -> float:
     """
     if not 0.5 <= probability < 1 or freedom < 1:
         raise ValueError(f"probability {probability}, freedom {freedom}; give one in [0.5, 1) and at least 1")
-    if freedom > 100_000:  # where t and the normal distribution differ by less than 1e-4 of a quantile
+    if freedom > MOST_FREEDOM:  # where t and the normal distribution differ by less than 1e-4 of a quantile
         return NormalDist().inv_cdf(probability)
     odd = freedom % 2
     # odd: 1, 2/3, 2·4/(3·5), ...   even: 1, 1/2, 1·3/(2·4), ...
@@ -211,6 +240,10 @@ def student_t(probability: float, freedom: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if central(middle) < 2 * probability - 1 else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
+
+
+def _normal(upper: float) -> float:
+    return NormalDist().inv_cdf(upper)
 
 
 def _upper(level: float) -> float:

@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from coverage import POPULATIONS, coverage
 from scipy import stats
 
 from rlpost.evaluate.statistics import (
@@ -116,11 +117,44 @@ def test_one_prompt_says_nothing_about_others():
 def test_shares_stay_inside_and_are_never_certain():
     assert clustered_share([[1.0] * 4] * 10) == wilson(10, 10)
     assert clustered_share([[0.0] * 4] * 10) == wilson(0, 10)
-    mixed = [[1.0], [1.0], [0.0]]
-    assert clustered_mean(mixed).high > 1.0
-    assert clustered_share(mixed) == Estimate(clustered_mean(mixed).value, 0.0, 1.0)
-    with pytest.raises(ValueError, match="neither 0 nor 1"):
-        clustered_share([[0.5]])
+    assert clustered_mean([[1.0], [1.0], [0.0]]).high > 1.0
+    for scores in (
+        [[1.0, 1.0], [1.0, 0.0]],
+        [[0.0] * 9, [1.0]],
+        [[0.5, 0.5]] * 3,
+        [[0.25], [0.75]],
+        [[1.0] * 3, [1.0]],
+    ):
+        found = clustered_share(scores)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        assert found.high - found.low > 0.1
+    with pytest.raises(ValueError, match="outside 0 to 1"):
+        clustered_share([[0.5], [-0.1]])
+    with pytest.raises(ValueError, match="outside 0 to 1"):
+        clustered_share([[0.5], [math.nan]])
+
+
+@pytest.mark.parametrize("right", range(9))
+@pytest.mark.parametrize("samples", [1, 5])
+def test_prompts_whose_samples_agree_are_trials(right: int, samples: int):
+    assert clustered_share([[1.0] * samples] * right + [[0.0] * samples] * (8 - right)) == wilson(right, 8)
+
+
+def test_a_share_of_prompts_with_unlike_numbers_of_samples_by_hand():
+    # p = 1/2 of 6 samples; e = (1/2, −1/2 · 2, 1/2); Σe² = 3/2, so n* = ¼·36/1.5 = 6: no more than the samples.
+    # Kurtosis 3·(1/16 + 1 + 1/16)/(9/4) = 1.5, freedom 6/0.5 = 12, t = 2.178813.
+    found = clustered_share([[1.0], [0.0, 0.0], [1.0, 1.0, 0.0]])
+    scale = 1 + 2.178813**2 / 6
+    half = 2.178813 * math.sqrt(0.25 / 6 + 2.178813**2 / 144) / scale
+    assert found.value == 0.5
+    assert (found.low, found.high) == (pytest.approx(0.5 - half, abs=1e-6), pytest.approx(0.5 + half, abs=1e-6))
+    # All wrong: worth (1 + 2 + 3)²/(1 + 4 + 9) prompts.
+    assert clustered_share([[0.0], [0.0] * 2, [0.0] * 3]).high == pytest.approx(1.959964**2 / (36 / 14 + 1.959964**2))
+
+
+def test_equal_scores_of_an_unknown_scale_have_no_interval():
+    found = clustered_mean([[7.0, 7.0], [7.0]])
+    assert (found.value, math.isnan(found.low), math.isnan(found.high)) == (7.0, True, True)
 
 
 def test_nothing_to_average_is_refused():
@@ -151,6 +185,39 @@ def test_coverage_of_the_clustered_interval_where_the_naive_one_fails():
         naive += flat.low <= 0.5 <= flat.high
     assert 0.935 < covered / draws < 0.965  # 0.95 within three standard errors
     assert naive / draws < 0.8
+
+
+def test_coverage_where_few_prompts_hold_the_successes():
+    """scripts/coverage.py at 250 draws, with a standard error of 0.014; its own table has 2,000."""
+    found = {
+        (name, size): coverage(population, *size, draws=250, seed=1)
+        for name, population in POPULATIONS.items()
+        for size in ((20, 4), (20, 16))
+    }
+    for way in ("share", "pass@2"):
+        shares = [row[way] for row in found.values()]
+        assert min(shares) > 0.95 - 5 * 0.014
+        assert 0.94 < np.mean(shares) < 0.98
+    (student,) = [row["t"] for (name, size), row in found.items() if name.startswith("rarely") and size == (20, 4)]
+    assert student < 0.88
+
+
+def test_coverage_of_prompts_with_unlike_numbers_of_samples():
+    random = np.random.default_rng(2)
+    covered = 0
+    for _ in range(500):
+        rates, samples = random.beta(0.2, 1.8, 40), random.integers(1, 9, 40)
+        scores = [(random.random(n) < r).astype(float).tolist() for r, n in zip(rates, samples, strict=True)]
+        found = clustered_share(scores)
+        covered += found.low <= 0.1 <= found.high
+    assert 0.92 < covered / 500 < 0.985
+
+
+def test_pass_at_k_of_nothing_solved_is_no_point():
+    for solved in (0, 4):
+        found = clustered_share([[pass_at_k(4, solved, 2)] for _ in range(8)])
+        assert found == wilson(8 * (solved > 0), 8)
+        assert found.high - found.low > 0.3
 
 
 def test_pass_at_k_by_hand_and_by_counting():
