@@ -24,7 +24,7 @@ class Completion:
     action: tuple[bool, ...]
     """[L] True where the policy chose (or, in data, is to learn) the token; False for tool and user turns."""
     text: str = ""
-    """The answer as text, without end token and stop string."""
+    """The answer as text, special tokens by their names, without the end token and the stop string that ended it."""
     finish: str = ""
     """"stop" (end token or stop string), "length" (cut off), or empty for data we did not sample."""
     logprobs: tuple[float, ...] = ()

@@ -17,6 +17,7 @@ from rlpost.data.direction import backwards
 from rlpost.data.formats import Format, Need, encode, recognise, row_texts, untrained_turns
 from rlpost.data.order import Order
 from rlpost.data.sources import Bind, Row, label, read
+from rlpost.data.visible import visible
 from rlpost.errors import DataError, RecipeError, RlpostError
 from rlpost.groups import Completion, Group
 from rlpost.recipe.schema import Direction, Source, TooLong
@@ -304,5 +305,5 @@ def _cut(completion: Completion, room: int, codec: Codec) -> Completion:
     if len(completion.ids) <= room:
         return completion
     ids = completion.ids[:room]
-    text = codec.tokenizer.decode(list(ids), skip_special_tokens=True)
+    text = visible(ids, codec.tokenizer, codec.stops)
     return replace(completion, ids=ids, action=completion.action[:room], text=text)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlpost.data.codec import Codec
+from rlpost.data.visible import visible
 from rlpost.errors import DataError
 from rlpost.groups import Completion, Group
 
@@ -27,7 +28,7 @@ def backwards(group: Group, codec: Codec) -> Group:
         after = after[:-1]
     ids = (*reversed((*before, *after)), codec.end)
     prompt, ids = (ids[:1], ids[1:]) if begin is None else ((begin,), ids)
-    text = codec.tokenizer.decode(list(ids), skip_special_tokens=True)
+    text = visible(ids, codec.tokenizer, codec.stops)
     return replace(group, prompt=prompt, completions=(Completion(ids, (True,) * len(ids), text),))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rlpost.data.visible import visible
 from rlpost.groups import Completion, Group, completions
 from rlpost.recipe.schema import Sampling
 from rlpost.rollout.engine import Engine
@@ -71,5 +72,5 @@ def as_answers(fresh: Sequence[Group]) -> list[Group]:
 
 def _joined(prefix: tuple[int, ...], tail: Completion, tokenizer: Any) -> Completion:
     """The completion from its beginning; only what is fresh are actions."""
-    text = tokenizer.decode(list(prefix), skip_special_tokens=True) + tail.text
+    text = visible(prefix, tokenizer, ()) + tail.text  # nothing ended before the state
     return replace(tail, ids=(*prefix, *tail.ids), action=(*(False,) * len(prefix), *tail.action), text=text)

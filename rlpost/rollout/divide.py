@@ -5,27 +5,29 @@ A step is counted in actions: what an environment wrote belongs to no step.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from rlpost.data.visible import visible
 from rlpost.groups import Completion, Group
 
 
-def divide(group: Group, tokenizer: Any, step_end: str) -> Group:
+def divide(group: Group, tokenizer: Any, step_end: str, ends: Collection[int]) -> Group:
     """The group with `steps` of every completion filled in: its actions' counts, step by step.
 
     A step ends with the token that completes `step_end`; with an empty text every token is a step. The token that
-    ends the completion belongs to the last step, having no text.
+    ends the completion, one of `ends`, belongs to the last step and has no text.
     """
-    return replace(group, completions=tuple(_divided(c, tokenizer, step_end) for c in group.completions))
+    return replace(group, completions=tuple(_divided(c, tokenizer, step_end, ends) for c in group.completions))
 
 
-def step_texts(completion: Completion, tokenizer: Any) -> list[str]:
+def step_texts(completion: Completion, tokenizer: Any, ends: Collection[int]) -> list[str]:
     """The text of each step of a divided completion."""
     ids = _actions(completion)
     texts, start = [], 0
     for length in completion.steps:
-        texts.append(tokenizer.decode(list(ids[start : start + length]), skip_special_tokens=True))
+        texts.append(visible(ids[start : start + length], tokenizer, ends))
         start += length
     return texts
 
@@ -48,19 +50,19 @@ def ends_of(completion: Completion) -> list[bool]:
     return ends
 
 
-def _divided(completion: Completion, tokenizer: Any, step_end: str) -> Completion:
+def _divided(completion: Completion, tokenizer: Any, step_end: str, ends: Collection[int]) -> Completion:
     ids = _actions(completion)
     lengths, since, text, found = [], 0, "", 0
     for token in ids:
-        piece = tokenizer.decode([token], skip_special_tokens=True)
+        piece = visible([token], tokenizer, ends)
         text += piece
         since += 1
-        ends = bool(piece) if not step_end else text.count(step_end) > found
-        if ends:
+        over = bool(piece) if not step_end else text.count(step_end) > found
+        if over:
             found = text.count(step_end) if step_end else 0
             lengths.append(since)
             since = 0
-    if since and lengths and not _visible(ids[len(ids) - since :], tokenizer):
+    if since and lengths and not visible(ids[len(ids) - since :], tokenizer, ends):
         lengths[-1] += since
     elif since:
         lengths.append(since)
@@ -69,7 +71,3 @@ def _divided(completion: Completion, tokenizer: Any, step_end: str) -> Completio
 
 def _actions(completion: Completion) -> list[int]:
     return [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]
-
-
-def _visible(ids: list[int], tokenizer: Any) -> bool:
-    return bool(tokenizer.decode(ids, skip_special_tokens=True))

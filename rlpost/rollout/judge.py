@@ -82,7 +82,7 @@ class Judge:
     def _divided(self, group: Group, step_end: str) -> Group:
         if all(c.steps or not c.actions for c in group.completions):
             return group
-        return divide(group, self._scalar.trunk.tokenizer, step_end)
+        return divide(group, self._scalar.trunk.tokenizer, step_end, self._scalar.trunk.end_ids)
 
     def _own(self, groups: Sequence[Group]) -> list[Group]:
         """The groups in the model's own tokens."""
@@ -220,8 +220,11 @@ def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
 
 def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
     place = "what the reward model reads"
-    row = {**example, "prompt": asked, "completion": completion.text}
-    if not completion.text.strip():
+    text = completion.text
+    for stop in codec.tokenizer.convert_ids_to_tokens(list(codec.stops)):
+        text = text.replace(stop, "")  # here it would end the answer; its writer went on
+    row = {**example, "prompt": asked, "completion": text}
+    if not text.strip():
         # Formats know no empty turn; a policy that answers nothing has ended its turn all the same.
         end = codec.stops[-1]
         read = replace(encode(row, Format.prompt, codec, place), completions=(Completion((end,), (True,)),))

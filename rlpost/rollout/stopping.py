@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlpost.data.visible import visible
 from rlpost.groups import Completion
 
 BYTES_A_CHARACTER = 4
@@ -48,6 +49,5 @@ def finished(
         end_ids: the tokens that end a completion; the text leaves them out.
         stops: the text ends before the first of these.
     """
-    visible = ids[:-1] if ids and ids[-1] in end_ids else ids
-    text = stops.cut(stops.tokenizer.decode(list(visible), skip_special_tokens=True))
+    text = stops.cut(visible(ids, stops.tokenizer, end_ids))
     return Completion(tuple(ids), (True,) * len(ids), text, "stop" if ended else "length", tuple(logprobs))

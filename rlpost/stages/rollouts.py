@@ -167,7 +167,7 @@ class Sampler:
         """The groups, their completions divided into steps if the recipe says how."""
         if self.cfg.step_end is None:
             return list(groups)
-        return [divide(g, self.policy.tokenizer, self.cfg.step_end) for g in groups]
+        return [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
 
 
 class Recorded:
@@ -194,7 +194,7 @@ class Recorded:
                     "set group_size to what was recorded"
                 )
         if self.cfg.step_end is not None:
-            groups = [divide(g, self.policy.tokenizer, self.cfg.step_end) for g in groups]
+            groups = [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
         if self.scorer is None:
             rewards = Rewards(total=[list(g.example[RECORDED]) for g in groups], by_name={})
         else:
@@ -207,7 +207,7 @@ def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
     """The rewards of any completions, told of their steps if they are divided."""
     if not any(c.steps for c in completions(groups)):
         return scorer.score(groups)
-    return scorer.score(groups, steps=[step_texts(c, policy.tokenizer) for c in completions(groups)])
+    return scorer.score(groups, steps=[step_texts(c, policy.tokenizer, policy.end_ids) for c in completions(groups)])
 
 
 class Beta:

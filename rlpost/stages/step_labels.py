@@ -63,20 +63,19 @@ def labelled(
     rollouts are left out; a completion with a step that has none of them left gives no row, nor does one without text.
     """
     engine = BuiltinEngine(policy)
-    tokenizer = policy.tokenizer
-    groups = [
-        divide(g, tokenizer, cfg.step_end) for g in collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed)
-    ]
+    tokenizer, over = policy.tokenizer, policy.end_ids
+    answered = collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed)
+    groups = [divide(g, tokenizer, cfg.step_end, over) for g in answered]
     sampled = completions(groups)
     ends = [step_starts(c)[1:] for c in sampled]
     fresh = fresh_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
-    divided = [divide(g, tokenizer, cfg.step_end) for g in as_answers(fresh)]
+    divided = [divide(g, tokenizer, cfg.step_end, over) for g in as_answers(fresh)]
     tried = iter([_mean(row) for row in scored(scorer, divided, policy).total])
     own = iter([reward for row in scored(scorer, groups, policy).total for reward in row])
     for group in groups:
         for completion in group.completions:
             labels = [next(tried) for _ in completion.steps[1:]] + [next(own)]
-            steps = step_texts(completion, tokenizer)
+            steps = step_texts(completion, tokenizer, over)
             if any(steps) and None not in labels:
                 yield _row(group, steps, labels)
 

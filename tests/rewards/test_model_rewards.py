@@ -169,7 +169,7 @@ def test_steps_are_judged_at_their_last_action():
     found = Judge(model, DIGITS).step_scores([group], ";")
     # The end token belongs to the last step, and is not read.
     assert found == by_hand(model, group, [[2, 4], [0], [1, 3]])
-    assert found == Judge(model, DIGITS).step_scores([divide(group, DIGITS, ";")], "unused")
+    assert found == Judge(model, DIGITS).step_scores([divide(group, DIGITS, ";", (DIGITS.eos_token_id,))], "unused")
     assert all(0 < x < 1 for row in found for x in row)
 
 
@@ -182,7 +182,7 @@ def test_the_stages_step_end_goes_before_the_rewards():
 
 def test_steps_of_another_tokenizer_are_divided_anew():
     model = scalar(LETTERS)
-    group = divide(written("12;3;"), DIGITS, "")
+    group = divide(written("12;3;"), DIGITS, "", (DIGITS.eos_token_id,))
     found = Judge(model, DIGITS).step_scores([group], ";")
     assert found == by_hand(model, written("12;3;", tokenizer=LETTERS), [[2, 4]])
 

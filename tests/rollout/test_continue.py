@@ -13,6 +13,7 @@ from rlpost.rollout.continue_from import fresh_rollouts
 from rlpost.rollout.divide import divide, ends_of, step_starts, step_texts
 
 TOKENIZER = Letters(eos=0)
+ENDS = (0,)
 
 
 def whole(ids: tuple[int, ...], action: tuple[bool, ...] | None = None) -> Completion:
@@ -23,28 +24,28 @@ GROUP = Group((1, 2, 3), (whole((5, 6, 7, 0)), whole((5, 8, 0)), whole(())), {"r
 
 
 def test_every_token_may_be_a_step_and_the_end_belongs_to_the_last():
-    divided = divide(GROUP, TOKENIZER, "")
+    divided = divide(GROUP, TOKENIZER, "", ENDS)
     assert [c.steps for c in divided.completions] == [(1, 1, 2), (1, 2), ()]
-    assert [step_texts(c, TOKENIZER) for c in divided.completions] == [["f", "g", "h"], ["f", "i"], []]
+    assert [step_texts(c, TOKENIZER, ENDS) for c in divided.completions] == [["f", "g", "h"], ["f", "i"], []]
     assert [step_starts(c) for c in divided.completions] == [[0, 1, 2], [0, 1], []]
     assert ends_of(divided.completions[0]) == [True, True, False, True]
 
 
 def test_a_text_ends_a_step():
-    divided = divide(GROUP, TOKENIZER, "g").completions[0]
+    divided = divide(GROUP, TOKENIZER, "g", ENDS).completions[0]
     assert divided.steps == (2, 2)
-    assert step_texts(divided, TOKENIZER) == ["fg", "h"]
+    assert step_texts(divided, TOKENIZER, ENDS) == ["fg", "h"]
     # Nothing but the end follows the last separator: no step of its own.
-    assert divide(GROUP, TOKENIZER, "h").completions[0].steps == (4,)
-    assert divide(GROUP, TOKENIZER, "zz").completions[0].steps == (4,)
+    assert divide(GROUP, TOKENIZER, "h", ENDS).completions[0].steps == (4,)
+    assert divide(GROUP, TOKENIZER, "zz", ENDS).completions[0].steps == (4,)
 
 
 def test_what_an_environment_wrote_belongs_to_no_step():
     turns = whole((5, 9, 9, 6, 0), (True, False, False, True, True))
-    divided = divide(Group((1,), (turns,)), TOKENIZER, "").completions[0]
+    divided = divide(Group((1,), (turns,)), TOKENIZER, "", ENDS).completions[0]
     assert divided.steps == (1, 2)
     assert step_starts(divided) == [0, 3]
-    assert step_texts(divided, TOKENIZER) == ["f", "g"]
+    assert step_texts(divided, TOKENIZER, ENDS) == ["f", "g"]
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def divided(rows: Rows, tokenizer: Any, end: str) -> list[list[Completion]]:
         )
         for row in rows
     ]
-    return [list(divide(group, tokenizer, end).completions) for group in groups]
+    return [list(divide(group, tokenizer, end, (tokenizer.eos_token_id,)).completions) for group in groups]
 
 
 def placed(how: str, given: list[float], lengths: tuple[int, ...]) -> list[float]:
@@ -238,7 +238,7 @@ def placed(how: str, given: list[float], lengths: tuple[int, ...]) -> list[float
 
 def with_outcome(completion: Completion, tokenizer: Any) -> list[float]:
     """The steps' rewards; what is not given by step comes with the last."""
-    given = [value(text) for text in step_texts(completion, tokenizer)]
+    given = [value(text) for text in step_texts(completion, tokenizer, (tokenizer.eos_token_id,))]
     given[-1] += 0.5 * completion.text.count("1")
     return given
 
@@ -290,7 +290,7 @@ def test_a_state_is_worth_what_fresh_rollouts_earn_from_it(tmp_path):
     for group in divided(rows, tokenizer, ""):
         credit.append([])
         for c in group:
-            said = step_texts(c, tokenizer)
+            said = step_texts(c, tokenizer, (tokenizer.eos_token_id,))
             own = [next(tries) for _ in said]
             assert all(text.startswith("".join(said[:k])) for k, three in enumerate(own) for text, _ in three)
             values = [mean([earned(*one) for one in three]) for three in own]

@@ -310,7 +310,7 @@ def test_a_trained_process_reward_model_rewards_every_step(tmp_path):
     rows = rollouts(tmp_path, "grpo", 1)
     (line,) = metrics(tmp_path, "grpo")
     tokenizer = policy(base(tmp_path)).tokenizer
-    groups = [divide(group, tokenizer, "") for group in as_groups(rows)]
+    groups = [divide(group, tokenizer, "", (tokenizer.eos_token_id,)) for group in as_groups(rows)]
     right = judge(tmp_path, "judge").step_scores(groups, "")
     tokens, total = 0, 0.0
     for saved, c, own in zip(every(rows), completions(groups), right, strict=True):

@@ -61,7 +61,7 @@ def labels_of(monkeypatch, texts: list[str], tried: list[list[str]], rewards: di
     monkeypatch.setattr(stage, "BuiltinEngine", lambda policy: None)
     monkeypatch.setattr(stage, "collect", lambda *_, **__: [Group((1,), tuple(map(said, texts)), asked.example)])
     monkeypatch.setattr(stage, "fresh_rollouts", fresh)
-    rows = list(stage.labelled(SimpleNamespace(tokenizer=TOKENIZER), [asked], Table(), StepLabels(step_end="a"), 0))
+    rows = list(stage.labelled(SimpleNamespace(tokenizer=TOKENIZER, end_ids=()), [asked], Table(), StepLabels(step_end="a"), 0))
     assert states == [t[: i + 1] for t in texts for i, letter in enumerate(t[:-1]) if letter == "a"]
     return rows
 
