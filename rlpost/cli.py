@@ -8,12 +8,15 @@ import re
 import sys
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from rlpost.errors import RlpostError
+from rlpost.results import emit, kept_for_results, output
 
 if TYPE_CHECKING:
     from rlpost.recipe.resolve import Resolved
@@ -27,6 +30,18 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class _Command(TyperCommand):
+    """A command whose stdout is for results alone; its help is printed before it is invoked."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with kept_for_results():
+            return super().invoke(ctx)
+
+
+_command = partial(app.command, cls=_Command)
 
 _Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")]
 _Overrides = Annotated[
@@ -56,7 +71,7 @@ _Judge = Annotated[
 ]
 
 
-@app.command()
+@_command()
 def train(
     recipe: _Recipe,
     overrides: _Overrides = None,
@@ -72,14 +87,14 @@ def train(
 
     if dry_run:
         lines = pipeline.dry_run(resolved)
-        print(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
+        emit(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
         return
     path = pipeline.train(resolved, allow_change)
     run = Path(resolved.config.runs) / resolved.config.run
-    print(json.dumps({"checkpoint": str(path), "run": str(run)}) if as_json else path)
+    emit(json.dumps({"checkpoint": str(path), "run": str(run)}) if as_json else path)
 
 
-@app.command("eval")
+@_command("eval")
 def evaluate(
     checkpoint: Annotated[
         str | None, typer.Argument(metavar="[CHECKPOINT]", help="By default the newest finished run.")
@@ -98,13 +113,13 @@ def evaluate(
     prompts, result, path = commands.evaluate(checkpoint, recipe, words)
     if as_json:
         for row in commands.sample_rows(prompts, result):
-            print(json.dumps(row))
-        print(json.dumps({"checkpoint": path, "summary": result.to_json()}))
+            emit(json.dumps(row))
+        emit(json.dumps({"checkpoint": path, "summary": result.to_json()}))
     else:
-        print("\n".join(_lines({"checkpoint": path, **result.to_json()})))
+        emit("\n".join(_lines({"checkpoint": path, **result.to_json()})))
 
 
-@app.command()
+@_command()
 def sample(
     checkpoint: _Checkpoint,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="By default read from stdin.")] = None,
@@ -159,10 +174,10 @@ def sample(
         lead=lead,
     )
     for completion in texts:
-        print(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
+        emit(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
 
 
-@app.command()
+@_command()
 def infill(
     forward: Annotated[str, typer.Argument(metavar="FORWARD", help="A run, a stage or checkpoint in it, or a model.")],
     reverse: Annotated[str, typer.Argument(metavar="REVERSE", help="A stage with direction: reverse, or its result.")],
@@ -191,10 +206,10 @@ def infill(
     title = f"{len(found)} middles ranked, {sampled} tokens sampled"
     console.table(title, ["middle", "log p forward", "log p reverse", "sum"], rows)
     for text, m in found[:top]:
-        print(json.dumps({"middle": text, "forward": m.forward, "reverse": m.reverse}) if as_json else text)
+        emit(json.dumps({"middle": text, "forward": m.forward, "reverse": m.reverse}) if as_json else text)
 
 
-@app.command()
+@_command()
 def pairs(
     checkpoint: _Checkpoint,
     recipe: Annotated[str, typer.Option("--recipe", help="Recipe with the prompts and the rewards.")],
@@ -204,10 +219,10 @@ def pairs(
     """Write preference pairs from a model's own samples, ranked by a recipe's rewards."""
     from rlpost import commands
 
-    print(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
+    emit(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
 
 
-@app.command()
+@_command()
 def show(
     recipe: _Recipe,
     overrides: _Overrides = None,
@@ -219,12 +234,12 @@ def show(
     resolved = _resolve(recipe, overrides)
     for warning in resolved.warnings:
         console.warn(warning)
-    print(_coloured(resolved.to_yaml()) if _in_colour(sys.stdout) else resolved.to_yaml(), end="")
+    emit(_coloured(resolved.to_yaml()) if _in_colour(output()) else resolved.to_yaml(), end="")
     if rows:
         from rlpost import commands
 
         for line in commands.show_rows(resolved, rows):
-            print(line)
+            emit(line)
 
 
 class Proof(StrEnum):
@@ -234,7 +249,7 @@ class Proof(StrEnum):
     goals = "goals"
 
 
-@app.command()
+@_command()
 def verify(
     what: Annotated[Proof, typer.Argument(help="Objectives, or goals and guided decoding.")] = Proof.objectives,
     vocab: Annotated[int, typer.Option("--vocab", min=2, help="Tokens, the end token among them.")] = 3,
@@ -247,12 +262,12 @@ def verify(
 
     prove = proofs.verify_goals if what is Proof.goals else proofs.verify
     report = prove(vocab, depth, seed)
-    print(json.dumps(report.to_json()) if as_json else report.text())
+    emit(json.dumps(report.to_json()) if as_json else report.text())
     if not report.ok:
         raise typer.Exit(1)
 
 
-@app.command()
+@_command()
 def calibrate(
     network: Annotated[
         str, typer.Argument(metavar="NETWORK", help="A value network: its run's stage, or a checkpoint.")
@@ -274,7 +289,7 @@ def calibrate(
     model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
     found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
     if as_json:
-        print("\n".join(json.dumps(asdict(asked)) for asked in found))
+        emit("\n".join(json.dumps(asdict(asked)) for asked in found))
     else:
         calibration.print_table(found)
 
@@ -285,7 +300,7 @@ class Picture(StrEnum):
     maze = "maze"
 
 
-@app.command()
+@_command()
 def plot(
     what: Annotated[Picture, typer.Argument(help="The kind of picture.")],  # noqa: ARG001 - there is one so far
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
@@ -303,10 +318,10 @@ def plot(
     file = Path(out) if out else Path(run) / "maze.png"
     maze.draw(found[:mazes], file)
     console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
-    print(file)
+    emit(file)
 
 
-@app.command("list")
+@_command("list")
 def list_(
     runs: Annotated[str, typer.Option("--runs", help="The folder of runs.")] = "runs",
     as_json: _Json = False,
@@ -320,12 +335,12 @@ def list_(
         (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))
     ]
     if as_json:
-        print(json.dumps({"recipes": dict(recipes), "runs": dict(found)}))
+        emit(json.dumps({"recipes": dict(recipes), "runs": dict(found)}))
         return
     for title, lines in (("recipes", recipes), (f"runs in {runs}/", found)):
         width = max((len(name) for name, _ in lines), default=0)
-        print(f"{title}:")
-        print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
+        emit(f"{title}:")
+        emit("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
 
 
 def _resolve(recipe: str, overrides: list[str] | None) -> Resolved:
@@ -346,7 +361,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 
 def _in_colour(stream: Any) -> bool:
-    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return (
+        stream is not None
+        and bool(stream.isatty())
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
+    )
 
 
 def _coloured(yaml: str) -> str:

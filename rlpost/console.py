@@ -16,6 +16,8 @@ from io import StringIO
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self, TextIO, cast
 
+from rlpost.results import output
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.live import Live
@@ -109,7 +111,7 @@ def samples(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
 
 def marked(text: str) -> str:
     """The text set off for stdout: in colour on a terminal that wants it, between » and « elsewhere."""
-    if not _is_terminal(sys.stdout) or os.environ.get("NO_COLOR"):
+    if not _is_terminal(output()) or os.environ.get("NO_COLOR"):
         return f"»{text}«"
     return f"\x1b[32m{text}\x1b[0m"
 

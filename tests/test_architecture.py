@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
-    {"errors"},
+    {"errors", "results"},
     {"console", "groups", "objectives", "recipe"},
     {"goals"},
     {"data", "experience", "rewards", "run", "schedules"},
@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
 SHARED_BY_STAGES = ("advantage", "context", "endings", "lots", "pairwise", "rollouts", "surrogate")
 """Modules of stages/ that are no stage."""
-LIGHT = ("cli", "console", "data", "errors", "groups", "recipe", "rewards", "run", "schedules")
+LIGHT = ("cli", "console", "data", "errors", "groups", "recipe", "results", "rewards", "run", "schedules")
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60
 LONGEST_FILE = 400

@@ -12,6 +12,7 @@ import torch
 from moved import assert_same_result, fail_after
 from tiny_recipes import GRPO, MODEL, PREFERENCES, SFT, base, jsonl, metrics, policy, prepared, rollouts, run, weights
 
+from rlpost.data.visible import visible
 from rlpost.errors import DataError, RecipeError
 from rlpost.groups import Completion, Group, completions
 from rlpost.policy.scalar import load_scalar
@@ -343,7 +344,7 @@ def test_two_turns_with_an_environment(tmp_path):
         heard = tokenizer.decode([i for i, acted in zip(c["ids"], c["action"], strict=True) if not acted])
         assert heard in ("", "???;")
         # A reward reads the last turn: what was said after the calculator.
-        said = tokenizer.decode(c["ids"], skip_special_tokens=True).split("???;")[-1] if heard else c["text"]
+        said = visible(c["ids"], tokenizer, (tokenizer.eos_token_id,)).split("???;")[-1] if heard else c["text"]
         assert said.removesuffix("=") == c["text"].removesuffix("=")
         assert c["reward"] == c["text"].count("1")
         assert len(c["logprobs"]) == sum(c["action"])
