@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -283,7 +284,8 @@ def test_a_state_is_worth_what_fresh_rollouts_earn_from_it(tmp_path):
     sampled, fresh = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text("utf-8").splitlines()]
     assert sampled == [[c["text"], len(c["ids"])] for row in rows for c in row["completions"]]
     # A rollout is rewarded with what was said before it began: its text, its length, its steps.
-    assert all(len(text) <= length <= 5 for text, length in fresh)
+    # A barely trained model also writes special tokens, which stand in the text by their names.
+    assert all(len(re.sub("<(pad|bos|unk)>", "?", text)) <= length <= 5 for text, length in fresh)
     tries = iter([fresh[i : i + 3] for i in range(0, len(fresh), 3)])
     tokenizer = policy(base(tmp_path)).tokenizer
     credit: Credit = []
