@@ -8,17 +8,22 @@ from rlpost.oracle.multisets import MOST, count
 from rlpost.oracle.problem import SIZES, Problem, table_problem
 from rlpost.oracle.report import Report, Row, Section, exact, fact, holds
 from rlpost.oracle.rows_credit import credit_section
+from rlpost.oracle.rows_definitions import definition_section
 from rlpost.oracle.rows_direction import direction_section
 from rlpost.oracle.rows_engine import engine_section
 from rlpost.oracle.rows_goals import goal_section
 from rlpost.oracle.rows_groups import group_section
 from rlpost.oracle.rows_kl import kl_section
 from rlpost.oracle.rows_models import model_section
+from rlpost.oracle.rows_offpolicy import offpolicy_section
+from rlpost.oracle.rows_pairs import pair_section
 from rlpost.oracle.rows_preference import preference_section
 from rlpost.oracle.rows_safety import safety_section
 from rlpost.oracle.rows_shaping import shaping_section
+from rlpost.oracle.rows_supervised import supervised_section
 from rlpost.oracle.rows_surrogates import surrogate_section
 from rlpost.oracle.rows_trust import trust_section
+from rlpost.oracle.rows_values import value_section
 from rlpost.oracle.tree import Tree
 
 
@@ -42,6 +47,11 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         credit_section(problem),
         shaping_section(problem),
         surrogate_section(problem),
+        offpolicy_section(problem),
+        value_section(problem),
+        pair_section(problem),
+        supervised_section(problem),
+        definition_section(problem),
         preference_section(problem),
         trust_section(problem),
         *([model_section(problem, seed)] if models else []),

@@ -59,7 +59,9 @@ def test_an_estimator_that_breaks_is_found(monkeypatch):
     monkeypatch.setattr(advantages, "leave_one_out", lambda r: honest(r) - 1e-3 * r**2)
     failed = [row.name for row in verify(models=False).failed]
     assert "leave_one_out, sequence_sum" in failed
-    assert len(failed) == 2  # and where it stands beside the KL
+    # Where it is written out, and where it stands beside the KL.
+    assert {f.split(",")[0].split(" −")[0] for f in failed} == {"leave_one_out"}
+    assert len(failed) == 3
 
 
 def test_random_numbers_of_others_are_left_alone():
