@@ -22,7 +22,8 @@ from rlpost.evaluate.table import print_stages
 from rlpost.goals import GoalSet
 from rlpost.groups import Group
 from rlpost.pipeline import need_of, scratch_tokenizer
-from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy, load_tokenizer, with_chat_template
+from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy
+from rlpost.policy.model_files import load_tokenizer, with_chat_template
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve

@@ -7,7 +7,7 @@ reference would train it. Here selection is the layers' active name alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,26 @@ from typing import Any
 import torch
 from peft import (
     LoraConfig,
-    PeftConfig,
     PeftModel,
+    PeftModelForCausalLM,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlpost.errors import ModelError
+from rlpost.policy.adapter_files import SavedAdapter, first_line, read_adapter
 from rlpost.recipe.schema import Lora
 
 POLICY = "policy"
 REFERENCE = "reference"
 CRITIC = "critic"
+ALL_LINEAR = "all-linear"
 
 
 def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
@@ -42,64 +47,154 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=lora.target_modules or ALL_LINEAR,
         task_type="CAUSAL_LM",
         # GPT-2 keeps its weights transposed; told so, peft does not have to guess (and warn).
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
     try:
         return get_peft_model(model, config, adapter_name=POLICY)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
-            f"model.lora.target_modules={lora.target_modules}: {str(error).splitlines()[0]}; "
-            f"this model has {', '.join(names)}"
+            f"model.lora.target_modules={lora.target_modules}: {first_line(error)}; this model has {', '.join(names)}"
         ) from error
 
 
 def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """Wrap `model` with the adapter saved in `folder`, named `policy`."""
-    try:
-        return PeftModel.from_pretrained(model, folder, adapter_name=POLICY, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: this adapter does not fit its base model: {str(error).splitlines()[0]}") from error
+    """Wrap `model` with the adapter saved in `folder`, named `policy`.
+
+    Raises:
+        ModelError: it cannot be read, or does not fit the model.
+    """
+    saved = read_adapter(folder)
+    saved.config.inference_mode = not trainable
+    with _fitting(folder):
+        wrapped = PeftModelForCausalLM(model, saved.config, adapter_name=POLICY)
+    _fill(wrapped, POLICY, saved.weights, folder)
+    _settle(wrapped, POLICY, trainable, {})
+    return wrapped
 
 
-def adapter_shape(folder: Path) -> tuple[int, float, Any]:
-    """(r, alpha, target modules) of a saved adapter."""
-    config = PeftConfig.from_pretrained(folder)
-    targets = config.target_modules
-    return config.r, float(config.lora_alpha), sorted(targets) if isinstance(targets, set | list) else targets
+def adapted(model: PeftModel, name: str = POLICY) -> set[str]:
+    """The modules that an adapter adds low ranks to, by their names in the base."""
+    return {n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer) and _has(m, name)}
+
+
+def asked_for(model: PeftModel, targets: Any) -> set[str]:
+    """The modules that `target_modules` means, by their names in the base."""
+    base = model.get_base_model()
+    layers = {n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    own = {n: m for n, m in base.named_modules() if not any(n.startswith(f"{layer}.") for layer in layers)}
+    if targets == ALL_LINEAR:
+        head = base.get_output_embeddings()
+        bare = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in own.items()}
+        return {n for n, m in bare.items() if isinstance(m, nn.Linear | Conv1D) and own[n] is not head}
+    config = LoraConfig(target_modules=targets)
+    return {n for n in own if n and check_target_module_exists(config, n)}
+
+
+def set_dropout(model: PeftModel, rate: float) -> None:
+    """The policy's adapter drops this share of its inputs while training, whatever it was saved with."""
+    model.peft_config[POLICY].lora_dropout = rate
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _has(module, POLICY):
+            module.lora_dropout[POLICY] = nn.Dropout(rate) if rate > 0 else nn.Identity()
+
+
+def _has(layer: BaseTunerLayer, name: str) -> bool:
+    return name in layer._get_available_adapters()
 
 
 def add_adapter(model: PeftModel, name: str, state: dict[str, Tensor], *, trainable: bool = False) -> None:
     """A further adapter of the policy's shape with weights `state`."""
+    flags = trained_now(model)
     if name not in model.peft_config:
-        model.add_adapter(name, model.peft_config[POLICY])
-    outcome = set_peft_model_state_dict(model, state, adapter_name=name)
-    assert not outcome.unexpected_keys, outcome.unexpected_keys
-    _settle(model, name, trainable)
+        model.add_adapter(name, copy.deepcopy(model.peft_config[POLICY]))
+    _fill(model, name, state, name)
+    _settle(model, name, trainable, flags)
 
 
 def add_saved_adapter(model: PeftModel, name: str, folder: Path, *, trainable: bool = False) -> None:
     """A further adapter as it was saved in `folder`, of whatever shape.
 
     Raises:
-        ModelError: it does not fit the model.
+        ModelError: it cannot be read, or does not fit the model.
+    """
+    saved: SavedAdapter = read_adapter(folder)
+    flags = trained_now(model)
+    with _fitting(folder):
+        model.add_adapter(name, saved.config)
+    _fill(model, name, saved.weights, folder)
+    _settle(model, name, trainable, flags)
+
+
+def belongs(parameter: str, name: str) -> bool:
+    """Whether a parameter is adapter `name`'s, by its own name: `…q_proj.lora_A.policy.weight`."""
+    return name in parameter.split(".")
+
+
+def trained_now(model: nn.Module) -> dict[str, bool]:
+    """What trains, by parameter."""
+    return {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def _settle(model: PeftModel, name: str, trainable: bool, before: Mapping[str, bool]) -> None:
+    """The adapter trains or not, and others as before, whatever peft made of them; the policy's goes on acting."""
+    for parameter_name, parameter in model.named_parameters():
+        if belongs(parameter_name, name):
+            parameter.requires_grad_(trainable)
+        elif parameter_name in before:
+            parameter.requires_grad_(before[parameter_name])
+    select(model, POLICY)
+
+
+@contextmanager
+def _fitting(place: Path | str) -> Iterator[None]:
+    """What peft cannot do inside is told as an adapter that does not fit.
+
+    Raises:
+        ModelError: always then.
     """
     try:
-        model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{folder}: this adapter does not fit its base model: {str(error).splitlines()[0]}") from error
-    _settle(model, name, trainable)
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ModelError(f"{place}: this adapter does not fit its base model: {first_line(error)}") from error
 
 
-def _settle(model: PeftModel, name: str, trainable: bool) -> None:
-    """The adapter trains or not, whatever peft made of it; the policy's goes on acting."""
-    for parameter_name, parameter in model.named_parameters():
-        if f".{name}." in parameter_name:
-            parameter.requires_grad_(trainable)
-    select(model, POLICY)
+@torch.no_grad()
+def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], place: Path | str) -> None:
+    """Give adapter `name` the weights of a file: each of them, and no other.
+
+    Raises:
+        ModelError: the file lacks some, has others, or others than the base has itself.
+    """
+    for parameter_name, p in model.named_parameters():
+        if belongs(parameter_name, name) and p.dtype in (torch.float16, torch.bfloat16):
+            p.data = p.data.float()  # as peft makes low ranks: what trains is float32 on whatever base
+    state = model.state_dict()
+    # A file may hold weights of the base too: peft saves embeddings that an adapter targets.
+    known = {key: x for key, x in weights.items() if key in state}
+    for key, x in known.items():
+        if x.shape != state[key].shape or not torch.equal(x.to(state[key]), state[key]):
+            raise ModelError(
+                f"{place}: it brings {key} of its own, other than that of its base model; "
+                "merge it into that model with peft's merge_and_unload and name the merged folder"
+            )
+    with _fitting(place):
+        outcome = set_peft_model_state_dict(
+            model, {key: x for key, x in weights.items() if key not in known}, adapter_name=name
+        )
+    missing = [key for key in outcome.missing_keys if belongs(key, name)]
+    for keys, what in (
+        (missing, "lacks weights that its adapter_config.json asks for"),
+        (outcome.unexpected_keys, "has weights that its adapter_config.json does not ask for"),
+    ):
+        if keys:
+            raise ModelError(
+                f"{place}: this adapter does not fit its base model: it {what}: {keys[0]} and {len(keys) - 1} more; "
+                "take the file and the configuration from one training"
+            )
 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -116,6 +211,12 @@ def select(model: nn.Module, name: str | None) -> None:
             module._disable_adapters = name is None
             if name is not None:
                 module._active_adapter = [name]
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            # A whole module or some tokens that an adapter keeps for itself. Such a wrapper may be another adapter's
+            # alone, and then the base's own module acts.
+            module._disable_adapters = name is None
+            if name is not None:
+                module._active_adapter = [name] if name in module._adapters else []
 
 
 @contextmanager
@@ -126,14 +227,6 @@ def acting(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
     finally:
         select(model, POLICY)
-
-
-def merged(model: PeftModel) -> nn.Module:
-    """A new model with the policy's adapter merged into its weights; `model` and its base stay as they are."""
-
-    with torch.no_grad():
-        result: nn.Module = copy.deepcopy(model).merge_and_unload(adapter_names=[POLICY])
-    return result
 
 
 def save_adapter(model: PeftModel, folder: Path, name: str = POLICY) -> None:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
-from rlpost.policy.check import Exactness, check_exactness, use_attention
+from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, read_json_object
+from rlpost.policy.check import Exactness, check_exactness, probe_groups, use_attention
+from rlpost.policy.merge import merged
+from rlpost.policy.model_files import (
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    must_fit,
+    told_as_model_error,
+)
 from rlpost.policy.policy import Policy
+from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Attention, Direction, Lora, Model, Precision
 from rlpost.run.names import ABOUT
 
-ADAPTER_FILE = "adapter_config.json"
+MERGED_GAP = 1e-2
+"""Nats that a log-probability may change by when an adapter is merged: rounding, and no more."""
 HEAD_FILE = "scalar_head.safetensors"
 """Beside the weights or the adapter of a model of scalars: the head's weight [1, D] and bias [1]."""
 
@@ -52,22 +60,27 @@ def load_policy(
     """
     folder = Path(path)
     _must_be(folder, scores, backwards)
-    adapter = folder if (folder / ADAPTER_FILE).is_file() else None
+    adapter = folder if is_adapter(folder) else None
     base = base_of(adapter) if adapter else str(path)
+    if adapter is not None:
+        read_adapter_config(adapter)  # before the base, which takes longer
     wants_lora = settings.lora is not None
     # A base under adapters needs no float32 weights; weights that train do, and so does a frozen copy of them, which
     # must score what they scored.
     half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
-    model = _model(base, settings, torch.bfloat16 if half else torch.float32).to(device)
+    model = load_model(base, settings.revision, torch.bfloat16 if half else torch.float32).to(device)
+    if adapter is not None:
+        load_generation_config(adapter, model)
     tokenizer = load_tokenizer(str(path), settings, base)
-    _fit(model, tokenizer, str(path))
+    must_fit(model, tokenizer, str(path))
     remove_dropout(model)
-    exact = check_exactness(model, tokenizer)
+    with told_as_model_error(f"{base}: the model cannot be run as its config.json says"):
+        exact = check_exactness(model, tokenizer)
     flat = choose_rows(exact, settings.attention, type(model).__name__)
     if not flat:
         use_attention(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    dressed = _dress(model, adapter, settings.lora, trainable)
-    policy = Policy(dressed, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled, base=base)
+    policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled, base=base)
+    policy.model = _dress(policy, adapter, settings.lora, trainable)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
     codec = make_codec(tokenizer)
     # Read backwards, a turn has its stop token first: only the end token ends the text.
@@ -83,7 +96,7 @@ def load_policy(
 def is_backwards(folder: str | Path) -> bool:
     """Whether a checkpoint is a model of reversed text, as `data.NAME.direction: reverse` makes one."""
     about = Path(folder) / ABOUT
-    return about.is_file() and json.loads(about.read_text("utf-8")).get("direction") == Direction.reverse
+    return about.is_file() and read_json_object(about).get("direction") == Direction.reverse
 
 
 def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
@@ -111,22 +124,6 @@ def choose_rows(exact: Exactness, wish: Attention, family: str) -> bool:
         raise ModelError(f"model.attention=flat: not exact for {family}: {exact.reason}; use model.attention=auto")
     console.warn(f"{family} runs on padded rows, without shared prompts: {exact.reason}")
     return False
-
-
-def base_of(adapter: Path) -> str:
-    """The base model that an adapter folder names.
-
-    Raises:
-        ModelError: if it names none.
-    """
-    checkpoint = adapter / "checkpoint.json"
-    named = json.loads(checkpoint.read_text("utf-8")).get("base") if checkpoint.is_file() else None
-    named = named or json.loads((adapter / ADAPTER_FILE).read_text("utf-8")).get("base_model_name_or_path")
-    if not named:
-        raise ModelError(
-            f"{adapter}: an adapter that names no base model; add base_model_name_or_path to {ADAPTER_FILE}"
-        )
-    return str(named)
 
 
 def decide_bfloat16(wish: Precision, device: torch.device | str) -> bool:
@@ -159,91 +156,56 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def _model(base: str, settings: Model, dtype: torch.dtype) -> Any:
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base,
-            revision=settings.revision,
-            dtype=dtype,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_load_failure(base, error)) from error
-    if missing := sorted(found["missing_keys"]):
-        # transformers would go on with random numbers in their place.
-        raise ModelError(f"{base}: {len(missing)} of the model's weights are missing, {missing[0]} for one")
-    return model
-
-
-def _load_failure(base: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(base).is_dir():
-        return f"{base}: the model in this folder cannot be loaded: {reason}"
-    if base.startswith((".", "/", "~")):
-        return f"{base}: no such folder; give a model folder, a checkpoint or a hub name"
-    return f"{base}: neither a local folder nor reachable on the hub ({reason}); check the name, or the connection"
-
-
-def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
-    """The tokenizer in `path`, or else that of `base` (`path` itself by default), with the recipe's chat template.
-
-    Raises:
-        ModelError: there is none, or the template's file is missing.
-    """
-    base = base or path
-    own = Path(path) / "tokenizer_config.json"
-    source = path if own.is_file() or not Path(path).is_dir() else base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            revision=settings.revision if source == base else None,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from error
-    return with_chat_template(tokenizer, settings)
-
-
-def with_chat_template(tokenizer: Any, settings: Model) -> Any:
-    """The tokenizer with the recipe's chat template, if it has one.
-
-    Raises:
-        ModelError: the template's file is missing.
-    """
-    if settings.chat_template is not None:
-        file = Path(settings.chat_template)
-        if not file.is_file():
-            raise ModelError(f"model.chat_template: no such file: {file}")
-        tokenizer.chat_template = file.read_text("utf-8")
-    return tokenizer
-
-
-def _fit(model: Any, tokenizer: Any, path: str) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{path}: its tokenizer has no end token, so a completion could never end; set eos_token")
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"{path}: the tokenizer knows {len(tokenizer)} tokens but the model embeds {rows}; "
-            "use the tokenizer the model was trained with"
-        )
-
-
-def _dress(model: Any, adapter: Path | None, lora: Lora | None, trainable: bool) -> Any:
-    """Put adapters on as needed: a saved one, a new one, or a saved one merged for full fine-tuning."""
+def _dress(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: bool) -> Any:
+    """The model with adapters on as needed: a saved one, a new one, or a saved one merged for full fine-tuning."""
+    model = bare.model
     if adapter is None:
         return model if lora is None or not trainable else adapters.add_policy_adapter(model, lora)
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
         console.say(f"{adapter}: its adapter is merged, since the recipe trains all weights (model.lora is not set)")
-        return adapters.merged(loaded).requires_grad_(True)
+        return _proven_merge(bare, loaded, adapter).requires_grad_(True)
     if lora is not None and trainable:
-        r, alpha, _ = adapters.adapter_shape(adapter)
-        if (r, alpha) != (lora.r, lora.alpha):
-            raise ModelError(
-                f"{adapter}: its adapter has r={r}, alpha={alpha:g} but model.lora says r={lora.r}, "
-                f"alpha={lora.alpha:g}; set `model.lora.r={r} model.lora.alpha={alpha:g}` to go on training it"
-            )
+        _must_be_shaped(loaded, adapter, lora)
     return loaded
+
+
+def _proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
+    """The adapter merged, and shown to say what it said before."""
+    result = merged(loaded)
+    groups = probe_groups(bare.vocabulary, bare.longest)
+    before, after = (
+        logprobs(Policy(m.eval(), bare.tokenizer, flat=bare.flat, tiled=bare.tiled, bfloat16=False), groups)
+        for m in (loaded, result)
+    )
+    gap = float((before - after).abs().max())
+    if not gap < MERGED_GAP:
+        raise ModelError(
+            f"{adapter}: merging this adapter changes what the model says, by {gap:.2g} nats; "
+            "set model.lora to go on training it, or merge it with peft and name the merged folder"
+        )
+    return result
+
+
+def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
+    """The saved adapter is what the recipe asks for; its dropout is made so.
+
+    Raises:
+        ModelError: it is not.
+    """
+    config = loaded.peft_config[adapters.POLICY]
+    r, alpha = config.r, float(config.lora_alpha)
+    if (r, alpha) != (lora.r, lora.alpha):
+        raise ModelError(
+            f"{adapter}: its adapter has r={r}, alpha={alpha:g} but model.lora says r={lora.r}, "
+            f"alpha={lora.alpha:g}; set `model.lora.r={r} model.lora.alpha={alpha:g}` to go on training it"
+        )
+    found = adapters.adapted(loaded)
+    if lora.target_modules is not None and (asked := adapters.asked_for(loaded, lora.target_modules)) != found:
+        odd = sorted(asked ^ found)[0]
+        asks, has = ("asks for", "lacks") if odd in asked else ("leaves out", "has")
+        raise ModelError(
+            f"{adapter}: model.lora.target_modules={lora.target_modules} {asks} {odd}, which its adapter {has}; "
+            "leave target_modules out to go on training it"
+        )
+    adapters.set_dropout(loaded, lora.dropout)

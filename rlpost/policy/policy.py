@@ -110,7 +110,7 @@ class Policy(nn.Module):
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training this policy moves; a critic's adapter on the same base is not among them."""
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        return {n: p for n, p in named.items() if not self.has_adapter or f".{adapters.POLICY}." in n}
+        return {n: p for n, p in named.items() if not self.has_adapter or adapters.belongs(n, adapters.POLICY)}
 
     def forward(
         self,

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
+from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.policy import adapters
-from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
+from rlpost.policy.adapter_files import base_of, is_adapter, same_model
+from rlpost.policy.check import probe_groups
+from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Model
@@ -55,15 +58,30 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
     if policy.has_adapter and checkpoint == start:
         state = adapters.adapter_state(policy.model, adapters.POLICY)
         adapters.add_adapter(policy.model, adapters.REFERENCE, state)
-        return Reference(policy, adapters.REFERENCE)
-    if policy.has_adapter and str(checkpoint) == policy.base:
+        return _proven_copy(policy, checkpoint)
+    if policy.has_adapter and same_model(checkpoint, policy.base):
         return Reference(policy, None)
     if policy.has_adapter and same_base(checkpoint, policy):
-        state = load_file(checkpoint / "adapter_model.safetensors")
-        adapters.add_adapter(policy.model, adapters.REFERENCE, state)
+        adapters.add_saved_adapter(policy.model, adapters.REFERENCE, checkpoint)
         return Reference(policy, adapters.REFERENCE)
     frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False)
     return _frozen(frozen)
+
+
+def _proven_copy(policy: Policy, checkpoint: Path) -> Reference:
+    """The reference that is a copy of the policy's adapter, shown to say what the policy says.
+
+    Raises:
+        ModelError: it does not.
+    """
+    reference = Reference(policy, adapters.REFERENCE)
+    groups = probe_groups(policy.vocabulary, policy.longest)
+    if not torch.equal(reference.logprobs(groups), logprobs(policy, groups)):
+        raise ModelError(
+            f"{checkpoint}: a copy of its adapter says other than the adapter itself, so it can be no reference; "
+            "merge it into its base with peft's merge_and_unload and name the merged folder"
+        )
+    return reference
 
 
 def _frozen(policy: Policy) -> Reference:
@@ -72,4 +90,4 @@ def _frozen(policy: Policy) -> Reference:
 
 def same_base(checkpoint: Path, policy: Policy) -> bool:
     """True where `checkpoint` is an adapter on the base model that `policy` stands on."""
-    return (checkpoint / ADAPTER_FILE).is_file() and base_of(checkpoint) == policy.base
+    return is_adapter(checkpoint) and same_model(base_of(checkpoint), policy.base)

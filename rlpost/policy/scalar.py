@@ -20,7 +20,7 @@ from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.batch import Batch
-from rlpost.policy.load import ADAPTER_FILE, HEAD_FILE, load_policy
+from rlpost.policy.load import HEAD_FILE, load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import passes
@@ -90,7 +90,7 @@ class ScalarModel(nn.Module):
             return head
         named = {n: p for n, p in self.trunk.named_parameters() if p.requires_grad}
         if self.trunk.has_adapter:
-            return {n: p for n, p in named.items() if f".{self.adapter}." in n} | head
+            return {n: p for n, p in named.items() if adapters.belongs(n, str(self.adapter))} | head
         model = self.trunk.causal_lm
         unused = {id(model.get_output_embeddings().weight)} - {id(model.get_input_embeddings().weight)}
         return {n: p for n, p in named.items() if id(p) not in unused} | head
@@ -163,7 +163,7 @@ def load_scalar(
     Raises:
         ModelError: it cannot be loaded, or is no model of scalars.
     """
-    if beside is not None and beside.has_adapter and (folder / ADAPTER_FILE).is_file() and same_base(folder, beside):
+    if beside is not None and beside.has_adapter and same_base(folder, beside):
         adapters.add_saved_adapter(beside.model, name, folder)
         model = ScalarModel(beside, name, trains_trunk=False)
     else:

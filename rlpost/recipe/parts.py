@@ -243,7 +243,8 @@ class Lora:
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: Any = "all-linear"
+    target_modules: Any = None
+    """As in peft; by default `all-linear`, or what a saved adapter has that training goes on with."""
 
 
 @dataclass

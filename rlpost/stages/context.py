@@ -22,8 +22,9 @@ from rlpost.data.formats import Need
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
+from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY, save_adapter
-from rlpost.policy.load import ADAPTER_FILE, base_of, load_policy
+from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.recipe import schema
@@ -197,7 +198,7 @@ class Context:
         return self.out.finish(write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage})
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
-        base = base_of(self.start) if (self.start / ADAPTER_FILE).is_file() else str(self.start)
+        base = base_of(self.start) if is_adapter(self.start) else str(self.start)
         about = {"stage": self.name, "kind": kind, "step": steps, "parent": str(self.start), **self.lineage}
         return {**about, "base": base} if adapter else about
 

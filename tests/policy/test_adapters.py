@@ -6,7 +6,7 @@ from families import EndTokenOnly, tiny
 from tiny_folders import randomise
 
 from rlpost.errors import ModelError
-from rlpost.policy import adapters
+from rlpost.policy import adapters, merge
 from rlpost.policy.adapters import POLICY, REFERENCE
 from rlpost.policy.attention import FLAT
 from rlpost.policy.policy import Policy
@@ -117,7 +117,7 @@ def test_a_saved_state_is_a_copy(policy):
 def test_merging_writes_elsewhere(family, groups):
     policy = lora_policy(family)
     before, state = score(policy, groups), {k: v.clone() for k, v in policy.state_dict().items()}
-    merged = adapters.merged(policy.model)
+    merged = merge.merged(policy.model)
     assert not any("lora" in name for name, _ in merged.named_parameters())
     found = score(Policy(merged, EndTokenOnly(), flat=True), groups)
     assert torch.allclose(found, before, rtol=0, atol=1e-6)

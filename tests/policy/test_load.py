@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
-from rlpost.policy.load import base_of, decide_bfloat16, load_policy, remove_dropout
+from rlpost.policy.adapter_files import base_of
+from rlpost.policy.load import decide_bfloat16, load_policy, remove_dropout
 from rlpost.policy.policy import Policy, end_ids
 from rlpost.policy.reference import reference_policy
 from rlpost.policy.scalar import ScalarModel, load_scalar

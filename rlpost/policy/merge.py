@@ -1,0 +1,54 @@
+"""An adapter merged into the weights of its base: a new model, proven to say what the two said together."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+
+from rlpost.policy.adapters import POLICY, select
+
+
+def merged(model: PeftModel) -> nn.Module:
+    """A new model with the policy's adapter merged into its weights; `model` and its base stay as they are."""
+    with torch.no_grad():
+        own = copy.deepcopy(model)
+        _untie(own.get_base_model())
+        select(own, POLICY)
+        for module in own.modules():
+            if isinstance(module, ModulesToSaveWrapper) and module._active_adapter:
+                # Merging looks its module up by this name, and not by a list of one.
+                module._active_adapter = POLICY
+        result: nn.Module = own.merge_and_unload(adapter_names=[POLICY])
+    return result
+
+
+def _untie(model: Any) -> None:
+    """Give a head that shares its matrix with the embedding one of its own, if the adapter changes the two apart."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    inner, outer = _bare(embedding), _bare(head)
+    if inner is outer or inner.weight is not outer.weight or not (_changed(embedding) or _changed(head)):
+        return
+    if getattr(getattr(head, "token_adapter", None), "tied_adapter", None) is not None:
+        return  # peft changes both alike
+    outer.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=inner.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _bare(module: Any) -> Any:
+    """The layer itself, without what adapters put around it."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _bare(module.original_module)
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _changed(module: Any) -> bool:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return POLICY in module._adapters
+    return isinstance(module, BaseTunerLayer) and POLICY in module._get_available_adapters()
