@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from peft import LoraConfig
 from torch import Tensor
 
+from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.objectives.preference_modifiers import mix, mix_lora, recompressed
 from rlpost.policy import adapters
+from rlpost.policy.adapter_files import read_adapter, same_model
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
@@ -32,19 +34,28 @@ class Following:
     """A reference with weights of its own, in the shape that mixing needs."""
 
     def __init__(self, policy: Policy, checkpoint: Path, settings: Model) -> None:
-        """Begin as what `checkpoint` holds; with LoRA, that is the policy's base or an adapter on it."""
+        """Begin as what `checkpoint` holds; with LoRA, that is the policy's base or an adapter on it.
+
+        Raises:
+            ModelError: it holds another kind of model or adapter than the policy, or one that cannot be mixed.
+        """
         self._policy = policy
         self._frozen: Policy | None = None
         if not policy.has_adapter:
             # As if to be trained: an adapter is merged into the weights then, as it was in the policy's.
             self._frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device)
             self._frozen.requires_grad_(False)
+            if _shapes(self._frozen) != _shapes(policy):
+                raise ModelError(
+                    f"{checkpoint}: another model than the policy, so it cannot follow it; leave out refresh"
+                )
             return
+        first = _adapter_of(checkpoint, policy)
         config = copy.deepcopy(policy.model.peft_config[adapters.POLICY])
         self._rank = config.r * ROOM
         config.r, config.lora_alpha = self._rank, config.lora_alpha * ROOM
         policy.model.add_adapter(adapters.REFERENCE, config)
-        self._write(self._padded(_adapter_of(checkpoint, policy)))
+        self._write(self._padded(first))
 
     def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
@@ -101,10 +112,33 @@ class Following:
         return full
 
 
+def _shapes(policy: Policy) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in policy.named_parameters()}
+
+
 def _adapter_of(checkpoint: Path, policy: Policy) -> dict[str, Tensor]:
     """The weights of a checkpoint's adapter on the policy's base; zeros for the base itself."""
-    if same_base(checkpoint, policy):
-        saved: dict[str, Tensor] = load_file(checkpoint / "adapter_model.safetensors")
-        return saved
-    assert str(checkpoint) == policy.base, f"{checkpoint} is no adapter on {policy.base}"
-    return {name: torch.zeros_like(x) for name, x in adapters.adapter_state(policy.model, adapters.POLICY).items()}
+    config = policy.model.peft_config[adapters.POLICY]
+    own = adapters.adapter_state(policy.model, adapters.POLICY)
+    if _scale(config) is None or not all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in own):
+        raise ModelError(
+            "refresh mixes plain low-rank adapters, and this one has more (DoRA, rank-stabilised or single scales, "
+            "whole modules, embeddings or tokens); leave out refresh"
+        )
+    if same_model(checkpoint, policy.base):
+        return {name: torch.zeros_like(x) for name, x in own.items()}
+    if not same_base(checkpoint, policy):
+        raise ModelError(f"{checkpoint}: no adapter on {policy.base}, so it cannot follow one; leave out refresh")
+    saved = read_adapter(checkpoint)
+    fits = {name: x.shape for name, x in saved.weights.items()} == {name: x.shape for name, x in own.items()}
+    if not fits or _scale(saved.config) != _scale(config):
+        raise ModelError(f"{checkpoint}: an adapter of another shape than the policy's; leave out refresh")
+    return saved.weights
+
+
+def _scale(config: LoraConfig) -> float | None:
+    """What every product of an adapter is multiplied by; None where it is more than such products."""
+    more = (config.use_dora, config.use_rslora, config.rank_pattern, config.alpha_pattern)
+    if any((*more, config.modules_to_save, config.trainable_token_indices)):
+        return None
+    return float(config.lora_alpha / config.r)
