@@ -234,6 +234,8 @@ def save_adapter(model: PeftModel, folder: Path, name: str = POLICY) -> None:
 
     peft puts adapters of other names than "default" into a folder of their own; here each has a checkpoint to itself.
     """
+    base = str(model.get_base_model().name_or_path)
+    model.peft_config[name].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     inner = folder / name
     for file in inner.iterdir():

@@ -65,7 +65,7 @@ def check_exactness(model: Any, tokenizer: Any) -> Exactness:
     was_training = model.training
     model.eval()
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 24
-    groups = probe_groups(model.get_output_embeddings().weight.shape[0], limit)
+    groups = probe_groups(Policy(model, tokenizer, flat=False).vocabulary, limit)
     use_attention(model, PLAIN)
     alone = [Group(g.prompt, (c,)) for g in groups for c in g.completions]
     with _short_windows(model):

@@ -24,6 +24,7 @@ from rlpost.policy.model_files import (
     told_as_model_error,
 )
 from rlpost.policy.policy import Policy
+from rlpost.policy.saved import name_ends
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Attention, Direction, Lora, Model, Precision
 from rlpost.run.names import ABOUT
@@ -85,6 +86,7 @@ def load_policy(
     codec = make_codec(tokenizer)
     # Read backwards, a turn has its stop token first: only the end token ends the text.
     policy.end_ids = (codec.end,) if backwards else tuple(dict.fromkeys((*policy.end_ids, *codec.stops)))
+    name_ends(policy)
     if settings.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         policy.causal_lm.enable_input_require_grads()

@@ -22,6 +22,7 @@ from rlpost.policy import adapters
 from rlpost.policy.batch import Batch, flat_batch, padded_batch
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import Head, Reader, over_logits, target_logprob, with_more
+from rlpost.policy.vocabulary import Vocabulary
 
 
 class Scores(NamedTuple):
@@ -66,6 +67,7 @@ class Policy(nn.Module):
         self.tiled = tiled
         self.base = base
         self.end_ids = end_ids(self.causal_lm, tokenizer)
+        self.known = Vocabulary(tokenizer, int(self.causal_lm.get_output_embeddings().weight.shape[0]))
         self._awaiting_backward = False
 
     @property
@@ -86,8 +88,8 @@ class Policy(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Number of logits."""
-        return int(self.causal_lm.get_output_embeddings().weight.shape[0])
+        """Tokens that can be written: those the tokenizer knows."""
+        return self.known.size
 
     @property
     def longest(self) -> int:
@@ -201,16 +203,17 @@ class Policy(nn.Module):
         return inputs | {"attention_mask": batch.mask_BT}
 
     def _scored_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """Hidden states at the scored positions and the head for them; or logits, and the identity."""
+        """Hidden states at the scored positions and the head for them; or logits, and what cuts them."""
         inputs = self._inputs(batch)
         with self.precision():
             if self.tiled:
                 hidden = self.causal_lm.base_model(**inputs).last_hidden_state
-                return hidden.flatten(0, 1)[batch.before_N], reproduced_head(self.causal_lm)
+                whole = reproduced_head(self.causal_lm)
+                return hidden.flatten(0, 1)[batch.before_N], lambda hidden: self.known.cut(whole(hidden))
             if batch.layout is not None:
                 inputs["logits_to_keep"] = batch.before_N
-                return self.causal_lm(**inputs).logits[0], _identity
-            return self.causal_lm(**inputs).logits.flatten(0, 1)[batch.before_N], _identity
+                return self.causal_lm(**inputs).logits[0], self.known.cut
+            return self.causal_lm(**inputs).logits.flatten(0, 1)[batch.before_N], self.known.cut
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -219,7 +222,3 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
     more = configured if isinstance(configured, list) else [configured]
     found = [i for i in (tokenizer.eos_token_id, *more) if i is not None]
     return tuple(dict.fromkeys(int(i) for i in found))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

@@ -108,7 +108,7 @@ class BuiltinEngine:
         )
         noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
         stops = StopStrings(policy.tokenizer, sampling.stop)
-        steer = _steering(self.guide, [tuple(prompts[r.prompt]) for r in rows], sampling, greedy)
+        steer = _steering(policy, self.guide, [tuple(prompts[r.prompt]) for r in rows], sampling, greedy)
         uniform_RT = torch.from_numpy(noise).to(policy.device)
         drawn = _decode(decoder, uniform_RT, sampling, greedy, policy.end_ids, stops, steer)
         ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
@@ -129,15 +129,19 @@ Steer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(logits of the live rows, which rows they are, which of them have ended, [R, t] ids so far) -> their logits."""
 
 
-def _steering(guide: Guide | None, prompts: Sequence[tuple[int, ...]], sampling: Sampling, greedy: bool) -> Steer:
-    """Logits as they are, or with the guide's weights added at the scale of log-probabilities."""
+def _steering(
+    policy: Policy, guide: Guide | None, prompts: Sequence[tuple[int, ...]], sampling: Sampling, greedy: bool
+) -> Steer:
+    """Logits of the tokens there are, with the guide's weights, if any, added at the scale of log-probabilities."""
+    cut = policy.known.cut
     if guide is None:
-        return lambda logits, *_: logits
+        return lambda logits, *_: cut(logits)
     # Temperature divides the sum afterwards; weights are of the distribution that is sampled, which it has shaped.
     scale = 1.0 if is_greedy(sampling, greedy) else sampling.temperature
     limit = sampling.max_new_tokens
 
     def steer(logits: Tensor, live: Tensor, ended: Tensor, ids_Rt: Tensor) -> Tensor:
+        logits = cut(logits)
         going = (~ended).nonzero()[:, 0]
         written = ids_Rt[live[going]].tolist()
         last = ids_Rt.shape[1] + 1 == limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,12 @@ from rlpost.data.formats import Need
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
-from rlpost.policy.adapter_files import base_of, is_adapter
-from rlpost.policy.adapters import POLICY, save_adapter
+from rlpost.policy.adapter_files import BASE_FROM_HERE, base_of, is_adapter
+from rlpost.policy.adapters import POLICY
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
+from rlpost.policy.saved import save_policy
 from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
 from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
@@ -198,18 +200,17 @@ class Context:
         return self.out.finish(write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage})
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
-        base = base_of(self.start) if is_adapter(self.start) else str(self.start)
         about = {"stage": self.name, "kind": kind, "step": steps, "parent": str(self.start), **self.lineage}
-        return {**about, "base": base} if adapter else about
-
-
-def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
-    """The policy as transformers or peft load it: the whole model, or one adapter alone; and its tokenizer."""
-    if policy.has_adapter:
-        save_adapter(policy.model, folder, adapter)
-    else:
-        policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+        if not adapter:
+            return about
+        base = base_of(self.start) if is_adapter(self.start) else str(self.start)
+        if not Path(base).is_dir():
+            return {**about, "base": base}
+        place = Path(base).resolve()
+        inside = place.is_relative_to(self.out.path.parent.resolve())
+        # A run may be moved, with its base in it; and what is elsewhere may be looked for from elsewhere.
+        here = {BASE_FROM_HERE: os.path.relpath(place, self.out.final.resolve())} if inside else {}
+        return {**about, "base": str(place), **here}
 
 
 def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:
