@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
@@ -15,8 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rlpost.errors import RlpostError
+from rlpost import exits
+from rlpost.console import clean
+from rlpost.launchers import refuse_several_processes
 from rlpost.results import emit, kept_for_results, output
+from rlpost.streams import from_stdin, in_colour, is_terminal
 
 if TYPE_CHECKING:
     from rlpost.recipe.resolve import Resolved
@@ -87,11 +89,11 @@ def train(
 
     if dry_run:
         lines = pipeline.dry_run(resolved)
-        emit(json.dumps({"plan": lines}) if as_json else "\n".join(lines))
+        _print({"plan": lines} if as_json else "\n".join(lines))
         return
     path = pipeline.train(resolved, allow_change)
     run = Path(resolved.config.runs) / resolved.config.run
-    emit(json.dumps({"checkpoint": str(path), "run": str(run)}) if as_json else path)
+    _print({"checkpoint": str(path), "run": str(run)} if as_json else path)
 
 
 @_command("eval")
@@ -113,10 +115,10 @@ def evaluate(
     prompts, result, path = commands.evaluate(checkpoint, recipe, words)
     if as_json:
         for row in commands.sample_rows(prompts, result):
-            emit(json.dumps(row))
-        emit(json.dumps({"checkpoint": path, "summary": result.to_json()}))
+            _print(row)
+        _print({"checkpoint": path, "summary": result.to_json()})
     else:
-        emit("\n".join(_lines({"checkpoint": path, **result.to_json()})))
+        _print("\n".join(_lines({"checkpoint": path, **result.to_json()})))
 
 
 @_command()
@@ -150,8 +152,7 @@ def sample(
         )
     if best_of is None and judge is not None:
         raise typer.BadParameter("chooses among several: give --best-of too", param_hint="--judge")
-    if prompt is None and sys.stdin.isatty():
-        raise typer.BadParameter("give it as an argument or on stdin", param_hint="PROMPT")
+    text = from_stdin("PROMPT") if prompt is None else prompt
     from rlpost import commands
     from rlpost.recipe.ranges import out_of_range
     from rlpost.recipe.schema import Sampling
@@ -159,7 +160,6 @@ def sample(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
     for problem in out_of_range(sampling, "--"):
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
-    text = sys.stdin.read().removesuffix("\n") if prompt is None else prompt
     lead = commands.Lead(guide, tuple(goal or avoid or ()), bool(avoid), candidates) if guide else None
     texts = commands.sample(
         checkpoint,
@@ -174,7 +174,7 @@ def sample(
         lead=lead,
     )
     for completion in texts:
-        emit(json.dumps({"prompt": text, "completion": completion}) if as_json else completion)
+        _print({"prompt": text, "completion": completion} if as_json else completion)
 
 
 @_command()
@@ -206,7 +206,7 @@ def infill(
     title = f"{len(found)} middles ranked, {sampled} tokens sampled"
     console.table(title, ["middle", "log p forward", "log p reverse", "sum"], rows)
     for text, m in found[:top]:
-        emit(json.dumps({"middle": text, "forward": m.forward, "reverse": m.reverse}) if as_json else text)
+        _print({"middle": text, "forward": m.forward, "reverse": m.reverse} if as_json else text)
 
 
 @_command()
@@ -219,7 +219,7 @@ def pairs(
     """Write preference pairs from a model's own samples, ranked by a recipe's rewards."""
     from rlpost import commands
 
-    emit(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
+    _print(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
 
 
 @_command()
@@ -234,7 +234,11 @@ def show(
     resolved = _resolve(recipe, overrides)
     for warning in resolved.warnings:
         console.warn(warning)
-    emit(_coloured(resolved.to_yaml()) if _in_colour(output()) else resolved.to_yaml(), end="")
+    text = resolved.to_yaml().removesuffix("\n")
+    if in_colour(output()):
+        emit(_coloured(clean(text)))
+    else:
+        _print(text)
     if rows:
         from rlpost import commands
 
@@ -262,7 +266,7 @@ def verify(
 
     prove = proofs.verify_goals if what is Proof.goals else proofs.verify
     report = prove(vocab, depth, seed)
-    emit(json.dumps(report.to_json()) if as_json else report.text())
+    _print(report.to_json() if as_json else report.text())
     if not report.ok:
         raise typer.Exit(1)
 
@@ -289,7 +293,8 @@ def calibrate(
     model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
     found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
     if as_json:
-        emit("\n".join(json.dumps(asdict(asked)) for asked in found))
+        for asked in found:
+            _print(asdict(asked))
     else:
         calibration.print_table(found)
 
@@ -318,7 +323,7 @@ def plot(
     file = Path(out) if out else Path(run) / "maze.png"
     maze.draw(found[:mazes], file)
     console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
-    emit(file)
+    _print(file)
 
 
 @_command("list")
@@ -335,18 +340,27 @@ def list_(
         (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))
     ]
     if as_json:
-        emit(json.dumps({"recipes": dict(recipes), "runs": dict(found)}))
+        _print({"recipes": dict(recipes), "runs": dict(found)})
         return
     for title, lines in (("recipes", recipes), (f"runs in {runs}/", found)):
         width = max((len(name) for name, _ in lines), default=0)
-        emit(f"{title}:")
-        emit("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
+        _print(f"{title}:")
+        _print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
 
 
 def _resolve(recipe: str, overrides: list[str] | None) -> Resolved:
     from rlpost.recipe.resolve import resolve
 
     return resolve(recipe, overrides or [])
+
+
+def _print(found: object) -> None:
+    """A result on stdout: word for word into a file or a pipe, without control characters on a terminal.
+
+    A mapping is a line of JSON, which escapes whatever is not plain.
+    """
+    text = json.dumps(found) if isinstance(found, dict) else str(found)
+    emit(clean(text) if is_terminal(output()) else text)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
@@ -360,29 +374,17 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _in_colour(stream: Any) -> bool:
-    return (
-        stream is not None
-        and bool(stream.isatty())
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") != "dumb"
-    )
-
-
 def _coloured(yaml: str) -> str:
     """YAML with its keys in colour."""
     return re.sub(r"(?m)^(\s*(?:- )*)([^\s#'\"-][^:\n]*)(?=:(?: |$))", "\\1\033[36m\\2\033[0m", yaml)
 
 
-def main() -> None:
-    """Run the command line; errors for the user are one line and their exit code."""
-    try:
-        app()
-    except RlpostError as error:
-        from rlpost.console import clean
+@app.callback()
+def _before(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("list", "show", "verify"):
+        refuse_several_processes(os.environ)
 
-        line = f"rlpost: {clean(' '.join(str(error).split()))}"
-        print(f"\033[31m{line}\033[0m" if _in_colour(sys.stderr) else line, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+def main() -> None:
+    """Run the command line; whatever goes wrong is one line on stderr and an exit code."""
+    exits.run(app)

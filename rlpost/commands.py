@@ -277,7 +277,7 @@ def _rows_of_stage(
         bind=bind,
         base=resolved.folder,
     )
-    yield from (f"  {line}" for line in data.notices)
+    yield from (f"  {console.clean(line)}" for line in data.notices)
     groups = data.all()
     yield "  " + _lengths("prompt", [len(g.prompt) for g in groups])
     completions = [c for g in groups for c in g.completions]

@@ -10,6 +10,14 @@ class RlpostError(Exception):
     exit_code = 1
 
 
+class UnexpectedError(RlpostError):
+    """An error that nobody foresaw: a defect, with its traceback in a file."""
+
+
+class OutOfMemoryError(RlpostError):
+    """The memory of the GPU or of the machine is not enough."""
+
+
 class RecipeError(RlpostError):
     """The recipe or an override is wrong."""
 

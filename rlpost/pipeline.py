@@ -45,6 +45,7 @@ from rlpost.stages.sft import sft
 from rlpost.stages.step_labels import step_labels
 from rlpost.stages.trpo import trpo
 from rlpost.stages.value import value
+from rlpost.unexpected import traceback_kept
 
 STAGES: dict[Kind, Callable[..., Path]] = {
     Kind.sft: sft,
@@ -100,6 +101,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     functions = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(recipe, resolved.folder) if b.sha256}
     with (
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
+        traceback_kept(run.path),
         Interrupts() as interrupts,
     ):
         bfloat16 = bool(run.remember("bfloat16", lambda: decide_bfloat16(recipe.model.precision, accelerator.device)))

@@ -7,21 +7,40 @@ writes to file descriptor 1, must not end up in it.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from rlpost.errors import DiskError
 
 _streams: list[TextIO] = []
 """Where results go, in commands that keep stdout for them."""
 
 
 def emit(text: object, end: str = "\n") -> None:
-    """Print a result."""
+    """Print a result.
+
+    Raises:
+        DiskError: stdout does not take it.
+    """
     stream = output()
     if stream is not None:
-        stream.write(f"{text}{end}")
-        stream.flush()
+        try:
+            stream.write(f"{text}{end}")
+            stream.flush()
+        except OSError as error:
+            raise _refused(stream, error) from error
+
+
+def _refused(stream: TextIO, error: OSError) -> DiskError:
+    """What to raise; where nobody reads on (`rlpost list | head -1`), the program ends without a word."""
+    # What is left is dropped: the interpreter would try again at its end, and complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if isinstance(error, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    return DiskError(f"stdout: {error.strerror}; the result could not be written there")
 
 
 def output() -> TextIO | None:

@@ -70,14 +70,32 @@ def find(recipe: str) -> Path:
     Raises:
         RecipeError: there is none.
     """
-    path = Path(recipe).expanduser()
+    path = expanded(recipe, recipe)
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(f"{recipe}: no such file{_near(recipe)}")
+        try:
+            found = path.is_file()
+        except OSError as error:
+            raise RecipeError(f"{recipe}: {error.strerror} - give the path of a recipe") from error
+        if not found:
+            what = "not a file" if path.exists() else "no such file"
+            raise RecipeError(f"{recipe}: {what}{_near(recipe)}")
         return path.resolve()
     if recipe not in packaged():
         raise RecipeError(f"{recipe}: no packaged recipe of that name{_near(recipe)}")
     return (packaged_folder() / f"{recipe}.yaml").resolve()
+
+
+def expanded(path: str, where: str) -> Path:
+    """The path with `~` and `~user` as the home folder; `where` it is given, for errors.
+
+    Raises:
+        RecipeError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = path.split("/")[0]
+        raise RecipeError(f"{where}: {user} is nobody's home folder here - write the path in full") from error
 
 
 def _near(recipe: str) -> str:

@@ -1,0 +1,74 @@
+"""How the program ends: an exit code, and for whatever went wrong one line on stderr."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from rlpost.console import clean
+from rlpost.errors import RecipeError, RlpostError
+from rlpost.streams import broken, in_colour, open_streams
+
+_UsageError: Any = typer.BadParameter.__mro__[2]
+"""What is wrong with a command line; click's class or typer's own copy of it."""
+_LONGEST = 300
+"""Characters of a word that are shown: a path of thousands hides what is wrong with it."""
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run the command line, and exit."""
+    open_streams()
+    code: object = None
+    try:
+        _refuse_broken_text(sys.argv[1:])
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except RlpostError as error:
+        code = _fail(error)
+    except _UsageError as error:
+        code = _misused(error)
+    except Exception as error:
+        code = _unexpected(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: Exception) -> int:
+    from rlpost.unexpected import explained, was_interrupted
+
+    if isinstance(error, typer.Abort) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # typer takes an EOFError for somebody at a prompt
+    return 130 if was_interrupted(error) else _fail(explained(error))
+
+
+def _misused(error: Any) -> int:
+    """A wrong command line in one line, with the command whose help shows it right."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return int(error.exit_code)
+    path: list[str] = []
+    while context is not None and context.parent is not None:
+        path.insert(0, context.info_name)
+        context = context.parent
+    message = re.sub(r"^Invalid value(?: for (.+?))?: ", lambda m: f"{m[1]}: " if m[1] else "", error.format_message())
+    return _fail(RecipeError(f"{message.rstrip('.')} - see `{' '.join(['rlpost', *path, '--help'])}`"))
+
+
+def _refuse_broken_text(words: list[str]) -> None:
+    for word in words:
+        if broken(word):
+            shown = word.encode("utf-8", "replace").decode()
+            raise RecipeError(f"{shown}: an argument that is not UTF-8 - write it in UTF-8")
+
+
+def _fail(error: RlpostError) -> int:
+    words = (
+        word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-40:]}" for word in str(error).split()
+    )
+    line = f"rlpost: {clean(' '.join(words))}"
+    print(f"\033[31m{line}\033[0m" if in_colour(sys.stderr) else line, file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,95 @@
+"""What is said of an error that nobody foresaw: one line with its place, and its traceback in a file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlpost.errors import DiskError, OutOfMemoryError, RlpostError, UnexpectedError
+
+LOG = "error.log"
+_PACKAGE = Path(__file__).parent
+_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""What torch says when memory is short and its exception is a plain RuntimeError."""
+
+
+@contextmanager
+def traceback_kept(folder: Path) -> Iterator[None]:
+    """Turn an unexpected error inside into one for the user, its traceback in `folder`/error.log.
+
+    Raises:
+        RlpostError: as `explained`.
+    """
+    try:
+        yield
+    except RlpostError:
+        raise
+    except Exception as error:
+        raise explained(error, folder / LOG) from error
+
+
+def explained(error: Exception, log: Path | None = None) -> RlpostError:
+    """The error in one line for the user; its traceback goes to `log`, or to a file in the folder for temporary ones.
+
+    What the system refused (a path too long, a folder that is locked, a full disk) is plain without a traceback.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
+        name = error.filename if isinstance(error.filename, str) else place_of(error)
+        shown = name if len(name) <= 200 else f"{name[:80]}...{name[-40:]}"
+        return DiskError(f"{shown}: {error.strerror}; use another path, or make this one accessible")
+    where = _kept(error, log)
+    first = next(iter(str(error).splitlines()), "")[:300] or "no message"
+    if _of_memory(error):
+        return OutOfMemoryError(
+            f"out of memory at {place_of(error)}: {first} - lower the stage's tokens_per_pass or model.lora.r, set "
+            "model.gradient_checkpointing=true, or lower prompts, group_size, batch_size or max_new_tokens; "
+            f"a run goes on from its last checkpoint ({where})"
+        )
+    return UnexpectedError(
+        f"unexpected {type(error).__name__} at {place_of(error)}: {first} - a defect of rlpost or of a package below "
+        f"it: please report it with its traceback ({where})"
+    )
+
+
+def place_of(error: BaseException) -> str:
+    """`rlpost/loop.py:88`, the last line of this package that the error went through; else of any file."""
+    frames = [(Path(f.f_code.co_filename), line) for f, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in frames if file.is_relative_to(_PACKAGE)]
+    if not own and not frames:
+        return "an unknown place"
+    file, line = (own or frames)[-1]
+    return f"{file.relative_to(_PACKAGE.parent) if own else file}:{line}"
+
+
+def was_interrupted(error: BaseException | None) -> bool:
+    """Whether it comes from Ctrl-C: within an import of a C extension it arrives as some other error."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _of_memory(error: Exception) -> bool:
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OF_MEMORY))
+
+
+def _kept(error: Exception, log: Path | None) -> str:
+    """Write the traceback; says where it is, or why it is nowhere."""
+    text = f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        if log is None:
+            number, name = tempfile.mkstemp(prefix="rlpost-", suffix=".log")
+            os.close(number)
+            log = Path(name)
+        log.write_text(text, "utf-8", "backslashreplace")
+    except OSError as refused:
+        return f"it could not be written to {log}: {refused.strerror or refused}"
+    return f"in {log}"
