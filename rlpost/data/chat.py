@@ -11,18 +11,18 @@ boundaries and the trained segment in quotes:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlpost.data.leaves import Sort, leaves
+from rlpost.data.messages import Message, is_trained, shown
+from rlpost.data.templates import REMEDY, Job, Rendered, Talk, render_all
+from rlpost.data.tool_calls import formed, wanted_form
+from rlpost.data.unrendered import Proof, Unrendered, holds, squeezed
 from rlpost.errors import DataError, ModelError, RlpostError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-Message = dict[str, Any]
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REMEDY = "set model.chat_template=FILE.jinja"
+_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True)
@@ -42,69 +42,15 @@ class Segment:
     trained: bool
 
 
-def opening(messages: Sequence[Message]) -> Sequence[Message]:
-    """A conversation up to the answer it ends with, if it ends with one."""
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-
-
-def validate(messages: Any, place: str) -> list[Message]:
-    """The messages with their roles and contents checked; keys that are null are left out.
+def text_of(rendered: Rendered, place: str, error: type[RlpostError] = DataError) -> str:
+    """What was rendered.
 
     Raises:
-        DataError: not a list of messages, an unknown role, or a content that is missing or no text.
+        RlpostError: of class `error`, the template failed.
     """
-    if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"{place}: messages must be a list of at least one {{role, content}}")
-    checked = []
-    for number, message in enumerate(messages, start=1):
-        where = f"{place}: message {number}"
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise DataError(f"{where} has no role: a message is {{role, content}}")
-        role = message["role"]
-        if role not in ROLES:
-            raise DataError(f"{where}: role {role!r} is none of {', '.join(ROLES)}")
-        content = message.get("content")
-        calls = role == "assistant" and message.get("tool_calls")
-        if not isinstance(content, str) and not (content is None and calls):
-            kind = "missing" if content is None else f"{type(content).__name__}, not text"
-            raise DataError(f"{where} ({role}): its content is {kind}")
-        if role == "assistant" and not (content and content.strip()) and not calls:
-            raise DataError(f"{where} (assistant): its content is empty")
-        checked.append({k: v for k, v in message.items() if v is not None} | {"content": content or ""})
-    return checked
-
-
-def render(
-    tokenizer: Any,
-    messages: Sequence[Message],
-    place: str,
-    *,
-    tools: Any = None,
-    generation: bool = False,
-    error: type[RlpostError] = DataError,
-) -> str:
-    """The conversation as text; with `generation`, up to where the assistant would go on.
-
-    Raises:
-        RlpostError: of class `error`, the template refuses the conversation. ModelError: there is no
-        template.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise ModelError(f"{place}: the tokenizer has no chat template: {_REMEDY}")
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation
-        )
-    except (
-        TemplateError,
-        TypeError,
-    ) as failed:  # a type error is the template's, in what it does with a message
-        reason = " ".join(str(failed).split())
-        raise error(f"{place}: the chat template refuses it: {reason}: change the row, or {_REMEDY}") from failed
-    assert isinstance(text, str)
-    return text
+    if rendered.error:
+        raise error(f"{place}: the chat template {rendered.error}: change the row, or {REMEDY}")
+    return rendered.text
 
 
 def probe(tokenizer: Any) -> Template:
@@ -116,30 +62,46 @@ def probe(tokenizer: Any) -> Template:
     """
     place = "chat template"
     asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    bare = render(tokenizer, [asked], place, error=ModelError)
-    start = render(tokenizer, [asked], place, generation=True, error=ModelError)
-    turn = render(tokenizer, [asked, answer], place, error=ModelError)
+    talk = Talk([asked, answer])
+    jobs = [Job(talk, 1), Job(talk, 1, generation=True), Job(talk, 2)]
+    bare, start, turn = (text_of(r, place, ModelError) for r in render_all(tokenizer, jobs, place))
     if not turn.startswith(start):
         raise ModelError(
             f"{place}: its generation prompt does not begin an assistant's turn as it renders one, "
-            f"so training and generation would differ: {_REMEDY}"
+            f"so training and generation would differ: {REMEDY}"
         )
     lead, found, after = turn[len(start) :].partition("b")
     if not found:
-        raise ModelError(f"{place}: the assistant's content is not in its turn: {_REMEDY}")
+        raise ModelError(f"{place}: the assistant's content is not in its turn: {REMEDY}")
     if lead.strip() and bare == start:
         raise ModelError(
-            f"{place}: it ignores add_generation_prompt, so its header {lead!r} would be trained: {_REMEDY}"
+            f"{place}: it ignores add_generation_prompt, so its header {lead!r} would be trained: {REMEDY}"
         )
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     stops = [token for token in tokens if after.lstrip().startswith(token)]
     if not stops:
         raise ModelError(
             f"{place}: it ends an assistant's turn with {after!r} and no special token, "
-            f"so generation would never stop there: {_REMEDY}"
+            f"so generation would never stop there: {REMEDY}"
         )
     stop = max(stops, key=len)
     return Template(stop, tokenizer.convert_tokens_to_ids(stop))
+
+
+def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Any, place: str, strict: bool = True) -> str:
+    """The conversation up to where the assistant would go on.
+
+    Raises:
+        Unrendered: the template leaves out something of it, and `strict`. DataError: it refuses it.
+    """
+    talk = Talk(shown(messages), tools)
+    form = wanted_form(tokenizer, talk, place)
+    proof = Proof(talk, form, generation=True)
+    plain, marked = render_all(tokenizer, [Job(formed(talk, form), len(messages), generation=True), proof.job], place)
+    text = text_of(plain, place)
+    if strict:
+        _refuse(proof.left_out(tokenizer, plain, marked, place), place)
+    return text
 
 
 def segments(
@@ -150,31 +112,50 @@ def segments(
     *,
     first: int = 0,
     tools: Any = None,
+    strict: bool = True,
 ) -> list[Segment]:
     """The conversation from its prompt to its last trained turn: assistant turns from message `first` on.
 
     Where the template renders an earlier turn otherwise once another follows it (reasoning taken out, say),
-    its generation markers tell the turns; without markers the last turn alone is trained.
+    its generation markers tell the turns, and those it takes something out of are not trained; without markers
+    the last turn alone is.
 
     Raises:
+        Unrendered: the template leaves out something of the conversation, and `strict`.
         DataError: no turn to train, one that holds the stop token, or not even the last turn can be told
         apart.
     """
-    turns = [i for i in range(max(first, 1), len(messages)) if messages[i]["role"] == "assistant"]
+    turns = [i for i in range(max(first, 1), len(messages)) if is_trained(messages[i])]
     if not turns:
-        raise DataError(f"{place} has no assistant turn after a prompt: there is nothing to train")
+        raise DataError(f"{place} has no assistant turn after a prompt that is to be trained")
     for i in turns:
         if template.stop in messages[i]["content"]:
             raise DataError(f"{place}: message {i + 1} holds the stop token {template.stop!r}: take it out")
-    full = render(tokenizer, messages, place, tools=tools)
-    spans = [_span(tokenizer, template, messages, i, full, place, tools) for i in turns]
+    # What follows the last trained turn is no context of anything.
+    talk = Talk(shown(messages[: turns[-1] + 1]), tools)
+    form = wanted_form(tokenizer, talk, place)
+    told = formed(talk, form)
+    proof = Proof(talk, form, generation=False)
+    jobs = [Job(told, n, generation) for i in turns for n, generation in ((i, True), (i + 1, False))]
+    *plain, marked = render_all(tokenizer, [*jobs, proof.job], place)
+    texts = [text_of(r, place) for r in plain]
+    full = texts[-1]
+    spans = [_span(template, start, turn, full) for start, turn in zip(texts[::2], texts[1::2], strict=True)]
+    last = spans[-1]
+    if last is None:
+        raise DataError(f"{place}: the chat template does not begin the last turn with its generation prompt: {REMEDY}")
+    if strict:
+        for i, span in zip(turns, spans, strict=True):
+            _refuse(_missing(talk, i, full, span), place)
+        _refuse(proof.left_out(tokenizer, plain[-1], marked, place), place)
     if None in spans:
-        spans = _marked(tokenizer, template, messages, turns, full, place, tools) or spans[-1:]
+        found = _marked(tokenizer, template, told, turns, full, last, place)
+        whole = [span if not _missing(talk, i, full, span) else None for i, span in zip(turns, found, strict=True)]
+        spans = [*whole[:-1], last]
     proved = [span for span in spans if span is not None]
-    if not proved:
-        raise DataError(
-            f"{place}: the chat template does not begin the last turn with its generation prompt: {_REMEDY}"
-        )
+    for begin, end in proved:
+        if full[begin:end].strip() == template.stop:
+            raise DataError(f"{place}: the chat template renders nothing of a turn but its end: {REMEDY}")
     return _cut(full, proved)
 
 
@@ -196,10 +177,10 @@ def check_template(tokenizer: Any, conversation: Sequence[Message] | None = None
         decoded = tokenizer.decode(ids)
         expected = message["content"].strip() + template.stop
         if ids.count(template.stop_id) != 1 or ids[-1] != template.stop_id:
-            raise ModelError(f"{place}: {segment.text!r} does not end with its one stop token: {_REMEDY}")
+            raise ModelError(f"{place}: {segment.text!r} does not end with its one stop token: {REMEDY}")
         # Some tokenizers decode without a leading space.
-        if decoded.lstrip() != segment.text.lstrip() or not _squeezed(decoded).endswith(_squeezed(expected)):
-            raise ModelError(f"{place}: trained {decoded!r} where the turn is {expected!r}: {_REMEDY}")
+        if decoded.lstrip() != segment.text.lstrip() or not squeezed(decoded).endswith(squeezed(expected)):
+            raise ModelError(f"{place}: trained {decoded!r} where the turn is {expected!r}: {REMEDY}")
     return template
 
 
@@ -208,65 +189,58 @@ def _sample() -> list[Message]:
     return [{"role": role, "content": letter} for role, letter in zip(roles, "abcd", strict=True)]
 
 
-def _span(
-    tokenizer: Any,
-    template: Template,
-    messages: Sequence[Message],
-    i: int,
-    full: str,
-    place: str,
-    tools: Any,
-) -> tuple[int, int] | None:
-    """Where turn `i` stands in `full`, stop token included; None unless generation would begin it there."""
-    start = render(tokenizer, messages[:i], place, tools=tools, generation=True)
-    rendered = render(tokenizer, messages[: i + 1], place, tools=tools)
+def _refuse(left_out: str | None, place: str) -> None:
+    if left_out is not None:
+        raise Unrendered(
+            f"{place}: the chat template leaves out {left_out}: {REMEDY} that renders it, take it out of the row, "
+            "or set data.NAME.unrendered=drop"
+        )
+
+
+def _missing(talk: Talk, turn: int, full: str, span: tuple[int, int] | None) -> str | None:
+    """What of a turn is not in its span of the text, in words; None where there is no span."""
+    if span is None:
+        return None
+    text = squeezed(full[slice(*span)])
+    own = leaves(Talk([talk.messages[turn]]))
+    lost = [leaf for leaf in own if leaf.sort is not Sort.fixed and not holds(text, str(leaf.value))]
+    return f"a part of message {turn + 1}, its {lost[0].path[2]}" if lost else None
+
+
+def _span(template: Template, start: str, rendered: str, full: str) -> tuple[int, int] | None:
+    """Where a turn stands in `full`, stop token included; None unless generation would begin it there."""
     at = rendered.find(template.stop, len(start))
     end = at + len(template.stop)
     if at < 0 or not rendered.startswith(start):
         return None
-    if _squeezed(messages[i]["content"]) not in _squeezed(rendered[len(start) : end]):
-        raise DataError(
-            f"{place}: the chat template leaves out a part of message {i + 1} (reasoning?), "
-            f"which would not be trained: {_REMEDY}"
-        )
     return (len(start), end) if full.startswith(rendered[:end]) else None
 
 
 def _marked(
     tokenizer: Any,
     template: Template,
-    messages: Sequence[Message],
+    told: Talk,
     turns: Sequence[int],
     full: str,
+    last: tuple[int, int],
     place: str,
-    tools: Any,
-) -> list[tuple[int, int] | None] | None:
-    """The spans of `turns` by the template's generation markers; None when there are none that fit."""
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    source = tokenizer.get_chat_template()
-    if not _MARKER.search(source):
-        return None
-    rendered, marks = render_jinja_template(
-        [list(messages)],
-        tools=tools,
-        chat_template=source,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    start = render(tokenizer, messages[: turns[-1]], place, tools=tools, generation=True)
-    if rendered[0] != full or len(marks[0]) != len(assistants) or not full.startswith(start):
-        return None
-    spans: list[tuple[int, int] | None] = []
-    for i, (begin, end) in zip(assistants, marks[0], strict=True):
+) -> list[tuple[int, int] | None]:
+    """The spans of `turns` by the template's generation markers; the last alone when there are none that fit."""
+    alone: list[tuple[int, int] | None] = [*[None] * (len(turns) - 1), last]
+    if not _MARKER.search(tokenizer.get_chat_template(tools=told.tools)):
+        return alone
+    (rendered,) = render_all(tokenizer, [Job(told, len(told.messages), marks=True)], place)
+    assistants = [i for i, message in enumerate(told.messages) if message["role"] == "assistant"]
+    if rendered.text != full or len(rendered.generated) != len(assistants):
+        return alone
+    spans: dict[int, tuple[int, int]] = {}
+    for i, (begin, end) in zip(assistants, rendered.generated, strict=True):
         at = full.find(template.stop, begin)
         # Markers may end before the stop token, which is trained all the same.
         if at < 0 or full[end:at].strip():
-            return None
-        if i in turns:
-            spans.append((begin, at + len(template.stop)))
-    return spans if spans[-1] is not None and spans[-1][0] == len(start) else None
+            return alone
+        spans[i] = (begin, at + len(template.stop))
+    return [spans[i] for i in turns] if spans[turns[-1]] == last else alone
 
 
 def _cut(full: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
@@ -276,8 +250,3 @@ def _cut(full: str, spans: Sequence[tuple[int, int]]) -> list[Segment]:
         pieces += [Segment(full[position:begin], False), Segment(full[begin:end], True)]
         position = end
     return pieces
-
-
-def _squeezed(text: str) -> str:
-    """Without white space: templates strip contents and set reasoning on lines of its own."""
-    return "".join(text.split())

@@ -21,6 +21,8 @@ class Codec:
     """The end token, appended to every plain completion."""
     template: Template | None
     """The chat template's stop token; None without a chat template."""
+    strict: bool = True
+    """Whether a row is refused that says what its chat template leaves out."""
 
     @property
     def stops(self) -> tuple[int, ...]:

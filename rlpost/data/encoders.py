@@ -13,6 +13,8 @@ from typing import Any
 from rlpost.data import chat
 from rlpost.data.codec import Codec
 from rlpost.data.columns import missing
+from rlpost.data.messages import Message, tools_of, validate
+from rlpost.data.unrendered import Unrendered, holds, squeezed
 from rlpost.errors import DataError, ModelError
 from rlpost.groups import Completion, Group
 
@@ -59,6 +61,7 @@ def encode_pair(row: Row, codec: Codec, place: str) -> Group:
     if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":
         # Whole conversations carry their prompt with them: what they have in common.
         first = common(good, bad, place)
+        _check_said(row.get("prompt"), good[:first], place)
     else:
         asked = as_messages(value_of(row, "prompt", place), "user", f"{place}, prompt")
         first, good, bad = len(asked), asked + good, asked + bad
@@ -72,7 +75,7 @@ def encode_pair(row: Row, codec: Codec, place: str) -> Group:
     return Group(prompt, (better, worse), row)
 
 
-def common(good: Sequence[chat.Message], bad: Sequence[chat.Message], place: str) -> int:
+def common(good: Sequence[Message], bad: Sequence[Message], place: str) -> int:
     """How many messages two conversations share, up to where an assistant answers."""
     shared = 0
     while shared < min(len(good), len(bad)) and good[shared] == bad[shared]:
@@ -86,11 +89,14 @@ def common(good: Sequence[chat.Message], bad: Sequence[chat.Message], place: str
 
 
 def conversation(
-    row: Row, messages: list[chat.Message], first: int, codec: Codec, place: str
+    row: Row, messages: list[Message], first: int, codec: Codec, place: str
 ) -> tuple[tuple[int, ...], Completion]:
     """Prompt ids and completion of a conversation whose assistant turns from `first` on are trained."""
     template = template_of(codec, place)
-    cut = chat.segments(codec.tokenizer, template, messages, place, first=first, tools=row.get("tools"))
+    _check_answer(messages, first, place)
+    tools = tools_of(row, place)
+    cut = chat.segments(codec.tokenizer, template, messages, place, first=first, tools=tools, strict=codec.strict)
+    _check_columns(row, "".join(segment.text for segment in cut), codec, place)
     ids: list[int] = []
     action: list[bool] = []
     for segment in cut[1:]:
@@ -123,12 +129,13 @@ def prompt_ids(row: Row, codec: Codec, place: str) -> tuple[int, ...]:
     return conversation_prompt(row, messages, codec, place)
 
 
-def conversation_prompt(row: Row, messages: list[chat.Message], codec: Codec, place: str) -> tuple[int, ...]:
+def conversation_prompt(row: Row, messages: list[Message], codec: Codec, place: str) -> tuple[int, ...]:
     """The ids of a conversation that is to be answered."""
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError(f"{place}: the prompt ends with an assistant turn: there is nothing to answer")
     template_of(codec, place)
-    text = chat.render(codec.tokenizer, messages, place, tools=row.get("tools"), generation=True)
+    text = chat.prompt_text(codec.tokenizer, messages, tools_of(row, place), place, codec.strict)
+    _check_columns(row, text, codec, place)
     return codec.ids(text, place)
 
 
@@ -156,9 +163,55 @@ def template_of(codec: Codec, place: str) -> chat.Template:
     return codec.template
 
 
-def as_messages(value: Any, role: str, place: str) -> list[chat.Message]:
+def as_messages(value: Any, role: str, place: str) -> list[Message]:
     """Messages as they are, text as the one message of `role`."""
-    return chat.validate([{"role": role, "content": value}] if isinstance(value, str) else value, place)
+    return validate([{"role": role, "content": value}] if isinstance(value, str) else value, place)
+
+
+_SAID = ("system", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
+"""Columns that in data sets of conversations say more of the conversation, and that no template is given here."""
+
+
+def _check_columns(row: Row, text: str, codec: Codec, place: str) -> None:
+    """A conversation may not be said by more columns than are read.
+
+    Raises:
+        Unrendered: it is.
+    """
+    for column in _SAID:
+        value = row.get(column)
+        if not value or not codec.strict or (isinstance(value, str) and holds(squeezed(text), value)):
+            continue
+        raise Unrendered(
+            f"{place}: its column {column!r} is not read, though it belongs to the conversation: put what it says into "
+            "the messages, rename it (with `map`), or set data.NAME.unrendered=drop"
+        )
+
+
+def _check_said(prompt: Any, shared: Sequence[Message], place: str) -> None:
+    """The prompt beside whole conversations may say again what they begin with, and no more.
+
+    Raises:
+        DataError: it says something else.
+    """
+    asked = [] if not prompt else as_messages(prompt, "user", f"{place}, prompt")
+    said = [(m["role"], squeezed(m["content"])) for m in shared]
+    for number, message in enumerate(asked, start=1):
+        if (message["role"], squeezed(message["content"])) not in said:
+            raise DataError(
+                f"{place}: message {number} of its prompt ({message['role']}) is not in chosen and rejected, which are "
+                "whole conversations: put it at the beginning of both, or give only the answers there"
+            )
+
+
+def _check_answer(messages: Sequence[Message], first: int, place: str) -> None:
+    """An answer that begins with its prompt again would be asked twice.
+
+    Raises:
+        DataError: it does.
+    """
+    if first and messages[first]["role"] != "assistant" and list(messages[:first]) == list(messages[first : 2 * first]):
+        raise DataError(f"{place}: the answer repeats the prompt, and is a whole conversation: give it as `messages`")
 
 
 def value_of(row: Row, column: str, place: str) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from rlpost.data import chat
 from rlpost.data.codec import Codec
 from rlpost.data.encoders import (
     conversation,
@@ -25,6 +24,7 @@ from rlpost.data.judged import (
     encode_several,
     encode_steps,
 )
+from rlpost.data.messages import is_trained, opening, validate
 from rlpost.errors import DataError
 from rlpost.groups import Group
 
@@ -128,14 +128,14 @@ def _pair(row: Row, codec: Codec, place: str) -> Group:
 
 
 def _messages(row: Row, codec: Codec, place: str) -> Group:
-    messages = chat.validate(value_of(row, "messages", place), f"{place}, messages")
+    messages = validate(value_of(row, "messages", place), f"{place}, messages")
     prompt, completion = conversation(row, messages, 0, codec, place)
     return Group(prompt, (completion,), row)
 
 
 def _opening(row: Row, codec: Codec, place: str) -> Group:
-    messages = chat.validate(value_of(row, "messages", place), f"{place}, messages")
-    return Group(conversation_prompt(row, list(chat.opening(messages)), codec, place), (), row)
+    messages = validate(value_of(row, "messages", place), f"{place}, messages")
+    return Group(conversation_prompt(row, list(opening(messages)), codec, place), (), row)
 
 
 def _prompt(row: Row, codec: Codec, place: str) -> Group:
@@ -162,7 +162,7 @@ def untrained_turns(row: Row, group: Group) -> bool:
     """Whether some assistant turns of a messages row are context only."""
     action = group.completions[0].action
     runs = sum(now and not before for before, now in zip((False, *action), action, strict=False))
-    turns: int = sum(m["role"] == "assistant" for m in row["messages"])
+    turns = sum(map(is_trained, row["messages"][1:]))
     return runs < turns
 
 

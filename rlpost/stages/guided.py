@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost.data.chat import opening
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
+from rlpost.data.messages import opening
 from rlpost.errors import DataError
 from rlpost.goals import Goal, ends_in
 from rlpost.groups import Group

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlpost import console
-from rlpost.data.chat import opening
 from rlpost.data.formats import Need
+from rlpost.data.messages import opening
 from rlpost.errors import DataError, Interrupted
 from rlpost.groups import Group
 from rlpost.policy.policy import Policy

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost.data.chat import opening
 from rlpost.data.formats import Need
+from rlpost.data.messages import opening
 from rlpost.errors import DataError
 from rlpost.groups import Group, completions
 from rlpost.policy.policy import Policy

@@ -78,10 +78,12 @@ def test_tool_turns_are_context():
     assert "tool\n42" in tokenizer.decode(list(group.completions[0].ids))
 
 
-def test_a_template_that_changes_earlier_turns_trains_those_its_markers_tell():
+def test_of_a_template_that_changes_earlier_turns_those_that_are_whole_are_trained_by_its_markers():
     tokenizer = make(THINKING)
-    group = encode({"messages": THOUGHT}, Format.messages, make_codec(tokenizer), "")
-    assert trained(tokenizer, group) == ["c<|im_end|>", "<think>e</think>f<|im_end|>"]
+    messages = [*talk("x", "y"), *THOUGHT]
+    group = encode({"messages": messages}, Format.messages, make_codec(tokenizer), "")
+    assert trained(tokenizer, group) == ["y<|im_end|>", "<think>e</think>f<|im_end|>"]
+    assert "assistant\nc<|im_end|>" in tokenizer.decode(list(group.completions[0].ids))
 
 
 def test_without_markers_it_trains_the_last_turn_alone():

@@ -1,0 +1,95 @@
+"""The process that renders chat templates: run as a script, bounded in time and memory.
+
+A chat template is a program that came with a model. The sandbox of Jinja keeps it from the machine, but not from
+endless loops or from `'a' * 10**10`, which nothing inside a process can stop in the middle. So the kernel does it
+here, and the text is what transformers' own renderer makes.
+
+It imports nothing of rlpost. Requests and replies are lines of JSON. A request has `template`, a number; with
+`source` and `special` (its text, its special tokens by name) the first time; and `jobs`: [conversation, length, add a
+generation prompt, tell what is generated] each, over `conversations` of {messages, tools}. A reply has for every job
+{text, generated}, or {error, kind}. It says `ready` first, and ends when stdin does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+SECONDS = 2.0
+"""Processor time of one rendering, which takes a thousandth of it."""
+MEMORY = 1 << 30
+"""Bytes of address space beyond what the libraries take."""
+LONGEST = 1 << 26
+"""Characters of a rendered conversation."""
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, even inside C
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not be read as a reply
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    _limit_memory()
+    _write(replies, "ready")
+    known: dict[int, tuple[str, dict[str, Any]]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "source" in request:
+            known[request["template"]] = (request["source"], request["special"])
+        source, special = known[request["template"]]
+        answers = []
+        for job in request["jobs"]:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            answers.append(_render(render_jinja_template, request["conversations"], job, source, special))
+            signal.setitimer(signal.ITIMER_PROF, 0.0)
+        _write(replies, answers)
+
+
+def _render(
+    render: Any, conversations: list[dict[str, Any]], job: tuple[int, int, bool, bool], source: str, special: Any
+) -> dict[str, Any]:
+    number, length, generation, marks = job
+    talk = conversations[number]
+    try:
+        texts, generated = render(
+            [talk["messages"][:length]],
+            tools=talk["tools"],
+            chat_template=source,
+            add_generation_prompt=generation,
+            return_assistant_tokens_mask=marks,
+            **special,
+        )
+    except MemoryError:
+        return {"error": f"it needs more than {MEMORY >> 20} MiB of memory", "kind": "bounds"}
+    except RecursionError:
+        return {"error": "it calls itself without end", "kind": "bounds"}
+    except Exception as failed:  # a template may do anything; the reply says what it did
+        return {"error": " ".join(str(failed).split())[:300], "kind": type(failed).__name__}
+    if len(texts[0]) > LONGEST:
+        return {"error": f"it writes more than {LONGEST >> 20} million characters", "kind": "bounds"}
+    return {"text": texts[0], "generated": generated[0] if marks else None}
+
+
+def _limit_memory() -> None:
+    if sys.platform != "linux":
+        return
+    now = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = now + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _write(replies: Any, answer: Any) -> None:
+    replies.write(json.dumps(answer) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()

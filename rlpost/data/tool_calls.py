@@ -1,0 +1,86 @@
+"""How a chat template wants the arguments of a tool call: as an object, or as text of JSON.
+
+Given the other form, a template fails, quotes JSON inside JSON, or writes Python's `{'city': 'Oslo'}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from rlpost.data.templates import REMEDY, Job, Message, Talk, render_all
+from rlpost.errors import DataError
+
+
+class Arguments(StrEnum):
+    """The form of a tool call's arguments."""
+
+    object = "object"
+    text = "text"
+
+
+def formed(talk: Talk, form: Arguments) -> Talk:
+    """The conversation with its tool calls' arguments in this form; they come as objects."""
+    if form is Arguments.object or not _has_calls(talk.messages):
+        return talk
+    return Talk([_as_text(message) for message in talk.messages], talk.tools)
+
+
+def wanted_form(tokenizer: Any, talk: Talk, place: str) -> Arguments:
+    """The form that the template renders as JSON, found by rendering a sample; objects where both will do.
+
+    Raises:
+        DataError: it renders neither so.
+    """
+    if not _has_calls(talk.messages):
+        return Arguments.object
+    source = tokenizer.get_chat_template(tools=talk.tools) if tokenizer.chat_template else ""
+    key = (source, talk.tools is not None)
+    if key not in _FOUND:
+        _FOUND[key] = _probe(tokenizer, talk.tools is not None, place)
+    found = _FOUND[key]
+    if found is None:
+        raise DataError(
+            f"{place}: the chat template writes the arguments of a tool call neither from an object nor from text "
+            f"as JSON: {REMEDY}"
+        )
+    return found
+
+
+_FOUND: dict[tuple[str, bool], Arguments | None] = {}
+
+
+def _probe(tokenizer: Any, with_tools: bool, place: str) -> Arguments | None:
+    asked = {"role": "user", "content": "a"}
+    call = {"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    schema = {"type": "object", "properties": {"key": {"type": "string", "description": "d"}}, "required": ["key"]}
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
+    talk = Talk([asked, turn], [tool] if with_tools else None)
+    jobs = [Job(formed(talk, form), 2) for form in Arguments]
+    as_object, as_text = render_all(tokenizer, jobs, place)
+    if not as_object.error and "{'key'" not in as_object.text:
+        return Arguments.object
+    if not as_text.error and '\\"key' not in as_text.text:
+        return Arguments.text
+    # What refuses both refuses tool calls altogether, and says so of the row itself.
+    return Arguments.object if as_object.error and as_text.error else None
+
+
+def _has_calls(messages: Sequence[Message]) -> bool:
+    return any(message.get("tool_calls") for message in messages)
+
+
+def _as_text(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [_call_as_text(call) for call in calls]} if calls else message
+
+
+def _call_as_text(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function.get("arguments"), Mapping):
+        return call
+    written = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return {**call, "function": written} if "function" in call else written
