@@ -12,10 +12,11 @@ import torch
 
 from rlpost import console
 from rlpost.data.codec import Codec, make_codec
-from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import before_what, in_reading_order
 from rlpost.data.encoders import begin_token, plain_prompt
 from rlpost.data.formats import Format, Need, encode
+from rlpost.data.part import Limit
 from rlpost.errors import ModelError, RecipeError
 from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages

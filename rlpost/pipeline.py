@@ -247,7 +247,7 @@ def _look_at(sources: Mapping[str, Source], where: str, need: Need, folder: Path
     for name, source in sources.items():
         if source.stage is not None:
             continue
-        rows = read(source, stages=_no_stage, where=f"{where}.{name}", bind=bind, base=folder)
+        rows = read(source, stages=_no_stage, where=f"{where}.{name}", bind=bind, base=folder).rows
         if source.present is None:
             recognise(rows, label(source, f"{where}.{name}"), need)
 

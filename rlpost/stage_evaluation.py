@@ -12,8 +12,9 @@ import torch
 
 from rlpost import console
 from rlpost.data.codec import make_codec
-from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.dataset import open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.part import Limit
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
 from rlpost.evaluate.table import print_answers, print_stages, telling_prompts

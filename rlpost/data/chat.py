@@ -192,8 +192,7 @@ def _sample() -> list[Message]:
 def _refuse(left_out: str | None, place: str) -> None:
     if left_out is not None:
         raise Unrendered(
-            f"{place}: the chat template leaves out {left_out}: {REMEDY} that renders it, take it out of the row, "
-            "or set data.NAME.unrendered=drop"
+            place, f"the chat template leaves out {left_out}", f"{REMEDY} that renders it, take it out of the row"
         )
 
 

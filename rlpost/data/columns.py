@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError
 from rlpost.recipe.suggest import hint
 
 
-def apply_columns(rows: list[dict[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
+def apply_columns(
+    rows: list[dict[str, Any]], columns: Mapping[str, str], where: str, places: Sequence[str]
+) -> list[dict[str, Any]]:
     """Each row with the roles of `columns` added: role -> a column, or a template with {column} in braces.
 
-    All roles are made from the row as it came; the other columns stay, rewards may read them.
+    All roles are made from the row as it came; the other columns stay, rewards may read them. `places` name the rows.
 
     Raises:
         DataError: a row lacks a column. RecipeError: a template is malformed.
     """
     parts = {role: _parse(value, f"{where}.{role}") for role, value in columns.items()}
     named = []
-    for number, row in enumerate(rows, start=1):
-        made = {role: _fill(row, columns[role], parts[role], f"{where}.{role}: row {number}") for role in columns}
+    for row, place in zip(rows, places, strict=True):
+        made = {role: _fill(row, columns[role], parts[role], f"{where}.{role}: {place}") for role in columns}
         named.append({**row, **made})
     return named
 

@@ -183,8 +183,9 @@ def _check_columns(row: Row, text: str, codec: Codec, place: str) -> None:
         if not value or not codec.strict or (isinstance(value, str) and holds(squeezed(text), value)):
             continue
         raise Unrendered(
-            f"{place}: its column {column!r} is not read, though it belongs to the conversation: put what it says into "
-            "the messages, rename it (with `map`), or set data.NAME.unrendered=drop"
+            place,
+            f"its column {column!r} is not read, though it belongs to the conversation",
+            "put what it says into the messages, rename it (with `map`)",
         )
 
 

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
 
 _TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file in UTF-8 (a byte-order mark is skipped, so are blank lines).
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a JSON-lines file in UTF-8 (a byte-order mark is skipped, so are blank lines), and their lines.
 
     Raises:
         DataError: `file:line: reason`.
@@ -23,7 +24,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path}: {error.strerror or error}") from error
     content = content.removeprefix(b"\xef\xbb\xbf")
     # Only "\n" ends a line: JSON may hold other line separators inside strings.
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    return [_row(line, f"{path}:{n}") for n, line in lines], [n for n, _ in lines]
 
 
 def _row(line: bytes, place: str) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def _refuse_lone_surrogates(row: dict[str, Any], place: str) -> None:
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a parquet file.
+    """The rows of a parquet file; in messages and tools, what is null is absent.
 
     Raises:
         DataError: it cannot be read.
@@ -69,4 +71,4 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-    return rows
+    return [{k: without_nulls(v) for k, v in row.items()} for row in rows]

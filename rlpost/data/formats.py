@@ -166,10 +166,23 @@ def untrained_turns(row: Row, group: Group) -> bool:
     return runs < turns
 
 
+def is_plain(row: Row, form: Format, stop: str) -> bool:
+    """Whether a row goes to the model as text, without its chat template and its stop token in the text."""
+    if form in (Format.messages, Format.opening, Format.recorded):
+        return False
+    columns = _COLUMNS[form] if form is Format.text else ("prompt", *_COLUMNS[form])
+    said = [row.get(column) for column in columns if column in _TEXTS]
+    texts = [text for value in said for text in (value if isinstance(value, list | tuple) else [value])]
+    return all(isinstance(text, str) and stop not in text for text in texts if text is not None)
+
+
+_TEXTS = ("prompt", "completion", "chosen", "rejected", "text", "steps", "completions")
+
+
 def row_texts(row: Row) -> list[str]:
     """All text of a row that a model would see: what a tokenizer is trained on."""
     texts: list[str] = []
-    for column in ("prompt", "completion", "chosen", "rejected", "text", "messages", "steps", "completions"):
+    for column in (*_TEXTS, "messages"):
         value = row.get(column)
         for item in value if isinstance(value, list | tuple) else [value]:
             text = item.get("content") if isinstance(item, Mapping) else item

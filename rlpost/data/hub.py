@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
 from rlpost.recipe.suggest import hint
 
@@ -35,7 +36,7 @@ def read_hub(name: str, config: str | None, split: str, where: str, base: Path) 
             else "check the spelling and the network, or download it and give the folder"
         )
         raise DataError(f"{where}.path: cannot load {name} (split {split}): {reason}: {remedy}") from error
-    return found
+    return [{k: without_nulls(v) for k, v in row.items()} for row in found]
 
 
 def _refuse_missing_file(name: str, where: str, base: Path) -> None:

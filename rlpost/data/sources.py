@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,16 @@ from rlpost.errors import DataError, RecipeError, RlpostError
 from rlpost.recipe.schema import Fold, FoldPart, Function, Source
 
 Row = dict[str, Any]
+
+
+@dataclass
+class Rows:
+    """The rows of a source, and where each of them comes from."""
+
+    rows: list[Row]
+    places: list[str]
+    """Of each row: `rows.jsonl:4`, or `row 4` of what has no lines."""
+
 
 _FOLD_SEED = 0  # a fold is part of the data: no seed of a run may move rows across it
 
@@ -39,7 +50,7 @@ def read(
     where: str,
     bind: Bind,
     base: Path = Path(),
-) -> list[Row]:
+) -> Rows:
     """The rows of `source`: read, folded, mapped, with its columns named, the first `limit` of them.
 
     `stages` gives the file an earlier stage wrote, `where` is the key path for messages. Paths are looked
@@ -49,31 +60,29 @@ def read(
         DataError: nothing there, a malformed row, a missing column, or no row left.
         RecipeError: the source itself is wrong.
     """
-    rows = _read(source, stages, where, bind, base)
+    found = _read(source, stages, where, bind, base)
     place = label(source, where)
-    if not rows:
+    if not found.rows:
         raise DataError(f"{place} has no rows: check the file or the split")
     if source.fold is not None:
-        rows = _fold(rows, source.fold, f"{where}.fold")
+        found = _fold(found, source.fold, f"{where}.fold")
     if source.map is not None:
-        rows = _map(rows, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where)
+        found = _map(found, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where)
     if source.columns:
-        rows = apply_columns(rows, source.columns, f"{where}.columns")
+        found.rows = apply_columns(found.rows, source.columns, f"{where}.columns", found.places)
     if source.limit is not None:
         if source.limit < 1:
             raise RecipeError(f"{where}.limit is {source.limit}: give at least 1, or leave it out")
-        rows = rows[: source.limit]
-    return rows
+        found = Rows(found.rows[: source.limit], found.places[: source.limit])
+    return found
 
 
 def label(source: Source, where: str) -> str:
-    """How messages name the rows of `source`: key path, origin, and whether row numbers have moved."""
-    origin = source.path or source.stage or (source.task.fn if source.task else "")
-    moved = [name for name in ("fold", "map") if getattr(source, name) is not None]
-    return f"{where} ({origin}{', after ' + ' and '.join(moved) if moved else ''})"
+    """How messages name the rows of `source`: key path and origin."""
+    return f"{where} ({source.path or source.stage or (source.task.fn if source.task else '')})"
 
 
-def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> list[Row]:
+def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> Rows:
     given = [name for name in ("path", "stage", "task") if getattr(source, name) is not None]
     if len(given) != 1:
         stated = " and ".join(given) if given else "none"
@@ -81,28 +90,33 @@ def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind,
     if source.task is not None:
         make = bind(source.task, "task", f"{where}.task", base)
         made = _call(make, {}, f"{where}.task: {source.task.fn}")
-        return _checked_rows(made, f"{where}.task: {source.task.fn}")
+        return _numbered(_checked_rows(made, f"{where}.task: {source.task.fn}"))
     if source.stage is not None:
-        return read_jsonl(stages(source.stage))
+        return _numbered(read_jsonl(stages(source.stage))[0])
     assert source.path is not None
     return _read_path(source.path, source.config, source.split, where, base)
 
 
-def _read_path(path: str, config: str | None, split: str, where: str, base: Path) -> list[Row]:
+def _read_path(path: str, config: str | None, split: str, where: str, base: Path) -> Rows:
     expanded = Path(path).expanduser()
     found = next((p for p in (expanded, base / expanded) if p.exists()), None)
     if found is None:
-        return read_hub(path, config, split, where, base)
+        return _numbered(read_hub(path, config, split, where, base))
     if found.is_dir():
-        return read_hub(str(found), config, split, where, base)
+        return _numbered(read_hub(str(found), config, split, where, base))
     if found.suffix == ".jsonl":
-        return read_jsonl(found)
+        rows, lines = read_jsonl(found)
+        return Rows(rows, [f"{path}:{line}" for line in lines])
     if found.suffix == ".parquet":
-        return read_parquet(found)
+        return _numbered(read_parquet(found))
     raise DataError(f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format")
 
 
-def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
+def _numbered(rows: list[Row]) -> Rows:
+    return Rows(rows, [f"row {number}" for number in range(1, len(rows) + 1)])
+
+
+def _fold(found: Rows, fold: Fold, where: str) -> Rows:
     """One side of a split by the values of `fold.by`.
 
     The distinct values are sorted, shuffled by a fixed seed and dealt out to `of` parts; so the split
@@ -111,30 +125,32 @@ def _fold(rows: list[Row], fold: Fold, where: str) -> list[Row]:
     if fold.of < 2 or not 0 <= fold.hold_out < fold.of:
         raise RecipeError(f"{where}: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2")
     keys = []
-    for number, row in enumerate(rows, start=1):
+    for row, place in zip(found.rows, found.places, strict=True):
         if fold.by not in row:
-            raise DataError(f"{where}.by: row {number} {missing(fold.by, row)}")
+            raise DataError(f"{where}.by: {place} {missing(fold.by, row)}")
         keys.append(json.dumps(row[fold.by], sort_keys=True, default=str))
     values = sorted(set(keys))
     random.Random(_FOLD_SEED).shuffle(values)
     held_out = set(values[fold.hold_out :: fold.of])
     wanted = fold.part is FoldPart.held_out
-    kept = [row for key, row in zip(keys, rows, strict=True) if (key in held_out) is wanted]
+    kept = [i for i, key in enumerate(keys) if (key in held_out) is wanted]
     if not kept:
         raise DataError(f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts")
-    return kept
+    return Rows([found.rows[i] for i in kept], [found.places[i] for i in kept])
 
 
-def _map(rows: list[Row], function: Callable[..., Any], name: str, where: str) -> list[Row]:
-    mapped: list[Row] = []
-    for number, row in enumerate(rows, start=1):
-        place = f"{name}: row {number}"
-        result = _call(function, {"row": dict(row)}, place)
+def _map(found: Rows, function: Callable[..., Any], name: str, where: str) -> Rows:
+    """What the function makes of each row, which keeps its place."""
+    mapped = Rows([], [])
+    for row, place in zip(found.rows, found.places, strict=True):
+        result = _call(function, {"row": dict(row)}, f"{name}: {place}")
         if result is None:
             continue
-        mapped += _checked_rows([result] if isinstance(result, Mapping) else result, place)
-    if not mapped:
-        raise DataError(f"{name} left no row of {len(rows)}: check what it returns, and {where}")
+        made = _checked_rows([result] if isinstance(result, Mapping) else result, f"{name}: {place}")
+        mapped.rows += made
+        mapped.places += [place] * len(made)
+    if not mapped.rows:
+        raise DataError(f"{name} left no row of {len(found.rows)}: check what it returns, and {where}")
     return mapped
 
 

@@ -23,6 +23,10 @@ from rlpost.errors import DataError
 class Unrendered(DataError):
     """A row says what the text made of it does not."""
 
+    def __init__(self, place: str, left_out: str, remedy: str) -> None:
+        super().__init__(f"{place}: {left_out}: {remedy}, or set its source's unrendered=drop")
+        self.left_out = left_out
+
 
 class Proof:
     """The proof of one conversation, in two steps, so that its first rendering goes along with others."""

@@ -70,6 +70,14 @@ class TooLong(StrEnum):
     cut = "cut"
 
 
+class Unrendered(StrEnum):
+    """What happens to a row that says more than its chat template renders."""
+
+    refuse = "refuse"
+    drop = "drop"
+    ignore = "ignore"
+
+
 class Direction(StrEnum):
     """The way a text is read."""
 
@@ -219,6 +227,8 @@ class Source:
     present: Optional[Function] = None
     """(row, random) -> row, applied anew every time a row is drawn."""
     fold: Optional[Fold] = None
+    unrendered: Unrendered = Unrendered.refuse
+    """`ignore` reads the row without what the template leaves out."""
     direction: Direction = Direction.forward
     """`reverse`, in sft alone: prompt and completion are one text, learned from its end to its beginning."""
 

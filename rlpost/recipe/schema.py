@@ -39,6 +39,7 @@ from rlpost.recipe.parts import (
     TooLong,
     Training,
     Trunk,
+    Unrendered,
     ValueTarget,
     Weight,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "Training",
     "Trpo",
     "Trunk",
+    "Unrendered",
     "Value",
     "ValueTarget",
     "Weight",

@@ -18,8 +18,9 @@ from accelerate import Accelerator
 
 from rlpost import console
 from rlpost.data.codec import make_codec
-from rlpost.data.dataset import Dataset, Limit, open_dataset
+from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.part import Limit
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights

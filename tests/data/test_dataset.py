@@ -4,8 +4,9 @@ import pytest
 from conversations import THINKING, THOUGHT, make, without_markers
 
 from rlpost.data.codec import make_codec
-from rlpost.data.dataset import Limit, open_dataset, texts
+from rlpost.data.dataset import open_dataset, texts
 from rlpost.data.formats import Need
+from rlpost.data.part import Limit
 from rlpost.errors import DataError, RecipeError
 from rlpost.recipe.schema import Function, Source, TooLong
 
@@ -103,7 +104,7 @@ def test_presented_rows_are_made_anew_every_time(write, codec):
 
 def test_present_errors_are_one_line(write, codec):
     for name, reason in [
-        ("fail", "row 1: present failed with KeyError: 'x'"),
+        ("fail", r"rows.jsonl:1\): present failed with KeyError: 'x'"),
         ("nothing", "present returned NoneType"),
     ]:
         with pytest.raises(DataError, match=reason):
@@ -119,7 +120,7 @@ def long(write):
 
 
 def test_too_long_is_refused_by_naming_the_first_row(write, codec):
-    with pytest.raises(DataError, match=r"row 2 has 11 tokens, the limit is 8: raise max_length, or set too_long"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2\) has 11 tokens, the limit is 8: raise max_length, or set too_long"):
         build(long(write), codec, max_length=8)
     assert len(build(long(write), codec, max_length=11)) == 3
 
@@ -151,7 +152,7 @@ def test_both_completions_of_a_pair_are_cut(write, codec):
 
 
 def test_prompts_are_limited_by_themselves(write, codec):
-    with pytest.raises(DataError, match="row 3 has a prompt of 9 tokens, the limit is 8"):
+    with pytest.raises(DataError, match=r"rows.jsonl:3\) has a prompt of 9 tokens, the limit is 8"):
         build(long(write), codec, Need.prompts, max_length=8)
     data = build(long(write), codec, Need.prompts, max_length=8, too_long=TooLong.cut)
     assert [len(g.prompt) for g in data.all()] == [4, 4]
@@ -160,7 +161,7 @@ def test_prompts_are_limited_by_themselves(write, codec):
 
 def test_rows_are_named_by_their_number(write, codec):
     path = write([*ROWS, {"prompt": "1"}])
-    with pytest.raises(DataError, match=r"main \(.*rows\.jsonl\) row 11 has no 'completion'"):
+    with pytest.raises(DataError, match=r"main \(.*rows\.jsonl:11\) has no 'completion'"):
         build({"main": Source(path=str(path))}, codec)
 
 
@@ -173,7 +174,7 @@ def test_turns_left_out_by_the_template_are_counted(write):
     codec = make_codec(make(without_markers(THINKING)))
     rows = [{"messages": THOUGHT}, {"messages": THOUGHT[:2]}]
     data = build({"main": Source(path=str(write(rows)))}, codec, max_length=1000)
-    assert data.notices[1] == "1 of 2 rows train their last turn only: the chat template changes earlier ones"
+    assert data.notices[1] == "1 of 2 rows leave earlier turns untrained: the chat template changes them"
 
 
 def test_texts_for_a_tokenizer(write):

@@ -22,7 +22,7 @@ def fake_bind(**functions):
 
 
 def load(source, bind=None, stages=no_stage, **more):
-    return read(source, stages=stages, where="stages.sft.data.main", bind=bind or fake_bind(), **more)
+    return read(source, stages=stages, where="stages.sft.data.main", bind=bind or fake_bind(), **more).rows
 
 
 def refused(source, error=DataError, **more):
@@ -152,7 +152,7 @@ def test_a_fold_does_not_depend_on_the_order_of_rows(write):
 def test_fold_errors(write):
     path = str(write(ROWS))
     wrong = refused(Source(path=path, fold=Fold(by="qestion")))
-    assert "stages.sft.data.main.fold.by: row 1 has no 'qestion'" in wrong
+    assert f"stages.sft.data.main.fold.by: {path}:1 has no 'qestion'" in wrong
     assert "did you mean 'question'" in wrong
     assert "hold_out=5 of=5" in refused(Source(path=path, fold=Fold(by="answer", hold_out=5)), RecipeError)
 
@@ -173,8 +173,8 @@ def test_map_errors_name_function_and_row(write):
     def message(name):
         return refused(Source(path=path, map=Function(name)), bind=bind)
 
-    assert message("fails") == "stages.sft.data.main.map: fails: row 1 failed with KeyError: 'x'"
-    assert "text: row 1 returned str" in message("text")
+    assert message("fails") == f"stages.sft.data.main.map: fails: {path}:1 failed with KeyError: 'x'"
+    assert f"text: {path}:1 returned str" in message("text")
     assert "none left no row of 3" in message("none")
 
 
@@ -201,7 +201,7 @@ def test_a_template_does_nothing_but_name_columns(write, template):
 def test_a_missing_column_names_those_that_exist(write):
     rows = [{"question": "a"}, {"questions": "b"}]
     message = refused(Source(path=str(write(rows)), columns={"prompt": "question"}))
-    assert "columns.prompt: row 2 has no 'question' (columns: questions)" in message
+    assert "rows.jsonl:2 has no 'question' (columns: questions)" in message
     null = refused(Source(path=str(write([{"a": None}])), columns={"prompt": "{a}"}))
     assert "column 'a' is neither text nor a number" in null
 
