@@ -120,7 +120,7 @@ def long(write):
 
 
 def test_too_long_is_refused_by_naming_the_first_row(write, codec):
-    with pytest.raises(DataError, match=r"rows.jsonl:2\) has 11 tokens, the limit is 8: raise max_length, or set too_long"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2\) has 11 tokens, the limit is 8: raise max_length, or set"):
         build(long(write), codec, max_length=8)
     assert len(build(long(write), codec, max_length=11)) == 3
 
