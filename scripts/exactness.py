@@ -19,7 +19,8 @@ from families import FAMILIES, EndTokenOnly, tiny
 from torch import Tensor
 
 from rlpost.groups import Completion, Group, completions
-from rlpost.policy.check import Exactness, check_exactness, use_attention
+from rlpost.policy.attention import use_attention
+from rlpost.policy.check import Exactness, check_exactness
 from rlpost.policy.policy import Policy
 
 

@@ -18,8 +18,7 @@ import torch
 from families import VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.groups import Completion, Group, completions
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference

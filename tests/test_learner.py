@@ -19,8 +19,7 @@ from rlpost.groups import Completion, Group, completions
 from rlpost.learner import Learner
 from rlpost.objectives.weights import token_mean
 from rlpost.policy import adapters
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Lora

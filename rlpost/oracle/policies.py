@@ -110,8 +110,7 @@ class TinyModel:
 
     def logp_XV(self) -> Tensor:
         """[X, V], from the states of each length in one plain batch."""
-        from rlpost.policy.attention import FLAT
-        from rlpost.policy.check import PLAIN, use_attention
+        from rlpost.policy.attention import FLAT, PLAIN, use_attention
 
         use_attention(self.policy.model, PLAIN)
         found = []

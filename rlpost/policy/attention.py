@@ -1,7 +1,7 @@
 """Attention that follows a layout instead of a mask, inside any transformers model.
 
 A model loaded with `attn_implementation=FLAT` calls `attention` in every layer and hands through the keyword
-argument `layout`: the tiles of a flat batch (policy/layout.py) or the rows of a decoding cache (rollout/cache.py).
+argument `layout`: the tiles of a flat batch (policy/layout.py) or the rows of a decoding cache (policy/cache.py).
 Both decide who sees whom by positions alone: a query sees a key when it is not later, and not further back than
 the layer's window.
 
@@ -10,6 +10,8 @@ Axes: B rows, H heads, Q queries, K keys, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 FLAT = "rlpost_flat"
+PLAIN = "eager"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,21 @@ def scaled_attention(
     else:
         weights = wide.softmax(-1)
     return weights.to(value.dtype) @ value
+
+
+def use_attention(model: Any, name: str) -> None:
+    """Select an attention implementation for every layer of a transformers model."""
+    model.set_attn_implementation(name)
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """A model on flat rows attends by a mask inside, and by a layout again afterwards."""
+    use_attention(model, PLAIN)
+    try:
+        yield
+    finally:
+        use_attention(model, FLAT)
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

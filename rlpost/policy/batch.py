@@ -1,14 +1,14 @@
-"""Groups as tensors for one forward pass: one flat row with shared prompts, or plain padded rows.
+"""Groups as tensors for the model's forward pass: one flat row with shared prompts, or plain padded rows.
 
-Both say where the state before each action is (for logits and values) and where the state after each
-completion is (for rewards and bootstrapping), so nothing downstream knows which of the two it was.
+All say where the state before each action is (for logits and values) and where the state after each completion is
+(for rewards and bootstrapping), so nothing downstream knows how the rows were laid out.
 
 Axes: B rows, T tokens a row, N action tokens, S completions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,20 +21,40 @@ from rlpost.policy.layout import FlatLayout, Segment, flat_layout
 
 
 @dataclass(frozen=True)
+class Pass:
+    """What the model reads at once."""
+
+    ids_BT: Tensor
+    position_BT: Tensor
+    mask_BT: Tensor | None
+    """[B, T] 1 on tokens, 0 on padding; None where there is none."""
+    layout: FlatLayout | None
+    """Of a flat row; None for plain rows."""
+    copies_BT: Tensor
+    """[B, T] completions that each token belongs to: several in a shared prompt, none on padding."""
+
+    def to(self, device: torch.device | str) -> Pass:
+        """The same on `device`."""
+        return Pass(
+            self.ids_BT.to(device),
+            self.position_BT.to(device),
+            None if self.mask_BT is None else self.mask_BT.to(device),
+            None if self.layout is None else self.layout.to(device),
+            self.copies_BT.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One forward pass.
+    """One forward pass of a policy: usually one of the model, else several whose states stand one after the other.
 
     Example: prompt (5, 6) with completions (7, 8) and (9,), all actions, prompt shared: ids 5 6 7 8 9, positions
     0 1 2 3 2, `before_N` 1 2 1, `after_N` 2 3 4, `target_N` 7 8 9, `after_S` 3 4.
     """
 
-    ids_BT: Tensor
-    position_BT: Tensor
-    mask_BT: Tensor | None
-    """[B, T] 1 on tokens, 0 on padding; None for a flat batch, which has no padding."""
-    layout: FlatLayout | None
+    passes: tuple[Pass, ...]
     before_N: Tensor
-    """Index into B·T of the state in which each action was taken."""
+    """Index into the passes' B·T of the state in which each action was taken."""
     after_N: Tensor
     """Index into B·T of the state after each action: where the action itself stands."""
     after_S: Tensor
@@ -45,14 +65,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        if self.ids_BT.device == torch.device(device):
+        if self.target_N.device == torch.device(device):
             return self
         return replace(
             self,
-            ids_BT=self.ids_BT.to(device),
-            position_BT=self.position_BT.to(device),
-            mask_BT=None if self.mask_BT is None else self.mask_BT.to(device),
-            layout=None if self.layout is None else self.layout.to(device),
+            passes=tuple(p.to(device) for p in self.passes),
             before_N=self.before_N.to(device),
             after_N=self.after_N.to(device),
             after_S=self.after_S.to(device),
@@ -61,21 +78,35 @@ class Batch:
         )
 
 
-def flat_batch(groups: Sequence[Group], share: bool = True) -> Batch:
-    """All groups as one row without padding; with `share`, each prompt stands once before its completions.
+Start = tuple[int, int]
+"""Of a completion, among the states of a pass: its first token's, and its prompt's last."""
+Build = Callable[[Sequence[Group]], tuple[tuple[Pass, ...], list[Start]]]
+"""Groups -> the passes that read them, and each completion's start among the states of all of them."""
+
+
+def laid_out(groups: Sequence[Group], build: Build) -> Batch:
+    """The groups as `build` lays them out."""
+    passes, starts = build(groups)
+    return Batch(passes, rows=_rows(groups), **_scored(completions(groups), starts))
+
+
+def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass, ...], list[Start]]:
+    """A `Build`: all groups as one row without padding; with `share`, each prompt stands once before its completions.
 
     Prompts are shared only among completions that follow it exactly, which is what a Group says by its type.
     """
     ids: list[int] = []
     position: list[int] = []
     segments: list[Segment] = []
-    starts: list[tuple[int, int]] = []  # of each completion: its first token, and the last of its prompt
+    copies: list[int] = []  # of each segment
+    starts: list[Start] = []
     for g in groups:
         width = len(g.prompt)
         shared = share and len(g.completions) > 1
         if shared:
             prompt = len(ids)
             segments.append(Segment(prompt, width))
+            copies.append(len(g.completions))
             ids.extend(g.prompt)
             position.extend(range(width))
         for c in g.completions:
@@ -86,22 +117,22 @@ def flat_batch(groups: Sequence[Group], share: bool = True) -> Batch:
                 segments.append(Segment(prompt, width + len(c.ids)))
             else:
                 segments.append(Segment(len(ids), len(c.ids), prompt, width))
+            copies.append(1)
             starts.append((len(ids), prompt + width - 1))
             ids.extend(c.ids)
             position.extend(range(width, width + len(c.ids)))
-    scored = _scored(completions(groups), starts)
-    return Batch(
-        ids_BT=torch.tensor(ids)[None],
-        position_BT=torch.tensor(position)[None],
+    flat = Pass(
+        ids_BT=torch.tensor(ids, dtype=torch.long)[None],
+        position_BT=torch.tensor(position, dtype=torch.long)[None],
         mask_BT=None,
         layout=flat_layout(segments, len(ids)),
-        rows=_rows(groups),
-        **scored,
+        copies_BT=torch.from_numpy(np.repeat(np.array(copies, np.int64), [s.length for s in segments]))[None],
     )
+    return (flat,), starts
 
 
-def padded_batch(groups: Sequence[Group], pad_id: int = 0) -> Batch:
-    """One right-padded row a completion, its prompt repeated: what any transformers model takes."""
+def padded_passes(groups: Sequence[Group], pad_id: int = 0) -> tuple[tuple[Pass, ...], list[Start]]:
+    """A `Build`: a right-padded row a completion, its prompt repeated: what almost any transformers model takes."""
     lines = [(g.prompt, c.ids) for g in groups for c in g.completions]
     width = max((len(p) + len(c) for p, c in lines), default=1)
     ids = np.full((len(lines), width), pad_id, np.int64)
@@ -112,15 +143,71 @@ def padded_batch(groups: Sequence[Group], pad_id: int = 0) -> Batch:
         ids[row, :end] = [*prompt, *completion]
         mask[row, :end] = 1
         starts.append((row * width + len(prompt), row * width + len(prompt) - 1))
-    scored = _scored(completions(groups), starts)
-    return Batch(
-        ids_BT=torch.from_numpy(ids),
-        position_BT=torch.arange(width).expand(len(lines), width),
-        mask_BT=torch.from_numpy(mask),
-        layout=None,
-        rows=_rows(groups),
-        **scored,
-    )
+    mask_BT = torch.from_numpy(mask)
+    position_BT = torch.arange(width).expand(len(lines), width)
+    return (Pass(torch.from_numpy(ids), position_BT, mask_BT, None, mask_BT),), starts
+
+
+def single_passes(groups: Sequence[Group]) -> tuple[tuple[Pass, ...], list[Start]]:
+    """A `Build`: a row without padding, and without a mask, in a pass of its own for each completion."""
+    passes: list[Pass] = []
+    starts = []
+    first = 0
+    for g in groups:
+        for c in g.completions:
+            ids_BT = torch.tensor([[*g.prompt, *c.ids]], dtype=torch.long)
+            passes.append(Pass(ids_BT, torch.arange(ids_BT.shape[1])[None], None, None, torch.ones_like(ids_BT)))
+            starts.append((first + len(g.prompt), first + len(g.prompt) - 1))
+            first += ids_BT.shape[1]
+    return tuple(passes), starts
+
+
+def switched_batch(groups: Sequence[Group], build: Build, switch: int) -> Batch:
+    """For a model that reads rows of more than `switch` tokens in another way: every action as its own prefix reads.
+
+    An action is taken after the tokens before it, so that is how long the row was. The first `switch` states of a row
+    come from a pass that reads no more of it; the others, of rows that go on, from a pass over the whole row.
+    """
+    short, long = _up_to(groups, switch), _beyond(groups, switch)
+    passes, short_starts = build(short) if short else ((), [])
+    more, long_starts = build(long) if long else ((), [])
+    offset = sum(p.ids_BT.numel() for p in passes)
+    of_short, of_long = iter(short_starts), iter(long_starts)
+    before, after, final, target = [], [], [], []
+    for g in groups:
+        room = switch - len(g.prompt)
+        for c in g.completions:
+            near = next(of_short) if room >= 0 else None
+            far = next(of_long) if len(c.ids) > room else None
+
+            def state(at: int, near: Start | None = near, far: Start | None = far, room: int = room) -> int:
+                """Of the completion's token `at`; −1: of the prompt's last."""
+                start, first = (near, 0) if at < room else (far, offset)
+                assert start is not None
+                return first + (start[0] + at if at >= 0 else start[1])
+
+            final.append(state(len(c.ids) - 1))
+            acts = [at for at, acted in enumerate(c.action) if acted]
+            before += [state(at - 1) for at in acts]
+            after += [state(at) for at in acts]
+            target += [c.ids[at] for at in acts]
+    before_N, after_N, after_S, target_N = (torch.tensor(x, dtype=torch.long) for x in (before, after, final, target))
+    return Batch((*passes, *more), before_N, after_N, after_S, target_N, _rows(groups))
+
+
+def _up_to(groups: Sequence[Group], switch: int) -> list[Group]:
+    """The groups' first `switch` tokens, as far as states after them are asked for."""
+    return [
+        Group(g.prompt, tuple(Completion(c.ids[:room], c.action[:room]) for c in g.completions))
+        for g in groups
+        if (room := switch - len(g.prompt)) >= 0
+    ]
+
+
+def _beyond(groups: Sequence[Group], switch: int) -> list[Group]:
+    """The completions whose rows are longer than `switch`, by group."""
+    longer = [(g, tuple(c for c in g.completions if len(g.prompt) + len(c.ids) > switch)) for g in groups]
+    return [Group(g.prompt, some) for g, some in longer if some]
 
 
 def _rows(groups: Sequence[Group]) -> Rows:

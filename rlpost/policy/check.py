@@ -1,28 +1,47 @@
-"""Proof at load that the flat forward pass and the tiled head are exact for this model, or an honest fallback.
+"""Proof at load of how a model may be scored and sampled: the fastest way that is exact, or an honest fallback.
 
-Families differ in what their attention and head do (windows, soft caps, sinks, position biases); rather than
-keep a list, one small batch of random tokens is scored both ways.
+Families differ in what their attention, cache and head do (windows, soft caps, sinks, position biases, states);
+rather than keep a list, one small batch of random tokens is scored and decoded in each way and compared with the
+model's own forward pass on each row alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlpost.groups import Completion, Group
-from rlpost.policy.attention import FLAT
-from rlpost.policy.policy import Policy
+from rlpost.policy import causality
+from rlpost.policy.attention import FLAT, PLAIN, use_attention
+from rlpost.policy.decoders import decoding_attention, make_decoder
+from rlpost.policy.policy import Decoding, Policy
+from rlpost.recipe.schema import Attention
 
-PLAIN = "eager"
-WINDOWS = ("sliding_window", "attention_chunk_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """What families call the reach of their local layers, in the configuration and in the layers."""
 WINDOW = 5
 """Its value during the check: shorter than the small batch, or ignoring a window of 4096 would go unseen."""
+SWITCH = 15
+"""Tokens at which LongRoPE's factors switch during the check: beyond the prompts, within the rows."""
+STEPS = 5
+"""Tokens that are decoded."""
+EXACT = 1e-4
+"""Largest difference of a log-probability that is rounding."""
+FAILURES = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    ImportError,
+)
+"""How families say that they do not run in some way: each in its own."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,21 @@ class Exactness:
     """Largest difference of a log-probability between flat rows and rows alone; inf where flat rows cannot run."""
     reason: str
     """Why flat rows are not used, or empty."""
+    single: bool = False
+    """Padded rows are not exact either: each row has a pass of its own."""
+    decoding: Decoding = Decoding.flat
+    decoding_reason: str = ""
+    """Why decoding is not as fast as scoring would allow, or empty."""
+    switch: int | None = None
+    """Rows of more tokens are read in another way."""
+    reach: int | None = None
+    """Longer rows cannot be scored exactly."""
+    refused: str = ""
+    """Why the model cannot be trained at all, or empty."""
+
+    def ways(self) -> dict[str, Any]:
+        """What a policy is told of it, beside whether its rows are flat."""
+        return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "switch", "reach")}
 
 
 def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
@@ -50,37 +84,195 @@ def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
         return Group(draw(prompt), tuple(Completion(draw(n), (True,) * n) for n in lengths))
 
     scale = min(1.0, longest / 24)
-    size = [max(1, int(n * scale)) for n in (13, 9, 4, 11, 7, 8)]
+    size = [max(1, int(n * scale)) for n in (13, 9, 5, 11, 7, 8)]
     return [group(size[0], (size[1], size[2], size[3])), group(size[4], (size[5],))]
 
 
 @torch.no_grad()
-def check_exactness(model: Any, tokenizer: Any) -> Exactness:
-    """Score one small batch row by row, as flat rows with shared prompts, and with the reproduced head.
+def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto) -> Exactness:
+    """Score and decode one small batch in every way, until one is exact; the model is left ready for what was found.
 
     Args:
-        model: a transformers causal language model without adapters; left as it was found.
+        model: a transformers causal language model without adapters.
         tokenizer: its tokenizer.
+        wish: `padded` passes over flat rows.
     """
     was_training = model.training
     model.eval()
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 24
-    groups = probe_groups(Policy(model, tokenizer, flat=False).vocabulary, limit)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    bare = Policy(model, tokenizer, flat=False)
+    groups = probe_groups(bare.vocabulary, limit)
     use_attention(model, PLAIN)
-    alone = [Group(g.prompt, (c,)) for g in groups for c in g.completions]
     with _short_windows(model):
-        plain = _logp(Policy(model, tokenizer, flat=False, tiled=False), alone)
-        tiled = _tiled(model, tokenizer, alone, plain)
-        gap, reason = _flat_gap(model, tokenizer, groups, plain)
-    flat = not reason
-    use_attention(model, FLAT if flat else PLAIN)
+        try:
+            seen = causality.look(model, groups[0].prompt, groups[0].completions[0].ids, bare.vocabulary, limit)
+        except FAILURES as error:
+            return _refused(f"its forward pass does not run on token ids alone ({_brief(error)})")
+        if not seen.logits_TV.isfinite().all():
+            return _refused("its logits are not numbers (nan or inf)")
+        if not seen.causal:
+            return _refused("its attention sees later tokens, so what it says of a token knows the answer")
+        found = _with_lengths(model, bare, groups, seen, wish)
     model.train(was_training)
-    return Exactness(flat, tiled, gap, reason)
+    return found
 
 
-def use_attention(model: Any, name: str) -> None:
-    """Select an attention implementation for every layer."""
-    model.set_attn_implementation(name)
+def _refused(reason: str) -> Exactness:
+    return Exactness(False, False, float("inf"), reason, refused=reason)
+
+
+def _with_lengths(
+    model: Any, bare: Policy, groups: list[Group], seen: causality.Causality, wish: Attention
+) -> Exactness:
+    """Check a causal model on both sides of the length at which it reads rows in another way, if it has one."""
+    probe = _Probe(model, bare, groups, seen.logits_TV, None)
+    if seen.length is None:
+        return _ways(probe, wish)
+    if seen.step:
+        row = [*groups[0].prompt, *groups[0].completions[0].ids]
+        with causality.early_switch(model, SWITCH) as told:
+            if told and causality.switches_at(model, row, SWITCH):
+                return replace(_ways(_Probe(model, bare, groups, None, SWITCH), wish), switch=seen.length)
+    return replace(_ways(probe, wish), reach=seen.length)
+
+
+class _Probe:
+    """The small batch, and what the model alone says of it."""
+
+    def __init__(
+        self, model: Any, bare: Policy, groups: list[Group], first_TV: Tensor | None, switch: int | None
+    ) -> None:
+        self.model = model
+        self.tokenizer, self.known = bare.tokenizer, bare.known
+        self.groups = groups
+        self.switch = switch
+        self.alone = [Group(g.prompt, (c,)) for g in groups for c in g.completions]
+        read = [first_TV] if first_TV is not None else []
+        rows = [[*g.prompt, *g.completions[0].ids] for g in self.alone]
+        read += [self._prefixes(row) for row in rows[len(read) :]]
+        self.plain = [
+            _chosen(self.known.cut(logits_TV), g.prompt, g.completions[0].ids)
+            for logits_TV, g in zip(read, self.alone, strict=True)
+        ]
+        """Of each row: [actions] their log-probabilities."""
+
+    def _prefixes(self, row: Sequence[int]) -> Tensor:
+        """[T, V] logits after each token of a row, as a row that ends there is read."""
+        whole = causality.logits(self.model, row)
+        if self.switch is not None and len(row) > self.switch:
+            whole[: self.switch] = causality.logits(self.model, row[: self.switch])
+        return whole
+
+    def policy(self, **how: Any) -> Policy:
+        """The model scored and sampled in these ways."""
+        return Policy(self.model, self.tokenizer, switch=self.switch, known=self.known, **how)
+
+    def gap(self, found: Tensor, rows: slice = slice(None)) -> float:
+        """Largest difference; 0 for half precision whose mean difference is that of rounding."""
+        difference = (found.double() - torch.cat(self.plain[rows]).double()).abs()
+        if self.model.dtype in (torch.bfloat16, torch.float16):
+            # Single tokens may differ by more.
+            return float(difference.max()) if float(difference.mean()) >= 0.05 else 0.0
+        return float(difference.max())
+
+
+def _chosen(logits_TV: Tensor, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """[actions] log-probabilities of a completion's tokens."""
+    at = torch.tensor(ids, device=logits_TV.device)[:, None]
+    return logits_TV[len(prompt) - 1 : -1].log_softmax(-1).gather(1, at)[:, 0]
+
+
+def _ways(probe: _Probe, wish: Attention) -> Exactness:
+    """The fastest exact ways of scoring and of decoding."""
+    tiled = _tiled(probe)
+    gap, reason = float("inf"), ""
+    flat = False
+    if wish is not Attention.padded:
+        gap, reason = _flat_gap(probe)
+        flat = not reason
+    single = False
+    if not flat:
+        single = not _padded_is_exact(probe)
+    decoding, why = _decoding(probe, flat, single, tiled)
+    return Exactness(flat, tiled, gap, reason, single, decoding, why)
+
+
+def _tiled(probe: _Probe) -> bool:
+    try:
+        policy = probe.policy(flat=False, single=True, tiled=True)
+        return probe.gap(policy(policy.batch(probe.alone[:1])).logp_N, slice(1)) < EXACT
+    except FAILURES:
+        # Its trunk or head is not where they usually are: the model's own forward gives the logits.
+        return False
+
+
+def _flat_gap(probe: _Probe) -> tuple[float, str]:
+    try:
+        use_attention(probe.model, FLAT)
+        policy = probe.policy(flat=True, tiled=False)
+        gap = probe.gap(policy(policy.batch(probe.groups)).logp_N)
+    except FAILURES as error:
+        # A family that takes no layout says so in many ways; each of them means padded rows.
+        return float("inf"), f"it does not run on flat rows ({type(error).__name__})"
+    return (gap, "") if gap < EXACT else (gap, f"flat rows differ from plain rows by {gap:.1e}")
+
+
+def _padded_is_exact(probe: _Probe) -> bool:
+    """Find an attention under which padded rows are exact, and leave it selected; else the plain one is."""
+    quick = ["sdpa"] if getattr(probe.model, "_supports_sdpa", False) else []
+    for name in (*quick, PLAIN):
+        use_attention(probe.model, name)
+        try:
+            policy = probe.policy(flat=False, tiled=False)
+            if probe.gap(policy(policy.batch(probe.groups)).logp_N) < EXACT:
+                return True
+        except FAILURES:
+            continue
+    return False
+
+
+def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool) -> tuple[Decoding, str]:
+    """The first way of decoding that is exact, and what the first one that is not did."""
+    why = ""
+    for decoding in (Decoding.flat, Decoding.padded) if flat else (Decoding.padded,):
+        policy = probe.policy(flat=flat, single=single, tiled=tiled, decoding=decoding)
+        try:
+            with decoding_attention(policy):
+                gap = _decoded_gap(probe, policy)
+        except FAILURES as error:
+            why = why or f"its cache does not serve {decoding} rows ({type(error).__name__})"
+            continue
+        if gap < EXACT:
+            return decoding, why
+        why = why or f"decoding {decoding} rows differs from scoring by {gap:.1e}"
+    return Decoding.recomputed, why
+
+
+def _decoded_gap(probe: _Probe, policy: Policy) -> float:
+    """Decode the first tokens of every row; rows leave on the way, one of them with its prompt."""
+    groups = probe.groups
+    rows = [(number, c) for number, g in enumerate(groups) for c in g.completions]
+    steps = min(STEPS, *(len(c.ids) for _, c in rows))
+    ids_RT = torch.tensor([c.ids[:steps] for _, c in rows], device=policy.device)
+    decoder = make_decoder(policy, [g.prompt for g in groups], [number for number, _ in rows], steps)
+    leaving = {2: 1, 3: len(rows) - 1}  # after so many steps, this row
+    live = list(range(len(rows)))
+    found: dict[tuple[int, int], Tensor] = {}
+    logits = decoder.start()
+    for t in range(steps):
+        logp = policy.known.cut(logits).double().log_softmax(-1)
+        found |= {(row, t): logp[at, ids_RT[row, t]] for at, row in enumerate(live)}
+        if t + 1 == steps:
+            break
+        if (gone := leaving.get(t)) is not None:
+            stay = [at for at, row in enumerate(live) if row != gone]
+            decoder.keep(torch.tensor(stay, device=policy.device))
+            live = [live[at] for at in stay]
+        logits = decoder.step(ids_RT[torch.tensor(live, device=policy.device), t])
+    expected = torch.stack([probe.plain[row][t] for row, t in found]).double()
+    difference = (torch.stack(list(found.values())) - expected).abs()
+    half = policy.model.dtype in (torch.bfloat16, torch.float16)
+    return float(difference.mean()) * EXACT / 0.05 if half else float(difference.max())
 
 
 @contextmanager
@@ -99,35 +291,6 @@ def _short_windows(model: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _tiled(model: Any, tokenizer: Any, alone: list[Group], plain: Tensor) -> bool:
-    try:
-        return _agree(_logp(Policy(model, tokenizer, flat=False, tiled=True), alone), plain, model.dtype)
-    except AttributeError:
-        # Its trunk or head is not where they usually are: the model's own forward gives the logits.
-        return False
-
-
-def _flat_gap(model: Any, tokenizer: Any, groups: list[Group], plain: Tensor) -> tuple[float, str]:
-    try:
-        use_attention(model, FLAT)
-        flat = _logp(Policy(model, tokenizer, flat=True, tiled=False), groups)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        # A family that takes no layout says so in many ways; each of them means padded rows.
-        return float("inf"), f"it does not run on flat rows ({type(error).__name__})"
-    gap = float((flat - plain).abs().max())
-    if not _agree(flat, plain, model.dtype):
-        return gap, f"flat rows differ from plain rows by {gap:.1e}"
-    return gap, ""
-
-
-def _agree(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Rounding of a half-precision pass is judged by its mean, since single tokens may differ by more."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return float((a - b).abs().mean()) < 0.05
-    return float((a - b).abs().max()) < 1e-4
-
-
-def _logp(policy: Policy, groups: list[Group]) -> Tensor:
-    """Flat batches at once; plain rows one by one, since padding itself is not exact in every family."""
-    batches = [groups] if policy.flat else [[g] for g in groups]
-    return torch.cat([policy(policy.batch(b)).logp_N for b in batches]).double()
+def _brief(error: Exception) -> str:
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said[:120]}" if said else type(error).__name__

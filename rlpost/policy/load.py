@@ -14,7 +14,7 @@ from rlpost.data.codec import make_codec
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, read_json_object
-from rlpost.policy.check import Exactness, check_exactness, probe_groups, use_attention
+from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
     load_generation_config,
@@ -23,7 +23,7 @@ from rlpost.policy.model_files import (
     must_fit,
     told_as_model_error,
 )
-from rlpost.policy.policy import Policy
+from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.saved import name_ends
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Attention, Direction, Lora, Model, Precision
@@ -76,11 +76,9 @@ def load_policy(
     must_fit(model, tokenizer, str(path))
     remove_dropout(model)
     with told_as_model_error(f"{base}: the model cannot be run as its config.json says"):
-        exact = check_exactness(model, tokenizer)
-    flat = choose_rows(exact, settings.attention, type(model).__name__)
-    if not flat:
-        use_attention(model, "sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, tiled=exact.tiled, base=base)
+        exact = check_exactness(model, tokenizer, settings.attention)
+    flat = choose_rows(exact, settings.attention, type(model).__name__, base)
+    policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, **exact.ways())
     policy.model = _dress(policy, adapter, settings.lora, trainable)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
     codec = make_codec(tokenizer)
@@ -112,20 +110,30 @@ def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
         raise ModelError(f"{folder}: it reads backwards (direction: reverse), so it is no policy; name another stage")
 
 
-def choose_rows(exact: Exactness, wish: Attention, family: str) -> bool:
-    """True for flat rows; says so when a model has to do without them.
+def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "model") -> bool:
+    """True for flat rows; says so when a model has to do with slower ways of scoring or sampling.
 
     Raises:
-        ModelError: if the recipe insists on flat rows and they are not exact.
+        ModelError: if it cannot be trained, or if the recipe insists on flat rows and they are not exact.
     """
-    if wish is Attention.padded:
-        return False
-    if exact.flat:
-        return True
-    if wish is Attention.flat:
+    if exact.refused:
+        raise ModelError(
+            f"{path}: {family} cannot be trained here: {exact.refused}; "
+            "use a causal language model (for BERT and its like, is_decoder: true in the configuration makes one)"
+        )
+    if wish is Attention.flat and not exact.flat:
         raise ModelError(f"model.attention=flat: not exact for {family}: {exact.reason}; use model.attention=auto")
-    console.warn(f"{family} runs on padded rows, without shared prompts: {exact.reason}")
-    return False
+    if exact.single:
+        console.warn(f"{family} scores each row in a pass of its own, since padding changes what it says: slower")
+    elif not exact.flat and wish is not Attention.padded:
+        console.warn(f"{family} runs on padded rows, without shared prompts: {exact.reason}")
+    if exact.decoding is Decoding.recomputed:
+        console.warn(f"{family} samples without a cache, which is slow: {exact.decoding_reason}")
+    elif exact.flat and exact.decoding is Decoding.padded:
+        console.warn(f"{family} samples on padded rows, without shared prompts: {exact.decoding_reason}")
+    if exact.reach is not None:
+        console.warn(f"{family} is used up to {exact.reach} tokens: beyond, a row's length changes how it is read")
+    return exact.flat and wish is not Attention.padded
 
 
 def decide_bfloat16(wish: Precision, device: torch.device | str) -> bool:
@@ -176,10 +184,7 @@ def _proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
     """The adapter merged, and shown to say what it said before."""
     result = merged(loaded)
     groups = probe_groups(bare.vocabulary, bare.longest)
-    before, after = (
-        logprobs(Policy(m.eval(), bare.tokenizer, flat=bare.flat, tiled=bare.tiled, bfloat16=False), groups)
-        for m in (loaded, result)
-    )
+    before, after = (logprobs(bare.around(m.eval(), bfloat16=False), groups) for m in (loaded, result))
     gap = float((before - after).abs().max())
     if not gap < MERGED_GAP:
         raise ModelError(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import StrEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +21,30 @@ from torch import Tensor, nn
 from rlpost.groups import Group
 from rlpost.objectives.rows import widen
 from rlpost.policy import adapters
-from rlpost.policy.batch import Batch, flat_batch, padded_batch
+from rlpost.policy.batch import (
+    Batch,
+    Build,
+    Pass,
+    flat_passes,
+    laid_out,
+    padded_passes,
+    single_passes,
+    switched_batch,
+)
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import Head, Reader, over_logits, target_logprob, with_more
 from rlpost.policy.vocabulary import Vocabulary
+
+
+class Decoding(StrEnum):
+    """How a policy continues prompts token by token."""
+
+    flat = "flat"
+    """With each prompt in the cache once."""
+    padded = "padded"
+    """On left-padded rows, with the model's own cache."""
+    recomputed = "recomputed"
+    """Without a cache: every token reads its whole row again, as scoring does."""
 
 
 class Scores(NamedTuple):
@@ -48,6 +70,11 @@ class Policy(nn.Module):
         bfloat16: bool = False,
         tiled: bool = True,
         base: str = "",
+        single: bool = False,
+        decoding: Decoding | None = None,
+        switch: int | None = None,
+        reach: int | None = None,
+        known: Vocabulary | None = None,
     ) -> None:
         """Hold `model`; use `load.load_policy` to get one that has been checked.
 
@@ -58,6 +85,11 @@ class Policy(nn.Module):
             bfloat16: run under autocast.
             tiled: the head may run on tiles of hidden states; else the model's own forward gives all logits.
             base: the folder or hub name of the model without adapters.
+            single: plain rows run in a pass of their own each, since padding changes them.
+            decoding: by default flat where rows are, else padded.
+            switch: rows of more tokens are read in another way (LongRoPE's long factors).
+            reach: the longest row that reads as its beginnings do, if the model has positions for longer ones.
+            known: the tokenizer's tokens, if they have been looked at.
         """
         super().__init__()
         self.model = model
@@ -66,9 +98,29 @@ class Policy(nn.Module):
         self.in_bfloat16 = bfloat16
         self.tiled = tiled
         self.base = base
+        self.single = single
+        self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
+        self.switch = switch
+        self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
-        self.known = Vocabulary(tokenizer, int(self.causal_lm.get_output_embeddings().weight.shape[0]))
+        self.known = known or Vocabulary(tokenizer, int(self.causal_lm.get_output_embeddings().weight.shape[0]))
         self._awaiting_backward = False
+
+    def around(self, model: Any, *, bfloat16: bool) -> Policy:
+        """The same ways of scoring and sampling, with another model of this one's family."""
+        return Policy(
+            model,
+            self.tokenizer,
+            flat=self.flat,
+            bfloat16=bfloat16,
+            tiled=self.tiled,
+            base=self.base,
+            single=self.single,
+            decoding=self.decoding,
+            switch=self.switch,
+            reach=self._reach,
+            known=self.known,
+        )
 
     @property
     def causal_lm(self) -> Any:
@@ -95,7 +147,7 @@ class Policy(nn.Module):
     def longest(self) -> int:
         """Tokens of the longest sequence that the model has positions for."""
         limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 30
+        return min(int(limit) if limit else 1 << 30, self._reach or 1 << 30)
 
     @property
     def shares_prompts(self) -> bool:
@@ -106,8 +158,17 @@ class Policy(nn.Module):
 
     def batch(self, groups: Sequence[Group]) -> Batch:
         """Groups as the batch this policy's forward takes, on its device."""
-        built = flat_batch(groups, self.shares_prompts) if self.flat else padded_batch(groups)
-        return built.to(self.device)
+        build: Build = single_passes if self.single else padded_passes
+        if self.flat:
+            build = partial(flat_passes, share=self.shares_prompts)
+        longest = (
+            0
+            if self.switch is None
+            else max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
+        )
+        if self.switch is not None and longest > self.switch:
+            return switched_batch(groups, build, self.switch).to(self.device)
+        return laid_out(groups, build).to(self.device)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that training this policy moves; a critic's adapter on the same base is not among them."""
@@ -131,7 +192,7 @@ class Policy(nn.Module):
         """
         # A pass without gradient in between does not end the wait for an earlier one's backward.
         self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
-        hidden_ND, head = self._scored_states(batch)
+        hidden_ND, head = self._scored_states(batch, batch.before_N)
         with self.precision():
             if not entropy and read is None:
                 reduce = target_logprob(batch.target_N, temperature)
@@ -145,7 +206,7 @@ class Policy(nn.Module):
     def distributions(self, batch: Batch) -> Callable[[slice], Tensor]:
         """For some of the batch's actions: [n, V] log-probabilities of the whole vocabulary, without gradient."""
         with torch.no_grad():
-            hidden_ND, head = self._scored_states(batch)
+            hidden_ND, head = self._scored_states(batch, batch.before_N)
 
         @torch.no_grad()
         def some(where: slice) -> Tensor:
@@ -155,7 +216,7 @@ class Policy(nn.Module):
         return some
 
     def states(self, batch: Batch, adapter: str | None = adapters.POLICY) -> Tensor:
-        """[B·T, D] the last hidden state after every token, in at least float32, while `adapter` acts.
+        """[all passes' B·T, D] the last hidden state after every token, in at least float32, while `adapter` acts.
 
         With a gradient, the adapter goes on acting until `backward_done`: checkpointing runs parts of this again.
         """
@@ -170,8 +231,18 @@ class Policy(nn.Module):
 
     def _states(self, batch: Batch) -> Tensor:
         with self.precision():
-            hidden: Tensor = self.causal_lm.base_model(**self._inputs(batch)).last_hidden_state
-        return widen(hidden.flatten(0, 1))
+            return widen(self._hidden(batch))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """[all passes' B·T, D]."""
+        found = [self.causal_lm.base_model(**_inputs(p)).last_hidden_state.flatten(0, 1) for p in batch.passes]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def next_logits(self, batch: Batch) -> Tensor:
+        """[S, V] logits of what would follow each completion."""
+        hidden_SD, head = self._scored_states(batch, batch.after_S)
+        with self.precision():
+            return head(hidden_SD)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast to bfloat16, or nothing."""
@@ -196,24 +267,40 @@ class Policy(nn.Module):
         if self.has_adapter:
             adapters.select(self.model, adapters.POLICY)
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
-        if batch.layout is not None:
-            return inputs | {"position_ids": batch.position_BT, "layout": batch.layout}
-        return inputs | {"attention_mask": batch.mask_BT}
-
-    def _scored_states(self, batch: Batch) -> tuple[Tensor, Head]:
-        """Hidden states at the scored positions and the head for them; or logits, and what cuts them."""
-        inputs = self._inputs(batch)
+    def _scored_states(self, batch: Batch, where_N: Tensor) -> tuple[Tensor, Head]:
+        """Hidden states at some positions and the head for them; or logits, and what cuts them."""
         with self.precision():
             if self.tiled:
-                hidden = self.causal_lm.base_model(**inputs).last_hidden_state
                 whole = reproduced_head(self.causal_lm)
-                return hidden.flatten(0, 1)[batch.before_N], lambda hidden: self.known.cut(whole(hidden))
-            if batch.layout is not None:
-                inputs["logits_to_keep"] = batch.before_N
-                return self.causal_lm(**inputs).logits[0], self.known.cut
-            return self.causal_lm(**inputs).logits.flatten(0, 1)[batch.before_N], self.known.cut
+                return self._hidden(batch)[where_N], lambda hidden: self.known.cut(whole(hidden))
+            if len(batch.passes) == 1:
+                return self._logits(batch.passes[0], where_N), self.known.cut
+            order, pieces, first = [], [], 0
+            for p in batch.passes:
+                here = ((where_N >= first) & (where_N < first + p.ids_BT.numel())).nonzero()[:, 0]
+                pieces.append(self._logits(p, where_N[here] - first))
+                order.append(here)
+                first += p.ids_BT.numel()
+            return torch.cat(pieces)[torch.cat(order).argsort()], self.known.cut
+
+    def _logits(self, p: Pass, where_N: Tensor) -> Tensor:
+        """[N, V] by the model's own forward."""
+        if p.layout is not None:
+            logits: Tensor = self.causal_lm(**_inputs(p), logits_to_keep=where_N).logits[0]
+        else:
+            logits = self.causal_lm(**_inputs(p)).logits.flatten(0, 1)[where_N]
+        return logits
+
+
+def _longest(groups: Sequence[Group]) -> int:
+    return max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
+
+
+def _inputs(p: Pass) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": p.ids_BT, "use_cache": False}
+    if p.layout is not None:
+        return inputs | {"position_ids": p.position_BT, "layout": p.layout}
+    return inputs if p.mask_BT is None else inputs | {"attention_mask": p.mask_BT}
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:

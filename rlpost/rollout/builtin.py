@@ -18,9 +18,9 @@ from torch import Tensor
 from rlpost.errors import EngineError
 from rlpost.groups import Completion
 from rlpost.objectives.rows import widen
+from rlpost.policy.decoders import Decoder, decoding_attention, make_decoder
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Sampling
-from rlpost.rollout.decoders import Decoder, FlatDecoder, PaddedDecoder
 from rlpost.rollout.guide import Guide, Position
 from rlpost.rollout.sampling import choose, is_greedy
 from rlpost.rollout.stopping import StopStrings, finished
@@ -79,7 +79,7 @@ class BuiltinEngine:
         was_training = self.policy.training
         self.policy.eval()
         try:
-            with torch.no_grad(), self.policy.precision():
+            with torch.no_grad(), self.policy.precision(), decoding_attention(self.policy):
                 for start in range(0, len(rows), self.rows_at_once):
                     chunk = rows[start : start + self.rows_at_once]
                     done |= self._sample(chunk, prompts, sampling, streams, greedy)
@@ -99,9 +99,8 @@ class BuiltinEngine:
         policy = self.policy
         which = list(dict.fromkeys(r.prompt for r in rows))
         number = {prompt: at for at, prompt in enumerate(which)}
-        make = FlatDecoder if policy.flat else PaddedDecoder
-        decoder = make(
-            policy.causal_lm,
+        decoder = make_decoder(
+            policy,
             [prompts[i] for i in which],
             [number[r.prompt] for r in rows],
             sampling.max_new_tokens,
@@ -195,9 +194,8 @@ def _decode(
 
 
 def _must_fit(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-    limit = getattr(policy.causal_lm.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(p) for p in prompts)
-    if limit is not None and longest + sampling.max_new_tokens > limit:
+    if longest + sampling.max_new_tokens > (limit := policy.longest):
         raise EngineError(
             f"sampling.max_new_tokens={sampling.max_new_tokens}: with a prompt of {longest} tokens that is beyond "
             f"the model's {limit} positions; set it to at most {max(0, limit - longest)} or leave out longer prompts"

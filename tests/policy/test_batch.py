@@ -1,12 +1,14 @@
 """Groups as tensors: indices by hand, flat and padded."""
 
+from functools import partial
+
 import pytest
 import torch
 from families import EndTokenOnly, tiny
 
 from rlpost.groups import Completion, Group
 from rlpost.policy.attention import AttentionOptions
-from rlpost.policy.batch import flat_batch, padded_batch
+from rlpost.policy.batch import flat_passes, laid_out, padded_passes, single_passes, switched_batch
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Policy
 
@@ -16,38 +18,63 @@ EMPTY = Group((3,), (Completion((), ()),))
 
 
 def test_a_shared_prompt_by_hand():
-    batch = flat_batch([PAIR, EMPTY])
-    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
-    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 4, 2, 0]]
+    batch = laid_out([PAIR, EMPTY], flat_passes)
+    assert batch.passes[0].ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert batch.passes[0].position_BT.tolist() == [[0, 1, 2, 3, 4, 2, 0]]
     assert batch.before_N.tolist() == [1, 3, 1]  # both completions begin at the prompt's last token
     assert batch.target_N.tolist() == [7, 9, 4]  # 8 is no action
     assert batch.after_S.tolist() == [4, 5, 6]  # after an empty completion: after its prompt
     assert batch.rows.lengths_S.tolist() == [2, 1, 0]
-    assert batch.mask_BT is None
+    assert batch.passes[0].mask_BT is None
 
 
 def test_prompts_repeat_without_sharing():
-    batch = flat_batch([PAIR], share=False)
-    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9, 5, 6, 4]]
-    assert batch.position_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    batch = laid_out([PAIR], partial(flat_passes, share=False))
+    assert batch.passes[0].ids_BT.tolist() == [[5, 6, 7, 8, 9, 5, 6, 4]]
+    assert batch.passes[0].position_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
     assert batch.before_N.tolist() == [1, 3, 6]
     assert batch.after_S.tolist() == [4, 7]
 
 
 def test_padded_rows_by_hand():
-    batch = padded_batch([PAIR, EMPTY], pad_id=60)
-    assert batch.ids_BT.tolist() == [[5, 6, 7, 8, 9], [5, 6, 4, 60, 60], [3, 60, 60, 60, 60]]
-    assert batch.mask_BT.tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    batch = laid_out([PAIR, EMPTY], partial(padded_passes, pad_id=60))
+    assert batch.passes[0].ids_BT.tolist() == [[5, 6, 7, 8, 9], [5, 6, 4, 60, 60], [3, 60, 60, 60, 60]]
+    assert batch.passes[0].mask_BT.tolist() == [[1] * 5, [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
     assert batch.before_N.tolist() == [1, 3, 6]
     assert batch.after_S.tolist() == [4, 7, 10]
     assert batch.target_N.tolist() == [7, 9, 4]
-    assert batch.layout is None
+    assert batch.passes[0].layout is None
 
 
 def test_the_state_after_a_completion_is_that_of_its_last_token():
-    for build in (flat_batch, padded_batch):
-        batch = build([PAIR, EMPTY])
-        assert batch.ids_BT.flatten()[batch.after_S].tolist() == [9, 4, 3]
+    for build in (flat_passes, padded_passes):
+        batch = laid_out([PAIR, EMPTY], build)
+        assert batch.passes[0].ids_BT.flatten()[batch.after_S].tolist() == [9, 4, 3]
+
+
+def test_a_pass_for_each_row():
+    batch = laid_out([PAIR, EMPTY], single_passes)
+    assert [p.ids_BT.tolist() for p in batch.passes] == [[[5, 6, 7, 8, 9]], [[5, 6, 4]], [[3]]]
+    assert batch.before_N.tolist() == [1, 3, 6]
+    assert batch.after_S.tolist() == [4, 7, 8]
+
+
+def test_actions_are_taken_where_the_row_was_as_long_as_their_prefix():
+    group = Group((5, 6), (Completion((7, 8, 9, 4), (True,) * 4), Completion((3,), (True,))))
+    batch = switched_batch([group, Group((1, 1, 1, 1), (Completion((2,), (True,)),))], flat_passes, 3)
+    short, long = batch.passes
+    assert short.ids_BT.tolist() == [[5, 6, 7, 3]]  # the third token's state is the last that the near pass gives
+    assert long.ids_BT.tolist() == [[5, 6, 7, 8, 9, 4, 1, 1, 1, 1, 2]]
+    assert batch.before_N.tolist() == [1, 2, 4 + 3, 4 + 4, 1, 4 + 9]
+    assert batch.after_N.tolist() == [2, 4 + 3, 4 + 4, 4 + 5, 3, 4 + 10]
+    assert batch.after_S.tolist() == [4 + 5, 3, 4 + 10]
+    assert batch.target_N.tolist() == [7, 8, 9, 4, 3, 2]
+
+
+def test_tokens_know_how_many_completions_they_belong_to():
+    (flat,), (padded,) = (laid_out([PAIR], build).passes for build in (flat_passes, padded_passes))
+    assert flat.copies_BT.tolist() == [[2, 2, 1, 1, 1, 1]]
+    assert padded.copies_BT.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 
 
 def _slow_attention(query, key, value, segments, window):

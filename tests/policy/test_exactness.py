@@ -7,8 +7,8 @@ from families import FALLBACK, FAMILIES, VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.errors import ModelError
 from rlpost.groups import Completion, Group, completions
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import Exactness, check_exactness, use_attention
+from rlpost.policy.attention import FLAT, use_attention
+from rlpost.policy.check import Exactness, check_exactness
 from rlpost.policy.layout import FlatLayout
 from rlpost.policy.load import choose_rows
 from rlpost.policy.policy import Policy

@@ -16,8 +16,7 @@ from rlpost.errors import ModelError
 from rlpost.groups import Group, completions
 from rlpost.policy import adapters
 from rlpost.policy.adapters import CRITIC, POLICY
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import HEAD_FILE, ScalarModel, Values, critic_beside, load_scalar

@@ -12,8 +12,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import ModelError, RecipeError, RewardError
 from rlpost.groups import Completion, Group
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel
 from rlpost.recipe.schema import Tokenizer, TokenizerKind

@@ -6,8 +6,7 @@ from typing import Any
 
 from families import tiny
 
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 

@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import EngineError
 from rlpost.groups import Completion, Group
+from rlpost.policy import cache, decoders
 from rlpost.policy.adapters import add_policy_adapter
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Lora, Sampling
-from rlpost.rollout import cache, decoders
 from rlpost.rollout.builtin import BuiltinEngine
 
 PROMPTS = [[5, 9, 3, 8, 30, 31, 2, 7, 7, 12, 1], [4], [11, 12, 13, 60], [3, 1, 2, 7, 5, 6, 44, 9]]

@@ -15,8 +15,7 @@ from rlpost.experience import Experience
 from rlpost.groups import Group
 from rlpost.learner import Learner, LossFunction
 from rlpost.policy import adapters
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import HEAD_FILE, ScalarModel, load_scalar

@@ -31,7 +31,7 @@ from torch import Tensor
 from rlpost.experience import Experience
 from rlpost.groups import Completion, Group
 from rlpost.learner import Learner
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.policy.score import logprobs

@@ -22,8 +22,7 @@ from rlpost.objectives import preference
 from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
 from rlpost.policy import adapters
-from rlpost.policy.attention import FLAT
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs

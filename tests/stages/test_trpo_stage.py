@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlpost.errors import DivergedError, ModelError
 from rlpost.learner import Learner
-from rlpost.policy.check import use_attention
+from rlpost.policy.attention import use_attention
 from rlpost.stages import trpo
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])

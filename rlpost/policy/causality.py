@@ -1,0 +1,135 @@
+"""Proof that a later token cannot change an earlier score, and where the length of a row does.
+
+Training reads a whole row and takes each score as if only the tokens before it had been there. A model that looks
+ahead would learn to copy the answer; one whose rotary frequencies follow the length of the row (LongRoPE) scores the
+same prefix in two ways. Both are found by changing what comes later, and how far away it is, in one short row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAK = 1e-3
+"""Of the effect that an earlier token has: what a later one may seem to have, by rounding."""
+LEAK_HALF = 0.05
+"""The same for half-precision weights."""
+ROUNDING = 2e-6
+"""Of the largest logit."""
+ORIGINAL = "original_max_position_embeddings"
+"""What rotary parameters call the length at which the factors switch."""
+
+
+@dataclass(frozen=True)
+class Causality:
+    """What was found."""
+
+    causal: bool
+    """Later tokens change no earlier score."""
+    logits_TV: Tensor
+    """Of prompt and completion, as the model alone gives them."""
+    length: int | None = None
+    """Rows of more tokens are read in another way."""
+    step: bool = True
+    """All of those in the same one, so that there are two sides; else each length has its own."""
+
+
+def look(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, longest: int) -> Causality:
+    """Read one row, and again with other tokens at the beginning and the end of its completion, the last far away.
+
+    Args:
+        model: a transformers causal language model.
+        prompt: tokens, some.
+        completion: tokens, at least three.
+        vocabulary: token ids are below it.
+        longest: positions that the model has.
+    """
+    assert len(completion) >= 3
+    row = [*prompt, *completion]
+    other = list(row)
+    for changed in (len(prompt), len(row) - 1):
+        other[changed] = (row[changed] + 1) % vocabulary
+    n = len(prompt)
+    alone = logits(model, row)
+    far = longest - 1 if _takes_positions(model) and len(row) < longest < 1 << 30 else None
+    beside = logits(model, other, far)
+    allowed = _allowed(alone[n + 1 : -1], beside[n + 1 : -1], model.dtype)
+    if _gap(alone[:n], beside[:n]) <= allowed:
+        return Causality(True, alone)
+    if far is None or _gap(alone[:n], logits(model, other)[:n]) > allowed:
+        return Causality(False, alone)
+    length, step = _switch(model, row, far, allowed)
+    return Causality(True, alone, length, step)
+
+
+def logits(model: Any, row: Sequence[int], last_at: int | None = None) -> Tensor:
+    """[T, V] float logits of one row by the model alone; the last token may stand at another position."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": torch.tensor([list(row)], device=device)}
+    if last_at is not None:
+        position = torch.arange(len(row), device=device)
+        position[-1] = last_at
+        inputs["position_ids"] = position[None]
+    found: Tensor = model(**inputs, use_cache=False).logits[0]
+    return found if found.dtype == torch.float64 else found.float()
+
+
+def _switch(model: Any, row: Sequence[int], far: int, allowed: float) -> tuple[int, bool]:
+    """The longest row that is read as its beginnings are, and whether all longer ones are read alike."""
+    n = len(row) - 1
+    near = logits(model, row)[:n]
+    low, high = len(row) - 1, far  # positions of the last token: the same at the first, another way at the second
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _gap(near, logits(model, row, middle)[:n]) > allowed:
+            high = middle
+        else:
+            low = middle
+    step = _gap(logits(model, row, high)[:n], logits(model, row, far)[:n]) <= allowed
+    logits(model, row)  # frequencies that are kept between passes are those of short rows again
+    return high, step
+
+
+@contextmanager
+def early_switch(model: Any, at: int) -> Iterator[bool]:
+    """Rotary factors switch at `at` tokens inside, if this model can be told so; and where they did afterwards."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    tables: dict[int, dict[str, Any]] = {}
+    for config in configs.values():
+        parameters = getattr(config, "rope_parameters", None)
+        if isinstance(parameters, dict):
+            tables |= {id(p): p for p in (parameters, *parameters.values()) if isinstance(p, dict) and ORIGINAL in p}
+    before = {key: table[ORIGINAL] for key, table in tables.items()}
+    for table in tables.values():
+        table[ORIGINAL] = at
+    try:
+        yield bool(tables)
+    finally:
+        for key, table in tables.items():
+            table[ORIGINAL] = before[key]
+
+
+def switches_at(model: Any, row: Sequence[int], at: int) -> bool:
+    """Whether a row of `at` tokens is read like its beginning, and one of one more is not."""
+    short, long, same = logits(model, row[:at]), logits(model, row[: at + 1]), logits(model, row[: at - 1])
+    allowed = ROUNDING * float(short.abs().max()) * 10
+    return _gap(short[:-1], same) <= allowed < _gap(short, long[:-1])
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _allowed(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
+    share = LEAK_HALF if dtype in (torch.bfloat16, torch.float16) else LEAK
+    return max(share * _gap(a, b), ROUNDING * float(a.abs().max()))
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())

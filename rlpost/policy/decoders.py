@@ -1,0 +1,304 @@
+"""One token a row at a time through the model: with shared prompts, on padded rows, or without any cache.
+
+Which of them is exact for a model is proven at load (check.py).
+
+Axes: P prompts, B rows (live completions), W prompt columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from rlpost.groups import Completion, Group
+from rlpost.policy.attention import plain_attention
+from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.layout import Segment, flat_layout
+from rlpost.policy.policy import Decoding, Policy
+from rlpost.policy.score import passes
+
+RECOMPUTED_TOKENS = 16384
+"""Tokens of one pass of a decoder without a cache."""
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one flat prefill pass; a longer prompt has a pass of its own."""
+
+
+class Decoder(Protocol):
+    """Rows that continue prompts."""
+
+    def start(self) -> Tensor:
+        """[B, V] logits of each row's first token."""
+        ...
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """[B, V] logits after one more token a row."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        ...
+
+
+class FlatDecoder:
+    """Prompts run as one flat row, and stay in the cache once, however many rows continue them."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
+        """Prepare to decode at most `limit` tokens a row.
+
+        Args:
+            model: a transformers causal language model whose attention follows a layout.
+            prompts: token ids.
+            prompt_of_row: [B] the prompt each row continues, ascending, none left out.
+            limit: tokens.
+        """
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.prompts = prompts
+        widths = [len(p) for p in prompts]
+        self.layout = PromptedLayout(widths, prompt_of_row, limit, self.device)
+        self.cache = Cache(layer_class_to_replicate=partial(PromptedLayer, self.layout))
+        self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
+        self.position_B = torch.tensor(widths, device=self.device)[self.prompt_of_row]
+
+    def start(self) -> Tensor:
+        """[B, V] logits of each row's first token."""
+        last = torch.cat([self._prefill(prompts) for prompts in _passes(self.prompts)])
+        widths = np.array([len(p) for p in self.prompts])
+        behind = np.cumsum(widths)[:, None] - np.arange(self.layout.width, 0, -1)
+        index = torch.from_numpy(np.maximum(behind, 0)).to(self.device)
+        for layer in self.cache.layers:
+            layer.arrange(index)
+        self.layout.prefilling = False
+        return last[self.prompt_of_row]
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """[B, V] logits after one more token a row."""
+        self.layout.length += 1
+        logits: Tensor = self._forward(ids_B[:, None], self.position_B[:, None], self.layout, 1)[:, -1]
+        self.position_B = self.position_B + 1
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        prompts = self.layout.keep(rows.cpu().numpy())
+        for layer in self.cache.layers:
+            layer.keep(rows, prompts)
+        self.position_B = self.position_B[rows]
+
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """[P, V] logits after each prompt; the cache takes their keys and values."""
+        ends = np.cumsum([len(p) for p in prompts])
+        segments = [Segment(int(end) - len(p), len(p)) for p, end in zip(prompts, ends, strict=True)]
+        ids = np.concatenate([np.asarray(p, np.int64) for p in prompts])
+        position = np.concatenate([np.arange(len(p)) for p in prompts])
+        layout = flat_layout(segments, len(ids)).to(self.device)
+        return self._forward(self._row(ids), self._row(position), layout, self._row(ends - 1)[0])[0]
+
+    def _forward(self, ids: Tensor, position: Tensor, layout: Any, keep: int | Tensor) -> Tensor:
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=position,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            layout=layout,
+        ).logits
+        return logits
+
+    def _row(self, x: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(x)[None].to(self.device)
+
+
+class PaddedDecoder:
+    """Left-padded rows with transformers' own cache and mask."""
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
+        """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`."""
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.takes = frozenset(inspect.signature(model.forward).parameters)
+        self.cache = DynamicCache(config=model.config)
+        # Models without attention name theirs otherwise, and pass over a cache by another name without a word.
+        self.cache_name = "cache_params" if "cache_params" in self.takes else "past_key_values"
+        self.width = max(len(p) for p in prompts)
+        ids = np.zeros((len(prompts), self.width), np.int64)
+        mask = np.ones((len(prompts), self.width + limit), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, self.width - len(prompt) :] = prompt
+            mask[row, : self.width - len(prompt)] = 0
+        self.ids_PW = torch.from_numpy(ids).to(self.device)
+        # One mask for all steps, each of which sees a slice of it.
+        self.mask = torch.from_numpy(mask).to(self.device)
+        self.position_B = torch.zeros(0)
+        self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
+
+    def start(self) -> Tensor:
+        """[B, V] logits of each row's first token."""
+        position = (self.mask[:, : self.width].cumsum(1) - 1).clamp(min=0)
+        logits = self._forward(self.ids_PW, position)
+        self.position_B = position[:, -1]
+        self.keep(self.prompt_of_row)
+        return logits[self.prompt_of_row]
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """[B, V] logits after one more token a row."""
+        self.width += 1
+        self.position_B = self.position_B + 1
+        return self._forward(ids_B[:, None], self.position_B[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        # Unlike `batch_select_indices`, every kind of cache layer in transformers has this.
+        self.cache.reorder_cache(rows)
+        self.mask, self.position_B = self.mask[rows], self.position_B[rows]
+
+    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
+        optional = {"position_ids": position, "logits_to_keep": 1}
+        logits: Tensor = self.model(
+            input_ids=ids,
+            attention_mask=self.mask[:, : self.width],
+            use_cache=True,
+            **{self.cache_name: self.cache},
+            **{name: value for name, value in optional.items() if name in self.takes},
+        ).logits
+        return logits[:, -1]
+
+
+class RecomputingDecoder:
+    """No cache: every step scores the whole rows again, as training does."""
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
+        """Prepare to decode; arguments as of `FlatDecoder`."""
+        self.policy = policy
+        self.prompts = [tuple(p) for p in prompts]
+        self.rows: list[tuple[int, tuple[int, ...]]] = [(prompt, ()) for prompt in prompt_of_row]
+        """The prompt and the tokens so far of each row."""
+
+    def start(self) -> Tensor:
+        """[B, V] logits of each row's first token."""
+        groups: dict[int, list[Completion]] = {}
+        for prompt, ids in self.rows:
+            groups.setdefault(prompt, []).append(Completion(ids, (False,) * len(ids)))
+        whole = [Group(self.prompts[prompt], tuple(some)) for prompt, some in groups.items()]
+        logits = [self.policy.next_logits(self.policy.batch(some)) for some in passes(whole, RECOMPUTED_TOKENS)]
+        return torch.cat(logits)
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """[B, V] logits after one more token a row."""
+        self.rows = [(p, (*ids, new)) for (p, ids), new in zip(self.rows, ids_B.tolist(), strict=True)]
+        return self.start()
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        self.rows = [self.rows[i] for i in rows.tolist()]
+
+
+Start = Callable[[Sequence[Sequence[int]], Sequence[int], int], Decoder]
+"""(prompts, [B] the prompt of each row, limit) -> a decoder of them; arguments as of `FlatDecoder`."""
+
+
+class SwitchingDecoder:
+    """For models that read rows of more than `switch` tokens in another way: rows that grow beyond it start anew."""
+
+    def __init__(
+        self, begin: Start, switch: int, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int
+    ) -> None:
+        """Prepare to decode; `begin` makes a decoder of rows that lie on one side."""
+        self._begin = begin
+        self._switch = switch
+        self._rows = [list(prompts[p]) for p in prompt_of_row]
+        """All tokens of each row."""
+        self._end = max(map(len, prompts)) + limit
+        self._parts: list[tuple[bool, list[int], Decoder]] = []
+        """Whether its rows are beyond the switch, which rows they are (ascending), and what decodes them."""
+
+    def start(self) -> Tensor:
+        """[B, V] logits of each row's first token."""
+        sides: dict[bool, list[int]] = {}
+        for at, ids in enumerate(self._rows):
+            sides.setdefault(len(ids) > self._switch, []).append(at)
+        return self._in_order([(rows, self._add(beyond, rows)) for beyond, rows in sides.items()])
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """[B, V] logits after one more token a row."""
+        for ids, new in zip(self._rows, ids_B.tolist(), strict=True):
+            ids.append(new)
+        pieces, crossing = [], []
+        for beyond, rows, decoder in self._parts:
+            stay = rows if beyond else [r for r in rows if len(self._rows[r]) <= self._switch]
+            crossing += [r for r in rows if r not in set(stay)]
+            if stay and len(stay) < len(rows):
+                decoder.keep(torch.tensor([i for i, r in enumerate(rows) if r in set(stay)], device=ids_B.device))
+            rows[:] = stay
+            if stay:
+                pieces.append((stay, decoder.step(ids_B[torch.tensor(stay, device=ids_B.device)])))
+        if crossing:
+            pieces.append((crossing, self._add(True, crossing)))
+        self._parts = [part for part in self._parts if part[1]]
+        return self._in_order(pieces)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        number = {old: new for new, old in enumerate(rows.tolist())}
+        for _, own, decoder in self._parts:
+            stay = [i for i, r in enumerate(own) if r in number]
+            if stay and len(stay) < len(own):
+                decoder.keep(torch.tensor(stay, device=rows.device))
+            own[:] = [number[own[i]] for i in stay]
+        self._parts = [part for part in self._parts if part[1]]
+        self._rows = [self._rows[i] for i in rows.tolist()]
+
+    def _add(self, beyond: bool, rows: list[int]) -> Tensor:
+        """A decoder of these rows, as far as they are; [rows, V] its first logits."""
+        whole = [tuple(self._rows[r]) for r in rows]
+        # Rows of one prompt stay side by side, however their numbers lie.
+        distinct = list(dict.fromkeys(whole))
+        order = sorted(range(len(rows)), key=lambda i: distinct.index(whole[i]))
+        ordered = [rows[i] for i in order]
+        room = max(1, self._end - min(map(len, distinct)))
+        decoder = self._begin(distinct, [distinct.index(whole[i]) for i in order], room)
+        self._parts.append((beyond, ordered, decoder))
+        return decoder.start()[torch.tensor(np.argsort(order))]
+
+    def _in_order(self, pieces: list[tuple[list[int], Tensor]]) -> Tensor:
+        rows = np.argsort([r for some, _ in pieces for r in some])
+        logits = torch.cat([x for _, x in pieces])
+        return logits[torch.from_numpy(rows).to(logits.device)]
+
+
+def make_decoder(policy: Policy, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> Decoder:
+    """What continues the prompts in the way that is exact for this policy; arguments as of `FlatDecoder`."""
+    if policy.decoding is Decoding.recomputed:
+        return RecomputingDecoder(policy, prompts, prompt_of_row)
+    begin = partial(FlatDecoder if policy.decoding is Decoding.flat else PaddedDecoder, policy.causal_lm)
+    longest = max(map(len, prompts)) + limit
+    if policy.switch is None or longest <= policy.switch or min(map(len, prompts)) > policy.switch:
+        return begin(prompts, prompt_of_row, limit)
+    return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
+
+
+def decoding_attention(policy: Policy) -> AbstractContextManager[None]:
+    """Inside, the model's attention is that of its decoder, where that is not the one it scores with."""
+    if policy.flat and policy.decoding is Decoding.padded:
+        return plain_attention(policy.causal_lm)
+    return nullcontext()
+
+
+def _passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Neighbouring prompts within the token budget of a pass."""
+    bunch: list[Sequence[int]] = []
+    for prompt in prompts:
+        if bunch and sum(map(len, bunch)) + len(prompt) > PREFILL_TOKENS:
+            yield bunch
+            bunch = []
+        bunch.append(prompt)
+    yield bunch
