@@ -60,6 +60,14 @@ def test_a_mean_of_means_would_have_been_seen(budget):
     assert metrics["sign"] == pytest.approx(96 / 104)
 
 
+def test_completions_without_actions_are_not_counted():
+    """Unscored ones have none: a mean over completions does not divide by them."""
+    said, unscored = (Completion((5, 6), (acted,) * 2) for acted in (True, False))
+    experience = Experience((Group((1,), (said, unscored, said)), Group((2,), (unscored,))))
+    totals = make_learner(make_policy()).totals(experience)
+    assert (totals.actions, totals.completions, totals.groups) == (4, 2, 2)
+
+
 # --- The step
 
 

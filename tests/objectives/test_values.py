@@ -1,9 +1,12 @@
 """The critic's loss by hand."""
 
+import math
+
 import pytest
 import torch
 
-from rlpost.objectives.values import value_loss
+from rlpost.objectives.rows import Rows
+from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value, value_loss
 
 
 def loss_and_gradient(value: float, old: float, returns: float = 1.0, **settings) -> tuple[float, float]:
@@ -48,3 +51,33 @@ def test_at_the_old_value_the_clip_takes_nothing_away():
     value.requires_grad_()
     value_loss(value, returns, value.detach()).sum().backward()
     assert torch.allclose(value.grad, value.detach() - returns, rtol=0, atol=1e-15)
+
+
+# V = σ(logit) of two completions' states: 0.2 and 0.6 before two actions, 0.9 before one.
+LOGITS = torch.tensor([0.2, 0.6, 0.9], dtype=torch.float64).logit()
+ROWS = Rows([2, 0, 1])
+
+
+def test_the_label_is_what_a_logit_is_to_be_the_probability_of():
+    logit_N = LOGITS.clone().requires_grad_()
+    loss_N = monte_carlo_value(logit_N, torch.tensor([1.0, 0.0, 0.3]))
+    expected = [-math.log(0.2), -math.log(0.4), -0.3 * math.log(0.9) - 0.7 * math.log(0.1)]
+    assert loss_N.tolist() == pytest.approx(expected)
+    loss_N.sum().backward()
+    assert logit_N.grad.tolist() == pytest.approx([-0.8, 0.6, 0.6])
+
+
+def test_a_bellman_residual_follows_the_next_value_and_does_not_pull_it():
+    logit_N = LOGITS.clone().requires_grad_()
+    loss_N = bellman_residual(logit_N, torch.tensor([0.0, 0.0, 1.0]), ROWS)
+    # 0.2 against 0.6, then the end: 0.6 against its label 0, and 0.9 against its label 1.
+    assert loss_N.tolist() == pytest.approx([0.08, 0.18, 0.005])
+    loss_N.sum().backward()
+    # (V − target)·V(1 − V): the state that is followed has no gradient of the one before it.
+    assert logit_N.grad.tolist() == pytest.approx([-0.4 * 0.16, 0.6 * 0.24, -0.1 * 0.09])
+
+
+def test_a_contrast_with_several_negatives_takes_their_number_off():
+    found = contrastive_value(LOGITS, torch.tensor([1.0, 0.0, 0.0]), negatives=3)
+    odds = [0.2 / 0.8 / 3, 0.6 / 0.4 / 3, 0.9 / 0.1 / 3]
+    assert found.tolist() == pytest.approx([math.log(1 + 1 / odds[0]), math.log(1 + odds[1]), math.log(1 + odds[2])])

@@ -92,7 +92,8 @@ def _slow_attention(query, key, value, segments, window):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+# Segments have 40 tokens before 3 or 90 of their own: windows about each length, and about both together.
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 39, 40, 41, 89, 90, 91, 129, 130, 131])
 def test_tiles_attend_and_differentiate_as_one_full_mask_does(window):
     segments = [Segment(0, 40), Segment(40, 3, 0, 40), Segment(43, 90, 0, 40), Segment(133, 1), Segment(134, 2, 133, 1)]
     layout = flat_layout(segments, 136)

@@ -42,6 +42,8 @@ def test_min_p_keeps_what_is_at_least_p_times_the_largest():
     assert kept(Sampling(min_p=0.24)) == [0, 1, 2, 3]
     assert kept(Sampling(min_p=0.26)) == [0, 1]
     assert kept(Sampling(min_p=0.51)) == [1]
+    # Exactly p times as likely is enough.
+    assert kept(Sampling(min_p=0.25), torch.tensor([[0.0, math.log(0.25), math.log(0.2)]])) == [0, 1]
 
 
 def test_filters_apply_in_order_each_to_what_is_left():

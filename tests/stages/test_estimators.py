@@ -45,6 +45,15 @@ def noted(completions):
 
 def above(reward_PG, running_mean):
     return reward_PG - running_mean
+
+
+def cancelling(reward_N, rows):
+    """1 for the first action of two, −1 for the second: nothing, summed over such a completion."""
+    credit_N = 0.0 * reward_N
+    for first, length in zip(rows.start_S.tolist(), rows.lengths_S.tolist()):
+        if length == 2:
+            credit_N[first], credit_N[first + 1] = 1.0, -1.0
+    return credit_N
 '''
 WORTH = [{"fn": "own.py:worth"}]
 STAGE: dict[str, Any] = {
@@ -305,6 +314,25 @@ def test_a_state_is_worth_what_fresh_rollouts_earn_from_it(tmp_path):
 
 def earned(text: str, length: int) -> float:
     return 1.5 * value(text) + 0.1 * length
+
+
+def test_credit_that_cancels_within_a_completion_is_no_reason_to_skip_it(tmp_path):
+    rows = learned(tmp_path, advantage={"fn": "own.py:cancelling"}, sampling={"max_new_tokens": 2})
+    credit: Credit = [[[1.0, -1.0] if n == 2 else [0.0] * n for n in group] for group in lengths(rows)]
+    assert any(n == 2 for group in lengths(rows) for n in group)
+    assert_credited(tmp_path, rows, credit)
+
+
+@pytest.mark.parametrize("per", ["token", "completion"])
+def test_a_correction_compares_the_two_at_the_temperature_that_was_sampled_at(tmp_path, per):
+    """Engine and trainer are one model here, whose weights are therefore 1 at any temperature."""
+    correction = {"mode": "truncate", "per": per, "cap": 100.0}
+    rows = learned(tmp_path, sampling={"max_new_tokens": 5, "temperature": 0.5}, correction=correction)
+    line = metrics(tmp_path, "grpo")[0]
+    assert line["effective_samples"] == pytest.approx(1, abs=1e-4)
+    assert line["sampler_gap"] < 1e-3
+    centred = [[(x - mean(g)) / (std(g) + 1e-4) if len(set(g)) > 1 else 0.0 for x in g] for g in rewards(rows)]
+    assert_credited(tmp_path, rows, centred)
 
 
 def test_advantages_of_all_actions_can_be_whitened(tmp_path):
