@@ -34,7 +34,18 @@ SHARES = {"tests": 0.97, "verify": 0.60}
 VERIFIED = "objectives"
 LONGEST = 150.0
 """Seconds; a change that makes tests run on for ever has been noticed."""
-HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "scipy.stats", "hypothesis", "typer", "hydra", "pytest")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "scipy.stats",
+    "hypothesis",
+    "typer",
+    "hydra",
+    "pytest",
+)
 """Imported once, before each change gets a process of its own: everything slow but the package itself."""
 MODELS = ("AutoModelForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel", "PreTrainedTokenizerFast")
 
@@ -104,9 +115,7 @@ def copied() -> Iterator[Path]:
                 shutil.copytree(source, root / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(source, root / name)
-        compileall.compile_dir(
-            root / "rlpost", quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH
-        )
+        compileall.compile_dir(root / "rlpost", quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
         yield root
 
 
