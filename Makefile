@@ -1,11 +1,12 @@
 # make demo    a tiny model through SFT, DPO and GRPO, from nothing, in two minutes
 # make test    the tests;  make check    lint and types;  both make .venv first
+# make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture clean
+.PHONY: demo test check torture mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -20,6 +21,9 @@ check: $(STAMP)
 
 torture: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or case"
+
+mutants: $(STAMP)
+	$(BIN)/python scripts/mutants.py
 
 # torch first and alone: its constraint decides which build every later package is resolved against.
 $(STAMP): pyproject.toml constraints.txt

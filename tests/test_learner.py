@@ -186,6 +186,41 @@ def test_a_gradient_that_is_not_finite_changes_nothing(loss):
     assert_same(learner.weights(), other.weights())
 
 
+def test_gradients_whose_norm_alone_is_beyond_all_numbers_change_nothing():
+    policy = make_policy()
+    learner = make_learner(policy)
+    before = snapshot(learner.weights())
+
+    def huge(scores, part):
+        return 1e200 * weighted_nll(scores, part)[0], {}
+
+    with pytest.raises(DivergedError, match="update 1: "):
+        learner.update(huge, simple(policy))
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+    assert_same(learner.weights(), before)
+
+
+def test_the_step_is_as_long_as_the_rate_of_its_update():
+    policies = [make_policy(), make_policy()]
+    slow = make_learner(policies[0], learning_rate=0.5, factor=lambda _: 0.02)
+    other = make_learner(policies[1], learning_rate=0.01)
+    for learner, policy in zip((slow, other), policies, strict=True):
+        learner.update(weighted_nll, simple(policy))
+    assert_same(slow.weights(), other.weights())
+
+
+def test_a_model_is_in_training_mode_for_its_gradient_alone():
+    policy, seen = make_policy(), []
+
+    def watching(scores, part):
+        seen.append(policy.training)
+        return weighted_nll(scores, part)
+
+    make_learner(policy).update(watching, simple(policy))
+    assert seen == [True]
+    assert not policy.training
+
+
 # --- Resuming
 
 
@@ -208,12 +243,14 @@ def assert_resumes(make: Callable[[], Policy], losses: Sequence[Callable], at: i
             if p.requires_grad:
                 p.add_(1.0)  # a resumed process has other weights until it loads
     resumed = settings(policy)
+    kept = snapshot(saved["optimizer"])
     resumed.load(**saved)
     for number, loss in list(enumerate(losses))[at:]:
         resumed.update(loss, simple(policy, seed=number))
     assert resumed.updates == len(losses)
     assert_same(resumed.weights(), learner.weights())
     assert_same(resumed.optimizer_state(), learner.optimizer_state())
+    assert_same(saved["optimizer"], kept)  # what was given is not what moves
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from conftest import Tally
 from tiny_world import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +16,7 @@ from rlpost.recipe.schema import Sampling
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.stopping import StopStrings, finished
 
+Tally = Callable[..., None]
 TEXTS = (
     "The sum is 4.\n\nUser: and 5+7? ### Answer: 12\n```\nprint('x')\n```\n",
     "Grüße aus Köln, naïve façade — ça va… «fin» £5 €20.\n\n",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlpost.objectives import Rows
-from rlpost.objectives.rows import widen
+from rlpost.objectives.rows import has_signal, widen
 
 X = torch.tensor([1.0, 2.0, 10.0, 20.0, 30.0])
 
@@ -70,3 +70,11 @@ def test_sums_are_taken_in_at_least_float32(rows):
 
 def test_lengths_may_be_a_tensor():
     assert Rows(torch.tensor([1, 2])).index_N.tolist() == [0, 1, 1]
+
+
+def test_a_group_has_a_signal_where_two_scored_rewards_differ():
+    nan = float("nan")
+    groups = torch.tensor(
+        [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [nan, 1.0, 1.0], [nan, 1.0, 2.0], [nan, nan, 1.0], [nan] * 3]
+    )
+    assert has_signal(groups).tolist() == [False, True, False, True, False, False]

@@ -14,6 +14,7 @@ from rlpost.objectives import (
     sequence_mean,
     sequence_sum,
     token_mean,
+    weigh,
 )
 
 
@@ -33,6 +34,16 @@ def test_counts_of_the_whole_update_replace_those_of_a_part():
     assert sequence_sum(rows, 4).tolist() == [0.25] * 4
     assert constant_length(rows, 2, 4).tolist() == [1 / 8] * 4
     assert pair_mean(2, 8).tolist() == [1 / 8] * 2
+
+
+def test_weights_by_name_are_given_the_counts_they_ask_for():
+    rows, counts = Rows([1, 0, 3]), {"actions": 40, "completions": 5, "length": 8}
+    assert weigh("token_mean", rows, **counts).tolist() == [1 / 40] * 4
+    assert weigh("sequence_mean", rows, **counts).tolist() == pytest.approx([1 / 5, 1 / 15, 1 / 15, 1 / 15])
+    assert weigh("sequence_sum", rows, **counts).tolist() == [1 / 5] * 4
+    assert weigh("constant_length", rows, **counts).tolist() == [1 / 40] * 4
+    with pytest.raises(ValueError, match="no weight 'mean'"):
+        weigh("mean", rows, **counts)
 
 
 def test_means_add_up_to_one_and_are_float64():
