@@ -3,8 +3,8 @@
     python scripts/coverage.py [--draws 2000]
 
 Prompts are drawn from a population of success rates, answers from each prompt's rate. A row is a population and a size,
-prompts × samples a prompt; a column is what an evaluation prints: the share of right answers, pass@2, and a mean by
-Student's t for comparison, which is what graded scores outside [0, 1] get.
+prompts × samples a prompt; a column is what an evaluation says: the share of right answers, pass@2, the majority's, and
+a mean by Student's t for comparison, which is what graded scores outside [0, 1] get.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
+from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, majority_at_k, pass_at_k
 
 Rates = NDArray[np.float64]
 SIZES = ((8, 4), (20, 4), (100, 4), (20, 16))
@@ -30,6 +30,15 @@ class Population:
     draw: Callable[[np.random.Generator, int], Rates]
     mean: float
     pass_at_2: float
+
+    def majority(self, samples: int) -> float:
+        """How often most of a prompt's answers are right, a tie counting half, where all wrong ones agree."""
+        rate = self.draw(np.random.default_rng(0), 400_000)
+        found = np.zeros_like(rate)
+        for right in range((samples + 1) // 2, samples + 1):
+            won = 0.5 if 2 * right == samples else 1.0
+            found += won * math.comb(samples, right) * rate**right * (1 - rate) ** (samples - right)
+        return float(found.mean())
 
 
 def beta(a: float, b: float) -> Population:
@@ -58,7 +67,7 @@ kind, and then say nothing of it."""
 
 
 def inside(estimate: Estimate, truth: float) -> bool:
-    """Whether an interval holds the truth."""
+    """Whether an interval holds the truth; none at all does not."""
     return estimate.low - 1e-12 <= truth <= estimate.high + 1e-12
 
 
@@ -68,34 +77,37 @@ def answers(population: Population, prompts: int, samples: int, random: np.rando
     return (random.random((prompts, samples)) < rate_P[:, None]).astype(float).tolist()
 
 
-def share(population: Population, scores: list[list[float]]) -> bool:
+Scores = list[list[float]]
+
+
+def share(scores: Scores) -> Estimate:
     """The share of right answers."""
-    return inside(clustered_share(scores), population.mean)
+    return clustered_share(scores)
 
 
-def pass_at_2(population: Population, scores: list[list[float]]) -> bool:
+def pass_at_2(scores: Scores) -> Estimate:
     """pass@2, as the evaluator computes it."""
-    found = clustered_share([[pass_at_k(len(row), int(sum(row)), 2)] for row in scores])
-    return inside(found, population.pass_at_2)
+    return clustered_share([[pass_at_k(len(row), int(sum(row)), 2)] for row in scores])
 
 
-def by_t(population: Population, scores: list[list[float]]) -> bool:
-    """Student's t of prompts; no interval at all where answers are all alike counts as a miss."""
-    found = clustered_mean(scores)
-    return not math.isnan(found.low) and inside(found, population.mean)
+def majority(scores: Scores) -> Estimate:
+    """The answer that most samples of a prompt agree on."""
+    return clustered_share([[majority_at_k([str(x) for x in row], row)] for row in scores])
 
 
-COLUMNS = {"share": share, "pass@2": pass_at_2, "t": by_t}
+COLUMNS = {"share": share, "pass@2": pass_at_2, "majority": majority, "t": clustered_mean}
 
 
 def coverage(population: Population, prompts: int, samples: int, draws: int, seed: int = 0) -> dict[str, float]:
     """column -> how many of all intervals held the truth."""
     random = np.random.default_rng(seed)
     found = dict.fromkeys(COLUMNS, 0)
+    truth = dict.fromkeys(COLUMNS, population.mean)
+    truth |= {"pass@2": population.pass_at_2, "majority": population.majority(samples)}
     for _ in range(draws):
         scores = answers(population, prompts, samples, random)
         for name, column in COLUMNS.items():
-            found[name] += column(population, scores)
+            found[name] += inside(column(scores), truth[name])
     return {name: hits / draws for name, hits in found.items()}
 
 

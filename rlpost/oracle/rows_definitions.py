@@ -45,7 +45,8 @@ def _drawn(problem: Problem) -> Tensor:
 
 def _advantage_rows(problem: Problem) -> list[Row]:
     leaf_PG = _drawn(problem)
-    reward_PG = problem.reward_L[leaf_PG] - 0.3
+    # Of either sign, and so are the groups' means.
+    reward_PG = problem.reward_L[leaf_PG] - problem.reward_L.mean()
     # Every third group has a completion without a reward.
     reward_PG[::3, 1] = torch.nan
     length_PG = problem.tree.length_L[leaf_PG].double()
@@ -206,7 +207,28 @@ def _step_rows(problem: Problem) -> list[Row]:
     true = [torch.tensor(x, dtype=torch.float64) for x in (even, last, worst)]
     true.append(torch.cat([x.flip(0).cumsum(0).flip(0) for x in torch.split(z_N, rows.lengths_S.tolist())]))
     names = ("spread_evenly", "on_last", "least", "process_normalised")
-    return [exact(name, relative_error(f_N, t_N)) for name, f_N, t_N in zip(names, found, true, strict=True)]
+    end_S = rows.lengths_S.double().cos()
+    value_K = reward_K.cos()
+    by_value = [x.tolist() for x in torch.split(value_K, steps.count_S.tolist())]
+    gained: list[float] = []
+    for own, end, n in zip(by_value, end_S.tolist(), rows.lengths_S.tolist(), strict=True):
+        ahead = [*own[1:], end]
+        gained += [ahead[at // 2] - own[at // 2] for at in range(n)]
+    tried_N = credit.monte_carlo_values(value_K, end_S, steps)
+    later = [
+        sum(GAMMA**k * x for k, x in enumerate(own[t:]))
+        for own in (x.tolist() for x in torch.split(true[0], rows.lengths_S.tolist()))
+        for t in range(len(own))
+    ]
+    discounted_N = credit.process(reward_K, steps, how="even", gamma=GAMMA)
+    more = {
+        "monte_carlo_values": (tried_N, gained),
+        f"process, evenly, γ={GAMMA:g}": (discounted_N, later),
+    }
+    listed = [exact(name, relative_error(f_N, t_N)) for name, f_N, t_N in zip(names, found, true, strict=True)]
+    return listed + [
+        exact(name, relative_error(f_N, torch.tensor(t, dtype=torch.float64))) for name, (f_N, t) in more.items()
+    ]
 
 
 def _kl_rows(problem: Problem) -> list[Row]:

@@ -8,13 +8,14 @@ Axes: L leaves, N actions of all leaves, S completions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlpost.objectives import metrics, surrogates
+from rlpost.objectives import kl, metrics, surrogates
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.surrogates import ratio
 from rlpost.oracle import truth
@@ -176,7 +177,12 @@ def _weight_rows(sampled: Sampled) -> list[Row]:
     )
     size = metrics.without_parts({k: float(x.mean()) for k, x in metrics.effective_sample_parts(found[0]).items()})
     share = sum(token) ** 2 / (len(token) * sum(x * x for x in token))
+    far_N = torch.tensor([-50.0, 50.0, 5.0], dtype=torch.float64)
+    held = kl.k3(torch.zeros_like(far_N), far_N), ratio(far_N, torch.zeros_like(far_N))
+    limits = [math.exp(-20) + 19, math.exp(20) - 21, math.exp(5) - 6, math.exp(-20), math.exp(20), math.exp(5)]
+    apart = (torch.cat(held) / torch.tensor(limits, dtype=torch.float64) - 1).abs().max()
     return [
+        exact("log-ratios of ±50 in ratio and k3", float(apart), "as of ±20"),
         exact("ratios and corrections, each action and whole completions", error, "by hand", 1e-11),
         exact("policy ratio of every action", relative_error(ratio(*given[:2]), sampled.r_N)),
         exact("effective share of samples", abs(size["effective_samples"] / share - 1), "(Σw)²/(N·Σw²)"),

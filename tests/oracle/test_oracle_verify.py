@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlpost.objectives import advantages
+from rlpost.objectives import advantages, kl, preference, supervised, surrogates
+from rlpost.oracle import rows_values
 from rlpost.oracle.report import Report
 from rlpost.oracle.verify import verify
 
@@ -62,6 +63,38 @@ def test_an_estimator_that_breaks_is_found(monkeypatch):
     # Where it is written out, and where it stands beside the KL.
     assert {f.split(",")[0].split(" −")[0] for f in failed} == {"leave_one_out"}
     assert len(failed) == 3
+
+
+def optimistic(logp_N, old_logp_N, advantage_N, rows, *, low=0.2, high=0.2, **_):
+    """PPO's surrogate with the better of the two, where it takes the worse."""
+    r_N = (logp_N - old_logp_N).exp()
+    return torch.minimum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - low, 1 + high))
+
+
+def pulled(logit_N, label_N, rows):
+    """A Bellman residual whose target has a gradient too."""
+    value_N = torch.sigmoid(logit_N)
+    next_SL = rows.pad(value_N)[:, 1:]
+    next_N = rows.flatten(torch.cat([next_SL, next_SL.new_zeros(rows.completions, 1)], 1))
+    next_N[rows.last] = label_N[rows.last]
+    return 0.5 * (value_N - next_N).square()
+
+
+WRONG = {
+    "off-policy: clipped_surrogate": (surrogates, "clipped_surrogate", optimistic),
+    "bellman_residual at the true V": (rows_values, "bellman_residual", pulled),
+    "gradient of dpo": (preference, "dpo", lambda pairs, *, beta, epsilon=0.0: (1 - beta * pairs.margin_P) ** 2),
+    "jensen_shannon": (supervised, "jensen_shannon", lambda s, t, *, mix: supervised.reverse_kl(s, t)),
+    "adaptive β below, at and above its target": (kl, "adaptive", lambda beta, *_, **__: beta),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_objective_fails_its_claim(monkeypatch, name):
+    monkeypatch.setattr(*WRONG[name])
+    failed = [row.name for row in verify(3, 2, models=False).failed]
+    assert name in failed
+    assert len(failed) <= 6
 
 
 def test_random_numbers_of_others_are_left_alone():
