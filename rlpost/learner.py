@@ -6,6 +6,7 @@ ranks, the sum of the parts' gradients is the update's gradient however it is cu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +24,11 @@ from rlpost.policy.batch import Batch
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(what the model says of a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
 
+
+_REMEDY = (
+    "nothing was changed by it. Lower learning_rate (--allow-change goes on from the last checkpoint with it), "
+    "or look at the last rollouts"
+)
 
 LOSS = "loss"
 """The metric that is summed over parts and ranks, since its weights were counted over the whole update."""
@@ -107,6 +113,8 @@ class Learner:
         self.model = model
         self.accelerator = accelerator
         self.updates = 0
+        self.place = ""
+        """Where training stands, for messages: `sft: step 5 (policy)`; empty outside a stage's steps."""
         self._peak = learning_rate
         self._factor = factor
         self._max_norm = max_grad_norm
@@ -157,10 +165,11 @@ class Learner:
             how: what else the model's forward pass is told: the temperature of sampling, say.
 
         Raises:
-            DivergedError: if the gradient is not finite; nothing was changed then.
+            DivergedError: if the gradient or a metric is not finite; nothing was changed then.
         """
         metrics = self.gradient(loss, experience, **how)
         norm = self._clip()
+        self.must_be_finite(metrics)
         rate = self.rate
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -225,11 +234,23 @@ class Learner:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
         if not torch.isfinite(norm):
             name = next((n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
-            raise DivergedError(
-                f"update {self.updates + 1}: the gradient of {name} is not finite; nothing was changed by it. "
-                "Lower learning_rate, or look at the last rollouts; the run resumes from its last checkpoint"
-            )
+            raise DivergedError(f"{self._here}: the gradient of {name} is not finite; {_REMEDY}")
         return norm
+
+    def must_be_finite(self, metrics: Mapping[str, float]) -> None:
+        """Look at what an update measured, before it changes anything.
+
+        Raises:
+            DivergedError: a number is not finite. A finite gradient proves nothing: a clamp hides what it clamps.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                what = "the loss" if name == LOSS else f"the metric {name}"
+                raise DivergedError(f"{self._here}: {what} is not finite ({value}); {_REMEDY}")
+
+    @property
+    def _here(self) -> str:
+        return ", ".join(filter(None, [self.place, f"update {self.updates + 1}"]))
 
     def _clip(self) -> float:
         norm = self.gradient_norm()

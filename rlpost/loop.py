@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlpost import console
-from rlpost.errors import Interrupted
+from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.groups import Group
 from rlpost.learner import Learner
+from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
 
@@ -61,6 +63,7 @@ class Loop:
         states: Mapping[str, Stateful],
         weights: Mapping[str, Weights],
         interrupts: Interrupts,
+        inputs: Inputs,
         *,
         steps: int,
         checkpoint_every: int,
@@ -76,6 +79,7 @@ class Loop:
             states: what else is saved with a checkpoint, by name.
             weights: likewise, of tensors.
             interrupts: signals that ask to stop.
+            inputs: what the stage reads beside its data.
             steps: how many.
             checkpoint_every: steps between checkpoints; 0 for none.
             keep: checkpoints kept.
@@ -87,6 +91,7 @@ class Loop:
         self._states = states
         self._weights = weights
         self._interrupts = interrupts
+        self._inputs = inputs
         self._steps = steps
         self._every = checkpoint_every
         self._keep = keep
@@ -98,31 +103,56 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
 
+        The state after the last step is saved too (unless there are no checkpoints at all): the result can be made
+        from it again, and more steps can follow.
+
         Raises:
             Interrupted: after a checkpoint, when a signal asked to stop.
+            DivergedError: what a checkpoint or the result would hold is not finite; it is not written.
+            ModelError: a model or rows that the stage stands on are not those of its checkpoint.
+            RecipeError: more steps are done than the recipe asks for.
         """
         first = self._resume()
+        if first > self._steps:
+            raise RecipeError(
+                f"stages.{self._title}: {first} steps are done but the recipe asks for {self._steps}; "
+                f"ask for at least {first}, or remove {self._out.path} to train it again"
+            )
+        self._out.reopen()
         if first:
             console.say(f"{self._title}: resumes after step {first} of {self._steps}")
         with console.Progress(self._title, self._steps, start=first) as progress:
             for step in range(first, self._steps):
                 began = time.perf_counter()
+                self._say_where(step + 1)
                 yield step
                 done = step + 1
                 if self._main and done % self._log_every == 0:
                     self._out.timing(done, {"seconds": time.perf_counter() - began})
                 progress.advance(self._live)
                 stopping = self._interrupts.requested
-                if done < self._steps and (stopping is not None or (self._every and done % self._every == 0)):
+                due = done % self._every == 0 or done == self._steps if self._every else False
+                if due or (stopping is not None and done < self._steps):
                     self._save(done)
                 if stopping is not None and done < self._steps:
                     raise Interrupted(
                         f"{self._title} stopped after step {done} with a checkpoint; run the same command to go on",
                         stopping,
                     )
+        if not self._every:
+            self._must_be_finite(self._steps, self._tensors())
 
     def log(self, step: int, metrics: Mapping[str, float], live: Sequence[str] = ()) -> None:
-        """Write a step's metrics; those named in `live` also go to the progress line."""
+        """Write a step's metrics; those named in `live` also go to the progress line.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
+        wrong = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise DivergedError(
+                f"{self._title}: step {step + 1}: {wrong} is not finite ({metrics[wrong]}); {self._remedy}"
+            )
         self._live = {name: metrics[name] for name in live if name in metrics}
         if self._main and (step + 1) % self._log_every == 0:
             self._out.log(step + 1, metrics)
@@ -134,8 +164,17 @@ class Loop:
 
     def _resume(self) -> int:
         checkpoint = self._out.resume()
+        before = checkpoint.state["inputs"] if checkpoint else {}
+        now = self._inputs.identities(before)
         if checkpoint is None:
             return 0
+        changed = first_difference(before, now)
+        if changed is not None:
+            name, how = changed
+            raise ModelError(
+                f"{self._title}: {self._inputs.path(name)} is not what training began beside: {how}; restore it, "
+                f"remove {self._out.path} to train it again, or choose another run=NAME"
+            )
         for name, learner in self._learners.items():
             weights, optimizer = _files(name)
             updates = int(checkpoint.state["updates"][name])
@@ -147,22 +186,59 @@ class Loop:
             stateful.load(checkpoint.state["states"][name])
         return checkpoint.step
 
+    def _say_where(self, step: int) -> None:
+        for name, learner in self._learners.items():
+            whose = "" if name == POLICY else f" ({name})"
+            learner.place = f"{self._title}: step {step}{whose}"
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """What training moves, by file of a checkpoint."""
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        for name, learner in self._learners.items():
+            tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
+        return tensors | {name: moving.weights() for name, moving in self._weights.items()}
+
+    def _must_be_finite(self, done: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        found = not_finite(tensors)
+        if found is not None:
+            raise DivergedError(
+                f"{self._title}: step {done}: {found} is not finite, so nothing is saved of it; {self._remedy}"
+            )
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            "lower learning_rate and go on from the last checkpoint with --allow-change, or look at the last rollouts"
+        )
+
     def _save(self, done: int) -> None:
         if self._main:
-            tensors: dict[str, Mapping[str, Tensor]] = {"random": _random()}
-            for name, learner in self._learners.items():
-                tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
-            tensors |= {name: moving.weights() for name, moving in self._weights.items()}
+            moved = self._tensors()
+            self._must_be_finite(done, moved)
             self._out.save(
                 done,
-                tensors,
+                {"random": _random(), **moved},
                 {
                     "updates": {name: learner.updates for name, learner in self._learners.items()},
                     "states": {name: stateful.state() for name, stateful in self._states.items()},
+                    "inputs": self._inputs.identities(),
                 },
                 self._keep,
             )
         self._accelerator.wait_for_everyone()
+
+
+def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first tensor that holds a NaN or an infinity, as `FILE/TENSOR`; None if all are finite."""
+    for file, named in tensors.items():
+        # Fetched from the device at once.
+        names = [name for name, x in named.items() if x.is_floating_point()]
+        if not names:
+            continue
+        finite = torch.stack([named[name].isfinite().all() for name in names]).tolist()
+        if not all(finite):
+            return f"{file}/{names[finite.index(False)]}"
+    return None
 
 
 def _files(learner: str) -> tuple[str, str]:

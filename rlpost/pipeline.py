@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,32 @@ from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
 from rlpost.data.sources import label, read
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.errors import Interrupted, RlpostError
+from rlpost.errors import Interrupted, ModelError, RlpostError
+from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import MAKES_ROWS, Evaluation, Kind, Sft, Source, Stage, TokenizerKind, leaves_policy
+from rlpost.recipe.schema import (
+    MAKES_ROWS,
+    Evaluation,
+    Kind,
+    Precision,
+    Recipe,
+    Sft,
+    Source,
+    Stage,
+    TokenizerKind,
+    leaves_policy,
+)
+from rlpost.run.changes import LENGTHS
+from rlpost.run.contents import Contents, difference
 from rlpost.run.files import place
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
-from rlpost.run.manifest import fault
+from rlpost.run.manifest import fault, measure
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
@@ -91,23 +106,18 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     keep_freed_memory()
-    # What the environment might say of precision or accumulation is the recipe's and the learner's business.
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
-    if accelerator.num_processes > 1:
-        raise RlpostError(
-            f"started as {accelerator.num_processes} processes, but a run is one process on one device; "
-            "start it without a launcher, and choose the GPU with CUDA_VISIBLE_DEVICES"
-        )
-    functions = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(recipe, resolved.folder) if b.sha256}
+    accelerator = the_accelerator()
+    functions = functions_of(resolved)
     with (
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
     ):
-        bfloat16 = bool(run.remember("bfloat16", lambda: decide_bfloat16(recipe.model.precision, accelerator.device)))
+        bfloat16 = _bfloat16(run, recipe.model.precision, accelerator.device)
         base = base_checkpoint(resolved, run)
+        memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
-        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device)
+        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
         evaluations.after("base", base, done.checkpoints)
         for name, stage in recipe.stages.items():
             if not stage.enabled:
@@ -127,13 +137,39 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 accelerator=accelerator,
                 interrupts=interrupts,
                 lineage={"recipe_sha256": recipe_hash(resolved)},
+                inputs=Inputs(recipe.model.revision, memo),
+                settings=run.record.config["stages"][name],
                 allow_change=allow_change,
             )
             _run_stage(context, stage, done, evaluations)
+            if not run.record.base:  # a model of the hub, which is here only now
+                prove_base(run, base, recipe.model.revision)
             if leaves_policy(stage):
                 evaluations.after(name, done.current, done.checkpoints)
         evaluations.print()
         return done.current
+
+
+def functions_of(resolved: Resolved) -> dict[str, str]:
+    """`FILE:NAME` -> sha256 of the file, for the user's own functions; also other files that decide what is trained."""
+    found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
+    return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
+
+
+def the_accelerator() -> Accelerator:
+    """Of this process.
+
+    Raises:
+        RlpostError: it is one of several.
+    """
+    # What the environment might say of precision or accumulation is the recipe's and the learner's business.
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.num_processes > 1:
+        raise RlpostError(
+            f"started as {accelerator.num_processes} processes, but a run is one process on one device; "
+            "start it without a launcher, and choose the GPU with CUDA_VISIBLE_DEVICES"
+        )
+    return accelerator
 
 
 def preflight(resolved: Resolved) -> list[str]:
@@ -179,15 +215,43 @@ def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     if model.path is not None:
         return find_checkpoint(model.path) or Path(model.path)
     folder = run.base.resolve()
-    if folder.is_dir() and fault(folder) is None:
+    made_from = {"config": model.config, "tokenizer": asdict(model.tokenizer) if model.tokenizer else None}
+    digest = hashlib.sha256(json.dumps([made_from, resolved.config.seed], default=str).encode()).hexdigest()
+    about = {"run": run.record.run, "stage": "base", "made_from": digest}
+    wrong = fault(folder, about) if folder.exists() else None
+    if folder.is_dir() and wrong is None:
         return folder
+    if wrong is not None:
+        console.warn(f"{folder}: {wrong}; it is made anew")
     tokenizer = scratch_tokenizer(resolved)
-    place(
-        folder,
-        lambda into: make_model(model.config, tokenizer, resolved.config.seed, into),
-        {"stage": "base"},
-    )
+    place(folder, lambda into: make_model(model.config, tokenizer, resolved.config.seed, into), about)
     return folder
+
+
+def prove_base(run: RunDirectory, base: Path, revision: str | None) -> dict[str, Contents]:
+    """Compare the model that everything starts from with what the run began with, or record it; returns it by path.
+
+    Raises:
+        ModelError: it is another one, and something was trained from it.
+    """
+    before = run.record.base or {}
+    now = identity(base, before, revision)
+    how = difference(before, now)
+    if how is not None and run.trained:
+        raise ModelError(
+            f"model.path: {base} is not the model that this run began with: {how}; "
+            "restore it or choose another run=NAME"
+        )
+    if now["files"] and now != before:
+        run.remember_base(now)
+    return {str(base): now}
+
+
+def files_of(recipe: Recipe, folder: Path) -> list[Path]:
+    """Files that the recipe names beside data, models and functions: a chat template, lists of endings."""
+    named = [recipe.model.chat_template] if recipe.model.chat_template else []
+    goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
+    return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
 
 
 def scratch_tokenizer(resolved: Resolved) -> Any:
@@ -226,9 +290,18 @@ def recipe_hash(resolved: Resolved) -> str:
     return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
 
 
+def _bfloat16(run: RunDirectory, wish: Precision, device: torch.device) -> bool:
+    """What the recipe says; what it leaves open is measured once and kept."""
+    if wish is not Precision.auto:
+        return decide_bfloat16(wish, device)
+    return bool(run.remember("bfloat16", lambda: decide_bfloat16(wish, device)))
+
+
 def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: StageEvaluations) -> None:
     result = context.out.done
-    if result is not None:
+    longer = result is not None and _asks_for_more(context, stage)
+    if result is not None and not longer:
+        _must_stand_on_the_same(context, done)
         console.say(f"{context.name}: done already")
     else:
         evaluations.forget(context.name)
@@ -241,6 +314,32 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     done.checkpoints[context.name] = result.resolve()
     if leaves_policy(stage):
         done.current = done.checkpoints[context.name]
+
+
+def _asks_for_more(context: Context, stage: Stage) -> bool:
+    """Whether the recipe makes a finished stage longer than it was when it finished (which needs leave to change)."""
+    before = context.out.proof.get("settings", {})
+    return any(before.get(key, getattr(stage, key, None)) != getattr(stage, key, None) for key in LENGTHS)
+
+
+def _must_stand_on_the_same(context: Context, done: Progress) -> None:
+    """Compare what a finished stage was made from with what lies there now.
+
+    Raises:
+        ModelError: another result of an earlier stage, another reference, other rows.
+    """
+    made_from: Mapping[str, Contents] = context.out.proof.get("inputs", {})
+    inputs = Inputs(context.model.revision)
+    earlier = {"start": context.start, **done.checkpoints, **{name: rows.parent for name, rows in done.rows.items()}}
+    for name in made_from.keys() & earlier.keys():
+        inputs.note(name, earlier[name])
+    changed = first_difference(made_from, inputs.identities(made_from))
+    if changed is not None:
+        name, how = changed
+        raise ModelError(
+            f"{context.out.path}: it was trained from another {inputs.path(name)} than lies there now: {how}; "
+            f"restore that, remove {context.out.path} to train it again, or choose another run=NAME"
+        )
 
 
 def _look_at(sources: Mapping[str, Source], where: str, need: Need, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,59 @@ from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
 from rlpost.evaluate.table import print_answers, print_stages, telling_prompts
 from rlpost.groups import Group
+from rlpost.policy.identity import identity
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import Evaluation, TooLong
 from rlpost.rollout.judge import AnyJudge, load_judge
-from rlpost.run.files import disk_errors, encode_line, read_json, write_atomic, write_json
+from rlpost.run.contents import Contents, difference
+from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
 from rlpost.run.lookup import find_checkpoint
+from rlpost.run.manifest import measure
+from rlpost.run.names import EVALUATION
+from rlpost.run.record import run_id
+from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_scorer
 
-FOLDER = "evaluation"
-SETTINGS = "SETTINGS"
+_PROVEN = ("json", "jsonl")
 
 
 class StageEvaluations:
-    """The evaluations of one run, kept as evaluation/STAGE.json and evaluation/STAGE.jsonl (one line a sample)."""
+    """The evaluations of one run, kept as evaluation/STAGE.json and evaluation/STAGE.jsonl (one line a sample).
 
-    def __init__(self, resolved: Resolved, run: Path, bfloat16: bool, device: torch.device) -> None:
-        """Nothing is evaluated yet."""
+    STAGE.proof says what they are of, and holds their sha256: under other settings, of another model, or damaged, they
+    are made again, so that a table compares like with like.
+    """
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        run: Path,
+        bfloat16: bool,
+        device: torch.device,
+        functions: Mapping[str, str],
+        memo: dict[str, Contents],
+    ) -> None:
+        """Nothing is evaluated yet.
+
+        Args:
+            resolved: the recipe.
+            run: its directory.
+            bfloat16: the precision already decided.
+            device: where models are put.
+            functions: file and name -> sha256, of the user's own functions.
+            memo: path -> what a model's folder holds, as it is known by now; it is added to.
+        """
         self._resolved = resolved
         self._cfg: Evaluation | None = resolved.config.evaluation
-        self._folder = run / FOLDER
+        self._run = run
+        self._folder = run / EVALUATION
         self._bfloat16 = bfloat16
         self._device = device
+        self._functions = functions
+        self._memo = memo
         self._names: list[str] = []
 
     def after(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> None:
@@ -53,8 +82,8 @@ class StageEvaluations:
         if self._cfg is None or not self._cfg.every_stage:
             return
         self._names.append(name)
-        self._forget_other_settings()
-        if self._file(name).is_file():
+        about = self._about(name, checkpoint, known)
+        if self._stands(name, about):
             return
         policy = load_policy(
             checkpoint,
@@ -65,29 +94,72 @@ class StageEvaluations:
         )
         console.say(f"evaluating {name}")
         prompts, result = evaluate_recipe(self._resolved, self._cfg, policy, known)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
-        write_atomic(self._folder / f"{name}.jsonl", b"".join(lines))
+        write_atomic(self._file(name, "jsonl"), b"".join(lines))
         write_json(self._file(name), result.to_json())
+        with disk_errors(self._folder):
+            files = {ending: measure(self._file(name, ending)) for ending in _PROVEN}
+        # A model that has just been fetched is known only now.
+        about = self._about(name, checkpoint, known)
+        write_atomic(self._file(name, "proof"), seal({**about, "files": files}))
 
     def forget(self, name: str) -> None:
         """Remove what is on disk of stage `name`, which is about to be trained: it is of another result."""
         with disk_errors(self._file(name)):
-            self._file(name).unlink(missing_ok=True)
+            for ending in ("proof", *_PROVEN):
+                self._file(name, ending).unlink(missing_ok=True)
 
-    def _forget_other_settings(self) -> None:
-        """Drop results that were taken under another `evaluation`: a table compares like with like."""
-        assert self._cfg is not None
-        settings = {**asdict(self._cfg), "show": None, "every_stage": None}
-        file = self._folder / SETTINGS
-        now = json.loads(json.dumps(settings, default=str))
-        if file.is_file() and read_json(file) == now:
-            return
+    def _about(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> dict[str, Any]:
+        """What decides how an evaluation comes out: settings, code, model, and the models that judge."""
+        settings = json.loads(json.dumps({**asdict(self._cfg), "show": None, "every_stage": None}, default=str))  # type: ignore[arg-type]
+        asked = {text for text in _texts(settings) if text in known}
+        # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.
+        own = {text.rpartition("/")[2] for text in _texts(settings) if ".py:" in text}
+        code = {key: digest for key, digest in self._functions.items() if key.rpartition("/")[2] in own}
+        return {
+            "run": run_id(self._run),
+            "stage": name,
+            "settings": settings,
+            "code": code,
+            "bfloat16": self._bfloat16,
+            "model": self._identity(checkpoint),
+            "judges": {other: self._identity(known[other]) for other in sorted(asked)},
+        }
+
+    def _identity(self, checkpoint: Path) -> Contents:
+        found = identity(checkpoint, self._memo.get(str(checkpoint)), self._resolved.config.model.revision)
+        self._memo[str(checkpoint)] = found
+        return found
+
+    def _stands(self, name: str, about: Mapping[str, Any]) -> bool:
+        """Whether the evaluation on disk is whole and of this model under these settings; says so if it is not."""
+        if not any(self._file(name, ending).exists() for ending in ("proof", *_PROVEN)):
+            return False
+        wrong = self._wrong(name, about)
+        if wrong is not None:
+            console.warn(f"{self._folder / name}.*: {wrong}; {name} is evaluated again")
+        return wrong is None
+
+    def _wrong(self, name: str, about: Mapping[str, Any]) -> str | None:
         with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob("*.json*"):
-                old.unlink()
-        write_json(file, now)
+            path = self._file(name, "proof")
+            proof = unseal(path.read_bytes()) if path.is_file() else None
+            if proof is None:
+                return f"{path.name} is missing or damaged"
+            for ending, written in proof["files"].items():
+                file = self._file(name, ending)
+                if not file.is_file() or measure(file) != written:
+                    return f"{file.name} is missing or has changed since it was written"
+        if (proof["run"], proof["stage"]) != (about["run"], about["stage"]):
+            return "they are of another stage or run"
+        if any(proof[key] != about[key] for key in ("settings", "code", "bfloat16")):
+            return "they were taken under other settings"
+        pairs = {"model": (proof["model"], about["model"])}
+        pairs |= {name: (proof["judges"].get(name, {}), judge) for name, judge in about["judges"].items()}
+        changed = next((key for key, (old, new) in pairs.items() if difference(old, new)), None)
+        return f"they are of another {changed}" if changed else None
 
     def print(self) -> None:
         """The table of all stages, and a few prompts answered before and after."""
@@ -112,11 +184,19 @@ class StageEvaluations:
         )
 
     def _greedy_rows(self, name: str) -> list[dict[str, Any]]:
-        with (self._folder / f"{name}.jsonl").open(encoding="utf-8") as file:
+        with self._file(name, "jsonl").open(encoding="utf-8") as file:
             return [row for row in map(json.loads, file) if row["mode"] == "greedy"]
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.json"
+    def _file(self, name: str, ending: str = "json") -> Path:
+        return self._folder / f"{name}.{ending}"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in settings."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(item)
 
 
 def evaluate_recipe(

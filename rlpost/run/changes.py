@@ -1,4 +1,8 @@
-"""What changed between the recipe a run was started with and the one it is continued with."""
+"""What changed between the recipe a run was started with and the one it is continued with, and what may change.
+
+Three kinds of keys: FREE ones change no weight; those that take effect from here on may change with leave; and
+those that what was trained already stands on are refused, because the change could not be applied.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +13,17 @@ FREE = ("run", "runs", "description", "threads", "vars", "evaluation.show")
 """Keys that change no weight: they may differ (`vars` counts where it is used)."""
 FREE_IN_STAGES = ("log_every", "table_every", "checkpoint_every", "keep_checkpoints")
 """The same, in every stage."""
+LATER = (
+    *("evaluation", "folder"),
+    *("model.attention", "model.chat_template", "model.gradient_checkpointing", "model.precision"),
+)
+"""Keys outside the stages that take effect from here on; all others are refused once something was trained."""
+FIXED_IN_STAGES = ("kind", "start", "refresh", "recorded", "critic.start", "critic.trunk")
+"""Keys of a stage that a checkpoint of it stands on; the others take effect from its last checkpoint on."""
+LENGTHS = ("steps", "epochs")
+"""Keys by which a finished stage may be made longer."""
+OF_FILES = ("code of ", "content of ")
+"""How changes of files that the recipe names begin; they too take effect from here on."""
 _SHOWN = 5
 _WIDTH = 60
 _ABSENT = "(absent)"
@@ -25,6 +40,81 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.key}: {_short(self.old)} -> {_short(self.new)}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How far a stage has come."""
+
+    done: bool
+    begun: bool
+    """There is a checkpoint or a result."""
+    extendable: bool
+    """The state after its last step is there."""
+    folder: str
+
+
+def refusal(changes: Sequence[Change], stages: Mapping[str, Trained]) -> tuple[Change, str] | None:
+    """The first change that cannot be applied, and why, with a remedy; None if all can be, from here on.
+
+    Args:
+        changes: all that differ and are not free.
+        stages: how far each has come, those of both recipes, in order.
+    """
+    found = ((change, _refusal(change, stages)) for change in changes)
+    return next(((change, reason) for change, reason in found if reason is not None), None)
+
+
+def _refusal(change: Change, stages: Mapping[str, Trained]) -> str | None:
+    parts = change.key.removeprefix("order of ").split(".")
+    if change.key.startswith(OF_FILES) or _below(change.key, LATER):
+        return None
+    if parts[0] != "stages":
+        return "all that was trained stands on it; choose another run=NAME"
+    if len(parts) == 1:
+        begun = [name for name, stage in stages.items() if stage.begun]
+        return f"{', '.join(begun)} were trained in the old order; choose another run=NAME" if begun else None
+    name = parts[1]
+    stage = stages[name]
+    after = _begun_after(name, stages)
+    if len(parts) == 2 or parts[2:] == ["enabled"]:
+        return f"{_them(after)} trained without this change; {_remove(after, stages)}" if after else None
+    if stage.done and (change.key.startswith("order of ") or parts[2] not in LENGTHS or not _longer(change)):
+        redo = [name, *after]
+        return f"{name} is finished and was trained with the old value; {_remove(redo, stages)}"
+    if stage.done and after:
+        return f"{_them(after)} trained from {name} as it is; {_remove(after, stages)}"
+    if stage.done and not stage.extendable:
+        return f"{name} is finished and kept no state to go on from; {_remove([name], stages)}"
+    own = ".".join(parts[2:])
+    fixed = change.key.startswith("order of ") or _below(own, FIXED_IN_STAGES) or own.endswith(".direction")
+    if stage.begun and fixed:
+        return f"the checkpoints of {name} stand on it; {_remove([name], stages)}"
+    return None
+
+
+def _longer(change: Change) -> bool:
+    """Whether a stage gets longer; where steps take the place of epochs, training itself will tell."""
+    old, new = json.loads(change.old), json.loads(change.new)
+    return old is None or new is None or new > old
+
+
+def _begun_after(name: str, stages: Mapping[str, Trained]) -> list[str]:
+    order = list(stages)
+    return [other for other in order[order.index(name) + 1 :] if stages[other].begun]
+
+
+def _them(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'was' if len(names) == 1 else 'were'}"
+
+
+def _remove(names: Sequence[str], stages: Mapping[str, Trained]) -> str:
+    folders = " and ".join(stages[name].folder for name in names)
+    return f"choose another run=NAME, or remove {folders} to train {'it' if len(names) == 1 else 'them'} again"
+
+
+def _below(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
 
 
 def one_line(changes: Sequence[Change]) -> str:

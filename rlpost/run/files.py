@@ -102,7 +102,7 @@ def _same(one: Path, other: Path) -> bool:
     if not other.exists() or fault(other):
         return False
     first, second = read_manifest(one), read_manifest(other)
-    return first is not None and second is not None and bool(first["files"] == second["files"])
+    return first is not None and first == second
 
 
 def _swap(temporary: Path, folder: Path) -> None:

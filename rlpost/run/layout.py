@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import yaml
 
 from rlpost import console
 from rlpost.errors import RecipeError, RunInUseError
 from rlpost.run import names
-from rlpost.run.changes import Change, differences, one_line
+from rlpost.run.changes import OF_FILES, Change, Trained, differences, one_line, refusal
 from rlpost.run.environment import environment
-from rlpost.run.files import Json, clear_leftovers, disk_errors, read_json, write_atomic, write_json
-from rlpost.run.lookup import find_checkpoint, list_runs, newest_finished_run, read_config
+from rlpost.run.files import Json, clear_leftovers, disk_errors, write_atomic
+from rlpost.run.lookup import find_checkpoint, list_runs, newest_finished_run
+from rlpost.run.record import (
+    Record,
+    changed_given,
+    digests,
+    read_record,
+    repair_copies,
+    write_copies,
+    write_record,
+)
 from rlpost.run.stage import StageDirectory
 
 if TYPE_CHECKING:
@@ -25,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RunDirectory", "find_checkpoint", "list_runs", "newest_finished_run", "open_run"]
 
-_OURS = {names.RECIPE, names.OVERRIDES, names.ENVIRONMENT, names.LOCK, names.HOLDER}
-"""What may lie in a run directory before its configuration does, which is written last."""
+_OURS = {names.RECIPE, names.OVERRIDES, names.ENVIRONMENT, names.CONFIG, names.LOCK, names.HOLDER}
+"""What may lie in a run directory before its record does, which is written last."""
 _REMEDY = "pass --allow-change to go on with the new, or choose another run=NAME"
 
 
@@ -41,22 +49,34 @@ class RunDirectory:
         """Where a model made from scratch is kept; write it with `files.place`."""
         return self.path / names.BASE
 
+    @property
+    def record(self) -> Record:
+        """What the run is, as run.json says."""
+        record = read_record(self.path)
+        assert record is not None, "open"
+        return record
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything that would be lost: a checkpoint or a result of a stage."""
+        return something_trained(self.path)
+
     def stage(self, name: str) -> StageDirectory:
         """The directory of a stage; raises RecipeError for a name that cannot be one."""
         return StageDirectory(names.stage_path(self.path, name))
 
     def remember(self, key: str, make: Callable[[], Json]) -> Json:
         """The saved answer to what is decided once in a run (precision); `make` decides it the first time."""
-        decisions = self._decisions()
+        decisions = self.record.decisions
         if key not in decisions:
-            decisions[key] = make()
-            write_json(self.path / names.DECISIONS, decisions)
-        return self._decisions()[key]
+            decisions = json.loads(json.dumps({**decisions, key: make()}))
+            write_record(self.path, replace(self.record, decisions=decisions))
+            write_copies(self.path, self.record)
+        return decisions[key]
 
-    def _decisions(self) -> dict[str, Json]:
-        path = self.path / names.DECISIONS
-        decisions: dict[str, Json] = read_json(path) if path.exists() else {}
-        return decisions
+    def remember_base(self, contents: Mapping[str, Json]) -> None:
+        """Record what the model is that everything starts from."""
+        write_record(self.path, replace(self.record, base=dict(contents)))
 
 
 @contextmanager
@@ -77,9 +97,9 @@ def open_run(
         functions: name -> sha256 of the file, for functions from the user's own files.
 
     Raises:
-        RecipeError: the name is malformed, or the run was started with other settings (key: old -> new).
+        RecipeError: the name is malformed, or the run was trained with other settings (key: old -> new).
         RunInUseError: another process has it open.
-        DiskError: it cannot be written.
+        DiskError: it cannot be written, or its record is damaged.
     """
     from omegaconf import OmegaConf
 
@@ -94,12 +114,21 @@ def open_run(
             with disk_errors(given):
                 files[names.RECIPE] = given.read_text(encoding="utf-8")
         text = OmegaConf.to_yaml(recipe, resolve=True)
-        surroundings = environment(recipe.threads, functions or {})
-        if (path / names.CONFIG).exists():
-            _take_up(path, text, surroundings, files, allow_change)
+        now = Record(text, environment(recipe.threads, functions or {}), digests(files))
+        record = read_record(path)
+        if record is None:
+            _begin(path, now, files)
         else:
-            _begin(path, text, surroundings, files)
+            repair_copies(path, record, given if inside else None)
+            _take_up(path, record, now, files, allow_change)
         yield RunDirectory(path)
+
+
+def something_trained(run: Path) -> bool:
+    """Whether a stage of the run, of whatever recipe, has a checkpoint or a result."""
+    with disk_errors(run):
+        folders = [p for p in run.iterdir() if p.is_dir() and p.name not in (names.BASE, names.EVALUATION)]
+        return any(_trained(folder).begun for folder in folders)
 
 
 @contextmanager
@@ -124,46 +153,107 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _begin(path: Path, text: str, surroundings: Json, files: Mapping[str, str]) -> None:
+def _begin(path: Path, record: Record, files: Mapping[str, str]) -> None:
     with disk_errors(path):
         strangers = sorted(p.name for p in path.iterdir() if p.name not in _OURS)
     if strangers:
         raise RecipeError(
-            f"run: {path} holds {strangers[0]} but no {names.CONFIG}: not a run to go on with; "
-            "move it away or choose another run=NAME"
+            f"run: {path} holds {strangers[0]} but no {names.RECORD}: not a run that can be proven and gone on with; "
+            "move it away, restore the file, or choose another run=NAME"
         )
-    write_json(path / names.ENVIRONMENT, surroundings)
-    for name, content in {**files, names.CONFIG: text}.items():
+    for name, content in files.items():
         write_atomic(path / name, content.encode())
+    write_copies(path, record)
+    write_record(path, record)
 
 
-def _take_up(path: Path, text: str, surroundings: Json, files: Mapping[str, str], allow_change: bool) -> None:
-    old, new = read_config(path), yaml.safe_load(text)
-    before = read_json(path / names.ENVIRONMENT)
+def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], allow_change: bool) -> None:
+    """Compare the run with what is asked for now, and record what is to be done from here on."""
+    old, new = record.config, now.config
     changes = [c for c in differences(old, new) if not _stage_may_come_or_go(path, c, old, new)]
-    functions = surroundings["functions"]
-    for name, sha256 in before["functions"].items():
+    before, functions = record.environment["functions"], now.environment["functions"]
+    for name, sha256 in before.items():
         if functions.get(name, sha256) != sha256:
-            changes.append(Change(f"code of {name}", f"sha256 {sha256[:12]}", f"sha256 {functions[name][:12]}"))
-    if changes:
-        _refuse_or_warn(path, changes, allow_change)
-    newer = [Change(k, v, surroundings["versions"].get(k, "-")) for k, v in before["versions"].items()]
+            what = OF_FILES[0 if ".py:" in name else 1] + name
+            changes.append(Change(what, f"sha256 {sha256[:12]}", f"sha256 {functions[name][:12]}"))
+    history = record.changes
+    if changes and not something_trained(path):
+        console.say(f"{path}: nothing was trained yet, so the run takes the recipe as it is now: {one_line(changes)}")
+    elif changes:
+        stages = _progress(path, old, new)
+        _refuse_or_warn(path, changes, stages, allow_change)
+        listed = [{"key": c.key, "old": c.old, "new": c.new} for c in changes]
+        history = [*history, {"at": _reached(path, stages), "changes": listed}]
+    versions = record.environment["versions"]
+    newer = [Change(k, v, now.environment["versions"].get(k, "-")) for k, v in versions.items()]
     newer = [change for change in newer if change.old != change.new]
     if newer:
         console.warn(f"{path}: {one_line(newer)}; results may differ in the last digits")
-    if before != surroundings:
-        _keep_old(path / names.ENVIRONMENT)
-        write_json(path / names.ENVIRONMENT, surroundings)
-    if old != new:
-        _keep_old(path / names.CONFIG)
-        for name, content in {**files, names.CONFIG: text}.items():
+    # A function that this recipe leaves out stays known, in case it comes back.
+    surroundings = {**now.environment, "functions": {**before, **functions}}
+    _rewrite(path, record, replace(now, environment=surroundings, changes=history), files)
+
+
+def _rewrite(path: Path, record: Record, now: Record, files: Mapping[str, str]) -> None:
+    """Record the new recipe and surroundings where they differ, and keep what people could read of the old."""
+    damaged = changed_given(path, record)
+    for name in damaged:
+        console.warn(f"{path / name}: has changed since it was written, and is written anew as given now")
+    recipe, surroundings = record.recipe != now.recipe, record.environment != now.environment
+    kept = {name: digest for name, digest in record.given.items() if name not in files}
+    given = now.given | kept if recipe or damaged else record.given
+    full = replace(now, given=given, decisions=record.decisions, base=record.base, run=record.run)
+    if full == record:
+        return
+    for name in [names.ENVIRONMENT] * surroundings + [names.CONFIG] * recipe:
+        _keep_old(path / name)
+    # The record first: a copy that does not say what it does is written anew.
+    write_record(path, full)
+    if recipe or damaged:
+        for name, content in files.items():
             write_atomic(path / name, content.encode())
+    write_copies(path, full)
 
 
-def _refuse_or_warn(path: Path, changes: Sequence[Change], allow_change: bool) -> None:
+def _refuse_or_warn(path: Path, changes: Sequence[Change], stages: Mapping[str, Trained], allow_change: bool) -> None:
+    reason = refusal(changes, stages)
     if not allow_change:
-        raise RecipeError(f"{path}: this run was started with other settings: {one_line(changes)}; {_REMEDY}")
-    console.warn(f"{path}: going on with changed settings: {one_line(changes)}")
+        # Leave to change is no remedy where it would not be given.
+        remedy = _REMEDY if reason is None else f"{reason[0].key}: {reason[1]}"
+        raise RecipeError(f"{path}: this run was started with other settings: {one_line(changes)}; {remedy}")
+    if reason:
+        raise RecipeError(f"{path}: {reason[0]} cannot be applied: {reason[1]}")
+    console.warn(f"{path}: going on with changed settings, from here on: {one_line(changes)}")
+
+
+def _progress(path: Path, old: Json, new: Json) -> dict[str, Trained]:
+    """How far every stage of either recipe has come, in the new one's order; what it leaves out, where that was."""
+    order, before = list(new["stages"]), list(old["stages"])
+    for at, name in enumerate(before):
+        if name not in order:
+            order.insert(order.index(before[at - 1]) + 1 if at else 0, name)
+    return {name: _trained(names.stage_path(path, name)) for name in order}
+
+
+def _trained(folder: Path) -> Trained:
+    stage = StageDirectory(folder)
+    checkpoints = stage.checkpoints()
+    done = (folder / names.DONE).exists()
+    return Trained(
+        done=done,
+        begun=done or bool(checkpoints) or (folder / names.FINAL).exists(),
+        extendable=bool(checkpoints) and names.step_of(checkpoints[-1]) == stage.proof.get("step"),
+        folder=str(folder),
+    )
+
+
+def _reached(path: Path, stages: Mapping[str, Trained]) -> dict[str, Json]:
+    """The stage that goes on from here, and its step."""
+    for name, stage in stages.items():
+        if not stage.done:
+            checkpoints = StageDirectory(path / name).checkpoints()
+            return {"stage": name, "step": names.step_of(checkpoints[-1]) if checkpoints else 0}
+    return {"stage": None, "step": None}
 
 
 def _stage_may_come_or_go(path: Path, change: Change, old: Json, new: Json) -> bool:

@@ -9,14 +9,17 @@ from typing import Any
 
 import yaml
 
+from rlpost import console
 from rlpost.errors import DiskError, ModelError
 from rlpost.run import names
 from rlpost.run.files import disk_errors
 from rlpost.run.manifest import fault
+from rlpost.run.record import read_record, run_id
 from rlpost.run.stage import StageDirectory
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
+_REPAIR = "run its `rlpost train` again to repair it, or take another checkpoint"
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -97,6 +100,9 @@ def parent_of(checkpoint: Path) -> Path:
 
 def read_config(run: Path) -> dict[str, Any]:
     """The resolved recipe of a run as plain data; raises DiskError when it cannot be read."""
+    record = read_record(run)
+    if record is not None:
+        return record.config
     path = run / names.CONFIG
     with disk_errors(path):
         text = path.read_text(encoding="utf-8")
@@ -150,7 +156,7 @@ def _of_run(run: Path) -> Path:
     if name is None:
         raise ModelError(f"{run}: its recipe has no enabled stage that trains; name a checkpoint or a model")
     if (run / name / names.DONE).exists():
-        return _verified(run / name / names.FINAL)
+        return _finished(run / name)
     done = [p.parent for p in sorted(run.glob(f"*/{names.DONE}"))]
     other = f", or take {done[-1]}" if done else ""
     raise ModelError(f"{run}: stage {name} is not finished; run its `rlpost train` again to finish it{other}")
@@ -158,17 +164,37 @@ def _of_run(run: Path) -> Path:
 
 def _of_stage(stage: Path) -> Path:
     if (stage / names.DONE).exists():
-        return _verified(stage / names.FINAL)
+        return _finished(stage)
     checkpoints = StageDirectory(stage).checkpoints()
     other = f", or take {checkpoints[-1]}" if checkpoints else ""
     raise ModelError(f"{stage}: not finished; run its `rlpost train` again to finish it{other}")
 
 
-def _verified(folder: Path) -> Path:
-    wrong = fault(folder)
+def _finished(stage: Path) -> Path:
+    """The stage's result, verified as that stage's of that run; what is wrong with its logs is told."""
+    directory = StageDirectory(stage)
+    wrong = directory.wrong_result()
     if wrong:
-        raise DiskError(f"{folder}: {wrong}; run its `rlpost train` again to repair it, or take another checkpoint")
+        raise DiskError(f"{wrong}; {_REPAIR}")
+    for line in directory.amiss():
+        console.warn(line)
+    return directory.final
+
+
+def _verified(folder: Path) -> Path:
+    wrong = fault(folder, _place(folder))
+    if wrong:
+        raise DiskError(f"{folder}: {wrong}; {_REPAIR}")
     return folder
+
+
+def _place(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder that lies in a run must say of it; nothing for one that was copied elsewhere."""
+    inside = folder.resolve()
+    step = names.step_of(inside)
+    stage = inside.parent if step is None else inside.parent.parent
+    run = run_id(stage.parent) if inside.name == names.FINAL or step is not None else None
+    return {"run": run, "stage": stage.name, "step": step} if run else {}
 
 
 def _may_be_on_hub(path: str) -> bool:

@@ -1,7 +1,7 @@
 """What files and folders of a run are called.
 
-runs/NAME/             recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
-                       base/ (a model made from scratch)
+runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
+                       base/ (a model made from scratch), evaluation/
 runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
 *.tmp-PID              something being written; left behind only by a kill, and removed on resume
 *.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlpost.errors import RecipeError
 
+RECORD = "run.json"
 CONFIG = "config.resolved.yaml"
 RECIPE = "recipe.yaml"
 OVERRIDES = "overrides.txt"
@@ -22,6 +23,7 @@ DECISIONS = "decisions.json"
 LOCK = ".lock"
 HOLDER = ".pid"
 BASE = "base"
+EVALUATION = "evaluation"
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"
@@ -74,8 +76,10 @@ def run_path(runs: Path, name: str) -> Path:
 
 def stage_path(run: Path, name: str) -> Path:
     """The directory of a stage; raises RecipeError for a name that is malformed or leads out of the run."""
-    if not _STAGE.fullmatch(name) or name == BASE:
-        raise RecipeError(f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r}")
+    if not _STAGE.fullmatch(name) or name in (BASE, EVALUATION):
+        raise RecipeError(
+            f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r} or {EVALUATION!r}"
+        )
     path = run / name
     if not path.resolve().is_relative_to(run.resolve()):
         raise RecipeError(f"stages.{name}: {path} is a link out of {run}; remove it")

@@ -5,15 +5,16 @@ Every method that writes raises DiskError, with one line, when the disk refuses.
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpost import console
-from rlpost.run import names
+from rlpost.errors import DiskError
+from rlpost.run import logs, names
 from rlpost.run.environment import versions
 from rlpost.run.files import (
     Json,
@@ -26,12 +27,12 @@ from rlpost.run.files import (
     write_atomic,
     write_json,
 )
-from rlpost.run.manifest import fault, sync
+from rlpost.run.manifest import fault, stranger
+from rlpost.run.record import run_id
+from rlpost.run.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_LOGS = (names.METRICS, names.TIMINGS)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Checkpoint:
     step: int
     """Steps done when it was written."""
     state: dict[str, Any]
-    """What `save` was given, and `logs`: bytes of each log at that time."""
+    """What `save` was given, and `logs`: the proof of what was logged until then."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under this name, on the CPU; raises DiskError when they cannot be read."""
@@ -60,6 +61,7 @@ class StageDirectory:
     """The directory of one stage."""
 
     path: Path
+    _measured: logs.Known = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def final(self) -> Path:
@@ -72,15 +74,58 @@ class StageDirectory:
         return self.final / names.ROWS
 
     @property
+    def proof(self) -> dict[str, Json]:
+        """What DONE says of the finished stage: `inputs`, `settings` and `logs`; empty while there is no whole one."""
+        path = self.path / names.DONE
+        with disk_errors(path):
+            data = path.read_bytes() if path.is_file() else b""
+        proof = unseal(data) or {}
+        run = run_id(self.path.parent)
+        own = proof.get("stage") == self.path.name and (run is None or proof.get("run") == run)
+        return proof if own else {}
+
+    @property
     def done(self) -> Path | None:
-        """`final` when the stage is done and its result verifies (all of it is read); otherwise None."""
+        """`final` when the stage is done and its result verifies (all of it is read); otherwise None.
+
+        Raises:
+            DiskError: the result is whole, but it is that of another stage or run.
+        """
         if not (self.path / names.DONE).exists():
             return None
-        wrong = fault(self.final)
+        foreign = stranger(self.final, self._about(None))
+        if foreign:
+            raise DiskError(
+                f"{self.final}: {foreign}; move it away and run the same command again: the stage is then finished "
+                "from its last checkpoint"
+            )
+        wrong = self.wrong_result()
         if wrong:
-            console.warn(f"{self.final}: {wrong}; the stage is finished again from its last checkpoint")
+            console.warn(f"{wrong}; the stage is finished again from its last checkpoint")
             return None
+        for line in self.amiss():
+            console.warn(line)
         return self.final
+
+    def amiss(self) -> list[str]:
+        """What is wrong with the logs of the finished stage, a line each."""
+        known = self.proof.get("logs", {})
+        lines = logs.amiss(self.path, known) if known else []
+        return [f"{self.path}/{line}; it no longer shows what happened, the result is not touched" for line in lines]
+
+    def wrong_result(self) -> str | None:
+        """What is wrong with the finished stage's result or with DONE; None when all is as it was written."""
+        wrong = fault(self.final, self._about(None))
+        if wrong:
+            return f"{self.final}: {wrong}"
+        # A folder that is no run's has no identity to compare with.
+        if run_id(self.path.parent) is None:
+            return None
+        if not self.proof:
+            return f"{self.path / names.DONE}: damaged, or of another stage or run"
+        if self.proof["result"] != self._result():
+            return f"{self.final}: it is not the result that {names.DONE} is about"
+        return None
 
     def checkpoints(self) -> list[Path]:
         """Folders of checkpoints, oldest first, not verified."""
@@ -91,11 +136,11 @@ class StageDirectory:
         return sorted((path for path in entries if not path.suffix and _step(path) >= 0), key=_step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, naming aloud each newer one that does not."""
+        """The newest checkpoint that verifies and is finite, naming aloud each newer one that does not."""
         damaged: list[tuple[Path, str]] = []
         found = None
         for path in reversed(self.checkpoints()):
-            wrong = fault(path)
+            wrong = fault(path, self._about(_step(path))) or _not_finite(path)
             if wrong is None:
                 found = Checkpoint(path, _step(path), read_json(path / names.STATE))
                 break
@@ -116,9 +161,7 @@ class StageDirectory:
             clear_leftovers(folder)
         checkpoint = self.latest()
         step = checkpoint.step if checkpoint else -1
-        lengths: Mapping[str, int] = checkpoint.state["logs"] if checkpoint else {}
-        for log in _LOGS:
-            _cut(self.path / log, lengths.get(log, 0))
+        logs.take_back(self.path, checkpoint.state["logs"] if checkpoint else {}, step)
         with disk_errors(self.path):
             for path in self.checkpoints():
                 if _step(path) > step:
@@ -126,10 +169,13 @@ class StageDirectory:
                     if broken.exists():
                         remove_folder(broken)
                     path.rename(broken)
-            for path in (self.path / names.ROLLOUTS).glob("step-*.jsonl"):
-                if _step(path) > step:
-                    path.unlink()
         return checkpoint
+
+    def reopen(self) -> None:
+        """The finished stage, which has just been resumed, is trained on: it is no longer done."""
+        path = self.path / names.DONE
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl: nothing of the clock, so that a run can be compared byte for byte.
@@ -172,29 +218,24 @@ class StageDirectory:
         assert keep >= 1, keep
         assert "logs" not in state, "`logs` is added here"
         path = self.path / names.CHECKPOINTS / names.step_name(step)
-        full = {**state, "logs": self._flush_logs()}
+        full = {**state, "logs": logs.prove(self.path, self._measured)}
 
         def fill(folder: Path) -> None:
             for name, named in tensors.items():
                 _save_tensors(folder / f"{name}.safetensors", named)
             write_json(folder / names.STATE, full)
 
-        place(path, fill, self._about(step))
+        place(path, fill, self._about(step) | {"versions": versions()})
         self._prune(step, keep)
         return Checkpoint(path, step, read_json(path / names.STATE))
 
-    def _flush_logs(self) -> dict[str, int]:
-        lengths = {}
-        for log in _LOGS:
-            path = self.path / log
-            with disk_errors(path):
-                if path.exists():
-                    sync(path)
-                lengths[log] = path.stat().st_size if path.exists() else 0
-        return lengths
-
     def _about(self, step: int | None) -> dict[str, Json]:
-        return {"stage": self.path.name, "step": step, "versions": versions()}
+        return {"run": run_id(self.path.parent), "stage": self.path.name, "step": step}
+
+    def _result(self) -> str:
+        """sha256 of the result's manifest."""
+        with disk_errors(self.final):
+            return hashlib.sha256((self.final / names.MANIFEST).read_bytes()).hexdigest()
 
     def _prune(self, step: int, keep: int) -> None:
         reached = [path for path in self.checkpoints() if _step(path) <= step]
@@ -204,12 +245,15 @@ class StageDirectory:
         for path in reached[:-keep] + passed:
             remove_folder(path)
 
-    def finish(self, write: Callable[[Path], None], meta: Mapping[str, Json]) -> Path:
+    def finish(
+        self, write: Callable[[Path], None], meta: Mapping[str, Json], proof: Mapping[str, Json] | None = None
+    ) -> Path:
         """Write the stage's result, `final/`, and then DONE.
 
         Args:
             write: writes the model or rows into the folder it is given.
             meta: lineage (base model, parent checkpoint, stage, step, recipe hash), saved as checkpoint.json.
+            proof: what DONE is to say beside what it proves of the result and the logs: inputs and settings.
 
         Raises:
             DiskError: it could not be written; the stage is not done then.
@@ -222,8 +266,16 @@ class StageDirectory:
 
         with disk_errors(done):
             done.unlink(missing_ok=True)
-        place(self.final, fill, self._about(None))
-        write_atomic(done, f"{datetime.now(UTC).isoformat(timespec='seconds')}\n".encode())
+        place(self.final, fill, self._about(None) | {"versions": versions()})
+        full = {
+            **(proof or {}),
+            "run": run_id(self.path.parent),
+            "stage": self.path.name,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "result": self._result(),
+            "logs": logs.prove(self.path, self._measured),
+        }
+        write_atomic(done, seal(full))
         return self.final
 
 
@@ -233,15 +285,17 @@ def _step(path: Path) -> int:
     return -1 if step is None else step
 
 
-def _cut(path: Path, length: int) -> None:
-    """Take back what was logged after the checkpoint."""
-    with disk_errors(path):
-        size = path.stat().st_size if path.exists() else 0
-        if size < length:
-            console.warn(f"{path}: {size} bytes are left of the {length} logged before; going on without them")
-        elif size > length:
-            os.truncate(path, length)
-            sync(path)
+def _not_finite(checkpoint: Path) -> str | None:
+    """The first tensor of a checkpoint that holds a NaN or an infinity."""
+    from safetensors import safe_open
+
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with disk_errors(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    return f"{name} in {path.name} is not finite"
+    return None
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

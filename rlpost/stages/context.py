@@ -8,7 +8,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
 from rlpost.policy.adapter_files import BASE_FROM_HERE, base_of, is_adapter
 from rlpost.policy.adapters import POLICY
+from rlpost.policy.identity import Inputs
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
@@ -65,6 +66,10 @@ class Context:
     interrupts: Interrupts
     lineage: Mapping[str, Any]
     """What checkpoint.json says beside what the stage knows: the recipe's hash."""
+    inputs: Inputs = field(default_factory=Inputs)
+    """Takes note of what the stage reads beside its data."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The stage's part of the resolved recipe, for DONE."""
     allow_change: bool = False
     """Go on from a checkpoint although the data has changed."""
 
@@ -79,6 +84,7 @@ class Context:
         # Nothing of ours draws from these two; a user's reward may.
         random.seed(seed)
         np.random.seed(seed)
+        self.inputs.note("start", self.start)
         return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.accelerator.device)
 
     def reference(self, policy: Policy, name: str) -> Reference:
@@ -98,7 +104,7 @@ class Context:
             limit=Limit(min(max_length, policy.longest), too_long),
             seed=self.seed_for("data"),
             where=f"stages.{self.name}.data",
-            stages=self.rows_of,
+            stages=self._rows,
             bind=bind,
             base=self.folder,
             allow_change=self.allow_change,
@@ -157,6 +163,7 @@ class Context:
             states,
             weights or {},
             self.interrupts,
+            self.inputs,
             steps=steps,
             checkpoint_every=cfg.checkpoint_every,
             keep=cfg.keep_checkpoints,
@@ -167,7 +174,12 @@ class Context:
         """What `name` stands for: `start`, `base`, a stage before this one, a run, stage or checkpoint, or a model."""
         if name == "start":
             return self.start
-        return self.checkpoints.get(name) or find_checkpoint(name) or Path(name)
+        return self.inputs.note(name, self.checkpoints.get(name) or find_checkpoint(name) or Path(name))
+
+    def _rows(self, name: str) -> Path:
+        rows = self.rows_of(name)
+        self.inputs.note(name, rows.parent)
+        return rows
 
     def finish(
         self,
@@ -189,7 +201,9 @@ class Context:
             if beside is not None:
                 beside(folder)
 
-        return self.out.finish(write, {**self._about(kind, steps, policy.has_adapter), **(about or {})})
+        return self.out.finish(
+            write, {**self._about(kind, steps, policy.has_adapter), **(about or {})}, self._proof(steps)
+        )
 
     def finish_rows(self, rows: Sequence[Mapping[str, Any]], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""
@@ -198,7 +212,11 @@ class Context:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / self.out.rows.name).write_text(lines, "utf-8")
 
-        return self.out.finish(write, {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage})
+        about = {"stage": self.name, "kind": kind, "parent": str(self.start), **self.lineage}
+        return self.out.finish(write, about, self._proof(None))
+
+    def _proof(self, steps: int | None) -> dict[str, Any]:
+        return {"step": steps, "settings": dict(self.settings), "inputs": self.inputs.identities()}
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
         about = {"stage": self.name, "kind": kind, "step": steps, "parent": str(self.start), **self.lineage}

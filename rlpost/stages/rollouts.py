@@ -233,12 +233,13 @@ class Beta:
         return line
 
     def state(self) -> dict[str, Any]:
-        """Its value."""
-        return {"beta": self.value}
+        """Its value, and the recipe's that it began at."""
+        return {"beta": self.value, "began": self._cfg.beta}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from that value."""
-        self.value = float(state["beta"])
+        """Go on from that value; begin anew where the recipe has another one by now."""
+        if state["began"] == self._cfg.beta:
+            self.value = float(state["beta"])
 
 
 def learned_rewards(groups: Sequence[Group], rewards: Rewards, mask_truncated: bool) -> Tensor:

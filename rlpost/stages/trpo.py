@@ -63,13 +63,14 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
     """One step within the trust region, or none if no share of it improves; returns what was measured.
 
     Raises:
-        DivergedError: if the gradient is not finite; nothing was changed then.
+        DivergedError: if the gradient or a metric is not finite; nothing was changed then.
     """
     how = {"temperature": cfg.sampling.temperature, "read": _everything}
     update = update.with_actions(old_NV=_distributions(learner, policy, update, how))
     before = learner.flat_weights()
     here = learner.gradient(surrogate, update, **how)
     norm = learner.gradient_norm()
+    learner.must_be_finite(here)
     gradient = -learner.flat_gradient()
 
     def divergence_gradient(offset: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""run.json: what a run is, under a checksum of itself. The other records beside it are copies for people.
+
+`run` is a random identity that every folder of the run names too, so that a folder of another run is known as one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlpost import console
+from rlpost.errors import DiskError
+from rlpost.run import names
+from rlpost.run.files import disk_errors, write_atomic
+from rlpost.run.sealed import seal, unseal
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """What run.json holds."""
+
+    recipe: str
+    """The text of config.resolved.yaml: the recipe as it is trained by now."""
+    environment: dict[str, Json]
+    given: dict[str, str] = field(default_factory=dict)
+    """sha256 of recipe.yaml and overrides.txt."""
+    decisions: dict[str, Json] = field(default_factory=dict)
+    base: dict[str, Json] | None = None
+    """The contents of the model that everything starts from; None until it is known."""
+    changes: list[dict[str, Json]] = field(default_factory=list)
+    """Changes that were allowed, in order: at which stage and step, and each key's old and new value."""
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def config(self) -> dict[str, Json]:
+        """The resolved recipe."""
+        config: dict[str, Json] = yaml.safe_load(self.recipe)
+        return config
+
+
+def read_record(run: Path) -> Record | None:
+    """The record of a run; None when it has none.
+
+    Raises:
+        DiskError: it is not as it was written.
+    """
+    path = run / names.RECORD
+    with disk_errors(path):
+        data = path.read_bytes() if path.exists() else None
+    if data is None:
+        return None
+    value = unseal(data)
+    if value is None or value.keys() != {f.name for f in fields(Record)}:
+        raise DiskError(
+            f"{path}: damaged, so nothing here can be proven to be this run's; restore it or choose another run=NAME"
+        )
+    return Record(**value)
+
+
+def run_id(run: Path) -> str | None:
+    """The identity of a run; None for a folder that is none. Raises DiskError as `read_record` does."""
+    record = read_record(run)
+    return record.run if record else None
+
+
+def write_record(run: Path, record: Record) -> None:
+    """Write run.json, whole or not at all; raises DiskError."""
+    write_atomic(run / names.RECORD, seal(asdict(record)))
+
+
+def write_copies(run: Path, record: Record) -> None:
+    """Write what people read; raises DiskError."""
+    for name, data in _copies(record).items():
+        write_atomic(run / name, data)
+
+
+def repair_copies(run: Path, record: Record, besides: Path | None) -> None:
+    """Write anew, aloud, what no longer says what run.json does; all but `besides`, which the user has just given.
+
+    Raises:
+        DiskError: it could not be written.
+    """
+    for name, data in _copies(record).items():
+        path = run / name
+        with disk_errors(path):
+            found = path.read_bytes() if path.is_file() else b""
+        if found != data and (besides is None or path.resolve() != besides.resolve()):
+            console.warn(f"{path}: not as it was written; written anew from {names.RECORD}")
+            write_atomic(path, data)
+
+
+def changed_given(run: Path, record: Record) -> list[str]:
+    """Those of recipe.yaml and overrides.txt that are not as they were written."""
+    with disk_errors(run):
+        return [
+            name
+            for name, digest in record.given.items()
+            if not (run / name).is_file() or hashlib.sha256((run / name).read_bytes()).hexdigest() != digest
+        ]
+
+
+def digests(given: Mapping[str, str]) -> dict[str, str]:
+    """sha256 of texts by name."""
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in given.items()}
+
+
+def _copies(record: Record) -> dict[str, bytes]:
+    files = {names.ENVIRONMENT: _pretty(record.environment), names.CONFIG: record.recipe.encode()}
+    return {**files, names.DECISIONS: _pretty(record.decisions)} if record.decisions else files
+
+
+def _pretty(value: Json) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
