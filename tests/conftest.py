@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import os
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +15,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit, which only a CPU promises.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+Tally = Callable[..., None]
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Tally:
+    """`tally("math answers", right=3, refused=1)`: what this test has just found, for the table at the end."""
+
+    def count(kind: str, *, right: int = 0, refused: int = 0, wrong: int = 0) -> None:
+        record_property("cases", (kind, right, refused, wrong))
+
+    return count
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -48,7 +48,7 @@ KILLS = [
     Trap("rlpost.learner:Learner.update", 4),  # dpo, in step 7, after the checkpoint of step 6
     Trap("rlpost.learner:Learner.update", 3 + 12),  # dpo's last 3, then grpo, between the two updates of step 6
     Trap("rlpost.run.stage:remove_folder", 1),  # grpo, between a new checkpoint and the removal of the old
-    Trap("rlpost.stages.context:save_policy", 1),  # grpo, while its result is written
+    Trap("rlpost.stages.context:save_policy", 1),  # grpo, while its result is written from the state of step 9
 ]
 
 
@@ -73,7 +73,7 @@ def command(monkeypatch, *words: str) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_twice_in_every_stage_it_ends_as_if_it_had_gone_through(tmp_path, way):
+def test_killed_twice_in_every_stage_it_ends_as_if_it_had_gone_through(tmp_path, way, tally):
     run(tmp_path, STAGES, *WAYS[way], "run=whole")
     words = ["train", str(tmp_path / "tiny.yaml"), *WAYS[way]]
     reached = []
@@ -87,7 +87,7 @@ def test_killed_twice_in_every_stage_it_ends_as_if_it_had_gone_through(tmp_path,
     ]
     assert finish(words, tmp_path / "resumed") == 0
     assert (tmp_path / "resumed.out").read_text() == f"{tmp_path}/runs/run/grpo/final\n"
-    assert "grpo: resumes after step 6 of 9" in (tmp_path / "resumed.err").read_text()
+    assert "grpo: resumes after step 9 of 9" in (tmp_path / "resumed.err").read_text()
     expected = left(tmp_path / "runs/whole")
     assert len(expected) == 3 + 3 + 9 + 1
     assert left(tmp_path / "runs/run") == expected
@@ -95,9 +95,10 @@ def test_killed_twice_in_every_stage_it_ends_as_if_it_had_gone_through(tmp_path,
     for stage in ("sft", "dpo", "grpo"):
         timings = (tmp_path / "runs/run" / stage / "timings.jsonl").read_text("utf-8").splitlines()
         assert [json.loads(line)["step"] for line in timings] == list(range(1, 10))
+    tally("kills", right=len(KILLS))
 
 
-def test_the_command_line_killed_from_outside_and_then_asked_to_stop(tmp_path):
+def test_the_command_line_killed_from_outside_and_then_asked_to_stop(tmp_path, tally):
     stages = {"sft": {**STAGES["sft"], "steps": 150}}
     run(tmp_path, stages, "run=whole")
     words = ["train", str(tmp_path / "tiny.yaml")]
@@ -127,6 +128,7 @@ def test_the_command_line_killed_from_outside_and_then_asked_to_stop(tmp_path):
 
     run(tmp_path, stages)
     assert left(here) == left(tmp_path / "runs/whole")
+    tally("kills", right=2)
 
 
 @pytest.fixture(params=[signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

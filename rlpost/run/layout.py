@@ -185,7 +185,7 @@ def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], 
         listed = [{"key": c.key, "old": c.old, "new": c.new} for c in changes]
         history = [*history, {"at": _reached(path, stages), "changes": listed}]
     versions = record.environment["versions"]
-    newer = [Change(k, v, now.environment["versions"].get(k, "-")) for k, v in versions.items()]
+    newer = [Change(k, versions.get(k, "-"), v) for k, v in now.environment["versions"].items()]
     newer = [change for change in newer if change.old != change.new]
     if newer:
         console.warn(f"{path}: {one_line(newer)}; results may differ in the last digits")
@@ -203,7 +203,7 @@ def _rewrite(path: Path, record: Record, now: Record, files: Mapping[str, str]) 
     kept = {name: digest for name, digest in record.given.items() if name not in files}
     given = now.given | kept if recipe or damaged else record.given
     full = replace(now, given=given, decisions=record.decisions, base=record.base, run=record.run)
-    if full == record:
+    if full == record and not damaged:
         return
     for name in [names.ENVIRONMENT] * surroundings + [names.CONFIG] * recipe:
         _keep_old(path / name)

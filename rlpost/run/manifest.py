@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     """Flush everything in the folder to disk and write its manifest, which carries `about` too."""
     paths = sorted(folder.rglob("*"))
-    named = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file()}
+    named = {p.relative_to(folder).as_posix(): p for p in paths if p.is_file() and p.name != MANIFEST}
     files = {name: measure(path) for name, path in named.items() if not is_note(name)}
     for path in paths:
         sync(path)

@@ -119,4 +119,4 @@ def _copies(record: Record) -> dict[str, bytes]:
 
 
 def _pretty(value: Json) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

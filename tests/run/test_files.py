@@ -9,7 +9,7 @@ import pytest
 
 from rlpost.errors import DiskError, ModelError
 from rlpost.run.files import clear_leftovers, disk_errors, encode_line, place, read_json, write_atomic
-from rlpost.run.manifest import fault
+from rlpost.run.manifest import fault, read_manifest
 
 
 def everything(folder: Path) -> list[str]:
@@ -87,8 +87,10 @@ def test_the_same_files_are_not_written_again(tmp_path):
     folder = tmp_path / "final"
     place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
     before = (folder / "a").stat().st_ino
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 2})
+    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
     assert (folder / "a").stat().st_ino == before
+    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 2})
+    assert read_manifest(folder)["about"] == {"when": 2}
     place(folder, lambda f: (f / "a").write_bytes(b"2") and None, {})
     assert (folder / "a").read_bytes() == b"2"
 

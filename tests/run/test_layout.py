@@ -13,8 +13,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from rlpost.errors import DiskError, RecipeError, RunInUseError
-from rlpost.recipe.schema import Grpo, Recipe, Sft
+from rlpost.recipe.schema import Grpo, Lora, Recipe, Sft
 from rlpost.run.layout import open_run
+from rlpost.run.stage import StageDirectory
 
 
 def recipe(runs: Path, **changes):
@@ -23,7 +24,7 @@ def recipe(runs: Path, **changes):
     node.stages = {"sft": OmegaConf.structured(Sft(learning_rate=0.001, steps=10))}
     node.stages["grpo"] = OmegaConf.structured(Grpo(learning_rate=1e-5, steps=10))
     for key, value in changes.items():
-        OmegaConf.update(node, key.replace("__", "."), value)
+        OmegaConf.update(node, key.replace("__", "."), value, merge=False)
     return node
 
 
@@ -44,6 +45,15 @@ def reopen(node, allow_change=False, functions=None):
         return run
 
 
+def begun(path: Path, stage: str = "sft", *, done: bool = False) -> Path:
+    """A run in which a stage has a checkpoint, and perhaps a result."""
+    directory = StageDirectory(path / stage)
+    directory.save(5, {}, {}, keep=1)
+    if done:
+        directory.finish(lambda f: (f / "model.safetensors").write_bytes(b"1") and None, {}, {"step": 5})
+    return path
+
+
 def test_a_new_run_records_its_recipe_and_what_it_runs_on(runs, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "planted-secret-value")
     given = tmp_path / "mine.yaml"
@@ -62,7 +72,7 @@ def test_a_new_run_records_its_recipe_and_what_it_runs_on(runs, tmp_path, monkey
     assert environment["functions"] == {"r.py:f": "ab" * 32}
     assert environment["versions"]["torch"][0].isdigit()
     assert sorted(p.name for p in run.path.iterdir()) == [
-        ".lock", "config.resolved.yaml", "environment.json", "overrides.txt", "recipe.yaml",
+        ".lock", "config.resolved.yaml", "environment.json", "overrides.txt", "recipe.yaml", "run.json",
     ]  # fmt: skip
     for path in run.path.iterdir():
         assert b"planted-secret-value" not in path.read_bytes()
@@ -77,29 +87,144 @@ def test_the_same_recipe_again_changes_nothing(runs, heard):
 
 
 def test_another_setting_is_refused_with_old_and_new(runs):
-    path = reopen(recipe(runs)).path
+    path = begun(reopen(recipe(runs)).path)
     with pytest.raises(RecipeError) as raised:
-        reopen(recipe(runs, seed=7, stages__sft__learning_rate=0.002))
+        reopen(recipe(runs, stages__grpo__steps=20, stages__sft__learning_rate=0.002))
     assert str(raised.value) == (
-        f"{path}: this run was started with other settings: seed: 0 -> 7; "
-        "stages.sft.learning_rate: 0.001 -> 0.002; "
-        "pass --allow-change to go on with the new, or choose another run=NAME"
+        f"{path}: this run was started with other settings: stages.sft.learning_rate: 0.001 -> 0.002; "
+        "stages.grpo.steps: 10 -> 20; pass --allow-change to go on with the new, or choose another run=NAME"
     )
     reopen(recipe(runs))
 
 
-def test_a_change_can_be_allowed_and_the_old_recipe_is_kept(runs, heard):
+def test_a_run_in_which_nothing_was_trained_takes_the_recipe_as_it_is(runs, capsys):
     path = reopen(recipe(runs)).path
-    reopen(recipe(runs, seed=7), allow_change=True)
-    assert heard == [f"{path}: going on with changed settings: seed: 0 -> 7"]
-    reopen(recipe(runs, seed=8), allow_change=True)
-    seeds = {p.name: yaml.safe_load(p.read_text())["seed"] for p in path.glob("config*")}
-    assert seeds == {"config.resolved.1.yaml": 0, "config.resolved.2.yaml": 7, "config.resolved.yaml": 8}
-    reopen(recipe(runs, seed=8))
+    (path / "sft").mkdir()
+    (path / "sft" / "metrics.jsonl").write_text("{}")
+    node = recipe(runs, seed=7)
+    node.model.path = "gpt2-medium"
+    reopen(node)
+    assert (
+        "nothing was trained yet, so the run takes the recipe as it is now: seed: 0 -> 7; " in capsys.readouterr().err
+    )
+    assert yaml.safe_load((path / "config.resolved.yaml").read_text())["model"]["path"] == "gpt2-medium"
+    begun(path)
+    with pytest.raises(RecipeError, match=r"seed: 7 -> 0"):
+        reopen(recipe(runs))
+
+
+def test_a_change_can_be_allowed_and_the_old_recipe_is_kept(runs, heard):
+    path = begun(reopen(recipe(runs)).path)
+    reopen(recipe(runs, stages__sft__learning_rate=0.002), allow_change=True)
+    said = "stages.sft.learning_rate: 0.001 -> 0.002"
+    assert heard == [f"{path}: going on with changed settings, from here on: {said}"]
+    reopen(recipe(runs, stages__sft__learning_rate=0.003), allow_change=True)
+    configs = {p.name: yaml.safe_load(p.read_text()) for p in path.glob("config*")}
+    rates = {name: config["stages"]["sft"]["learning_rate"] for name, config in configs.items()}
+    assert rates == {
+        "config.resolved.1.yaml": 0.001,
+        "config.resolved.2.yaml": 0.002,
+        "config.resolved.yaml": 0.003,
+    }
+    record = json.loads((path / "run.json").read_text())
+    changed = [{"key": "stages.sft.learning_rate", "old": "0.001", "new": "0.002"}]
+    assert record["changes"][0] == {"at": {"stage": "sft", "step": 5}, "changes": changed}
+    assert len(record["changes"]) == 2
+    reopen(recipe(runs, stages__sft__learning_rate=0.003))
+
+
+REFUSED = {
+    # key -> (new value, is sft finished, words of the reason)
+    "seed": (7, False, "all that was trained stands on it; choose another run=NAME"),
+    "model.path": ("gpt2-medium", False, "all that was trained stands on it"),
+    "model.lora": (Lora(r=8), False, "all that was trained stands on it"),
+    "model.revision": ("abc", True, "all that was trained stands on it"),
+    "stages.sft.start": ("base", False, "the checkpoints of sft stand on it"),
+    "stages.sft.learning_rate": (0.002, True, "sft is finished and was trained with the old value; "),
+    "stages.sft.steps": (3, True, "sft is finished and was trained with the old value; "),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_change_that_cannot_be_applied_is_refused_whatever_is_allowed(runs, key):
+    value, done, reason = REFUSED[key]
+    path = begun(reopen(recipe(runs)).path, done=done)
+    before = (path / "config.resolved.yaml").read_text()
+    for allowed in (False, True):
+        with pytest.raises(RecipeError) as raised:
+            reopen(recipe(runs, **{key.replace(".", "__"): value}), allow_change=allowed)
+        assert reason in str(raised.value)
+        assert "--allow-change" not in str(raised.value)
+        assert f"{key}: " in str(raised.value) or f"{key}.r: " in str(raised.value)
+    assert (path / "config.resolved.yaml").read_text() == before
+    reopen(recipe(runs))
+
+
+APPLIED = {
+    "model.precision": "bfloat16",
+    "model.attention": "padded",
+    "stages.sft.learning_rate": 0.002,
+    "stages.sft.steps": 20,
+    "stages.sft.batch_size": 16,
+    "stages.grpo.kl.beta": 0.1,
+    "stages.grpo.start": "base",
+    "stages.grpo.reference": "base",
+    "folder": "/elsewhere",
+}
+
+
+@pytest.mark.parametrize("key", APPLIED)
+def test_a_change_that_takes_effect_from_here_on_can_be_allowed(runs, key, heard):
+    path = begun(reopen(recipe(runs)).path)
+    changed = recipe(runs, **{key.replace(".", "__"): APPLIED[key]})
+    with pytest.raises(RecipeError, match=r"pass --allow-change"):
+        reopen(changed)
+    reopen(changed, allow_change=True)
+    assert len(heard) == 1
+    assert f"{key}: " in heard[0]
+    assert OmegaConf.select(OmegaConf.load(path / "config.resolved.yaml"), key) == APPLIED[key]
+
+
+def test_a_finished_stage_can_be_made_longer_until_a_later_one_has_begun(runs, heard):
+    path = begun(reopen(recipe(runs)).path, done=True)
+    longer = recipe(runs, stages__sft__steps=20)
+    reopen(longer, allow_change=True)
+    assert "stages.sft.steps: 10 -> 20" in heard[0]
+    begun(path, "grpo")
+    with pytest.raises(RecipeError) as raised:
+        reopen(recipe(runs, stages__sft__steps=30), allow_change=True)
+    assert "grpo was trained from sft as it is; choose another run=NAME, or remove " in str(raised.value)
+    assert f"{path}/grpo to train it again" in str(raised.value)
+
+
+def test_a_finished_stage_without_its_last_state_cannot_be_made_longer(runs):
+    path = begun(reopen(recipe(runs)).path, done=True)
+    (path / "sft/checkpoints/step-000005").rename(path / "sft/checkpoints/step-000004")
+    with pytest.raises(RecipeError, match=r"sft is finished and kept no state to go on from; .*remove .*/sft to train"):
+        reopen(recipe(runs, stages__sft__steps=20), allow_change=True)
+
+
+def test_stages_trained_after_another_are_not_left_standing_on_nothing(runs):
+    path = begun(begun(reopen(recipe(runs)).path, done=True), "grpo")
+    swapped = recipe(runs)
+    swapped.stages = {name: swapped.stages[name] for name in ("grpo", "sft")}
+    alone = recipe(runs)
+    alone.stages = {"grpo": alone.stages["grpo"]}
+    first = recipe(runs)
+    first.stages = {"new": first.stages["sft"], **dict(first.stages.items())}
+    for node, words in (
+        (swapped, "trained in the old order"),
+        (alone, "grpo was trained without this change"),
+        (first, "sft, grpo were trained without this change"),
+        (recipe(runs, stages__sft__enabled=False), "grpo was trained without this change"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            reopen(node, allow_change=True)
+    assert path.exists()
 
 
 def test_what_changes_no_weight_may_change(runs, heard):
-    path = reopen(recipe(runs)).path
+    path = begun(reopen(recipe(runs)).path)
     reopen(recipe(runs, threads=3, description="new", stages__sft__checkpoint_every=5))
     assert heard == []
     assert yaml.safe_load((path / "config.resolved.yaml").read_text())["threads"] == 3
@@ -109,8 +234,7 @@ def test_a_stage_may_be_switched_until_it_is_done_or_a_later_one_begun(runs):
     path = reopen(recipe(runs)).path
     reopen(recipe(runs, stages__sft__enabled=False))
     reopen(recipe(runs, stages__sft__enabled=True))
-    (path / "sft").mkdir()
-    (path / "sft" / "DONE").write_text("")
+    begun(path, done=True)
     with pytest.raises(RecipeError, match=r"stages.sft.enabled: true -> false"):
         reopen(recipe(runs, stages__sft__enabled=False))
     longer = recipe(runs)
@@ -120,19 +244,20 @@ def test_a_stage_may_be_switched_until_it_is_done_or_a_later_one_begun(runs):
     (path / "grpo").mkdir()
     reopen(recipe(runs, stages__grpo__enabled=False))
     reopen(longer)
-    (path / "more").mkdir()
+    begun(path, "more")
     longer.stages.grpo.enabled = False
     with pytest.raises(RecipeError, match=r"stages.grpo.enabled: true -> false"):
         reopen(longer)
 
 
 def test_changed_code_of_a_function_is_a_change(runs, heard):
-    reopen(recipe(runs), functions={"r.py:f": "a" * 64})
+    path = begun(reopen(recipe(runs), functions={"r.py:f": "a" * 64}).path)
     with pytest.raises(RecipeError, match=r"code of r.py:f: sha256 aaaaaaaaaaaa -> sha256 bbbbbbbbbbbb; pass --allow"):
         reopen(recipe(runs), functions={"r.py:f": "b" * 64})
     reopen(recipe(runs), functions={"r.py:f": "b" * 64}, allow_change=True)
     reopen(recipe(runs), functions={"r.py:f": "b" * 64})
     assert len(heard) == 1
+    assert json.loads((path / "environment.json").read_text())["functions"] == {"r.py:f": "b" * 64}
 
 
 def test_another_version_is_told_and_the_old_environment_kept(runs, heard, monkeypatch):
@@ -182,7 +307,7 @@ def test_bad_names_of_stages_are_refused(runs, name):
 def test_a_folder_of_something_else_is_not_taken_over(runs):
     (runs / "first").mkdir(parents=True)
     (runs / "first" / "thesis.txt").write_text("")
-    with pytest.raises(RecipeError, match=r"holds thesis.txt but no config.resolved.yaml"):
+    with pytest.raises(RecipeError, match=r"holds thesis.txt but no run.json"):
         reopen(recipe(runs))
 
 
@@ -200,14 +325,49 @@ def test_places_that_cannot_be_written(runs, tmp_path):
         reopen(recipe(runs))
 
 
-def test_a_damaged_record_is_one_line(runs):
-    path = reopen(recipe(runs)).path
-    (path / "config.resolved.yaml").write_text("a: [")
-    with pytest.raises(DiskError, match=r"config.resolved.yaml: not YAML \(.*\); restore it or") as raised:
+@pytest.mark.parametrize("name", ["config.resolved.yaml", "environment.json", "decisions.json"])
+def test_a_damaged_copy_is_written_anew_aloud(runs, heard, name):
+    run = reopen(recipe(runs))
+    run.remember("bfloat16", lambda: True)
+    begun(run.path)
+    whole = (run.path / name).read_bytes()
+    for data in (b"", b"a: [", b"\xff\xfe", b"[" * 5000, b"just text", whole.replace(b"true", b"false"), None):
+        if data == whole:
+            continue
+        if data is None:
+            (run.path / name).unlink()
+        else:
+            (run.path / name).write_bytes(data)
         reopen(recipe(runs))
-    assert "\n" not in str(raised.value)
-    (path / "config.resolved.yaml").write_text("just text")
-    with pytest.raises(DiskError, match=r"not a resolved recipe"):
+        assert (run.path / name).read_bytes() == whole
+        assert heard.pop() == f"{run.path / name}: not as it was written; written anew from run.json"
+        assert heard == []
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "overrides.txt"])
+def test_a_changed_record_of_what_was_given_is_written_anew_aloud(runs, heard, name):
+    with open_run(recipe(runs), Path(__file__), ["seed=0"]) as run:
+        whole = (run.path / name).read_bytes()
+    (run.path / name).write_bytes(b"")
+    with open_run(recipe(runs), Path(__file__), ["seed=0"]):
+        pass
+    assert (run.path / name).read_bytes() == whole
+    assert heard == [f"{run.path / name}: has changed since it was written, and is written anew as given now"]
+    with open_run(recipe(runs), Path(__file__), ["seed=0"]):
+        pass
+    assert len(heard) == 1
+
+
+def test_without_its_record_a_run_is_not_gone_on_with(runs):
+    path = begun(reopen(recipe(runs)).path)
+    whole = (path / "run.json").read_bytes()
+    for at in range(0, len(whole), 97):
+        (path / "run.json").write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(DiskError, match=r"run.json: damaged, .*; restore it or choose another run=NAME") as raised:
+            reopen(recipe(runs))
+        assert "\n" not in str(raised.value)
+    (path / "run.json").unlink()
+    with pytest.raises(RecipeError, match=r"holds sft but no run.json"):
         reopen(recipe(runs))
 
 
@@ -223,6 +383,7 @@ HOLD = """
 import sys, time
 from omegaconf import OmegaConf
 from rlpost.run.layout import open_run
+from rlpost.run.stage import StageDirectory
 node = OmegaConf.create({"run": "first", "runs": sys.argv[1], "threads": None, "stages": {}})
 with open_run(node, None, []):
     print("open", flush=True)

@@ -86,9 +86,34 @@ def test_a_folder_that_is_not_there_is_a_fault_too(tmp_path):
     assert fault(tmp_path / "none") == "MANIFEST.json is missing"
 
 
-def test_more_files_than_the_manifest_names_do_no_harm(folder):
-    (folder / "README.md").write_text("a note")
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", "LICENSE", "notes.txt", "loss.png", "eval.json"])
+def test_notes_that_people_add_do_no_harm(folder, name):
+    (folder / name).write_text("a note")
     assert fault(folder) is None
+
+
+def test_a_model_card_may_be_filled_in(folder):
+    (folder / "README.md").write_text("# Model card\n[More Information Needed]")
+    write_manifest(folder, {"step": 3})
+    (folder / "README.md").write_text("# A model that adds")
+    assert fault(folder) is None
+    (folder / "README.md").unlink()
+    assert fault(folder) is None
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "other.safetensors", "chat_template.jinja", "merges.txt"])
+def test_a_file_that_a_library_would_read_is_no_note(folder, name):
+    (folder / name).write_text("{}")
+    assert fault(folder) == f"{name} was not written with it"
+
+
+def test_a_folder_that_belongs_elsewhere(folder):
+    write_manifest(folder, {"run": "a", "stage": "sft", "step": 3})
+    assert fault(folder, {"run": "a", "stage": "sft", "step": 3}) is None
+    assert fault(folder, {"run": None, "stage": "sft"}) is None
+    assert fault(folder, {"run": "b", "stage": "sft"}) == "it is of another run"
+    assert fault(folder, {"run": "a", "stage": "dpo"}) == "it is of stage sft, not dpo"
+    assert fault(folder, {"run": "a", "step": 6}) == "it is of step 3, not 6"
 
 
 def test_what_cannot_be_read_is_no_damage(folder, monkeypatch):

@@ -46,7 +46,10 @@ def test_a_checkpoint_gives_back_what_was_saved(stage):
     found = stage.latest()
     assert found == saved
     assert found.step == 3
-    assert found.state == {"cursor": 3, "logs": {"metrics.jsonl": 40, "timings.jsonl": 28}}
+    assert found.state["cursor"] == 3
+    sizes = {name: written["size"] for name, written in found.state["logs"].items()}
+    rollouts = (stage.path / "rollouts/step-000003.jsonl").stat().st_size
+    assert sizes == {"metrics.jsonl": 40, "timings.jsonl": 28, "rollouts/step-000003.jsonl": rollouts}
     assert (stage.path / "metrics.jsonl").read_text() == '{"step": 3, "loss": 0.3333333333333333}\n'
     assert found.tensors("model")["w"].tolist() == [3.0]
     assert everything(found.path) == ["MANIFEST.json", "model.safetensors", "state.json"]
@@ -75,13 +78,14 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(stage):
         "expanded": torch.tensor(7.0).expand(2, 2),
         "trained": torch.nn.Parameter(torch.ones(2)),
     }
-    found = stage.save(1, {"all": tensors, "none": {}}, {}, keep=1).tensors("all")
+    saved = stage.save(1, {"all": tensors, "none": {}}, {}, keep=1)
+    found = saved.tensors("all")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype, name
         assert found[name].shape == tensor.shape, name
         assert torch.equal(as_bytes(found[name]), as_bytes(tensor)), name
-    assert stage.latest().tensors("none") == {}
+    assert saved.tensors("none") == {}
 
 
 def test_loaded_tensors_do_not_depend_on_the_file(stage):
@@ -212,7 +216,7 @@ def test_a_log_that_lost_lines_is_told(stage, heard):
     save(stage, 1)
     (stage.path / "metrics.jsonl").write_bytes(b"")
     assert stage.resume().step == 1
-    assert heard == [f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; going on without them"]
+    assert heard == [f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; going on with it as it is"]
 
 
 def test_saving_a_step_again_replaces_it_only_when_it_differs(stage):
@@ -307,7 +311,7 @@ def test_a_killed_writer_leaves_what_resume_can_use(stage):
         status = save_and_be_killed(stage, at)
         found = stage.resume()
         assert found.step == (2 if (stage.path / "checkpoints" / "step-000002").exists() else 1)
-        assert (stage.path / "metrics.jsonl").stat().st_size == found.state["logs"]["metrics.jsonl"]
+        assert (stage.path / "metrics.jsonl").stat().st_size == found.state["logs"]["metrics.jsonl"]["size"]
         assert [name for name in steps(stage) if "tmp" in name] == []
         if status == 0:
             assert steps(stage) == ["step-000002"]
@@ -325,6 +329,51 @@ def test_the_metrics_log_has_nothing_of_the_clock(stage, tmp_path):
     line = (stage.path / "metrics.jsonl").read_text()
     assert line == '{"step": 1, "z": 0.1, "a": 0.10000000149011612, "tokens": 7, "kl": null, "top": null}\n'
     assert (other.path / "metrics.jsonl").read_text() == line
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "timings.jsonl", "rollouts/step-000001.jsonl"])
+def test_a_log_that_changed_is_told(stage, heard, log):
+    save(stage, 1)
+    save(stage, 2)
+    path = stage.path / log
+    path.write_bytes(path.read_bytes().replace(b"1", b"7", 1))
+    assert stage.resume().step == 2
+    assert heard == [f"{path}: has changed since it was written; going on with it as it is"]
+
+
+def test_a_checkpoint_that_is_not_finite_is_passed_over(stage, heard):
+    save(stage, 1)
+    weights = {"weights": {"a": torch.ones(2), "b": torch.tensor([1.0, float("inf")])}}
+    stage.save(2, weights, {}, keep=2)
+    assert stage.resume().step == 1
+    assert heard == [
+        f"{stage.path}/checkpoints/step-000002: b in weights.safetensors is not finite; going on from step-000001"
+    ]
+
+
+@pytest.mark.parametrize("how", ["copied", "swapped"])
+def test_a_checkpoint_of_another_step_is_passed_over(stage, heard, how):
+    for step in (1, 2, 3):
+        save(stage, step, keep=3)
+    folder = stage.path / "checkpoints"
+    if how == "copied":
+        shutil.rmtree(folder / "step-000003")
+        shutil.copytree(folder / "step-000002", folder / "step-000003")
+    else:
+        (folder / "step-000002").rename(folder / "aside")
+        (folder / "step-000003").rename(folder / "step-000002")
+        (folder / "aside").rename(folder / "step-000003")
+    assert stage.resume().step == (2 if how == "copied" else 1)
+    assert f"{folder}/step-000003: it is of step 2, not 3; going on from" in heard[0]
+
+
+def test_a_checkpoint_of_another_stage_is_passed_over(stage, heard, tmp_path):
+    save(stage, 1)
+    other = StageDirectory(tmp_path / "dpo")
+    save(other, 2)
+    shutil.copytree(other.path / "checkpoints/step-000002", stage.path / "checkpoints/step-000002")
+    assert stage.resume().step == 1
+    assert "step-000002: it is of stage dpo, not sft; going on from step-000001" in heard[0]
 
 
 def test_finish_writes_the_result_and_then_done(stage):
