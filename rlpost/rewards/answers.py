@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.suggest import hint_or_list
+from rlpost.rewards.math_text import without_dollars
 
 MARKED = ("hashes", "boxed", "phrase")
 """Ways to find an answer that its writer has marked as final, in the order they are tried."""
@@ -23,13 +24,22 @@ _NUMBER = re.compile(
     rf"|\\frac\s*(?:\{{\s*({_DECIMAL})\s*\}}\s*\{{\s*({_DECIMAL})\s*\}}|([0-9])\s*([0-9])))\s*(\\?%)?"
 )
 # A minus after a digit, a letter or a bracket is a subtraction: the last number of "7-5" is 5.
-_NUMBER_IN_TEXT = re.compile(rf"(?:(?<![\w)\]}}])-)?{_DECIMAL}(?:/[0-9]+)?%?")
-_PHRASE = re.compile(r"answer\**(?:\s+is\b|\s*[:=])\s*[:=]?\s*([^\n]*)", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.?](?=\s)|!(?=\s+[A-Z])")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_NUMBER_IN_TEXT = re.compile(
+    rf"(?:(?<![\w)\]}}])[-−])?(?:\\frac\s*\{{\s*{_DECIMAL}\s*\}}\s*\{{\s*{_DECIMAL}\s*\}}|{_DECIMAL}"
+    rf"(?:\s?(?:[×*]|\\times|\\cdot)\s?10\s?\^\s?(?:\{{\s?[-−]?[0-9]{{1,3}}\s?\}}|[-−]?[0-9]{{1,3}})"
+    r"|(?:\s[0-9]+)?/[0-9]+|\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)\b)?)"
+)
+_PHRASE = re.compile(
+    r"answers?\**(?:\s+(?:to|for)\s[^\n.:=]{1,80}?)?(?:\s+(?:is|are|equals|would\s+be|must\s+be)\b|\s*[:=])\s*[:=]?"
+    r"(?:\s|\$\$(?!\S)|\\\[(?!\S)|\*\*)*",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"\n|[.?](?=\s)|!(?=\s+[A-Z])")
+_REASON = re.compile(r",?\s+(?:because|since|which|where|so|as|but)\b|\s[—–]\s", re.IGNORECASE)
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BETWEEN_BOXES = re.compile(r"[ \t$]*(?:(,|;)[ \t$]*)?(?:\\text\{)?\s*(and|or)?\s*\}?[ \t$]*")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-# `\\` ends a row of a matrix: what follows it is not a command.
-_NOISE = re.compile(r"(?<!\\)\\[!,;: ()\[\]]|\\(?:left|right)(?![a-z])|\\?\$|[£€]")
+_SIZES = re.compile(r"\\(?:left|right)(?![a-z])|(?<!\\)\\!")
 _EMPHASIS = re.compile(r"(?<![\w)])\*\*([^*\n]+)\*\*(?![\w(])")
 
 
@@ -71,12 +81,14 @@ def find_answer(text: str, find: str | Sequence[str] = MARKED) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """The text of an answer without box, money signs, emphasis, spacing commands and a closing full stop."""
+    """The text of an answer without box, dollar signs of mathematics, emphasis, and a closing full stop."""
     inner = _boxed(text)
-    text = _EMPHASIS.sub(r"\1", _NOISE.sub("", text if inner is None else inner)).strip("* \n\t")
+    text = without_dollars(_SIZES.sub("", text if inner is None else inner))
+    text = _EMPHASIS.sub(r"\1", text).strip("* \n\t")
     text = _TEXT.sub(r"\1", text) if _TEXT.fullmatch(text) else text
-    text = text.replace("{,}", ",").replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return " ".join(text.split()).rstrip(".,;: ")
+    text = text.replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"(?:\\[,;: ]|[,;:\s])+$", "", " ".join(text.split()))
+    return text if text.endswith("..") else text.removesuffix(".").rstrip(",;: ")
 
 
 def number(text: str) -> Number | None:
@@ -95,7 +107,7 @@ def number(text: str) -> Number | None:
 def canonical(text: str) -> str:
     """One spelling for equal plain numbers ("72.0" and "72" are "72"), no spaces otherwise; for votes."""
     text = tidy(text)
-    exact = number(text)
+    exact = number(text.removeprefix("$").replace("{,}", ","))
     return "".join(text.split()) if exact is None else f"{exact.value}{'%' if exact.percent else ''}"
 
 
@@ -105,25 +117,56 @@ def _hashes(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    opened = list(_BOX.finditer(text))
-    if not opened:
+    """The inside of the last box, of the outermost where they are nested; of two joined by a comma, both."""
+    if "boxed" not in text and "fbox" not in text:
         return None
-    start = opened[-1].end()
-    depth, i = 1, start
-    while i < len(text):
-        if text[i] == "\\":
-            i += 1  # \{ and \} are characters of the answer, not braces
-        elif text[i] in "{}":
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[start:i]
-        i += 1
-    return None
+    boxes, unclosed = _boxes(text)
+    if not boxes or any(start > boxes[-1][2] for start in unclosed):
+        return None
+    (begin, inside, end), *earlier = reversed(boxes)
+    answer = text[inside:end]
+    for start, from_, to in earlier:
+        between = _BETWEEN_BOXES.fullmatch(text, to + 1, begin) if to < begin else None
+        if between is None or not (between[1] or between[2]):
+            break
+        answer = f"{text[from_:to]} {between[2] or ','} {answer}".replace(" , ", ", ")
+        begin = start
+    return answer
+
+
+def _boxes(text: str) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """(start, start of the inside, its end) of every box that is closed and in no other; starts of those unclosed."""
+    opened: list[tuple[int, int] | None] = []
+    closed: list[tuple[int, int, int]] = []
+    for match in _BOX.finditer(text):
+        sign = match[0]
+        if sign == "{":
+            opened.append(None)
+        elif sign == "}":
+            box = opened.pop() if opened else None
+            if box is not None:
+                while closed and closed[-1][0] > box[0]:
+                    closed.pop()
+                closed.append((*box, match.start()))
+        elif len(sign) > 2:
+            opened.append((match.start(), match.end()))
+    return closed, [box[0] for box in opened if box is not None]
 
 
 def _phrase(text: str) -> str | None:
-    found = _PHRASE.findall(text)
-    return _SENTENCE_END.split(found[-1].strip(), maxsplit=1)[0] if found else None
+    """What follows the last announcement; "I hope the answer is correct" announces nothing."""
+    found = None
+    for match in _PHRASE.finditer(text):
+        end = _SENTENCE_END.search(text, match.end())
+        told = text[match.end() : end.start() if end else len(text)].strip()
+        if told.casefold().rstrip(".!") != "correct":
+            found = told
+    if found is None:
+        return None
+    reason = _REASON.search(found, 1)
+    found = found if reason is None else found[: reason.start()]
+    # "The answer is 5!": with joy, or 120? Inside of $ $ it is mathematics.
+    return None if re.search(r"[\w)]!$", found) else found
 
 
 def _last_number(text: str) -> str | None:

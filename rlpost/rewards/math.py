@@ -17,7 +17,10 @@ from typing import Any
 from rlpost.errors import DataError, RecipeError
 from rlpost.groups import Completion
 from rlpost.recipe.suggest import hint_or_list
-from rlpost.rewards.answers import LONGEST, MARKED, find_answer, number
+from rlpost.rewards.answers import LONGEST, MARKED, find_answer
+from rlpost.rewards.math_compare import NeedsAlgebra, same
+from rlpost.rewards.math_read import read
+from rlpost.rewards.math_text import Unreadable
 from rlpost.rewards.workers import Workers
 
 
@@ -113,15 +116,21 @@ def _known(said: Verdict | None) -> Verdict:
 
 
 def _decide(reference: str, answer: str | None) -> Verdict | None:
-    """The verdict where no computer algebra is needed, None otherwise."""
+    """The verdict where rational numbers are all there is to compute, None otherwise."""
+    if len(reference) > LONGEST:
+        return Verdict.error
+    try:
+        right = read(reference)
+    except Unreadable:
+        return Verdict.error
     if answer is None or len(answer) > LONGEST:
         return Verdict.unparseable
-    if "".join(answer.split()) == "".join(reference.split()):
-        return Verdict.right
-    left, right = number(reference), number(answer)
-    if left is None or right is None:
+    try:
+        return Verdict.right if same(right, read(answer)) else Verdict.wrong
+    except Unreadable:
+        return Verdict.unparseable
+    except NeedsAlgebra:
         return None
-    return Verdict.right if left.equals(right) else Verdict.wrong
 
 
 _pool: tuple[int, Workers] | None = None

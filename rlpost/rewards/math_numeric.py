@@ -1,0 +1,319 @@
+"""Are two trees equal? By many digits, at many points where they hold variables. Runs in the worker alone.
+
+Numbers that differ at all differ in their first hundred digits, except by design: the digits are counted out
+from the sizes of what is added on the way. What is too large for that is told apart from what is not.
+Variables are real; so is everything, unless i is written: the square root of -1 is no number then.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import mpmath
+
+from rlpost.rewards.math_exact import exact
+from rlpost.rewards.math_expressions import Tree, parts
+from rlpost.rewards.math_text import Unreadable
+
+DIGITS = 60
+MOST_DIGITS = 20_000
+"""Needed only by towers of powers."""
+POINTS = 40
+ENOUGH = 3
+"""Points at which both must have a value, for them to be called equal."""
+
+
+class Undecided(Exception):
+    """Neither equal nor different, as far as we can compute; says why."""
+
+
+class _NoValue(Exception):
+    """There is none here: a division by zero, a root of a negative number."""
+
+
+class _TooLarge(Exception):
+    """More digits than we compute."""
+
+
+class _Huge(Exception):
+    """Positive, and larger than anything that is computed."""
+
+
+def equal(left: Tree, right: Tree) -> bool:
+    """Whether two trees have the same value, or the same values wherever their variables lie.
+
+    Raises:
+        Undecided: they are defined almost nowhere, or too large.
+    """
+    return _compare(left, right, _same)
+
+
+def proportional(left: Tree, right: Tree, positive: bool) -> bool:
+    """Whether one is the other times a constant other than 0 (a positive one): `left = 0` and `right = 0` say the same.
+
+    Raises:
+        Undecided: as of `equal`.
+    """
+    ratios: list[Any] = []
+
+    def same_ratio(a: _Computed, b: _Computed) -> bool:
+        if abs(b.value) <= b.error or abs(a.value) <= a.error:
+            return abs(b.value) <= b.error and abs(a.value) <= a.error
+        ratio = a.value / b.value
+        ratios.append(ratio)
+        close = abs(ratio - ratios[0]) <= abs(ratio) * mpmath.mpf(10) ** (10 - DIGITS)
+        return bool(close and (not positive or mpmath.re(ratio) > 0))
+
+    return _compare(left, right, same_ratio)
+
+
+def _compare(left: Tree, right: Tree, agree: Any) -> bool:
+    names = sorted({p[1] for tree in (left, right) for p in parts(tree) if p[0] == "name"})
+    complex_too = any(p == ("i",) for tree in (left, right) for p in parts(tree))
+    hidden_base = any(p[0] == "log" and p[1] is None for tree in (left, right) for p in parts(tree))
+    met = 0
+    for point in _points(names, hidden_base, [*_literals(left), *_literals(right)]):
+        with mpmath.workdps(DIGITS):
+            found = [_at(tree, point, complex_too) for tree in (left, right)]
+        a, b = found
+        if isinstance(a, str) or isinstance(b, str):
+            if (a == "no value") != (b == "no value"):
+                return False
+            if (a == "huge") != (b == "huge") and "too large" not in (a, b):
+                return False
+            continue
+        with mpmath.workdps(max(a.digits, b.digits)):
+            if not agree(a, b):
+                return False
+        met += 1
+    if met >= (ENOUGH if names else 1):
+        return True
+    raise Undecided("too large, or defined almost nowhere")
+
+
+def _same(a: _Computed, b: _Computed) -> bool:
+    return bool(abs(a.value - b.value) <= a.error + b.error)
+
+
+def _literals(tree: Tree) -> Iterator[Fraction]:
+    for part in parts(tree):
+        if part[0] == "num" and abs(part[1]) < 10**9:
+            yield part[1]
+
+
+def _points(names: list[str], hidden_base: bool, literals: list[Fraction]) -> Iterator[dict[str, Any]]:
+    """Where to look: whole numbers, small and large fractions, beside every number that is written."""
+    extra = {" base": Fraction(29, 17)} if hidden_base else {}
+    if not names:
+        yield extra
+        return
+    chance = random.Random(7)
+    sizes = [Fraction(37, 101), Fraction(83, 97), Fraction(171, 100), Fraction(293, 101), Fraction(731, 103)]
+    sizes += [Fraction(1307, 99), Fraction(10171, 98), Fraction(100909, 97)]
+    beside = [x + step for x in dict.fromkeys([*literals, *(-x for x in literals)]) for step in (Fraction(-3, 7), Fraction(2, 7))]
+    for i in range(POINTS + min(len(beside), POINTS)):
+        if i < 10:
+            values = [Fraction(chance.randint(2, 12)) for _ in names]
+        elif i < 20:
+            values = [chance.choice(sizes) * chance.choice((1, Fraction(7, 5))) for _ in names]
+        elif i < POINTS:
+            values = [chance.choice(sizes) * chance.choice((1, -1)) for _ in names]
+        else:
+            values = [beside[(i - POINTS + j * 3) % len(beside)] for j in range(len(names))]
+        yield {**dict(zip(names, values, strict=True)), **extra}
+
+
+class _Computed:
+    """A value, its digits, and how far it may be off."""
+
+    def __init__(self, value: Any, largest: Any, digits: int) -> None:
+        self.value = value
+        self.digits = digits
+        self.error = largest * mpmath.mpf(10) ** (15 - digits)
+
+
+def _at(tree: Tree, point: Mapping[str, Any], complex_too: bool) -> _Computed | str:
+    """The value at a point, computed again with as many digits as it took to write what was added on the way."""
+    digits = DIGITS
+    try:
+        for _ in range(4):
+            with mpmath.workdps(digits):
+                run = _Run(point, complex_too)
+                value = run.value(tree)
+                needed = DIGITS + int(run.span)
+                if needed > MOST_DIGITS:
+                    return "too large"
+                if needed <= digits:
+                    return _Computed(value, max(run.largest, abs(value)), digits)
+            digits = needed + DIGITS
+        return "too large"
+    except _Huge:
+        return "huge"
+    except (_TooLarge, OverflowError, MemoryError):
+        return "too large"
+    except (_NoValue, ZeroDivisionError, ValueError, Unreadable, mpmath.libmp.NoConvergence):
+        return "no value"
+
+
+class _Run:
+    """One computation: values from the leaves up, with the sizes met on the way."""
+
+    def __init__(self, point: Mapping[str, Any], complex_too: bool) -> None:
+        self._point = point
+        self._complex_too = complex_too
+        self.largest = mpmath.mpf(0)
+        """Largest number that was added or subtracted: what is left is exact to its last digits only."""
+        self.span = 0.0
+        """Decades between the sizes of the numbers met."""
+
+    def value(self, tree: Tree) -> Any:
+        kind = tree[0]
+        if kind == "num":
+            return self._met(_number(tree[1]))
+        if kind == "name":
+            return _number(self._point[tree[1]])
+        if kind in ("pi", "e", "i"):
+            return {"pi": mpmath.pi, "e": mpmath.e, "i": mpmath.mpc(0, 1)}[kind] + 0
+        if kind == "inf":
+            raise _NoValue
+        if kind == "^":
+            return self._met(self._power(tree[1], tree[2]))
+        if kind in ("!", "!!"):
+            return self._met(self._factorial(tree))
+        if kind == "log":
+            return self._logarithm(tree)
+        given = [self.value(part) for part in tree[1:]]
+        if kind == "+":
+            self.largest = max(self.largest, *(abs(term) for term in given))
+            return mpmath.fsum(given)
+        if kind == "root":
+            return self._root(given[0], given[1])
+        return self._met(_CALLS[kind](self, *given))
+
+    def _met(self, value: Any) -> Any:
+        if mpmath.isnan(value) or mpmath.isinf(value):
+            raise _NoValue
+        if not self._complex_too and mpmath.im(value) != 0:
+            raise _NoValue
+        if value != 0:
+            size = abs(float(mpmath.mag(value))) * 0.30103
+            if size > MOST_DIGITS:
+                raise _TooLarge
+            self.span = max(self.span, 2 * size)
+        return value
+
+    def _power(self, base_tree: Tree, exponent_tree: Tree) -> Any:
+        base = self.value(base_tree)
+        try:
+            exponent = self.value(exponent_tree)
+        except _Huge:
+            if mpmath.im(base) == 0 and mpmath.re(base) >= 2:
+                raise
+            raise _TooLarge from None
+        if base == 0:
+            if mpmath.re(exponent) > 0:
+                return base
+            raise _NoValue
+        decades = abs(exponent) * (abs(mpmath.log(abs(base))) / mpmath.log(10))
+        if decades > MOST_DIGITS:
+            if mpmath.im(base) == mpmath.im(exponent) == 0 and base >= 2 and exponent > 0:
+                raise _Huge
+            raise _TooLarge
+        if not self._complex_too and base < 0 and not mpmath.isint(exponent):
+            rational = exact(exponent_tree) if not any(p[0] == "name" for p in parts(exponent_tree)) else None
+            if rational is None or rational.denominator % 2 == 0:
+                raise _NoValue
+            return (-1) ** rational.numerator * mpmath.power(-base, exponent)
+        return mpmath.power(base, exponent)
+
+    def _root(self, degree: Any, value: Any) -> Any:
+        if not mpmath.isint(degree) or not 1 <= degree <= 1000:
+            raise _NoValue
+        if mpmath.im(value) == 0 and value < 0:
+            if int(degree) % 2:
+                return -mpmath.root(-value, int(degree))
+            if not self._complex_too:
+                raise _NoValue
+        return mpmath.root(value, int(degree))
+
+    def _factorial(self, tree: Tree) -> Any:
+        value = self.value(tree[1])
+        if mpmath.im(value) != 0 or not mpmath.isint(value) or value < 0:
+            raise _NoValue
+        if value > MOST_DIGITS:
+            raise _Huge
+        return mpmath.fac(value) if tree[0] == "!" else mpmath.fac2(value)
+
+    def _logarithm(self, tree: Tree) -> Any:
+        argument = self._ln(self.value(tree[2]))
+        # Nobody said the base: as good as any number, so that only what holds for all bases is equal.
+        base = _number(self._point[" base"]) if tree[1] is None else self.value(tree[1])
+        return self._met(argument / self._ln(base))
+
+    def _ln(self, value: Any) -> Any:
+        if value == 0 or (not self._complex_too and value < 0):
+            raise _NoValue
+        return mpmath.log(value)
+
+    def _exp(self, value: Any) -> Any:
+        if abs(value) > MOST_DIGITS * 2:
+            if mpmath.im(value) == 0 and value > 0:
+                raise _Huge
+            raise _TooLarge
+        return mpmath.exp(value)
+
+    def _hyperbolic(self, name: str, value: Any) -> Any:
+        if abs(value) > MOST_DIGITS * 2:
+            raise _TooLarge
+        return getattr(mpmath, name)(value)
+
+    def _circular(self, name: str, value: Any) -> Any:
+        """A point where it has no value may be missed by rounding alone."""
+        result = getattr(mpmath, name)(value)
+        if name in ("tan", "sec", "csc", "cot") and abs(result) > mpmath.mpf(10) ** (mpmath.mp.dps // 2):
+            raise _NoValue
+        return result
+
+    def _arc(self, name: str, value: Any) -> Any:
+        if not self._complex_too and name != "atan" and abs(value) > 1:
+            raise _NoValue
+        return getattr(mpmath, name)(value)
+
+    def _divide(self, above: Any, below: Any) -> Any:
+        if abs(below) <= self.largest * mpmath.mpf(10) ** (15 - mpmath.mp.dps):
+            raise _NoValue
+        return above / below
+
+    def _binomial(self, above: Any, below: Any) -> Any:
+        whole = mpmath.isint(above) and mpmath.isint(below)
+        if not whole or not 0 <= below <= above:
+            raise _NoValue
+        if above > MOST_DIGITS:
+            raise _TooLarge
+        return mpmath.binomial(above, below)
+
+
+def _number(value: Fraction) -> Any:
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_DIGITS:
+        raise _TooLarge
+    return mpmath.mpf(value.numerator) / value.denominator
+
+
+_CALLS: dict[str, Any] = {
+    "*": lambda run, *factors: mpmath.fprod(factors),
+    "/": _Run._divide,
+    "neg": lambda run, a: -a,
+    "abs": lambda run, a: abs(a),
+    "deg": lambda run, a: a * mpmath.pi / 180,
+    "floor": lambda run, a: mpmath.floor(a),
+    "ceil": lambda run, a: mpmath.ceil(a),
+    "binom": _Run._binomial,
+    "exp": _Run._exp,
+    "ln": _Run._ln,
+    **{name: (lambda run, a, name=name: run._circular(name, a)) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
+    **{name: (lambda run, a, name=name: run._hyperbolic(name, a)) for name in ("sinh", "cosh", "tanh")},
+    **{f"arc{name}": (lambda run, a, name=name: run._arc(f"a{name}", a)) for name in ("sin", "cos", "tan")},
+}
