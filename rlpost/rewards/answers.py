@@ -74,7 +74,7 @@ def find_answer(text: str, find: str | Sequence[str] = MARKED) -> str | None:
             hint = hint_or_list(name, _WAYS, "there are")
             raise RecipeError(f"math_answer: find: no way of finding answers is called {name!r}{hint}")
         found = _WAYS[name](text)
-        answer = None if found is None else tidy(found)
+        answer = None if found is None else tidy(found) if len(found) <= 4 * LONGEST else found
         if answer:
             return answer
     return None
@@ -82,8 +82,7 @@ def find_answer(text: str, find: str | Sequence[str] = MARKED) -> str | None:
 
 def tidy(text: str) -> str:
     """The text of an answer without box, dollar signs of mathematics, emphasis, and a closing full stop."""
-    inner = _boxed(text)
-    text = without_dollars(_SIZES.sub("", text if inner is None else inner))
+    text = without_dollars(_SIZES.sub("", _unboxed(text)))
     text = _EMPHASIS.sub(r"\1", text).strip("* \n\t")
     text = _TEXT.sub(r"\1", text) if _TEXT.fullmatch(text) else text
     text = text.replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
@@ -132,6 +131,14 @@ def _boxed(text: str) -> str | None:
         answer = f"{text[from_:to]} {between[2] or ','} {answer}".replace(" , ", ", ")
         begin = start
     return answer
+
+
+def _unboxed(text: str) -> str:
+    """The text with its boxes opened: `x = \\boxed{5}` is `x = 5`."""
+    for _ in range(4):
+        for start, inside, end in reversed(_boxes(text)[0]):
+            text = text[:start] + text[inside:end] + text[end + 1 :]
+    return text
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, int]], list[int]]:

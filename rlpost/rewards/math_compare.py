@@ -119,7 +119,11 @@ class _Comparison:
         if isinstance(reference, Words) and isinstance(answer, Words):
             return reference.text == answer.text
         trees = [
-            v.tree if isinstance(v, Words) else v.tree if isinstance(v, Quantity) and not v.unit and not v.percent else None
+            v.tree
+            if isinstance(v, Words)
+            else v.tree
+            if isinstance(v, Quantity) and not v.unit and not v.percent
+            else None
             for v in (reference, answer)
         ]
         return trees[0] is not None and trees[1] is not None and self.equal(trees[0], trees[1])
@@ -206,6 +210,13 @@ def _as_choice(value: Value) -> Choice | None:
         letter = value.tree[1] if value.tree[0] == "name" else value.tree[0]
         return Choice(letter.upper()) if len(letter) == 1 else None
     return None
+
+
+def _letters(value: Value) -> Tree | None:
+    """The expression that a value is, or would be if its letters were multiplied."""
+    if isinstance(value, Quantity):
+        return None if value.unit or value.percent else value.tree
+    return value.tree if isinstance(value, Words) else None
 
 
 def _as_relation(value: Value) -> Relation | None:

@@ -9,8 +9,10 @@ from fractions import Fraction
 from rlpost.rewards.math_expressions import Tree
 from rlpost.rewards.math_text import Unreadable
 
-BITS = 1 << 16
-"""Of an exact number; larger ones are compared by their first digits."""
+BITS = 1 << 14
+"""Of an exact number, where nothing else is said: what takes no time."""
+BITS_OF_ROOTS = 2048
+"""Of a number whose root is looked for."""
 LARGEST_FACTORIAL = 1000
 
 
@@ -18,14 +20,14 @@ class _NotRational(Exception):
     """The tree is not rational, or too large to be computed exactly."""
 
 
-def exact(tree: Tree) -> Fraction | None:
-    """The value of a rational tree; None where it is not rational, or not known to be.
+def exact(tree: Tree, bits: int = BITS) -> Fraction | None:
+    """The value of a rational tree; None where it is not rational, or takes more than `bits` bits.
 
     Raises:
         Unreadable: it divides by zero.
     """
     try:
-        return _value(tree)
+        return _Exact(bits).value(tree)
     except _NotRational:
         return None
 
@@ -43,74 +45,75 @@ def with_signs(tree: Tree, upper: bool) -> Tree:
     return (tree[0], *(with_signs(p, upper) if isinstance(p, tuple) else p for p in tree[1:]))
 
 
-def _value(tree: Tree) -> Fraction:
-    kind = tree[0]
-    if kind == "num":
-        value: Fraction = tree[1]
-        return value
-    if kind not in ("+", "*", "/", "neg", "^", "root", "!", "binom", "abs", "floor", "ceil"):
-        raise _NotRational
-    given = [_value(part) for part in tree[1:]]
-    if kind == "+":
-        return _bounded(sum(given, Fraction(0)))
-    if kind == "*":
-        return functools.reduce(lambda a, b: _bounded(a * b), given)
-    if kind == "/":
-        if given[1] == 0:
-            raise Unreadable("it divides by zero")
-        return _bounded(given[0] / given[1])
-    if kind == "^":
-        return _power(*given)
-    if kind == "root":
-        return _root(*given)
-    if kind == "binom":
-        return _binomial(*given)
-    one = given[0]
-    if kind == "!":
-        return Fraction(math.factorial(_small(one)))
-    if kind == "neg":
-        return -one
-    if kind == "abs":
-        return abs(one)
-    return Fraction(math.floor(one) if kind == "floor" else math.ceil(one))
+class _Exact:
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
 
-
-def _bounded(value: Fraction) -> Fraction:
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > BITS:
-        raise _NotRational
-    return value
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        return _power(_root(Fraction(exponent.denominator), base), Fraction(exponent.numerator))
-    if base == 0:
-        if exponent < 0:
-            raise Unreadable("it divides by zero")
-        if exponent == 0:
-            raise Unreadable("0 to the power of 0 is not one number to all")
-        return base
-    size = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if abs(base) != 1 and abs(exponent) * size > BITS:
-        raise _NotRational
-    return base ** int(exponent % 2 if abs(base) == 1 else exponent)
-
-
-def _root(degree: Fraction, value: Fraction) -> Fraction:
-    """The real root where it is rational."""
-    if degree.denominator != 1 or not 1 <= degree <= 64:
-        raise _NotRational
-    n = int(degree)
-    if value < 0:
-        if n % 2 == 0:
+    def value(self, tree: Tree) -> Fraction:
+        kind = tree[0]
+        if kind == "num":
+            value: Fraction = tree[1]
+            return value
+        if kind not in ("+", "*", "/", "neg", "^", "root", "!", "binom", "abs", "floor", "ceil"):
             raise _NotRational
-        return -_root(degree, -value)
-    above, below = _whole_root(value.numerator, n), _whole_root(value.denominator, n)
-    return Fraction(above, below)
+        given = [self.value(part) for part in tree[1:]]
+        if kind == "+":
+            return functools.reduce(lambda a, b: self._bounded(a + b), given)
+        if kind == "*":
+            return functools.reduce(lambda a, b: self._bounded(a * b), given)
+        if kind == "/":
+            if given[1] == 0:
+                raise Unreadable("it divides by zero")
+            return self._bounded(given[0] / given[1])
+        if kind == "^":
+            return self._power(*given)
+        if kind == "root":
+            return self._root(*given)
+        if kind == "binom":
+            return _binomial(*given)
+        one = given[0]
+        if kind == "!":
+            return Fraction(math.factorial(_small(one)))
+        if kind == "neg":
+            return -one
+        if kind == "abs":
+            return abs(one)
+        return Fraction(math.floor(one) if kind == "floor" else math.ceil(one))
+
+    def _bounded(self, value: Fraction) -> Fraction:
+        if max(value.numerator.bit_length(), value.denominator.bit_length()) > self._bits:
+            raise _NotRational
+        return value
+
+    def _power(self, base: Fraction, exponent: Fraction) -> Fraction:
+        if exponent.denominator != 1:
+            return self._power(self._root(Fraction(exponent.denominator), base), Fraction(exponent.numerator))
+        if base == 0:
+            if exponent < 0:
+                raise Unreadable("it divides by zero")
+            if exponent == 0:
+                raise Unreadable("0 to the power of 0 is not one number to all")
+            return base
+        if abs(base) == 1:
+            return base ** int(exponent % 2)
+        if abs(exponent) * (max(base.numerator.bit_length(), base.denominator.bit_length()) - 1) > self._bits:
+            raise _NotRational
+        return base ** int(exponent)
+
+    def _root(self, degree: Fraction, value: Fraction) -> Fraction:
+        """The real root where it is rational."""
+        if degree.denominator != 1 or not 1 <= degree <= 64:
+            raise _NotRational
+        n = int(degree)
+        if value < 0:
+            if n % 2 == 0:
+                raise _NotRational
+            return -self._root(degree, -value)
+        return Fraction(_whole_root(value.numerator, n), _whole_root(value.denominator, n))
 
 
 def _whole_root(value: int, n: int) -> int:
-    if value.bit_length() > BITS:
+    if value.bit_length() > BITS_OF_ROOTS:
         raise _NotRational
     low, high = 0, 1 << (value.bit_length() // n + 1)
     while low < high:

@@ -7,8 +7,9 @@ Variables are real; so is everything, unless i is written: the square root of -1
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +19,8 @@ from rlpost.rewards.math_exact import exact
 from rlpost.rewards.math_expressions import Tree, parts
 from rlpost.rewards.math_text import Unreadable
 
+BITS = 1 << 20
+"""Of numbers that are still computed exactly here, where a deadline is kept."""
 DIGITS = 60
 MOST_DIGITS = 20_000
 """Needed only by towers of powers."""
@@ -48,6 +51,9 @@ def equal(left: Tree, right: Tree) -> bool:
     Raises:
         Undecided: they are defined almost nowhere, or too large.
     """
+    a, b = exact(left, BITS), exact(right, BITS)
+    if a is not None and b is not None:
+        return bool(a == b)
     return _compare(left, right, _same)
 
 
@@ -70,15 +76,18 @@ def proportional(left: Tree, right: Tree, positive: bool) -> bool:
     return _compare(left, right, same_ratio)
 
 
-def _compare(left: Tree, right: Tree, agree: Any) -> bool:
+def _compare(left: Tree, right: Tree, agree: Callable[[_Computed, _Computed], bool]) -> bool:
     names = sorted({p[1] for tree in (left, right) for p in parts(tree) if p[0] == "name"})
     complex_too = any(p == ("i",) for tree in (left, right) for p in parts(tree))
     hidden_base = any(p[0] == "log" and p[1] is None for tree in (left, right) for p in parts(tree))
     met = 0
     for point in _points(names, hidden_base, [*_literals(left), *_literals(right)]):
         with mpmath.workdps(DIGITS):
-            found = [_at(tree, point, complex_too) for tree in (left, right)]
-        a, b = found
+            a, b = (_at(tree, point, complex_too) for tree in (left, right))
+            # One side may need more digits than the other to tell what was added to it.
+            if isinstance(a, _Computed) and isinstance(b, _Computed) and a.digits != b.digits:
+                digits = max(a.digits, b.digits)
+                a, b = (_at(tree, point, complex_too, digits) for tree in (left, right))
         if isinstance(a, str) or isinstance(b, str):
             if (a == "no value") != (b == "no value"):
                 return False
@@ -113,7 +122,11 @@ def _points(names: list[str], hidden_base: bool, literals: list[Fraction]) -> It
     chance = random.Random(7)
     sizes = [Fraction(37, 101), Fraction(83, 97), Fraction(171, 100), Fraction(293, 101), Fraction(731, 103)]
     sizes += [Fraction(1307, 99), Fraction(10171, 98), Fraction(100909, 97)]
-    beside = [x + step for x in dict.fromkeys([*literals, *(-x for x in literals)]) for step in (Fraction(-3, 7), Fraction(2, 7))]
+    beside = [
+        x + step
+        for x in dict.fromkeys([*literals, *(-x for x in literals)])
+        for step in (Fraction(-3, 7), Fraction(2, 7))
+    ]
     for i in range(POINTS + min(len(beside), POINTS)):
         if i < 10:
             values = [Fraction(chance.randint(2, 12)) for _ in names]
@@ -135,9 +148,8 @@ class _Computed:
         self.error = largest * mpmath.mpf(10) ** (15 - digits)
 
 
-def _at(tree: Tree, point: Mapping[str, Any], complex_too: bool) -> _Computed | str:
+def _at(tree: Tree, point: Mapping[str, Any], complex_too: bool, digits: int = DIGITS) -> _Computed | str:
     """The value at a point, computed again with as many digits as it took to write what was added on the way."""
-    digits = DIGITS
     try:
         for _ in range(4):
             with mpmath.workdps(digits):
@@ -191,7 +203,18 @@ class _Run:
             return mpmath.fsum(given)
         if kind == "root":
             return self._root(given[0], given[1])
-        return self._met(_CALLS[kind](self, *given))
+        return self._met(self._function(kind, given))
+
+    def _function(self, kind: str, given: list[Any]) -> Any:
+        if kind in _PLAIN:
+            return _PLAIN[kind](*given)
+        if kind in _GUARDED:
+            return _GUARDED[kind](self, *given)
+        if kind.startswith("arc"):
+            return self._arc(f"a{kind[3:]}", given[0])
+        if kind.endswith("h"):
+            return self._hyperbolic(kind, given[0])
+        return self._circular(kind, given[0])
 
     def _met(self, value: Any) -> Any:
         if mpmath.isnan(value) or mpmath.isinf(value):
@@ -302,18 +325,17 @@ def _number(value: Fraction) -> Any:
     return mpmath.mpf(value.numerator) / value.denominator
 
 
-_CALLS: dict[str, Any] = {
-    "*": lambda run, *factors: mpmath.fprod(factors),
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "*": lambda *factors: mpmath.fprod(factors),
+    "neg": operator.neg,
+    "abs": abs,
+    "deg": lambda a: a * mpmath.pi / 180,
+    "floor": mpmath.floor,
+    "ceil": mpmath.ceil,
+}
+_GUARDED: dict[str, Callable[..., Any]] = {
     "/": _Run._divide,
-    "neg": lambda run, a: -a,
-    "abs": lambda run, a: abs(a),
-    "deg": lambda run, a: a * mpmath.pi / 180,
-    "floor": lambda run, a: mpmath.floor(a),
-    "ceil": lambda run, a: mpmath.ceil(a),
     "binom": _Run._binomial,
     "exp": _Run._exp,
     "ln": _Run._ln,
-    **{name: (lambda run, a, name=name: run._circular(name, a)) for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
-    **{name: (lambda run, a, name=name: run._hyperbolic(name, a)) for name in ("sinh", "cosh", "tanh")},
-    **{f"arc{name}": (lambda run, a, name=name: run._arc(f"a{name}", a)) for name in ("sin", "cos", "tan")},
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 
 from rlpost.rewards.math_exact import exact, has_sign_choice, with_signs
 from rlpost.rewards.math_expressions import Tree, parse, parts
@@ -15,7 +16,6 @@ from rlpost.rewards.math_text import Unreadable, normalise
 from rlpost.rewards.math_units import split_magnitude, split_unit
 from rlpost.rewards.math_values import (
     Choice,
-    Exactly,
     Matrix,
     Named,
     Quantity,
@@ -29,12 +29,14 @@ from rlpost.rewards.math_values import (
 from rlpost.rewards.math_words import INFINITY, REALS, choice, said
 
 _PLAIN = re.compile(r"-?(?:\d{1,15}|[1-9]\d{0,2}(?:,\d{3}){1,4})(?:\.\d{1,15})?")
-_APPROXIMATELY = re.compile(r"(?:\\approx|\\sim|~|\b(?:approximately|about|roughly|around|exactly))\s*", re.I)
+_APPROXIMATELY = re.compile(r"(?:\\approx|\\sim|~|\b(?:approximately|about|roughly|around|exactly))\s*", re.IGNORECASE)
 _RELATION = re.compile(r"\\(?:le|ge|ne|in|approx)(?![a-zA-Z])|[<>=]")
 _UNION = re.compile(r"\\cup(?![a-zA-Z])")
 _WITHOUT = re.compile(r"\\setminus(?![a-zA-Z])")
 _SUCH_THAT = re.compile(r"\||:")
-_MATRIX = re.compile(r"([\[(|]?)\s*\\begin\{([a-zA-Z]*matrix|array)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\2\}\s*([\])|]?)", re.S)
+_MATRIX = re.compile(
+    r"([\[(|]?)\s*\\begin\{([a-zA-Z]*matrix|array)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\2\}\s*([\])|]?)", re.S
+)
 _LEFT_SIDE = re.compile(
     r"(?:\\?[A-Za-z]+'*|[A-Za-z])(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?(?:\((?:\s*\\?[a-zA-Z]+\s*,?)+\))?"
 )
@@ -76,7 +78,7 @@ def _choice_value(text: str) -> Value | None:
 def _list(text: str) -> Value:
     """One value, or several between commas and words."""
     text = _APPROXIMATELY.sub("", text, count=1) if _APPROXIMATELY.match(text) else text
-    text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", text, flags=re.I)
+    text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", text, flags=re.IGNORECASE)
     match = _AND_A_HALF.fullmatch(text)
     if match:
         text = f"{match[1]} {_PARTS[match[2]]}{match[3]}"
@@ -153,7 +155,7 @@ def _one(text: str) -> Value:
     if set(signs) == {"="}:
         return _equation(found)
     if signs == ["\\in"]:
-        value = _interval(_operand(found[1]))
+        value = as_interval(_operand(found[1]))
         return replace(value, name=_name_of(found[0])) if isinstance(value, Reals) else value
     return _inequality([parse(side) for side in found], signs)
 
@@ -225,7 +227,7 @@ def _operand(text: str) -> Value:
         return Several("set", ()) if text == "\\emptyset" else REALS
     pieces, unions = cut(text, _UNION)
     if unions:
-        spans = [span for piece in pieces for span in _spans(_interval(_operand(piece)))]
+        spans = [span for piece in pieces for span in _spans(as_interval(_operand(piece)))]
         return Reals(tuple(spans))
     pieces, without = cut(text, _WITHOUT)
     if len(without) == 1 and pieces[0] == "\\mathbb{R}":
@@ -272,18 +274,13 @@ def _set(inside: str) -> Value:
     return _flat([_one(element) for element in found], "set")
 
 
-def _interval(value: Value) -> Value:
-    """A pair in brackets where an interval is meant."""
+def as_interval(value: Value) -> Value:
+    """A pair in brackets as the interval that it may be; all else as it is."""
     if isinstance(value, Several) and len(value.kind) == 2 and len(value.items) == 2:
         ends = [item.tree for item in value.items if isinstance(item, Quantity) and not item.unit]
         if len(ends) == 2:
             return Reals((Span(ends[0], ends[1], value.kind[0] == "[", value.kind[1] == "]"),))
     return value
-
-
-def as_interval(value: Value) -> Value:
-    """A pair in brackets as an interval; all else as it is."""
-    return _interval(value)
 
 
 def _spans(value: Value) -> tuple[Span, ...]:
@@ -301,12 +298,14 @@ def _all_but(value: Value) -> Value:
     if len(points) != len(_spans(value)):
         raise Unreadable("all numbers without a set that we cannot order")
     ends: list[Tree] = [("neg", INFINITY), *(("num", p) for p in points), INFINITY]
-    return Reals(tuple(Span(low, high, False, False) for low, high in zip(ends, ends[1:], strict=False)))
+    return Reals(tuple(Span(low, high, False, False) for low, high in pairwise(ends)))
 
 
 def _matrix(opening: str, environment: str, body: str, closing: str) -> Value:
     rows = [
-        tuple(parse(cell.strip()) for cell in row.split("&")) for row in body.split("\\\\") if row.replace("\\hline", "").strip()
+        tuple(parse(cell.strip()) for cell in row.split("&"))
+        for row in body.split("\\\\")
+        if row.replace("\\hline", "").strip()
     ]
     if not rows or len({len(row) for row in rows}) > 1:
         raise Unreadable("rows of a matrix differ in length")
@@ -345,6 +344,3 @@ def _quantity(text: str) -> Value:
         return Several("any", tuple(Quantity(with_signs(tree, upper), percent, unit) for upper in (True, False)))
     exact(tree)  # a division by zero is told now
     return Quantity(tree, percent, unit)
-
-
-__all__ = ["Exactly", "as_interval", "read"]

@@ -88,7 +88,7 @@ def elements(text: str, inside: bool) -> tuple[list[str], list[str]]:
     return found, separators
 
 
-def _grouping_commas(text: str, free: Sequence[bool], inside: bool) -> Iterator[int]:
+def _grouping_commas(text: str, free: list[bool], inside: bool) -> Iterator[int]:
     """Commas that belong to a number like 1,234."""
     spaced = any(free[m.start()] for m in re.finditer(r"[,;]\s", text))
     for match in _DIGIT_RUN.finditer(text):

@@ -14,6 +14,10 @@ class Unreadable(Exception):
 
 
 _SIGNS = {
+    "÷": "/", "⁄": "/", "∕": "/", "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap ",
+    "∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "ℝ": "\\mathbb{R}", "∖": "\\setminus ", "…": "\\ldots ", "∣": "|",
+    "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "⟦": " ", "⟧": " ", "∨": "\\lor ", "∧": "\\land ", "⌊": "\\lfloor ",
+    "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
     **dict.fromkeys("−–‒﹣", "-"),
     **dict.fromkeys("×⋅·∙✕∗•", "*"),
     **dict.fromkeys("\u00a0\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000", " "),
@@ -26,17 +30,13 @@ _SIGNS = {
     **dict.fromkeys("“”", '"'),
     **dict.fromkeys("⟨〈", "\\langle "),
     **dict.fromkeys("⟩〉", "\\rangle "),
-    **{"÷": "/", "⁄": "/", "∕": "/", "≠": "\\ne ", "≈": "\\approx ", "∞": "\\infty ", "∪": "\\cup ", "∩": "\\cap "},
-    **{"∈": "\\in ", "±": "\\pm ", "∓": "\\mp ", "ℝ": "\\mathbb{R}", "∖": "\\setminus ", "…": "\\ldots "},
-    **{"∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "⟦": " ", "⟧": " ", "∨": "\\lor ", "∧": "\\land ", "∣": "|"},
-    **{"⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil "},
-}
+}  # fmt: skip
 _GREEK = {
-    **dict(zip("αβγδεζηθικλμνξρστυφχψω", (
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi omega"
-    ).split(), strict=True)),
-    **{"π": "pi", "Γ": "Gamma", "Δ": "Delta", "Θ": "Theta", "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi"},
-    **{"Ω": "Omega", "ϕ": "phi", "ϵ": "epsilon", "ϑ": "theta", "Π": "Pi"},
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "ι": "iota", "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ρ": "rho", "σ": "sigma", "τ": "tau",
+    "υ": "upsilon", "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "π": "pi", "Γ": "Gamma", "Δ": "Delta",
+    "Θ": "Theta", "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi", "Ω": "Omega", "Π": "Pi", "ϕ": "phi",
+    "ϵ": "epsilon", "ϑ": "theta",
 }  # fmt: skip
 GREEK = frozenset(_GREEK.values())
 _SIGNS.update({letter: f"\\{name} " for letter, name in _GREEK.items()})
@@ -47,7 +47,8 @@ _RUN_RAISED = re.compile(f"[{''.join(_RAISED)}]+")
 _RUN_LOWERED = re.compile(f"[{''.join(_LOWERED)}]+")
 _ONE_FRACTION = re.compile("[¼-¾⅐-⅞↉]")
 _WIDE = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]")
-_ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?|[A-Za-zα-ω])")
+_ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-zα-ω])")
+_DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|texttt|mathrm|mathsf|mathit|rm|bf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}"
@@ -55,7 +56,9 @@ _WORDS = re.compile(
 _BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|vec|hat|overrightarrow)\s*\{\s*(\\?[A-Za-z]+)\s*\}")
 _EXPLICIT_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\\;|\\:|\\ |~)(?=\d{3}(?!\d))")
 _SPACED_GROUPS = re.compile(r"(?<![\d.,/^_{}\\])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\\?[,./]\d)")
-_SPACING = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|phantom\{[^{}]*\})|~")
+_SPACING = re.compile(
+    r"\\(?:[,;:! ]|quad\b|qquad\b|thinspace\b|displaystyle\b|textstyle\b|limits\b|phantom\{[^{}]*\})|~"
+)
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|mleft|mright)(?![a-zA-Z])\.?\s*")
 _ALIASES = (
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -94,7 +97,7 @@ _MONEY = re.compile(r"\\?\$")
 def normalise(text: str) -> str:
     """The text with one spelling for each sign and command; spaces are kept where they may matter."""
     text = _ONE_FRACTION.sub(_fraction, _WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text))
-    text = _ROOT.sub(r"\\sqrt{\1}", text).replace("√", "\\sqrt ")
+    text = _ROOT.sub(lambda m: f"\\sqrt{_DEGREES[m[1]]}{{{m[2]}}}", text).replace("√", "\\sqrt ")
     text = _RUN_RAISED.sub(lambda m: f"^{{{''.join(_RAISED[c] for c in m[0])}}}", text)
     text = _RUN_LOWERED.sub(lambda m: f"_{{{''.join(_LOWERED[c] for c in m[0])}}}", text)
     text = _SIZES.sub("", text.translate(_TABLE))

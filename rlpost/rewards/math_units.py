@@ -13,32 +13,38 @@ _NAMES = {
     "n": "newton N", "j": "joule J", "w": "watt W", "v": "volt V", "hz": "hertz Hz", "pa": "pascal Pa",
     "k": "kelvin K", "mol": "mole", "dollar": "$ usd buck", "£": "gbp", "€": "euro eur", "¥": "yen",
     "¢": "cent", "deg": "degree °", "rad": "radian", "unit": "", "mph": "", "kph": "kmh", "sq": "square",
-    "ppm": "", "gb": "gigabyte", "mb": "megabyte", "kb": "kilobyte", "ton": "tonne", "cup": "", "person": "people",
+    "ppm": "", "gb": "gigabyte", "mb": "megabyte", "kb": "kilobyte", "ton": "tonne", "celsius": "",
+    "fahrenheit": "", "cup": "", "person": "people",
 }  # fmt: skip
 _CANONICAL = {spelling: name for name, others in _NAMES.items() for spelling in (name, *others.split())}
 _SHORT = {"m", "g", "s", "h", "L", "l", "N", "J", "W", "V", "K"}
 """One letter is a unit only behind a space, or in `\\text{}`."""
 MAGNITUDES = {
-    "hundred": 2, "hundreds": 2, "thousand": 3, "thousands": 3, "million": 6, "millions": 6, "billion": 9, "billions": 9,
-    "trillion": 12, "trillions": 12,
-}  # fmt: skip
+    **dict.fromkeys(("hundred", "hundreds"), 2),
+    **dict.fromkeys(("thousand", "thousands"), 3),
+    **dict.fromkeys(("million", "millions"), 6),
+    **dict.fromkeys(("billion", "billions"), 9),
+    **dict.fromkeys(("trillion", "trillions"), 12),
+}
 _MULTIPLES = {**{word: Fraction(10) ** power for word, power in MAGNITUDES.items()}, "dozen": Fraction(12)}
-_NOT_A_THING = frozenset(
+_SAYS_MORE = (
     "and or to of than then less more times plus minus not no half halves third thirds quarter quarters fourth fourths "
     "fifth fifths sixth sixths eighth eighths tenth tenths hundredth hundredths over point short below above under "
     "negative positive remainder pi sin cos tan cot sec csc ln log exp sqrt arcsin arccos arctan infinity squared cubed "
     "if when where for but either neither between through until at about nor is are was were equals equal base mod "
     "divided multiplied power root one two three four five six seven eight nine ten eleven twelve twenty thirty forty "
     "fifty sixty seventy eighty ninety score pair pairs gross dozens percent percentage th st nd rd am pm x y z "
-    "alpha beta gamma delta theta lambda".split()
+    "alpha beta gamma delta theta lambda"
 )
+"""Words behind a number that change it."""
+_NOT_A_THING = frozenset(_SAYS_MORE.split())
 _WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]+\.?|[$£€¥¢])"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))"
 _TAIL = re.compile(
     rf"(?P<gap>\s*)(?P<unit>(?:\^\\circ\s*)?{_WORD}?{_POWER}?(?:(?:\s*/\s*|\s*\*\s*|\s+|-)?{_WORD}{_POWER}?){{0,5}}"
     rf"|\\frac\{{\s*⟦[^⟦⟧]*⟧{_POWER}?\s*\}}\{{\s*⟦[^⟦⟧]*⟧{_POWER}?\s*\}})\s*$"
 )
-_END = re.compile(r"[0-9})\]!|%.]")
+_END = re.compile(r"[0-9})\]!|%.]|\S(?=\s*⟦)")
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -47,12 +53,17 @@ def split_unit(text: str) -> tuple[str, str]:
     if money:
         body = money[1] + money[3] + text[money.end() :]
         sign = _CANONICAL[money[2].lstrip("\\")]
-        math, unit = split_unit(body)
-        return (math, sign) if unit in ("", sign) else (text, "")
-    # The tail begins right behind the last sign that can end a number.
+        math, behind = split_unit(body)
+        return (math, sign) if behind in ("", sign) else (text, "")
+    # The tail begins right behind the last sign that can end a number; ° alone is part of the expression.
     for end in sorted({m.end() for m in _END.finditer(text)}, reverse=True):
         tail = _TAIL.match(text, end)
-        if tail is not None and tail["unit"] and (unit := _unit(tail["unit"], bool(tail["gap"]))):
+        if (
+            tail is not None
+            and tail["unit"].strip() != "^\\circ"
+            and tail["unit"]
+            and (unit := _unit(tail["unit"], bool(tail["gap"])))
+        ):
             return text[:end].strip(), unit
     return text, ""
 
@@ -78,6 +89,7 @@ def _unit(text: str, apart: bool) -> str | None:
     """One spelling of a unit or of things counted; None where the text is neither."""
     in_text = "⟦" in text
     text = re.sub(r"\\frac\{(.*?)\}\{(.*)\}", r"\1/\2", text)
+    text = re.sub(r"\^\\circ\s*⟦?\s*([CF])\b", lambda m: {"C": " celsius", "F": " fahrenheit"}[m[1]], text)
     text = re.sub(r"\^\\circ\s*", " ° ", text).replace("⟦", " ").replace("⟧", " ")
     text = re.sub(r"\bper\b", "/", text)
     text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text)

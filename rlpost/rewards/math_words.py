@@ -6,24 +6,23 @@ import math
 import re
 from fractions import Fraction
 
-from rlpost.rewards.math_expressions import FUNCTIONS, Tree, parse
+from rlpost.rewards.math_expressions import Tree, parse
 from rlpost.rewards.math_text import GREEK, Unreadable
+from rlpost.rewards.math_tokens import FUNCTIONS
 from rlpost.rewards.math_units import MAGNITUDES
-from rlpost.rewards.math_values import Choice, Exactly, InBase, Quantity, Reals, Several, Span, Value, Words
+from rlpost.rewards.math_values import Exactly, InBase, Quantity, Reals, Several, Span, Value, Words
 
 INFINITY: Tree = ("inf",)
 REALS = Reals((Span(("neg", INFINITY), INFINITY, False, False),))
 
-_SMALL = dict(
-    zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen".split(),
-        range(20),
-        strict=True,
-    )
+_UNDER_TWENTY = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
 )
-_TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
-_SAID = {
+_SMALL = {word: number for number, word in enumerate(_UNDER_TWENTY.split())}
+_ROUND = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = {word: number * 10 for number, word in enumerate(_ROUND.split(), start=2)}
+_SAID: dict[str, Value] = {
     "infinity": Quantity(INFINITY), "positive infinity": Quantity(INFINITY), "plus infinity": Quantity(INFINITY),
     "negative infinity": Quantity(("neg", INFINITY)), "minus infinity": Quantity(("neg", INFINITY)),
     "all real numbers": REALS, "all reals": REALS, "the real numbers": REALS, "all numbers": REALS,
@@ -33,15 +32,11 @@ _SAID = {
     "two thirds": Quantity(("num", Fraction(2, 3))), "one quarter": Quantity(("num", Fraction(1, 4))),
     "three quarters": Quantity(("num", Fraction(3, 4))),
 }  # fmt: skip
-_MONTHS = {
-    name: number
-    for number, names in enumerate(
-        "january jan|february feb|march mar|april apr|may|june jun|july jul|august aug|september sep sept|october oct|"
-        "november nov|december dec".split("|"),
-        start=1,
-    )
-    for name in names.split()
-}
+_MONTHS_SAID = (
+    "january jan|february feb|march mar|april apr|may|june jun|july jul|august aug|september sep sept|october oct|"
+    "november nov|december dec"
+)
+_MONTHS = {name: number for number, names in enumerate(_MONTHS_SAID.split("|"), start=1) for name in names.split()}
 _MONTH = rf"(?P<month>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
 _DATES = tuple(
@@ -60,7 +55,9 @@ _BASE = re.compile(r"⟦?([0-9A-Za-z]+)⟧?\s*_\s*\{?\s*⟦?\s*(\d+|[a-z]+)\s*�
 _BASE_SAID = re.compile(r"([0-9A-F]+)\s*\(?\s*(?:in )?base (\d+|[a-z]+)\s*\)?")
 _LETTERS_OF_CHOICES = "A-Ja-j"
 _CHOICE = (
-    re.compile(rf"(?:(?:option|choice|answer)\s+)?\(\s*([{_LETTERS_OF_CHOICES}])\s*\)(?:\s*[.:]?\s+(.+)|\s*[.:]?)", re.I),
+    re.compile(
+        rf"(?:(?:option|choice|answer)\s+)?\(\s*([{_LETTERS_OF_CHOICES}])\s*\)(?:\s*[.:]?\s+(.+)|\s*[.:]?)", re.I
+    ),
     re.compile(rf"(?:option|choice)\s+([{_LETTERS_OF_CHOICES}])(?:\s*[).:]?\s+(.+)|\s*[).:]?)", re.I),
     re.compile(r"([A-J])\s*(?:[).:](?:\s+(.+))?)"),
 )
@@ -220,8 +217,3 @@ def _ratio(text: str) -> Value | None:
     terms = [int(t) for t in text.split(":")]
     common = math.gcd(*terms) or 1
     return Exactly("ratio", tuple(t // common for t in terms))
-
-
-def with_choice(letter: str, value: Value | None) -> Value:
-    """A choice, and what it says."""
-    return Choice(letter, value)
