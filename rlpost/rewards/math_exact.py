@@ -13,7 +13,6 @@ BITS = 1 << 14
 """Of an exact number, where nothing else is said: what takes no time."""
 BITS_OF_ROOTS = 2048
 """Of a number whose root is looked for."""
-LARGEST_FACTORIAL = 1000
 
 
 class _NotRational(Exception):
@@ -70,10 +69,12 @@ class _Exact:
         if kind == "root":
             return self._root(*given)
         if kind == "binom":
-            return _binomial(*given)
+            return self._binomial(*given)
         one = given[0]
         if kind == "!":
-            return Fraction(math.factorial(_small(one)))
+            if one.denominator != 1 or one < 0 or one * int(one).bit_length() > self._bits:
+                raise _NotRational
+            return Fraction(math.factorial(int(one)))
         if kind == "neg":
             return -one
         if kind == "abs":
@@ -111,6 +112,13 @@ class _Exact:
             return -self._root(degree, -value)
         return Fraction(_whole_root(value.numerator, n), _whole_root(value.denominator, n))
 
+    def _binomial(self, above: Fraction, below: Fraction) -> Fraction:
+        if above.denominator != 1 or below.denominator != 1 or not 0 <= below <= above:
+            raise _NotRational
+        if min(below, above - below) * int(above).bit_length() > self._bits:
+            raise _NotRational
+        return Fraction(math.comb(int(above), int(below)))
+
 
 def _whole_root(value: int, n: int) -> int:
     if value.bit_length() > BITS_OF_ROOTS:
@@ -125,15 +133,3 @@ def _whole_root(value: int, n: int) -> int:
     if low**n != value:
         raise _NotRational
     return low
-
-
-def _small(value: Fraction) -> int:
-    if value.denominator != 1 or not 0 <= value <= LARGEST_FACTORIAL:
-        raise _NotRational
-    return int(value)
-
-
-def _binomial(above: Fraction, below: Fraction) -> Fraction:
-    if below < 0 or below > above:
-        raise _NotRational
-    return Fraction(math.comb(_small(above), _small(below)))

@@ -22,7 +22,7 @@ from rlpost.rewards.math_text import Unreadable
 BITS = 1 << 20
 """Of numbers that are still computed exactly here, where a deadline is kept."""
 DIGITS = 60
-MOST_DIGITS = 20_000
+MOST_DIGITS = 4_000
 """Needed only by towers of powers."""
 POINTS = 40
 ENOUGH = 3
@@ -53,7 +53,7 @@ def equal(left: Tree, right: Tree) -> bool:
     """
     a, b = exact(left, BITS), exact(right, BITS)
     if a is not None and b is not None:
-        return bool(a == b)
+        return a == b
     return _compare(left, right, _same)
 
 
@@ -67,7 +67,7 @@ def proportional(left: Tree, right: Tree, positive: bool) -> bool:
 
     def same_ratio(a: _Computed, b: _Computed) -> bool:
         if abs(b.value) <= b.error or abs(a.value) <= a.error:
-            return abs(b.value) <= b.error and abs(a.value) <= a.error
+            return bool(abs(b.value) <= b.error and abs(a.value) <= a.error)
         ratio = a.value / b.value
         ratios.append(ratio)
         close = abs(ratio - ratios[0]) <= abs(ratio) * mpmath.mpf(10) ** (10 - DIGITS)
@@ -240,7 +240,8 @@ class _Run:
             if mpmath.re(exponent) > 0:
                 return base
             raise _NoValue
-        decades = abs(exponent) * (abs(mpmath.log(abs(base))) / mpmath.log(10))
+        with mpmath.workdps(30):
+            decades = abs(exponent) * abs(mpmath.log(abs(base), 10))
         if decades > MOST_DIGITS:
             if mpmath.im(base) == mpmath.im(exponent) == 0 and base >= 2 and exponent > 0:
                 raise _Huge
@@ -321,7 +322,7 @@ class _Run:
 
 def _number(value: Fraction) -> Any:
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > 4 * MOST_DIGITS:
-        raise _TooLarge
+        raise _Huge if value > 1 else _TooLarge
     return mpmath.mpf(value.numerator) / value.denominator
 
 

@@ -28,13 +28,13 @@ MAGNITUDES = {
 }
 _MULTIPLES = {**{word: Fraction(10) ** power for word, power in MAGNITUDES.items()}, "dozen": Fraction(12)}
 _SAYS_MORE = (
-    "and or to of than then less more times plus minus not no half halves third thirds quarter quarters fourth fourths "
-    "fifth fifths sixth sixths eighth eighths tenth tenths hundredth hundredths over point short below above under "
-    "negative positive remainder pi sin cos tan cot sec csc ln log exp sqrt arcsin arccos arctan infinity squared cubed "
-    "if when where for but either neither between through until at about nor is are was were equals equal base mod "
-    "divided multiplied power root one two three four five six seven eight nine ten eleven twelve twenty thirty forty "
-    "fifty sixty seventy eighty ninety score pair pairs gross dozens percent percentage th st nd rd am pm x y z "
-    "alpha beta gamma delta theta lambda"
+    "and or to of than then less more times plus minus not no half halves third thirds quarter quarters fourth "
+    "fourths fifth fifths sixth sixths eighth eighths tenth tenths hundredth hundredths over point short below above "
+    "under negative positive remainder pi sin cos tan cot sec csc ln log exp sqrt arcsin arccos arctan infinity "
+    "squared cubed if when where for but either neither between through until at about nor is are was were equals "
+    "equal base mod divided multiplied power root one two three four five six seven eight nine ten eleven twelve "
+    "twenty thirty forty fifty sixty seventy eighty ninety score pair pairs gross dozens percent percentage th st nd "
+    "rd am pm x y z alpha beta gamma delta theta lambda"
 )
 """Words behind a number that change it."""
 _NOT_A_THING = frozenset(_SAYS_MORE.split())
