@@ -22,7 +22,7 @@ from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.scratch import make_model
-from rlpost.recipe.functions import bind, bind_all
+from rlpost.recipe.functions import bind, bind_all, reward_leaves
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.schema import (
     MAKES_ROWS,
@@ -31,11 +31,11 @@ from rlpost.recipe.schema import (
     Precision,
     Recipe,
     Sft,
-    Source,
     Stage,
     TokenizerKind,
     leaves_policy,
 )
+from rlpost.rewards.math import check_references
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import place
@@ -177,7 +177,7 @@ def preflight(resolved: Resolved) -> list[str]:
 
     Raises:
         RecipeError: a function or an argument is wrong.
-        DataError: a source is missing, empty, or lacks a column.
+        DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
     """
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
@@ -185,9 +185,9 @@ def preflight(resolved: Resolved) -> list[str]:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
     for name, stage in resolved.config.stages.items():
         if stage.enabled:
-            _look_at(stage.data, f"stages.{name}.data", need_of(stage, name, resolved.folder), resolved.folder)
+            _look_at(stage, f"stages.{name}", need_of(stage, name, resolved.folder), resolved.folder)
     if resolved.config.evaluation is not None:
-        _look_at(resolved.config.evaluation.data, "evaluation.data", Need.prompts, resolved.folder)
+        _look_at(resolved.config.evaluation, "evaluation", Need.prompts, resolved.folder)
     return lines
 
 
@@ -342,13 +342,21 @@ def _must_stand_on_the_same(context: Context, done: Progress) -> None:
         )
 
 
-def _look_at(sources: Mapping[str, Source], where: str, need: Need, folder: Path) -> None:
-    for name, source in sources.items():
+def _look_at(stage: Any, where: str, need: Need, folder: Path) -> None:
+    """Read the stage's sources, and what its rewards will read of every row."""
+    rewards = reward_leaves(getattr(stage, "rewards", []), where)
+    columns = {leaf.args.get("column", "answer") for leaf, _ in rewards if leaf.fn == "math_answer"}
+    for name, source in stage.data.items():
         if source.stage is not None:
             continue
-        rows = read(source, stages=_no_stage, where=f"{where}.{name}", bind=bind, base=folder).rows
-        if source.present is None:
-            recognise(rows, label(source, f"{where}.{name}"), need)
+        place = f"{where}.data.{name}"
+        found = read(source, stages=_no_stage, where=place, bind=bind, base=folder)
+        if source.present is not None:
+            continue
+        recognise(found.rows, label(source, place), need)
+        examples = [row.get("example") or {} for row in found.rows] if need is Need.recorded else found.rows
+        for column in columns:
+            check_references(examples, found.places, column)
 
 
 def _plan(stage: Any) -> str:

@@ -1,8 +1,7 @@
 """Is the final answer of a completion mathematically the reference answer?
 
-Plain numbers and equal spellings are decided here, exactly: 1,000 is 1000.0, 2/4 is 0.5, and 0.33 is not 1/3.
-All else goes to math-verify in a worker process that is killed at its deadline, because computer algebra on
-what a model wrote can take for ever, and math-verify's own protection needs SIGALRM and the main thread.
+Both are read into values (`math_read`) and compared as such (`math_compare`). What is rational is decided here,
+exactly; what takes more computing goes to a worker process that is killed at its deadline.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from rlpost.rewards.answers import LONGEST, MARKED, find_answer
 from rlpost.rewards.math_compare import NeedsAlgebra, same
 from rlpost.rewards.math_read import read
 from rlpost.rewards.math_text import Unreadable
+from rlpost.rewards.math_values import Value
 from rlpost.rewards.workers import Workers
 
 
@@ -30,11 +30,11 @@ class Verdict(StrEnum):
     right = "right"
     wrong = "wrong"
     unparseable = "unparseable"
-    """No answer was found, or what was found is no mathematics."""
+    """No answer was found, or what was found is none, or can be read in two ways."""
     timeout = "timeout"
     """Undecided at the deadline."""
     error = "error"
-    """Undecided: the reference cannot be read, or the comparison crashed or ran out of memory."""
+    """Undecided: the reference cannot be read, the numbers are too large, or the comparison ran out of memory."""
 
 
 def math_answer(
@@ -53,9 +53,11 @@ def math_answer(
     decided is unscored.
 
     Raises:
-        DataError: a row has no reference answer.
+        DataError: a row has no reference answer, or one that cannot be read.
         RecipeError: `find` or `deadline` is wrong.
     """
+    for example in examples:
+        read_reference(example, column)
     scores = {Verdict.right: 1.0, Verdict.wrong: 0.0, Verdict.unparseable: 0.0}
     found = verdicts(completions, examples, column=column, find=find, deadline=deadline)
     return [scores.get(verdict, undecided) for verdict in found]
@@ -94,6 +96,43 @@ def reference_answer(example: Mapping[str, Any], column: str) -> str:
     if answer is None:
         raise DataError(f"math_answer: column: {column!r} is empty in a row; leave such rows out of the data")
     return answer
+
+
+def read_reference(example: Mapping[str, Any], column: str = "answer") -> Value:
+    """The value of a row's reference answer.
+
+    Raises:
+        DataError: there is none, it cannot be read, or it can be read in two ways.
+    """
+    reference = reference_answer(example, column)
+    try:
+        if len(reference) > LONGEST:
+            raise Unreadable(f"it is longer than {LONGEST} characters")
+        return read(reference)
+    except Unreadable as error:
+        shown = reference if len(reference) <= 60 else f"{reference[:59]}…"
+        raise DataError(
+            f"math_answer: the reference answer {shown!r} cannot be read: {error}; "
+            "write it in another way, or leave such rows out with a `map`"
+        ) from error
+
+
+def check_references(examples: Sequence[Mapping[str, Any]], places: Sequence[str], column: str) -> None:
+    """Read the reference answer of every row, before anything is trained; `places` names the rows.
+
+    Raises:
+        DataError: as of `read_reference`, of the first such row, with the number of others.
+    """
+    wrong: list[tuple[str, DataError]] = []
+    for example, place in zip(examples, places, strict=True):
+        try:
+            read_reference(example, column)
+        except DataError as error:
+            wrong.append((place, error))
+    if wrong:
+        place, first = wrong[0]
+        others = f" (and {len(wrong) - 1} more of {len(examples)} rows)" if len(wrong) > 1 else ""
+        raise DataError(f"{place}: {first}{others}") from first
 
 
 def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Verdict]:

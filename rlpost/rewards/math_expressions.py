@@ -119,6 +119,8 @@ class _Reader:
         if token.kind == "number":
             if number and token.apart and self._at + 2 < len(self._pieces) and self._pieces[self._at + 1].text == "/":
                 return self._mixed(tree, self._slash_fraction())
+            if before.text == "!":
+                return _times(tree, self._power())  # 3!6!
             raise Unreadable("two numbers in a row")
         if number and token.text == "\\frac":
             fraction = self._power()

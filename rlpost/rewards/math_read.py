@@ -43,6 +43,7 @@ _LEFT_SIDE = re.compile(
 _ORDINAL = re.compile(r"(-?\d{1,9})\s*(?:\^?\s*\{?\s*⟦?\s*(?:st|nd|rd|th)\s*⟧?\s*\}?)(?:\s+[A-Za-z]+)?")
 _AND_A_HALF = re.compile(r"(\d+) and (?:a|one)[ -](half|third|quarter)\b(.*)")
 _PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
+_SAID_TWICE = re.compile(r"([^()]*\S) \(([A-Za-z -]{2,})\)")
 _AND = re.compile(r"⟦\s*,?\s*(and|or)\s*⟧")
 
 
@@ -86,6 +87,8 @@ def _list(text: str) -> Value:
     value = said(text)
     if value is not None:
         return value
+    if (twice := _SAID_TWICE.fullmatch(text)) and (value := said(twice[2])) == _list(twice[1]) and value is not None:
+        return value  # 7 (seven)
     found, separators = elements(text, inside=False)
     if len(found) == 1:
         return _one(found[0])

@@ -116,14 +116,29 @@ def test_a_worker_that_does_not_start_is_told(tmp_path: Path):
 
 PARENT = """
 import sys, time
+from pathlib import Path
 from rlpost.rewards import math
 from rlpost.rewards.math import verdict
-print(verdict("\\\\boxed{2+3}", "5").value, flush=True)
-print(*[w.process.pid for w in math._workers()._workers], flush=True)
+from rlpost.rewards.workers import Workers
+pool = math._workers()
+if sys.argv[1] == "busy":
+    pool.script = Path(sys.argv[2])
+print(verdict("\\\\boxed{\\\\sqrt{8}}", "2\\\\sqrt{2}").value, flush=True)
+print(*[w.process.pid for w in pool._workers], flush=True)
 if sys.argv[1] == "idle":
     time.sleep(60)
 if sys.argv[1] == "busy":
-    verdict("\\\\boxed{9^{9^{9^{9}}}}", "5", deadline=1.5)
+    verdict("\\\\boxed{\\\\sqrt{7}}", "2\\\\sqrt{2}", deadline=1.5)
+"""
+BUSY = """
+import sys, time
+from rlpost.rewards import math_worker
+def judge(reference, answer):
+    while "7" in answer:
+        pass
+    return "right"
+math_worker.judge = judge
+math_worker.main()
 """
 
 
@@ -131,9 +146,11 @@ def start_parent(tmp_path: Path, how: str) -> tuple[subprocess.Popen[str], int]:
     """A script without a `__main__` guard, as a console script might be."""
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
+    busy = tmp_path / "busy.py"
+    busy.write_text(BUSY)
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, str(script), how],
+        [sys.executable, str(script), how, str(busy)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
