@@ -22,6 +22,8 @@ from rlpost.data.tool_calls import formed, wanted_form
 from rlpost.data.unrendered import Proof, Unrendered, holds, squeezed
 from rlpost.errors import DataError, ModelError, RlpostError
 
+_HEADER = 200
+"""Characters of a generation prompt, at most."""
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -197,13 +199,20 @@ def _refuse(left_out: str | None, place: str) -> None:
 
 
 def _missing(talk: Talk, turn: int, full: str, span: tuple[int, int] | None) -> str | None:
-    """What of a turn is not in its span of the text, in words; None where there is no span."""
+    """What of a turn is not in its span of the text, in words; None where there is no span.
+
+    A generation prompt may begin a content already, with <think>.
+    """
     if span is None:
         return None
-    text = squeezed(full[slice(*span)])
-    own = leaves(Talk([talk.messages[turn]]))
-    lost = [leaf for leaf in own if leaf.sort is not Sort.fixed and not holds(text, str(leaf.value))]
-    return f"a part of message {turn + 1}, its {lost[0].path[2]}" if lost else None
+    begin, end = span
+    text, before = squeezed(full[begin:end]), squeezed(full[max(begin - _HEADER, 0) : begin])
+    for leaf in leaves(Talk([talk.messages[turn]])):
+        length = len(squeezed(str(leaf.value)))
+        begun = before[-(length - 1) :] if leaf.path[2:] == ("content",) and length > 1 else ""
+        if leaf.sort is not Sort.fixed and not holds(begun + text, str(leaf.value)):
+            return f"a part of message {turn + 1}, its {leaf.path[2]}"
+    return None
 
 
 def _span(template: Template, start: str, rendered: str, full: str) -> tuple[int, int] | None:
