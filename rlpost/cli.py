@@ -234,16 +234,18 @@ def show(
     resolved = _resolve(recipe, overrides)
     for warning in resolved.warnings:
         console.warn(warning)
+    lines: list[str] = []
+    if rows:
+        from rlpost import commands
+
+        lines = commands.show_rows(resolved, rows)
     text = resolved.to_yaml().removesuffix("\n")
     if in_colour(output()):
         emit(_coloured(clean(text)))
     else:
         _print(text)
-    if rows:
-        from rlpost import commands
-
-        for line in commands.show_rows(resolved, rows):
-            emit(line)
+    for line in lines:
+        emit(line)
 
 
 class Proof(StrEnum):

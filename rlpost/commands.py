@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 
-from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import before_what, in_reading_order
@@ -22,9 +20,7 @@ from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
 from rlpost.goals import GoalSet
 from rlpost.groups import Group
-from rlpost.pipeline import need_of, scratch_tokenizer
 from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy
-from rlpost.policy.model_files import load_tokenizer, with_chat_template
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
@@ -35,8 +31,6 @@ from rlpost.recipe.schema import (
     Pairs,
     Reward,
     Sampling,
-    Source,
-    TooLong,
     reads_backwards,
 )
 from rlpost.rewards.score import Scorer
@@ -51,6 +45,7 @@ from rlpost.run.files import encode_line, write_atomic
 from rlpost.run.lookup import find_checkpoint, newest_finished_run
 from rlpost.run.names import CONFIG
 from rlpost.run.stage import StageDirectory
+from rlpost.shown import show_rows as show_rows
 from rlpost.stage_evaluation import evaluate_recipe, judges
 from rlpost.stages.context import make_scorer
 from rlpost.stages.pairs import must_have_pairs, preference_rows
@@ -245,76 +240,6 @@ def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> s
     must_have_pairs(rows, prompts, cfg, name)
     write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
     return out
-
-
-def show_rows(resolved: Resolved, n: int) -> Iterator[str]:
-    """Lines that show the first `n` rows of each stage as the model sees them, and lengths in tokens.
-
-    What is trained is marked: in colour on a terminal, between » and « elsewhere.
-    """
-    tokenizer: Any = None
-    for name, stage in resolved.config.stages.items():
-        sources = {k: s for k, s in stage.data.items() if s.stage is None}
-        if not stage.enabled or not sources:
-            continue
-        tokenizer = tokenizer or _tokenizer(resolved)
-        yield f"stages.{name}"
-        yield from _rows_of_stage(
-            tokenizer, sources, need_of(stage, name, resolved.folder), f"stages.{name}.data", resolved, n
-        )
-
-
-def _rows_of_stage(
-    tokenizer: Any, sources: dict[str, Source], need: Need, where: str, resolved: Resolved, n: int
-) -> Iterator[str]:
-    data = open_dataset(
-        sources,
-        make_codec(tokenizer),
-        need=need,
-        limit=Limit(1 << 30, TooLong.refuse),
-        seed=resolved.config.seed,
-        where=where,
-        stages=_no_stage,
-        bind=bind,
-        base=resolved.folder,
-    )
-    yield from (f"  {console.clean(line)}" for line in data.notices)
-    groups = data.all()
-    yield "  " + _lengths("prompt", [len(g.prompt) for g in groups])
-    completions = [c for g in groups for c in g.completions]
-    if completions:
-        yield "  " + _lengths("completion", [len(c.ids) for c in completions])
-        yield "  " + _lengths("trained", [c.actions for c in completions])
-    for group in groups[:n]:
-        yield from _shown(tokenizer, group)
-
-
-def _shown(tokenizer: Any, group: Group) -> Iterator[str]:
-    prompt = tokenizer.decode(list(group.prompt))
-    if not group.completions:
-        yield f"  {console.clean(prompt, '⏎')}"
-    for c in group.completions:
-        text = console.clean(prompt, "⏎")
-        start = 0
-        while start < len(c.ids):
-            end = start
-            while end < len(c.ids) and c.action[end] == c.action[start]:
-                end += 1
-            piece = console.clean(tokenizer.decode(list(c.ids[start:end])), "⏎")
-            text += console.marked(piece) if c.action[start] else piece
-            start = end
-        yield f"  {text}"
-
-
-def _lengths(what: str, lengths: Sequence[int]) -> str:
-    return f"{what} tokens: least {min(lengths)}, median {median(lengths):g}, most {max(lengths)}"
-
-
-def _tokenizer(resolved: Resolved) -> Any:
-    model = resolved.config.model
-    if model.path is None:
-        return with_chat_template(scratch_tokenizer(resolved), model)
-    return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
 
 
 def _recipe_of(path: str) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlpost import console
+from rlpost.data.messages import question
 from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.groups import Group
 from rlpost.learner import Learner
@@ -256,7 +257,7 @@ def show_samples(
     rows = []
     for group, total in list(zip(groups, totals, strict=True))[:4]:
         value = total[0]
-        prompt = tokenizer.decode(list(group.prompt))
+        prompt = question(group.example) or tokenizer.decode(list(group.prompt))
         rows.append((prompt, group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
     console.samples(f"samples at step {step + 1}", rows)
 

@@ -14,6 +14,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.messages import question
 from rlpost.data.part import Limit
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
@@ -178,7 +179,7 @@ class StageEvaluations:
         chosen = telling_prompts(scores[0], scores[1], n)
         first = rows[self._names[0]]
         print_answers(
-            [first[p]["prompt"] for p in chosen],
+            [question(first[p]["example"]) or first[p]["prompt"] for p in chosen],
             {name: [rows[name][p]["completion"] for p in chosen] for name in self._names},
             [str(first[p]["example"].get("answer", "")) for p in chosen],
         )

@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"stages"},
     {"stage_evaluation"},
     {"pipeline", "plots"},
+    {"shown"},
     {"commands"},
     {"cli"},
     {"__main__"},

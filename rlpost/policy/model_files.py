@@ -126,7 +126,10 @@ def with_chat_template(tokenizer: Any, settings: Model) -> Any:
         file = Path(settings.chat_template)
         if not file.is_file():
             raise ModelError(f"model.chat_template: no such file: {file}")
-        tokenizer.chat_template = file.read_text("utf-8")
+        try:
+            tokenizer.chat_template = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"model.chat_template: {file} cannot be read: {error}; save it as UTF-8") from error
     return tokenizer
 
 

@@ -50,13 +50,17 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
 
 
 def best_and_worst(groups: Sequence[Group], reward_PG: Tensor, min_gap: float) -> list[Group]:
-    """A pair of each group, the best first; groups whose best and worst differ by no more than `min_gap` give none."""
+    """A pair of each group, the best first; groups whose best and worst differ by no more than `min_gap` give none.
+
+    Nor do groups whose best and worst are the same tokens: what a reward finds to choose in them is noise.
+    """
     pairs = []
     for group, reward_G in zip(groups, reward_PG.tolist(), strict=True):
         scored = [i for i, reward in enumerate(reward_G) if reward == reward]
         if not scored:
             continue
         best, worst = max(scored, key=reward_G.__getitem__), min(scored, key=reward_G.__getitem__)
-        if reward_G[best] - reward_G[worst] > min_gap:
-            pairs.append(replace(group, completions=(group.completions[best], group.completions[worst])))
+        chosen, rejected = group.completions[best], group.completions[worst]
+        if reward_G[best] - reward_G[worst] > min_gap and chosen.ids != rejected.ids:
+            pairs.append(replace(group, completions=(chosen, rejected)))
     return pairs
