@@ -51,7 +51,8 @@ def text_of(rendered: Rendered, place: str, error: type[RlpostError] = DataError
         RlpostError: of class `error`, the template failed.
     """
     if rendered.error:
-        raise error(f"{place}: the chat template {rendered.error}: change the row, or {REMEDY}")
+        remedy = f"change the row, or {REMEDY}" if error is DataError else REMEDY
+        raise error(f"{place}: {'it' if error is ModelError else 'the chat template'} {rendered.error}: {remedy}")
     return rendered.text
 
 

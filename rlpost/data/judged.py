@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlpost.data.codec import Codec
+from rlpost.data.columns import missing
 from rlpost.data.encoders import (
     Row,
     as_messages,
@@ -32,6 +33,8 @@ def encode_labelled(row: Row, codec: Codec, place: str) -> Group:
     Raises:
         DataError: the label is neither true nor false.
     """
+    if "label" not in row:
+        raise DataError(f"{place} {missing('label', row)}")
     given = row["label"]
     word = str(given).strip().lower()
     if isinstance(given, float) or word not in (*_TRUE, *_FALSE):

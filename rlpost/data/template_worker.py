@@ -6,8 +6,8 @@ here, and the text is what transformers' own renderer makes.
 
 It imports nothing of rlpost. Requests and replies are lines of JSON. A request has `template`, a number; with
 `source` and `special` (its text, its special tokens by name) the first time; and `jobs`: [conversation, length, add a
-generation prompt, tell what is generated] each, over `conversations` of {messages, tools}. A reply has for every job
-{text, generated}, or {error, kind}. It says `ready` first, and ends when stdin does.
+generation prompt, tell what is generated] each, over `conversations` of {messages, tools}. Every job is answered by a
+line, {text, generated} or {error, kind}. It says `ready` first, and ends when stdin does.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ def main() -> None:
         if "source" in request:
             known[request["template"]] = (request["source"], request["special"])
         source, special = known[request["template"]]
-        answers = []
         for job in request["jobs"]:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            answers.append(_render(render_jinja_template, request["conversations"], job, source, special))
+            answer = _render(render_jinja_template, request["conversations"], job, source, special)
             signal.setitimer(signal.ITIMER_PROF, 0.0)
-        _write(replies, answers)
+            _write(replies, answer)
 
 
 def _render(

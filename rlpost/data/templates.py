@@ -96,18 +96,11 @@ class _Process:
             except BaseException:
                 self._end()  # left in the middle, it would answer the next call with this one's reply
                 raise
-        if answers is not None:
-            return [_rendered(answer) for answer in answers]
         too_long = Rendered("", f"fails: it takes more than {SECONDS:g} s of processor time")
-        alone: list[Rendered] = []
-        for job in jobs if len(jobs) > 1 else ():  # which of them?
-            alone += self.render(source, special, [job])
-            if alone[-1] == too_long:
-                break
-        return alone + [too_long] * (len(jobs) - len(alone))
+        return [_rendered(answer) for answer in answers] + [too_long] * (len(jobs) - len(answers))
 
-    def _ask(self, source: str, special: Mapping[str, Any], request: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """The replies, or None when the process had to end over one of them."""
+    def _ask(self, source: str, special: Mapping[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
+        """The replies, up to the job that the process had to end over."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         key = f"{special}{source}"
         request["template"] = self._known.get(key, len(self._known))
@@ -116,17 +109,14 @@ class _Process:
             request |= {"source": source, "special": dict(special)}
         assert process.stdin is not None
         assert process.stdout is not None
+        answers: list[dict[str, Any]] = []
         try:
             process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
             process.stdin.flush()
-        except BrokenPipeError:
+            for _ in request["jobs"]:
+                answers.append(json.loads(process.stdout.readline()))
+        except (BrokenPipeError, json.JSONDecodeError):  # no line, or half of one
             self._end()
-            return None
-        reply = process.stdout.readline()
-        if not reply.endswith(b"\n"):
-            self._end()
-            return None
-        answers: list[dict[str, Any]] = json.loads(reply)
         return answers
 
     def _start(self) -> subprocess.Popen[bytes]:

@@ -6,6 +6,8 @@ from conversations import CHATML, MISTRAL, STOPS, THINKING, THOUGHT, make, talk,
 from rlpost.data import chat
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import Format, encode
+from rlpost.data.messages import question
+from rlpost.data.templates import Job, Talk, render_all
 from rlpost.errors import DataError, ModelError
 
 
@@ -125,6 +127,35 @@ def test_a_template_that_cannot_train_is_refused_with_the_remedy(template, reaso
         make_codec(make(template))
     assert "set model.chat_template=FILE.jinja" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, THINKING, *(t for t, _ in STOPS.values())])
+def test_what_is_rendered_is_what_transformers_renders(template):
+    tokenizer = make(template)
+    generator = random.Random(0)
+    for _ in range(20):
+        messages = random_talk(generator, system=template != MISTRAL)
+        whole = Talk(messages)
+        jobs = [Job(whole, n, generation) for n in range(1, len(messages) + 1) for generation in (False, True)]
+        assert [r.text for r in render_all(tokenizer, jobs, "here")] == [
+            tokenizer.apply_chat_template(messages[: j.length], tokenize=False, add_generation_prompt=j.generation)
+            for j in jobs
+        ]
+
+
+def test_a_template_of_its_own_for_tools():
+    tokenizer = make({"default": CHATML, "tool_use": "{{ tools | tojson }}" + CHATML})
+    talks = [Talk(talk("a", "b"), tools) for tools in (None, [{"name": "f", "parameters": {}}])]
+    assert [r.text for r in render_all(tokenizer, [Job(t, 2) for t in talks], "here")] == [
+        tokenizer.apply_chat_template(t.messages, tools=t.tools, tokenize=False) for t in talks
+    ]
+
+
+def test_the_question_of_a_row():
+    assert question({"prompt": talk("a", "b", "c", system="s")}) == "c"
+    assert question({"messages": talk("a", "b")}) == "a"
+    assert question({"prompt": "a"}) is None
+    assert question({"prompt": [3], "messages": None}) is None
 
 
 def test_no_chat_template():
