@@ -30,16 +30,17 @@ _NUMBER_IN_TEXT = re.compile(
     r"|(?:\s[0-9]+)?/[0-9]+|\s?\\?%|\s(?:hundred|thousand|million|billion|trillion)\b)?)"
 )
 _PHRASE = re.compile(
-    r"answers?\**(?:\s+(?:to|for)\s[^\n.:=]{1,80}?)?(?:\s+(?:is|are|equals|would\s+be|must\s+be)\b|\s*[:=])\s*[:=]?"
+    r"(?:^[ \t]*[#*]+[ \t]*(?:final[ \t]+)?answer[ \t]*[*#]*[ \t]*$|"
+    r"answers?\**(?:\s+(?:to|for)\s[^\n.:=]{1,80}?)?(?:\s+(?:is|are|equals|would\s+be|must\s+be)\b|\s*[:=])\s*[:=]?)"
     r"(?:\s|\$\$(?!\S)|\\\[(?!\S)|\*\*)*",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"\n|[.?](?=\s)|!(?=\s+[A-Z])")
 _REASON = re.compile(r",?\s+(?:because|since|which|where|so|as|but)\b|\s[—–]\s", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _BETWEEN_BOXES = re.compile(r"[ \t$]*(?:(,|;)[ \t$]*)?(?:\\text\{)?\s*(and|or)?\s*\}?[ \t$]*")
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-_SIZES = re.compile(r"\\(?:left|right)(?![a-z])|(?<!\\)\\!")
+_SIZES = re.compile(r"\\(?:left|right)(?![a-z])")
 _EMPHASIS = re.compile(r"(?<![\w)])\*\*([^*\n]+)\*\*(?![\w(])")
 
 
@@ -86,7 +87,7 @@ def tidy(text: str) -> str:
     text = _EMPHASIS.sub(r"\1", text).strip("* \n\t")
     text = _TEXT.sub(r"\1", text) if _TEXT.fullmatch(text) else text
     text = text.replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = re.sub(r"(?:\\[,;: ]|[,;:\s])+$", "", " ".join(text.split()))
+    text = re.sub(r"(?:\\[,;:! ]|[,;:\s])+$", "", " ".join(text.split()))
     return text if text.endswith("..") else text.removesuffix(".").rstrip(",;: ")
 
 

@@ -75,6 +75,8 @@ class _Comparison:
             return self._reals(as_interval(reference), as_interval(answer))
         if isinstance(reference, Quantity) and isinstance(answer, Quantity):
             return self._quantities(reference, answer)
+        if isinstance(reference, Quantity) and isinstance(answer, Several) and answer.kind == "any":
+            return all(self.same(reference, item) for item in answer.items)  # 5/2 or 2.5
         if isinstance(reference, Several) and isinstance(answer, Several):
             return self._several(reference, answer)
         if isinstance(reference, Matrix) and isinstance(answer, Matrix):

@@ -38,8 +38,10 @@ _MATRIX = re.compile(
     r"([\[(|]?)\s*\\begin\{([a-zA-Z]*matrix|array)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\2\}\s*([\])|]?)", re.S
 )
 _LEFT_SIDE = re.compile(
-    r"(?:\\?[A-Za-z]+'*|[A-Za-z])(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?(?:\((?:\s*\\?[a-zA-Z]+\s*,?)+\))?"
+    r"(?:(?:\\angle\s*)?\\?[A-Za-z]+'*|⟦[^⟦⟧]*⟧|\|[A-Z]{2}\|)(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?"
+    r"(?:\((?:\s*(?:\\?[a-zA-Z]+|-?\d+(?:\.\d+)?)\s*,?)+\))?"
 )
+_IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore)(?![a-zA-Z])|⇒|∴")
 _ORDINAL = re.compile(r"(-?\d{1,9})\s*(?:\^?\s*\{?\s*⟦?\s*(?:st|nd|rd|th)\s*⟧?\s*\}?)(?:\s+[A-Za-z]+)?")
 _AND_A_HALF = re.compile(r"(\d+) and (?:a|one)[ -](half|third|quarter)\b(.*)")
 _PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
@@ -79,6 +81,7 @@ def _choice_value(text: str) -> Value | None:
 def _list(text: str) -> Value:
     """One value, or several between commas and words."""
     text = _APPROXIMATELY.sub("", text, count=1) if _APPROXIMATELY.match(text) else text
+    text = _IMPLIES.split(text)[-1].strip()
     text = re.sub(r"^(?:negative|minus)\s+(?=[\d.])", "-", text, flags=re.IGNORECASE)
     match = _AND_A_HALF.fullmatch(text)
     if match:
@@ -237,6 +240,8 @@ def _operand(text: str) -> Value:
         return _all_but(_operand(pieces[1]))
     if match := _MATRIX.fullmatch(text):
         return _matrix(match[1], match[2], match[3], match[4])
+    if text.startswith("{") and text.endswith("}") and "," in text:
+        text = f"\\{text[:-1]}\\}}"  # {1, 2}: a set whose braces lost their backslashes
     bracket = whole_bracket(text)
     if bracket is not None:
         value = _bracketed(*bracket)

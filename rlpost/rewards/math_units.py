@@ -34,10 +34,14 @@ _SAYS_MORE = (
     "squared cubed if when where for but either neither between through until at about nor is are was were equals "
     "equal base mod divided multiplied power root one two three four five six seven eight nine ten eleven twelve "
     "twenty thirty forty fifty sixty seventy eighty ninety score pair pairs gross dozens percent percentage th st nd "
-    "rd am pm x y z alpha beta gamma delta theta lambda"
+    "rd am pm x y z alpha beta gamma delta theta lambda factorial choose modulo double twice triple thrice quadruple "
+    "tens ones lakh lakhs crore crores bn mil mn googol fold wrong incorrect false nope never except without "
+    "reciprocal inverse opposite quadrillion"
 )
 """Words behind a number that change it."""
 _NOT_A_THING = frozenset(_SAYS_MORE.split())
+_PART = re.compile(r"\w*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths?")
+"""Twentieths and the like."""
 _WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]+\.?|[$£€¥¢])"
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))"
 _TAIL = re.compile(
@@ -114,7 +118,7 @@ def _word(piece: str, apart: bool, in_text: bool) -> str | None:
     if len(piece) == 1 and piece.isalpha():
         known = piece in _SHORT and apart
         return _CANONICAL.get(piece, folded) if known or in_text else None
-    if folded in _NOT_A_THING:
+    if folded in _NOT_A_THING or _PART.fullmatch(folded):
         return None
     for spelling in (piece, folded, folded.removesuffix("s")):
         if spelling in _CANONICAL:

@@ -119,6 +119,8 @@ def plain_words(text: str) -> str:
     words = re.sub(r"[^\w\s'/&]|_", " ", text).split()
     if len(words) > 1 and words[0].casefold() in ("the", "a", "an"):
         words = words[1:]
+    if len(words) > 1 and len(words[-1]) > 3:
+        words[-1] = words[-1].removesuffix("s")  # no solutions, no solution
     joined = " ".join(words)
     # AB and ab, HT and ht are different things; NO and no are not.
     if len(joined) <= 3 and joined.isupper() and joined.casefold() not in ("yes", "no"):
