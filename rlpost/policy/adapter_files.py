@@ -64,6 +64,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     kind = given.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{folder}: peft_type={kind!r} in {ADAPTER_FILE}, where LORA is supported; {MERGE}")
+    for name in ("r", "lora_alpha", "target_modules"):
+        if name not in given:
+            raise ModelError(f"{folder}: no {name} in {ADAPTER_FILE}; restore the file from where it came")
     for name, allowed in _FIELDS.items():
         if name in given and not allowed(given[name]):
             raise ModelError(f"{folder}: {name}={_short(given[name])} in {ADAPTER_FILE} is not supported; {MERGE}")
@@ -110,12 +113,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ModelError: it cannot be read, is no JSON, or holds something else.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {first_line(error)}; restore it from where it came") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path}: holds a {type(found).__name__} where an object is expected; restore it")
     return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def first_line(error: BaseException) -> str:

@@ -185,7 +185,10 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], place: Pat
         outcome = set_peft_model_state_dict(
             model, {key: x for key, x in weights.items() if key not in known}, adapter_name=name
         )
-    missing = [key for key in outcome.missing_keys if belongs(key, name)]
+    lacking = set(outcome.missing_keys)
+    # What is trained of a tied head's tokens is the embedding's, and stands in the file once.
+    filled = {x.data_ptr() for key, x in state.items() if belongs(key, name) and key not in lacking}
+    missing = [key for key in outcome.missing_keys if belongs(key, name) and state[key].data_ptr() not in filled]
     for keys, what in (
         (missing, "lacks weights that its adapter_config.json asks for"),
         (outcome.unexpected_keys, "has weights that its adapter_config.json does not ask for"),

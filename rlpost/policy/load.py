@@ -90,7 +90,9 @@ def load_policy(
         policy.causal_lm.enable_input_require_grads()
     if not trainable:
         policy.requires_grad_(False)
-    return policy.eval()
+    with told_as_model_error(f"{path}: the model cannot be run"):
+        _must_say_numbers(policy.eval(), path)
+    return policy
 
 
 def is_backwards(folder: str | Path) -> bool:
@@ -108,6 +110,14 @@ def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
         raise ModelError(f"{folder}: it reads forwards; name an sft stage with direction: reverse, or its checkpoint")
     if is_backwards(folder) and not backwards:
         raise ModelError(f"{folder}: it reads backwards (direction: reverse), so it is no policy; name another stage")
+
+
+def _must_say_numbers(policy: Policy, path: str | Path) -> None:
+    said = logprobs(policy, probe_groups(policy.vocabulary, policy.longest))
+    if not bool(torch.isfinite(said).all()):
+        raise ModelError(
+            f"{path}: what the model says of a few tokens is no finite number; its weights or config.json are damaged"
+        )
 
 
 def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "model") -> bool:

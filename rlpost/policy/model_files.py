@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 
+from rlpost import console
 from rlpost.errors import ModelError, RlpostError
 from rlpost.policy.adapter_files import ADAPTER_FILE, first_line, read_json_object
 from rlpost.recipe.schema import Model
@@ -24,6 +26,8 @@ _REFUSED = {
     "fusion_config": "fusion_config replaces parts of the model, which is not supported; remove it from config.json",
 }
 _NUMBERED = re.compile(r"\.\d+(?=\.|$)")
+_BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|\.version)$")
+"""What old checkpoints hold that no training has made."""
 
 
 @contextmanager
@@ -57,8 +61,13 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
     Raises:
         ModelError: it cannot be loaded so.
     """
+    if (Path(base) / ADAPTER_FILE).is_file():
+        raise ModelError(f"{base}: an adapter where its base model is expected; merge it into its own base first")
     config = _config(base, revision)
     _must_be_safe(base, revision, config)
+    if (Path(base) / "generation_config.json").is_file():
+        # transformers would take a damaged one for none.
+        read_json_object(Path(base) / "generation_config.json")
     with _loading(base):
         # The configuration is given, not named: a key of config.json that is called like an argument here would
         # replace it (`use_safetensors: false`).
@@ -106,6 +115,9 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
         if (Path(source) / name).is_file():
             read_json_object(Path(source) / name)
+    template = Path(source) / "chat_template.jinja"
+    if template.is_file() and not template.read_bytes().strip():
+        raise ModelError(f"{template}: an empty chat template; restore it, or remove the file")
     with told_as_model_error(f"{path}: no tokenizer can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             source,
@@ -142,7 +154,10 @@ def must_fit(model: Any, tokenizer: Any, path: str) -> None:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: its tokenizer has no end token, so a completion could never end; set eos_token")
     rows = model.get_input_embeddings().weight.shape[0]
-    known = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    vocabulary = tokenizer.get_vocab()
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ModelError(f"{path}: two tokens of its tokenizer have one id, so text would not come back; restore it")
+    known = max(len(tokenizer), 1 + max(vocabulary.values(), default=0))
     if known > rows:
         raise ModelError(
             f"{path}: the tokenizer knows {known} tokens but the model embeds {rows}; "
@@ -175,8 +190,6 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
         raise ModelError(f"{base}: config.json names its weights ({named!r}), which is not supported; remove the key")
     folder = Path(base)
     if folder.is_dir():
-        if (folder / ADAPTER_FILE).is_file():
-            raise ModelError(f"{base}: an adapter where its base model is expected; merge it into its own base first")
         index = folder / INDEX if (folder / INDEX).is_file() else None
         safe = index or next(folder.glob("*.safetensors"), None)
         if safe is None and (pickled := next((p for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s)), None)):
@@ -211,17 +224,21 @@ def _on_hub(base: str, name: str, revision: str | None) -> str | None:
 
 
 def _must_have_read_all(base: str, model: Any, unexpected: list[str]) -> None:
-    """Weights in the files that the model has no place for, where it has neighbours of them, are of another model."""
-    here = {_NUMBERED.sub(".#", name) for name in model.state_dict()}
+    """Weights in the files that would be part of a layer, of the model's or one further, are of another model."""
     modules = dict(model.named_modules())
-    for name in unexpected:
+    weights = [name for name in unexpected if not _BUFFERS.search(name)]
+    further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
+    for name in weights:
         owner = modules.get(name.rpartition(".")[0])
-        # Another layer like those there are; or a bias, say, of a layer that is there without one.
-        if _NUMBERED.sub(".#", name) in here or (owner is not None and any(True for _ in owner.parameters(False))):
+        above = (modules.get(name[: found.start()]) for found in _NUMBERED.finditer(name))
+        in_a_layer = not further and any(isinstance(m, nn.ModuleList) for m in above)
+        if in_a_layer or (owner is not None and any(True for _ in owner.parameters(False))):
             raise ModelError(
-                f"{base}: the files hold {name} ({len(unexpected)} such), which config.json has no place for; "
+                f"{base}: the files hold {name}, which config.json has no place for; "
                 "take the weights and config.json from one model"
             )
+    if weights:
+        console.warn(f"{base}: {len(weights)} weights in its files are no part of the model, {weights[0]} for one")
 
 
 def _must_be_floats(base: str, model: Any) -> None:

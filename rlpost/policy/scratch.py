@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost.errors import ModelError
+from rlpost.errors import RecipeError, RlpostError
 
 
 def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) -> None:
@@ -22,23 +22,45 @@ def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) 
         folder: where to write; it exists.
 
     Raises:
-        ModelError: if transformers knows no such model type, or refuses the configuration.
+        RecipeError: if transformers knows no such model type, refuses the configuration, or makes what cannot run.
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
     if kind is None:
-        raise ModelError("model.config.model_type: missing; say which architecture to make, such as llama")
+        raise RecipeError("model.config.model_type: missing; say which architecture to make, such as llama")
     special = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    size = fields.get("vocab_size", len(tokenizer))
+    if isinstance(size, int) and size < len(tokenizer):
+        raise RecipeError(f"model.config.vocab_size={size}: the tokenizer has {len(tokenizer)} tokens; leave it out")
     torch.manual_seed(seed)
     try:
         made = AutoConfig.for_model(kind, **{**special, **fields})
-        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.config: {str(error).strip().splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_config(made, dtype=torch.float32, attn_implementation="eager")
+        _must_run(model)
+    except RlpostError:
+        raise
+    except Exception as error:  # what a wrong number in a configuration leads to is of any kind
+        raise RecipeError(f"model.config: {_reason(error, fields)}; correct it") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _must_run(model: Any) -> None:
+    """A model that was made may still have parts that do not fit each other: heads that do not divide its width."""
+    logits = model.eval()(torch.zeros(1, 2, dtype=torch.long)).logits
+    if not bool(logits.isfinite().all()):
+        raise RecipeError("model.config: what the model says is no finite number; look at its numbers")
+
+
+def _reason(error: Exception, fields: dict[str, Any]) -> str:
+    """The line of an error that names one of the recipe's fields; else its first, with what is at hand."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    named = next((line for line in lines if any(name in line for name in fields)), None)
+    given = ", ".join(f"{name}={value}" for name, value in fields.items())
+    return named or f"{lines[0]} ({type(error).__name__}, with {given})"
