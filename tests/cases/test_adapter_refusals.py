@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from adapters_made import GROUPS, LORA, base_model, gap, lora, save_adapter, transformers_alone
-from conftest import Tally
 from peft import IA3Config, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from tiny_world import byte_tokenizer, rlpost, save_recipe, save_rows
@@ -108,7 +107,7 @@ def refusal(folder: Path, settings: Model = LORA) -> str:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_or_foreign_adapter(adapter: Path, tally: Tally, monkeypatch: Any, damage: str) -> None:
+def test_a_damaged_or_foreign_adapter(adapter: Path, tally: Callable[..., None], monkeypatch: Any, damage: str) -> None:
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("something was unpickled"))
     do, words = DAMAGE[damage]
     do(adapter)
@@ -117,14 +116,14 @@ def test_a_damaged_or_foreign_adapter(adapter: Path, tally: Tally, monkeypatch: 
 
 
 @pytest.mark.parametrize("damage", ["one missing", "a pickle", "biases"])
-def test_the_command_says_so_in_one_line(here: Path, adapter: Path, tally: Tally, damage: str) -> None:
+def test_the_command_says_so_in_one_line(here: Path, adapter: Path, tally: Callable[..., None], damage: str) -> None:
     do, words = DAMAGE[damage]
     do(adapter)
     assert rlpost("train", recipe(adapter)).refused(4, words)
     tally("adapters refused", refused=1)
 
 
-def test_other_kinds_of_peft(here: Path, made: Path, tally: Tally) -> None:
+def test_other_kinds_of_peft(here: Path, made: Path, tally: Callable[..., None]) -> None:
     base = made / "base"
     for number, config in enumerate(
         (
@@ -152,7 +151,7 @@ def test_an_embedding_of_its_own(here: Path) -> None:
     assert "of its own" in refusal(folder)
 
 
-def test_the_recipes_modules_and_dropout_hold(adapter: Path, tally: Tally) -> None:
+def test_the_recipes_modules_and_dropout_hold(adapter: Path, tally: Callable[..., None]) -> None:
     for targets, words in ((["q_proj"], "leaves out"), ("all-linear", "asks for"), (["q_proj", "k_proj"], "asks for")):
         message = refusal(adapter, Model(lora=Lora(r=4, alpha=8.0, target_modules=targets)))
         assert words in message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from adapters_made import (
     shaken,
     transformers_alone,
 )
-from conftest import Tally
 from safetensors.torch import load_file
 
 from rlpost.policy.adapters import belongs
@@ -57,7 +57,7 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("shape", "tied"), WORLDS)
-def test_right_from_loading_to_saving(here: Path, tally: Tally, shape: str, tied: bool) -> None:
+def test_right_from_loading_to_saving(here: Path, tally: Callable[..., None], shape: str, tied: bool) -> None:
     base = base_model(here, tied)
     folder = save_adapter(here / "adapter", base, lora(**SHAPES[shape]))
     wanted, bare = alone(peft_alone(base, folder)), alone(transformers_alone(base))

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters_made import LORA, lora, save_adapter
-from conftest import Tally
 from safetensors.torch import load_file
 from tiny_world import save_model, tiny_model
 
@@ -74,7 +73,7 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return adapter_state(policy.model, POLICY) if policy.has_adapter else dict(policy.model.state_dict())
 
 
-def try_all(source: Path, settings: Model, copies: Path, numbers: range, tally: Tally) -> None:
+def try_all(source: Path, settings: Model, copies: Path, numbers: range, tally: Callable[..., None]) -> None:
     files = sorted(x for x in source.iterdir() if x.suffix in (".json", ".jinja", ".safetensors"))
     wrong = []
     right = refused = 0
@@ -110,5 +109,7 @@ def try_all(source: Path, settings: Model, copies: Path, numbers: range, tally: 
         pytest.param("adapter", LORA, range(20, 320), marks=pytest.mark.slow),
     ],
 )
-def test_damaged_files(here: Path, made: Path, tally: Tally, which: str, settings: Model, numbers: range) -> None:
+def test_damaged_files(
+    here: Path, made: Path, tally: Callable[..., None], which: str, settings: Model, numbers: range
+) -> None:
     try_all(made / which, settings, here, numbers, tally)

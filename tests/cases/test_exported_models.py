@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Tally
 from peft import PeftModel
 from tiny_world import byte_tokenizer, rlpost, save_model, save_recipe, save_rows, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -36,7 +36,9 @@ def base(here: Path) -> Path:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 8, "alpha": 32}], ids=["full", "lora"])
-def test_it_stops_in_transformers_where_training_did(here: Path, tally: Tally, lora: dict[str, Any] | None) -> None:
+def test_it_stops_in_transformers_where_training_did(
+    here: Path, tally: Callable[..., None], lora: dict[str, Any] | None
+) -> None:
     model = base(here)
     train(here, {"path": str(model), "lora": lora})
     final = here / "runs/r/sft/final"
@@ -73,7 +75,9 @@ SCRATCH = {
 }
 
 
-def test_a_moved_run_of_adapters_goes_on(here: Path, tally: Tally, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_run_of_adapters_goes_on(
+    here: Path, tally: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its base lies in the run, and is found there wherever the run lies."""
     rows = save_rows(here / "rows.jsonl", [{"prompt": "hi", "completion": "yo"}] * 4)
     stage = {"kind": "sft", "data": {"c": {"path": str(rows)}}, "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
@@ -91,7 +95,7 @@ def test_a_moved_run_of_adapters_goes_on(here: Path, tally: Tally, monkeypatch: 
 
 
 def test_a_run_from_a_local_model_can_be_moved_and_used_from_anywhere(
-    here: Path, tally: Tally, monkeypatch: pytest.MonkeyPatch
+    here: Path, tally: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base(here)
     train(here, {"path": "m", "lora": {"r": 4}}, steps=1)
