@@ -135,7 +135,7 @@ def run_tests(root: Path, tests: Sequence[str]) -> int:
     """pytest's exit code."""
     import pytest
 
-    quiet = ["-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    quiet = ["-x", "-q", "--no-header", "--tb=line", "--disable-warnings", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return int(pytest.main([*quiet, f"--rootdir={root}", *tests]))
 
 

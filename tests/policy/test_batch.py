@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from families import EndTokenOnly, tiny
+from exactness import alone_logp, sample_groups
+from families import VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.groups import Completion, Group
 from rlpost.policy.attention import AttentionOptions
@@ -77,6 +78,28 @@ def test_tokens_know_how_many_completions_they_belong_to():
     assert padded.copies_BT.tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 
 
+def test_states_of_completions_beside_others_of_their_prompt():
+    """An empty one between two others ends at its prompt; the state after an action is where the action stands."""
+    between = Group((5, 6), (Completion((7, 8), (True, True)), Completion((), ()), Completion((9,), (True,))))
+    batch = laid_out([between], flat_passes)
+    assert batch.before_N.tolist() == [1, 2, 1]
+    assert batch.after_N.tolist() == [2, 3, 4]
+    assert batch.after_S.tolist() == [3, 1, 4]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_shared_prompts_say_what_single_rows_say(family):
+    model = tiny(family, torch.float64)
+    model.set_attn_implementation("rlpost_flat")
+    groups = sample_groups(VOCABULARY)
+    policy = Policy(model, EndTokenOnly(), flat=True).eval()
+    with torch.no_grad():
+        found = policy(policy.batch(groups)).logp_N
+        model.set_attn_implementation("eager")
+        # Llama rotates and normalises in float32.
+        assert (found - alone_logp(model, groups)).abs().max() < (1e-10 if family == "gpt2" else 1e-5)
+
+
 def _slow_attention(query, key, value, segments, window):
     """One full mask over all tokens: own segment up to the query, and the segment's prompt, within the window."""
     tokens = query.shape[2]
@@ -96,11 +119,17 @@ def _slow_attention(query, key, value, segments, window):
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 39, 40, 41, 89, 90, 91, 129, 130, 131])
 def test_tiles_attend_and_differentiate_as_one_full_mask_does(window):
     segments = [Segment(0, 40), Segment(40, 3, 0, 40), Segment(43, 90, 0, 40), Segment(133, 1), Segment(134, 2, 133, 1)]
-    layout = flat_layout(segments, 136)
-    assert layout.token_M[layout.place_T].tolist() == list(range(136))
+    # Two prompts of unlike lengths, whose completions share a tile.
+    segments += [Segment(136, 20), Segment(156, 3, 136, 20), Segment(159, 24), Segment(183, 4, 159, 24)]
+    tokens = 187
+    layout = flat_layout(segments, tokens)
+    assert layout.token_M[layout.place_T].tolist() == list(range(tokens))
+    assert any(t.prompt_PK is not None and len(t.prompt_PK) > 1 for t in layout.tiles)
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(1, 2, 136, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)]
-    cotangent = torch.randn(1, 136, 2, 4, dtype=torch.float64, generator=generator)
+    inputs = [
+        torch.randn(1, 2, tokens, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(3)
+    ]
+    cotangent = torch.randn(1, tokens, 2, 4, dtype=torch.float64, generator=generator)
     fast = layout.attend(*inputs, AttentionOptions(window=window))
     slow = _slow_attention(*inputs, segments, window)
     assert (fast - slow).abs().max() < 1e-12

@@ -19,6 +19,7 @@ def test_pattern_searches_or_matches_the_whole_text():
     answer = said("<think>a\nb</think><answer>7</answer>")
     assert pattern(answer, regex=r"<answer>\d+</answer>") == 1.0
     assert pattern(answer, regex=r"<answer>\d+</answer>", whole=True) == 0.0
+    assert pattern(answer, regex=r"<think>.*</think>", whole=True) == 0.0
     assert pattern(answer, regex=r"<think>.*</think><answer>.*</answer>", whole=True) == 1.0
 
 

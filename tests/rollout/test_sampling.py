@@ -38,6 +38,19 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     assert kept(Sampling(top_p=0.96), logits) == [0, 1, 2, 3]
 
 
+def test_top_p_is_reached_by_a_mass_of_just_p():
+    assert kept(Sampling(top_p=0.5), torch.zeros(1, 4)) == [0, 1]
+
+
+def test_every_token_of_a_large_vocabulary_has_its_share_of_the_numbers():
+    """More tokens than are searched at once, and a last block that is not full."""
+    n = 200
+    middle_B = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    chosen, logp = choose(torch.zeros(n, n), middle_B, Sampling())
+    assert chosen.tolist() == list(range(n))
+    assert logp.tolist() == pytest.approx([-math.log(n)] * n, abs=1e-5)
+
+
 def test_min_p_keeps_what_is_at_least_p_times_the_largest():
     assert kept(Sampling(min_p=0.24)) == [0, 1, 2, 3]
     assert kept(Sampling(min_p=0.26)) == [0, 1]

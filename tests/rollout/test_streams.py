@@ -28,6 +28,12 @@ def test_numbers_are_uniform_and_strictly_inside():
     assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.15
 
 
+def test_numbers_lie_between_the_marks_of_a_ruler_of_52_bits():
+    """So that none is 0, which a hash of 0 would give."""
+    marks = uniforms([1, 2, 3], [0, 1, 2], 50) * 2.0**52
+    assert (marks % 1 == 0.5).all()
+
+
 def test_largest_hash_stays_below_one():
     assert ((np.uint64(2**52 - 1)).astype(np.float64) + 0.5) * 2.0**-52 < 1.0
 
