@@ -281,7 +281,7 @@ def preload() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="areas, or parts of files' names")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="areas, or parts of lines as --list prints them")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     args = parser.parse_args()
@@ -289,7 +289,7 @@ def main() -> int:
     if wrong := misplaced(everything):
         print("\n".join(wrong), file=sys.stderr)
         return 2
-    mutants = [m for m in everything if not args.only or any(t == m.area or t in m.file for t in args.only)]
+    mutants = [m for m in everything if not args.only or any(t == m.area or t in m.name for t in args.only)]
     if args.list or not mutants:
         print("\n".join(f"{m.area:12} {m.name}" for m in mutants) or "no such changes", file=sys.stdout)
         return 0 if mutants else 2
