@@ -152,6 +152,7 @@ def in_child(root: Path, work: Callable[[], int]) -> int | None:
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.dont_write_bytecode = True
         os.environ.update(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1")
         os.chdir(root)
@@ -169,17 +170,19 @@ def in_child(root: Path, work: Callable[[], int]) -> int | None:
                 sys.stdout.flush()
             os._exit(code)
     began = time.monotonic()
-    while time.monotonic() - began < LONGEST:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            # What a test started and left behind ends with it.
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(child, signal.SIGKILL)
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    try:
+        while time.monotonic() - began < LONGEST:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
+    finally:
+        # What a test started and left behind ends with it, and so it does where this program is stopped.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 def try_one(root: Path, mutant: Mutant) -> Outcome:
@@ -281,7 +284,9 @@ def preload() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="areas, or parts of lines as --list prints them")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TEXT", help="areas, or parts of lines as --list prints them"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true", help="print the changes and run nothing")
     args = parser.parse_args()
@@ -294,6 +299,7 @@ def main() -> int:
         print("\n".join(f"{m.area:12} {m.name}" for m in mutants) or "no such changes", file=sys.stdout)
         return 0 if mutants else 2
     preload()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         outcomes = in_workers(shared_out(mutants, args.jobs))
     except RuntimeError as error:
