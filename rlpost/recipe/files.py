@@ -169,7 +169,8 @@ def read(file: Path) -> dict[str, Any]:
         RecipeError: it is too large, not YAML, or uses aliases or duplicate keys.
     """
     try:
-        data = file.read_bytes()
+        with file.open("rb") as opened:
+            data = opened.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise RecipeError(f"{file}: larger than {MAX_BYTES // 1000} kB - put data into a file of its own")
         tree = yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # a SafeLoader: makes plain data only
@@ -209,8 +210,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value == "<<" or not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                problem = f"key {key.value!r} stands here twice" if key.value in seen else "keys are plain names"
+            problem = ""
+            if key.value == "<<" or not isinstance(key, yaml.ScalarNode):
+                problem = "keys are plain names"
+            elif key.tag == "tag:yaml.org,2002:null":
+                problem = f"{key.value or 'nothing'} is no key - put a name in quotes"
+            elif key.value in seen:
+                problem = f"key {key.value!r} stands here twice"
+            if problem:
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

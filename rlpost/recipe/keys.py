@@ -19,6 +19,9 @@ from rlpost.recipe.suggest import closest, hint
 
 MISSING = "???"
 TRUE = ("true", "yes", "on", "y", "1")
+MOST_STAGES = 100
+_DIGITS = 100
+_LARGEST = 10**_DIGITS
 FALSE = ("false", "no", "off", "n", "0")
 
 
@@ -75,9 +78,12 @@ def kinds_of(tree: Mapping[str, Any]) -> dict[str, type[Stage]]:
     """
     stages = tree.get("stages") or {}
     _expect(isinstance(stages, dict), "stages", "stages by name", stages)
+    if len(stages) > MOST_STAGES:
+        raise RecipeError(f"stages: {len(stages)} of them - at most {MOST_STAGES}; start the next recipe from the last")
     found: dict[str, type[Stage]] = {}
     for name, stage in stages.items():
-        where = join("stages", str(name))
+        _expect(isinstance(name, str), "stages", "names as keys (put it in quotes)", name)
+        where = join("stages", name)
         if stage is None:
             raise RecipeError(f"{where}: empty - to leave a stage out, give `{where}.enabled=false`")
         _expect(isinstance(stage, dict), where, "the keys of a stage", stage)
@@ -91,7 +97,7 @@ def kinds_of(tree: Mapping[str, Any]) -> dict[str, type[Stage]]:
             raise RecipeError(
                 f"{where}.kind: expected one of {', '.join(options)}, got {kind!r}{hint(str(kind), options)}"
             )
-        found[str(name)] = STAGES[Kind(kind)]
+        found[name] = STAGES[Kind(kind)]
     return found
 
 
@@ -166,7 +172,7 @@ class Keys:
         elif found.base is dict:
             _expect(isinstance(value, dict), where, "names with values, like {name: value}", value)
             for name, inner in value.items():
-                _expect(isinstance(name, str) or found.items == (Any,), where, "names as keys", name)
+                _expect(isinstance(name, str), where, "names as keys (put it in quotes)", name)
                 self._check(self.child(where, name, annotation), inner, join(where, name))
         elif found.base in (list, tuple):
             _expect(isinstance(value, list), where, "a list, like [..., ...]", value)
@@ -218,6 +224,8 @@ def _check_scalar(base: Any, value: Any, where: str) -> None:
         what = "a whole number" if base is int else "a number"
         numeric = isinstance(value, int | float | str) and not isinstance(value, bool)
         _expect(numeric and not (base is int and isinstance(value, float)), where, what, value)
+        _expect(not isinstance(value, int) or abs(value) < _LARGEST, where, f"{what} of fewer digits", value)
         if isinstance(value, str):
             pattern = r"[-+]?\d+" if base is int else r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
-            _expect(re.fullmatch(pattern, value.strip(), re.ASCII) is not None, where, what, value)
+            fits = len(value) <= _DIGITS and re.fullmatch(pattern, value.strip(), re.ASCII) is not None
+            _expect(fits, where, what, value)

@@ -26,6 +26,7 @@ from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, find
 from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
+from rlpost.recipe.references import references, refuse_excess, refuse_resolvers
 from rlpost.recipe.schema import Critic, Evaluation, Function, Model, Recipe, Reward, Sft, Source
 from rlpost.recipe.suggest import hint
 from rlpost.recipe.typed import build, filled, plain
@@ -66,7 +67,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
     file = find(recipe)
     parts = chain(file)
     for part in parts:
-        _refuse_resolvers(part.keys)
+        refuse_resolvers(part.keys)
         if "hydra" in part.keys:  # Hydra would take it as its own and not hand it back
             raise RecipeError(f"{part.file}: hydra: unknown key - hydra's own settings are refused")
     tree: dict[str, Any] = {}
@@ -74,7 +75,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
         tree = _compose(parts)
         Keys(tree).check()
         overriding.apply(tree, overrides)
-        _refuse_resolvers(tree)
+        refuse_resolvers(tree)
         tree["run"] = tree.get("run", MISSING) if tree.get("run", MISSING) != MISSING else file.stem
         config = _typed(tree)
     except OmegaConfBaseException as error:
@@ -115,7 +116,9 @@ def _typed(tree: dict[str, Any]) -> Recipe:
     """The tree on the schema with its own stages, every reference filled in."""
     # OmegaConf follows the references in a plain tree: it cannot merge one onto an optional dataclass, names
     # errors inside lists by half a path, and its structured nodes would take twice the time of all the rest.
-    node = OmegaConf.create(filled(Keys(tree)))
+    whole = filled(Keys(tree))
+    refuse_excess(whole)
+    node = OmegaConf.create(whole)
     unneeded = _leave_out_unfinished(node)
     _refuse_missing(node, unneeded)
     for key in unneeded:
@@ -170,17 +173,6 @@ def _ask(key: str, node: DictConfig) -> str:
     return f"{key}: give it as `{key}={'PATH' if used_as_path else 'VALUE'}`"
 
 
-def _refuse_resolvers(tree: Any) -> None:
-    """`${oc.env:TOKEN}` would be filled in and saved with the run; other resolvers change from run to run."""
-    for where, text in _references(tree, ""):
-        rest, before = text, ""
-        while rest != before:
-            rest, before = re.sub(r"\$\{[^${}:]*\}", "_", rest), rest
-        if re.search(r"\$\{[^}]*:", rest):
-            env = "only names of environment variables go into recipes"
-            raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}")
-
-
 _PATHS: dict[type, tuple[str, ...]] = {
     Source: ("path",),
     Model: ("path", "chat_template"),
@@ -217,13 +209,5 @@ def _explain(error: OmegaConfBaseException, tree: dict[str, Any]) -> str:
     match = re.search(r"Interpolation key '(.*?)' not found", message)
     if not match:
         return f"{error.full_key or 'recipe'}: {message}"
-    where = next((key for key, text in _references(tree, "") if f"${{{match[1]}}}" in text), "recipe")
+    where = next((key for key, text in references(tree) if f"${{{match[1]}}}" in text), "recipe")
     return f"{where}: nothing is called {match[1]!r} in the recipe{hint(match[1], Keys(tree).paths())}"
-
-
-def _references(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _references(inner, join(where, key))
-    elif isinstance(value, str) and "${" in value:
-        yield where, value

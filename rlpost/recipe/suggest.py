@@ -28,9 +28,12 @@ def closest(word: str, options: Iterable[str]) -> str | None:
     """The option a typo of which `word` may be, or None."""
     short = word[:100]  # a longer word is no typo of a key, and edits() is quadratic
     names = list(options)
-    ranked = sorted((edits(short.lower(), name.lower()), name) for name in names)
-    if ranked and ranked[0][0] <= 1 + min(len(short) // 4, 2):
-        return ranked[0][1]
+    most = 1 + min(len(short) // 4, 2)
+    # Words whose lengths differ by more are further apart than that: a recipe may have thousands of keys.
+    ranked = ((edits(short.lower(), name.lower()), name) for name in names if abs(len(name) - len(short)) <= most)
+    best = min(ranked, default=None)
+    if best is not None and best[0] <= most:
+        return best[1]
     return next(iter(difflib.get_close_matches(short, names, 1, 0.6)), None)
 
 

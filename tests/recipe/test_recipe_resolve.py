@@ -165,7 +165,7 @@ stages:
         ("stages.sft.steps=${vars.data}", "stages.sft.steps: expected a whole number, got 'rows.jsonl'"),
         ("stages.sft.steps=${vars.wdth}", "stages.sft.steps: nothing is called 'vars.wdth'"),
         ("stages.sft.steps=${vars.wdth}", "did you mean 'vars.width'?"),
-        ("vars.width=${vars.width}", "Recursive"),
+        ("vars.width=${vars.width}", "vars.width: refers to itself (vars.width -> vars.width)"),
         ("stages.sft.steps=${oc.env:HOME}", "only names of environment variables go into recipes"),
         ("stages.sft.steps='${oc.${vars.data}:HOME}'", "is refused"),
         ("description=${now:%Y}", "is refused"),
