@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import asdict
@@ -15,10 +14,11 @@ import typer
 from typer.core import TyperCommand
 
 from rlpost import exits
-from rlpost.console import clean
+from rlpost.arguments import columns, home, picture, target
+from rlpost.as_text import figures, print_result, show_yaml
 from rlpost.launchers import refuse_several_processes
-from rlpost.results import emit, kept_for_results, output
-from rlpost.streams import from_stdin, in_colour, is_terminal
+from rlpost.results import emit, kept_for_results
+from rlpost.streams import from_stdin
 
 if TYPE_CHECKING:
     from rlpost.recipe.resolve import Resolved
@@ -53,12 +53,14 @@ _Overrides = Annotated[
 _Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON (eval: one line a sample, then the summary).")
 ]
-_OtherRecipe = Annotated[str | None, typer.Option("--recipe", help="Recipe to take settings from.")]
+_OtherRecipe = Annotated[str | None, typer.Option("--recipe", help="Recipe to take settings from.", callback=home)]
 _Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.", callback=home)
 ]
 
-_Guide = Annotated[str | None, typer.Option("--guide", help="A value network: weighs tokens by where they lead.")]
+_Guide = Annotated[
+    str | None, typer.Option("--guide", help="A value network: weighs tokens by where they lead.", callback=home)
+]
 _Goal = Annotated[list[str] | None, typer.Option("--goal", help="With --guide: end in this text; may be repeated.")]
 _Avoid = Annotated[list[str] | None, typer.Option("--avoid", help="With --guide: never end so; may be repeated.")]
 _Candidates = Annotated[
@@ -68,8 +70,13 @@ _BestOf = Annotated[
     int | None,
     typer.Option("--best-of", min=2, help="Of so many, the best by the rewards of --recipe, or by --judge."),
 ]
+_Example = Annotated[
+    list[str] | None,
+    typer.Option("--example", help="COLUMN=TEXT of the prompt's row, for rewards that read it; may be repeated."),
+]
 _Judge = Annotated[
-    str | None, typer.Option("--judge", help="A reward model or a reverse model: its run's stage, or a checkpoint.")
+    str | None,
+    typer.Option("--judge", help="A reward model or a reverse model: its run's stage, or a checkpoint.", callback=home),
 ]
 
 
@@ -89,17 +96,17 @@ def train(
 
     if dry_run:
         lines = pipeline.dry_run(resolved)
-        _print({"plan": lines} if as_json else "\n".join(lines))
+        print_result({"plan": lines} if as_json else "\n".join(lines))
         return
     path = pipeline.train(resolved, allow_change)
     run = Path(resolved.config.runs) / resolved.config.run
-    _print({"checkpoint": str(path), "run": str(run)} if as_json else path)
+    print_result({"checkpoint": str(path), "run": str(run)} if as_json else path)
 
 
 @_command("eval")
 def evaluate(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="[CHECKPOINT]", help="By default the newest finished run.")
+        str | None, typer.Argument(metavar="[CHECKPOINT]", help="By default the newest finished run.", callback=home)
     ] = None,
     overrides: _Overrides = None,
     recipe: _OtherRecipe = None,
@@ -115,10 +122,10 @@ def evaluate(
     prompts, result, path = commands.evaluate(checkpoint, recipe, words)
     if as_json:
         for row in commands.sample_rows(prompts, result):
-            _print(row)
-        _print({"checkpoint": path, "summary": result.to_json()})
+            print_result(row)
+        print_result({"checkpoint": path, "summary": result.to_json()})
     else:
-        _print("\n".join(_lines({"checkpoint": path, **result.to_json()})))
+        print_result("\n".join(figures({"checkpoint": path, **result.to_json()})))
 
 
 @_command()
@@ -136,6 +143,7 @@ def sample(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     best_of: _BestOf = None,
     recipe: _OtherRecipe = None,
+    example: _Example = None,
     judge: _Judge = None,
     guide: _Guide = None,
     goal: _Goal = None,
@@ -152,6 +160,8 @@ def sample(
         )
     if best_of is None and judge is not None:
         raise typer.BadParameter("chooses among several: give --best-of too", param_hint="--judge")
+    if example and recipe is None:
+        raise typer.BadParameter("is what the rewards of --recipe read: give that too", param_hint="--example")
     text = from_stdin("PROMPT") if prompt is None else prompt
     from rlpost import commands
     from rlpost.recipe.ranges import out_of_range
@@ -170,17 +180,22 @@ def sample(
         seed=seed,
         best_of=best_of,
         recipe=recipe,
+        example=columns(example or [], "--example"),
         judge=judge,
         lead=lead,
     )
     for completion in texts:
-        _print({"prompt": text, "completion": completion} if as_json else completion)
+        print_result({"prompt": text, "completion": completion} if as_json else completion)
 
 
 @_command()
 def infill(
-    forward: Annotated[str, typer.Argument(metavar="FORWARD", help="A run, a stage or checkpoint in it, or a model.")],
-    reverse: Annotated[str, typer.Argument(metavar="REVERSE", help="A stage with direction: reverse, or its result.")],
+    forward: Annotated[
+        str, typer.Argument(metavar="FORWARD", help="A run, a stage or checkpoint in it, or a model.", callback=home)
+    ],
+    reverse: Annotated[
+        str, typer.Argument(metavar="REVERSE", help="A stage with direction: reverse, or its result.", callback=home)
+    ],
     before: Annotated[str, typer.Argument(metavar="BEFORE", help="How the text begins.")],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="How it ends.")],
     n: Annotated[int, typer.Option("--candidates", "-n", min=1, help="Samples of each model.")] = 16,
@@ -206,20 +221,20 @@ def infill(
     title = f"{len(found)} middles ranked, {sampled} tokens sampled"
     console.table(title, ["middle", "log p forward", "log p reverse", "sum"], rows)
     for text, m in found[:top]:
-        _print({"middle": text, "forward": m.forward, "reverse": m.reverse} if as_json else text)
+        print_result({"middle": text, "forward": m.forward, "reverse": m.reverse} if as_json else text)
 
 
 @_command()
 def pairs(
     checkpoint: _Checkpoint,
-    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with the prompts and the rewards.")],
-    out: Annotated[str, typer.Option("--out", help="The .jsonl file to write.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="Recipe with the prompts and the rewards.", callback=home)],
+    out: Annotated[str, typer.Option("--out", help="The .jsonl file to write.", callback=target)],
     overrides: _Overrides = None,
 ) -> None:
     """Write preference pairs from a model's own samples, ranked by a recipe's rewards."""
     from rlpost import commands
 
-    _print(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
+    print_result(commands.pairs(checkpoint, recipe, out, list(overrides or [])))
 
 
 @_command()
@@ -239,11 +254,7 @@ def show(
         from rlpost import commands
 
         lines = commands.show_rows(resolved, rows)
-    text = resolved.to_yaml().removesuffix("\n")
-    if in_colour(output()):
-        emit(_coloured(clean(text)))
-    else:
-        _print(text)
+    show_yaml(resolved.to_yaml().removesuffix("\n"))
     for line in lines:
         emit(line)
 
@@ -268,7 +279,7 @@ def verify(
 
     prove = proofs.verify_goals if what is Proof.goals else proofs.verify
     report = prove(vocab, depth, seed)
-    _print(report.to_json() if as_json else report.text())
+    print_result(report.to_json() if as_json else report.text())
     if not report.ok:
         raise typer.Exit(1)
 
@@ -276,13 +287,14 @@ def verify(
 @_command()
 def calibrate(
     network: Annotated[
-        str, typer.Argument(metavar="NETWORK", help="A value network: its run's stage, or a checkpoint.")
+        str, typer.Argument(metavar="NETWORK", help="A value network: its run's stage, or a checkpoint.", callback=home)
     ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Whose completions are enumerated.")],
     goal: Annotated[list[str], typer.Option("--goal", help="Ending that it is asked about; may be repeated.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="As it was trained with.")],
     policy: Annotated[
-        str | None, typer.Option("--policy", help="Whose completions; by default the model it was trained beside.")
+        str | None,
+        typer.Option("--policy", help="Whose completions; by default the model it was trained beside.", callback=home),
     ] = None,
     least: Annotated[float, typer.Option("--least", min=0, help="Rarer states are not followed.")] = 1e-5,
     as_json: _Json = False,
@@ -296,7 +308,7 @@ def calibrate(
     found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
     if as_json:
         for asked in found:
-            _print(asdict(asked))
+            print_result(asdict(asked))
     else:
         calibration.print_table(found)
 
@@ -310,8 +322,10 @@ class Picture(StrEnum):
 @_command()
 def plot(
     what: Annotated[Picture, typer.Argument(help="The kind of picture.")],  # noqa: ARG001 - there is one so far
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    out: Annotated[str | None, typer.Option("--out", help="The .png file; RUN/maze.png by default.")] = None,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.", callback=home)],
+    out: Annotated[
+        str | None, typer.Option("--out", help="The .png file; RUN/maze.png by default.", callback=picture)
+    ] = None,
     stage: Annotated[str | None, typer.Option("--stage", help="Whose policy; the last one by default.")] = None,
     mazes: Annotated[int, typer.Option("--mazes", min=1, help="How many are drawn.")] = 3,
 ) -> None:
@@ -325,12 +339,12 @@ def plot(
     file = Path(out) if out else Path(run) / "maze.png"
     maze.draw(found[:mazes], file)
     console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
-    _print(file)
+    print_result(file)
 
 
 @_command("list")
 def list_(
-    runs: Annotated[str, typer.Option("--runs", help="The folder of runs.")] = "runs",
+    runs: Annotated[str, typer.Option("--runs", help="The folder of runs.", callback=home)] = "runs",
     as_json: _Json = False,
 ) -> None:
     """List packaged recipes and runs."""
@@ -342,43 +356,18 @@ def list_(
         (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))
     ]
     if as_json:
-        _print({"recipes": dict(recipes), "runs": dict(found)})
+        print_result({"recipes": dict(recipes), "runs": dict(found)})
         return
     for title, lines in (("recipes", recipes), (f"runs in {runs}/", found)):
         width = max((len(name) for name, _ in lines), default=0)
-        _print(f"{title}:")
-        _print("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
+        print_result(f"{title}:")
+        print_result("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
 
 
 def _resolve(recipe: str, overrides: list[str] | None) -> Resolved:
     from rlpost.recipe.resolve import resolve
 
     return resolve(recipe, overrides or [])
-
-
-def _print(found: object) -> None:
-    """A result on stdout: word for word into a file or a pipe, without control characters on a terminal.
-
-    A mapping is a line of JSON, which escapes whatever is not plain.
-    """
-    text = json.dumps(found) if isinstance(found, dict) else str(found)
-    emit(clean(text) if is_terminal(output()) else text)
-
-
-def _lines(result: dict[str, Any]) -> list[str]:
-    """A result's figures for reading, nested ones by their path."""
-    lines: list[str] = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += [f"{key}.{line}" for line in _lines(value)]
-        else:
-            lines.append(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
-    return lines
-
-
-def _coloured(yaml: str) -> str:
-    """YAML with its keys in colour."""
-    return re.sub(r"(?m)^(\s*(?:- )*)([^\s#'\"-][^:\n]*)(?=:(?: |$))", "\\1\033[36m\\2\033[0m", yaml)
 
 
 @app.callback()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlpost.best_of import check_row, rewards_of
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import before_what, in_reading_order
@@ -26,10 +27,8 @@ from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
 from rlpost.recipe.schema import (
     MAKES_JUDGES,
-    Grpo,
     Model,
     Pairs,
-    Reward,
     Sampling,
     reads_backwards,
 )
@@ -90,14 +89,20 @@ def sample(
     seed: int = 0,
     best_of: int | None = None,
     recipe: str | None = None,
+    example: Mapping[str, str] | None = None,
     judge: str | None = None,
     lead: Lead | None = None,
 ) -> list[str]:
     """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
 
     A model with a chat template is asked in its own format. With `lead`, tokens are weighed by where they lead. A model
-    of reversed text is given the end of a text, and says what comes before it.
+    of reversed text is given the end of a text, and says what comes before it. `example` are columns of the prompt's
+    row beside the prompt, for rewards that read them.
     """
+    row = {**(example or {}), "prompt": prompt}
+    resolved = resolve(recipe) if recipe is not None else None
+    if resolved is not None:
+        check_row(resolved, row)
     folder = str(find_checkpoint(checkpoint) or checkpoint)
     if is_backwards(folder):
         if best_of or lead or sampling.stop:
@@ -106,15 +111,15 @@ def sample(
     policy = _frozen(folder, Model())
     codec = make_codec(policy.tokenizer)
     asked: Any = [{"role": "user", "content": prompt}] if codec.template else prompt
-    group = encode({"prompt": asked}, Format.prompt, codec, "the prompt")
+    group = encode({**row, "prompt": asked}, Format.prompt, codec, "the prompt")
     sampling = _within(sampling, policy.longest - len(group.prompt))
     engine = BuiltinEngine(policy, guide=_guide(lead, policy, codec) if lead else None)
     groups = collect(engine, [group], best_of or n, sampling, seed=seed, greedy=greedy)
     if best_of is not None and judge is not None:
         groups = best_of_each(groups, _judge(judge, policy).by_group(groups))
     elif best_of is not None:
-        assert recipe is not None
-        groups = best_of_each(groups, _scorer_of(resolve(recipe), policy).score(groups).total)
+        assert resolved is not None
+        groups = best_of_each(groups, _scorer_of(resolved, policy).score(groups).total)
     return [c.text for c in groups[0].completions]
 
 
@@ -269,18 +274,7 @@ def _judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
 
 
 def _scorer_of(resolved: Resolved, policy: Policy) -> Scorer:
-    """The rewards of a recipe: its evaluation's, or its last stage's that has some.
-
-    Raises:
-        RecipeError: it has none.
-    """
-    rewards: list[Reward] = resolved.config.evaluation.rewards if resolved.config.evaluation else []
-    where = "evaluation"
-    for name, stage in resolved.config.stages.items():
-        if isinstance(stage, Grpo | Pairs) and not resolved.config.evaluation:
-            rewards, where = stage.rewards, f"stages.{name}"
-    if not rewards:
-        raise RecipeError(f"{resolved.file}: it has no rewards to choose by")
+    rewards, where = rewards_of(resolved)
     return make_scorer(rewards, where, resolved.folder, judges(resolved, policy, _judges_of(resolved, None)))
 
 

@@ -57,12 +57,12 @@ def start(words: list[str], output: Path, trap: Trap | None = None) -> multiproc
 def finish(words: list[str], output: Path, trap: Trap | None = None) -> int:
     """Run `rlpost WORDS` to its end; returns its exit code, minus the signal's number if it was killed."""
     process = start(words, output, trap)
-    process.join(60)
+    process.join(150)
     assert process.exitcode is not None, "still running"
     return process.exitcode
 
 
-def wait_until(ready: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(ready: Callable[[], bool], seconds: float = 150.0) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, "it did not happen in time"

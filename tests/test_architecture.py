@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"errors"},
     {"launchers", "results", "streams", "unexpected"},
     {"console", "groups", "objectives", "recipe"},
-    {"exits"},
+    {"arguments", "as_text", "exits"},
     {"goals"},
     {"data", "experience", "rewards", "run", "schedules"},
     {"policy"},
@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"evaluate", "loop", "oracle"},
     {"stages"},
     {"stage_evaluation"},
-    {"pipeline", "plots"},
+    {"best_of", "pipeline", "plots"},
     {"shown"},
     {"commands"},
     {"cli"},
@@ -34,7 +34,20 @@ FLOORS: list[set[str]] = [
 SHARED_BY_STAGES = ("advantage", "context", "endings", "lots", "pairwise", "rollouts", "surrogate")
 """Modules of stages/ that are no stage."""
 LIGHT = (
-    *("__main__", "cli", "console", "data", "errors", "exits", "groups", "launchers", "recipe", "results", "rewards"),
+    *(
+        "__main__",
+        "arguments",
+        "cli",
+        "console",
+        "data",
+        "errors",
+        "exits",
+        "groups",
+        "launchers",
+        "recipe",
+        "results",
+        "rewards",
+    ),
     *("run", "schedules", "streams", "unexpected"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""

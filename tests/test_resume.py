@@ -118,7 +118,7 @@ def test_the_command_line_killed_from_outside_and_then_asked_to_stop(tmp_path, t
     stopped = start(words, tmp_path / "stopped")
     wait_until(lambda: steps_logged(here, "sft") >= before + 4 or not stopped.is_alive())
     os.kill(stopped.pid, signal.SIGTERM)
-    stopped.join(60)
+    stopped.join(150)
     assert stopped.exitcode == 143
     last = steps_logged(here, "sft")
     assert (here / f"sft/checkpoints/step-{last:06d}").is_dir()  # not a step is lost

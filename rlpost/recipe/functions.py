@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.files import packaged_folder
+from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
 from rlpost.recipe.schema import Function, Recipe, Reward, Source
 from rlpost.recipe.suggest import hint_or_list
@@ -209,10 +209,13 @@ def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
     match = _FILE.fullmatch(fn)
     if not match:
         return fn
-    given = Path(match["file"]).expanduser()
-    for folder in folders:
-        if (folder / given).is_file():
-            return f"{(folder / given).resolve()}:{match['name']}"
+    given = expanded(match["file"], where)
+    try:
+        found = next((place for folder in folders if (place := folder / given).is_file()), None)
+    except OSError as error:
+        raise RecipeError(f"{where}: {given}: {error.strerror} - give another path") from error
+    if found is not None:
+        return f"{found.resolve()}:{match['name']}"
     raise RecipeError(f"{where}: no file {match['file']!r} in {_either(folders[0], folders[-1])}")
 
 

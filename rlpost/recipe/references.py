@@ -51,6 +51,8 @@ def refuse_resolvers(tree: Any) -> None:
             raise RecipeError(
                 f"{where}: references more than {DEEPEST} deep inside one another - name the value itself"
             )
+        if re.search(r"(?<!\\)\$\{[^}]*$", rest):
+            raise RecipeError(f"{where}: a reference is not closed - write ${{key}}, or \\${{ for the two characters")
         if re.search(r"\$\{[^}]*:", rest):
             env = "only names of environment variables go into recipes"
             raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}")

@@ -23,11 +23,23 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from rlpost.errors import RecipeError
 from rlpost.recipe import overrides as overriding
-from rlpost.recipe.files import Part, chain, find
+from rlpost.recipe.files import Part, chain, expanded, find
 from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
 from rlpost.recipe.references import references, refuse_excess, refuse_resolvers
-from rlpost.recipe.schema import Critic, Evaluation, Function, Model, Recipe, Reward, Sft, Source
+from rlpost.recipe.schema import (
+    Critic,
+    Evaluation,
+    Function,
+    Goals,
+    Guesses,
+    Guided,
+    Model,
+    Recipe,
+    Reward,
+    Sft,
+    Source,
+)
 from rlpost.recipe.suggest import hint
 from rlpost.recipe.typed import build, filled, plain
 from rlpost.recipe.validate import validate
@@ -84,7 +96,8 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
         raise RecipeError(f"{file}: {' '.join(str(error).split())[:300]}") from error
     except RecursionError as error:
         raise RecipeError(f"{recipe}: values refer to each other in a circle, or are nested too deeply") from error
-    config.folder = config.folder or str(file.parent)
+    config.folder = str(expanded(config.folder, "folder")) if config.folder else str(file.parent)
+    config.runs = str(expanded(config.runs, "runs"))
     _make_absolute(config, [Path(config.folder), *(part.file.parent for part in parts), Path.cwd()])
     warnings = validate(config, left_out=frozenset(tree.get("stages") or {}) - set(config.stages))
     node = OmegaConf.create(plain(config))
@@ -180,6 +193,9 @@ _PATHS: dict[type, tuple[str, ...]] = {
     Sft: ("teacher",),
     Critic: ("start",),
     Evaluation: ("judge",),
+    Goals: ("path",),
+    Guided: ("network",),
+    Guesses: ("network",),
 }
 """Where a recipe names local files and folders; some of them may be a stage's name as well."""
 
@@ -196,11 +212,15 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
 
 
 def _absolute(given: str, where: str, folders: list[Path]) -> str:
-    path = Path(given).expanduser()
-    found = list(dict.fromkeys(place.resolve() for folder in folders if (place := folder / path).exists()))
+    path = expanded(given, where)
+    try:
+        found = list(dict.fromkeys(place.resolve() for folder in folders if (place := folder / path).exists()))
+    except OSError as error:
+        raise RecipeError(f"{where}: {given}: {error.strerror} - give another path") from error
     if len(found) > 1:
         raise RecipeError(f"{where}: {given!r} is {found[0]} or {found[1]} - give the absolute path")
-    return str(found[0]) if found else given
+    # A path found nowhere stays as it is: it may be a name on the hub. One below the home folder cannot be that.
+    return str(found[0]) if found else str(path) if given.startswith("~") else given
 
 
 def _explain(error: OmegaConfBaseException, tree: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from rlpost import cli
+from rlpost.as_text import coloured
 from rlpost.errors import DataError, DiskError, Interrupted, RecipeError, RunInUseError
 
 RECIPE = """\
@@ -203,7 +203,7 @@ def test_show_prints_a_recipe_that_resolves_to_itself(heavy: Heavy, monkeypatch,
 
 
 def test_keys_are_coloured_for_a_terminal_only() -> None:
-    assert cli._coloured("a:\n- b: c:d\n") == "\x1b[36ma\x1b[0m:\n- \x1b[36mb\x1b[0m: c:d\n"
+    assert coloured("a:\n- b: c:d\n") == "\x1b[36ma\x1b[0m:\n- \x1b[36mb\x1b[0m: c:d\n"
 
 
 def test_list_shows_recipes_and_runs(heavy: Heavy, monkeypatch, capsys) -> None:
@@ -218,21 +218,18 @@ def test_list_shows_recipes_and_runs(heavy: Heavy, monkeypatch, capsys) -> None:
 
 
 def test_the_front_door_is_light() -> None:
+    """Counted in modules, which are the same on a busy machine."""
     code = (
         "import sys; sys.argv = ['rlpost', '--help']\n"
         "from rlpost.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = [m for m in ('torch', 'transformers', 'hydra', 'omegaconf', 'rich', 'numpy') if m in sys.modules]\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        "assert len(sys.modules) < 300, len(sys.modules)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "train" in done.stdout
-    assert min(seconds) < 0.5  # 0.1 on an idle machine
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:

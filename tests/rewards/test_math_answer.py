@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from rlpost.rewards import math_answer
 from rlpost.rewards.math import Verdict, check_references, reference_answer, verdict, verdicts
 from rlpost.rewards.workers import Workers
 
+GUARD = 100.0
+"""Seconds after which something hangs, on however busy a machine."""
 ROOT = "\\boxed{\\sqrt{8}}"
 HANGS = "\\boxed{\\sqrt{7}}"
 SLEEPER = """
@@ -87,31 +88,33 @@ def test_the_fast_path_needs_no_worker(monkeypatch: pytest.MonkeyPatch, text: st
     ],
 )
 def test_workers_compute_the_rest(text: str, reference: str, expected: Verdict):
-    assert verdict(text, reference) == expected
+    assert verdict(text, reference, deadline=GUARD) == expected
 
 
-def test_a_hanging_answer_costs_its_deadline_once_and_the_pool_goes_on(sleeper: None):
-    assert verdict(ROOT, "2\\sqrt{2}") == Verdict.right  # the pool is up
+def test_a_hanging_answer_costs_its_deadline_once_and_the_pool_goes_on(sleeper: None, monkeypatch: pytest.MonkeyPatch):
+    assert verdict(ROOT, "2\\sqrt{2}", deadline=GUARD) == Verdict.right  # the pool is up
     texts = [ROOT, *[HANGS] * 64, "\\boxed{\\sqrt{6}}", "#### 2\\sqrt{2}"]
-    began = time.monotonic()
-    found = verdicts(said(*texts), [{"answer": "2\\sqrt{2}"}] * 67, deadline=1.5)
-    assert time.monotonic() - began < 30  # 64 deadlines take two workers 48 s
+    late: list[str] = []
+    judge = Workers.judge
+    monkeypatch.setattr(Workers, "judge", lambda *given: [late.append(reply) or reply for reply in judge(*given)])
+    found = verdicts(said(*texts), [{"answer": "2\\sqrt{2}"}] * 67, deadline=3.0)
+    assert late.count("timeout") == 1
     assert found == [Verdict.right, *[Verdict.timeout] * 64, Verdict.wrong, Verdict.right]
-    assert verdict(ROOT, "2\\sqrt{2}") == Verdict.right
+    assert verdict(ROOT, "2\\sqrt{2}", deadline=GUARD) == Verdict.right
 
 
 def test_undecided_answers_are_unscored_or_as_the_recipe_says(sleeper: None):
     completions, examples = said(ROOT, HANGS, "#### 6"), [{"answer": "2\\sqrt{2}"}] * 3
-    assert math_answer(completions, examples, deadline=0.3) == [1.0, None, 0.0]
-    assert math_answer(completions, examples, deadline=0.3, undecided=0.0) == [1.0, 0.0, 0.0]
+    assert math_answer(completions, examples, deadline=2.0) == [1.0, None, 0.0]
+    assert math_answer(completions, examples, deadline=2.0, undecided=0.0) == [1.0, 0.0, 0.0]
 
 
 def test_alarms_and_handlers_of_this_process_are_left_alone():
     before = signal.getsignal(signal.SIGALRM)
-    signal.setitimer(signal.ITIMER_REAL, 100.0)
+    signal.setitimer(signal.ITIMER_REAL, 1000.0)
     try:
-        assert verdict(ROOT, "2\\sqrt{2}") == Verdict.right
-        assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
+        assert verdict(ROOT, "2\\sqrt{2}", deadline=GUARD) == Verdict.right
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
         assert signal.getsignal(signal.SIGALRM) == before
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)

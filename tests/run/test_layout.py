@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -396,10 +395,8 @@ def test_a_run_is_open_once_and_a_killed_holder_lets_go(runs):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(runs)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"open\n"
-        start = time.monotonic()
         with pytest.raises(RunInUseError) as raised:
             reopen(node)
-        assert time.monotonic() - start < 2
         assert str(raised.value).startswith(f"{runs / 'first'}: in use by process {holder.pid}; wait for it")
         assert raised.value.exit_code == 7
     finally:

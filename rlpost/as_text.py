@@ -1,0 +1,45 @@
+"""Results as text: figures by their path, YAML in colour, and nothing that moves a terminal's cursor."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlpost.console import clean
+from rlpost.results import emit, output
+from rlpost.streams import in_colour, is_terminal
+
+
+def print_result(found: object) -> None:
+    """A result on stdout: word for word into a file or a pipe, without control characters on a terminal.
+
+    A mapping is a line of JSON, which escapes whatever is not plain.
+    """
+    text = json.dumps(found) if isinstance(found, dict) else str(found)
+    emit(clean(text) if is_terminal(output()) else text)
+
+
+def show_yaml(text: str) -> None:
+    """YAML on stdout, its keys in colour on a terminal."""
+    if in_colour(output()):
+        emit(coloured(clean(text)))
+    else:
+        print_result(text)
+
+
+def figures(result: Mapping[str, Any]) -> list[str]:
+    """A result's figures for reading, nested ones by their path."""
+    lines: list[str] = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{key}.{line}" for line in figures(value)]
+        else:
+            lines.append(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+    return lines
+
+
+def coloured(yaml: str) -> str:
+    """YAML with its keys in colour."""
+    return re.sub(r"(?m)^(\s*(?:- )*)([^\s#'\"-][^:\n]*)(?=:(?: |$))", "\\1\033[36m\\2\033[0m", yaml)

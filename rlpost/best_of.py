@@ -1,0 +1,56 @@
+"""Choosing among samples of one prompt by a recipe's rewards: which those are, and whether they have what they read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from rlpost.errors import DataError, RecipeError, RewardError
+from rlpost.groups import Completion, Group
+from rlpost.recipe.functions import bind, reward_leaves
+from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.schema import Reward
+from rlpost.rewards.score import Scorer
+from rlpost.rewards.tree import BoundReward
+
+_ROW = {"example", "examples", "groups"}
+"""Parameters by which a reward is given rows."""
+
+
+def rewards_of(resolved: Resolved) -> tuple[list[Reward], str]:
+    """The rewards of a recipe's evaluation, or of its last enabled stage that has some; and where they stand.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    if resolved.config.evaluation and resolved.config.evaluation.rewards:
+        return resolved.config.evaluation.rewards, "evaluation"
+    stages = [(name, getattr(s, "rewards", None)) for name, s in resolved.config.stages.items() if s.enabled]
+    for name, rewards in reversed(stages):
+        if rewards:
+            return rewards, f"stages.{name}"
+    raise RecipeError(f"{resolved.file}: it has no rewards to choose by")
+
+
+def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
+    """Ask each reward that reads rows about this one, before a model is loaded for samples that none could score.
+
+    Raises:
+        RecipeError: a column is missing that it reads, or it is asked for steps, which a plain sample has not.
+    """
+    rewards, where = rewards_of(resolved)
+    probe = Group((0,), (Completion((0,), (True,), text=str(row.get("prompt", ""))),), row)
+    for leaf, place in reward_leaves(rewards, where):
+        bound = bind(leaf, "reward", place, resolved.folder)
+        if leaf.model is not None or not _ROW & set(inspect.signature(bound.call).parameters):
+            continue
+        try:
+            Scorer([BoundReward(bound.name, 1.0, bound.call, None)]).score([probe])
+        except (DataError, RewardError) as error:
+            if isinstance(error, RewardError) and "KeyError" not in str(error):
+                continue  # it may well do on a real sample
+            raise RecipeError(
+                f"{place}: {error} - a prompt on the command line has no row: give what the reward reads of it as "
+                "--example COLUMN=TEXT"
+            ) from error
