@@ -66,9 +66,9 @@ class _Comparison:
         if isinstance(reference, Relation) or isinstance(answer, Relation):
             return self._relations(reference, answer)
         if isinstance(reference, Named):
-            return self.same(reference.value, answer)
+            return _may_be(answer, reference.name) and self.same(reference.value, answer)
         if isinstance(answer, Named):
-            return self.same(reference, answer.value)
+            return _may_be(reference, answer.name) and self.same(reference, answer.value)
         if isinstance(reference, Words) or isinstance(answer, Words):
             return self._words(reference, answer)
         if isinstance(reference, Reals) or isinstance(answer, Reals):
@@ -230,6 +230,12 @@ def _as_relation(value: Value) -> Relation | None:
         if any(p[0] == "name" for p in parts(tree)) and len(value.name) == 1:
             return Relation("=", ("+", ("name", value.name), ("neg", tree)))
     return None
+
+
+def _may_be(value: Value, name: str) -> bool:
+    """Whether nothing in a list says that it is another variable's."""
+    items = value.items if isinstance(value, Several) else ()
+    return all(item.name == name for item in items if isinstance(item, Named))
 
 
 def _all_named(items: Sequence[Value]) -> bool:

@@ -324,7 +324,7 @@ def _matrix(opening: str, environment: str, body: str, closing: str) -> Value:
 def _quantity(text: str) -> Value:
     """An expression with its percent sign or unit."""
     if match := _ORDINAL.fullmatch(text):
-        return Quantity(("num", Fraction(match[1])))
+        return Quantity(("num", Fraction(match[1])), unit="th")
     number, factor, rest = split_magnitude(text)
     math, unit = split_unit(number if factor != 1 else text)
     if factor != 1:

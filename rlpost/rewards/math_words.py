@@ -51,7 +51,7 @@ _SLASHED = re.compile(r"\d{1,2}/\d{1,2}/\d{2,4}")
 _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s?m\.?")
 _CLOCK_ALONE = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
-_BASE = re.compile(r"⟦?([0-9A-Za-z]+)⟧?\s*_\s*\{?\s*⟦?\s*(\d+|[a-z]+)\s*⟧?\s*\}?")
+_BASE = re.compile(r"⟦?([0-9A-Za-z]+)⟧?\s*_\s*(\d+|⟦\s*[a-z]+\s*⟧|\{\s*(?:\d+|⟦?\s*[a-z]+\s*⟧?)\s*\})")
 _BASE_SAID = re.compile(r"([0-9A-F]+)\s*\(?\s*(?:in )?base (\d+|[a-z]+)\s*\)?")
 _LETTERS_OF_CHOICES = "A-Ja-j"
 _CHOICE = (
@@ -61,6 +61,7 @@ _CHOICE = (
     re.compile(rf"(?:option|choice)\s+([{_LETTERS_OF_CHOICES}])(?:\s*[).:]?\s+(.+)|\s*[).:]?)", re.I),
     re.compile(r"([A-J])\s*(?:[).:](?:\s+(.+))?)"),
 )
+_PRODUCT = re.compile(r"[a-z]{2,3}|[A-Z]{2,3}")
 _YES_NO = re.compile(r"(yes|no|true|false)\s*[,.;:!]\s+(.+)", re.S)
 _WORDS = re.compile(r"[^\W\d_]+(?:(?:[\s'.,/&-]|\s-\s)+[^\W\d_]+)*[.!]?")
 _NAMED = re.compile(r"(?=[^\W\d_]{2})[^\W\d_]+(?:[\s'-]+[^\W_]+)*")
@@ -103,10 +104,9 @@ def _words(text: str, bare: str) -> Value | None:
     if _WORDS.fullmatch(bare):
         if _is_mathematics(bare) and "⟦" not in text:
             return None
-        letters = "".join(bare.split())
         product = None
-        if letters.isascii() and letters.isalpha() and len(letters) <= 3 and letters == bare and "⟦" not in text:
-            product = _product(letters)
+        if _PRODUCT.fullmatch(bare) and "⟦" not in text and bare.casefold() not in ("yes", "no"):
+            product = _product(bare)
         return Words(plain_words(bare), product)
     # "Day 3" and "Room 12B" are names; "5 apples" begins with a number and is none.
     if _NAMED.fullmatch(bare) and not _is_mathematics(bare):
@@ -177,10 +177,11 @@ def _in_base(text: str) -> Value | None:
     match = _BASE.fullmatch(text) or _BASE_SAID.fullmatch(text.replace("⟦", "").replace("⟧", ""))
     if match is None or not (match[1][0].isdigit() or ("⟦" in text and match[1].isupper())):
         return None
-    word = number_word(match[2])
-    base = int(match[2]) if match[2].isdigit() else int(word.tree[1]) if isinstance(word, Quantity) else 0
+    written = match[2].strip("{}⟦⟧ ")
+    word = number_word(written)
+    base = int(written) if written.isdigit() else int(word.tree[1]) if isinstance(word, Quantity) else 0
     if not 2 <= base <= 36:
-        raise Unreadable(f"{match[2]!r} is no base from 2 to 36")
+        raise Unreadable(f"{written!r} is no base from 2 to 36")
     digits = match[1].upper().lstrip("0") or "0"
     if any(int(digit, 36) >= base for digit in digits):
         raise Unreadable(f"{match[1]!r} has digits that base {base} has not")
@@ -209,7 +210,8 @@ def _time(text: str) -> Value | None:
         if hour < 24 and minute < 60 and second < 60:
             # 15:30 and 00:30 can only be one time of the day; 3:30 may be two, or a ratio.
             sure = hour > 12 or match[1] == "00"
-            return Exactly("time" if sure else "clock", (hour, minute, second))
+            minutes_only = match[2].startswith("0")  # 3:05 is no ratio
+            return Exactly("time" if sure else "hours" if minutes_only else "clock", (hour, minute, second))
     return None
 
 

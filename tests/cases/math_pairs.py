@@ -229,6 +229,7 @@ BOXED: dict[str, list[Pair]] = {
         (r"21^\text{st}", "21", R),
         ("3rd", "3rd", R),
         ("4th", "5th", W),
+        ("3 yd", "3rd", W),
         ("5th", "5^t", W),
     ],
     "magnitudes": [
@@ -417,6 +418,10 @@ BOXED: dict[str, list[Pair]] = {
         ("x=1, x=2", "x=2, x=1", R),
         ("x=1, y=2", "y=2, x=1", R),
         ("x=1, y=2", "x=2, y=1", W),
+        ("x=1, y=2", "x=1, x=2", W),
+        ("x=1, x=2", "x=1, y=2", W),
+        ("x=1, x=2", "y=1, y=2", W),
+        ("x=1, y=2", "1, 2", R),
         (r"\pm 2", "2, -2", R),
         (r"2, -2", r"\pm 2", R),
         (r"-2, 2", r"\pm 2", R),
@@ -538,6 +543,7 @@ BOXED: dict[str, list[Pair]] = {
     ],
     "yes and no": [
         ("Yes", r"\text{yes}", R),
+        ("1yes", "yes", W),
         ("No", "Yes", W),
         ("NO", "no", R),
         ("True", "true", R),
@@ -564,6 +570,7 @@ BOXED: dict[str, list[Pair]] = {
     ],
     "ratios": [
         ("3:4", "6:8", R),
+        ("3:4", "6:08", W),
         ("3:4", "4:3", W),
         ("1:2:3", "2:4:6", R),
         ("1:2:3", "1:3:2", W),
