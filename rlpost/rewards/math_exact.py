@@ -113,8 +113,10 @@ class _Exact:
         return Fraction(_whole_root(value.numerator, n), _whole_root(value.denominator, n))
 
     def _binomial(self, above: Fraction, below: Fraction) -> Fraction:
-        if above.denominator != 1 or below.denominator != 1 or not 0 <= below <= above:
+        if above.denominator != 1 or below.denominator != 1 or below < 0 or above < 0:
             raise _NotRational
+        if below > above:
+            return Fraction(0)
         if min(below, above - below) * int(above).bit_length() > self._bits:
             raise _NotRational
         return Fraction(math.comb(int(above), int(below)))

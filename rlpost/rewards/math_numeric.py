@@ -80,8 +80,9 @@ def _compare(left: Tree, right: Tree, agree: Callable[[_Computed, _Computed], bo
     names = sorted({p[1] for tree in (left, right) for p in parts(tree) if p[0] == "name"})
     complex_too = any(p == ("i",) for tree in (left, right) for p in parts(tree))
     hidden_base = any(p[0] == "log" and p[1] is None for tree in (left, right) for p in parts(tree))
+    whole = any(p[0] in ("!", "!!", "binom") for tree in (left, right) for p in parts(tree))
     met = 0
-    for point in _points(names, hidden_base, [*_literals(left), *_literals(right)]):
+    for point in _points(names, hidden_base, whole, [*_literals(left), *_literals(right)]):
         with mpmath.workdps(DIGITS):
             a, b = (_at(tree, point, complex_too) for tree in (left, right))
             # One side may need more digits than the other to tell what was added to it.
@@ -113,8 +114,8 @@ def _literals(tree: Tree) -> Iterator[Fraction]:
             yield part[1]
 
 
-def _points(names: list[str], hidden_base: bool, literals: list[Fraction]) -> Iterator[dict[str, Any]]:
-    """Where to look: whole numbers, small and large fractions, beside every number that is written."""
+def _points(names: list[str], hidden_base: bool, whole: bool, literals: list[Fraction]) -> Iterator[dict[str, Any]]:
+    """Where to look: whole numbers (alone, beside factorials), fractions of all sizes, beside every number written."""
     extra = {" base": Fraction(29, 17)} if hidden_base else {}
     if not names:
         yield extra
@@ -128,8 +129,8 @@ def _points(names: list[str], hidden_base: bool, literals: list[Fraction]) -> It
         for step in (Fraction(-3, 7), Fraction(2, 7))
     ]
     for i in range(POINTS + min(len(beside), POINTS)):
-        if i < 10:
-            values = [Fraction(chance.randint(2, 12)) for _ in names]
+        if i < 10 or whole:
+            values = [Fraction(chance.randint(2, 12 + i)) for _ in names]
         elif i < 20:
             values = [chance.choice(sizes) * chance.choice((1, Fraction(7, 5))) for _ in names]
         elif i < POINTS:
@@ -312,8 +313,7 @@ class _Run:
         return above / below
 
     def _binomial(self, above: Any, below: Any) -> Any:
-        whole = mpmath.isint(above) and mpmath.isint(below)
-        if not whole or not 0 <= below <= above:
+        if not (mpmath.isint(above) and mpmath.isint(below)) or below < 0 or above < 0:
             raise _NoValue
         if above > MOST_DIGITS:
             raise _TooLarge

@@ -38,14 +38,15 @@ _MATRIX = re.compile(
     r"([\[(|]?)\s*\\begin\{([a-zA-Z]*matrix|array)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\2\}\s*([\])|]?)", re.S
 )
 _LEFT_SIDE = re.compile(
-    r"(?:(?:\\angle\s*)?\\?[A-Za-z]+'*|⟦[^⟦⟧]*⟧|\|[A-Z]{2}\|)(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?"
+    r"(?:(?:\\angle\s*)?\\?[A-Za-z]+'*|\\bold\{\w+\}|⟦[^⟦⟧]*⟧|\|[A-Z]{2}\|)(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?"
     r"(?:\((?:\s*(?:\\?[a-zA-Z]+|-?\d+(?:\.\d+)?)\s*,?)+\))?"
 )
+_NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 _IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore)(?![a-zA-Z])|⇒|∴")
 _ORDINAL = re.compile(r"(-?\d{1,9})\s*(?:\^?\s*\{?\s*⟦?\s*(?:st|nd|rd|th)\s*⟧?\s*\}?)(?:\s+[A-Za-z]+)?")
 _AND_A_HALF = re.compile(r"(\d+) and (?:a|one)[ -](half|third|quarter)\b(.*)")
 _PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
-_SAID_TWICE = re.compile(r"([^()]*\S) \(([A-Za-z -]{2,})\)")
+_SAID_TWICE = re.compile(r"([^()]*\S) \(([A-Za-z -]{2,})\)((?: [^()]*)?)")
 _AND = re.compile(r"⟦\s*,?\s*(and|or)\s*⟧")
 
 
@@ -90,8 +91,8 @@ def _list(text: str) -> Value:
     value = said(text)
     if value is not None:
         return value
-    if (twice := _SAID_TWICE.fullmatch(text)) and (value := said(twice[2])) == _list(twice[1]) and value is not None:
-        return value  # 7 (seven)
+    if (twice := _SAID_TWICE.fullmatch(text)) and (value := said(twice[2])) is not None and value == _list(twice[1]):
+        return _list(twice[1] + twice[3])  # 7 (seven) apples
     found, separators = elements(text, inside=False)
     if len(found) == 1:
         return _one(found[0])
@@ -169,7 +170,7 @@ def _one(text: str) -> Value:
 def _equation(sides: list[str]) -> Value:
     if len(sides) == 2 and not _LEFT_SIDE.fullmatch(sides[0]) and _LEFT_SIDE.fullmatch(sides[1]):
         sides = sides[::-1]  # 5 = x
-    if _LEFT_SIDE.fullmatch(sides[0]):
+    if _LEFT_SIDE.fullmatch(sides[0]) or _NAMES.fullmatch(sides[0]):
         value = _operand(sides[-1])
         return Named(_name_of(sides[0]), value)
     trees = [_tree_of(_operand(side)) for side in sides]

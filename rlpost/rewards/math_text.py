@@ -53,7 +53,7 @@ _DEGREES = {"√": "", "∛": "[3]", "∜": "[4]"}
 _WORDS = re.compile(
     r"\\(?:text|textbf|textit|textrm|textnormal|texttt|mathrm|mathsf|mathit|rm|bf|mbox|hbox|operatorname)\*?\s*\{([^{}]*)\}"
 )
-_BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|vec|hat|overrightarrow)\s*\{\s*(\\?[A-Za-z]+)\s*\}")
+_BOLD = re.compile(r"\\(?:mathbf|boldsymbol|bm|vec|hat|bar|overline|overrightarrow)\s*\{\s*(\\?[A-Za-z]+)\s*\}")
 _EXPLICIT_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!]|\\[;: ]|~)\s*(?=\d{3}(?!\d))")
 _SPACED_GROUPS = re.compile(r"(?<![\d.,/^_{}\\])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\\?[,./]\d)")
 _SPACING = re.compile(
