@@ -21,7 +21,11 @@ LEAK = 1e-3
 LEAK_HALF = 0.05
 """The same for half-precision weights."""
 ROUNDING = 2e-6
-"""Of the largest logit."""
+"""Of the largest logit: what rounding may do where shapes are the same."""
+RESHAPED = 1e-4
+"""The same where rows, or what their experts are given, differ in size."""
+RESHAPED_HALF = 0.02
+"""The same for half-precision weights."""
 ORIGINAL = "original_max_position_embeddings"
 """What rotary parameters call the length at which the factors switch."""
 
@@ -58,14 +62,21 @@ def look(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabular
     n = len(prompt)
     alone = logits(model, row)
     far = longest - 1 if _takes_positions(model) and len(row) < longest < 1 << 30 else None
-    beside = logits(model, other, far)
-    allowed = _allowed(alone[n + 1 : -1], beside[n + 1 : -1], model.dtype)
-    if _gap(alone[:n], beside[:n]) <= allowed:
+    # At once, since it is almost always clean; only otherwise is it asked which of the two it was.
+    if _is_clean(alone, logits(model, other, far), n, model.dtype):
         return Causality(True, alone)
-    if far is None or _gap(alone[:n], logits(model, other)[:n]) > allowed:
+    if not _is_clean(alone, logits(model, other), n, model.dtype):
         return Causality(False, alone)
-    length, step = _switch(model, row, far, allowed)
-    return Causality(True, alone, length, step)
+    if far is None:
+        return Causality(True, alone)
+    return Causality(True, alone, *_switch(model, row, far))
+
+
+def _is_clean(alone_TV: Tensor, other_TV: Tensor, n: int, dtype: torch.dtype) -> bool:
+    """Whether the first `n` tokens were read alike, by the measure of what the changed token after them did."""
+    share = LEAK_HALF if dtype in (torch.bfloat16, torch.float16) else LEAK
+    effect = _gap(alone_TV[n + 1 : -1], other_TV[n + 1 : -1])
+    return _gap(alone_TV[:n], other_TV[:n]) <= max(share * effect, ROUNDING * float(alone_TV.abs().max()))
 
 
 def logits(model: Any, row: Sequence[int], last_at: int | None = None) -> Tensor:
@@ -80,11 +91,15 @@ def logits(model: Any, row: Sequence[int], last_at: int | None = None) -> Tensor
     return found if found.dtype == torch.float64 else found.float()
 
 
-def _switch(model: Any, row: Sequence[int], far: int, allowed: float) -> tuple[int, bool]:
+def _switch(model: Any, row: Sequence[int], far: int) -> tuple[int | None, bool]:
     """The longest row that is read as its beginnings are, and whether all longer ones are read alike."""
     n = len(row) - 1
-    near = logits(model, row)[:n]
-    low, high = len(row) - 1, far  # positions of the last token: the same at the first, another way at the second
+    # Given positions may be counted otherwise than a model's own (RoBERTa's begin at 2): both sides are given them.
+    near = logits(model, row, n)[:n]
+    allowed = _allowed(near, model.dtype)
+    if _gap(near, logits(model, row, far)[:n]) <= allowed:
+        return None, True
+    low, high = n, far  # positions of the last token: the same at the first, another way at the second
     while high - low > 1:
         middle = (low + high) // 2
         if _gap(near, logits(model, row, middle)[:n]) > allowed:
@@ -118,7 +133,7 @@ def early_switch(model: Any, at: int) -> Iterator[bool]:
 def switches_at(model: Any, row: Sequence[int], at: int) -> bool:
     """Whether a row of `at` tokens is read like its beginning, and one of one more is not."""
     short, long, same = logits(model, row[:at]), logits(model, row[: at + 1]), logits(model, row[: at - 1])
-    allowed = ROUNDING * float(short.abs().max()) * 10
+    allowed = _allowed(short, model.dtype)
     return _gap(short[:-1], same) <= allowed < _gap(short, long[:-1])
 
 
@@ -126,9 +141,9 @@ def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _allowed(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
-    share = LEAK_HALF if dtype in (torch.bfloat16, torch.float16) else LEAK
-    return max(share * _gap(a, b), ROUNDING * float(a.abs().max()))
+def _allowed(logits_TV: Tensor, dtype: torch.dtype) -> float:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return (RESHAPED_HALF if half else RESHAPED) * float(logits_TV.abs().max())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -184,32 +184,37 @@ def _chosen(logits_TV: Tensor, prompt: Sequence[int], ids: Sequence[int]) -> Ten
 
 def _ways(probe: _Probe, wish: Attention) -> Exactness:
     """The fastest exact ways of scoring and of decoding."""
-    tiled = _tiled(probe)
+    flat = tiled = single = False
     gap, reason = float("inf"), ""
-    flat = False
     if wish is not Attention.padded:
-        gap, reason = _flat_gap(probe)
-        flat = not reason
-    single = False
+        # Both at once, since both are right in almost every family; only otherwise is it asked which of them was.
+        gap, reason = _flat_gap(probe, tiled=True)
+        flat = tiled = not reason
+        if not flat:
+            gap, reason = _flat_gap(probe, tiled=False)
+            flat = not reason
     if not flat:
         single = not _padded_is_exact(probe)
+    if not tiled:
+        tiled = _tiled(probe, flat)
     decoding, why = _decoding(probe, flat, single, tiled)
     return Exactness(flat, tiled, gap, reason, single, decoding, why)
 
 
-def _tiled(probe: _Probe) -> bool:
+def _tiled(probe: _Probe, flat: bool) -> bool:
+    """Whether the reproduced head gives the model's own logits, on one row."""
     try:
-        policy = probe.policy(flat=False, single=True, tiled=True)
+        policy = probe.policy(flat=flat, single=not flat, tiled=True)
         return probe.gap(policy(policy.batch(probe.alone[:1])).logp_N, slice(1)) < EXACT
     except FAILURES:
         # Its trunk or head is not where they usually are: the model's own forward gives the logits.
         return False
 
 
-def _flat_gap(probe: _Probe) -> tuple[float, str]:
+def _flat_gap(probe: _Probe, tiled: bool) -> tuple[float, str]:
     try:
         use_attention(probe.model, FLAT)
-        policy = probe.policy(flat=True, tiled=False)
+        policy = probe.policy(flat=True, tiled=tiled)
         gap = probe.gap(policy(policy.batch(probe.groups)).logp_N)
     except FAILURES as error:
         # A family that takes no layout says so in many ways; each of them means padded rows.
