@@ -30,7 +30,6 @@ from rlpost.recipe.schema import (
     Kind,
     Precision,
     Recipe,
-    Sft,
     Stage,
     TokenizerKind,
     leaves_policy,
@@ -44,6 +43,7 @@ from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.manifest import fault, measure
 from rlpost.stage_evaluation import StageEvaluations
+from rlpost.stage_rows import check_rows, need_of
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
@@ -55,7 +55,6 @@ from rlpost.stages.pairs import pairs
 from rlpost.stages.ppo import ppo
 from rlpost.stages.process_reward_model import process_reward_model
 from rlpost.stages.reward_model import reward_model
-from rlpost.stages.sft import need_of as sft_need
 from rlpost.stages.sft import sft
 from rlpost.stages.step_labels import step_labels
 from rlpost.stages.trpo import trpo
@@ -117,6 +116,9 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
+        # The first of them reads its own at once.
+        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and run.stage(n).done is None][1:]
+        check_rows(resolved, base, waiting)
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
         evaluations.after("base", base, done.checkpoints)
         for name, stage in recipe.stages.items():
@@ -267,22 +269,6 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
         console.say(f"training a tokenizer of {spec.vocab_size} tokens")
         corpus = texts(spec.data, where="model.tokenizer.data", stages=_no_stage, bind=bind, base=resolved.folder)
     return make_tokenizer(spec, corpus)
-
-
-def need_of(stage: Stage, name: str, folder: Path) -> Need:
-    """What the stage of that name does with its rows; `folder` is the recipe's."""
-    if getattr(stage, "recorded", False):
-        return Need.recorded
-    if isinstance(stage, Sft):
-        return sft_need(bind(stage.loss, "sft.loss", f"stages.{name}.loss", folder))
-    needs = {
-        Kind.dpo: Need.pairs,
-        Kind.kto: Need.labelled,
-        Kind.reward_model: Need.pairs,
-        Kind.process_reward_model: Need.steps,
-    }
-    ranks = getattr(getattr(stage, "loss", None), "fn", None) == "ranking"
-    return Need.ranked if ranks else needs.get(stage.kind, Need.prompts)
 
 
 def recipe_hash(resolved: Resolved) -> str:

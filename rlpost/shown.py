@@ -6,22 +6,15 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from transformers import AutoConfig
-
 from rlpost import console
-from rlpost.data.codec import make_codec
-from rlpost.data.dataset import open_dataset
+from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
-from rlpost.data.part import Limit
-from rlpost.errors import RecipeError
 from rlpost.groups import Group
-from rlpost.pipeline import need_of, scratch_tokenizer
-from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
-from rlpost.policy.model_files import load_tokenizer, told_as_model_error, with_chat_template
-from rlpost.recipe.functions import bind
+from rlpost.pipeline import scratch_tokenizer
+from rlpost.policy.model_files import load_tokenizer, with_chat_template
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import TooLong
 from rlpost.run.lookup import find_checkpoint
+from rlpost.stage_rows import need_of, open_rows, own_sources, positions_of
 
 
 def show_rows(resolved: Resolved, n: int) -> list[str]:
@@ -31,26 +24,15 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
     judged, have their judgement before them.
     """
     lines: list[str] = []
-    tokenizer: Any = None
+    codec: Codec | None = None
     for name, stage in resolved.config.stages.items():
-        sources = {k: s for k, s in stage.data.items() if s.stage is None}
-        if not stage.enabled or not sources:
+        if not stage.enabled or not own_sources(stage):
             continue
-        tokenizer = tokenizer or _tokenizer(resolved)
-        need = need_of(stage, name, resolved.folder)
-        data = open_dataset(
-            sources,
-            make_codec(tokenizer),
-            need=need,
-            limit=_limit(stage, need, _positions(resolved)),
-            seed=resolved.config.seed,
-            where=f"stages.{name}.data",
-            stages=_no_stage,
-            bind=bind,
-            base=resolved.folder,
-        )
+        if codec is None:
+            codec, positions = make_codec(_tokenizer(resolved)), _positions(resolved)
+        data = open_rows(resolved, name, codec, positions)
         lines += [f"stages.{name}", *(f"  {console.clean(line)}" for line in data.notices)]
-        lines += _lines(tokenizer, data.all(), need, n)
+        lines += _lines(codec.tokenizer, data.all(), need_of(stage, name, resolved.folder), n)
     return lines
 
 
@@ -98,29 +80,6 @@ def _judgements(group: Group, need: Need) -> list[str]:
     return [f"{i}: " for i in range(1, several + 1)] if several > 1 else [""] * several
 
 
-def _limit(stage: Any, need: Need, positions: int) -> Limit:
-    """How long the stage's rows may be; where it samples, prompts leave room for what is sampled."""
-    longest = min(getattr(stage, "max_length", positions), positions)
-    sampling = getattr(stage, "sampling", None)
-    if sampling is not None and need is Need.prompts:
-        longest = min(getattr(stage, "max_length", positions) - sampling.max_new_tokens, positions)
-    return Limit(longest, getattr(stage, "too_long", TooLong.refuse))
-
-
-def _positions(resolved: Resolved) -> int:
-    """Tokens of the longest sequence that the model has positions for."""
-    model = resolved.config.model
-    if model.path is None:
-        limit = model.config.get("max_position_embeddings")
-    else:
-        folder = find_checkpoint(model.path) or model.path
-        base = base_of(folder) if not isinstance(folder, str) and (folder / ADAPTER_FILE).is_file() else folder
-        with told_as_model_error(f"{base}: the model's config.json cannot be read"):
-            config = AutoConfig.from_pretrained(base, revision=model.revision, trust_remote_code=False)
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else 1 << 30
-
-
 def _lengths(what: str, lengths: Sequence[int]) -> str:
     return f"{what} tokens: least {min(lengths)}, median {median(lengths):g}, most {max(lengths)}"
 
@@ -132,5 +91,8 @@ def _tokenizer(resolved: Resolved) -> Any:
     return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
 
 
-def _no_stage(name: str) -> Any:
-    raise RecipeError(f"rows of stage {name} exist only in a run; show without that source")
+def _positions(resolved: Resolved) -> int:
+    model = resolved.config.model
+    if model.path is None:
+        return int(model.config.get("max_position_embeddings") or 1 << 30)
+    return positions_of(find_checkpoint(model.path) or model.path, model.revision)

@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"learner", "rollout"},
     {"evaluate", "loop", "oracle"},
     {"stages"},
-    {"stage_evaluation"},
+    {"stage_evaluation", "stage_rows"},
     {"best_of", "pipeline", "plots"},
     {"shown"},
     {"commands"},

@@ -103,3 +103,17 @@ def test_show_keeps_to_the_limits_of_the_stage(folder, here, tally):
         3, "the limit is 512"
     )
     tally("rows as shown", right=1, refused=2)
+
+
+def test_rows_of_later_stages_are_read_before_anything_is_trained(folder, here, tally):
+    save_rows(Path("asked.jsonl"), [{"prompt": "a", "completion": "b"}])
+    save_rows(Path("rows.jsonl"), [GOOD, {**GOOD, "chosen": 3}])
+    learns = {"steps": 1, "learning_rate": 1e-3}
+    stages = {
+        "first": {"kind": "sft", "data": {"c": {"path": "asked.jsonl"}}, **learns},
+        "then": {"kind": "dpo", "data": {"c": {"path": "rows.jsonl"}}, **learns},
+    }
+    save_recipe(Path("r.yaml"), {"model": {"path": str(folder)}, "stages": stages})
+    assert rlpost("train", "r.yaml").refused(3, "stages.then.data.c", "rows.jsonl:2", "'chosen' is int")
+    assert not list(Path("runs").rglob("*.safetensors"))
+    tally("rows of later stages", refused=1)

@@ -1,0 +1,101 @@
+"""The rows of a stage that needs no run to have them: to check and to show them before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.dataset import Dataset, open_dataset
+from rlpost.data.formats import Need
+from rlpost.data.part import Limit
+from rlpost.errors import RecipeError
+from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
+from rlpost.policy.model_files import load_tokenizer, told_as_model_error
+from rlpost.recipe.functions import bind
+from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.schema import Kind, Sft, Source, Stage, TooLong
+from rlpost.stages.sft import need_of as sft_need
+
+
+def check_rows(resolved: Resolved, base: str | Path, names: Sequence[str]) -> None:
+    """Read the rows of these stages, so that a wrong one is found before the stages in front of them have trained.
+
+    Args:
+        resolved: the recipe.
+        base: the model it starts from, whose tokenizer all stages have.
+        names: the stages.
+
+    Raises:
+        DataError: a row is malformed or too long. ModelError: the tokenizer or its chat template is wrong.
+    """
+    named = [name for name in names if own_sources(resolved.config.stages[name])]
+    if not named:
+        return
+    codec = make_codec(load_tokenizer(str(base), resolved.config.model))
+    positions = positions_of(base, resolved.config.model.revision)
+    for name in named:
+        open_rows(resolved, name, codec, positions)
+
+
+def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int) -> Dataset:
+    """The rows of stage `name` but for those that an earlier stage writes; it has some."""
+    stage = resolved.config.stages[name]
+    need = need_of(stage, name, resolved.folder)
+    return open_dataset(
+        own_sources(stage),
+        codec,
+        need=need,
+        limit=_limit(stage, need, positions),
+        seed=resolved.config.seed,
+        where=f"stages.{name}.data",
+        stages=_no_stage,
+        bind=bind,
+        base=resolved.folder,
+    )
+
+
+def own_sources(stage: Any) -> dict[str, Source]:
+    """The sources that are not an earlier stage's."""
+    return {key: source for key, source in stage.data.items() if source.stage is None}
+
+
+def need_of(stage: Stage, name: str, folder: Path) -> Need:
+    """What the stage of that name does with its rows; `folder` is the recipe's."""
+    if getattr(stage, "recorded", False):
+        return Need.recorded
+    if isinstance(stage, Sft):
+        return sft_need(bind(stage.loss, "sft.loss", f"stages.{name}.loss", folder))
+    needs = {
+        Kind.dpo: Need.pairs,
+        Kind.kto: Need.labelled,
+        Kind.reward_model: Need.pairs,
+        Kind.process_reward_model: Need.steps,
+    }
+    ranks = getattr(getattr(stage, "loss", None), "fn", None) == "ranking"
+    return Need.ranked if ranks else needs.get(stage.kind, Need.prompts)
+
+
+def _limit(stage: Any, need: Need, positions: int) -> Limit:
+    """How long the stage's rows may be; where it samples, prompts leave room for what is sampled."""
+    longest = min(getattr(stage, "max_length", positions), positions)
+    sampling = getattr(stage, "sampling", None)
+    if sampling is not None and need is Need.prompts:
+        longest = min(getattr(stage, "max_length", positions) - sampling.max_new_tokens, positions)
+    return Limit(longest, getattr(stage, "too_long", TooLong.refuse))
+
+
+def positions_of(model: str | Path, revision: str | None) -> int:
+    """Tokens of the longest sequence that a model, or an adapter's base, has positions for."""
+    base = base_of(Path(model)) if (Path(model) / ADAPTER_FILE).is_file() else model
+    with told_as_model_error(f"{base}: the model's config.json cannot be read"):
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else 1 << 30
+
+
+def _no_stage(name: str) -> Path:
+    raise RecipeError(f"rows of stage {name} exist only in a run")
