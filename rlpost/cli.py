@@ -39,8 +39,13 @@ class _Command(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
-        with kept_for_results():
-            return super().invoke(ctx)
+        from rlpost.usercode.process import end_all
+
+        try:
+            with kept_for_results():
+                return super().invoke(ctx)
+        finally:
+            end_all()
 
 
 _command = partial(app.command, cls=_Command)

@@ -129,6 +129,25 @@ def compact(number: float) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}" if exponent else digits
 
 
+class Spell:
+    """Something that is off for a while: said when it begins, and when it is over."""
+
+    def __init__(self) -> None:
+        self._on = False
+
+    def begins(self, text: str) -> None:
+        """It is off; `text` is said the first time."""
+        if not self._on:
+            warn(text)
+        self._on = True
+
+    def ends(self, text: str) -> None:
+        """It is not, or no longer: then `text` is said."""
+        if self._on:
+            say(text)
+        self._on = False
+
+
 class Progress:
     """Progress of long work: a bar with rate, remaining time and metrics; lines where no terminal is.
 

@@ -43,7 +43,7 @@ class DiskError(RlpostError):
 
 
 class RewardError(RlpostError):
-    """A reward function failed."""
+    """A user's function failed: a reward, an environment, a loss or an advantage."""
 
     exit_code = 6
 

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+FAILED = "failed"
+"""How a completion finished whose environment failed."""
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -26,7 +29,8 @@ class Completion:
     text: str = ""
     """The answer as text, special tokens by their names, without the end token and the stop string that ended it."""
     finish: str = ""
-    """"stop" (end token or stop string), "length" (cut off), or empty for data we did not sample."""
+    """"stop" (end token or stop string), "length" (cut off), "failed" (its environment did: it has no reward), or
+    empty for data we did not sample."""
     logprobs: tuple[float, ...] = ()
     """[sum(action)] log-probabilities under the sampler, at its temperature; empty for data we did not sample."""
     steps: tuple[int, ...] = ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,7 @@ from rlpost.learner import Learner
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
+from rlpost.usercode.calls import in_use
 
 POLICY = "policy"
 """The learner of what the stage's result is."""
@@ -98,6 +101,7 @@ class Loop:
         self._keep = keep
         self._log_every = log_every
         self._live: dict[str, float] = {}
+        self._saved = 0
         self._accelerator = next(iter(learners.values())).accelerator
         self._main = self._accelerator.is_main_process
 
@@ -126,7 +130,10 @@ class Loop:
             for step in range(first, self._steps):
                 began = time.perf_counter()
                 self._say_where(step + 1)
+                if in_use():
+                    self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
                 yield step
+                self._interrupts.rescue = None
                 done = step + 1
                 if self._main and done % self._log_every == 0:
                     self._out.timing(done, {"seconds": time.perf_counter() - began})
@@ -185,6 +192,7 @@ class Loop:
             moving.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
+        self._saved = checkpoint.step
         return checkpoint.step
 
     def _say_where(self, step: int) -> None:
@@ -212,20 +220,30 @@ class Loop:
             "lower learning_rate and go on from the last checkpoint with --allow-change, or look at the last rollouts"
         )
 
-    def _save(self, done: int) -> None:
+    def _position(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where everything but the weights stands: random generators, and what a checkpoint says as JSON."""
+        return _random(), {
+            "updates": {name: learner.updates for name, learner in self._learners.items()},
+            "states": {name: stateful.state() for name, stateful in self._states.items()},
+        }
+
+    def _rescue(self, step: int, position: tuple[dict[str, Tensor], dict[str, Any]]) -> str:
+        """Save how it all stood before a step that was cut off, if its weights have not moved; says what was saved."""
+        moved = any(position[1]["updates"][name] != learner.updates for name, learner in self._learners.items())
+        if moved:
+            return f"{self._title} stopped within step {step + 1}, without a checkpoint of it"
+        if step and step != self._saved:
+            self._save(step, position)
+        return f"{self._title} stopped while a user's function ran, after step {step} with a checkpoint"
+
+    def _save(self, done: int, position: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> None:
         if self._main:
+            random_state, state = position or self._position()
             moved = self._tensors()
             self._must_be_finite(done, moved)
-            self._out.save(
-                done,
-                {"random": _random(), **moved},
-                {
-                    "updates": {name: learner.updates for name, learner in self._learners.items()},
-                    "states": {name: stateful.state() for name, stateful in self._states.items()},
-                    "inputs": self._inputs.identities(),
-                },
-                self._keep,
-            )
+            told = {**state, "inputs": self._inputs.identities()}
+            self._out.save(done, {"random": random_state, **moved}, told, self._keep)
+        self._saved = done
         self._accelerator.wait_for_everyone()
 
 

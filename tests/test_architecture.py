@@ -15,7 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors"},
     {"launchers", "results", "streams", "unexpected"},
-    {"console", "groups", "objectives", "recipe"},
+    {"console", "groups", "objectives"},
+    {"usercode"},
+    {"recipe"},
     {"arguments", "as_text", "exits"},
     {"goals"},
     {"data", "experience", "rewards", "run", "schedules"},
@@ -48,7 +50,7 @@ LIGHT = (
         "results",
         "rewards",
     ),
-    *("run", "schedules", "streams", "unexpected"),
+    *("run", "schedules", "streams", "unexpected", "usercode"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60
@@ -166,7 +168,7 @@ def test_nothing_runs_text_or_unpickles():
 
 def test_a_users_file_is_loaded_in_one_place():
     places = {str(file.relative_to(PACKAGE)) for file, name, _ in calls() if name.endswith("exec_module")}
-    assert places == {"recipe/functions.py"}
+    assert places == {"usercode/load.py"}
 
 
 def test_code_that_comes_with_a_model_is_never_run():

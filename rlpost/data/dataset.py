@@ -11,8 +11,8 @@ from typing import Any
 
 from rlpost.data.codec import Codec
 from rlpost.data.formats import Need, recognise, row_texts
-from rlpost.data.order import Order
-from rlpost.data.part import Found, Limit, Part, open_part, present_row
+from rlpost.data.order import Draw, Order
+from rlpost.data.part import Found, Limit, Part, open_part, present_rows
 from rlpost.data.sources import Bind, label, read
 from rlpost.errors import DataError, RecipeError
 from rlpost.groups import Group
@@ -76,19 +76,28 @@ class Dataset:
         drawn: list[Group] = []
         passed_over = 0
         while len(drawn) < n:
-            draw = self._order.next()
-            part = self._parts[draw.source]
-            if part.present is None:
-                drawn.append(part.groups[draw.row])
-                continue
-            group = present_row(part, draw.row, draw.seed, self._codec, self._limit, Found())
-            if group is not None:
-                drawn.append(group)
-                continue
-            passed_over += 1
-            if passed_over > 10 * len(self):
-                raise DataError(f"{part.label}: rows as presented are all longer than {self._limit.max_length} tokens")
+            draws = [self._order.next() for _ in range(n - len(drawn))]
+            groups = self._drawn(draws)
+            drawn += [group for group in groups if group is not None]
+            passed_over += groups.count(None)
+            if passed_over > 10 * max(len(self), n):
+                about = self._parts[draws[-1].source].label
+                raise DataError(f"{about}: rows as presented are all longer than {self._limit.max_length} tokens")
         return drawn
+
+    def _drawn(self, draws: Sequence[Draw]) -> list[Group | None]:
+        """What was drawn, in that order; None where a row as presented this time is dropped."""
+        groups: dict[Draw, Group | None] = {}
+        for source, part in enumerate(self._parts):
+            own = [draw for draw in draws if draw.source == source]
+            rows, seeds = [draw.row for draw in own], [draw.seed for draw in own]
+            found: Sequence[Group | None]
+            if part.present is None:
+                found = [part.groups[i] for i in rows]
+            else:
+                found = present_rows(part, rows, seeds, self._codec, self._limit, Found())
+            groups |= dict(zip(own, found, strict=True))
+        return [groups[draw] for draw in draws]
 
     def all(self) -> list[Group]:
         """Every row once, in the order of the sources; the rows' turns in `next` are not touched."""
@@ -97,9 +106,9 @@ class Dataset:
             if part.present is None:
                 groups += part.groups
                 continue
-            for i in range(len(part.rows)):
-                group = present_row(part, i, self._seed + i, self._codec, self._limit, Found())
-                groups += [] if group is None else [group]
+            every = range(len(part.rows))
+            found = present_rows(part, every, [self._seed + i for i in every], self._codec, self._limit, Found())
+            groups += [group for group in found if group is not None]
         return groups
 
     def state(self) -> dict[str, Any]:

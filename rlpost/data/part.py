@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,13 @@ from rlpost.data.direction import backwards
 from rlpost.data.formats import Format, Need, encode, is_plain, recognise, untrained_turns
 from rlpost.data.sources import Row, Rows, label
 from rlpost.data.unrendered import Unrendered
+from rlpost.data.users import each
 from rlpost.data.visible import visible
-from rlpost.errors import DataError, RlpostError
+from rlpost.errors import DataError
 from rlpost.groups import Completion, Group
 from rlpost.recipe import schema
 from rlpost.recipe.schema import Direction, Source, TooLong
+from rlpost.usercode.wire import Seeded
 
 Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
 
@@ -105,11 +106,12 @@ def open_part(
     """
     about = label(source, key)
     places = [f"{key} ({p})" if source.path and p.startswith(source.path) else f"{about} {p}" for p in found.places]
-    sample = found.rows[0] if present is None else _present(present, found.rows[0], seed, places[0])
+    sample = found.rows[0] if present is None else _shown(present, found.rows[:1], [seed], places[:1])[0]
     form = recognise([sample], about, need)
     part = Part(about, source.weight, found.rows, form, (), places, present, source.direction, source.unrendered)
     before = Counter(became.counts)
-    encoded = [present_row(part, i, seed + i, codec, limit, became) for i in range(len(found.rows))]
+    every = range(len(found.rows))
+    encoded = present_rows(part, every, [seed + i for i in every], codec, limit, became)
     kept = [i for i, group in enumerate(encoded) if group is not None]
     became.counts["read"] += len(encoded)
     became.counts["kept"] += len(kept)
@@ -135,14 +137,21 @@ def _nothing_left(about: str, rows: int, counts: Counter[str], limit: Limit) -> 
     return f"{about}: none of {rows} rows is left: {'; '.join(reasons)}"
 
 
-def present_row(part: Part, i: int, seed: int, codec: Codec, limit: Limit, became: Found) -> Group | None:
-    """Row `i` as a group that fits, or None when it is dropped; `became` is added to.
+def present_rows(
+    part: Part, indices: Sequence[int], seeds: Sequence[int], codec: Codec, limit: Limit, became: Found
+) -> list[Group | None]:
+    """Rows as groups that fit, or None where one is dropped; `became` is added to.
 
     Raises:
-        DataError: it is malformed or too long.
+        DataError: one is malformed or too long.
     """
-    place = part.places[i]
-    row = part.rows[i] if part.present is None else _present(part.present, part.rows[i], seed, place)
+    rows, places = [part.rows[i] for i in indices], [part.places[i] for i in indices]
+    if part.present is not None:
+        rows = _shown(part.present, rows, seeds, places)
+    return [_encoded(part, row, place, codec, limit, became) for row, place in zip(rows, places, strict=True)]
+
+
+def _encoded(part: Part, row: Row, place: str, codec: Codec, limit: Limit, became: Found) -> Group | None:
     try:
         group = encode(row, part.format, codec, place)
     except Unrendered as error:
@@ -178,17 +187,15 @@ def _is_equal(group: Group, form: Format) -> bool:
     return len({(c.ids, c.action) for c in compared}) == 1
 
 
-def _present(present: Present, row: Row, seed: int, place: str) -> Row:
-    try:
-        shown = present(row=dict(row), random=random.Random(seed))
-    except RlpostError as error:
-        raise type(error)(f"{place}: {error}") from error
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{place}: present failed with {type(error).__name__}: {reason}") from error
-    if not isinstance(shown, Mapping):
-        raise DataError(f"{place}: present returned {type(shown).__name__}: return a row (a dict)")
-    return dict(shown)
+def _shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], places: Sequence[str]) -> list[Row]:
+    """The rows as they are presented this time."""
+    calls = [{"row": dict(row), "random": Seeded(seed)} for row, seed in zip(rows, seeds, strict=True)]
+    shown = []
+    for found, place in zip(each(present, calls, [f"{p}: present" for p in places]), places, strict=True):
+        if not isinstance(found, Mapping):
+            raise DataError(f"{place}: present returned {type(found).__name__}: return a row (a dict)")
+        shown.append(dict(found))
+    return shown
 
 
 def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[str]) -> Group | None:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from rlpost.data.columns import apply_columns, missing
 from rlpost.data.files import read_jsonl, read_parquet
 from rlpost.data.hub import read_hub
-from rlpost.errors import DataError, RecipeError, RlpostError
+from rlpost.data.users import each
+from rlpost.errors import DataError, RecipeError
 from rlpost.recipe.schema import Fold, FoldPart, Function, Source
 
 Row = dict[str, Any]
@@ -89,7 +90,7 @@ def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind,
         raise RecipeError(f"{where}: give exactly one of path, stage, task (given: {stated})")
     if source.task is not None:
         make = bind(source.task, "task", f"{where}.task", base)
-        made = _call(make, {}, f"{where}.task: {source.task.fn}")
+        (made,) = each(make, [{}], [f"{where}.task: {source.task.fn}"])
         return _numbered(_checked_rows(made, f"{where}.task: {source.task.fn}"))
     if source.stage is not None:
         return _numbered(read_jsonl(stages(source.stage))[0])
@@ -142,8 +143,9 @@ def _fold(found: Rows, fold: Fold, where: str) -> Rows:
 def _map(found: Rows, function: Callable[..., Any], name: str, where: str) -> Rows:
     """What the function makes of each row, which keeps its place."""
     mapped = Rows([], [])
-    for row, place in zip(found.rows, found.places, strict=True):
-        result = _call(function, {"row": dict(row)}, f"{name}: {place}")
+    calls = [{"row": dict(row)} for row in found.rows]
+    results = each(function, calls, [f"{name}: {place}" for place in found.places])
+    for result, place in zip(results, found.places, strict=True):
         if result is None:
             continue
         made = _checked_rows([result] if isinstance(result, Mapping) else result, f"{name}: {place}")
@@ -152,16 +154,6 @@ def _map(found: Rows, function: Callable[..., Any], name: str, where: str) -> Ro
     if not mapped.rows:
         raise DataError(f"{name} left no row of {len(found.rows)}: check what it returns, and {where}")
     return mapped
-
-
-def _call(function: Callable[..., Any], arguments: Mapping[str, Any], place: str) -> Any:
-    """Call what a recipe named; whatever it raises becomes one line that names it."""
-    try:
-        return function(**arguments)
-    except RlpostError as error:
-        raise type(error)(f"{place}: {error}") from error
-    except Exception as error:
-        raise DataError(f"{place} failed with {type(error).__name__}: {_line(error)}") from error
 
 
 def _checked_rows(rows: Any, place: str) -> list[Row]:
@@ -173,7 +165,3 @@ def _checked_rows(rows: Any, place: str) -> list[Row]:
             raise DataError(f"{place} returned a list with {type(row).__name__} in it: rows are dicts")
         checked.append(dict(row))
     return checked
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

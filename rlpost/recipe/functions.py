@@ -7,26 +7,26 @@ functions of data are told what they take by their parameters' names instead.
 from __future__ import annotations
 
 import ast
-import hashlib
+import dataclasses
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlpost.console import Spell
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
-from rlpost.recipe.schema import Function, Recipe, Reward, Source
+from rlpost.recipe.schema import Function, OnFailure, Recipe, Reward, Source
 from rlpost.recipe.suggest import hint_or_list
+from rlpost.recipe.users import UsersFile
+from rlpost.usercode.load import public_functions
 
 _TASKS = "rlpost.data.tasks"
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
@@ -99,6 +99,10 @@ class Bound:
     """The user's file it comes from; None for functions of rlpost."""
     sha256: str | None = None
     """Of that file as it was loaded."""
+    unscored: bool = False
+    """What it fails on is unscored; else a failure stops the run."""
+    failing: Spell = dataclasses.field(default_factory=Spell, compare=False)
+    """Whether it failed when it was called last."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function with what the program supplies."""
@@ -177,27 +181,37 @@ def bind(function: Function, field: str, where: str, base: Path) -> Bound:
         RecipeError: there is no such function, its file fails to load, or the arguments do not fit.
     """
     owner = FIELDS[field]
-    file, digest = None, None
     if match := _FILE.fullmatch(function.fn):
-        file = _allowed(Path(function.fn[: match.end("file")]), f"{where}.fn", base)
-        module, digest = _load(file, f"{where}.fn")
-        name, place = match["name"], str(file)
-    elif field == "reward" and "." not in function.fn:
+        name, file = match["name"], _allowed(Path(function.fn[: match.end("file")]), f"{where}.fn", base)
+        users = UsersFile(file, f"{where}.fn", function)
+        digest, found = users.digest, _chosen(users.functions, name, str(file), f"{where}.fn", field)
+        _check_arguments(found, function.args, owner, field, where)
+        _check_model(function, found, where)
+        lenient = getattr(function, "on_failure", None) is OnFailure.unscored
+        return Bound(users.bound(found, field, where), name, where, file, digest, lenient)
+    for key in ("deadline", "on_failure"):
+        if getattr(function, key, None) is not None:
+            raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
+    if field == "reward" and "." not in function.fn:
         module, name, place = importlib.import_module(owner.module), function.fn, owner.module
     elif owner.module == _TASKS or field == "reward":
         module, name = _task(function.fn, f"{where}.fn")
         place = module.__name__
     else:
         module, name, place = importlib.import_module(owner.module), function.fn, owner.module
-    found = _function(module, name, place, f"{where}.fn", field)
+    found = _chosen(public_functions(module), name, place, f"{where}.fn", field)
     _check_arguments(found, function.args, owner, field, where)
+    _check_model(function, found, where)
+    return Bound(partial(found, **function.args) if function.args else found, name, where)
+
+
+def _check_model(function: Function, found: Callable[..., Any], where: str) -> None:
+    """A reward that asks for a model is given one, and no other."""
     if isinstance(function, Reward):
-        asks = "model" in inspect.signature(found).parameters
+        name, asks = found.__name__, "model" in inspect.signature(found).parameters
         if asks != (function.model is not None):
             missing = f"missing - {name!r} asks a model: name a stage or a checkpoint"
             raise RecipeError(f"{where}.model: {missing if asks else f'{name!r} asks no model - remove it'}")
-    call = partial(found, **function.args) if function.args else found
-    return Bound(call, name, where, file, digest)
 
 
 def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
@@ -234,44 +248,6 @@ def _allowed(file: Path, where: str, base: Path) -> Path:
     return path
 
 
-def _load(file: Path, where: str) -> tuple[ModuleType, str]:
-    """The user's file as a module, loaded once per content."""
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    name = f"_rlpost_user_{hashlib.sha256(f'{file}{digest}'.encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name], digest
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it loads
-    caching, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # a cache may outlive an edit in its second
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file does is theirs to hear of
-        del sys.modules[name]
-        raise RecipeError(f"{_line(error, file)}: {type(error).__name__}: {_first_line(error)} ({where})") from error
-    finally:
-        sys.dont_write_bytecode = caching
-    return module, digest
-
-
-def _line(error: BaseException, file: Path) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return f"{file}:{lines[-1]}" if lines else str(file)
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, SyntaxError):
-        return error.msg
-    return (str(error).splitlines() or ["(no message)"])[0]
-
-
 def _task(fn: str, where: str) -> tuple[ModuleType, str]:
     """The module of `task.function` in rlpost.data.tasks."""
     task, dot, name = fn.partition(".")
@@ -284,16 +260,10 @@ def _task(fn: str, where: str) -> tuple[ModuleType, str]:
     return importlib.import_module(f"{_TASKS}.{task}"), name
 
 
-def _function(module: ModuleType, name: str, place: str, where: str, field: str) -> Callable[..., Any]:
-    """A public function of the module: one that it defines, or, where one of rlpost's says so, that it exports."""
-    exported = getattr(module, "__all__", None) if module.__name__.startswith("rlpost.") else None
-    options = {
-        key: value
-        for key, value in vars(module).items()
-        if inspect.isfunction(value)
-        and not key.startswith("_")
-        and (value.__module__ == module.__name__ if exported is None else key in exported)
-    }
+def _chosen(
+    options: Mapping[str, Callable[..., Any]], name: str, place: str, where: str, field: str
+) -> Callable[..., Any]:
+    """The function of that name among those that a module offers."""
     if name not in options:
         offered = [key for key, function in options.items() if _fits(function, field)]
         raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, offered, 'it has')}")

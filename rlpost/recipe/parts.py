@@ -6,6 +6,8 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from rlpost.recipe.called import EnvironmentFunction, Reward, TimedFunction
+
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
@@ -174,26 +176,6 @@ class Per(StrEnum):
 
 
 @dataclass
-class Function:
-    """A function by name (or `file.py:function`) with its keyword arguments."""
-
-    fn: str = MISSING
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Reward(Function):
-    """A reward function, its weight in the sum, and the name it is logged under (its own by default)."""
-
-    weight: float = 1.0
-    name: Optional[str] = None
-    of: list["Reward"] = field(default_factory=list)
-    """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
-    model: Optional[str] = None
-    """For functions that ask for a model: an earlier stage that leaves a judge or reads backwards, or a checkpoint."""
-
-
-@dataclass
 class Fold:
     """Keep one side of a split in which rows with equal `by` stay together."""
 
@@ -211,7 +193,7 @@ class Source:
     """A .jsonl or .parquet file, a folder in hub format, or the name of a dataset on the hub."""
     stage: Optional[str] = None
     """Rows that an earlier stage wrote (a `pairs` stage)."""
-    task: Optional[Function] = None
+    task: Optional[TimedFunction] = None
     """Rows made by a function in `rlpost.data.tasks` or a file: `addition.train`."""
     config: Optional[str] = None
     """Configuration name of a hub dataset (`main` for openai/gsm8k)."""
@@ -222,9 +204,9 @@ class Source:
     """Only the first so many rows."""
     columns: dict[str, str] = field(default_factory=dict)
     """Role -> column, or a template over columns: {prompt: "Q: {question}\\nA:", completion: answer}."""
-    map: Optional[Function] = None
+    map: Optional[TimedFunction] = None
     """row -> row or rows, applied once when the source is read."""
-    present: Optional[Function] = None
+    present: Optional[TimedFunction] = None
     """(row, random) -> row, applied anew every time a row is drawn."""
     fold: Optional[Fold] = None
     unrendered: Unrendered = Unrendered.refuse
@@ -385,7 +367,7 @@ class Evaluation:
     """Also report the best of a prompt's samples by the sum of rewards."""
     judge: Optional[str] = None
     """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
-    environment: Optional[Function] = None
+    environment: Optional[EnvironmentFunction] = None
     """What answers the model's turns, as in the stages."""
     turns: int = 2
     """With an environment: most turns of the model."""

@@ -33,6 +33,7 @@ from rlpost.recipe.schema import (
     Sft,
     Source,
     StepLabels,
+    TimedFunction,
     Tokenizer,
     Training,
     Trpo,
@@ -74,6 +75,7 @@ def _from(low: float) -> Range:
 
 RANGES: dict[type, dict[str, Range]] = {
     Recipe: {"seed": Range(0, 2**32 - 1), "threads": _from(1)},
+    TimedFunction: {"deadline": _POSITIVE},
     Lora: {"r": _from(1), "alpha": _POSITIVE, "dropout": _SHARE},
     Tokenizer: {"vocab_size": _from(2)},
     Source: {"weight": _POSITIVE, "limit": _from(1)},

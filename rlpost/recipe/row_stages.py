@@ -5,7 +5,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from rlpost.recipe.parts import Kind, PairChoice, Reward, Sampling, Source, Stage
+from rlpost.recipe.called import Reward
+from rlpost.recipe.parts import Kind, PairChoice, Sampling, Source, Stage
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
+from rlpost.recipe.called import EnvironmentFunction, Function, OnFailure, Reward, TimedFunction
 from rlpost.recipe.parts import (
     AtLimit,
     Attention,
@@ -18,7 +19,6 @@ from rlpost.recipe.parts import (
     Evaluation,
     Fold,
     FoldPart,
-    Function,
     Kind,
     Kl,
     KlEstimator,
@@ -29,7 +29,6 @@ from rlpost.recipe.parts import (
     Per,
     Precision,
     Refresh,
-    Reward,
     Sampling,
     Schedule,
     Source,
@@ -59,6 +58,7 @@ __all__ = [
     "Critic",
     "Direction",
     "Dpo",
+    "EnvironmentFunction",
     "Evaluation",
     "Fold",
     "FoldPart",
@@ -75,6 +75,7 @@ __all__ = [
     "Kto",
     "Lora",
     "Model",
+    "OnFailure",
     "OnlineDpo",
     "PairChoice",
     "Pairs",
@@ -93,6 +94,7 @@ __all__ = [
     "Source",
     "Stage",
     "StepLabels",
+    "TimedFunction",
     "Tokenizer",
     "TokenizerKind",
     "TooLong",
@@ -212,7 +214,7 @@ class Rollouts(Training):
     """Passes over the step's samples."""
     mask_truncated: bool = False
     """Leave completions cut at the length limit out of the advantage and the update."""
-    environment: Optional[Function] = None
+    environment: Optional[EnvironmentFunction] = None
     """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
     turns: int = 2
     """With an environment: most turns of the model."""

@@ -364,6 +364,9 @@ def _node(node: Reward, where: str) -> Iterator[str]:
         if key not in NODES[node.fn]:
             near = hint_or_list(key, NODES[node.fn], "it takes")
             yield f"{where}.args.{key}: {node.fn} has no argument {key!r}{near}"
+    for key in ("deadline", "on_failure"):
+        if getattr(node, key) is not None:
+            yield f"{where}.{key}: is for functions of a file, and {node.fn} is none - set it in `of`"
     if node.fn == "gate" and len(node.of) != 2:
         yield f"{where}.of: a gate has a guard and what counts if it passed - give two, not {len(node.of)}"
     if node.fn == "shaping" and len(node.of) != 1:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
-import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from numbers import Real
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlpost.errors import RecipeError, RewardError, RlpostError
-from rlpost.groups import Completion, Group, completions
+from rlpost.errors import RecipeError
+from rlpost.groups import FAILED, Group, completions
+from rlpost.rewards.call import ByStep, Given, caller
 from rlpost.rewards.tree import BoundReward, Reward, evaluate, leaves, names, weighted_sum
 
 __all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean"]
-
-LARGEST = 1e12
-"""Largest size of a reward: squares of larger ones, summed over a group, leave float32."""
 
 Nested = list[list[float | None]]
 """[P][G] one number a completion, None where it is unscored."""
@@ -90,7 +82,7 @@ class Scorer:
         for name in found:
             if found.count(name) > 1:
                 raise RecipeError(f"rewards: two are called {name!r}; give one of them another `name`")
-        self._calls = {leaf.name: _call(leaf) for leaf in leaves(self.rewards)}
+        self._calls = {leaf.name: caller(leaf) for leaf in leaves(self.rewards)}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -107,6 +99,8 @@ class Scorer:
         Raises:
             RewardError: a reward raised, or returned something that is not a finite number or None.
         """
+        if any(c.finish == FAILED for c in completions(groups)):
+            return self._without_failed(groups, steps)
         given = Given(
             groups=list(groups),
             completions=completions(groups),
@@ -130,168 +124,24 @@ class Scorer:
         named = {name: _nest(list(seen[name]), shape) for name in names(self.rewards)}
         return Scores(_nest(sums, shape), named, by_step)
 
+    def _without_failed(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None) -> Scores:
+        """The rewards where some episodes failed: those are shown to no reward function, and have no reward."""
+        failed = [c.finish == FAILED for c in completions(groups)]
+        whole = [replace(g, completions=tuple(c for c in g.completions if c.finish != FAILED)) for g in groups]
+        told = None if steps is None else [own for own, out in zip(steps, failed, strict=True) if not out]
+        scores = self.score([g for g in whole if g.completions], told)
 
-@dataclass(frozen=True)
-class Given:
-    """What rewards may ask for."""
+        def spread(values: Iterable[Any], gap: Any) -> list[Any]:
+            every = iter(values)
+            return [gap if out else next(every) for out in failed]
 
-    groups: list[Group]
-    completions: Sequence[Completion]
-    """[S]."""
-    examples: Sequence[Mapping[str, Any]]
-    """[S] the row of each completion."""
-    steps: Sequence[Sequence[str]] | None
-    """[S] the texts of each completion's steps."""
+        def nested(values: Nested) -> Nested:
+            return _nest(spread((x for row in values for x in row), None), [g.completions for g in groups])
 
-    def steps_of(self, reward: BoundReward) -> Sequence[Sequence[str]]:
-        """The steps, which must be known.
-
-        Raises:
-            RecipeError: nobody said what ends a step.
-        """
-        if self.steps is None:
-            raise RecipeError(f"rewards: {reward.name} rewards steps; say what ends one with the stage's `step_end`")
-        return self.steps
-
-
-@dataclass(frozen=True)
-class ByStep:
-    """[S] numbers for every step of every completion."""
-
-    steps: list[list[float]]
+        by_name = {name: nested(values) for name, values in scores.by_name.items()}
+        return Scores(nested(scores.total), by_name, {n: spread(rows, []) for n, rows in scores.by_step.items()})
 
 
 def _nest(flat: Sequence[Any], shape: Sequence[Sequence[Any]]) -> list[list[Any]]:
     values = iter(flat)
     return [[next(values) for _ in row] for row in shape]
-
-
-_Call = Callable[[Given], "list[float | None] | ByStep"]
-_ONE = {"completion", "example", "steps"}
-_ALL = {"completions", "examples", "all_steps", "groups"}
-
-
-def _call(reward: BoundReward) -> _Call:
-    """A reward as a function of all completions, whether it takes them one by one or together."""
-    asked = set(inspect.signature(reward.function).parameters)
-    one, together = asked & {"completion", "steps"}, asked & {"completions", "groups", "all_steps"}
-    if bool(one) == bool(together) or (asked & _ONE and asked & _ALL):
-        raise RecipeError(
-            f"rewards: {reward.name} takes ({', '.join(sorted(asked))}); "
-            "a reward takes `completion` and `example`, or `completions` and `examples`"
-        )
-    names_wanted = asked & (_ALL | _ONE | {"model"})
-    return partial(_together if together else _one_by_one, reward, names_wanted)
-
-
-def _one_by_one(reward: BoundReward, wanted: set[str], given: Given) -> list[float | None] | ByStep:
-    values: list[float | None] = []
-    by_step: list[list[float]] = []
-    for s, (completion, example) in enumerate(zip(given.completions, given.examples, strict=True)):
-        supplied: dict[str, Any] = {
-            "completion": completion,
-            "example": _protected(example) if "example" in wanted else None,
-            "model": reward.model,
-        }
-        if "steps" in wanted:
-            supplied["steps"] = list(given.steps_of(reward)[s])
-        value = _run(reward, {name: supplied[name] for name in wanted}, _where(completion))
-        if "steps" in wanted:
-            by_step.append(_checked_steps(reward, value, completion, len(supplied["steps"])))
-        else:
-            values.append(_checked(reward, value, completion))
-    return ByStep(by_step) if "steps" in wanted else values
-
-
-def _together(reward: BoundReward, wanted: set[str], given: Given) -> list[float | None] | ByStep:
-    flat = given.completions
-    if not flat:
-        return []
-    supplied: dict[str, Any] = {
-        "completions": list(flat),
-        "examples": [_protected(example) for example in given.examples] if "examples" in wanted else None,
-        "groups": given.groups,
-        "model": reward.model,
-    }
-    if "all_steps" in wanted:
-        supplied["all_steps"] = [list(own) for own in given.steps_of(reward)]
-    where = f"for {len(flat)} completions, the first {_clip(flat[0].text)!r}"
-    values = _run(reward, {name: supplied[name] for name in wanted}, where)
-    if not isinstance(values, list | tuple):
-        raise RewardError(
-            f"rewards: {reward.name} returned {_kind(values)}; return a list with a number or None for each completion"
-        )
-    if len(values) != len(flat):
-        raise RewardError(
-            f"rewards: {reward.name} returned {len(values)} values for {len(flat)} completions; return one for each"
-        )
-    if "all_steps" in wanted:
-        counts = [len(own) for own in supplied["all_steps"]]
-        rows = zip(values, flat, counts, strict=True)
-        return ByStep([_checked_steps(reward, value, completion, n) for value, completion, n in rows])
-    return [_checked(reward, value, completion) for value, completion in zip(values, flat, strict=True)]
-
-
-def _checked_steps(reward: BoundReward, values: Any, completion: Completion, steps: int) -> list[float]:
-    if not isinstance(values, list | tuple) or len(values) != steps:
-        raise RewardError(
-            f"rewards: {reward.name} returned {_kind(values)} for {steps} steps, {_where(completion)}; "
-            "return a list with a number for each step"
-        )
-    checked = [_checked(reward, value, completion) for value in values]
-    if None in checked:
-        raise RewardError(f"rewards: {reward.name} returned None for a step, {_where(completion)}; return a number")
-    return [float(x) for x in checked if x is not None]
-
-
-def _protected(example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row that a reward cannot change: writing to it fails, writing to what it holds changes a copy."""
-    return MappingProxyType(copy.deepcopy(dict(example)))
-
-
-def _run(reward: BoundReward, supplied: Mapping[str, Any], where: str) -> Any:
-    parameters = inspect.signature(reward.function).parameters
-    by_position = [n for n, p in parameters.items() if n in supplied and p.kind is p.POSITIONAL_ONLY]
-    try:
-        return reward.function(
-            *[supplied[n] for n in by_position], **{n: v for n, v in supplied.items() if n not in by_position}
-        )
-    except RlpostError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
-        raise RewardError(
-            f"rewards: {reward.name} raised {type(error).__name__}: {_clip(str(error))}{place}, "
-            f"{where}; mend the function, or let it return None for what it cannot score"
-        ) from error
-
-
-def _checked(reward: BoundReward, value: Any, completion: Completion) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, Real):
-        raise RewardError(
-            f"rewards: {reward.name} returned {_kind(value)}, {_where(completion)}; return a float, or None"
-        )
-    size: Any = abs(value)
-    if not size <= LARGEST:  # false for NaN too
-        raise RewardError(
-            f"rewards: {reward.name} returned {_clip(repr(value))}, {_where(completion)}; "
-            f"return a finite number of at most {LARGEST:g}, or None"
-        )
-    return float(value)
-
-
-def _kind(value: object) -> str:
-    return f"a {type(value).__name__} ({_clip(repr(value))})"
-
-
-def _where(completion: Completion) -> str:
-    return f"for the completion {_clip(completion.text)!r}"
-
-
-def _clip(text: str, width: int = 60) -> str:
-    text = "".join(sign if sign.isprintable() else " " for sign in text[: 4 * width])
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

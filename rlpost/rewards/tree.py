@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlpost.console import Spell
 from rlpost.errors import RecipeError
 
 Value = float | None
@@ -28,6 +29,10 @@ class BoundReward:
     """The function with its arguments applied; what the program supplies remains."""
     model: Any = None
     """What a function that asks for a `model` is given."""
+    unscored: bool = False
+    """What it fails on is unscored; else a failure stops the run."""
+    failing: Spell = field(default_factory=Spell, compare=False)
+    """Whether it failed when it was called last."""
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,21 @@ are no actions: they are read, and nothing is learned from having written them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlpost.data.codec import Codec, make_codec
-from rlpost.errors import EngineError, RlpostError
-from rlpost.groups import Completion, Group
+from rlpost.errors import RewardError, RlpostError
+from rlpost.groups import FAILED, Completion, Group
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import Bound
 from rlpost.recipe.schema import Sampling
 from rlpost.rollout.collect import collect
 from rlpost.rollout.engine import Engine
 from rlpost.rollout.streams import prompt_streams
+from rlpost.usercode.calls import CallError, Failed, Remote
 
 
 @dataclass
@@ -84,7 +85,7 @@ def collect_turns(
         longest: positions of the model.
 
     Raises:
-        EngineError: the environment failed, or did not reply with text.
+        RewardError: the environment failed, or did not reply with text.
     """
     streams = prompt_streams(seed, first, len(groups))
     episodes = [
@@ -100,8 +101,10 @@ def collect_turns(
             said = engine.generate(prompts, 1, replace(sampling, max_new_tokens=budget), own, greedy)
             for episode, (completion,) in zip(some, said, strict=True):
                 episode.say(completion)
-                last = turn + 1 == turns
-                _reply(episode, completion, environment, codec, last, sampling.max_new_tokens, longest)
+            last = turn + 1 == turns
+            going_on = [e for e, (c,) in zip(some, said, strict=True) if not _ended(e, c, last)]
+            for episode, reply in _replies(environment, going_on, episodes):
+                _hear(episode, reply, codec, sampling.max_new_tokens, longest)
     found = iter(episodes)
     return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
 
@@ -139,20 +142,15 @@ def _by_budget(episodes: Sequence[_Episode], limit: int, longest: int) -> dict[i
     return found
 
 
-def _reply(
-    episode: _Episode,
-    said: Completion,
-    environment: Callable[..., str | None],
-    codec: Codec,
-    last: bool,
-    limit: int,
-    longest: int,
-) -> None:
-    """The environment's answer to a turn, or the end of the episode."""
+def _ended(episode: _Episode, said: Completion, last: bool) -> bool:
+    """Whether the model's turn was the last one."""
     if said.finish == "length" or last:
         episode.finish = said.finish
-        return
-    reply = _ask(environment, episode)
+    return bool(episode.finish)
+
+
+def _hear(episode: _Episode, reply: str | None, codec: Codec, limit: int, longest: int) -> None:
+    """The environment's answer to a turn, or the end of the episode."""
     if reply is None:
         episode.finish = "stop"
         return
@@ -165,19 +163,64 @@ def _reply(
     episode.hear(ids)
 
 
-def _ask(environment: Callable[..., str | None], episode: _Episode) -> str | None:
-    supplied = {"text": episode.turns[-1], "turns": list(episode.turns), "example": dict(episode.group.example)}
-    asked = inspect.signature(environment).parameters
+def _replies(
+    environment: Bound, asking: Sequence[_Episode], every: Sequence[_Episode]
+) -> Iterator[tuple[_Episode, str | None]]:
+    """What the environment replies to each episode that is not lost with it.
+
+    An environment may keep what it knows of an episode: with its process go all episodes that it has replied to.
+
+    Raises:
+        RewardError: it failed, or returned no text, and its failures stop the run.
+    """
+    for episode, found in zip(asking, _asked(environment, asking), strict=False):
+        wrong = _wrong(found, episode)
+        if wrong and not environment.unscored:
+            raise RewardError(f"environment: {wrong}") from getattr(found, "error", None)
+        if wrong:
+            episode.finish = FAILED
+        if isinstance(found, Failed) and found.gone:
+            for other in every:
+                if not other.finish and not all(other.action):
+                    other.finish = FAILED
+        if not episode.finish:
+            yield episode, found
+    failed = sum(e.finish == FAILED for e in every)
+    if not failed:
+        environment.failing.ends("environment: it fails no more")
+    else:
+        environment.failing.begins(f"environment: it failed, and episodes are unscored: {failed} of {len(every)}")
+
+
+def _asked(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
+    """What the environment returned for each, or a Failed; where its failures stop the run, the first is the last."""
+    names = inspect.signature(environment).parameters
+    calls = []
+    for e in asking:
+        supplied = {"text": e.turns[-1], "turns": list(e.turns), "example": e.group.example}
+        calls.append({name: value for name, value in supplied.items() if name in names})
+    if isinstance(environment.call, Remote):
+        try:
+            return environment.call.each(calls, keep_going=environment.unscored)
+        except CallError as error:
+            raise RewardError(f"environment: {error}") from error
+    return (_asked_here(environment.call, call) for call in calls)
+
+
+def _asked_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
     try:
-        reply = environment(**{name: value for name, value in supplied.items() if name in asked})
+        return environment(**{n: dict(value) if n == "example" else value for n, value in call.items()})
     except RlpostError:
         raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise EngineError(
-            f"environment: {type(error).__name__}: {reason}, on the turn {episode.turns[-1][:60]!r}; "
-            "mend the function, or let it return None to end the episode"
-        ) from error
-    if reply is not None and not isinstance(reply, str):
-        raise EngineError(f"environment: returned {type(reply).__name__}; return text, or None to end the episode")
-    return reply
+    except (Exception, SystemExit) as error:
+        return Failed(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}", error)
+
+
+def _wrong(found: Any, episode: _Episode) -> str:
+    if isinstance(found, Failed):
+        remedy = "mend the function, or let it return None to end the episode"
+        slow = "; raise its `deadline`" if found.reason.startswith("ran for") else ""
+        return f"{found.reason}, on the turn {episode.turns[-1][:60]!r}; {remedy}{slow}"
+    if found is not None and not isinstance(found, str):
+        return f"returned {type(found).__name__}; return text, or None to end the episode"
+    return ""

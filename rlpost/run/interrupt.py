@@ -2,10 +2,13 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from rlpost import console
+from rlpost.errors import Interrupted
+from rlpost.usercode.stop import Stop, Stopped
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -20,12 +23,17 @@ class Interrupts:
 
     requested: int | None
     """Number of the first signal; None while there was none."""
+    rescue: Callable[[], str] | None
+    """What is done when a call of a user's function was ended after a signal: it saves where the work stood, and says
+    what was saved."""
 
     def __init__(self) -> None:
         self.requested = None
+        self.rescue = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
+        Stop.forget()
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -35,9 +43,19 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        try:
+            if kind is Stopped:
+                raise self._interrupted() from None
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before.clear()
+            Stop.forget()
+
+    def _interrupted(self) -> Interrupted:
+        assert self.requested is not None
+        saved = self.rescue() if self.rescue is not None else "stopped while a user's function ran"
+        return Interrupted(f"{saved}; run the same command to go on", self.requested)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.requested is not None:
@@ -45,5 +63,6 @@ class Interrupts:
                 return
             raise KeyboardInterrupt
         self.requested = number
+        Stop.asked()
         name = signal.Signals(number).name
         console.notice(f"{name}: stopping after this step, with a checkpoint (again: stop at once)")

@@ -33,7 +33,7 @@ from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
-from rlpost.recipe.schema import Function, Reward, Source, TooLong, Training
+from rlpost.recipe.schema import Function, OnFailure, Reward, Source, TooLong, Training
 from rlpost.rewards import tree
 from rlpost.rewards.score import Scorer
 from rlpost.rollout.judge import AnyJudge, load_judge
@@ -253,7 +253,8 @@ def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Call
         if name is not None and name not in judges:
             judges[name] = judge(name, f"reward_{len(judges)}")
         model = None if name is None else judges[name]
-        return tree.BoundReward(reward.name or function.name, reward.weight, function.call, model)
+        unscored = reward.on_failure is OnFailure.unscored
+        return tree.BoundReward(reward.name or function.name, reward.weight, function.call, model, unscored)
 
     return Scorer([bound(reward, f"{where}.rewards[{i}]") for i, reward in enumerate(rewards)])
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
 from rlpost.errors import DataError
@@ -22,6 +23,7 @@ from rlpost.objectives import kl
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Grouped, Kl, KlEstimator, Rollouts
+from rlpost.recipe.stage_rules import GROUP_BASELINES
 from rlpost.rewards.score import Scorer, joined
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.rollout.builtin import BuiltinEngine
@@ -77,7 +79,7 @@ class Rollout:
         sampled = completions(self.groups)
         scored = [r for total in self.rewards.total for r in total if r is not None]
         logprobs = [x for c in sampled for x in c.logprobs]
-        metrics: dict[str, Any] = {"reward": sum(scored) / max(len(scored), 1)}
+        metrics: dict[str, Any] = {"reward": sum(scored) / len(scored)} if scored else {}
         metrics |= {f"reward/{name}": value for name, value in self.rewards.means().items()}
         return (
             metrics
@@ -92,6 +94,29 @@ class Rollout:
             | ({"drawn": self.drawn} if self.drawn > len(self.groups) else {})
             | {f"drawn/{name}": value for name, value in self.drawn_means.items()}
         )
+
+
+class Signal:
+    """Whether a stage's rewards tell completions apart: what is said when they do not, and when they do again."""
+
+    def __init__(self, name: str, cfg: Rollouts) -> None:
+        self._name = name
+        self._nothing = isinstance(cfg, Grouped) and cfg.advantage.fn in GROUP_BASELINES
+        self._spell = Spell()
+
+    def look(self, rollout: Rollout, step: int) -> Rollout:
+        """Look at the samples of a step, and pass them on."""
+        learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
+        if has_signal(rollout.reward_PG).any():
+            self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
+        elif not learned:
+            self._spell.begins(f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned")
+        else:
+            all_of = f"every reward of step {step + 1} is {learned[0]:g}"
+            equal = all_of if len(learned) == 1 else f"in step {step + 1} each prompt's rewards are equal"
+            follows = "no gradient from them" if self._nothing else "they do not tell completions apart"
+            self._spell.begins(f"{self._name}: {equal}; {follows}")
+        return rollout
 
 
 class Samples(Protocol):
@@ -111,7 +136,8 @@ def samples_of(context: Context, cfg: Rollouts, policy: Policy) -> Samples:
     """The policy's own samples, or what another policy's rollouts recorded."""
     if isinstance(cfg, Grouped) and cfg.recorded:
         data = context.data(policy, cfg.data, Need.recorded, cfg.max_length, cfg.too_long)
-        return Recorded(cfg, policy, data, context.scorer(cfg.rewards, policy, cfg.step_end) if cfg.rewards else None)
+        scorer = context.scorer(cfg.rewards, policy, cfg.step_end) if cfg.rewards else None
+        return Recorded(cfg, policy, data, Signal(context.name, cfg), scorer)
     return Sampler(context, cfg, policy)
 
 
@@ -123,6 +149,7 @@ class Sampler:
         self.context = context
         self.cfg = cfg
         self.policy = policy
+        self.signal = Signal(context.name, cfg)
         room = cfg.max_length - cfg.sampling.max_new_tokens
         self.data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
@@ -142,9 +169,7 @@ class Sampler:
         rounds = [self._round(step, 0)]
         while len(rounds) <= self.resample and _with_signal(rounds) < prompts:
             rounds.append(self._round(step, len(rounds) * prompts))
-        if len(rounds) == 1:
-            return rounds[0]
-        return _chosen(rounds, prompts)
+        return self.signal.look(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
 
     def score(self, groups: Sequence[Group]) -> Rewards:
         """The rewards of any completions, with their steps if the stage divides them."""
@@ -173,14 +198,15 @@ class Sampler:
 class Recorded:
     """Rollouts that another policy made, in the place of samples."""
 
-    def __init__(self, cfg: Rollouts, policy: Policy, data: Dataset, scorer: Scorer | None) -> None:
+    def __init__(self, cfg: Rollouts, policy: Policy, data: Dataset, signal: Signal, scorer: Scorer | None) -> None:
         """Score with `scorer`, or take the recorded rewards."""
         self.cfg = cfg
         self.policy = policy
         self.data = data
+        self.signal = signal
         self.scorer = scorer
 
-    def sample(self, step: int) -> Rollout:  # noqa: ARG002 - the rows' order says what comes next
+    def sample(self, step: int) -> Rollout:
         """The next prompts with what was sampled of them.
 
         Raises:
@@ -200,7 +226,8 @@ class Recorded:
         else:
             rewards = scored(self.scorer, groups, self.policy)
         reward_PG = learned_rewards(groups, rewards, self.cfg.mask_truncated)
-        return Rollout(groups, rewards, reward_PG, len(groups), self.scorer.weights if self.scorer else {})
+        weights = self.scorer.weights if self.scorer else {}
+        return self.signal.look(Rollout(groups, rewards, reward_PG, len(groups), weights), step)
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:

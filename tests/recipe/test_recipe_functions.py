@@ -140,7 +140,7 @@ def test_files_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("x = 1\nimport nowhere_at_all\n", "bad.py:2: ModuleNotFoundError: No module named 'nowhere_at_all' (here.fn)"),
         ("def f(:\n", "bad.py:1: SyntaxError: "),
-        ("\n\nraise ValueError('two\\nlines')\n", "bad.py:3: ValueError: two (here.fn)"),
+        ("\n\nraise ValueError('two\\nlines')\n", "bad.py:3: ValueError: two lines (here.fn)"),
         ("import sys\nsys.exit(3)\n", "bad.py:2: SystemExit: 3"),
     ],
 )

@@ -8,12 +8,13 @@ import pytest
 import torch
 from stubs import LETTERS, tiny_policy
 
-from rlpost.errors import EngineError
+from rlpost.errors import RewardError
 from rlpost.experience import Experience
 from rlpost.groups import Group, completions
 from rlpost.objectives import Rows
 from rlpost.objectives.credit import gae, place, return_to_go
 from rlpost.policy.score import logprobs
+from rlpost.recipe.functions import Bound
 from rlpost.recipe.schema import Sampling
 from rlpost.rollout.builtin import BuiltinEngine
 from rlpost.rollout.environment import collect_turns
@@ -31,7 +32,7 @@ def episodes(environment=echo, n=4, turns=3, policy=None, budget=14, seed=5, pro
     policy = policy or tiny_policy(eos=0)
     engine = BuiltinEngine(policy)
     sampling = Sampling(max_new_tokens=budget, stop=["a", "b", "c", "d", "e", "f"])
-    settings = {"environment": environment, "turns": turns, "longest": 64, **more}
+    settings = {"environment": Bound(environment, "environment"), "turns": turns, "longest": 64, **more}
     return collect_turns(engine, CODEC, prompts, n, sampling, seed, **settings), policy
 
 
@@ -118,12 +119,12 @@ def test_the_environment_sees_its_turns_and_the_row():
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (lambda text: 1 / 0, "environment: ZeroDivisionError: division by zero, on the turn"),
+        (lambda text: 1 / 0, "environment: raised ZeroDivisionError: division by zero, on the turn"),
         (lambda text: 7, "environment: returned int; return text, or None to end the episode"),
     ],
 )
 def test_what_is_wrong_with_an_environment_is_told_in_a_line(environment, message):
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(RewardError, match=message) as caught:
         episodes(environment)
     assert "\n" not in str(caught.value)
 

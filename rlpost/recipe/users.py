@@ -1,0 +1,130 @@
+"""A recipe's functions from files of its user: looked at in a process of their own, and called there where they can be.
+
+Losses, advantages and modifiers need gradients, and a reward that asks for a model needs the model: these are called
+here, and what goes wrong in them is told in a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlpost.errors import RecipeError, RewardError, RlpostError
+from rlpost.recipe.schema import Function
+from rlpost.usercode import calls, load
+from rlpost.usercode.calls import DEADLINE, CallError, Remote
+
+APART = ("reward", "environment", "task", "map", "present")
+"""Fields whose functions are called in a process of their own."""
+
+
+class UsersFile:
+    """A user's file, described by the process that ran it.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+
+    def __init__(self, file: Path, where: str, function: Function) -> None:
+        self._file = file
+        self._where = where
+        self._function = function
+        self.digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        self._given = getattr(function, "deadline", None)
+        self._deadline = DEADLINE if self._given is None else float(self._given)
+        try:
+            signatures = calls.describe(file, self.digest, self._deadline)
+        except CallError as error:
+            raise RecipeError(f"{error} ({where})") from error
+        self.functions: Mapping[str, Remote] = {
+            name: Remote(file, self.digest, name, {}, signature, self._deadline)
+            for name, signature in signatures.items()
+        }
+
+    def bound(self, found: Any, field: str, where: str) -> Callable[..., Any]:
+        """The function with its arguments applied, called apart or here as its field asks.
+
+        Raises:
+            RecipeError: it is called here, and has a deadline or a policy for failures; or it does not load here.
+        """
+        args = self._function.args
+        if field in APART and "model" not in inspect.signature(found).parameters:
+            return Remote(self._file, self.digest, found.__name__, args, found.__signature__, self._deadline)
+        for key in ("deadline", "on_failure"):
+            if getattr(self._function, key, None) is not None:
+                raise RecipeError(
+                    f"{where}.{key}: {found.__name__!r} asks a model and is called beside it, where it cannot be ended "
+                    "- remove it"
+                )
+        calls.unneeded(self._file, self.digest)
+        try:
+            module = load.load(self._file, self.digest)
+        except (Exception, SystemExit) as error:
+            raise RecipeError(f"{load.not_loaded(error, self._file)} ({self._where})") from error
+        return Here(load.public_functions(module)[found.__name__], args, self._file, field, where)
+
+
+class Here:
+    """A user's function called in this process: what it raises, or returns of a wrong kind, is told in a line."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: Mapping[str, Any], file: Path, field: str, where: str
+    ) -> None:
+        self._function = function
+        self._args = dict(args)
+        self._file = file
+        self._field = field
+        self._where = where
+        self.__name__ = function.__name__
+        signature = inspect.signature(function)
+        left = [p for p in signature.parameters.values() if p.name not in args]
+        self.__signature__ = signature.replace(parameters=left)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it.
+
+        Raises:
+            RewardError: it raised, or returned something of a wrong kind.
+        """
+        try:
+            found = self._function(*args, **kwargs, **self._args)
+        except RlpostError:
+            raise
+        except (Exception, SystemExit) as error:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                raise
+            raise RewardError(
+                f"{self._where}: {self.__name__} {load.raised(error, self._file)} - mend the function"
+            ) from error
+        if wrong := self._wrong(found, [*args, *kwargs.values()]):
+            raise RewardError(f"{self._where}: {self.__name__} returned {wrong} ({self._file})")
+        return found
+
+    def _wrong(self, found: Any, given: list[Any]) -> str:
+        """What is wrong with what a loss, an advantage or a modifier returned; nothing for rewards."""
+        if self._field == "reward":
+            return ""
+        if self._field.endswith("modifiers"):
+            kind = type(given[0])
+            return "" if type(found) is kind else f"{_kind(found)} - return {kind.__name__}"
+        torch: Any = sys.modules["torch"]
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        if not isinstance(found, torch.Tensor):
+            return f"{_kind(found)} - return a tensor"
+        if self._field == "advantage":
+            return ""
+        if found.ndim != 1:
+            shape = tuple(found.shape)
+            return f"a tensor of shape {shape} - return one number for each element, [N], and not their sum or mean"
+        if tensors and len(found) != len(tensors[0]):
+            return f"{len(found)} numbers for {len(tensors[0])} elements - return one for each"
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        return "a tensor without a gradient - compute it from what it is given" if learns > found.requires_grad else ""
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,1 @@
+"""Users' own functions, `file.py:function`, called where they can neither end nor hold up a run."""

@@ -1,0 +1,68 @@
+"""The one place where a user's file is run."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load(file: Path, digest: str) -> ModuleType:
+    """The user's file as a module, loaded once a content; `digest` is its sha256. Raises whatever the file raises."""
+    name = f"_rlpost_user_{hashlib.sha256(f'{file}{digest}'.encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it loads
+    # A cache may outlive an edit in its second.
+    caching, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.dont_write_bytecode = caching
+    return module
+
+
+def public_functions(module: ModuleType) -> dict[str, Any]:
+    """The functions that a recipe may name: defined in the module, or, where one of rlpost's says so, exported."""
+    exported = getattr(module, "__all__", None) if module.__name__.startswith("rlpost.") else None
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if inspect.isfunction(value)
+        and not key.startswith("_")
+        and (value.__module__ == module.__name__ if exported is None else key in exported)
+    }
+
+
+def raised(error: BaseException, file: Path) -> str:
+    """`raised ValueError: no digits at my.py:3`: an exception of a user's code, and the line of their file."""
+    message, place = _told(error, file)
+    return f"raised {message}" + (f" at {place}" if place else "")
+
+
+def not_loaded(error: BaseException, file: Path) -> str:
+    """`my.py:3: ValueError: no digits`: why a user's file does not load."""
+    message, place = _told(error, file)
+    return f"{place or file}: {message}"
+
+
+def _told(error: BaseException, file: Path) -> tuple[str, str]:
+    """Type and message in a line, and the last line of the user's file that the error went through."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg}", f"{error.filename}:{error.lineno}"
+    message = " ".join(str(error).split()) or "(no message)"
+    message = message if len(message) <= 300 else f"{message[:299]}…"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    return f"{type(error).__name__}: {message}", f"{file}:{lines[-1]}" if lines else ""
