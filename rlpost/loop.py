@@ -85,7 +85,7 @@ class Loop:
             interrupts: signals that ask to stop.
             inputs: what the stage reads beside its data.
             steps: how many.
-            checkpoint_every: steps between checkpoints; 0 for none.
+            checkpoint_every: steps between checkpoints; there is one after the last step in any case.
             keep: checkpoints kept.
             log_every: steps between lines of the log.
         """
@@ -108,8 +108,7 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
 
-        The state after the last step is saved too (unless there are no checkpoints at all): the result can be made
-        from it again, and more steps can follow.
+        The state after the last step is saved too: the result can be made from it again, and more steps can follow.
 
         Raises:
             Interrupted: after a checkpoint, when a signal asked to stop.
@@ -139,7 +138,7 @@ class Loop:
                     self._out.timing(done, {"seconds": time.perf_counter() - began})
                 progress.advance(self._live)
                 stopping = self._interrupts.requested
-                due = done % self._every == 0 or done == self._steps if self._every else False
+                due = done % self._every == 0 or done == self._steps
                 if due or (stopping is not None and done < self._steps):
                     self._save(done)
                 if stopping is not None and done < self._steps:
@@ -147,8 +146,6 @@ class Loop:
                         f"{self._title} stopped after step {done} with a checkpoint; run the same command to go on",
                         stopping,
                     )
-        if not self._every:
-            self._must_be_finite(self._steps, self._tensors())
 
     def log(self, step: int, metrics: Mapping[str, float], live: Sequence[str] = ()) -> None:
         """Write a step's metrics; those named in `live` also go to the progress line.
