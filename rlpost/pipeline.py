@@ -116,8 +116,9 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
+        settings = run.record.config["stages"]
         # The first of them reads its own at once.
-        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and run.stage(n).done is None][1:]
+        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and not run.stage(n).says_done][1:]
         check_rows(resolved, base, waiting)
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
         evaluations.after("base", base, done.checkpoints)
@@ -140,7 +141,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 interrupts=interrupts,
                 lineage={"recipe_sha256": recipe_hash(resolved)},
                 inputs=Inputs(recipe.model.revision, memo),
-                settings=run.record.config["stages"][name],
+                settings=settings[name],
                 allow_change=allow_change,
             )
             _run_stage(context, stage, done, evaluations)

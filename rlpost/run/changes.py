@@ -51,6 +51,8 @@ class Trained:
     """There is a checkpoint or a result."""
     extendable: bool
     """The state after its last step is there."""
+    step: int
+    """Steps done by its newest checkpoint."""
     folder: str
 
 
@@ -87,6 +89,8 @@ def _refusal(change: Change, stages: Mapping[str, Trained]) -> str | None:
     if stage.done and not stage.extendable:
         return f"{name} is finished and kept no state to go on from; {_remove([name], stages)}"
     own = ".".join(parts[2:])
+    if stage.begun and own == "steps" and change.new != "null" and int(change.new) < stage.step:
+        return f"{stage.step} steps are done; {_remove([name], stages)}"
     fixed = change.key.startswith("order of ") or _below(own, FIXED_IN_STAGES) or own.endswith(".direction")
     if stage.begun and fixed:
         return f"the checkpoints of {name} stand on it; {_remove([name], stages)}"

@@ -169,7 +169,8 @@ def _begin(path: Path, record: Record, files: Mapping[str, str]) -> None:
 
 def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], allow_change: bool) -> None:
     """Compare the run with what is asked for now, and record what is to be done from here on."""
-    old, new = record.config, now.config
+    same = record.recipe == now.recipe
+    old, new = ({}, {}) if same else (record.config, now.config)
     changes = [c for c in differences(old, new) if not _stage_may_come_or_go(path, c, old, new)]
     before, functions = record.environment["functions"], now.environment["functions"]
     for name, sha256 in before.items():
@@ -180,7 +181,7 @@ def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], 
     if changes and not something_trained(path):
         console.say(f"{path}: nothing was trained yet, so the run takes the recipe as it is now: {one_line(changes)}")
     elif changes:
-        stages = _progress(path, old, new)
+        stages = _progress(path, record.config, now.config)
         _refuse_or_warn(path, changes, stages, allow_change)
         listed = [{"key": c.key, "old": c.old, "new": c.new} for c in changes]
         history = [*history, {"at": _reached(path, stages), "changes": listed}]
@@ -243,6 +244,7 @@ def _trained(folder: Path) -> Trained:
         done=done,
         begun=done or bool(checkpoints) or (folder / names.FINAL).exists(),
         extendable=bool(checkpoints) and names.step_of(checkpoints[-1]) == stage.proof.get("step"),
+        step=(names.step_of(checkpoints[-1]) or 0) if checkpoints else 0,
         folder=str(folder),
     )
 

@@ -85,13 +85,18 @@ class StageDirectory:
         return proof if own else {}
 
     @property
+    def says_done(self) -> bool:
+        """Whether DONE is there; nothing is verified."""
+        return (self.path / names.DONE).exists()
+
+    @property
     def done(self) -> Path | None:
         """`final` when the stage is done and its result verifies (all of it is read); otherwise None.
 
         Raises:
             DiskError: the result is whole, but it is that of another stage or run.
         """
-        if not (self.path / names.DONE).exists():
+        if not self.says_done:
             return None
         foreign = stranger(self.final, self._about(None))
         if foreign:

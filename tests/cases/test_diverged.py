@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_though_its_gradient_is(tmp_path, tally)
     tally("numbers that are not finite", refused=2, right=1)
 
 
-@pytest.mark.parametrize("way", [(), (LORA,)], ids=["full", "lora"])
+@pytest.mark.parametrize("way", [(), pytest.param((LORA,), marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("file", ["weights", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_a_checkpoint_that_is_not_finite_is_passed_over_for_an_older_one(tmp_path, way, file, tally):
     recipe = prepare(tmp_path, "sft", SFT, checkpoint_every=1, keep_checkpoints=3)
