@@ -175,6 +175,8 @@ def sample(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
     for problem in out_of_range(sampling, "--"):
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
+    if "" in sampling.stop:
+        raise typer.BadParameter("an empty text stops every completion at once", param_hint="--stop")
     lead = commands.Lead(guide, tuple(goal or avoid or ()), bool(avoid), candidates) if guide else None
     texts = commands.sample(
         checkpoint,
@@ -306,9 +308,11 @@ def calibrate(
 ) -> None:
     """Compare a value network with the truth, on all likely completions of prompts."""
     from rlpost.oracle import calibration
+    from rlpost.rollout.value_network import read_settings
     from rlpost.run.lookup import find_checkpoint, parent_of
 
     folder = find_checkpoint(network) or Path(network)
+    read_settings(folder)  # which says so if it is no value network, before one asks whose it is
     model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
     found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
     if as_json:
@@ -356,6 +360,8 @@ def list_(
     from rlpost.recipe.files import listing
     from rlpost.run.layout import list_runs
 
+    if runs != "runs" and not Path(runs).is_dir():
+        raise typer.BadParameter(f"{runs} is no folder", param_hint="--runs")
     recipes = [(recipe.name, recipe.description) for recipe in listing()]
     found = [
         (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))

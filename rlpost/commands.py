@@ -257,7 +257,8 @@ def _recipe_of(path: str) -> Path:
     for parent in (folder, *folder.parents):
         if (parent / CONFIG).is_file():
             return parent / CONFIG
-    raise RecipeError(f"{path}: not part of a run, so its recipe is not known; name one with --recipe")
+    what = "not part of a run" if folder.exists() else "not here"
+    raise RecipeError(f"{path}: {what}, so its recipe is not known; name one with --recipe")
 
 
 def _title(model: str) -> str:

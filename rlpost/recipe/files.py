@@ -70,6 +70,8 @@ def find(recipe: str) -> Path:
     Raises:
         RecipeError: there is none.
     """
+    if not recipe.strip():
+        raise RecipeError("RECIPE: empty - give a .yaml file or the name of a packaged recipe (`rlpost list`)")
     path = expanded(recipe, recipe)
     if path.suffix in (".yaml", ".yml"):
         try:

@@ -78,8 +78,9 @@ def find_checkpoint(path: str | Path) -> Path | None:
         if (folder / names.MANIFEST).exists():
             _verified(folder)
         return None
-    inside = list_runs(folder)
-    remedy = f"did you mean {inside[-1].path}?" if inside else "give a run, a stage or a folder with a model"
+    inside = list_runs(folder) if folder.is_dir() else []
+    newest = max(inside, key=lambda run: run.finished or 0.0, default=None)
+    remedy = f"did you mean {newest.path}?" if newest else "give a run, a stage or a folder with a model"
     raise ModelError(f"{folder}: no checkpoint here; {remedy}")
 
 

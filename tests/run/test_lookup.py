@@ -100,7 +100,7 @@ def test_models_that_are_not_ours_are_left_to_the_caller(runs, tmp_path):
         ("./gpt2", r"^gpt2: no such folder; give a run"),
         ("/nowhere/model", r"^/nowhere/model: no such folder"),
         ("a/b/c", r"no such folder"),
-        ("runs", r"^runs: no checkpoint here; did you mean runs/old\?$"),
+        ("runs", r"^runs: no checkpoint here; did you mean runs/new\?$"),
         ("runs/new/dpo/checkpoints", r"^runs/new/dpo/checkpoints: no checkpoint here; give a run"),
     ],
 )
