@@ -126,7 +126,7 @@ def _boxed(text: str) -> str | None:
     (begin, inside, end), *earlier = reversed(boxes)
     answer = text[inside:end]
     for start, from_, to in earlier:
-        between = _BETWEEN_BOXES.fullmatch(text, to + 1, begin) if to < begin else None
+        between = _BETWEEN_BOXES.fullmatch(text, to + 1, begin) if to < begin < to + 40 else None
         if between is None or not (between[1] or between[2]):
             break
         answer = f"{text[from_:to]} {between[2] or ','} {answer}".replace(" , ", ", ")

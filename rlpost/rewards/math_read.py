@@ -39,7 +39,7 @@ _MATRIX = re.compile(
 )
 _LEFT_SIDE = re.compile(
     r"(?:(?:\\angle\s*)?\\?[A-Za-z]+'*|\\bold\{\w+\}|⟦[^⟦⟧]*⟧|\|[A-Z]{2}\|)(?:_\{?\s*\w+\s*\}?|_\{⟦[^⟦⟧]*⟧\})?(?:\^\{-1\})?"
-    r"(?:\((?:\s*(?:\\?[a-zA-Z]+|-?\d+(?:\.\d+)?)\s*,?)+\))?"
+    r"(?:\(\s*(?:\\?[a-zA-Z]+|-?\d+(?:\.\d+)?)(?:\s*,\s*(?:\\?[a-zA-Z]+|-?\d+(?:\.\d+)?))*\s*\))?"
 )
 _NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 _IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore)(?![a-zA-Z])|⇒|∴")

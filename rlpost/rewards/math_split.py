@@ -55,7 +55,9 @@ def whole_bracket(text: str) -> tuple[str, str, str] | None:
             free = outside(text)
             if any(free):
                 return None
-            closing = next(c for c in ("\\}", "\\rangle", ")", "]") if text.endswith(c))
+            closing = next((c for c in ("\\}", "\\rangle", ")", "]") if text.endswith(c)), None)
+            if closing is None:
+                return None
             inside = text[len(opening) : len(text) - len(closing)]
             try:
                 outside(inside)

@@ -42,7 +42,7 @@ _SAYS_MORE = (
 _NOT_A_THING = frozenset(_SAYS_MORE.split())
 _PART = re.compile(r"\w*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths?")
 """Twentieths and the like."""
-_WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]+\.?|[$£€¥¢])"
+_WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]++\.?|[$£€¥¢])"  # ++: a word is not cut, or there were thousands of ways
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))"
 _TAIL = re.compile(
     rf"(?P<gap>\s*)(?P<unit>(?:\^\\circ\s*)?{_WORD}?{_POWER}?(?:(?:\s*/\s*|\s*\*\s*|\s+|-)?{_WORD}{_POWER}?){{0,5}}"

@@ -63,7 +63,7 @@ _CHOICE = (
 )
 _PRODUCT = re.compile(r"[a-z]{2,3}|[A-Z]{2,3}")
 _YES_NO = re.compile(r"(yes|no|true|false)\s*[,.;:!]\s+(.+)", re.S)
-_WORDS = re.compile(r"[^\W\d_]+(?:(?:[\s'.,/&-]|\s-\s)+[^\W\d_]+)*[.!]?")
+_WORDS = re.compile(r"[^\W\d_]+(?:[\s'.,/&-]+[^\W\d_]+)*[.!]?")
 _NAMED = re.compile(r"(?=[^\W\d_]{2})[^\W\d_]+(?:[\s'-]+[^\W_]+)*")
 
 
