@@ -63,6 +63,9 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
     """
     if (Path(base) / ADAPTER_FILE).is_file():
         raise ModelError(f"{base}: an adapter where its base model is expected; merge it into its own base first")
+    with _loading(base):
+        if not Path(base).is_dir() and _on_hub(base, ADAPTER_FILE, revision):
+            raise ModelError(f"{base}: an adapter; download it (`hf download {base} --local-dir DIR`) and name DIR")
     config = _config(base, revision)
     _must_be_safe(base, revision, config)
     if (Path(base) / "generation_config.json").is_file():
@@ -197,8 +200,6 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
         if any(folder.glob("shard-*-model-*-of-*.safetensors")):
             raise ModelError(f"{base}: a checkpoint in distributed shards, which is not supported; {CONVERT}")
     else:
-        if _on_hub(base, ADAPTER_FILE, revision):
-            raise ModelError(f"{base}: an adapter; download it (`hf download {base} --local-dir DIR`) and name DIR")
         found = _on_hub(base, INDEX, revision)
         index = Path(found) if found else None
     if index is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.policy import adapters
-from rlpost.policy.adapter_files import base_of, is_adapter, same_model
+from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, same_model
 from rlpost.policy.check import probe_groups
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
@@ -89,5 +89,15 @@ def _frozen(policy: Policy) -> Reference:
 
 
 def same_base(checkpoint: Path, policy: Policy) -> bool:
-    """True where `checkpoint` is an adapter on the base model that `policy` stands on."""
-    return is_adapter(checkpoint) and same_model(base_of(checkpoint), policy.base)
+    """True where `checkpoint` is an adapter that can stand beside the policy's, on the base they share.
+
+    What else than low ranks an adapter keeps for itself (whole modules, tokens) has to be the same of both: two kinds
+    of wrapping do not fit around one module.
+    """
+    if not (policy.has_adapter and is_adapter(checkpoint) and same_model(base_of(checkpoint), policy.base)):
+        return False
+    own, other = policy.model.peft_config[adapters.POLICY], read_adapter_config(checkpoint)
+    return (set(own.modules_to_save or ()), own.trainable_token_indices) == (
+        set(other.modules_to_save or ()),
+        other.trainable_token_indices,
+    )

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlpost.errors import ModelError
 from rlpost.groups import Group
 from rlpost.policy import adapters
+from rlpost.policy.adapter_files import first_line
 from rlpost.policy.batch import Batch
 from rlpost.policy.load import HEAD_FILE, load_policy
 from rlpost.policy.policy import Policy
@@ -140,8 +142,14 @@ def read_head(folder: Path, width: int) -> dict[str, Any]:
     file = folder / HEAD_FILE
     if not file.is_file():
         raise ModelError(f"{folder}: no reward model or critic, since it has no {HEAD_FILE}; name a reward model")
-    state: dict[str, Any] = load_file(file)
-    found = state["weight"].shape[1]
+    try:
+        state: dict[str, Any] = load_file(file)
+        found = state["weight"].shape[1]
+        sound = {name: tuple(x.shape) for name, x in state.items()} == {"weight": (1, found), "bias": (1,)}
+    except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise ModelError(f"{file}: cannot be read: {first_line(error)}; restore it from where it came") from error
+    if not sound or not all(x.is_floating_point() and bool(x.isfinite().all()) for x in state.values()):
+        raise ModelError(f"{file}: holds other than the finite weight and bias of one number; restore it")
     if found != width:
         raise ModelError(f"{folder}: its head reads {found} numbers a state but the model gives {width}")
     return state
@@ -163,7 +171,7 @@ def load_scalar(
     Raises:
         ModelError: it cannot be loaded, or is no model of scalars.
     """
-    if beside is not None and beside.has_adapter and same_base(folder, beside):
+    if beside is not None and same_base(folder, beside):
         adapters.add_saved_adapter(beside.model, name, folder)
         model = ScalarModel(beside, name, trains_trunk=False)
     else:

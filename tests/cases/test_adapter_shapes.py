@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from adapters_made import (
 )
 from safetensors.torch import load_file
 
-from rlpost.policy.adapters import belongs
+from rlpost.policy.adapters import belongs, trained_now
 from rlpost.policy.load import load_policy
-from rlpost.policy.reference import reference_policy
+from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.score import logprobs
 
@@ -81,6 +82,35 @@ def test_right_from_loading_to_saving(here: Path, tally: Callable[..., None], sh
     shaken([p for p in full.parameters() if p.ndim > 1], 7, 0.02)
     save_policy(full, here / "full")
     assert gap(alone(transformers_alone(here / "full")), logprobs(full, GROUPS)) < 1e-3
+    tally("adapter shapes", right=1)
+
+
+PAIRS = [("ranks", "dora"), ("tokens", "head"), ("saved head", "attention")]
+OTHER_PAIRS = [pair for pair in permutations(("attention", *QUICK), 2) if pair not in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("of_policy", "of_reference"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)]
+)
+def test_a_reference_of_another_shape(
+    here: Path, tally: Callable[..., None], of_policy: str, of_reference: str
+) -> None:
+    """Beside the policy's adapter where it can stand there, and a model of its own where it cannot."""
+    base = base_model(here, tied=True)
+    one, other = (save_adapter(here / n, base, lora(**SHAPES[n])) for n in (of_policy, of_reference))
+    policy = load_policy(one, LORA)
+    trains = trained_now(policy.model)
+    reference = reference_policy(policy, other, one, LORA)
+    now = trained_now(policy.model)
+    assert all(now.get(name, flag) == flag for name, flag in trains.items())
+    assert all(belongs(name, "policy") for name, flag in now.items() if flag)
+    wanted = alone(peft_alone(base, other))
+    for seed in (1, 2):
+        assert gap(reference.logprobs(GROUPS), wanted) < 1e-4
+        assert gap(Reference(policy, None).logprobs(GROUPS), alone(transformers_alone(base))) < 1e-4
+        if seed == 1:
+            assert gap(logprobs(policy, GROUPS), alone(peft_alone(base, one))) < 1e-4
+        shaken(list(policy.trained().values()), seed)
     tally("adapter shapes", right=1)
 
 
