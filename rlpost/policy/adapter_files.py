@@ -20,13 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.run.names import ABOUT
+from rlpost.run.names import ABOUT, FROM_HERE
 
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-BASE_FROM_HERE = "base_from_here"
-"""In an adapter's checkpoint.json: its base inside the same run, by the way there from the adapter's folder."""
 MERGE = "merge it into its base with peft's merge_and_unload and name the merged folder"
 
 
@@ -88,7 +86,7 @@ def base_of(adapter: Path) -> str:
         ModelError: if it names none.
     """
     about = read_json_object(adapter / ABOUT) if (adapter / ABOUT).is_file() else {}
-    inside = about.get(BASE_FROM_HERE)
+    inside = about.get(f"base{FROM_HERE}")
     if isinstance(inside, str) and (adapter / inside / "config.json").is_file():
         return str((adapter / inside).resolve())
     named = about.get("base") or read_json_object(adapter / ADAPTER_FILE).get("base_model_name_or_path")

@@ -91,10 +91,14 @@ def parent_of(checkpoint: Path) -> Path:
         ModelError: the checkpoint does not say, or that model is gone.
     """
     about = checkpoint / names.ABOUT
-    parent = json.loads(about.read_text("utf-8")).get("parent") if about.is_file() else None
+    said: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
+    inside = said.get(f"parent{names.FROM_HERE}")
+    if isinstance(inside, str) and (checkpoint / inside).is_dir():
+        return (checkpoint / inside).resolve()
+    parent = said.get("parent")
     if parent is None:
         raise ModelError(f"{checkpoint}: it does not say which model it was trained beside; name it with --policy")
-    if not Path(parent).is_dir():
+    if not Path(parent).is_dir() and not _may_be_on_hub(parent):
         raise ModelError(f"{checkpoint}: trained beside {parent}, which is gone; name that model with --policy")
     return Path(parent)
 

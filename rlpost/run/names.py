@@ -33,6 +33,8 @@ ROWS = "rows.jsonl"
 DONE = "DONE"
 STATE = "state.json"
 ABOUT = "checkpoint.json"
+FROM_HERE = "_from_here"
+"""In ABOUT, after `base` or `parent`: the way there from the checkpoint's folder, if it lies in the same run."""
 MANIFEST = "MANIFEST.json"
 BROKEN = ".broken"
 

@@ -24,7 +24,7 @@ from rlpost.data.part import Limit
 from rlpost.errors import RecipeError
 from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
-from rlpost.policy.adapter_files import BASE_FROM_HERE, base_of, is_adapter
+from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY
 from rlpost.policy.identity import Inputs
 from rlpost.policy.load import load_policy
@@ -39,6 +39,7 @@ from rlpost.rewards.score import Scorer
 from rlpost.rollout.judge import AnyJudge, load_judge
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
+from rlpost.run.names import FROM_HERE
 from rlpost.run.stage import StageDirectory
 from rlpost.schedules import learning_rate_factor
 
@@ -219,17 +220,26 @@ class Context:
         return {"step": steps, "settings": dict(self.settings), "inputs": self.inputs.identities()}
 
     def _about(self, kind: str, steps: int, adapter: bool) -> dict[str, Any]:
-        about = {"stage": self.name, "kind": kind, "step": steps, "parent": str(self.start), **self.lineage}
+        about = {
+            "stage": self.name,
+            "kind": kind,
+            "step": steps,
+            **self._where("parent", str(self.start)),
+            **self.lineage,
+        }
         if not adapter:
             return about
         base = base_of(self.start) if is_adapter(self.start) else str(self.start)
-        if not Path(base).is_dir():
-            return {**about, "base": base}
-        place = Path(base).resolve()
-        inside = place.is_relative_to(self.out.path.parent.resolve())
-        # A run may be moved, with its base in it; and what is elsewhere may be looked for from elsewhere.
-        here = {BASE_FROM_HERE: os.path.relpath(place, self.out.final.resolve())} if inside else {}
-        return {**about, "base": str(place), **here}
+        return {**about, **self._where("base", base)}
+
+    def _where(self, key: str, model: str) -> dict[str, str]:
+        """Where a model lies, by path or name; inside this run, which may be moved, also by the way from its result."""
+        if not Path(model).is_dir():
+            return {key: model}
+        place = Path(model).resolve()
+        if not place.is_relative_to(self.out.path.parent.resolve()):
+            return {key: str(place)}
+        return {key: str(place), f"{key}{FROM_HERE}": os.path.relpath(place, self.out.final.resolve())}
 
 
 def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:

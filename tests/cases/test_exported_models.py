@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlpost.policy.load import load_policy
 from rlpost.recipe.schema import Lora, Model
+from rlpost.run.lookup import parent_of
 
 HI = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
 END, TURN = 256, 258
@@ -86,6 +87,7 @@ def test_a_moved_run_of_adapters_goes_on(
     shutil.move(here / "runs/r", here / "elsewhere/moved")
     monkeypatch.chdir(here / "elsewhere")
     assert load_policy("moved/sft/final", Model(lora=Lora(r=4))).base == str(here / "elsewhere/moved/base")
+    assert parent_of(Path("moved/sft/final")) == here / "elsewhere/moved/base"
     assert rlpost("sample", "moved", "hi").code == 0
     on = {"model": {"path": "moved/sft", "lora": {"r": 4}}, "stages": {"more": stage}}
     assert rlpost("train", save_recipe(here / "on.yaml", on)).code == 0
