@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlpost import console
 from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
 from rlpost.data.sources import label, read
+from rlpost.data.templates import clock_at
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import Interrupted, ModelError, RlpostError
 from rlpost.policy.identity import Inputs, first_difference, identity
@@ -111,6 +113,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
+        clock_at(lambda: str(run.remember("now", lambda: datetime.now().isoformat(timespec="minutes")))),
     ):
         bfloat16 = _bfloat16(run, recipe.model.precision, accelerator.device)
         base = base_checkpoint(resolved, run)

@@ -25,6 +25,7 @@ from rlpost.data.judged import (
     encode_steps,
 )
 from rlpost.data.messages import is_trained, opening, validate
+from rlpost.data.unrendered import Unrendered
 from rlpost.errors import DataError
 from rlpost.groups import Group
 
@@ -119,6 +120,13 @@ def encode(row: Row, form: Format, codec: Codec, place: str) -> Group:
     Raises:
         DataError: beginning with `place`, what the row lacks.
     """
+    plain = form is not Format.recorded and all(isinstance(text, str) for text in _said(row, form))
+    if plain and codec.strict and row.get("tools"):
+        raise Unrendered(
+            place,
+            "its column 'tools' is not read, for it is plain text and has no chat template",
+            "give its prompt as messages, rename the column (with `map`)",
+        )
     return _ENCODERS[form](row, codec, place)
 
 
@@ -168,12 +176,15 @@ def untrained_turns(row: Row, group: Group) -> bool:
 
 def is_plain(row: Row, form: Format, stop: str) -> bool:
     """Whether a row goes to the model as text, without its chat template and its stop token in the text."""
-    if form in (Format.messages, Format.opening, Format.recorded):
-        return False
-    columns = _COLUMNS[form] if form is Format.text else ("prompt", *_COLUMNS[form])
-    said = [row.get(column) for column in columns if column in _TEXTS]
-    texts = [text for value in said for text in (value if isinstance(value, list | tuple) else [value])]
-    return all(isinstance(text, str) and stop not in text for text in texts if text is not None)
+    return form is not Format.recorded and all(isinstance(text, str) and stop not in text for text in _said(row, form))
+
+
+def _said(row: Row, form: Format) -> list[Any]:
+    """The texts, or messages, of a row's own columns."""
+    columns = _COLUMNS[form] if form in (Format.text, Format.messages, Format.opening) else ("prompt", *_COLUMNS[form])
+    values = [row.get(column) for column in columns if column in (*_TEXTS, "messages")]
+    said = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    return [item for item in said if item is not None]
 
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected", "text", "steps", "completions")

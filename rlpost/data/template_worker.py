@@ -5,7 +5,8 @@ endless loops or from `'a' * 10**10`, which nothing inside a process can stop in
 here, and the text is what transformers' own renderer makes.
 
 It imports nothing of rlpost. Requests and replies are lines of JSON. A request has `template`, a number; with
-`source` and `special` (its text, its special tokens by name) the first time; and `jobs`: [conversation, length, add a
+`source` and `special` (its text, its special tokens by name) the first time; `now`, what its clock is to show, or null;
+and `jobs`: [conversation, length, add a
 generation prompt, tell what is generated] each, over `conversations` of {messages, tools}. Every job is answered by a
 line, {text, generated} or {error, kind}. It says `ready` first, and ends when stdin does.
 """
@@ -17,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process, even inside C
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be read as a reply
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
     _limit_memory()
     _write(replies, "ready")
@@ -44,9 +46,10 @@ def main() -> None:
         if "source" in request:
             known[request["template"]] = (request["source"], request["special"])
         source, special = known[request["template"]]
+        chat_template_utils.datetime = _clock(request["now"])
         for job in request["jobs"]:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            answer = _render(render_jinja_template, request["conversations"], job, source, special)
+            answer = _render(chat_template_utils.render_jinja_template, request["conversations"], job, source, special)
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             _write(replies, answer)
 
@@ -74,6 +77,21 @@ def _render(
     if len(texts[0]) > LONGEST:
         return {"error": f"it writes more than {LONGEST >> 20} million characters", "kind": "bounds"}
     return {"text": texts[0], "generated": generated[0] if marks else None}
+
+
+def _clock(now: str | None) -> Any:
+    """What stands for `datetime` in transformers' renderer, whose templates ask for `datetime.now()`."""
+    if now is None:
+        return datetime
+
+    shown = datetime.fromisoformat(now)
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return shown.replace(tzinfo=tz)
+
+    return Stopped
 
 
 def _limit_memory() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,21 @@ def render_all(tokenizer: Any, jobs: Sequence[Job], place: str) -> list[Rendered
     return [rendered[i] for i in range(len(jobs))]
 
 
+@contextmanager
+def clock_at(now: Callable[[], str]) -> Iterator[None]:
+    """Templates that ask for the time (`strftime_now`) are told what `now` says, in ISO format.
+
+    Some write the day into every prompt: rows would differ from one day to the next, and a resumed run from one that
+    was not interrupted.
+    """
+    before = _PROCESS.now
+    _PROCESS.now = now
+    try:
+        yield
+    finally:
+        _PROCESS.now = before
+
+
 class _Process:
     """The process, started when first needed and again after it was ended."""
 
@@ -81,6 +98,10 @@ class _Process:
         self._process: subprocess.Popen[bytes] | None = None
         self._known: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._ended = 0
+        """The exit status of the last process that ended over a job."""
+        self.now: Callable[[], str] | None = None
+        """What a template's clock shows, if not the time."""
 
     def render(self, source: str, special: Mapping[str, Any], jobs: Sequence[Job]) -> list[Rendered]:
         """The jobs, all of one template."""
@@ -89,6 +110,7 @@ class _Process:
         request = {
             "conversations": [{"messages": t.messages, "tools": t.tools} for t in talks],
             "jobs": [(number[id(job.talk)], job.length, job.generation, job.marks) for job in jobs],
+            "now": self.now() if self.now is not None and "strftime_now" in source else None,
         }
         with self._lock:
             try:
@@ -96,8 +118,10 @@ class _Process:
             except BaseException:
                 self._end()  # left in the middle, it would answer the next call with this one's reply
                 raise
-        too_long = Rendered("", f"fails: it takes more than {SECONDS:g} s of processor time")
-        return [_rendered(answer) for answer in answers] + [too_long] * (len(jobs) - len(answers))
+        late = self._ended == -signal.SIGPROF
+        reason = f"it takes more than {SECONDS:g} s of processor time" if late else "it ends its process, out of memory"
+        rest = Rendered("", f"fails: {reason}")
+        return [_rendered(answer) for answer in answers] + [rest] * (len(jobs) - len(answers))
 
     def _ask(self, source: str, special: Mapping[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
         """The replies, up to the job that the process had to end over."""
@@ -116,6 +140,7 @@ class _Process:
             for _ in request["jobs"]:
                 answers.append(json.loads(process.stdout.readline()))
         except (BrokenPipeError, json.JSONDecodeError):  # no line, or half of one
+            self._ended = process.wait()
             self._end()
         return answers
 

@@ -118,6 +118,23 @@ def test_no_turn_is_trained_as_its_end_alone(models, here, tally):
     tally("what a template leaves out", refused=1)
 
 
+def test_tools_of_a_row_of_plain_text_are_read_by_nobody(models, here, tally):
+    row = {"prompt": "Rain?", "completion": "No.", "tools": WEATHER}
+    assert show(models(TOOLS), [row]).refused(3, "rows.jsonl:1", "column 'tools' is not read")
+    assert "»No." in trained(show(models(TOOLS), [{**row, "tools": []}]))
+    tally("what a template leaves out", right=1, refused=1)
+
+
+def test_a_run_renders_the_day_it_began_on(models, here, tally):
+    save_rows(Path("rows.jsonl"), [messages(ASK, SAY)])
+    stage = {"kind": "sft", "data": {"c": {"path": "rows.jsonl"}}, "steps": 1, "learning_rate": 1e-3}
+    dated = models("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    save_recipe(Path("r.yaml"), {"model": {"path": str(dated)}, "stages": {"s": stage}})
+    assert rlpost("train", "r.yaml", "run=own").code == 0
+    assert any('"now": "20' in file.read_text("utf-8") for file in Path("runs/own").glob("*.json"))
+    tally("templates that tell the day", right=1)
+
+
 @pytest.mark.parametrize(
     ("kind", "row"),
     [

@@ -7,7 +7,7 @@ from rlpost.data import chat
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import Format, encode
 from rlpost.data.messages import question
-from rlpost.data.templates import Job, Talk, render_all
+from rlpost.data.templates import Job, Talk, clock_at, render_all
 from rlpost.errors import DataError, ModelError
 
 
@@ -149,6 +149,17 @@ def test_a_template_of_its_own_for_tools():
     assert [r.text for r in render_all(tokenizer, [Job(t, 2) for t in talks], "here")] == [
         tokenizer.apply_chat_template(t.messages, tools=t.tools, tokenize=False) for t in talks
     ]
+
+
+def test_a_template_that_asks_for_the_day_is_told_the_same_one_all_through_a_run():
+    tokenizer = make("{{ strftime_now('%d %b %Y, %H:%M') }}" + CHATML)
+    job = Job(Talk(talk("a", "b")), 2)
+    (now,) = render_all(tokenizer, [job], "here")
+    with clock_at(lambda: "2021-02-03T04:05"):
+        (then,) = render_all(tokenizer, [job], "here")
+    assert then.text.startswith("03 Feb 2021, 04:05<|im_start|>")
+    assert not now.text.startswith("03 Feb")
+    assert render_all(tokenizer, [job], "here")[0].text[:11] == now.text[:11]
 
 
 def test_the_question_of_a_row():
