@@ -113,16 +113,15 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
-        clock_at(lambda: str(run.remember("now", lambda: datetime.now().isoformat(timespec="minutes")))),
+        clock_at(lambda: _beginning(run)),
     ):
         bfloat16 = _bfloat16(run, recipe.model.precision, accelerator.device)
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
         settings = run.record.config["stages"]
-        # The first of them reads its own at once.
-        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and not run.stage(n).says_done][1:]
-        check_rows(resolved, base, waiting)
+        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and not run.stage(n).says_done]
+        check_rows(resolved, base, waiting[1:])  # the first reads its own at once
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
         evaluations.after("base", base, done.checkpoints)
         for name, stage in recipe.stages.items():
@@ -278,6 +277,11 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
 def recipe_hash(resolved: Resolved) -> str:
     """Of the resolved recipe."""
     return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
+
+
+def _beginning(run: RunDirectory) -> str:
+    """When the run began, to the minute, for chat templates that ask for the time."""
+    return str(run.remember("now", lambda: datetime.now().isoformat(timespec="minutes")))
 
 
 def _bfloat16(run: RunDirectory, wish: Precision, device: torch.device) -> bool:
