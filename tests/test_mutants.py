@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from mutants import SHARES, VERIFIED, Mutant, Outcome, misplaced, mutated, read, report
 
 LINE = Mutant(VERIFIED, "one.py", "return a < b", "return a <= b", ("test_one.py",))
 
 
+@pytest.mark.slow
 def test_every_line_is_where_the_list_says_and_nowhere_else():
     assert misplaced(read()) == []
 

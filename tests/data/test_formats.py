@@ -1,6 +1,7 @@
 import pytest
 from conversations import CHATML, make, talk
 
+from rlpost.data import encoders
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Format, Need, encode, recognise
 from rlpost.errors import DataError
@@ -173,3 +174,26 @@ def test_prompts_from_conversations(chatml):
         assert decoded(chatml, encode(row, form, chatml, "")) == (ASKED, [])
     with pytest.raises(DataError, match="ends with an assistant turn"):
         encode({"prompt": talk("a", "b")}, Format.prompt, chatml, "")
+
+
+def test_turns_of_others_inside_a_completion_are_no_actions(chatml):
+    messages = talk("a", "b", "c", "d")
+    (completion,) = encode({"messages": messages}, Format.messages, chatml, "row 1").completions
+    acted = [i for i, a in zip(completion.ids, completion.action, strict=True) if a]
+    read = [i for i, a in zip(completion.ids, completion.action, strict=True) if not a]
+    assert chatml.tokenizer.decode(acted) == "b<|im_end|>d<|im_end|>"
+    assert "c<|im_end|>" in chatml.tokenizer.decode(read)
+
+
+def test_a_pair_whose_prompts_are_rendered_unlike_is_refused(chatml, monkeypatch):
+    honest = encoders.conversation
+
+    def unlike(row, messages, first, codec, place):
+        prompt, completion = honest(row, messages, first, codec, place)
+        return (*prompt, 1) if "rejected" in place else prompt, completion
+
+    row = {"prompt": talk("a"), "chosen": "b", "rejected": "c"}
+    encode(row, Format.pair, chatml, "row 1")
+    monkeypatch.setattr(encoders, "conversation", unlike)
+    with pytest.raises(DataError, match="gives chosen and rejected different prompts"):
+        encode(row, Format.pair, chatml, "row 1")

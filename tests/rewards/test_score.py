@@ -49,6 +49,10 @@ def always_all(value: Any) -> Callable[..., Any]:
 GROUPS = [group("4", "five", answer="4"), group("7", answer="8")]
 
 
+def test_every_completion_is_rewarded_beside_its_own_row():
+    assert one(right).score([group("4", "8", answer="4"), group("4", "8", answer="8")]).total == [[1, 0], [0, 1]]
+
+
 def test_items_and_batches_are_summed_with_their_weights():
     scorer = Scorer([BoundReward("right", 2.0, right), BoundReward("brief", 0.5, partial(brief, limit=3))])
     scores = scorer.score(GROUPS)
@@ -128,6 +132,7 @@ def test_what_is_no_finite_number_is_refused(value: Any, message: str):
     ("value", "message"),
     [
         ([1.0], "returned 1 values for 3 completions"),
+        ([1.0] * 4, "returned 4 values for 3 completions"),
         (None, "returned a NoneType"),
         (1.0, "returned a float"),
         ("abc", "returned a str"),
