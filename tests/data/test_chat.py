@@ -2,6 +2,7 @@ import random
 
 import pytest
 from conversations import CHATML, MISTRAL, STOPS, THINKING, THOUGHT, make, talk, without_markers
+from tokenizers import AddedToken
 
 from rlpost.data import chat
 from rlpost.data.codec import make_codec
@@ -86,6 +87,28 @@ def test_of_a_template_that_changes_earlier_turns_those_that_are_whole_are_train
     group = encode({"messages": messages}, Format.messages, make_codec(tokenizer), "")
     assert trained(tokenizer, group) == ["y<|im_end|>", "<think>e</think>f<|im_end|>"]
     assert "assistant\nc<|im_end|>" in tokenizer.decode(list(group.completions[0].ids))
+
+
+def test_markers_may_end_before_the_stop_token_and_must_begin_where_generation_does():
+    messages = [*talk("x", "y"), *THOUGHT]
+    early = THINKING.replace(
+        "{{- text + '<|im_end|>' }}{% endgeneration %}", "{{- text }}{% endgeneration %}<|im_end|>"
+    )
+    late = THINKING.replace("{% generation %}", "{{- ' ' }}{% generation %}")
+    assert THINKING not in (early, late)
+    for template, expected in (
+        (early, ["y<|im_end|>", "<think>e</think>f<|im_end|>"]),
+        (late, [" <think>e</think>f<|im_end|>"]),
+    ):
+        tokenizer = make(template)
+        group = encode({"messages": messages}, Format.messages, make_codec(tokenizer), "")
+        assert trained(tokenizer, group) == expected
+
+
+def test_the_stop_token_is_the_longest_that_stands_there():
+    tokenizer = make(CHATML)
+    tokenizer.add_tokens([AddedToken(s, special=True, normalized=False) for s in ("<|", "<|im_")], special_tokens=True)
+    assert chat.probe(tokenizer).stop == "<|im_end|>"
 
 
 def test_without_markers_it_trains_the_last_turn_alone():

@@ -158,6 +158,7 @@ def test_the_kl_is_to_where_the_stage_starts_by_default(tmp_path, lora):
 
 def test_the_entropy_bonus_flattens_the_policy(tmp_path):
     stage = {**FLAT_REWARD, "steps": 12, "prompts": 16, "learning_rate": 1e-2, "entropy": 0.1, "table_every": 0}
+    stage["weight"] = "sequence_sum"  # of the surrogate; the entropy is a mean over actions whatever it is
     run(tmp_path, {"sft": {**SFT, "steps": 12}, "grpo": stage})
     lines = metrics(tmp_path, "grpo")
     assert lines[-1]["exact_entropy"] > lines[0]["exact_entropy"] + 0.3
