@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import json
 import os
 import py_compile
 import shutil
@@ -48,6 +49,10 @@ HEAVY = (
 )
 """Imported once, before each change gets a process of its own: everything slow but the package itself."""
 MODELS = ("AutoModelForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel", "PreTrainedTokenizerFast")
+
+
+STOPPED: list[int] = []
+"""The signal that asked this process to end: not raised, since it may come in the midst of a fork."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,8 @@ def in_child(root: Path, work: Callable[[], int]) -> int | None:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)
+            if STOPPED:
+                sys.exit(128 + STOPPED[0])
             time.sleep(0.02)
         return None
     finally:
@@ -225,18 +232,37 @@ def shared_out(mutants: Sequence[Mutant], jobs: int) -> list[list[Mutant]]:
 
 
 def in_workers(shares: Sequence[Sequence[Mutant]]) -> list[Outcome]:
-    """The outcomes of all shares, each in a process of its own."""
+    """The outcomes of all shares, each in a process of its own.
+
+    Raises:
+        RuntimeError: a worker ended without its outcomes, having said why.
+    """
     import multiprocessing
 
-    with multiprocessing.get_context("fork").Pool(len(shares)) as pool:
-        return [outcome for found in pool.map(_caught, shares, chunksize=1) for outcome in found]
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        files = [Path(folder) / f"{k}.json" for k in range(len(shares))]
+        workers = [fork.Process(target=_work, args=both) for both in zip(shares, files, strict=True)]
+        try:
+            for worker in workers:
+                worker.start()
+            while any(worker.is_alive() for worker in workers) and not STOPPED:
+                time.sleep(0.2)
+        finally:
+            for worker in workers:
+                worker.terminate()
+                worker.join()
+        if any(worker.exitcode for worker in workers):
+            raise RuntimeError("not all changes were tried")
+        found = [json.loads(file.read_text("utf-8")) for file in files]
+    return [
+        Outcome(m, *said) for share, own in zip(shares, found, strict=True) for m, said in zip(share, own, strict=True)
+    ]
 
 
-def _caught(share: Sequence[Mutant]) -> list[Outcome]:
-    try:
-        return try_some(share)
-    except SystemExit as error:
-        raise RuntimeError(str(error)) from None
+def _work(share: Sequence[Mutant], file: Path) -> None:
+    found = [(o.by_tests, o.by_verify, o.seconds) for o in try_some(share)]
+    file.write_text(json.dumps(found), "utf-8")
 
 
 def percent(part: int, whole: int) -> str:
@@ -299,7 +325,7 @@ def main() -> int:
         print("\n".join(f"{m.area:12} {m.name}" for m in mutants) or "no such changes", file=sys.stdout)
         return 0 if mutants else 2
     preload()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda number, _: STOPPED.append(number))
     try:
         outcomes = in_workers(shared_out(mutants, args.jobs))
     except RuntimeError as error:
