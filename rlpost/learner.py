@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rlpost.errors import DivergedError
 from rlpost.experience import Experience
 from rlpost.groups import Group
+from rlpost.policy.balance import Balance, Load, add
 from rlpost.policy.batch import Batch
 
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
@@ -31,7 +33,10 @@ _REMEDY = (
 )
 
 LOSS = "loss"
-"""The metric that is summed over parts and ranks, since its weights were counted over the whole update."""
+BALANCE = "router_balance"
+"""The balance loss of a mixture of experts, before its coefficient; 1 would be the number of experts a token has."""
+SUMMED = (LOSS, BALANCE)
+"""The metrics that are summed over parts and ranks, since their weights were counted over the whole update."""
 
 
 class Model(Protocol):
@@ -96,6 +101,7 @@ class Learner:
         max_grad_norm: float = 1.0,
         tokens_per_pass: int = 8192,
         whole_groups: bool = False,
+        balance: Balance | None = None,
     ) -> None:
         """Prepare to train the parameters that `model.trained()` names.
 
@@ -109,6 +115,7 @@ class Learner:
             max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
             tokens_per_pass: budget of one forward and backward pass; it never changes a gradient.
             whole_groups: groups are not cut (losses that compare completions).
+            balance: of a mixture of experts, which every update then minimises too.
         """
         self.model = model
         self.accelerator = accelerator
@@ -120,6 +127,7 @@ class Learner:
         self._max_norm = max_grad_norm
         self._budget = tokens_per_pass
         self._whole = whole_groups
+        self._balance = balance
         self._named = model.trained()
         assert self._named, "nothing to train"
         matrices = [p for p in self._named.values() if p.ndim >= 2]
@@ -167,7 +175,7 @@ class Learner:
         Raises:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
         """
-        metrics = self.gradient(loss, experience, **how)
+        metrics = self._gradient(loss, experience, self._balance, how)
         norm = self._clip()
         self.must_be_finite(metrics)
         rate = self.rate
@@ -179,13 +187,30 @@ class Learner:
 
     def gradient(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
         """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
+        return self._gradient(loss, experience, None, how)
+
+    def _gradient(
+        self, loss: LossFunction, experience: Experience, balance: Balance | None, how: Mapping[str, Any]
+    ) -> dict[str, float]:
         meter = Meter()
         self.model.train()
         self._zero_gradients()
-        for part in self._parts(experience):
-            said = self.model(self.model.batch(part.groups), **how)
+        parts = self._parts(experience)
+        # A part that is the whole update says itself how its experts were chosen.
+        alone = len(parts) == 1 and self.accelerator.num_processes == 1
+        whole = None if balance is None or alone else self._whole_load(balance, parts, how)
+        for part in parts:
+            batch = self.model.batch(part.groups)
+            with balance.listening() if balance is not None else nullcontext() as heard:
+                said = self.model(batch, **how)
             total, metrics = loss(said, part.to(self.model.device))
-            total.backward()  # type: ignore[no-untyped-call]
+            if balance is not None and heard is not None:
+                load = balance.load(heard, batch)
+                extra = load.loss_beside(whole or load)
+                meter.add({BALANCE: extra[None]})
+                (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
+            else:
+                total.backward()  # type: ignore[no-untyped-call]
             self.model.backward_done()
             meter.add_part(total.detach(), metrics)
         self.model.train(False)
@@ -193,6 +218,21 @@ class Learner:
             for p in self._named.values():
                 torch.distributed.all_reduce(p.grad)
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
+
+    @torch.no_grad()
+    def _whole_load(self, balance: Balance, parts: Sequence[Experience], how: Mapping[str, Any]) -> Load:
+        """How the update's tokens, on all ranks, chose their experts."""
+        load = balance.nothing(self.model.device)
+        for part in parts:
+            batch = self.model.batch(part.groups)
+            with balance.listening() as heard:
+                self.model(batch, **how)
+            load = add(load, balance.load(heard, batch))
+        if self.accelerator.num_processes == 1:
+            return load
+        every = gather_object([(load.chosen_E.cpu(), load.tokens.cpu())])
+        chosen_E, tokens = sum(c for c, _ in every), sum(t for _, t in every)
+        return Load(chosen_E.to(self.model.device), load.probability_E, tokens.to(self.model.device))
 
     @torch.no_grad()
     def look(self, take: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
@@ -328,4 +368,4 @@ class Meter:
         for name, (total, count) in (item for one in everyone for item in one.items()):
             before = table.get(name, (0.0, 0))
             table[name] = (before[0] + total, before[1] + count)
-        return {name: total if name == LOSS else total / max(count, 1) for name, (total, count) in table.items()}
+        return {name: total if name in SUMMED else total / max(count, 1) for name, (total, count) in table.items()}

@@ -343,6 +343,9 @@ class Training(Stage):
     max_grad_norm: float = 1.0
     tokens_per_pass: int = 8192
     """Token budget of one forward and backward pass; the gradient does not depend on it."""
+    aux_loss_coef: Optional[float] = None
+    """Of a mixture of experts' balance loss, beside the stage's own (0: none); by default the model's
+    `router_aux_loss_coef`."""
     max_length: int = 1024
     """Tokens of prompt and completion together."""
     too_long: TooLong = TooLong.refuse

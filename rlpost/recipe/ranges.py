@@ -101,6 +101,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "betas": _SHARE,
         "max_grad_norm": _from(0),
         "tokens_per_pass": _from(1),
+        "aux_loss_coef": _from(0),
         "max_length": _from(2),
         "checkpoint_every": _from(1),
         "keep_checkpoints": _from(1),

@@ -26,11 +26,13 @@ from rlpost.learner import Learner, Model
 from rlpost.loop import Loop, Stateful, Weights
 from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY
+from rlpost.policy.balance import Balance, balance_of, is_mixture, own_coefficient
 from rlpost.policy.identity import Inputs
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
+from rlpost.policy.scalar import ScalarModel
 from rlpost.recipe import schema
 from rlpost.recipe.functions import Bound, bind
 from rlpost.recipe.schema import Function, OnFailure, Reward, Source, TooLong, Training
@@ -146,7 +148,29 @@ class Context:
             max_grad_norm=cfg.max_grad_norm,
             tokens_per_pass=cfg.tokens_per_pass,
             whole_groups=whole_groups,
+            balance=self._balance(model, cfg),
         )
+
+    def _balance(self, model: Model, cfg: Training) -> Balance | None:
+        """What keeps a mixture of experts balanced while it trains; says so where nothing does."""
+        trunk = model if isinstance(model, Policy) else None
+        if isinstance(model, ScalarModel) and model.trains_trunk:
+            trunk = model.trunk
+        if trunk is None or not is_mixture(trunk.causal_lm):
+            return None
+        own = own_coefficient(trunk.causal_lm)
+        wish = own if cfg.aux_loss_coef is None else cfg.aux_loss_coef
+        if not wish or cfg.kind is schema.Kind.trpo:
+            if cfg.aux_loss_coef is None:
+                console.say(
+                    f"{self.name}: the mixture of experts trains without a balance loss: {_no_balance(cfg, own)}"
+                )
+            return None
+        found = balance_of(trunk.causal_lm, wish)
+        if found is None:
+            kind = type(trunk.causal_lm).__name__
+            console.warn(f"{self.name}: {kind} trains without a balance loss: its routers' logits cannot be had")
+        return found
 
     def loop(
         self,
@@ -280,3 +304,10 @@ def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:
     if cfg.epochs is None:
         raise RecipeError(f"{where}: give `steps` or `epochs`")
     return max(1, math.ceil(cfg.epochs * rows / batch_size))
+
+
+def _no_balance(cfg: Training, own: float | None) -> str:
+    if cfg.kind is schema.Kind.trpo:
+        return "trpo has none"
+    why = "its configuration names no router_aux_loss_coef" if own is None else "its router_aux_loss_coef is 0"
+    return f"{why}; set aux_loss_coef for one"
