@@ -52,6 +52,14 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
         # GPT-2 keeps its weights transposed; told so, peft does not have to guess (and warn).
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
+    odd = _odd_linear(model)
+    if config.target_modules == ALL_LINEAR:
+        config.exclude_modules = odd or None
+    elif named := [n for n in odd if check_target_module_exists(config, n)]:
+        raise ModelError(
+            f"model.lora.target_modules={lora.target_modules}: {named[0]} gives more than its product, "
+            "so a LoRA cannot be added to it; leave it out"
+        )
     try:
         return get_peft_model(model, config, adapter_name=POLICY)
     except (ValueError, TypeError) as error:
@@ -59,6 +67,15 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
         raise ModelError(
             f"model.lora.target_modules={lora.target_modules}: {first_line(error)}; this model has {', '.join(names)}"
         ) from error
+
+
+def _odd_linear(model: nn.Module) -> list[str]:
+    """The linear layers that return something else than their product: Llama 4's routers."""
+    own = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward != nn.Linear.forward
+    ]
+    with torch.no_grad():
+        return [n for n, m in own if not isinstance(m(m.weight.new_zeros(1, m.in_features)), Tensor)]
 
 
 def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
@@ -89,7 +106,8 @@ def asked_for(model: PeftModel, targets: Any) -> set[str]:
     if targets == ALL_LINEAR:
         head = base.get_output_embeddings()
         bare = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in own.items()}
-        return {n for n, m in bare.items() if isinstance(m, nn.Linear | Conv1D) and own[n] is not head}
+        odd = set(_odd_linear(base))
+        return {n for n, m in bare.items() if isinstance(m, nn.Linear | Conv1D) and own[n] is not head and n not in odd}
     config = LoraConfig(target_modules=targets)
     return {n for n in own if n and check_target_module_exists(config, n)}
 

@@ -180,7 +180,14 @@ def _dress(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: boo
     """The model with adapters on as needed: a saved one, a new one, or a saved one merged for full fine-tuning."""
     model = bare.model
     if adapter is None:
-        return model if lora is None or not trainable else adapters.add_policy_adapter(model, lora)
+        if lora is None or not trainable:
+            return model
+        wrapped = adapters.add_policy_adapter(model, lora)
+        with told_as_model_error(
+            f"model.lora.target_modules={lora.target_modules}: {type(model).__name__} fails with it"
+        ):
+            logprobs(bare.around(wrapped, bfloat16=False), probe_groups(bare.vocabulary, bare.longest))
+        return wrapped
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
         console.say(f"{adapter}: its adapter is merged, since the recipe trains all weights (model.lora is not set)")
