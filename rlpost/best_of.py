@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlpost.recipe.schema import Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 
+_COLUMN = re.compile(r"(?:KeyError: |column )['\"]([^'\"]+)['\"]")
 _ROW = {"example", "examples", "groups"}
 """Parameters by which a reward is given rows."""
 
@@ -50,7 +52,9 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
         except (DataError, RewardError) as error:
             if isinstance(error, RewardError) and "KeyError" not in str(error):
                 continue  # it may well do on a real sample
+            asked = _COLUMN.search(str(error))
+            reads = f"{bound.name} reads the column {asked[1]!r} of a row" if asked else str(error)
             raise RecipeError(
-                f"{place}: {error} - a prompt on the command line has no row: give what the reward reads of it as "
-                "--example COLUMN=TEXT"
+                f"{place}: {reads}, and a prompt on the command line has none - give it as "
+                f"--example {asked[1] if asked else 'COLUMN'}=TEXT"
             ) from error

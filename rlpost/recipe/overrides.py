@@ -55,7 +55,7 @@ def parse(override: str) -> tuple[str, Any]:
 def _value(text: str, shown: str) -> Any:
     try:
         parsed = OverridesParser.create().parse_overrides([f"value={text}"])[0]
-    except (HydraException, RecursionError) as error:
+    except (HydraException, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
         # Hydra's grammar has no place for ~, # and letters beyond ASCII: plain text all the same.
         if re.search(r"""[][{}'"$,\\\n]""", text):
             raise RecipeError(f"{shown}: the value cannot be read - quote it: key='\"...\"'") from error

@@ -55,14 +55,10 @@ def test_the_rewards_of_any_stage_choose(kind: str, world: Path, tally) -> None:
 
 
 def test_a_column_that_a_reward_reads_is_asked_for_before_a_model_loads(world: Path, tally) -> None:
-    for reward, said in [
-        ("my.py:answer", "KeyError"),
-        ("math_answer", "no column 'answer'"),
-        ("addition.correct", "KeyError"),
-    ]:
+    for reward in ("my.py:answer", "math_answer", "addition.correct"):
         recipe("grpo", reward)
         ran = rlpost("sample", "no_such_model", "a", "--best-of", 3, "--recipe", "r.yaml")
-        assert ran.refused(2, "stages.s.rewards[0]", said, "--example COLUMN=TEXT"), ran.err
+        assert ran.refused(2, "stages.s.rewards[0]", "reads the column 'answer'", "--example answer=TEXT"), ran.err
         tally("best of n by a recipe", refused=1)
 
 
