@@ -179,6 +179,8 @@ class Remote:
             raise CallError(
                 f"it is given {error}, which cannot go to its process: take that column out of the data"
             ) from error
+        except RecursionError as error:
+            raise CallError("it is given a row that is nested too deeply to go to its process") from error
 
     def _request(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool) -> bytes:
         rows = _Rows()

@@ -49,7 +49,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rlpost", *words], capture_output=True, text=True, env={**os.environ})
 
 
-@pytest.mark.parametrize("as_json", [False, True], ids=["plain", "json"])
+@pytest.mark.parametrize("as_json", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "json"])
 def test_a_checkpoints_path_is_all_that_train_prints_however_loud_the_users_code_is(here: Path, as_json, tally):
     save_model(here / "m")
     save_rows(here / "d.jsonl", [{"prompt": "hi"}, {"prompt": "yo"}])

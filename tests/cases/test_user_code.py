@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tiny_world import Ran, rlpost, save_model, save_recipe, save_rows
 
 from rlpost.errors import RewardError
@@ -271,4 +275,29 @@ def test_a_deadline_is_refused_where_nothing_would_keep_it(here: Path, model: Pa
         reward = {**reward, "model": str(model)}
     done = train(here, model, source, rewards=[reward])
     assert done.refused(2, told), done.err
+    tally("users' functions", refused=1)
+
+
+def test_rows_of_parquet_come_to_a_reward_as_they_are(here: Path, model: Path, tally):
+    when = datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    row = {"prompt": "hi", "when": when, "raw": b"\x00", "price": Decimal("1.10"), "nested": [{"a": [1, None]}]}
+    parquet.write_table(pa.Table.from_pylist([row, row]), here / "d.parquet")
+    source = """
+import datetime, decimal
+def f(completion, example):
+    assert example["when"] == datetime.datetime(2024, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc), example
+    assert example["raw"] == b"\\x00" and example["price"] == decimal.Decimal("1.10"), example
+    assert example["nested"] == [{"a": [1, None]}], example
+    return len(completion.text)
+def g(row):
+    return {**row, "more": (row["when"], row["raw"])}
+"""
+    done = train(here, model, source, {"path": "d.parquet", "map": {"fn": "my.py:g"}}, rewards=[{"fn": "my.py:f"}])
+    assert done.code == 0, done.err
+    tally("users' functions", right=1)
+
+
+def test_what_cannot_leave_a_process_is_refused(here: Path, model: Path, tally):
+    done = train(here, model, "def g(row):\n    return {**row, 'made': [1, object()]}\n", {"map": {"fn": "my.py:g"}})
+    assert done.refused(3, "stages.g.data.c.map", "returned a object at made[1]"), done.err
     tally("users' functions", refused=1)

@@ -59,7 +59,10 @@ def alive(pid: int) -> bool:
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-@pytest.mark.parametrize(("number", "how"), [(signal.SIGTERM, "time.sleep(600)"), (signal.SIGINT, STUCK)])
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [pytest.param(signal.SIGINT, "time.sleep(600)", marks=pytest.mark.slow), (signal.SIGTERM, STUCK)],
+)
 def test_a_signal_is_answered_while_a_reward_hangs_and_nothing_is_lost(here: Path, number, how, tally):
     file = recipe(here, WAITS.replace("HOW", how))
     assert rlpost("train", file, "run=whole").code == 0
