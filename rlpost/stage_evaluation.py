@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,20 @@ class StageEvaluations:
             "stage": name,
             "settings": settings,
             "code": code,
+            "rows": self._rows,
             "bfloat16": self._bfloat16,
             "model": self._identity(checkpoint),
             "judges": {other: self._identity(known[other]) for other in sorted(asked)},
         }
+
+    @cached_property
+    def _rows(self) -> dict[str, str]:
+        """sha256 of the files that the evaluation's rows come from."""
+        assert self._cfg is not None
+        given = {name: source.path for name, source in self._cfg.data.items() if source.path}
+        files = {name: self._resolved.folder / path for name, path in given.items()}
+        with disk_errors(self._resolved.folder):
+            return {name: str(measure(path)["sha256"]) for name, path in files.items() if path.is_file()}
 
     def _identity(self, checkpoint: Path) -> Contents:
         found = identity(checkpoint, self._memo.get(str(checkpoint)), self._resolved.config.model.revision)
@@ -155,8 +166,8 @@ class StageEvaluations:
                     return f"{file.name} is missing or has changed since it was written"
         if (proof["run"], proof["stage"]) != (about["run"], about["stage"]):
             return "they are of another stage or run"
-        if any(proof[key] != about[key] for key in ("settings", "code", "bfloat16")):
-            return "they were taken under other settings"
+        if any(proof[key] != about[key] for key in ("settings", "code", "rows", "bfloat16")):
+            return "they were taken under other settings, code or rows"
         pairs = {"model": (proof["model"], about["model"])}
         pairs |= {name: (proof["judges"].get(name, {}), judge) for name, judge in about["judges"].items()}
         changed = next((key for key, (old, new) in pairs.items() if difference(old, new)), None)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost import console
-from rlpost.errors import RecipeError, RunInUseError
+from rlpost.errors import RecipeError, RlpostError, RunInUseError
 from rlpost.run import names
 from rlpost.run.changes import OF_FILES, Change, Trained, differences, one_line, refusal
 from rlpost.run.environment import environment
-from rlpost.run.files import Json, clear_leftovers, disk_errors, write_atomic
+from rlpost.run.files import Json, clear_leftovers, discard, disk_errors, write_atomic
 from rlpost.run.lookup import find_checkpoint, list_runs, newest_finished_run
 from rlpost.run.record import (
     Record,
@@ -118,10 +118,12 @@ def open_run(
         record = read_record(path)
         if record is None:
             _begin(path, now, files)
-        else:
-            repair_copies(path, record, given if inside else None)
+            yield RunDirectory(path)
+            return
+        repair_copies(path, record, given if inside else None)
+        with _taken_back_unless_used(path, record):
             _take_up(path, record, now, files, allow_change)
-        yield RunDirectory(path)
+            yield RunDirectory(path)
 
 
 def something_trained(run: Path) -> bool:
@@ -129,6 +131,37 @@ def something_trained(run: Path) -> bool:
     with disk_errors(run):
         folders = [p for p in run.iterdir() if p.is_dir() and p.name not in (names.BASE, names.EVALUATION)]
         return any(_trained(folder).begun for folder in folders)
+
+
+@contextmanager
+def _taken_back_unless_used(path: Path, record: Record) -> Iterator[None]:
+    """Leave the records as they were when a change was allowed but an error came before anything was trained by it."""
+    before, reached = _records(path), _marks(path)
+    try:
+        yield
+    except RlpostError:
+        now = read_record(path)
+        if now is not None and len(now.changes) > len(record.changes) and _marks(path) == reached:
+            # run.json first: a copy that does not say what it does is written anew.
+            for name in sorted(before, key=lambda name: name != names.RECORD):
+                write_atomic(path / name, before[name])
+            for name in _records(path).keys() - before.keys():
+                discard(path / name)
+        raise
+
+
+def _records(path: Path) -> dict[str, bytes]:
+    """The files beside the stages, by name."""
+    with disk_errors(path):
+        files = [p for p in path.iterdir() if p.is_file() and p.name not in (names.LOCK, names.HOLDER)]
+        return {p.name: p.read_bytes() for p in files}
+
+
+def _marks(path: Path) -> dict[str, tuple[bool, int]]:
+    """How far each stage is, by name."""
+    with disk_errors(path):
+        stages = {p.name: _trained(p) for p in path.iterdir() if p.is_dir()}
+    return {name: (stage.done, stage.step) for name, stage in stages.items()}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from rlpost.errors import DiskError, RecipeError, RunInUseError
+from rlpost.errors import DataError, DiskError, RecipeError, RunInUseError
 from rlpost.recipe.schema import Grpo, Lora, Recipe, Sft
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
@@ -130,6 +130,28 @@ def test_a_change_can_be_allowed_and_the_old_recipe_is_kept(runs, heard):
     assert record["changes"][0] == {"at": {"stage": "sft", "step": 5}, "changes": changed}
     assert len(record["changes"]) == 2
     reopen(recipe(runs, stages__sft__learning_rate=0.003))
+
+
+def attempt(node, *, step: int | None) -> None:
+    """Go on with an allowed change, and fail: at once, or after a checkpoint."""
+    with open_run(node, Path(__file__), ["a=b"], allow_change=True) as run:
+        assert len(run.record.changes) == 1
+        if step is not None:
+            run.stage("sft").save(step, {}, {}, keep=1)
+        raise DataError("other rows")
+
+
+def test_a_change_under_which_nothing_was_trained_is_taken_back(runs):
+    path = begun(reopen(recipe(runs)).path)
+    before = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()}
+    changed = recipe(runs, stages__sft__learning_rate=0.002)
+    with pytest.raises(DataError):
+        attempt(changed, step=None)
+    assert {p.name: p.read_bytes() for p in path.iterdir() if p.is_file()} == before
+    with pytest.raises(DataError):
+        attempt(changed, step=6)
+    assert yaml.safe_load((path / "config.resolved.yaml").read_text())["stages"]["sft"]["learning_rate"] == 0.002
+    reopen(changed)
 
 
 REFUSED = {
