@@ -118,15 +118,16 @@ def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
         where = f"{place}, completions[{i}]"
         if not isinstance(c, Mapping) or not {"ids", "action", "logprobs"} <= set(c):
             raise DataError(f"{where} needs ids, action and logprobs, as rollouts/*.jsonl has them")
-        ids = _ids(c["ids"], codec, where)
-        action = tuple(bool(a) for a in c["action"])
-        logprobs = tuple(_number(x, "logprobs", where) for x in c["logprobs"])
+        ids = _ids(_list(c, "ids", where), codec, where)
+        action = tuple(_flag(a, where) for a in _list(c, "action", where))
+        logprobs = tuple(_number(x, "logprobs", where) for x in _list(c, "logprobs", where))
         if len(action) != len(ids) or len(logprobs) != sum(action):
             raise DataError(
                 f"{where}: {len(ids)} ids, {len(action)} flags of action and {len(logprobs)} logprobs for "
                 f"{sum(action)} actions do not fit together"
             )
-        completions.append(Completion(ids, action, str(c.get("text", "")), str(c.get("finish", "")), logprobs))
+        text, finish = (_text(c, key, where) for key in ("text", "finish"))
+        completions.append(Completion(ids, action, text, finish, logprobs))
         reward = c.get("reward")
         rewards.append(None if reward is None else _number(reward, "reward", where))
     return Group(prompt, tuple(completions), {**example, REWARDS: rewards})
@@ -165,10 +166,23 @@ def _number(value: Any, what: str, place: str) -> float:
     return float(value)
 
 
-def _ids(value: Any, codec: Codec, place: str) -> tuple[int, ...]:
+def _flag(value: Any, place: str) -> bool:
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise DataError(f"{place}: action has {value!r:.40}, neither 1 (the policy chose the token) nor 0")
+    return bool(value)
+
+
+def _text(row: Row, column: str, place: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str | None):
+        raise DataError(f"{place}: {column!r} is {type(value).__name__}, not text")
+    return value or ""
+
+
+def _ids(value: Sequence[Any], codec: Codec, place: str) -> tuple[int, ...]:
     vocabulary = len(codec.tokenizer)
     for i in value:
-        if not isinstance(i, int) or not 0 <= i < vocabulary:
+        if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary:
             raise DataError(
                 f"{place}: token {i!r:.20} is none of the tokenizer's {vocabulary}; record with this model's"
             )

@@ -138,3 +138,26 @@ def test_a_margin_is_a_number(codec):
     assert encode({**row, "margin": 2}, Format.pair, codec, "row 1").example["margin"] == 2
     with pytest.raises(DataError, match="row 1: margin is 'much', not a finite number"):
         encode({**row, "margin": "much"}, Format.pair, codec, "row 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"ids": None}, "'ids' is NoneType, not a list"),
+        ({"action": 1}, "'action' is int, not a list"),
+        ({"logprobs": {}}, "'logprobs' is dict, not a list"),
+        ({"ids": [True, 6, 2]}, "token True is none"),
+        ({"action": ["0", 1, 1]}, "action has '0'"),
+        ({"text": 3}, "'text' is int, not text"),
+    ],
+)
+def test_a_recorded_completion_of_other_types_is_refused(codec, changes, reason):
+    row = recorded()
+    row["completions"] = [{**row["completions"][0], **changes}]
+    with pytest.raises(DataError, match=f"row 1, completions.0..*{reason}"):
+        encode(row, Format.recorded, codec, "row 1")
+
+
+def test_a_row_without_its_label_is_refused(codec):
+    with pytest.raises(DataError, match="row 1 has no 'label'"):
+        encode({"prompt": "1", "completion": "2"}, Format.labelled, codec, "row 1")
