@@ -110,7 +110,6 @@ main()
         ("rlpost.cli", ["list"]),
         ("typer", ["list"]),
         ("hydra", ["show", "demo"]),
-        ("torch", ["train", "demo", "--dry-run"]),
         ("torch._C", ["train", "demo", "--dry-run"]),
     ],
 )
@@ -133,16 +132,12 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
     ("line", "code", "said"),
     [
         ("rlpost list | head -1; exit ${PIPESTATUS[0]}", (0, 141), ""),  # 0 if it was faster than head
-        ("rlpost list | true; exit ${PIPESTATUS[0]}", (0, 141), ""),
         ("rlpost list >/dev/full", (5,), "rlpost: stdout: No space left on device"),
         ("rlpost list >&-", (0,), ""),
-        ("rlpost list 2>&-", (0,), ""),
-        ("rlpost show no_such 2>&-", (2,), ""),
         ("rlpost list <&- >&- 2>&-", (0,), ""),
         ("PYTHONIOENCODING=ascii rlpost list", (0,), ""),
         ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 rlpost show no_sùch", (2,), "rlpost: no_s"),
         (r"rlpost show $'\xff'", (2,), "rlpost: ?: an argument that is not UTF-8"),
-        (r"printf '\xff' | rlpost sample no_model", (2,), "rlpost: PROMPT: stdin is not UTF-8"),
         (r"printf '\xff' | PYTHONUTF8=1 LC_ALL=C rlpost sample no_model", (2,), "rlpost: PROMPT: stdin is not UTF-8"),
     ],
 )

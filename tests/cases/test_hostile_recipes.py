@@ -86,8 +86,13 @@ def test_references_of_ordinary_size_mean_what_they_did(here: Path, tally) -> No
     tally("hostile recipes", right=1)
 
 
-@pytest.mark.parametrize("name", ["1", "1.5", "2024", "1e3", ".inf", "no", "on", "true", "null", "~", "[a]", "{a: b}"])
-@pytest.mark.parametrize("place", ["stage", "inherited stage", "source", "argument", "variable", "column"])
+NAMES = ("1", "1.5", "2024", "1e3", ".inf", "no", "on", "true", "null", "~", "[a]", "{a: b}")
+PLACES = ("stage", "inherited stage", "source", "argument", "variable", "column")
+QUICK = [(name, place) for name in NAMES for place in PLACES if place == "stage" or name in ("no", "[a]")]
+SLOW = [(name, place) for name in NAMES for place in PLACES if (name, place) not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "place"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
 def test_a_name_that_is_none_to_yaml_is_one_line(name: str, place: str, here: Path, tally) -> None:
     stage = "{kind: sft, data: {c: {path: d.jsonl}}, steps: 1, learning_rate: 1e-3}"
     Path("base.yaml").write_text(BASE)
