@@ -31,6 +31,11 @@ from rlpost.run.names import ABOUT
 
 MERGED_GAP = 1e-2
 """Nats that a log-probability may change by when an adapter is merged: rounding, and no more."""
+BEYOND_RECIPES = (
+    *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "trainable_token_indices"),
+)
+"""What a saved adapter may have of which `model.lora` says nothing."""
 HEAD_FILE = "scalar_head.safetensors"
 """Beside the weights or the adapter of a model of scalars: the head's weight [1, D] and bias [1]."""
 
@@ -232,4 +237,6 @@ def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
             f"{adapter}: model.lora.target_modules={lora.target_modules} {asks} {odd}, which its adapter {has}; "
             "leave target_modules out to go on training it"
         )
+    if more := [name for name in BEYOND_RECIPES if getattr(config, name)]:
+        console.say(f"{adapter}: its adapter goes on as it was saved, with {', '.join(more)}")
     adapters.set_dropout(loaded, lora.dropout)

@@ -166,6 +166,12 @@ def test_the_recipes_modules_and_dropout_hold(adapter: Path, tally: Callable[...
     tally("adapters refused", right=1, refused=3)
 
 
+def test_what_a_recipe_cannot_say_of_an_adapter_is_told(adapter: Path, capsys: Any) -> None:
+    change_config(use_rslora=True)(adapter)
+    load_policy(adapter, LORA)
+    assert "goes on as it was saved, with use_rslora" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_a_copy_that_says_other_things_is_no_reference(adapter: Path, monkeypatch: Any) -> None:
     from rlpost.policy import adapters
     from rlpost.policy.reference import reference_policy
