@@ -14,6 +14,7 @@ import argparse
 import copy
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.attention import PLAIN, use_attention
 from rlpost.policy.check import check_exactness
-from rlpost.policy.load import remove_dropout
-from rlpost.policy.merge import merged
+from rlpost.policy.load import proven_merge, remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Lora, Sampling
 from rlpost.rollout.builtin import BuiltinEngine
@@ -116,7 +116,7 @@ FAMILIES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "llama4_text", "ernie4_5_moe"),
     *("glm4_moe", "dots1", "minimax_m2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3"),
     *("mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "rwkv", "bamba", "jamba", "lfm2", "qwen3_next"),
-    *("granitemoehybrid", "minimax", "nemotron_h"),
+    *("granitemoehybrid", "minimax"),
     *ENCODERS,
 )
 EXACT = 2e-4
@@ -228,8 +228,10 @@ def _adapted(verdict: Verdict, policy: Policy, groups: list[Group]) -> None:
     if not moved or not all(g is None or bool(g.isfinite().all()) for g in gradients):
         verdict.wrong.append("the adapter's gradient")
     dressed.backward_done()
+    with torch.no_grad():
+        dressed(dressed.batch(groups))  # some families keep a state between passes, which cannot be copied with a graph
     try:
-        plain = policy.around(merged(wrapped), bfloat16=False).eval()
+        plain = policy.around(proven_merge(policy, wrapped, Path("adapter")), bfloat16=False).eval()
     except ModelError:
         verdict.merge = "refused"
         return

@@ -196,13 +196,13 @@ def _dress(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: boo
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
         console.say(f"{adapter}: its adapter is merged, since the recipe trains all weights (model.lora is not set)")
-        return _proven_merge(bare, loaded, adapter).requires_grad_(True)
+        return proven_merge(bare, loaded, adapter).requires_grad_(True)
     if lora is not None and trainable:
         _must_be_shaped(loaded, adapter, lora)
     return loaded
 
 
-def _proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
+def proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
     """The adapter merged, and shown to say what it said before."""
     result = merged(loaded)
     groups = probe_groups(bare.vocabulary, bare.longest)
