@@ -45,6 +45,11 @@ def test_a_gap_must_be_more_than_the_smallest():
     assert chosen(rewards, 2.5) == []
 
 
+def test_equal_completions_are_no_pair_whatever_their_rewards():
+    same = Group((1,), (Completion((5, 6), (True, True)),) * 2)
+    assert best_and_worst([same], torch.tensor([[1.0, 0.0]]), 0.0) == []
+
+
 def keep_updates(monkeypatch) -> list[Experience]:
     """What every update learns from."""
     kept: list[Experience] = []
