@@ -14,6 +14,8 @@ from rlpost.usercode.process import Gone, UserProcess
 
 DEADLINE = 60.0
 """Seconds that a call may take where a recipe says nothing else."""
+LOADING = 120.0
+"""Seconds that running a user's file may take, or its functions' deadline where that is longer."""
 GIVE_UP = 8
 """Calls in a row that lose the process, after which a batch's other calls are not tried."""
 
@@ -45,16 +47,16 @@ _processes: dict[tuple[Path, str], UserProcess] = {}
 _signatures: dict[tuple[Path, str], dict[str, inspect.Signature]] = {}
 
 
-def describe(file: Path, digest: str, deadline: float) -> dict[str, inspect.Signature]:
+def describe(file: Path, digest: str, limit: float) -> dict[str, inspect.Signature]:
     """The functions of a user's file (sha256 `digest`) that a recipe may name, by name; the file is run elsewhere.
 
     Raises:
-        CallError: it fails to load, ends its process, or takes over `deadline` seconds.
+        CallError: it fails to load, ends its process, or takes over `limit` seconds.
     """
     key = (file, digest)
     if key not in _signatures:
         try:
-            told = _process(key).start(deadline)
+            told = _process(key).start(limit)
         except Gone as gone:
             raise CallError(f"{file}: {gone}") from gone
         if "failed" in told:
@@ -167,7 +169,7 @@ class Remote:
     def _ask(self, request: bytes, replies: int) -> Iterator[dict[str, Any]]:
         process = _process(self._key)
         if not process.running:
-            told = process.start(self.deadline)
+            told = process.start(max(LOADING, self.deadline))
             if "failed" in told:
                 raise Gone(f"ended its process, and its file no longer loads ({told['failed']})")
         return process.ask(request, replies, self.deadline)

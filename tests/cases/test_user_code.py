@@ -15,11 +15,11 @@ from tiny_world import Ran, rlpost, save_model, save_recipe, save_rows
 
 from rlpost.errors import RewardError
 from rlpost.groups import Completion, Group
-from rlpost.recipe import users
 from rlpost.recipe.functions import bind
 from rlpost.recipe.schema import OnFailure, Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
+from rlpost.usercode import calls
 from rlpost.usercode.process import end_all
 
 STUCK = "__import__('re').match('(a+)+b', 'a' * 60)"  # within C, which holds the interpreter's lock
@@ -191,7 +191,7 @@ def test_whatever_the_users_code_does_the_run_ends_in_a_line(here: Path, model: 
 @pytest.mark.parametrize("fault", ["raises", "exits", "ends its process", "sleeps", "hangs in C"])
 @pytest.mark.parametrize("place", ["reward", "advantage"])
 def test_a_file_that_does_not_load_is_refused(here: Path, model: Path, place, fault, tally, monkeypatch):
-    monkeypatch.setattr(users, "DEADLINE", 1.0)
+    monkeypatch.setattr(calls, "LOADING", 1.0)
     what, told = FAULTS[fault]
     source = f"{what}\ndef f(completion): return 1.0\ndef g(reward_PG): return reward_PG\n"
     stage = {"rewards": [{"fn": "my.py:f"}], **({"advantage": {"fn": "my.py:g"}} if place == "advantage" else {})}
