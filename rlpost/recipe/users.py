@@ -37,7 +37,7 @@ class UsersFile:
         self._given = getattr(function, "deadline", None)
         self._deadline = DEADLINE if self._given is None else float(self._given)
         try:
-            signatures = calls.describe(file, self.digest, max(calls.LOADING, self._deadline))
+            signatures = calls.describe(file, self.digest, max(calls.LOADING, self._given or 0.0))
         except CallError as error:
             raise RecipeError(f"{error} ({where})") from error
         self.functions: Mapping[str, Remote] = {
