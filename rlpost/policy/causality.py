@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlpost.policy.balance import is_mixture
+
 LEAK = 1e-3
 """Of the effect that an earlier token has: what a later one may seem to have, by rounding."""
 LEAK_HALF = 0.05
@@ -23,7 +25,7 @@ LEAK_HALF = 0.05
 ROUNDING = 2e-6
 """Of the largest logit: what rounding may do where shapes are the same."""
 RESHAPED = 1e-4
-"""The same where rows, or what their experts are given, differ in size."""
+"""The same where experts are given other tokens."""
 RESHAPED_HALF = 0.02
 """The same for half-precision weights."""
 ORIGINAL = "original_max_position_embeddings"
@@ -63,18 +65,19 @@ def look(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabular
     alone = logits(model, row)
     far = longest - 1 if _takes_positions(model) and len(row) < longest < 1 << 30 else None
     # At once, since it is almost always clean; only otherwise is it asked which of the two it was.
-    if _is_clean(alone, logits(model, other, far), n, model.dtype):
+    share = LEAK_HALF if model.dtype in (torch.bfloat16, torch.float16) else LEAK
+    # Shapes are the same, so rounding is too, unless other tokens went to an expert.
+    if _is_clean(alone, logits(model, other, far), n, share if is_mixture(model) else 0.0):
         return Causality(True, alone)
-    if not _is_clean(alone, logits(model, other), n, model.dtype):
+    if not _is_clean(alone, logits(model, other), n, share):
         return Causality(False, alone)
     if far is None:
         return Causality(True, alone)
     return Causality(True, alone, *_switch(model, row, far))
 
 
-def _is_clean(alone_TV: Tensor, other_TV: Tensor, n: int, dtype: torch.dtype) -> bool:
+def _is_clean(alone_TV: Tensor, other_TV: Tensor, n: int, share: float) -> bool:
     """Whether the first `n` tokens were read alike, by the measure of what the changed token after them did."""
-    share = LEAK_HALF if dtype in (torch.bfloat16, torch.float16) else LEAK
     effect = _gap(alone_TV[n + 1 : -1], other_TV[n + 1 : -1])
     return _gap(alone_TV[:n], other_TV[:n]) <= max(share * effect, ROUNDING * float(alone_TV.abs().max()))
 
@@ -96,7 +99,7 @@ def _switch(model: Any, row: Sequence[int], far: int) -> tuple[int | None, bool]
     n = len(row) - 1
     # Given positions may be counted otherwise than a model's own (RoBERTa's begin at 2): both sides are given them.
     near = logits(model, row, n)[:n]
-    allowed = _allowed(near, model.dtype)
+    allowed = _allowed(near, model)
     if _gap(near, logits(model, row, far)[:n]) <= allowed:
         return None, True
     low, high = n, far  # positions of the last token: the same at the first, another way at the second
@@ -131,19 +134,22 @@ def early_switch(model: Any, at: int) -> Iterator[bool]:
 
 
 def switches_at(model: Any, row: Sequence[int], at: int) -> bool:
-    """Whether a row of `at` tokens is read like its beginning, and one of one more is not."""
-    short, long, same = logits(model, row[:at]), logits(model, row[: at + 1]), logits(model, row[: at - 1])
-    allowed = _allowed(short, model.dtype)
-    return _gap(short[:-1], same) <= allowed < _gap(short, long[:-1])
+    """Whether a row that ends at token `at` is read like its beginning, and one that ends a token later is not."""
+    short = row[: at - 3]
+    alone, near, far = (logits(model, short, last)[:-1] for last in (None, at - 1, at))
+    allowed = _allowed(alone, model)
+    return _gap(alone, near) <= allowed < _gap(alone, far)
 
 
 def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _allowed(logits_TV: Tensor, dtype: torch.dtype) -> float:
-    half = dtype in (torch.bfloat16, torch.float16)
-    return (RESHAPED_HALF if half else RESHAPED) * float(logits_TV.abs().max())
+def _allowed(logits_TV: Tensor, model: Any) -> float:
+    share = ROUNDING
+    if is_mixture(model):
+        share = RESHAPED_HALF if model.dtype in (torch.bfloat16, torch.float16) else RESHAPED
+    return share * float(logits_TV.abs().max())
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
