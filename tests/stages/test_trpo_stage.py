@@ -109,6 +109,29 @@ def test_a_step_that_is_too_long_is_halved_until_it_fits(tmp_path, monkeypatch):
     assert 0 < line["kl_over_delta"] <= 1
 
 
+def test_the_region_is_a_mean_over_actions_whatever_the_weight(tmp_path):
+    """A Fisher matrix of sums over completions would be several times as large, and the step as much too short."""
+    run(tmp_path, {"trpo": {**ONE, "delta": 1e-3, "iterations": 5, "weight": "sequence_sum"}})
+    (line,) = metrics(tmp_path, "trpo")
+    assert line["kl_over_delta"] / line["step_share"] ** 2 == pytest.approx(1, abs=0.2)
+
+
+def test_what_is_solved_is_damped_and_what_is_measured_is_not(tmp_path, monkeypatch):
+    """Of a Fisher matrix of zeros the damping is left."""
+    asked = []
+    monkeypatch.setattr(trpo, "finite_difference", lambda _, v: torch.zeros_like(v))
+
+    def solve(product, g, *, iterations):
+        asked.append((g, product(g)))
+        return g
+
+    monkeypatch.setattr(trpo, "conjugate_gradient", solve)
+    run(tmp_path, {"trpo": {**ONE, "damping": 0.25}})
+    ((g, image),) = asked
+    assert torch.allclose(image, 0.25 * g)
+    assert metrics(tmp_path, "trpo")[0]["step_share"] == 0
+
+
 def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
     measured = []
     update = trpo.trust_region_update
