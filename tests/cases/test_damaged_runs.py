@@ -18,6 +18,7 @@ import pytest
 from tiny_recipes import DPO, GRPO, LORA, PAIRS, PPO, SFT, sha256, write
 from tiny_world import Ran, rlpost
 
+from rlpost.run.manifest import is_note
 from rlpost.run.stage import StageDirectory
 
 EVERY = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 2}
@@ -73,7 +74,7 @@ class World:
 
 
 def left(run: Path) -> dict[str, str]:
-    """sha256 of what a run is for: results, logs, rollouts, evaluations; and of the records that people read."""
+    """sha256 of what a run is for: results, logs, rollouts, evaluations; and of its records. Model cards are notes."""
     patterns = (
         "*/final/*",
         "base/*",
@@ -84,7 +85,7 @@ def left(run: Path) -> dict[str, str]:
         "*.json",
         "*.txt",
     )
-    found = {path for pattern in patterns for path in run.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in run.glob(pattern) if path.is_file() and not is_note(path.name)}
     return {path.relative_to(run).as_posix(): sha256(path) for path in sorted(found)}
 
 
