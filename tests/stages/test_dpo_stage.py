@@ -9,9 +9,11 @@ import torch
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, metrics, policy, run, weights
 from torch import Tensor
 
+from rlpost.objectives.preference import Pairs
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
+from rlpost.stages import pairwise
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ALL = {**DPO, "batch_size": len(PREFERENCES)}
@@ -124,3 +126,11 @@ def test_only_the_policys_adapter_is_kept(tmp_path):
     final = run(tmp_path, {"sft": SFT, "dpo": ALL}, LORA)
     assert sorted(weights(final)) == sorted(weights(tmp_path / "runs/run/sft/final"))
     assert sorted(f.name for f in final.glob("*.safetensors")) == ["adapter_model.safetensors"]
+
+
+def test_a_margin_of_nothing_is_no_win():
+    """Before its first step a policy is its reference, and prefers neither."""
+    logp_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]])
+    reference_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
+    found = pairwise._metrics(Pairs(logp_P2, reference_P2, torch.ones(3, 2)), torch.zeros(3))
+    assert found["accuracy"].tolist() == [0.0, 0.0, 1.0]
