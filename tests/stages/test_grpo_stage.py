@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_recipes import GRPO, LORA, SFT, base, metrics, policy, rollouts, run, weights
 
 from rlpost.errors import RewardError
+from rlpost.experience import Experience
 from rlpost.groups import Completion, Group
+from rlpost.learner import Totals
 from rlpost.policy.score import logprobs
+from rlpost.stages.surrogate import weighted
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 FLAT_REWARD = {**GRPO, "rewards": [{"fn": "rewards.py:always"}]}
@@ -201,3 +205,21 @@ def test_tables_and_rollouts_come_as_often_as_asked(tmp_path, capsys):
     saved = sorted(f.name for f in (tmp_path / "runs/run/grpo/rollouts").iterdir())
     assert len(saved) in (2, 3)
     assert capsys.readouterr().err.count("samples at step") == len(saved)
+
+
+def test_weights_are_counted_over_the_whole_update():
+    """What a process holds is a part; how many completions there are, everyone together says."""
+    groups = (Group((1,), (Completion((5, 6), (True, True)), Completion((7,), (True,)))),)
+    counts = SimpleNamespace(totals=lambda _: Totals(actions=12, completions=5, groups=2))
+    sampling = SimpleNamespace(max_new_tokens=10)
+    expected = {
+        "token_mean": [1 / 12] * 3,
+        "sequence_mean": [1 / 10, 1 / 10, 1 / 5],
+        "sequence_sum": [1 / 5] * 3,
+        "constant_length": [1 / 50] * 3,
+    }
+    for name, weight_N in expected.items():
+        cfg = SimpleNamespace(weight=name, sampling=sampling, entropy=0.1)
+        update = weighted(Experience(groups), cfg, counts)
+        assert update["weight"].tolist() == pytest.approx(weight_N)
+        assert update["token_weight"].tolist() == pytest.approx([1 / 12] * 3)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +15,15 @@ from tiny_recipes import LORA, SFT, base, group, jsonl, metrics, policy, run, we
 from rlpost import commands
 from rlpost.data.codec import make_codec
 from rlpost.errors import DataError, ModelError
+from rlpost.experience import Experience
 from rlpost.goals import GoalSet, ends_in
 from rlpost.groups import Completion, Group
-from rlpost.policy.scalar import HEAD_FILE, load_scalar
+from rlpost.policy.scalar import HEAD_FILE, Values, load_scalar
 from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Goals, Model, Sampling, Value, ValueTarget
 from rlpost.rollout.value_network import conditioned
 from rlpost.stages.endings import Endings
-from rlpost.stages.value import lesson
+from rlpost.stages.value import lesson, value_loss
 
 VALUE = {
     "kind": "value",
@@ -258,3 +261,13 @@ def test_guesses_are_the_networks_values_in_tenths(tmp_path):
         assert row["guesses"] == "".join(str(int(v * 10)) for v in value)
     with pytest.raises(DataError, match=r"stages\.guesses\.about: a row has no list of texts in 'n'"):
         run(tmp_path, {**stages, "guesses": {**stages["guesses"], "about": "n"}}, "run=other")
+
+
+def test_own_endings_stand_against_those_of_the_others_of_a_group():
+    """Three of four completions are negatives: a logit of log 3 says that own and other endings are as likely."""
+    cfg = SimpleNamespace(target=ValueTarget.contrastive, group_size=4)
+    part = Experience((Group((1,), (Completion((5, 6), (True, True)),)),))
+    part = part.with_actions(label=torch.tensor([1.0, 0.0]), weight=torch.tensor([1.0, 10.0]))
+    logit_N = torch.full((2,), math.log(3))
+    total, _ = value_loss(cfg)(Values(logit_N, logit_N, logit_N[:1]), part)
+    assert float(total) == pytest.approx(11 * math.log(2))
