@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, metrics, policy, run, weights
 from torch import Tensor
 
-from rlpost.objectives.preference import Pairs
-from rlpost.policy.policy import Policy
+from rlpost.experience import Experience
+from rlpost.groups import Completion, Group
+from rlpost.objectives.preference import Pairs, ranking
+from rlpost.policy.policy import Policy, Scores
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
 from rlpost.stages import pairwise
@@ -134,3 +137,23 @@ def test_a_margin_of_nothing_is_no_win():
     reference_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
     found = pairwise._metrics(Pairs(logp_P2, reference_P2, torch.ones(3, 2)), torch.zeros(3))
     assert found["accuracy"].tolist() == [0.0, 0.0, 1.0]
+
+
+def test_ranked_groups_of_unlike_sizes_by_hand():
+    """An absent completion is no rival, and every group has its own weight."""
+    one = Completion((5,), (True,))
+    groups = (Group((1,), (one, one), {"scores": [0.5, 2.0]}), Group((1,), (one,) * 3, {"scores": [3.0, None, 1.0]}))
+    delta_N = torch.tensor([0.3, -0.4, 1.0, 7.0, 0.2])
+    part = Experience(groups).with_actions(reference=torch.full((5,), -1.0))
+    part = part.with_groups(pair_weight=torch.tensor([1.0, 10.0]))
+    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(Scores(delta_N - 1, None), part)
+    rivals = [math.log1p(math.exp(2 * 0.7)), math.log1p(math.exp(-2 * 0.8))]
+    assert float(total) == pytest.approx(rivals[0] + 10 * rivals[1])
+    assert line["preference_loss"].tolist() == pytest.approx(rivals)
+    assert line["accuracy"].tolist() == [0.0, 1.0]
+
+
+def test_scores_of_a_reference_are_kept_by_prompt_and_completions():
+    pairs = [Group((1,), (Completion((5,), (True,)), Completion((k,), (True,)))) for k in (6, 7)]
+    assert stage._key(pairs[0]) != stage._key(pairs[1])
+    assert stage._key(pairs[0]) == stage._key(Group((1,), pairs[0].completions, {"another": "row"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,11 @@ from rlpost.errors import RewardError
 from rlpost.experience import Experience
 from rlpost.groups import Completion, Group
 from rlpost.learner import Totals
+from rlpost.objectives.surrogates import policy_gradient
+from rlpost.policy.policy import Scores
 from rlpost.policy.score import logprobs
-from rlpost.stages.surrogate import weighted
+from rlpost.recipe.schema import KlPlacement
+from rlpost.stages.surrogate import surrogate_loss, weighted
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 FLAT_REWARD = {**GRPO, "rewards": [{"fn": "rewards.py:always"}]}
@@ -223,3 +227,16 @@ def test_weights_are_counted_over_the_whole_update():
         update = weighted(Experience(groups), cfg, counts)
         assert update["weight"].tolist() == pytest.approx(weight_N)
         assert update["token_weight"].tolist() == pytest.approx([1 / 12] * 3)
+
+
+def test_the_kl_that_is_logged_is_the_policys_from_the_reference():
+    """k3 of the policy's samples: exp(ref − logp) − 1 − (ref − logp)."""
+    loss = SimpleNamespace(fn="policy_gradient", args={})
+    cfg = SimpleNamespace(loss=loss, entropy=0.0, kl=SimpleNamespace(beta=0.1, placement=KlPlacement.reward))
+    part = Experience((Group((1,), (Completion((5,), (True,)),)),)).with_actions(
+        **{name: torch.tensor([-1.0]) for name in ("old_logp", "sampled_logp", "advantage", "weight")},
+        reference=torch.tensor([-2.0]),
+    )
+    scores = Scores(torch.tensor([-1.0]), None)
+    _, line = surrogate_loss(policy_gradient, cfg, SimpleNamespace(value=0.1))(scores, part)
+    assert float(line["kl"]) == pytest.approx(math.exp(-1) - 1 + 1)

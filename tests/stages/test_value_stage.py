@@ -23,7 +23,7 @@ from rlpost.policy.score import logprobs
 from rlpost.recipe.schema import Goals, Model, Sampling, Value, ValueTarget
 from rlpost.rollout.value_network import conditioned
 from rlpost.stages.endings import Endings
-from rlpost.stages.value import lesson, value_loss
+from rlpost.stages.value import Lesson, _taken, lesson, value_loss, weighted
 
 VALUE = {
     "kind": "value",
@@ -271,3 +271,18 @@ def test_own_endings_stand_against_those_of_the_others_of_a_group():
     logit_N = torch.full((2,), math.log(3))
     total, _ = value_loss(cfg)(Values(logit_N, logit_N, logit_N[:1]), part)
     assert float(total) == pytest.approx(11 * math.log(2))
+
+
+def test_hindsight_takes_the_last_tokens_of_a_completion():
+    cfg = SimpleNamespace(hindsight_tokens=2, goals=SimpleNamespace(truncated_counts=False))
+    said = Completion((5, 6, 7, 2), (True,) * 4, finish="stop")
+    cut = Completion((8, 9, 10), (True,) * 3, finish="length")
+    assert _taken([cut, said], cfg, SimpleNamespace(stops={2}), random.Random(0)) == (1, (6, 7))
+    assert _taken([cut], cfg, SimpleNamespace(stops={2}), random.Random(0)) is None
+
+
+def test_a_completion_that_gave_the_goal_has_no_weight():
+    both = Group((1,), (Completion((5, 6), (True,) * 2), Completion((7,), (True,))))
+    update = weighted([Lesson(both, (1.0, 0.0), (False, True))] * 2, SimpleNamespace(total=lambda own: own))
+    assert update["weight"].tolist() == [0.0, 0.0, 0.5] * 2
+    assert update["label"].tolist() == [1.0, 1.0, 0.0] * 2
