@@ -1,0 +1,93 @@
+"""What stages that sample share, on rollouts made by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlpost.experience import Experience
+from rlpost.groups import Completion, Group
+from rlpost.objectives import kl
+from rlpost.recipe.schema import KlEstimator
+from rlpost.rewards.score import Scores
+from rlpost.stages.rollouts import Beta, Rollout, Sampler, kl_estimate, learned_rewards
+
+
+def said(n: int, finish: str = "stop") -> Completion:
+    return Completion((5,) * n, (True,) * n, finish=finish, logprobs=(-1.0,) * n)
+
+
+def rollout(*rewards: list[float], prompt: int = 1, **by_step: list[list[float]]) -> Rollout:
+    """Groups of completions of one token, with these rewards."""
+    groups = [Group((prompt + p,), (said(1),) * len(row)) for p, row in enumerate(rewards)]
+    scores = Scores([list(row) for row in rewards], {"mine": [list(row) for row in rewards]}, by_step)
+    reward_PG = torch.tensor(rewards, dtype=torch.float64)
+    return Rollout(groups, scores, reward_PG, len(groups), {"mine": 1.0, **dict.fromkeys(by_step, 0.5)})
+
+
+def test_rewards_by_step_are_weighed():
+    found = rollout([1.0, 2.0], steps=[[1.0, 3.0], [4.0]])
+    assert found.step_rewards(0, 2) == [0.5, 1.5]
+    assert found.step_rewards(1, 1) == [2.0]
+
+
+def test_what_is_logged_of_samples():
+    groups = [Group((1,), (said(2, "length"), said(4))), Group((2,), (said(1), said(1)))]
+    scores = Scores([[0.0, 1.0], [1.0, None]], {})
+    reward_PG = torch.tensor([[0.0, 1.0], [1.0, torch.nan]])
+    line = Rollout(groups, scores, reward_PG, 2, {}).metrics
+    expected = {"reward": 2 / 3, "unscored": 1, "zero_signal": 0.5, "truncated": 0.25, "length": 2.0, "entropy": 1.0}
+    assert line == pytest.approx(expected)
+
+
+def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout, list[int]]:
+    """The step's rollout, and the first prompt's number of each round."""
+    sampler, firsts = Sampler.__new__(Sampler), []
+    given = iter(rounds)
+
+    def one(_: int, first: int) -> Rollout:
+        firsts.append(first)
+        return next(given)
+
+    sampler.engine = SimpleNamespace(sync=lambda _: None)
+    sampler.policy = None
+    sampler.cfg = SimpleNamespace(prompts=prompts)
+    sampler.resample = resample
+    sampler.signal = SimpleNamespace(look=lambda found, _: found)
+    sampler._round = one
+    return sampler.sample(0), firsts
+
+
+def test_rounds_are_drawn_until_enough_groups_have_a_signal_and_those_come_first():
+    flat, mixed = rollout([1.0, 1.0], [0.0, 2.0]), rollout([1.0, 3.0], [2.0, 2.0], prompt=11)
+    found, firsts = drawing([flat, mixed, flat], 2, resample=5)
+    assert firsts == [0, 2]
+    assert [g.prompt[0] for g in found.groups] == [2, 11]
+    assert found.reward_PG.tolist() == [[0.0, 2.0], [1.0, 3.0]]
+    assert (found.drawn, found.drawn_means) == (4, {"mine": pytest.approx(1.5)})
+    assert drawing([flat, flat, flat], 2, resample=1)[1] == [0, 2]
+    assert drawing([rollout([0.0, 1.0], [1.0, 0.0])], 2, resample=5)[1] == [0]
+
+
+def test_only_a_recipe_that_says_so_leaves_out_what_was_cut_off():
+    groups, scores = [Group((1,), (said(1, "length"), said(1)))], Scores([[1.0, None]], {})
+    assert learned_rewards(groups, scores, False).tolist() == [[1.0, pytest.approx(torch.nan, nan_ok=True)]]
+    assert learned_rewards(groups, scores, True).isnan().all()
+
+
+def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():
+    none = Completion((5,), (False,))
+    experience = Experience((Group((1,), (said(2), said(1), none)),)).with_actions(
+        old_logp=torch.tensor([-1.0, -1.0, -1.0]), reference=torch.tensor([-2.0, -3.0, -2.0])
+    )
+    beta = Beta(SimpleNamespace(beta=0.5, target=8.0, horizon=10.0))
+    # 1 + 2 and 1 nats: 2 a completion, of those that were learned from; far below the target.
+    assert beta.seen(experience) == {"sequence_kl": pytest.approx(2.0), "beta": 0.5}
+    assert beta.value == pytest.approx(0.5 * (1 - 0.2 * 2 / 10))
+
+
+def test_estimators_by_name():
+    names = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}
+    assert {name: kl_estimate(SimpleNamespace(estimator=name)) for name in KlEstimator} == names
