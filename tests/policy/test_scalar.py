@@ -13,7 +13,7 @@ from tiny_folders import randomise, save
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.groups import Group, completions
+from rlpost.groups import Completion, Group, completions
 from rlpost.policy import adapters
 from rlpost.policy.adapters import CRITIC, POLICY
 from rlpost.policy.attention import FLAT, use_attention
@@ -243,3 +243,12 @@ def test_a_head_of_another_width_is_refused(tmp_path):
     scalar.save(folder)
     with pytest.raises(ModelError, match="its head reads 7 numbers a state but the model gives 32"):
         load(folder, Model())
+
+
+def test_a_head_alone_takes_no_gradient_through_its_trunk():
+    policy = Policy(tiny("gpt2"), EndTokenOnly(), flat=False)
+    model = with_head(policy, trains_trunk=False)
+    said = model(model.batch([Group((1, 2), (Completion((5, 6), (True, True)),))]))
+    said.before_N.sum().backward()
+    assert all(p.grad is None for p in policy.parameters())
+    assert model.head.weight.grad is not None

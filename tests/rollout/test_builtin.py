@@ -226,6 +226,8 @@ def test_a_prompt_beyond_the_model_is_refused_with_the_remedy():
     with pytest.raises(EngineError, match=r"max_new_tokens=120: .* 11 tokens .* 128 positions; set it to at most 117"):
         engine.generate(PROMPTS, 1, Sampling(max_new_tokens=120), STREAMS)
     assert len(engine.generate([PROMPTS[0]], 1, Sampling(max_new_tokens=117), [1])[0][0].ids) == 117
+    with pytest.raises(EngineError, match="set it to at most 117"):
+        engine.generate(PROMPTS, 1, Sampling(max_new_tokens=118), STREAMS)
 
 
 def test_logits_that_are_not_numbers_are_an_error():
