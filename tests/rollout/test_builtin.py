@@ -14,6 +14,7 @@ from rlpost.policy import cache, decoders
 from rlpost.policy.adapters import add_policy_adapter
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Lora, Sampling
+from rlpost.rollout import builtin
 from rlpost.rollout.builtin import BuiltinEngine
 
 PROMPTS = [[5, 9, 3, 8, 30, 31, 2, 7, 7, 12, 1], [4], [11, 12, 13, 60], [3, 1, 2, 7, 5, 6, 44, 9]]
@@ -250,3 +251,23 @@ def test_sync_takes_another_policy():
     after = engine.generate(PROMPTS, 1, LONG, STREAMS)
     assert before != after
     assert gap(other, after) < 1e-5
+
+
+def test_a_guides_weights_are_of_the_distribution_at_the_temperature():
+    """They are added to logits that the temperature then divides; a greedy choice has temperature 1."""
+    seen = []
+    policy = tiny_policy()
+    v = policy.vocabulary
+
+    class Told:
+        def log_weights(self, logits, rows):
+            seen.append([row.last for row in rows])
+            return torch.ones_like(logits)
+
+    live, ended = torch.arange(2), torch.tensor([False, True])
+    for greedy, added in ((False, 0.5), (True, 1.0)):
+        steer = builtin._steering(policy, Told(), [(1,), (2,)], Sampling(temperature=0.5, max_new_tokens=3), greedy)
+        for written in (1, 2):
+            found = steer(torch.zeros(2, v), live, ended, torch.zeros(2, written, dtype=torch.long))
+            assert found.tolist() == [[added] * v, [0.0] * v]
+    assert seen == [[False], [True]] * 2
