@@ -224,7 +224,9 @@ def test_sample_takes_the_best_of_several_by_it(stages):
     assert scores[every.index(best)] == pytest.approx(max(scores), abs=1e-5)
 
 
-def test_infill_ranks_middles(stages):
+def test_infill_ranks_middles(stages, monkeypatch):
+    # Which precision is quicker depends on what else the machine does.
+    monkeypatch.setattr(commands, "decide_bfloat16", lambda *_: False)
     found, sampled = commands.infill(str(stages / "sft"), str(stages / "back"), "12+", "=15", n=3, sampling=FEW, seed=1)
     assert 6 <= sampled <= 24
     scores = [m.score for _, m in found]

@@ -93,6 +93,8 @@ def test_ctrl_c_is_130_whatever_it_comes_out_as(interrupted: BaseException, reci
 
 INTERRUPTED = """
 import os, signal, sys
+# A shell starts what runs in the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == {name!r}:
