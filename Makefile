@@ -1,5 +1,6 @@
 # make demo    a tiny model through SFT, DPO and GRPO, from nothing, in two minutes
 # make test    the tests;  make check    lint and types;  both make .venv first
+# make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +21,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 torture: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or case"
+	$(BIN)/python -m pytest -m "slow or case" --numprocesses 2 --dist load
 
 mutants: $(STAMP)
 	$(BIN)/python scripts/mutants.py
