@@ -19,6 +19,8 @@ from rlpost.recipe.resolve import resolve
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
 
+pytestmark = pytest.mark.case
+
 EVERY = {"steps": 9, "checkpoint_every": 3, "keep_checkpoints": 1}
 STAGES = {
     "sft": {
