@@ -39,7 +39,7 @@ def told_as_model_error(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except RlpostError:
+    except (RlpostError, torch.OutOfMemoryError):  # a full GPU is no fault of the model's files
         raise
     except Exception as error:  # a damaged file shows as an error of any kind, so none can be named
         raise ModelError(f"{what}: {_reason(error)}") from error
