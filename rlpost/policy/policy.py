@@ -292,10 +292,6 @@ class Policy(nn.Module):
         return logits
 
 
-def _longest(groups: Sequence[Group]) -> int:
-    return max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
-
-
 def _inputs(p: Pass) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": p.ids_BT, "use_cache": False}
     if p.layout is not None:
