@@ -7,7 +7,7 @@ Axes: B rows (live completions), R rows of a chunk, T tokens a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from rlpost.objectives.rows import widen
 from rlpost.policy.decoders import Decoder, decoding_attention, make_decoder
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Sampling
-from rlpost.rollout.guide import Guide, Position
+from rlpost.rollout.engine import Guide, Steering
 from rlpost.rollout.sampling import choose, is_greedy
 from rlpost.rollout.stopping import StopStrings, finished
 from rlpost.rollout.streams import uniforms
@@ -99,17 +99,14 @@ class BuiltinEngine:
         policy = self.policy
         which = list(dict.fromkeys(r.prompt for r in rows))
         number = {prompt: at for at, prompt in enumerate(which)}
-        decoder = make_decoder(
-            policy,
-            [prompts[i] for i in which],
-            [number[r.prompt] for r in rows],
-            sampling.max_new_tokens,
-        )
+        own, prompt_of_row = [prompts[i] for i in which], [number[r.prompt] for r in rows]
+        decoder = make_decoder(policy, own, prompt_of_row, sampling.max_new_tokens)
+        limits = [sampling.max_new_tokens] * len(rows)
+        steering = self.guide.begin(own, prompt_of_row, limits) if self.guide is not None else None
         noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
         stops = StopStrings(policy.tokenizer, sampling.stop)
-        steer = _steering(policy, self.guide, [tuple(prompts[r.prompt]) for r in rows], sampling, greedy)
         uniform_RT = torch.from_numpy(noise).to(policy.device)
-        drawn = _decode(decoder, uniform_RT, sampling, greedy, policy.end_ids, stops, steer)
+        drawn = _decode(decoder, uniform_RT, sampling, greedy, policy, stops, steering)
         ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
         if np.isnan(logp_RT).any():
             raise EngineError(
@@ -124,55 +121,32 @@ class BuiltinEngine:
         }
 
 
-Steer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(logits of the live rows, which rows they are, which of them have ended, [R, t] ids so far) -> their logits."""
-
-
-def _steering(
-    policy: Policy, guide: Guide | None, prompts: Sequence[tuple[int, ...]], sampling: Sampling, greedy: bool
-) -> Steer:
-    """Logits of the tokens there are, with the guide's weights, if any, added at the scale of log-probabilities."""
-    cut = policy.known.cut
-    if guide is None:
-        return lambda logits, *_: cut(logits)
-    # Temperature divides the sum afterwards; weights are of the distribution that is sampled, which it has shaped.
-    scale = 1.0 if is_greedy(sampling, greedy) else sampling.temperature
-    limit = sampling.max_new_tokens
-
-    def steer(logits: Tensor, live: Tensor, ended: Tensor, ids_Rt: Tensor) -> Tensor:
-        logits = cut(logits)
-        going = (~ended).nonzero()[:, 0]
-        written = ids_Rt[live[going]].tolist()
-        last = ids_Rt.shape[1] + 1 == limit
-        rows = [Position(prompts[r], tuple(w), last) for r, w in zip(live[going].tolist(), written, strict=True)]
-        steered = widen(logits).clone()
-        steered[going] += scale * guide.log_weights(logits[going], rows).to(steered.dtype)
-        return steered
-
-    return steer
-
-
 def _decode(
     decoder: Decoder,
     noise_RT: Tensor,
     sampling: Sampling,
     greedy: bool,
-    end_ids: Sequence[int],
+    policy: Policy,
     stops: StopStrings,
-    steer: Steer,
+    steering: Steering | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[R, T] token ids, their log-probabilities, and whether the row had ended by then."""
     shape, device = noise_RT.shape, noise_RT.device
     ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
     ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
-    ends = torch.tensor(list(end_ids), dtype=torch.long, device=device)
+    ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
     live = torch.arange(shape[0], device=device)
     ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
+    # Temperature divides the sum afterwards; weights are of the distribution that is sampled, which it has shaped.
+    scale = 1.0 if is_greedy(sampling, greedy) else sampling.temperature
     logits = decoder.start()
     logp_RT = torch.zeros(shape, dtype=widen(logits).dtype, device=device)
     for t in range(shape[1]):
-        logits = steer(logits, live, ended, ids_RT[:, :t])
+        logits = policy.known.cut(logits)
+        if steering is not None:
+            weight = steering.weigh(logits, ~ended)
+            logits = widen(logits) + scale * weight.to(widen(logits).dtype)
         token, logp = choose(logits, noise_RT[live, t], sampling, greedy)
         ids_RT[live, t], logp_RT[live, t] = token, logp.to(logp_RT.dtype)
         ended = ended | (token[:, None] == ends).any(1)
@@ -189,6 +163,10 @@ def _decode(
             if len(going) <= LEAVE_AT * len(live):
                 decoder.keep(going)
                 live, token, ended = live[going], token[going], ended[going]
+                if steering is not None:
+                    steering.keep(going)
+        if steering is not None:
+            steering.append(token)
         logits = decoder.step(token)
     return ids_RT, logp_RT, ended_RT
 

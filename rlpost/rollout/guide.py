@@ -64,21 +64,39 @@ class Guide:
     truncated_counts: bool = False
     """A completion that is cut off may have ended in the goal."""
 
+    def begin(
+        self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limits: Sequence[int]
+    ) -> GuidedRows:
+        """Follow rows that are about to continue their prompts; see `engine.Guide`."""
+        return GuidedRows(self, [tuple(prompts[p]) for p in prompt_of_row], limits)
+
     def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
         """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
 
         Raises:
             EngineError: `away`, and every candidate leads to a forbidden ending.
         """
-        vocabulary = logits_BV.shape[1]
-        k = min(self.candidates or vocabulary, vocabulary)
-        candidate_BK = (
-            logits_BV.topk(k).indices if k < vocabulary else torch.arange(vocabulary).expand(len(logits_BV), -1)
-        )
-        candidate_BK = candidate_BK.cpu()
-        weight_BK = self.ahead(positions, candidate_BK).clone()
+        candidate_BK = self.likeliest(logits_BV)
+        return self.spread(logits_BV, positions, candidate_BK, self.ahead(positions, candidate_BK))
+
+    def likeliest(self, logits_BV: Tensor) -> Tensor:
+        """[B, K] the tokens that are weighed, on the CPU."""
+        rows, vocabulary = logits_BV.shape
+        if not self.candidates or self.candidates >= vocabulary:
+            return torch.arange(vocabulary).expand(rows, -1)
+        return logits_BV.topk(self.candidates).indices.cpu()
+
+    def spread(
+        self, logits_BV: Tensor, positions: Sequence[Position], candidate_BK: Tensor, ahead_BK: Tensor
+    ) -> Tensor:
+        """[B, V] `log_weights`, once it is known what lies ahead of the candidates if the completion goes on.
+
+        Raises:
+            EngineError: as there.
+        """
+        weight_BK = ahead_BK.clone()
         over_BK = torch.isin(candidate_BK, torch.tensor(sorted(self.end_ids)))
-        over_BK |= torch.tensor([position.last for position in positions])[:, None]
+        over_BK |= torch.tensor([position.last for position in positions], dtype=torch.bool)[:, None]
         ending = zip(over_BK.nonzero()[:, 0].tolist(), candidate_BK[over_BK].tolist(), strict=True)
         weight_BK[over_BK] = weight_BK.new_tensor([self._over(positions[b], token) for b, token in ending])
         nowhere_B = (weight_BK == -math.inf).all(1)
@@ -111,3 +129,36 @@ class Guide:
                 f"after {len(position.ids)} tokens every one {which} leads to a forbidden ending; "
                 "weigh more candidates, or forbid less"
             )
+
+
+class GuidedRows:
+    """The rows of one call, as a guide follows them."""
+
+    def __init__(self, guide: Guide, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> None:
+        """Begin with nothing written; prompts and limits are of each row."""
+        self._guide = guide
+        self._prompts = list(prompts)
+        self._limits = list(limits)
+        self._ids: list[tuple[int, ...]] = [()] * len(self._prompts)
+
+    def weigh(self, logits_BV: Tensor, going_B: Tensor) -> Tensor:
+        """[B, V]; see `engine.Steering`."""
+        going = going_B.nonzero()[:, 0]
+        if not len(going):
+            return logits_BV.new_zeros(logits_BV.shape)
+        positions = [
+            Position(self._prompts[b], self._ids[b], len(self._ids[b]) + 1 == self._limits[b]) for b in going.tolist()
+        ]
+        weight = self._guide.log_weights(logits_BV[going], positions)
+        return weight.new_zeros(logits_BV.shape).index_copy(0, going, weight)
+
+    def append(self, ids_B: Tensor) -> None:
+        """The token that each row was given."""
+        self._ids = [(*ids, new) for ids, new in zip(self._ids, ids_B.tolist(), strict=True)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        stay = rows.tolist()
+        self._prompts, self._limits, self._ids = (
+            [x[b] for b in stay] for x in (self._prompts, self._limits, self._ids)
+        )

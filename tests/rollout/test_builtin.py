@@ -14,7 +14,6 @@ from rlpost.policy import cache, decoders
 from rlpost.policy.adapters import add_policy_adapter
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Lora, Sampling
-from rlpost.rollout import builtin
 from rlpost.rollout.builtin import BuiltinEngine
 
 PROMPTS = [[5, 9, 3, 8, 30, 31, 2, 7, 7, 12, 1], [4], [11, 12, 13, 60], [3, 1, 2, 7, 5, 6, 44, 9]]
@@ -253,21 +252,49 @@ def test_sync_takes_another_policy():
     assert gap(other, after) < 1e-5
 
 
-def test_a_guides_weights_are_of_the_distribution_at_the_temperature():
+class Leaning:
+    """A guide that adds 1 to the log-probability of token 3 and leaves out those above 9; it notes what it is told."""
+
+    weight_V = torch.cat([torch.zeros(10), torch.full((54,), -torch.inf)]).index_fill(0, torch.tensor(3), 1.0)
+
+    def begin(self, prompts, prompt_of_row, limits):
+        self.limits = list(limits)
+        self.rows = [list(prompts[p]) for p in prompt_of_row]
+        self.asked = []
+        return self
+
+    def weigh(self, logits_BV, going_B):
+        assert len(logits_BV) == len(going_B) == len(self.rows)
+        self.asked.append([tuple(row) for row, going in zip(self.rows, going_B.tolist(), strict=True) if going])
+        return torch.where(going_B[:, None], self.weight_V, 0.0)
+
+    def append(self, ids_B):
+        self.rows = [[*row, new] for row, new in zip(self.rows, ids_B.tolist(), strict=True)]
+
+    def keep(self, rows):
+        self.rows = [self.rows[b] for b in rows.tolist()]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_guides_weights_are_of_the_distribution_at_the_temperature(greedy):
     """They are added to logits that the temperature then divides; a greedy choice has temperature 1."""
-    seen = []
     policy = tiny_policy()
-    v = policy.vocabulary
+    engine = BuiltinEngine(policy, guide=Leaning())
+    (found,) = engine.generate(PROMPTS[:1], 4, Sampling(temperature=0.5, max_new_tokens=1), STREAMS[:1], greedy)
+    with torch.no_grad():
+        logits = policy.next_logits(policy.batch([Group(tuple(PROMPTS[0]), (Completion((), ()),))]))[0]
+    expected = (logits / (1.0 if greedy else 0.5) + Leaning.weight_V).log_softmax(0)
+    for c in found:
+        assert c.logprobs[0] == pytest.approx(float(expected[c.ids[0]]), abs=1e-5)
 
-    class Told:
-        def log_weights(self, logits, rows):
-            seen.append([row.last for row in rows])
-            return torch.ones_like(logits)
 
-    live, ended = torch.arange(2), torch.tensor([False, True])
-    for greedy, added in ((False, 0.5), (True, 1.0)):
-        steer = builtin._steering(policy, Told(), [(1,), (2,)], Sampling(temperature=0.5, max_new_tokens=3), greedy)
-        for written in (1, 2):
-            found = steer(torch.zeros(2, v), live, ended, torch.zeros(2, written, dtype=torch.long))
-            assert found.tolist() == [[added] * v, [0.0] * v]
-    assert seen == [[False], [True]] * 2
+def test_a_guide_follows_the_rows_that_go_on():
+    policy, guide = tiny_policy(eos=4), Leaning()
+    found = BuiltinEngine(policy, guide=guide).generate(PROMPTS[:2], 6, LONG, STREAMS[:2])
+    assert guide.limits == [20] * 12
+    texts = [(*prompt, *c.ids) for prompt, some in zip(PROMPTS[:2], found, strict=True) for c in some]
+    assert len({len(c.ids) for some in found for c in some}) > 1, "rows should leave at different times"
+    for t, asked in enumerate(guide.asked):
+        states = [text[: len(p) + t] for p in PROMPTS[:2] for text in texts if text[: len(p)] == tuple(p)]
+        going = [s for s in states if 4 not in s[len(s) - t :]]
+        assert sorted(asked) == sorted(going)
