@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError, RewardError
-from rlpost.groups import Completion, Group
 from rlpost.recipe.functions import bind, reward_leaves
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Reward
+from rlpost.rewards.params import Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
+from rlpost.types import Completion, Group
 
 _COLUMN = re.compile(r"(?:KeyError: |column )['\"]([^'\"]+)['\"]")
 _ROW = {"example", "examples", "groups"}

@@ -169,8 +169,8 @@ def sample(
         raise typer.BadParameter("is what the rewards of --recipe read: give that too", param_hint="--example")
     text = from_stdin("PROMPT") if prompt is None else prompt
     from rlpost import commands
+    from rlpost.engine.params import Sampling
     from rlpost.recipe.ranges import out_of_range
-    from rlpost.recipe.schema import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
     for problem in out_of_range(sampling, "--"):
@@ -217,8 +217,8 @@ def infill(
 ) -> None:
     """Fill in what stands between two texts, searching from both ends."""
     from rlpost import commands, console
+    from rlpost.engine.params import Sampling
     from rlpost.recipe.ranges import out_of_range
-    from rlpost.recipe.schema import Sampling
 
     sampling = Sampling(max_new_tokens, temperature)
     for problem in out_of_range(sampling, "--"):
@@ -282,9 +282,10 @@ def verify(
     as_json: _Json = False,
 ) -> None:
     """Prove the objectives on a token tree small enough to sum over; fails if what must be exact is not."""
-    from rlpost.oracle import verify as proofs
+    from rlpost.goals.verify import verify_goals
+    from rlpost.oracle.verify import verify as verify_objectives
 
-    prove = proofs.verify_goals if what is Proof.goals else proofs.verify
+    prove = verify_goals if what is Proof.goals else verify_objectives
     report = prove(vocab, depth, seed)
     print_result(report.to_json() if as_json else report.text())
     if not report.ok:
@@ -307,8 +308,8 @@ def calibrate(
     as_json: _Json = False,
 ) -> None:
     """Compare a value network with the truth, on all likely completions of prompts."""
-    from rlpost.oracle import calibration
-    from rlpost.rollout.value_network import read_settings
+    from rlpost.goals import calibration
+    from rlpost.goals.value_network import read_settings
     from rlpost.run.lookup import find_checkpoint, parent_of
 
     folder = find_checkpoint(network) or Path(network)
@@ -340,7 +341,7 @@ def plot(
 ) -> None:
     """Draw what a run knows of its mazes beside the exact solution; prints the picture's path."""
     from rlpost import console
-    from rlpost.plots import escape, maze
+    from rlpost.goals import escape, maze
 
     found = maze.solved(Path(run), stage)
     for s in found[:mazes]:

@@ -16,30 +16,26 @@ from rlpost.data.direction import before_what, in_reading_order
 from rlpost.data.encoders import begin_token, plain_prompt
 from rlpost.data.formats import Format, Need, encode
 from rlpost.data.part import Limit
+from rlpost.engine.collect import best_of as best_of_each
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError, RecipeError
 from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
-from rlpost.goals import GoalSet
-from rlpost.groups import Group
+from rlpost.goals import infill as middle
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.guide import Guide, Mode
+from rlpost.goals.value_network import load_value, read_settings
+from rlpost.policy.judge import AnyJudge, load_judge, same_tokens
 from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved, resolve
-from rlpost.recipe.schema import (
-    MAKES_JUDGES,
-    Model,
-    Pairs,
-    Sampling,
-    reads_backwards,
-)
+from rlpost.recipe.row_stages import Pairs
+from rlpost.recipe.schema import reads_backwards
 from rlpost.rewards.score import Scorer
-from rlpost.rollout import middle
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import best_of as best_of_each
-from rlpost.rollout.collect import collect
-from rlpost.rollout.guide import Guide, Mode
-from rlpost.rollout.judge import AnyJudge, load_judge, same_tokens
-from rlpost.rollout.value_network import load_value, read_settings
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.run.lookup import find_checkpoint, newest_finished_run
 from rlpost.run.names import CONFIG
@@ -48,6 +44,8 @@ from rlpost.shown import show_rows as show_rows
 from rlpost.stage_evaluation import evaluate_recipe, judges
 from rlpost.stages.context import make_scorer
 from rlpost.stages.pairs import must_have_pairs, preference_rows
+from rlpost.stages.params import MAKES_JUDGES
+from rlpost.types import Group
 
 
 def evaluate(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[list[str], Result, str]:

@@ -16,26 +16,24 @@ from accelerate import Accelerator
 from rlpost import console
 from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
+from rlpost.data.params import TokenizerKind
 from rlpost.data.sources import label, read
 from rlpost.data.templates import clock_at
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import Interrupted, ModelError, RlpostError
+from rlpost.evaluate.params import Evaluation
+from rlpost.goals.guesses import guesses
+from rlpost.goals.guided import guided
+from rlpost.goals.value import value
 from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
+from rlpost.policy.params import Precision
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all, reward_leaves
+from rlpost.recipe.parts import Kind, Stage
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import (
-    MAKES_ROWS,
-    Evaluation,
-    Kind,
-    Precision,
-    Recipe,
-    Stage,
-    TokenizerKind,
-    leaves_policy,
-)
+from rlpost.recipe.schema import Recipe, leaves_policy
 from rlpost.rewards.math import check_references
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents, difference
@@ -49,18 +47,16 @@ from rlpost.stage_rows import check_rows, need_of
 from rlpost.stages.context import Context
 from rlpost.stages.dpo import dpo
 from rlpost.stages.grpo import grpo
-from rlpost.stages.guesses import guesses
-from rlpost.stages.guided import guided
 from rlpost.stages.kto import kto
 from rlpost.stages.online_dpo import online_dpo
 from rlpost.stages.pairs import pairs
+from rlpost.stages.params import MAKES_ROWS
 from rlpost.stages.ppo import ppo
 from rlpost.stages.process_reward_model import process_reward_model
 from rlpost.stages.reward_model import reward_model
 from rlpost.stages.sft import sft
 from rlpost.stages.step_labels import step_labels
 from rlpost.stages.trpo import trpo
-from rlpost.stages.value import value
 from rlpost.unexpected import traceback_kept
 
 STAGES: dict[Kind, Callable[..., Path]] = {

@@ -9,12 +9,12 @@ from typing import Any
 from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
-from rlpost.groups import Group
 from rlpost.pipeline import scratch_tokenizer
 from rlpost.policy.model_files import load_tokenizer, with_chat_template
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.lookup import find_checkpoint
 from rlpost.stage_rows import need_of, open_rows, own_sources, positions_of
+from rlpost.types import Group
 
 
 def show_rows(resolved: Resolved, n: int) -> list[str]:

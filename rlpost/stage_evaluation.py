@@ -16,18 +16,18 @@ from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.formats import Need
 from rlpost.data.messages import question
+from rlpost.data.params import TooLong
 from rlpost.data.part import Limit
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
+from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.table import print_answers, print_stages, telling_prompts
-from rlpost.groups import Group
 from rlpost.policy.identity import identity
+from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Evaluation, TooLong
-from rlpost.rollout.judge import AnyJudge, load_judge
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
 from rlpost.run.lookup import find_checkpoint
@@ -36,6 +36,7 @@ from rlpost.run.names import EVALUATION
 from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_scorer
+from rlpost.types import Group
 
 _PROVEN = ("json", "jsonl")
 

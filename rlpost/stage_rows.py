@@ -11,13 +11,15 @@ from transformers import AutoConfig
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Limit
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
 from rlpost.policy.model_files import load_tokenizer, told_as_model_error
 from rlpost.recipe.functions import bind
+from rlpost.recipe.parts import Kind, Stage
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Kind, Sft, Source, Stage, TooLong
+from rlpost.recipe.schema import Sft
 from rlpost.stages.sft import need_of as sft_need
 
 

@@ -58,7 +58,7 @@ def explained(error: Exception, log: Path | None = None) -> RlpostError:
 
 
 def place_of(error: BaseException) -> str:
-    """`rlpost/loop.py:88`, the last line of this package that the error went through; else of any file."""
+    """`rlpost/train/loop.py:88`, the last line of this package that the error went through; else of any file."""
     frames = [(Path(f.f_code.co_filename), line) for f, line in traceback.walk_tb(error.__traceback__)]
     own = [(file, line) for file, line in frames if file.is_relative_to(_PACKAGE)]
     if not own and not frames:

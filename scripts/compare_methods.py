@@ -33,13 +33,14 @@ from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import Format, encode
 from rlpost.data.tasks.addition import held_out
-from rlpost.groups import completions
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.score import logprobs
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Model, Sampling
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
+from rlpost.types import completions
 
 METHODS = (
     *("reinforce", "reinforce_mean", "reinforce_pp", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "gmpo"),

@@ -18,10 +18,10 @@ import torch
 from families import FAMILIES, EndTokenOnly, tiny
 from torch import Tensor
 
-from rlpost.groups import Completion, Group, completions
 from rlpost.policy.attention import use_attention
 from rlpost.policy.check import Exactness, check_exactness
 from rlpost.policy.policy import Policy
+from rlpost.types import Completion, Group, completions
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import time
 from statistics import median
 
 from rlpost import console
-from rlpost.goals import GoalSet
+from rlpost.goals.goal_set import GoalSet
 
 TOKENS = 50_000
 LENGTH = 6

@@ -23,17 +23,19 @@ from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Limit, open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.params import Fold, FoldPart, Source, TooLong
 from rlpost.evaluate.evaluator import percent
 from rlpost.evaluate.statistics import clustered_mean, clustered_share
-from rlpost.experience import Experience
-from rlpost.groups import Group
 from rlpost.objectives.preference import pairs_of
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Fold, FoldPart, Function, Model, Source, TooLong
+from rlpost.train.experience import Experience
+from rlpost.types import Group
+from rlpost.usercode.params import Function
 
 MODEL = Model()
 

@@ -28,10 +28,10 @@ from stage_updates import CASES, Case, Measured
 from torch import multiprocessing
 from worlds import World
 
-from rlpost.experience import Experience
-from rlpost.groups import completions
-from rlpost.learner import Learner
 from rlpost.objectives.weights import token_mean
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import completions
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ from reverse_worlds import SHAPES, Arithmetic, Maze, Node, Problem, Visits, Worl
 
 from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.evaluate.statistics import Estimate, clustered_mean, wilson
-from rlpost.groups import Group
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Model, Sampling
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
+from rlpost.types import Group
 
 WAYS = ("forward", "reverse", "both")
 COLORS = {"forward": "C0", "reverse": "C1", "both": "C2"}

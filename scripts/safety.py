@@ -25,20 +25,21 @@ from torch import Tensor
 
 from rlpost import pipeline
 from rlpost.data.tasks import addition
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.evaluate.statistics import upper_bound
-from rlpost.goals import GoalSet
+from rlpost.goals.claims_safety import divergence
+from rlpost.goals.exact import reached
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.guide import Guide, Mode
+from rlpost.goals.trained import Tokens, guided_away, network_table, policy_table
+from rlpost.goals.value_network import ValueNetwork, load_value
 from rlpost.oracle import truth
-from rlpost.oracle.goals import reached
-from rlpost.oracle.rows_safety import divergence
-from rlpost.oracle.trained import Tokens, guided_away, network_table, policy_table
 from rlpost.oracle.tree import END, Tree
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Model, Sampling
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.guide import Guide, Mode
-from rlpost.rollout.value_network import ValueNetwork, load_value
 
 LENGTH = 4
 """Tokens of a completion, its end token included."""

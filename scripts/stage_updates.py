@@ -13,31 +13,20 @@ import torch
 from torch import Tensor
 from worlds import GROUP_SIZE, REFERENCE, SAMPLER, SAMPLING, World, pairs, ranked, rollout_of, singles
 
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
+from rlpost.goals import value
+from rlpost.goals.params import ValueTarget
 from rlpost.objectives.trust_region import finite_difference
-from rlpost.recipe.schema import (
-    AtLimit,
-    Correction,
-    CorrectionMode,
-    Critic,
-    Function,
-    Grpo,
-    Kl,
-    KlEstimator,
-    KlPlacement,
-    Ppo,
-    Sft,
-    Trpo,
-    Value,
-    ValueTarget,
-)
-from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo, value
+from rlpost.recipe.schema import Grpo, Ppo, Sft, Trpo, Value
+from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.online_dpo import best_and_worst
 from rlpost.stages.pairwise import PairObjective
+from rlpost.stages.params import AtLimit, Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement
 from rlpost.stages.rollouts import Beta
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
+from rlpost.usercode.params import Function
 
 
 class Update(NamedTuple):

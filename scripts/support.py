@@ -23,15 +23,16 @@ from families import EndTokenOnly as EndToken
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
-from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.attention import PLAIN, use_attention
 from rlpost.policy.check import check_exactness
 from rlpost.policy.load import proven_merge, remove_dropout
+from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Lora, Sampling
-from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.types import Group
 
 VOCABULARY = 64
 LAYERS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"), 2)

@@ -20,14 +20,14 @@ from rlpost import pipeline
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.encoders import plain_prompt
 from rlpost.data.tasks import addition
-from rlpost.goals import GoalSet
-from rlpost.oracle.calibration import Calibration, calibrate
-from rlpost.oracle.unfold import Unfolded, unfold
+from rlpost.goals.calibration import Calibration, calibrate
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.unfold import Unfolded, unfold
+from rlpost.goals.value_network import load_value
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Model
-from rlpost.rollout.value_network import load_value
 
 ENDINGS = [f"{tens}{hundreds}" for hundreds in "01" for tens in "0123456789"]
 HELD_OUT = ENDINGS[3::7]

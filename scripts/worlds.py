@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from families import VOCABULARY, EndTokenOnly, tiny
 
-from rlpost.groups import Completion, Group, completions
+from rlpost.engine.params import Sampling
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.policy.scalar import ScalarModel
 from rlpost.policy.score import logprobs
-from rlpost.recipe.functions import Bound, bind
-from rlpost.recipe.schema import Function, Sampling
+from rlpost.recipe.functions import bind
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.rollouts import Rollout
+from rlpost.types import Completion, Group, completions
+from rlpost.usercode.bound import Bound
+from rlpost.usercode.params import Function
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.8)
 GROUP_SIZE = 4

@@ -10,8 +10,8 @@ import pytest
 from tiny_recipes import GRPO, PAIRS, SFT, greedy, jsonl, policy, prepared, run, sha256, write
 
 from rlpost import commands
+from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError, RecipeError
-from rlpost.recipe.schema import Sampling
 
 STAGES = {"sft": {**SFT, "steps": 12}, "grpo": GRPO, "pairs": PAIRS}
 EVALUATION = {

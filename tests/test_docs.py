@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -20,9 +21,9 @@ import yaml
 from rlpost import errors, objectives, rewards
 from rlpost.data.formats import Format, Need, recognise
 from rlpost.oracle.verify import verify
-from rlpost.recipe import schema
 from rlpost.recipe.files import packaged
 from rlpost.recipe.keys import MISSING, fields_of, shape
+from rlpost.recipe.parts import Kind
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.typed import plain
 from rlpost.rewards.tree import NODES
@@ -31,7 +32,17 @@ from rlpost.run import names
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [p for p in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if p.is_file()]
-CLASSES = [c for c in vars(schema).values() if isinstance(c, type) and is_dataclass(c)]
+SECTIONS = (
+    *("usercode.params", "rewards.params", "data.params", "policy.params", "engine.params", "stages.params"),
+    *("goals.params", "evaluate.params", "recipe.parts", "recipe.row_stages", "recipe.schema"),
+)
+"""Modules whose dataclasses are sections of a recipe."""
+CLASSES = [
+    c
+    for name in SECTIONS
+    for c in vars(importlib.import_module(f"rlpost.{name}")).values()
+    if isinstance(c, type) and is_dataclass(c) and c.__module__ == f"rlpost.{name}"
+]
 NUMBER = re.compile(r"-?\d[\d.]*(?:e-?\d+)?")
 RECIPE = re.compile(r"rlpost\s+(?:train|show)\s+([\w./-]+)|--recipe[ =]([\w./-]+)")
 
@@ -228,7 +239,7 @@ def test_examples_of_judged_rows_are_read_as_what_they_are():
 
 def test_every_kind_of_stage_is_described():
     page = (DOCS / "how-it-works.md").read_text("utf-8")
-    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == {kind.value for kind in schema.Kind}
+    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == {kind.value for kind in Kind}
 
 
 def test_every_exit_code_is_documented():

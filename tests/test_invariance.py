@@ -24,11 +24,11 @@ from invariance import (
 from stage_updates import CASES, Update, gradient, paired, with_reference
 from worlds import World, pairs
 
-from rlpost.learner import Learner
 from rlpost.objectives.preference import aot, bco
-from rlpost.recipe.functions import Bound
 from rlpost.recipe.schema import STAGES
 from rlpost.stages.pairwise import PairObjective
+from rlpost.train.learner import Learner
+from rlpost.usercode.bound import Bound
 
 EXACT = 1e-12
 

@@ -9,10 +9,10 @@ import pytest
 from tiny_recipes import GRPO, LORA, PAIRS, PREFERENCES, SFT, prepared, run, write
 
 from rlpost import commands
+from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
 from rlpost.pipeline import train
-from rlpost.recipe.schema import Sampling
-from rlpost.rollout.judge import Judge
+from rlpost.policy.judge import Judge
 from rlpost.run.lookup import find_checkpoint
 
 REWARD = {

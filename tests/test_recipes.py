@@ -18,14 +18,15 @@ from tiny_recipes import jsonl
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tasks import maze
 from rlpost.data.tokenizers import make_tokenizer
+from rlpost.goals.escape import escapes
+from rlpost.goals.maze import draw, in_text, report, solved
 from rlpost.pipeline import train
-from rlpost.plots.escape import escapes
-from rlpost.plots.maze import draw, in_text, report, solved
 from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS, Tokenizer, TokenizerKind
+from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS
 
 CHATML = (
     "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"

@@ -14,10 +14,10 @@ from processes import Trap, finish, start, wait_until
 from tiny_recipes import DPO, GRPO, PAIRS, PREFERENCES, SFT, jsonl, run, sha256, write
 
 from rlpost import cli
-from rlpost.learner import Learner
 from rlpost.recipe.resolve import resolve
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
+from rlpost.train.learner import Learner
 
 pytestmark = pytest.mark.case
 
@@ -47,8 +47,8 @@ KILLS = [
     Trap("rlpost.stages.pairs:collect", 1),  # pairs, before anything is there
     Trap("rlpost.run.stage:write_atomic", 1),  # pairs, between its result and DONE
     Trap("rlpost.run.stage:StageDirectory.timing", 4),  # dpo, step 4 logged by half
-    Trap("rlpost.learner:Learner.update", 4),  # dpo, in step 7, after the checkpoint of step 6
-    Trap("rlpost.learner:Learner.update", 3 + 12),  # dpo's last 3, then grpo, between the two updates of step 6
+    Trap("rlpost.train.learner:Learner.update", 4),  # dpo, in step 7, after the checkpoint of step 6
+    Trap("rlpost.train.learner:Learner.update", 3 + 12),  # dpo's last 3, then grpo, between the two updates of step 6
     Trap("rlpost.run.stage:remove_folder", 1),  # grpo, between a new checkpoint and the removal of the old
     Trap("rlpost.stages.context:save_policy", 1),  # grpo, while its result is written from the state of step 9
 ]

@@ -11,15 +11,16 @@ import torch
 from tiny_recipes import GRPO, LORA, MODEL, SFT, lora_policy, metrics, policy, prepared, run
 
 from rlpost import cli, commands
+from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError, RecipeError
-from rlpost.groups import Completion, Group
 from rlpost.pipeline import train
+from rlpost.policy.judge import Judge, ReverseJudge, load_judge
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Model, Sampling
 from rlpost.rewards import reverse_likelihood
-from rlpost.rollout.judge import Judge, ReverseJudge, load_judge
 from rlpost.run.lookup import find_checkpoint
+from rlpost.types import Completion, Group
 
 BACK = {
     **SFT,

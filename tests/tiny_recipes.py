@@ -12,13 +12,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlpost.groups import Completion, Group
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
 from rlpost.pipeline import train
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved, resolve
-from rlpost.recipe.schema import Lora, Model, Sampling
-from rlpost.rollout.builtin import BuiltinEngine
+from rlpost.types import Completion, Group
 
 MODEL: dict[str, Any] = {
     "config": {

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.suggest import hint
+from rlpost.suggest import hint
 
 
 def apply_columns(

@@ -12,11 +12,11 @@ from typing import Any
 from rlpost.data.codec import Codec
 from rlpost.data.formats import Need, recognise, row_texts
 from rlpost.data.order import Draw, Order
+from rlpost.data.params import Source
 from rlpost.data.part import Found, Limit, Part, open_part, present_rows
 from rlpost.data.sources import Bind, label, read
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Group
-from rlpost.recipe.schema import Source
+from rlpost.types import Group
 
 
 class Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 from rlpost.data.codec import Codec
 from rlpost.data.visible import visible
 from rlpost.errors import DataError
-from rlpost.groups import Completion, Group
+from rlpost.types import Completion, Group
 
 
 def backwards(group: Group, codec: Codec) -> Group:

@@ -16,7 +16,7 @@ from rlpost.data.columns import missing
 from rlpost.data.messages import Message, tools_of, validate
 from rlpost.data.unrendered import Unrendered, holds, squeezed
 from rlpost.errors import DataError, ModelError
-from rlpost.groups import Completion, Group
+from rlpost.types import Completion, Group
 
 Row = Mapping[str, Any]
 

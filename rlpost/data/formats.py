@@ -27,7 +27,7 @@ from rlpost.data.judged import (
 from rlpost.data.messages import is_trained, opening, validate
 from rlpost.data.unrendered import Unrendered
 from rlpost.errors import DataError
-from rlpost.groups import Group
+from rlpost.types import Group
 
 Row = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
-from rlpost.recipe.suggest import hint
+from rlpost.suggest import hint
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 

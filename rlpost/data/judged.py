@@ -20,7 +20,7 @@ from rlpost.data.encoders import (
     prompt_ids,
 )
 from rlpost.errors import DataError
-from rlpost.groups import Completion, Group
+from rlpost.types import Completion, Group
 
 REWARDS = "recorded_rewards"
 """The column of a recorded group's example that holds its completions' rewards."""

@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlpost.data import params
 from rlpost.data.codec import Codec
 from rlpost.data.direction import backwards
 from rlpost.data.formats import Format, Need, encode, is_plain, recognise, untrained_turns
+from rlpost.data.params import Direction, Source, TooLong
 from rlpost.data.sources import Row, Rows, label
 from rlpost.data.unrendered import Unrendered
 from rlpost.data.users import each
 from rlpost.data.visible import visible
 from rlpost.errors import DataError
-from rlpost.groups import Completion, Group
-from rlpost.recipe import schema
-from rlpost.recipe.schema import Direction, Source, TooLong
+from rlpost.types import Completion, Group
 from rlpost.usercode.wire import Seeded
 
 Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
@@ -47,7 +47,7 @@ class Part:
     """[rows] where each comes from, for messages."""
     present: Present | None = None
     direction: Direction = Direction.forward
-    unrendered: schema.Unrendered = schema.Unrendered.refuse
+    unrendered: params.Unrendered = params.Unrendered.refuse
 
 
 @dataclass
@@ -155,12 +155,12 @@ def _encoded(part: Part, row: Row, place: str, codec: Codec, limit: Limit, becam
     try:
         group = encode(row, part.format, codec, place)
     except Unrendered as error:
-        if part.unrendered is schema.Unrendered.refuse:
+        if part.unrendered is params.Unrendered.refuse:
             raise
-        kind = "unrendered" if part.unrendered is schema.Unrendered.drop else "ignored"
+        kind = "unrendered" if part.unrendered is params.Unrendered.drop else "ignored"
         became.counts[kind] += 1
         became.first.setdefault(kind, f"{place}: {error.left_out}")
-        if part.unrendered is schema.Unrendered.drop:
+        if part.unrendered is params.Unrendered.drop:
             return None
         group = encode(row, part.format, replace(codec, strict=False), place)
     if part.format is Format.messages:

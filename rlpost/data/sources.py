@@ -17,9 +17,10 @@ from typing import Any, Protocol
 from rlpost.data.columns import apply_columns, missing
 from rlpost.data.files import read_jsonl, read_parquet
 from rlpost.data.hub import read_hub
+from rlpost.data.params import Fold, FoldPart, Source
 from rlpost.data.users import each
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.schema import Fold, FoldPart, Function, Source
+from rlpost.usercode.params import Function
 
 Row = dict[str, Any]
 

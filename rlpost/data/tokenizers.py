@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rlpost.data.params import Tokenizer as Spec
+from rlpost.data.params import TokenizerKind
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.schema import Tokenizer as Spec
-from rlpost.recipe.schema import TokenizerKind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

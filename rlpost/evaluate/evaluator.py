@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlpost import console
+from rlpost.engine.local import BuiltinEngine
+from rlpost.environments.loop import Collect, collector
+from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
-from rlpost.groups import Group
+from rlpost.policy.judge import AnyJudge
 from rlpost.policy.policy import Policy
-from rlpost.recipe.functions import Bound
-from rlpost.recipe.schema import Evaluation
 from rlpost.rewards.score import Nested, Scorer, Scores
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.environment import Collect, collector
-from rlpost.rollout.judge import AnyJudge
+from rlpost.types import Group
+from rlpost.usercode.bound import Bound
 
 ALL = "all"
 

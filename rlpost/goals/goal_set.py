@@ -13,7 +13,7 @@ from typing import Protocol
 
 from rlpost.errors import DataError
 from rlpost.goals.trie import Trie
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 
 class Goal(Protocol):

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlpost.groups import Completion, Group
 from rlpost.oracle.tree import END, Tree
+from rlpost.types import Completion, Group
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 8, "n_layer": 2, "n_head": 2},

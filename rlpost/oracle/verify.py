@@ -9,16 +9,12 @@ from rlpost.oracle.problem import SIZES, Problem, table_problem
 from rlpost.oracle.report import Report, Row, Section, exact, fact, holds
 from rlpost.oracle.rows_credit import credit_section
 from rlpost.oracle.rows_definitions import definition_section
-from rlpost.oracle.rows_direction import direction_section
-from rlpost.oracle.rows_engine import engine_section
-from rlpost.oracle.rows_goals import goal_section
 from rlpost.oracle.rows_groups import group_section
 from rlpost.oracle.rows_kl import kl_section
 from rlpost.oracle.rows_models import model_section
 from rlpost.oracle.rows_offpolicy import offpolicy_section
 from rlpost.oracle.rows_pairs import pair_section
 from rlpost.oracle.rows_preference import preference_section
-from rlpost.oracle.rows_safety import safety_section
 from rlpost.oracle.rows_shaping import shaping_section
 from rlpost.oracle.rows_supervised import supervised_section
 from rlpost.oracle.rows_surrogates import surrogate_section
@@ -57,26 +53,6 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         *([model_section(problem, seed)] if models else []),
     ]
     return Report(vocabulary, depth, seed, tuple(sections))
-
-
-def verify_goals(vocabulary: int = 3, depth: int = 3, seed: int = 0) -> Report:
-    """Prove what is said of goals: values, guided decoding, Monte Carlo, reverse models; arguments as of `verify`.
-
-    Raises:
-        RecipeError: the tree is too small to prove anything, or too large to enumerate.
-    """
-    problem = table_problem(Tree(vocabulary, depth), seed)
-    return Report(
-        vocabulary,
-        depth,
-        seed,
-        (
-            goal_section(problem, seed),
-            engine_section(problem.tree, seed),
-            direction_section(problem, seed),
-            safety_section(problem, seed),
-        ),
-    )
 
 
 def _tree_section(problem: Problem) -> Section:

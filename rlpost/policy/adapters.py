@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlpost.errors import ModelError
 from rlpost.policy.adapter_files import SavedAdapter, first_line, read_adapter
-from rlpost.recipe.schema import Lora
+from rlpost.policy.params import Lora
 
 POLICY = "policy"
 REFERENCE = "reference"

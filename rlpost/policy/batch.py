@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlpost.groups import Completion, Group, completions
 from rlpost.objectives.rows import Rows
 from rlpost.policy.layout import FlatLayout, Segment, flat_layout
+from rlpost.types import Completion, Group, completions
 
 
 @dataclass(frozen=True)

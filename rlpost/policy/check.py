@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.groups import Completion, Group
 from rlpost.policy import causality
 from rlpost.policy.attention import FLAT, PLAIN, use_attention
 from rlpost.policy.decoders import decoding_attention, make_decoder
+from rlpost.policy.params import Attention
 from rlpost.policy.policy import Decoding, Policy
-from rlpost.recipe.schema import Attention
+from rlpost.types import Completion, Group
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """What families call the reach of their local layers, in the configuration and in the layers."""

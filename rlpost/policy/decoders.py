@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from rlpost.groups import Completion, Group
 from rlpost.policy.attention import plain_attention
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
+from rlpost.types import Completion, Group
 
 RECOMPUTED_TOKENS = 16384
 """Tokens of one pass of a decoder without a cache."""

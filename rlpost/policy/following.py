@@ -16,15 +16,15 @@ from peft import LoraConfig
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.groups import Group
 from rlpost.objectives.preference_modifiers import mix, mix_lora, recompressed
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import read_adapter, same_model
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Model
+from rlpost.types import Group
 
 ROOM = 4
 """Times the policy's rank that the reference's adapter may have."""

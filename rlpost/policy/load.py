@@ -11,6 +11,7 @@ from torch import nn
 
 from rlpost import console
 from rlpost.data.codec import make_codec
+from rlpost.data.params import Direction
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, read_json_object
@@ -23,10 +24,10 @@ from rlpost.policy.model_files import (
     must_fit,
     told_as_model_error,
 )
+from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.saved import name_ends
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Attention, Direction, Lora, Model, Precision
 from rlpost.run.names import ABOUT
 
 MERGED_GAP = 1e-2

@@ -12,12 +12,15 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from rlpost import console
 from rlpost.errors import ModelError, RlpostError
 from rlpost.policy.adapter_files import ADAPTER_FILE, first_line, read_json_object
-from rlpost.recipe.schema import Model
+from rlpost.policy.params import Model
+
+# Its bars for loading and saving would break up ours, and tell nothing that console.py does not.
+logging.disable_progress_bar()
 
 INDEX = "model.safetensors.index.json"
 CONVERT = "convert it to safetensors where you trust it, with transformers' save_pretrained"

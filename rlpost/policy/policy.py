@@ -18,7 +18,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlpost.groups import Group
 from rlpost.objectives.rows import widen
 from rlpost.policy import adapters
 from rlpost.policy.batch import (
@@ -34,6 +33,7 @@ from rlpost.policy.batch import (
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import Head, Reader, over_logits, target_logprob, with_more
 from rlpost.policy.vocabulary import Vocabulary
+from rlpost.types import Group
 
 
 class Decoding(StrEnum):

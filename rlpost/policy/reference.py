@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, same_model
 from rlpost.policy.check import probe_groups
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Model
+from rlpost.types import Group
 
 
 class Reference:

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlpost.errors import ModelError
-from rlpost.groups import Group
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import first_line
 from rlpost.policy.batch import Batch
 from rlpost.policy.load import HEAD_FILE, load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import passes
-from rlpost.recipe.schema import Model
+from rlpost.types import Group
 
 
 class Values(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlpost.groups import Group, completions
 from rlpost.policy.policy import Policy
+from rlpost.types import Group, completions
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.suggest import closest, hint_or_list
+from rlpost.suggest import closest, hint_or_list
 
 MAX_BYTES = 256_000
 MAX_FILES = 50

@@ -7,7 +7,6 @@ functions of data are told what they take by their parameters' names instead.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -19,14 +18,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlpost.console import Spell
+from rlpost.data.params import Source
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
-from rlpost.recipe.schema import Function, OnFailure, Recipe, Reward, Source
-from rlpost.recipe.suggest import hint_or_list
+from rlpost.recipe.schema import Recipe
 from rlpost.recipe.users import UsersFile
+from rlpost.rewards.params import Reward
+from rlpost.suggest import hint_or_list
+from rlpost.usercode.bound import Bound
 from rlpost.usercode.load import public_functions
+from rlpost.usercode.params import Function, OnFailure
 
 _TASKS = "rlpost.data.tasks"
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
@@ -84,34 +86,6 @@ FIELDS = {
     "map": Field(_TASKS, ("row",), by_name=True),
     "present": Field(_TASKS, ("row", "random"), by_name=True),
 }
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A function with its recipe's arguments applied."""
-
-    call: Callable[..., Any]
-    name: str
-    """The function's name, without module or file."""
-    where: str = ""
-    """Its key path in the recipe: `stages.grpo.rewards[0]`."""
-    file: Path | None = None
-    """The user's file it comes from; None for functions of rlpost."""
-    sha256: str | None = None
-    """Of that file as it was loaded."""
-    unscored: bool = False
-    """What it fails on is unscored; else a failure stops the run."""
-    failing: Spell = dataclasses.field(default_factory=Spell, compare=False)
-    """Whether it failed when it was called last."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with what the program supplies."""
-        return self.call(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """What is left to supply, for `inspect.signature`: rewards are told apart by parameters' names."""
-        return inspect.signature(self.call)
 
 
 def bind_all(recipe: Recipe, base: Path) -> list[Bound]:

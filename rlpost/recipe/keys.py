@@ -14,8 +14,9 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.schema import STAGES, Kind, Recipe, Stage
-from rlpost.recipe.suggest import closest, hint
+from rlpost.recipe.parts import Kind, Stage
+from rlpost.recipe.schema import STAGES, Recipe
+from rlpost.suggest import closest, hint
 
 MISSING = "???"
 TRUE = ("true", "yes", "on", "y", "1")

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from rlpost.errors import RecipeError
 from rlpost.recipe.keys import Keys, fields_of, is_reference, join, shape
 from rlpost.recipe.schema import Recipe
-from rlpost.recipe.suggest import hint_or_list
+from rlpost.suggest import hint_or_list
 
 MAX_CHARACTERS = 20_000
 

@@ -7,38 +7,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlpost.data.params import Fold, Source, Tokenizer
+from rlpost.engine.params import Sampling
+from rlpost.evaluate.params import Evaluation
+from rlpost.policy.params import Lora
 from rlpost.recipe.keys import join
+from rlpost.recipe.parts import Training
+from rlpost.recipe.row_stages import Guided, Pairs, StepLabels
 from rlpost.recipe.schema import (
-    Correction,
-    Critic,
     Dpo,
-    Evaluation,
-    Fold,
     Grouped,
     Grpo,
-    Guided,
-    Kl,
     Kto,
-    Lora,
     OnlineDpo,
-    Pairs,
     Ppo,
     ProcessRewardModel,
     Recipe,
-    Refresh,
-    Reward,
     RewardModel,
     Rollouts,
-    Sampling,
     Sft,
-    Source,
-    StepLabels,
-    TimedFunction,
-    Tokenizer,
-    Training,
     Trpo,
     Value,
 )
+from rlpost.rewards.params import Reward
+from rlpost.stages.params import Correction, Critic, Kl, Refresh
+from rlpost.usercode.params import TimedFunction
 
 
 @dataclass(frozen=True)

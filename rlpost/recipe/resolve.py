@@ -21,29 +21,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from rlpost.data.params import Source
 from rlpost.errors import RecipeError
+from rlpost.evaluate.params import Evaluation
+from rlpost.goals.params import Goals
+from rlpost.policy.params import Model
 from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, expanded, find
 from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
 from rlpost.recipe.references import references, refuse_excess, refuse_resolvers
-from rlpost.recipe.schema import (
-    Critic,
-    Evaluation,
-    Function,
-    Goals,
-    Guesses,
-    Guided,
-    Model,
-    Recipe,
-    Reward,
-    Sft,
-    Source,
-)
-from rlpost.recipe.suggest import hint
+from rlpost.recipe.row_stages import Guesses, Guided
+from rlpost.recipe.schema import Recipe, Sft
 from rlpost.recipe.typed import build, filled, plain
 from rlpost.recipe.validate import validate
 from rlpost.recipe.walk import walk
+from rlpost.rewards.params import Reward
+from rlpost.stages.params import Critic
+from rlpost.suggest import hint
+from rlpost.usercode.params import Function
 
 _LOCK = threading.RLock()  # Hydra's state and its config store are global to the process
 

@@ -1,28 +1,19 @@
-"""Stages whose result is rows, and goals, which some of them lead to: what they take from a recipe."""
+"""Stages whose result is rows: what they take from a recipe."""
 
 from dataclasses import dataclass, field
 from typing import Optional
 
 from omegaconf import MISSING
 
-from rlpost.recipe.called import Reward
-from rlpost.recipe.parts import Kind, PairChoice, Sampling, Source, Stage
+from rlpost.data.params import Source
+from rlpost.engine.params import Sampling
+from rlpost.goals.params import Goals
+from rlpost.recipe.parts import Kind, Stage
+from rlpost.rewards.params import Reward
+from rlpost.stages.params import PairChoice
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
-
-
-@dataclass
-class Goals:
-    """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
-
-    texts: list[str] = field(default_factory=list)
-    path: Optional[str] = None
-    """A text file with one ending a line."""
-    column: Optional[str] = None
-    """Each prompt's own: a column of its row with a text."""
-    truncated_counts: bool = False
-    """A completion cut off at the length limit may end in a goal too."""
 
 
 @dataclass

@@ -8,104 +8,19 @@ from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from rlpost.recipe.called import EnvironmentFunction, Function, OnFailure, Reward, TimedFunction
-from rlpost.recipe.parts import (
-    AtLimit,
-    Attention,
-    Correction,
-    CorrectionMode,
-    Critic,
-    Direction,
-    Evaluation,
-    Fold,
-    FoldPart,
-    Kind,
-    Kl,
-    KlEstimator,
-    KlPlacement,
-    Lora,
-    Model,
-    PairChoice,
-    Per,
-    Precision,
-    Refresh,
-    Sampling,
-    Schedule,
-    Source,
-    Stage,
-    Tokenizer,
-    TokenizerKind,
-    TooLong,
-    Training,
-    Trunk,
-    Unrendered,
-    ValueTarget,
-    Weight,
-)
-from rlpost.recipe.row_stages import Goals, Guesses, Guided, Pairs, StepLabels
+from rlpost.data.params import Direction
+from rlpost.engine.params import Sampling
+from rlpost.evaluate.params import Evaluation
+from rlpost.goals.params import Goals, ValueTarget
+from rlpost.policy.params import Model
+from rlpost.recipe.parts import Kind, Stage, Training
+from rlpost.recipe.row_stages import Guesses, Guided, Pairs, StepLabels
+from rlpost.rewards.params import Reward
+from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS, AtLimit, Correction, Critic, Kl, Refresh, Weight
+from rlpost.usercode.params import EnvironmentFunction, Function
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
-
-__all__ = [
-    "MAKES_JUDGES",
-    "MAKES_ROWS",
-    "STAGES",
-    "AtLimit",
-    "Attention",
-    "Correction",
-    "CorrectionMode",
-    "Critic",
-    "Direction",
-    "Dpo",
-    "EnvironmentFunction",
-    "Evaluation",
-    "Fold",
-    "FoldPart",
-    "Function",
-    "Goals",
-    "Grouped",
-    "Grpo",
-    "Guesses",
-    "Guided",
-    "Kind",
-    "Kl",
-    "KlEstimator",
-    "KlPlacement",
-    "Kto",
-    "Lora",
-    "Model",
-    "OnFailure",
-    "OnlineDpo",
-    "PairChoice",
-    "Pairs",
-    "Per",
-    "Ppo",
-    "Precision",
-    "ProcessRewardModel",
-    "Recipe",
-    "Refresh",
-    "Reward",
-    "RewardModel",
-    "Rollouts",
-    "Sampling",
-    "Schedule",
-    "Sft",
-    "Source",
-    "Stage",
-    "StepLabels",
-    "TimedFunction",
-    "Tokenizer",
-    "TokenizerKind",
-    "TooLong",
-    "Training",
-    "Trpo",
-    "Trunk",
-    "Unrendered",
-    "Value",
-    "ValueTarget",
-    "Weight",
-]
 
 
 @dataclass
@@ -336,10 +251,6 @@ STAGES: dict[Kind, type[Stage]] = {
     Kind.guesses: Guesses,
     Kind.step_labels: StepLabels,
 }
-MAKES_ROWS = (Kind.pairs, Kind.guided, Kind.guesses, Kind.step_labels)
-"""Stages whose result is rows; the model passes unchanged."""
-MAKES_JUDGES = (Kind.reward_model, Kind.process_reward_model, Kind.value)
-"""Stages whose result scores completions; the model passes unchanged."""
 
 
 def reads_backwards(stage: Any) -> bool:

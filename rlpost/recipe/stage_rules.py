@@ -6,37 +6,16 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rlpost.data.params import Direction, Source
+from rlpost.engine.params import Sampling
+from rlpost.goals.params import Goals, ValueTarget
 from rlpost.recipe.functions import reward_leaves
-from rlpost.recipe.schema import (
-    MAKES_JUDGES,
-    MAKES_ROWS,
-    CorrectionMode,
-    Direction,
-    Dpo,
-    Goals,
-    Grouped,
-    Guesses,
-    Guided,
-    Kind,
-    KlEstimator,
-    KlPlacement,
-    OnlineDpo,
-    Ppo,
-    Recipe,
-    Reward,
-    Rollouts,
-    Sampling,
-    Sft,
-    Source,
-    Stage,
-    Training,
-    Trpo,
-    Value,
-    ValueTarget,
-    Weight,
-    reads_backwards,
-)
-from rlpost.recipe.suggest import hint_or_list
+from rlpost.recipe.parts import Kind, Stage, Training
+from rlpost.recipe.row_stages import Guesses, Guided
+from rlpost.recipe.schema import Dpo, Grouped, OnlineDpo, Ppo, Recipe, Rollouts, Sft, Trpo, Value, reads_backwards
+from rlpost.rewards.params import Reward
+from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS, CorrectionMode, KlEstimator, KlPlacement, Weight
+from rlpost.suggest import hint_or_list
 
 GROUP_BASELINES = (
     *("group_mean", "group_normalised", "leave_one_out", "length_weighted_baseline", "max_likelihood"),
@@ -95,13 +74,13 @@ class Earlier:
             return f"{where}: {name!r} reads backwards, and leaves no policy - name a stage that trains one"
         return problem
 
-    def no_judge(self, name: str, where: str, kinds: tuple[Kind, ...]) -> str | None:
+    def no_judge(self, name: str, where: str, kinds: tuple[str, ...]) -> str | None:
         """Why `name` is no stage of these kinds; None when it is one, or no stage's name at all (then it is a path)."""
         if name not in self.all and name not in self.disabled:
             return None
         problem = self.problem(name, where)
         if problem is None and self.stages[name].kind not in kinds:
-            wanted = " or ".join(kind.value for kind in kinds)
+            wanted = " or ".join(kinds)
             return f"{where}: {name!r} is of kind {self.stages[name].kind.value} - name a {wanted} stage"
         return problem
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import RecipeError, RewardError, RlpostError
-from rlpost.recipe.schema import Function
 from rlpost.usercode import calls, load
 from rlpost.usercode.calls import DEADLINE, CallError, Remote
+from rlpost.usercode.params import Function
 
 APART = ("reward", "environment", "task", "map", "present")
 """Fields whose functions are called in a process of their own."""

@@ -5,28 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Set
 
+from rlpost.data.params import TokenizerKind
 from rlpost.errors import RecipeError
+from rlpost.evaluate.params import Evaluation
+from rlpost.policy.params import Attention, Lora, Model
 from rlpost.recipe.functions import reward_leaves
 from rlpost.recipe.keys import join
+from rlpost.recipe.parts import Kind, Stage
 from rlpost.recipe.ranges import out_of_range
-from rlpost.recipe.schema import (
-    AtLimit,
-    Attention,
-    Evaluation,
-    Grouped,
-    Kind,
-    KlEstimator,
-    KlPlacement,
-    Lora,
-    Model,
-    Ppo,
-    Recipe,
-    Rollouts,
-    Stage,
-    TokenizerKind,
-    Trpo,
-    reads_backwards,
-)
+from rlpost.recipe.schema import Grouped, Ppo, Recipe, Rollouts, Trpo, reads_backwards
 from rlpost.recipe.stage_rules import (
     GROUP_BASELINES,
     Earlier,
@@ -35,8 +22,9 @@ from rlpost.recipe.stage_rules import (
     source_problems,
     stage_problems,
 )
-from rlpost.recipe.suggest import hint
 from rlpost.recipe.walk import walk
+from rlpost.stages.params import AtLimit, KlEstimator, KlPlacement
+from rlpost.suggest import hint
 
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _STAGE = re.compile(r"[A-Za-z0-9_-]{1,80}")  # a dot would end the name in a key path

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.suggest import hint_or_list
 from rlpost.rewards.math_text import without_dollars
+from rlpost.suggest import hint_or_list
 
 MARKED = ("hashes", "boxed", "phrase")
 """Ways to find an answer that its writer has marked as final, in the order they are tried."""

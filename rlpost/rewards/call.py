@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from rlpost.errors import RecipeError, RewardError, RlpostError
-from rlpost.groups import Completion, Group
 from rlpost.rewards.tree import BoundReward
+from rlpost.types import Completion, Group
 from rlpost.usercode.calls import CallError, Failed, Remote
 from rlpost.usercode.wire import Odd
 

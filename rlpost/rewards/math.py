@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Completion
-from rlpost.recipe.suggest import hint_or_list
 from rlpost.rewards.answers import LONGEST, MARKED, find_answer
 from rlpost.rewards.math_compare import NeedsAlgebra, same
 from rlpost.rewards.math_read import read
 from rlpost.rewards.math_text import Unreadable
 from rlpost.rewards.math_values import Value
 from rlpost.rewards.workers import Workers
+from rlpost.suggest import hint_or_list
+from rlpost.types import Completion
 
 
 class Verdict(StrEnum):

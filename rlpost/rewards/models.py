@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from rlpost.errors import RecipeError
-from rlpost.groups import Group
+from rlpost.types import Group
 
 
 class Judge(Protocol):

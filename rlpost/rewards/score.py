@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.groups import FAILED, Group, completions
 from rlpost.rewards.call import ByStep, Given, caller
 from rlpost.rewards.tree import BoundReward, Reward, evaluate, leaves, names, weighted_sum
+from rlpost.types import FAILED, Group, completions
 
 __all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean"]
 

@@ -6,7 +6,7 @@ import re
 from itertools import compress
 
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 
 def ends(completion: Completion) -> float | None:

@@ -16,6 +16,7 @@ from rlpost.run.files import disk_errors
 from rlpost.run.manifest import fault
 from rlpost.run.record import read_record, run_id
 from rlpost.run.stage import StageDirectory
+from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
@@ -124,9 +125,6 @@ def read_config(run: Path) -> dict[str, Any]:
 def last_stage(run: Path) -> str | None:
     """The last enabled stage of the run's recipe whose result is a policy, not rows or a judge; None without one."""
     stages = read_config(run)["stages"]
-    # Here, since the schema is slow to import and most of this module does without.
-    from rlpost.recipe.schema import MAKES_JUDGES, MAKES_ROWS
-
     others = (*MAKES_ROWS, *MAKES_JUDGES)
     trained = [
         name

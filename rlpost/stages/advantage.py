@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Group, completions
-from rlpost.learner import Learner
+from rlpost.data.divide import ends_of, step_starts
+from rlpost.engine.continue_from import as_answers, fresh_rollouts
 from rlpost.objectives import kl
 from rlpost.objectives.advantages import ema, whiten
 from rlpost.objectives.correction import correction
@@ -26,11 +25,13 @@ from rlpost.objectives.credit import Steps, place
 from rlpost.objectives.rows import Rows
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import CorrectionMode, Grouped, KlPlacement
-from rlpost.rollout.continue_from import as_answers, fresh_rollouts
-from rlpost.rollout.divide import ends_of, step_starts
+from rlpost.recipe.schema import Grouped
 from rlpost.stages.context import Context
+from rlpost.stages.params import CorrectionMode, KlPlacement
 from rlpost.stages.rollouts import Rollout, Sampler, Samples, kl_estimate, sampled_logprobs, without_unscored
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Group, completions
 
 DECAY = 0.9
 """Of the running mean, where the estimator's `args` give no other."""

@@ -20,30 +20,34 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.formats import Need
+from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Limit
 from rlpost.errors import RecipeError
-from rlpost.learner import Learner, Model
-from rlpost.loop import Loop, Stateful, Weights
 from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY
 from rlpost.policy.balance import Balance, balance_of, is_mixture, own_coefficient
 from rlpost.policy.identity import Inputs
+from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.scalar import ScalarModel
-from rlpost.recipe import schema
-from rlpost.recipe.functions import Bound, bind
-from rlpost.recipe.schema import Function, OnFailure, Reward, Source, TooLong, Training
+from rlpost.recipe.functions import bind
+from rlpost.recipe.parts import Kind, Training
 from rlpost.rewards import tree
+from rlpost.rewards.params import Reward
 from rlpost.rewards.score import Scorer
-from rlpost.rollout.judge import AnyJudge, load_judge
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import FROM_HERE
 from rlpost.run.stage import StageDirectory
-from rlpost.schedules import learning_rate_factor
+from rlpost.train.learner import Learner, Trainable
+from rlpost.train.loop import Loop, Stateful, Weights
+from rlpost.train.schedules import learning_rate_factor
+from rlpost.usercode.bound import Bound
+from rlpost.usercode.params import Function, OnFailure
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Context:
 
     name: str
     """The stage's name, which is also its directory's."""
-    model: schema.Model
+    model: Model
     start: Path
     """The checkpoint it starts from."""
     out: StageDirectory
@@ -130,7 +134,7 @@ class Context:
 
     def learner(
         self,
-        model: Model,
+        model: Trainable,
         cfg: Training,
         updates: int,
         *,
@@ -151,7 +155,7 @@ class Context:
             balance=self._balance(model, cfg),
         )
 
-    def _balance(self, model: Model, cfg: Training) -> Balance | None:
+    def _balance(self, model: Trainable, cfg: Training) -> Balance | None:
         """What keeps a mixture of experts balanced while it trains; says so where nothing does."""
         trunk = model if isinstance(model, Policy) else None
         if isinstance(model, ScalarModel) and model.trains_trunk:
@@ -160,7 +164,7 @@ class Context:
             return None
         own = own_coefficient(trunk.causal_lm)
         wish = own if cfg.aux_loss_coef is None else cfg.aux_loss_coef
-        if not wish or cfg.kind is schema.Kind.trpo:
+        if not wish or cfg.kind is Kind.trpo:
             if cfg.aux_loss_coef is None:
                 console.say(
                     f"{self.name}: the mixture of experts trains without a balance loss: {_no_balance(cfg, own)}"
@@ -307,7 +311,7 @@ def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:
 
 
 def _no_balance(cfg: Training, own: float | None) -> str:
-    if cfg.kind is schema.Kind.trpo:
+    if cfg.kind is Kind.trpo:
         return "trpo has none"
     why = "its configuration names no router_aux_loss_coef" if own is None else "its router_aux_loss_coef is 0"
     return f"{why}; set aux_loss_coef for one"

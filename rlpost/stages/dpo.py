@@ -14,9 +14,6 @@ from torch import Tensor
 
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.following import Following
@@ -24,6 +21,9 @@ from rlpost.policy.policy import Scores
 from rlpost.recipe.schema import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
 
 RANKING = "ranking"
 """The loss of ranked groups; all others are of pairs."""

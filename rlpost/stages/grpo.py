@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlpost.loop import show_samples
 from rlpost.objectives import metrics
 from rlpost.recipe.schema import Grpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.rollouts import Beta, mean_of, samples_of
 from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.train.loop import show_samples
 
 
 def grpo(context: Context, cfg: Grpo) -> Path:

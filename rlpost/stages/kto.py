@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from rlpost.data.formats import Need
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.policy import Scores
 from rlpost.recipe.schema import Kto
 from rlpost.stages.context import Context, steps_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
 
 
 def kto(context: Context, cfg: Kto) -> Path:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rlpost import console
 from rlpost.errors import Interrupted
-from rlpost.groups import Group
 from rlpost.stages.context import Context
+from rlpost.types import Group
 
 Row = dict[str, Any]
 

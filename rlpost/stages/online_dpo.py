@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.loop import show_samples
 from rlpost.recipe.schema import OnlineDpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.rollouts import Sampler, mean_of
+from rlpost.train.experience import Experience
+from rlpost.train.loop import show_samples
+from rlpost.types import Group
 
 
 def online_dpo(context: Context, cfg: OnlineDpo) -> Path:

@@ -10,14 +10,16 @@ from typing import Any
 from rlpost import console
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
+from rlpost.data.params import TooLong
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError, Interrupted
-from rlpost.groups import Group
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import PairChoice, Pairs, TooLong
+from rlpost.recipe.row_stages import Pairs
 from rlpost.rewards.score import Scorer
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
 from rlpost.stages.context import Context
+from rlpost.stages.params import PairChoice
+from rlpost.types import Group
 
 AT_ONCE = 64
 """Prompts sampled between two moves of the progress bar."""

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
 from rlpost.objectives.preference_modifiers import confidence
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.policy import Scores
-from rlpost.recipe.functions import Bound
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.usercode.bound import Bound
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Group, completions
-from rlpost.learner import Learner, LossFunction
-from rlpost.loop import show_samples
 from rlpost.objectives import kl, metrics
 from rlpost.objectives.advantages import whiten
 from rlpost.objectives.credit import gae, place
 from rlpost.objectives.values import value_loss
 from rlpost.policy.reference import Reference
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
-from rlpost.recipe.schema import AtLimit, Ppo, Trunk
+from rlpost.recipe.schema import Ppo
 from rlpost.stages.context import Context, steps_of
+from rlpost.stages.params import AtLimit, Trunk
 from rlpost.stages.rollouts import Beta, Rollout, Sampler, mean_of, sampled_logprobs, without_unscored
 from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.loop import show_samples
+from rlpost.types import Group, completions
 
 
 def ppo(context: Context, cfg: Ppo) -> Path:

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlpost.data.divide import ends_of
 from rlpost.data.formats import Need
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.recipe.schema import ProcessRewardModel
-from rlpost.rollout.divide import ends_of
 from rlpost.stages.context import Context, steps_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
 
 
 def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:

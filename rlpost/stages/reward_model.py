@@ -16,15 +16,15 @@ from pathlib import Path
 from torch import Tensor
 
 from rlpost.data.formats import Need
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.ranking import ranking
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.recipe.schema import RewardModel
 from rlpost.stages.context import Context, steps_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
 
 
 def reward_model(context: Context, cfg: RewardModel) -> Path:

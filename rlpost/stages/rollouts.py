@@ -15,21 +15,22 @@ from torch import Tensor
 
 from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
+from rlpost.data.divide import divide, step_texts
 from rlpost.data.formats import Need
+from rlpost.engine.local import BuiltinEngine
+from rlpost.environments.loop import collector
 from rlpost.errors import DataError
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group, completions
 from rlpost.objectives import kl
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Grouped, Kl, KlEstimator, Rollouts
+from rlpost.recipe.schema import Grouped, Rollouts
 from rlpost.recipe.stage_rules import GROUP_BASELINES
 from rlpost.rewards.score import Scorer, joined
 from rlpost.rewards.score import Scores as Rewards
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.divide import divide, step_texts
-from rlpost.rollout.environment import collector
 from rlpost.stages.context import Context
+from rlpost.stages.params import Kl, KlEstimator
+from rlpost.train.experience import Experience
+from rlpost.types import Completion, Group, completions
 
 RECORDED = "recorded_rewards"
 """The column of a recorded rollout that holds its rewards."""

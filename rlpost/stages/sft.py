@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from rlpost.data.formats import Need
+from rlpost.data.params import Direction
 from rlpost.errors import ModelError, RecipeError
-from rlpost.experience import Experience
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives.weights import weigh
 from rlpost.policy.batch import Batch
 from rlpost.policy.load import load_policy
 from rlpost.policy.logprobs import Reader
 from rlpost.policy.policy import Policy, Scores
-from rlpost.recipe.schema import Direction, Sft, reads_backwards
+from rlpost.recipe.schema import Sft, reads_backwards
 from rlpost.stages.context import Context, steps_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
 """What a loss may ask for that needs the whole vocabulary's log-probabilities."""

@@ -9,20 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlpost.data.divide import divide, step_starts, step_texts
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
+from rlpost.data.params import TooLong
+from rlpost.engine.collect import collect
+from rlpost.engine.continue_from import as_answers, fresh_rollouts
+from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError
-from rlpost.groups import Group, completions
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import StepLabels, TooLong
+from rlpost.recipe.row_stages import StepLabels
 from rlpost.rewards.score import Scorer
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.collect import collect
-from rlpost.rollout.continue_from import as_answers, fresh_rollouts
-from rlpost.rollout.divide import divide, step_starts, step_texts
 from rlpost.stages.context import Context
 from rlpost.stages.lots import rows_by_lots
 from rlpost.stages.rollouts import scored
+from rlpost.types import Group, completions
 
 AT_ONCE = 64
 """Prompts sampled between two moves of the progress bar."""

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.learner import Learner, LossFunction
 from rlpost.objectives import kl, metrics
 from rlpost.objectives.surrogates import clipped_surrogate, ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.policy import Scores
-from rlpost.recipe.schema import Grpo, KlPlacement, Ppo
+from rlpost.recipe.schema import Grpo, Ppo
+from rlpost.stages.params import KlPlacement
 from rlpost.stages.rollouts import Beta, kl_estimate
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
 
 CLIP = 0.2
 """The clip of `clipped_surrogate` where `args` give no other."""

@@ -15,9 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.experience import Experience
-from rlpost.learner import Learner
-from rlpost.loop import show_samples
 from rlpost.objectives.kl import full_kl
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
@@ -29,6 +26,9 @@ from rlpost.recipe.schema import Trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.rollouts import Beta, mean_of, samples_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.train.loop import show_samples
 
 MOST_NUMBERS = 1 << 28
 """Log-probabilities of whole distributions that are kept for a step: a gigabyte."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from rlpost.groups import Completion, Group
+from rlpost.types import Completion, Group
 
 _PLAIN = (bool, int, float, str)
 

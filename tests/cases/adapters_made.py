@@ -12,8 +12,8 @@ from tiny_world import byte_tokenizer, save_model, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlpost.groups import Completion, Group
-from rlpost.recipe.schema import Lora, Model
+from rlpost.policy.params import Lora, Model
+from rlpost.types import Completion, Group
 
 LORA = Model(path="x", lora=Lora(r=4, alpha=8.0))
 EVERYTHING = Model(path="x")

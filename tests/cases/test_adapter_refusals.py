@@ -17,8 +17,8 @@ from tiny_world import byte_tokenizer, rlpost, save_recipe, save_rows
 
 from rlpost.errors import ModelError
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Lora, Model
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Lora, Model
 
 PLAIN = {"target_modules": ["q_proj", "v_proj"]}
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

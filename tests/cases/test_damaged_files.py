@@ -21,8 +21,8 @@ from tiny_world import save_model, tiny_model
 from rlpost.errors import ModelError
 from rlpost.policy.adapters import POLICY, adapter_state
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Model
 
 LEAVES: list[Any] = [
     *(None, True, False, 0, -1, 3, 10**12, 1.5, float("nan"), float("inf")),

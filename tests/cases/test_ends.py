@@ -13,7 +13,7 @@ import torch
 from tiny_world import rlpost, save_model, save_recipe, save_rows
 
 from rlpost import pipeline, unexpected
-from rlpost.recipe.schema import Kind
+from rlpost.recipe.parts import Kind
 
 KINDS = [
     (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError at rlpost/pipeline.py:"),

@@ -14,7 +14,7 @@ from tiny_world import byte_tokenizer, rlpost, save_model, save_recipe, save_row
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlpost.policy.load import load_policy
-from rlpost.recipe.schema import Lora, Model
+from rlpost.policy.params import Lora, Model
 from rlpost.run.lookup import parent_of
 
 HI = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}

@@ -16,7 +16,7 @@ from tiny_world import save_model
 
 from rlpost.errors import ModelError
 from rlpost.policy.load import load_policy
-from rlpost.recipe.schema import Model
+from rlpost.policy.params import Model
 
 COMMIT = "0" * 40
 

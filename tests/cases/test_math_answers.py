@@ -9,10 +9,10 @@ import pytest
 from math_pairs import BOXED, TEXTS, UNREADABLE_REFERENCES, Pair, R, X
 from tiny_world import rlpost, save_model, save_recipe, save_rows
 
-from rlpost.groups import Completion
 from rlpost.rewards.math import Verdict, verdicts
 from rlpost.rewards.math_read import read
 from rlpost.rewards.math_text import Unreadable
+from rlpost.types import Completion
 
 PATIENCE = 60.0
 """Seconds an answer; a slow machine must not change a verdict."""

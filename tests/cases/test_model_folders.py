@@ -16,7 +16,7 @@ from tiny_world import byte_tokenizer, rlpost, save_model, save_recipe, save_row
 
 from rlpost.errors import ModelError
 from rlpost.policy.load import load_policy
-from rlpost.recipe.schema import Model
+from rlpost.policy.params import Model
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -176,9 +176,9 @@ def test_what_a_model_file_holds_beside_its_model_is_told(model: Path, capsys: A
 
 def test_a_padded_vocabulary_is_written_by_its_tokens_alone(here: Path) -> None:
     """What is drawn, scored and saved agrees, though most of the model's own mass lies beyond the tokenizer."""
+    from rlpost.engine.local import BuiltinEngine
+    from rlpost.engine.params import Sampling
     from rlpost.policy.score import logprobs
-    from rlpost.recipe.schema import Sampling
-    from rlpost.rollout.builtin import BuiltinEngine
 
     folder = save_model(here / "padded", tiny_model(vocabulary=1024, scale=2.0), byte_tokenizer(more=["<|a|>"]))
     policy = load_policy(folder, Model())
@@ -188,7 +188,7 @@ def test_a_padded_vocabulary_is_written_by_its_tokens_alone(here: Path) -> None:
     drawn = BuiltinEngine(policy).generate(prompts, 8, sampling, [1, 2])
     every = [c for group in drawn for c in group]
     assert max(i for c in every for i in c.ids) < 260
-    from rlpost.groups import Group
+    from rlpost.types import Group
 
     scored = logprobs(policy, [Group(p, g) for p, g in zip(prompts, drawn, strict=True)])
     assert (scored - torch.tensor([x for c in every for x in c.logprobs])).abs().max() < 1e-4

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from tiny_world import byte_tokenizer, rlpost, save_model, save_recipe, save_rows
 
-from rlpost.groups import Completion, Group
-from rlpost.rollout.divide import divide, step_texts
-from rlpost.rollout.stopping import StopStrings, finished
+from rlpost.data.divide import divide, step_texts
+from rlpost.engine.stopping import StopStrings, finished
+from rlpost.types import Completion, Group
 
 TOKENIZER = byte_tokenizer(more=("<think>", "</think>"))
 ANSWER = "<think>a</think>4"

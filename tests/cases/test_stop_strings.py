@@ -11,10 +11,10 @@ from tiny_world import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
+from rlpost.engine.stopping import StopStrings, finished
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Sampling
-from rlpost.rollout.builtin import BuiltinEngine
-from rlpost.rollout.stopping import StopStrings, finished
 
 Tally = Callable[..., None]
 TEXTS = (

@@ -14,12 +14,13 @@ from pyarrow import parquet
 from tiny_world import Ran, rlpost, save_model, save_recipe, save_rows
 
 from rlpost.errors import RewardError
-from rlpost.groups import Completion, Group
 from rlpost.recipe.functions import bind
-from rlpost.recipe.schema import OnFailure, Reward
+from rlpost.rewards.params import Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
+from rlpost.types import Completion, Group
 from rlpost.usercode import calls
+from rlpost.usercode.params import OnFailure
 from rlpost.usercode.process import end_all
 
 STUCK = "__import__('re').match('(a+)+b', 'a' * 60)"  # within C, which holds the interpreter's lock

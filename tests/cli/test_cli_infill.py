@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlpost import cli, commands
-from rlpost.rollout.middle import Middle
+from rlpost.goals.infill import Middle
 
 FOUND = [("5+", Middle((9, 14), -1.0, -2.0)), ("", Middle((), -2.0, -2.5)), ("7", Middle((11,), -3.0, -3.0))]
 

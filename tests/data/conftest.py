@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from rlpost.data.codec import make_codec
+from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.recipe.schema import Tokenizer, TokenizerKind
 
 
 @pytest.fixture(scope="session")

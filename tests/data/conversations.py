@@ -2,8 +2,8 @@
 
 from tokenizers import AddedToken
 
+from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.recipe.schema import Tokenizer, TokenizerKind
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"

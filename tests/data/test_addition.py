@@ -4,7 +4,7 @@ import pytest
 
 from rlpost.data.tasks import addition
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 
 def row(prompt):

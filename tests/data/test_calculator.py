@@ -4,7 +4,7 @@ import pytest
 
 from rlpost.data.tasks import calculator
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 
 def test_the_calculator_answers_questions_and_nothing_else():

@@ -6,9 +6,10 @@ from conversations import THINKING, THOUGHT, make, without_markers
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset, texts
 from rlpost.data.formats import Need
+from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Limit
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.schema import Function, Source, TooLong
+from rlpost.usercode.params import Function
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i:02d}"} for i in range(10)]
 """Four characters and two, and the end token: 7 tokens each."""

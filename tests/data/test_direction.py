@@ -11,11 +11,11 @@ from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import backwards, before_what, in_reading_order
 from rlpost.data.formats import Format, Need, encode
+from rlpost.data.params import Direction, Source, TooLong
 from rlpost.data.part import Limit
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Group
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Direction, Source, TooLong
+from rlpost.types import Group
 
 BEGIN, END = 1, 2
 

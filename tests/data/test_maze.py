@@ -8,7 +8,7 @@ import random
 import pytest
 
 from rlpost.data.tasks import maze as task
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 CORRIDOR = "ABCDE"
 MAZE = "..$.!" + "#####" * 4

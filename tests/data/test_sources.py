@@ -3,9 +3,10 @@ import random
 
 import pytest
 
+from rlpost.data.params import Fold, FoldPart, Source
 from rlpost.data.sources import read
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.schema import Fold, FoldPart, Function, Source
+from rlpost.usercode.params import Function
 
 ROWS = [{"question": f"q{i // 2}", "answer": i} for i in range(20)]
 

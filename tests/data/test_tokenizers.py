@@ -2,9 +2,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from rlpost.data.codec import make_codec
+from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import DataError, ModelError, RecipeError
-from rlpost.recipe.schema import Tokenizer, TokenizerKind
 
 TEXTS = ["the cat sat on the mat. ", "A cat's “tail” — naïve\n\n  two  spaces\t!", "12 + 34 = 46 <eos>"]
 

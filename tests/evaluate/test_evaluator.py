@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from rlpost.evaluate.evaluator import Answers, Result, estimate_from, percent, summarise
+from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, wilson
 from rlpost.evaluate.table import stage_table, telling_prompts
-from rlpost.groups import Completion, Group
-from rlpost.recipe.schema import Evaluation
 from rlpost.rewards.score import Scores
+from rlpost.types import Completion, Group
 
 
 def answers(right, brief=None, mode="sampled", **examples) -> Answers:

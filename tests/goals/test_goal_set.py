@@ -7,8 +7,9 @@ import random
 import pytest
 
 from rlpost.errors import DataError
-from rlpost.goals import GoalSet, Predicate, Trie, ends_in
-from rlpost.groups import Completion
+from rlpost.goals.goal_set import GoalSet, Predicate, ends_in
+from rlpost.goals.trie import Trie
+from rlpost.types import Completion
 
 
 def test_the_arrays_of_three_members_by_hand():

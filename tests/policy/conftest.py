@@ -9,9 +9,9 @@ from exactness import sample_groups
 from families import VOCABULARY, tiny
 from tiny_folders import randomise, save
 
-from rlpost.groups import Group
 from rlpost.policy import adapters
-from rlpost.recipe.schema import Lora
+from rlpost.policy.params import Lora
+from rlpost.types import Group
 
 
 @pytest.fixture(scope="session")

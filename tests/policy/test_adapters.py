@@ -9,8 +9,8 @@ from rlpost.errors import ModelError
 from rlpost.policy import adapters, merge
 from rlpost.policy.adapters import POLICY, REFERENCE
 from rlpost.policy.attention import FLAT
+from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Lora
 
 
 def lora_policy(family: str = "llama", dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> Policy:

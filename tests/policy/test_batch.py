@@ -7,11 +7,11 @@ import torch
 from exactness import alone_logp, sample_groups
 from families import VOCABULARY, EndTokenOnly, tiny
 
-from rlpost.groups import Completion, Group
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.batch import flat_passes, laid_out, padded_passes, single_passes, switched_batch
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Policy
+from rlpost.types import Completion, Group
 
 TOOL = Completion((7, 8, 9), (True, False, True))
 PAIR = Group((5, 6), (TOOL, Completion((4,), (True,))))

@@ -6,13 +6,13 @@ from exactness import alone_logp, measure, sample_groups
 from families import FALLBACK, FAMILIES, VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.errors import ModelError
-from rlpost.groups import Completion, Group, completions
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.check import Exactness, check_exactness
 from rlpost.policy.layout import FlatLayout
 from rlpost.policy.load import choose_rows
+from rlpost.policy.params import Attention
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Attention
+from rlpost.types import Completion, Group, completions
 
 FAILED = Exactness(False, True, 0.2, "flat rows differ from plain rows by 2.0e-01")
 

@@ -14,10 +14,10 @@ from rlpost.errors import ModelError
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of
 from rlpost.policy.load import decide_bfloat16, load_policy, remove_dropout
+from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Policy, end_ids
 from rlpost.policy.reference import reference_policy
 from rlpost.policy.scalar import ScalarModel, load_scalar
-from rlpost.recipe.schema import Attention, Lora, Model, Precision
 
 
 @torch.no_grad()

@@ -13,15 +13,15 @@ from tiny_folders import randomise, save
 from torch import Tensor
 
 from rlpost.errors import ModelError
-from rlpost.groups import Completion, Group, completions
 from rlpost.policy import adapters
 from rlpost.policy.adapters import CRITIC, POLICY
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import load_policy
+from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import HEAD_FILE, ScalarModel, Values, critic_beside, load_scalar
-from rlpost.recipe.schema import Lora, Model
 from rlpost.stages.context import save_policy
+from rlpost.types import Completion, Group, completions
 
 LORA = Model(lora=Lora(r=2, alpha=4.0))
 

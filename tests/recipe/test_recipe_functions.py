@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.functions import Bound, bind, bind_all, functions_of
+from rlpost.recipe.functions import bind, bind_all, functions_of
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Function
+from rlpost.usercode.bound import Bound
+from rlpost.usercode.params import Function
 
 DATA = "vars.data=rows.jsonl"
 ADVANTAGES = "rlpost.objectives.advantages"

@@ -11,9 +11,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf.errors import ReadonlyConfigError
 
+from rlpost.engine.params import Sampling
 from rlpost.errors import RecipeError
+from rlpost.recipe.parts import Kind
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Dpo, Grpo, Kind, Pairs, Sampling, Schedule, Sft
+from rlpost.recipe.row_stages import Pairs
+from rlpost.recipe.schema import Dpo, Grpo, Sft
+from rlpost.train.params import Schedule
 
 DATA = "vars.data=rows.jsonl"
 

@@ -12,7 +12,7 @@ from rlpost.errors import RecipeError
 from rlpost.recipe.files import chain, find
 from rlpost.recipe.keys import Keys
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.suggest import closest, edits
+from rlpost.suggest import closest, edits
 
 DATA = "vars.data=rows.jsonl"
 

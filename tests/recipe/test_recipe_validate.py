@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+from rlpost.data.params import Source
 from rlpost.errors import RecipeError
+from rlpost.policy.params import Model
+from rlpost.recipe.parts import Training
 from rlpost.recipe.ranges import RANGES, Range
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Grpo, Model, Recipe, Source, Training
+from rlpost.recipe.schema import Grpo, Recipe
 from rlpost.recipe.validate import validate
 
 DATA = "vars.data=rows.jsonl"
@@ -158,7 +161,7 @@ def test_a_grpo_stage_by_itself_passes() -> None:
 
 
 def resolve_free() -> Recipe:
-    from rlpost.recipe.schema import Reward
+    from rlpost.rewards.params import Reward
 
     stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward("length")])
     return Recipe(run="x", model=Model(path="gpt2"), stages={"g": stage})

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Completion
 from rlpost.rewards import math as math_rewards
 from rlpost.rewards import math_answer
 from rlpost.rewards.math import Verdict, check_references, reference_answer, verdict, verdicts
 from rlpost.rewards.workers import Workers
+from rlpost.types import Completion
 
 GUARD = 100.0
 """Seconds after which something hangs, on however busy a machine."""

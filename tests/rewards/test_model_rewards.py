@@ -9,18 +9,18 @@ import torch
 from families import tiny
 
 from rlpost.data.codec import make_codec
+from rlpost.data.divide import divide
+from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import ModelError, RecipeError, RewardError
-from rlpost.groups import Completion, Group
 from rlpost.policy.attention import FLAT, use_attention
+from rlpost.policy.judge import Judge, reread, same_tokens
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel
-from rlpost.recipe.schema import Tokenizer, TokenizerKind
 from rlpost.rewards import process_reward_model, process_steps, reward_model
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
-from rlpost.rollout.divide import divide
-from rlpost.rollout.judge import Judge, reread, same_tokens
+from rlpost.types import Completion, Group
 
 
 class Said:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rlpost.errors import DataError, RecipeError, RewardError
-from rlpost.groups import Completion, Group
 from rlpost.rewards.score import BoundReward, Scorer, Scores
+from rlpost.types import Completion, Group
 
 
 def group(*texts: str, **example: Any) -> Group:

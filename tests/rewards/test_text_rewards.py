@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
 from rlpost.rewards import ends, length, pattern, repetition
+from rlpost.types import Completion
 
 
 def said(text: str = "", ids: tuple[int, ...] = (), finish: str = "stop") -> Completion:

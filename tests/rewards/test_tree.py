@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rlpost.errors import RecipeError, RewardError
-from rlpost.groups import Completion, Group
 from rlpost.rewards.score import Scorer, joined
 from rlpost.rewards.tree import BoundReward, Node, gate, least, lexicographic, product, shaped, weighted_sum
+from rlpost.types import Completion, Group
 
 
 def group(*texts: str) -> Group:

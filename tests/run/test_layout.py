@@ -12,7 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from rlpost.errors import DataError, DiskError, RecipeError, RunInUseError
-from rlpost.recipe.schema import Grpo, Lora, Recipe, Sft
+from rlpost.policy.params import Lora
+from rlpost.recipe.schema import Grpo, Recipe, Sft
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_recipes import base, policy, sha256
 
-from rlpost.learner import Learner
 from rlpost.policy.reference import Reference
 from rlpost.stages.context import Context
+from rlpost.train.learner import Learner
 
 
 def assert_only_the_policy_moved(folder: Path, stage: str, lora: bool) -> None:

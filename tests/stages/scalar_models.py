@@ -11,15 +11,15 @@ from families import EndTokenOnly, tiny
 from safetensors.torch import load_file
 from tiny_recipes import base, policy
 
-from rlpost.experience import Experience
-from rlpost.groups import Group
-from rlpost.learner import Learner, LossFunction
 from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
+from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import HEAD_FILE, ScalarModel, load_scalar
-from rlpost.recipe.schema import Lora, Model
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Group
 
 EVERYTHING = 10**6
 

@@ -10,13 +10,13 @@ import torch
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, metrics, policy, run, weights
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
 from rlpost.objectives.preference import Pairs, ranking
 from rlpost.policy.policy import Policy, Scores
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
 from rlpost.stages import pairwise
+from rlpost.train.experience import Experience
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ALL = {**DPO, "batch_size": len(PREFERENCES)}

@@ -13,8 +13,8 @@ import torch
 from moved import assert_same_result, fail_after
 from tiny_recipes import GRPO, base, greedy, metrics, policy, rollouts, run, weights
 
-from rlpost.groups import Completion, Group
-from rlpost.rollout.divide import divide, step_texts
+from rlpost.data.divide import divide, step_texts
+from rlpost.types import Completion, Group
 
 OWN = '''\
 """Rewards and an estimator of a user."""

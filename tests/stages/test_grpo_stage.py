@@ -11,14 +11,14 @@ import torch
 from tiny_recipes import GRPO, LORA, SFT, base, metrics, policy, rollouts, run, weights
 
 from rlpost.errors import RewardError
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Totals
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.policy.policy import Scores
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import KlPlacement
+from rlpost.stages.params import KlPlacement
 from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Totals
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 FLAT_REWARD = {**GRPO, "rewards": [{"fn": "rewards.py:always"}]}

@@ -10,9 +10,9 @@ from moved import assert_only_the_policy_moved, assert_same_result, fail_after, 
 from tiny_recipes import LORA, PREFERENCES, SFT, base, group, jsonl, metrics, policy, run
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Completion, Group
 from rlpost.policy.score import logprobs
 from rlpost.stages.kto import mismatched
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ROWS = [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in PREFERENCES]

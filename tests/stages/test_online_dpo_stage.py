@@ -9,11 +9,11 @@ import torch
 from moved import assert_only_the_policy_moved, assert_same_result, fail_after, keep_references
 from tiny_recipes import GRPO, LORA, PREFERENCES, base, group, metrics, policy, rollouts, run
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Learner
 from rlpost.policy.score import logprobs
 from rlpost.stages.online_dpo import best_and_worst
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ONLINE = {**GRPO, "kind": "online_dpo", "prompts": 8, "learning_rate": 1e-2, "schedule": "constant"}

@@ -10,11 +10,11 @@ import pytest
 from tiny_recipes import DPO, PAIRS, SFT, base, metrics, run, weights
 
 from rlpost.errors import DataError, Interrupted
-from rlpost.groups import Completion, Group
-from rlpost.recipe.schema import PairChoice
 from rlpost.rewards.score import Scorer
 from rlpost.stages import pairs as stage
 from rlpost.stages.pairs import rows_of_group
+from rlpost.stages.params import PairChoice
+from rlpost.types import Completion, Group
 
 OWN = {**DPO, "data": {"own": {"stage": "pairs"}}}
 

@@ -28,15 +28,16 @@ from tiny_recipes import (
 )
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Learner
 from rlpost.policy.attention import use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Critic, Ppo
+from rlpost.recipe.schema import Ppo
 from rlpost.stages import ppo
+from rlpost.stages.params import Critic
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 OF_THE_PROMPT = '''\

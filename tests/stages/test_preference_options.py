@@ -15,20 +15,20 @@ from scalar_models import EVERYTHING
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, policy, run
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Learner
 from rlpost.objectives import preference
 from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
 from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
+from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.recipe.functions import Bound
-from rlpost.recipe.schema import Lora
 from rlpost.stages.pairwise import PairObjective
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Completion, Group
+from rlpost.usercode.bound import Bound
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ALL = {**DPO, "batch_size": len(PREFERENCES)}

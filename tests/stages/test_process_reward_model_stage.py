@@ -9,13 +9,13 @@ import torch
 from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 from tiny_recipes import GRPO, LORA, base, jsonl, metrics, run, sha256
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Learner
 from rlpost.objectives.ranking import process_reward
+from rlpost.policy.judge import Judge
 from rlpost.policy.scalar import Values
-from rlpost.rollout.judge import Judge
 from rlpost.stages.process_reward_model import step_loss, weighted
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ROWS = [

@@ -11,13 +11,13 @@ from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradi
 from tiny_recipes import GRPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, run, sha256, weights
 from torch import Tensor
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
-from rlpost.learner import Learner
 from rlpost.objectives.ranking import bradley_terry, ranking
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import Values
 from rlpost.stages.reward_model import pair_rewards, ranked_rewards, score_loss, weighted
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 REWARD = {

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlpost.experience import Experience
-from rlpost.groups import Completion, Group
 from rlpost.objectives import kl
-from rlpost.recipe.schema import KlEstimator
 from rlpost.rewards.score import Scores
+from rlpost.stages.params import KlEstimator
 from rlpost.stages.rollouts import Beta, Rollout, Sampler, kl_estimate, learned_rewards
+from rlpost.train.experience import Experience
+from rlpost.types import Completion, Group
 
 
 def said(n: int, finish: str = "stop") -> Completion:

@@ -12,14 +12,14 @@ import torch
 from moved import assert_same_result, fail_after
 from tiny_recipes import GRPO, MODEL, PREFERENCES, SFT, base, jsonl, metrics, policy, prepared, rollouts, run, weights
 
+from rlpost.data.divide import divide
 from rlpost.data.visible import visible
 from rlpost.errors import DataError, RecipeError
-from rlpost.groups import Completion, Group, completions
+from rlpost.policy.judge import Judge
+from rlpost.policy.params import Model
 from rlpost.policy.scalar import load_scalar
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Model
-from rlpost.rollout.divide import divide
-from rlpost.rollout.judge import Judge
+from rlpost.types import Completion, Group, completions
 
 STAGE: dict[str, Any] = {**GRPO, "steps": 1, "advantage": {"fn": "leave_one_out"}, "loss": {"fn": "policy_gradient"}}
 Rows = list[dict[str, Any]]

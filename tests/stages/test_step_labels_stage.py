@@ -11,10 +11,10 @@ import pytest
 from tiny_recipes import LORA, SFT, base, jsonl, metrics, run
 
 from rlpost.errors import DataError, Interrupted
-from rlpost.groups import Completion, Group, completions
-from rlpost.recipe.schema import StepLabels
+from rlpost.recipe.row_stages import StepLabels
 from rlpost.rewards.score import Scorer
 from rlpost.stages import step_labels as stage
+from rlpost.types import Completion, Group, completions
 
 LABELS = {
     "kind": "step_labels",

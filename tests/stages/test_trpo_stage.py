@@ -12,9 +12,9 @@ from tiny_recipes import LORA, SFT, TRPO, base, metrics, policy, rollouts, run, 
 from torch import Tensor
 
 from rlpost.errors import DivergedError, ModelError
-from rlpost.learner import Learner
 from rlpost.policy.attention import use_attention
 from rlpost.stages import trpo
+from rlpost.train.learner import Learner
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 ONE = {**TRPO, "steps": 1, "prompts": 8}

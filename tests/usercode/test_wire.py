@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlpost.groups import Completion, Group
+from rlpost.types import Completion, Group
 from rlpost.usercode.wire import CannotCrossError, Seeded, decode, encode
 
 NOON = datetime.datetime(2024, 7, 1, 12, 30, 0, 123456)

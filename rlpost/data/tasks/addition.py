@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 PROBLEMS = 10_000
 """00+00 to 99+99."""

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 _QUESTIONS = (
     "Who are you?",

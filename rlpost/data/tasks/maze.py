@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any, Literal
 
 from rlpost.errors import RecipeError
-from rlpost.groups import Completion
+from rlpost.types import Completion
 
 SIDE = 5
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXY"

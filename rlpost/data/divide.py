@@ -1,0 +1,73 @@
+"""Completions divided into steps by a text that ends one.
+
+A step is counted in actions: what an environment wrote belongs to no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from rlpost.data.visible import visible
+from rlpost.types import Completion, Group
+
+
+def divide(group: Group, tokenizer: Any, step_end: str, ends: Collection[int]) -> Group:
+    """The group with `steps` of every completion filled in: its actions' counts, step by step.
+
+    A step ends with the token that completes `step_end`; with an empty text every token is a step. The token that
+    ends the completion, one of `ends`, belongs to the last step and has no text.
+    """
+    return replace(group, completions=tuple(_divided(c, tokenizer, step_end, ends) for c in group.completions))
+
+
+def step_texts(completion: Completion, tokenizer: Any, ends: Collection[int]) -> list[str]:
+    """The text of each step of a divided completion."""
+    ids = _actions(completion)
+    texts, start = [], 0
+    for length in completion.steps:
+        texts.append(visible(ids[start : start + length], tokenizer, ends))
+        start += length
+    return texts
+
+
+def step_starts(completion: Completion) -> list[int]:
+    """Index into `ids` of the first action of each step."""
+    where = [i for i, acted in enumerate(completion.action) if acted]
+    firsts, start = [], 0
+    for length in completion.steps:
+        firsts.append(where[start])
+        start += length
+    return firsts
+
+
+def ends_of(completion: Completion) -> list[bool]:
+    """For every action, whether a step ends with it."""
+    ends: list[bool] = []
+    for length in completion.steps:
+        ends += [False] * (length - 1) + [True]
+    return ends
+
+
+def _divided(completion: Completion, tokenizer: Any, step_end: str, ends: Collection[int]) -> Completion:
+    ids = _actions(completion)
+    lengths, since, text, found = [], 0, "", 0
+    for token in ids:
+        piece = visible([token], tokenizer, ends)
+        text += piece
+        since += 1
+        over = bool(piece) if not step_end else text.count(step_end) > found
+        if over:
+            found = text.count(step_end) if step_end else 0
+            lengths.append(since)
+            since = 0
+    if since and lengths and not visible(ids[len(ids) - since :], tokenizer, ends):
+        lengths[-1] += since
+    elif since:
+        lengths.append(since)
+    return replace(completion, steps=tuple(lengths))
+
+
+def _actions(completion: Completion) -> list[int]:
+    return [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]

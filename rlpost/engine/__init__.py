@@ -1,0 +1,1 @@
+"""Sampling completions: the door, the engine of this process, its random numbers."""

@@ -1,0 +1,76 @@
+"""Fresh rollouts from the middle of completions: what a state is worth, by trying (VinePPO, Math-Shepherd)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rlpost.data.visible import visible
+from rlpost.engine.api import Engine
+from rlpost.engine.params import Sampling
+from rlpost.engine.seeds import prompt_streams
+from rlpost.types import Completion, Group, completions
+
+State = tuple[int, tuple[int, ...]]
+"""A group's number, and the completion's ids up to the state."""
+
+
+def fresh_rollouts(
+    engine: Engine,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    starts: Sequence[Sequence[int]],
+    k: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[Group]:
+    """For every given state, a group of `k` completions that share their beginning and go on afresh from there.
+
+    Their prompt, row and text are those of the whole completion, so that rewards read them as any other. Equal
+    states of a group are tried once: the start of the first step is the prompt itself.
+
+    Args:
+        engine: what samples; synchronised by the caller.
+        tokenizer: the policy's, to put the texts together.
+        groups: with completions.
+        starts: for each of the S completions, indices into its ids where states are.
+        k: rollouts a state.
+        sampling: how tokens are drawn; a rollout may be as long as its completion might have been.
+        seed: of the random streams.
+
+    Returns:
+        Groups in the order of completions and of their starts.
+    """
+    owners = [g for g, group in enumerate(groups) for _ in group.completions]
+    states: list[State] = [
+        (owner, c.ids[:start])
+        for owner, c, own in zip(owners, completions(groups), starts, strict=True)
+        for start in own
+    ]
+    distinct = list(dict.fromkeys(states))
+    streams = dict(zip(distinct, prompt_streams(seed, 0, len(distinct)), strict=True))
+    found: dict[State, Group] = {}
+    for length in sorted({len(prefix) for _, prefix in distinct}):
+        some = [state for state in distinct if len(state[1]) == length]
+        prompts = [(*groups[g].prompt, *prefix) for g, prefix in some]
+        rest = replace(sampling, max_new_tokens=sampling.max_new_tokens - length)
+        sampled = engine.generate(prompts, k, rest, [streams[state] for state in some])
+        for (g, prefix), tails in zip(some, sampled, strict=True):
+            whole = tuple(_joined(prefix, tail, tokenizer) for tail in tails)
+            found[g, prefix] = replace(groups[g], completions=whole)
+    return [found[state] for state in states]
+
+
+def as_answers(fresh: Sequence[Group]) -> list[Group]:
+    """The rollouts as rewards read them: what was said before the state is part of the answer and of its length."""
+    return [
+        replace(g, completions=tuple(replace(c, action=(True,) * len(c.ids), logprobs=()) for c in g.completions))
+        for g in fresh
+    ]
+
+
+def _joined(prefix: tuple[int, ...], tail: Completion, tokenizer: Any) -> Completion:
+    """The completion from its beginning; only what is fresh are actions."""
+    text = visible(prefix, tokenizer, ()) + tail.text  # nothing ended before the state
+    return replace(tail, ids=(*prefix, *tail.ids), action=(*(False,) * len(prefix), *tail.action), text=text)

@@ -1,0 +1,53 @@
+"""Where completions end, and what their text is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rlpost.data.visible import visible
+from rlpost.types import Completion
+
+BYTES_A_CHARACTER = 4
+"""A character takes at most this many tokens: one a byte of its UTF-8 form."""
+MARGIN = 8
+"""Tokens looked at beyond the longest stop string: decoding from the middle may lose the first piece."""
+
+
+class StopStrings:
+    """Texts that end a completion when they appear in it."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.stop = [s for s in stop if s]
+        self.tail = BYTES_A_CHARACTER * max(map(len, self.stop), default=0) + MARGIN
+        """How many last tokens `hit` needs to see."""
+
+    def __bool__(self) -> bool:
+        return bool(self.stop)
+
+    def hit(self, tail: Sequence[int]) -> bool:
+        """The last tokens of a completion contain a stop string; special tokens count by their names."""
+        text = self.tokenizer.decode(list(tail), skip_special_tokens=False)
+        return any(s in text for s in self.stop)
+
+    def cut(self, text: str) -> str:
+        """The text before the first stop string."""
+        ends = [at for s in self.stop if (at := text.find(s)) >= 0]
+        return text[: min(ends)] if ends else text
+
+
+def finished(
+    ids: Sequence[int], logprobs: Sequence[float], ended: bool, end_ids: Sequence[int], stops: StopStrings
+) -> Completion:
+    """A sampled completion.
+
+    Args:
+        ids: its tokens, through the one that ended it.
+        logprobs: their log-probabilities.
+        ended: an end token or a stop string ended it, and not the length limit.
+        end_ids: the tokens that end a completion; the text leaves them out.
+        stops: the text ends before the first of these.
+    """
+    text = stops.cut(visible(ids, stops.tokenizer, end_ids))
+    return Completion(tuple(ids), (True,) * len(ids), text, "stop" if ended else "length", tuple(logprobs))

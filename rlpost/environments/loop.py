@@ -1,0 +1,226 @@
+"""Episodes of several turns: the model says something, an environment answers, until one of them is done.
+
+An environment is a function of what has been said: (text of the model's last turn, its turns so far, the row) ->
+its reply as text, or None when the episode is over. What it replies becomes part of the completion, as tokens that
+are no actions: they are read, and nothing is learned from having written them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.engine.api import Engine
+from rlpost.engine.collect import collect
+from rlpost.engine.params import Sampling
+from rlpost.engine.seeds import prompt_streams
+from rlpost.errors import RewardError, RlpostError
+from rlpost.policy.policy import Policy
+from rlpost.types import FAILED, Completion, Group
+from rlpost.usercode.bound import Bound
+from rlpost.usercode.calls import CallError, Failed, Remote
+
+
+@dataclass
+class _Episode:
+    """One completion as it grows."""
+
+    group: Group
+    stream: int
+    ids: list[int] = field(default_factory=list)
+    action: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    finish: str = ""
+
+    def say(self, turn: Completion) -> None:
+        """The model's turn."""
+        self.ids += turn.ids
+        self.action += turn.action
+        self.logprobs += turn.logprobs
+        self.turns.append(turn.text)
+
+    def hear(self, ids: Sequence[int]) -> None:
+        """The environment's."""
+        self.ids += ids
+        self.action += [False] * len(ids)
+
+    def completion(self) -> Completion:
+        """What a reward reads: its text is the last turn's, the conclusion."""
+        text = self.turns[-1] if self.turns else ""
+        return Completion(tuple(self.ids), tuple(self.action), text, self.finish, tuple(self.logprobs))
+
+
+def collect_turns(
+    engine: Engine,
+    codec: Codec,
+    groups: Sequence[Group],
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    greedy: bool = False,
+    first: int = 0,
+    *,
+    environment: Bound,
+    turns: int,
+    longest: int,
+) -> list[Group]:
+    """The groups with `n` episodes each, in place of what completions they had.
+
+    Args:
+        engine: what samples; synchronised by the caller.
+        codec: tokenises what the environment replies.
+        groups: prompts with their rows.
+        n: episodes a prompt.
+        sampling: how tokens are drawn; `max_new_tokens` holds for a whole episode, replies included.
+        seed: of this call's random streams. An episode depends on its prompt's stream, its index and its turns.
+        greedy: take the most likely tokens.
+        first: number of the first prompt when a larger set is collected in parts.
+        environment: the function that replies.
+        turns: most turns of the model.
+        longest: positions of the model.
+
+    Raises:
+        RewardError: the environment failed, or did not reply with text.
+    """
+    streams = prompt_streams(seed, first, len(groups))
+    episodes = [
+        _Episode(group, stream)
+        for group, stream in zip(groups, streams, strict=True)
+        for stream in prompt_streams(stream, 0, n)
+    ]
+    for turn in range(turns):
+        going = [e for e in episodes if not e.finish]
+        for budget, some in _by_budget(going, sampling.max_new_tokens, longest).items():
+            prompts = [(*e.group.prompt, *e.ids) for e in some]
+            own = [prompt_streams(e.stream, turn, 1)[0] for e in some]
+            said = engine.generate(prompts, 1, replace(sampling, max_new_tokens=budget), own, greedy)
+            for episode, (completion,) in zip(some, said, strict=True):
+                episode.say(completion)
+            last = turn + 1 == turns
+            going_on = [e for e, (c,) in zip(some, said, strict=True) if not _ended(e, c, last)]
+            for episode, reply in _replies(environment, going_on, episodes):
+                _hear(episode, reply, codec, sampling.max_new_tokens, longest)
+    found = iter(episodes)
+    return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
+
+
+class Collect(Protocol):
+    """`collect`, or `collect_turns` with its environment."""
+
+    def __call__(
+        self, groups: Sequence[Group], n: int, sampling: Sampling, seed: int, greedy: bool = False, first: int = 0
+    ) -> list[Group]:
+        """The groups with `n` completions each."""
+        ...
+
+
+def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: int) -> Collect:
+    """How completions are collected: in one turn, or in several with an environment."""
+    if environment is None:
+        return partial(collect, engine)
+    return partial(
+        collect_turns,
+        engine,
+        make_codec(policy.tokenizer),
+        environment=environment,
+        turns=turns,
+        longest=policy.longest,
+    )
+
+
+def _by_budget(episodes: Sequence[_Episode], limit: int, longest: int) -> dict[int, list[_Episode]]:
+    """Episodes by how many tokens each may still have."""
+    found: dict[int, list[_Episode]] = {}
+    for e in episodes:
+        room = min(limit - len(e.ids), longest - len(e.group.prompt) - len(e.ids))
+        found.setdefault(room, []).append(e)
+    return found
+
+
+def _ended(episode: _Episode, said: Completion, last: bool) -> bool:
+    """Whether the model's turn was the last one."""
+    if said.finish == "length" or last:
+        episode.finish = said.finish
+    return bool(episode.finish)
+
+
+def _hear(episode: _Episode, reply: str | None, codec: Codec, limit: int, longest: int) -> None:
+    """The environment's answer to a turn, or the end of the episode."""
+    if reply is None:
+        episode.finish = "stop"
+        return
+    ids = codec.ids(reply, "the environment's reply")
+    used = len(episode.ids) + len(ids)
+    # A turn needs room for one token at least.
+    if used >= limit or len(episode.group.prompt) + used >= longest:
+        episode.finish = "length"
+        return
+    episode.hear(ids)
+
+
+def _replies(
+    environment: Bound, asking: Sequence[_Episode], every: Sequence[_Episode]
+) -> Iterator[tuple[_Episode, str | None]]:
+    """What the environment replies to each episode that is not lost with it.
+
+    An environment may keep what it knows of an episode: with its process go all episodes that it has replied to.
+
+    Raises:
+        RewardError: it failed, or returned no text, and its failures stop the run.
+    """
+    for episode, found in zip(asking, _asked(environment, asking), strict=False):
+        wrong = _wrong(found, episode)
+        if wrong and not environment.unscored:
+            raise RewardError(f"environment: {wrong}") from getattr(found, "error", None)
+        if wrong:
+            episode.finish = FAILED
+        if isinstance(found, Failed) and found.gone:
+            for other in every:
+                if not other.finish and not all(other.action):
+                    other.finish = FAILED
+        if not episode.finish:
+            yield episode, found
+    failed = sum(e.finish == FAILED for e in every)
+    if not failed:
+        environment.failing.ends("environment: it fails no more")
+    else:
+        environment.failing.begins(f"environment: it failed, and episodes are unscored: {failed} of {len(every)}")
+
+
+def _asked(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
+    """What the environment returned for each, or a Failed; where its failures stop the run, the first is the last."""
+    names = inspect.signature(environment).parameters
+    calls = []
+    for e in asking:
+        supplied = {"text": e.turns[-1], "turns": list(e.turns), "example": e.group.example}
+        calls.append({name: value for name, value in supplied.items() if name in names})
+    if isinstance(environment.call, Remote):
+        try:
+            return environment.call.each(calls, keep_going=environment.unscored)
+        except CallError as error:
+            raise RewardError(f"environment: {error}") from error
+    return (_asked_here(environment.call, call) for call in calls)
+
+
+def _asked_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
+    try:
+        return environment(**{n: dict(value) if n == "example" else value for n, value in call.items()})
+    except RlpostError:
+        raise
+    except (Exception, SystemExit) as error:
+        return Failed(f"raised {type(error).__name__}: {' '.join(str(error).split())[:200]}", error)
+
+
+def _wrong(found: Any, episode: _Episode) -> str:
+    if isinstance(found, Failed):
+        remedy = "mend the function, or let it return None to end the episode"
+        slow = "; raise its `deadline`" if found.reason.startswith("ran for") else ""
+        return f"{found.reason}, on the turn {episode.turns[-1][:60]!r}; {remedy}{slow}"
+    if found is not None and not isinstance(found, str):
+        return f"returned {type(found).__name__}; return text, or None to end the episode"
+    return ""

@@ -1,0 +1,129 @@
+"""A learned value network against the truth, on the completions of a prompt, enumerated.
+
+Axes: X states, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlpost import console
+from rlpost.data.codec import make_codec
+from rlpost.data.encoders import plain_prompt
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.params import ValueTarget
+from rlpost.goals.unfold import LEAST, Unfolded, unfold
+from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
+from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far a value network is off; means are over states as a completion comes through them."""
+
+    true_root: float
+    learned_root: float
+    mean_error: float
+    """Mean of |learned − true|."""
+    root_mean_square: float
+    largest: float
+    calibration_error: float
+    """Expected calibration error: mean over bins of learned values of |mean learned − mean true|."""
+    worth: float
+    """Completions sampled from a state whose share of reached goals is off as much: E[V(1 − V)] / E[error²]."""
+    states: int
+    """States that had to be looked at for the truth; the network looks at one."""
+    left_out: float
+    """Probability of completions that were not enumerated."""
+
+
+def compare(true_X: Tensor, learned_X: Tensor, reach_X: Tensor, left_out: float = 0.0) -> Calibration:
+    """Compare values in [0, 1] of states that are reached with the given probabilities."""
+    weight_X = reach_X / reach_X.sum()
+    error_X = learned_X - true_X
+    bin_X = (learned_X * BINS).long().clamp(0, BINS - 1)
+    gap_B = torch.zeros(BINS, dtype=weight_X.dtype).index_add(0, bin_X, weight_X * error_X)
+    square = float(weight_X @ error_X.square())
+    return Calibration(
+        true_root=float(true_X[0]),
+        learned_root=float(learned_X[0]),
+        mean_error=float(weight_X @ error_X.abs()),
+        root_mean_square=square**0.5,
+        largest=float(error_X.abs().max()),
+        calibration_error=float(gap_B.abs().sum()),
+        worth=float(weight_X @ (true_X * (1 - true_X))) / max(square, 1e-30),
+        states=len(true_X),
+        left_out=left_out,
+    )
+
+
+def calibrate(network: ValueNetwork, unfolded: Unfolded, goal: GoalSet) -> Calibration:
+    """Compare a network, asked about `goal`, with the truth on a prompt's completions.
+
+    A contrastive network knows V but for a factor: it is given the true value of the root.
+    """
+    told = network.settings
+    true_X = unfolded.values(goal, truncated_counts=told.truncated_counts)
+    if told.avoid:
+        true_X = 1 - true_X
+    logit_X = network.logits([(unfolded.prompt, state) for state in unfolded.states])
+    if told.target == ValueTarget.contrastive:
+        learned_X = (true_X[0] * (logit_X - logit_X[0]).exp()).clamp(max=1)
+    else:
+        learned_X = torch.sigmoid(logit_X)
+    return compare(true_X, learned_X, unfolded.reach_X, unfolded.left_out)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and a goal, and what a network knows of it."""
+
+    prompt: str
+    goal: str
+    found: Calibration
+
+
+def calibrations(
+    folder: Path, model: Path, prompts: Sequence[str], goals: Sequence[str], depth: int, least: float = LEAST
+) -> Iterator[Asked]:
+    """A saved network against the truth of the policy in `model`, for every prompt and goal.
+
+    Completions have at most `depth` tokens; states that come by with less than `least` are not followed. A network
+    that reads its goal is asked about one after the other; another about all of them as one set.
+
+    Raises:
+        ModelError: the network or the policy cannot be loaded.
+        DataError: a prompt or a goal has characters that the tokenizer does not know.
+        RecipeError: there are too many completions.
+    """
+    policy = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
+    codec = make_codec(policy.tokenizer)
+    told = read_settings(folder)
+    network = load_value(folder, policy, (), avoid=told.avoid)
+    members = [codec.ids(goal, "--goal") for goal in goals]
+    one_by_one = [(text, [ids], ids) for text, ids in zip(goals, members, strict=True)]
+    for prompt in prompts:
+        unfolded = unfold(policy, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
+        for text, some, named in one_by_one if told.condition else [(", ".join(goals), members, ())]:
+            yield Asked(prompt, text, calibrate(network.about(named), unfolded, GoalSet(some)))
+
+
+def print_table(found: Sequence[Asked]) -> None:
+    """What was found, a line for each prompt and goal."""
+    columns = ["prompt", "goal", "true V", "learned", "mean error", "largest", "ECE", "worth"]
+    columns += ["states", "not enumerated"]
+    rows = []
+    for asked in found:
+        c = asked.found
+        numbers = (c.true_root, c.learned_root, c.mean_error, c.largest, c.calibration_error)
+        worth, left_out = f"{c.worth:.1f}", f"{c.left_out:.0e}"
+        rows.append([asked.prompt, asked.goal, *(f"{x:.4f}" for x in numbers), worth, str(c.states), left_out])
+    console.table("a value network against all likely completions", columns, rows)

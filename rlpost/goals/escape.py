@@ -1,0 +1,74 @@
+"""How often walks from held-out starts get out of a run's mazes: the random walker, the same led by a value network
+over its exits, and the policy that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rlpost.data.codec import make_codec
+from rlpost.data.encoders import plain_prompt
+from rlpost.data.tasks import maze as task
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.guide import Guide
+from rlpost.goals.maze import final_of, finished, mazes_of, policy_of, recipe_of
+from rlpost.goals.value_network import load_value
+from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model
+from rlpost.policy.policy import Policy
+from rlpost.recipe.parts import Kind
+from rlpost.recipe.schema import Recipe
+from rlpost.types import Group, completions
+
+SAMPLES = 8
+"""Walks from each start."""
+CANDIDATES = 8
+"""Likeliest tokens that the network weighs: a cell has four neighbours, and there are three ways to end."""
+
+
+def escapes(run: Path, stage: str | None = None) -> list[str]:
+    """The share of walks that escape and of moves that are optimal, in lines; `stage` as in `maze.solved`.
+
+    Raises:
+        ModelError: the run has no walker or no policy.
+        DataError: its rows are no mazes.
+    """
+    recipe = recipe_of(run)
+    rows = [row for row in mazes_of(recipe) if row["held_out"]]
+    sampling = Sampling(max_new_tokens=_room(recipe))
+    walker_at = final_of(run, recipe, (Kind.sft,), "a walker: a stage of kind sft")
+    value_at = finished(run, recipe, (Kind.value,))
+    lines = []
+    for name, engine in _engines(walker_at, value_at, policy_of(run, recipe, stage)):
+        groups = collect(engine, _groups(rows, engine.policy), SAMPLES, sampling, seed=0)
+        walks = [(c, g.example) for g in groups for c in completions([g])]
+        out = fmean(task.escaped(c, row) for c, row in walks)
+        best = fmean(task.optimal(c, row) for c, row in walks)
+        lines.append(f"{name}, from held-out starts: {out:.1%} of walks escape, {best:.1%} of moves are optimal")
+    return lines
+
+
+def _engines(walker_at: Path, value_at: Path | None, policy_at: Path) -> Iterator[tuple[str, BuiltinEngine]]:
+    walker = load_policy(walker_at, Model(), trainable=False)
+    yield "random walker", BuiltinEngine(walker)
+    if value_at is not None:
+        exits = GoalSet([make_codec(walker.tokenizer).ids(task.EXIT, "the exit")])
+        network = load_value(value_at, walker, (), avoid=False)
+        guide = Guide(network.ahead, exits, walker.end_ids, candidates=CANDIDATES)
+        yield "led by its value network", BuiltinEngine(walker, guide=guide)
+    yield "policy", BuiltinEngine(load_policy(policy_at, Model(), trainable=False))
+
+
+def _groups(rows: Sequence[Mapping[str, Any]], policy: Policy) -> list[Group]:
+    codec = make_codec(policy.tokenizer)
+    return [Group(plain_prompt(row["prompt"], codec, "the prompt"), (), row) for row in rows]
+
+
+def _room(recipe: Recipe) -> int:
+    """Tokens of the longest walk that the run's stages sampled."""
+    return max(int(stage.sampling.max_new_tokens) for stage in recipe.stages.values() if hasattr(stage, "sampling"))

@@ -1,0 +1,81 @@
+"""Rows with what a value network guesses about them, for a policy that reads the guesses.
+
+Someone in a maze has guesses about its parts and knows where they stand: the policy network's input is the prompt
+and the network's values of places in it, as digits. It decodes without the network.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.encoders import plain_prompt
+from rlpost.data.formats import Need
+from rlpost.data.params import TooLong
+from rlpost.errors import DataError, ModelError
+from rlpost.goals.endings import Endings
+from rlpost.goals.params import ValueTarget
+from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
+from rlpost.recipe.row_stages import Guesses
+from rlpost.stages.context import Context
+from rlpost.stages.lots import rows_by_lots
+from rlpost.types import Group
+
+AT_ONCE = 64
+"""Rows between two moves of the progress bar."""
+
+
+def guesses(context: Context, cfg: Guesses) -> Path:
+    """Ask the network about every row; returns the folder with the rows, each with a column `guesses`.
+
+    Raises:
+        DataError: a row does not list what to ask about.
+        ModelError: the network says no probabilities, or its tokens are not the model's.
+        Interrupted: when a signal asked to stop.
+    """
+    policy = context.policy()
+    codec = make_codec(policy.tokenizer)
+    folder = context.checkpoint(cfg.network)
+    if read_settings(folder).target == ValueTarget.contrastive:
+        raise ModelError(
+            f"stages.{context.name}.network: {cfg.network} is contrastive and knows values only up to a factor; "
+            "train one with target monte_carlo or bootstrap"
+        )
+    network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
+    endings = Endings(cfg.goals, codec, context)
+    data = context.data(policy, cfg.data, Need.prompts, policy.longest, TooLong.refuse)
+    prompts = data.all()
+    draw = random.Random(context.seed_for("goals"))
+
+    def make(some: Sequence[Group], _first: int) -> Iterator[dict[str, Any]]:
+        return guessed(network, endings, some, cfg, codec, f"stages.{context.name}", draw)
+
+    rows = rows_by_lots(context, prompts, AT_ONCE, make)
+    return context.finish_rows(rows, cfg.kind)
+
+
+def guessed(
+    network: ValueNetwork,
+    endings: Endings,
+    prompts: Sequence[Group],
+    cfg: Guesses,
+    codec: Codec,
+    where: str,
+    draw: random.Random,
+) -> Iterator[dict[str, Any]]:
+    """Each row with its guesses: a digit for every text that it lists, as V lies in ten equal parts of [0, 1]."""
+    for group in prompts:
+        places = group.example.get(cfg.about)
+        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+            raise DataError(
+                f"{where}.about: a row has no list of texts in {cfg.about!r}; give each row what to ask about"
+            )
+        _, named = endings.of(group, network.settings.condition, draw)
+        states = [(plain_prompt(place, codec, f"{where}, {cfg.about}"), ()) for place in places]
+        value = torch.sigmoid(network.about(named).logits(states)).tolist() if states else []
+        yield {**group.example, "guesses": "".join(str(min(int(v * 10), 9)) for v in value)}

@@ -1,0 +1,164 @@
+"""Guided decoding: a policy's tokens weighed by where they lead.
+
+With V(s) = P(a completion of s ends in the goal) the guided policy is π(v|s) ∝ π0(v|s)·w(s·v), where w is
+
+- toward: V(s·v). With the true V this samples π0's completions given that they end in the goal (FUDGE, Yang & Klein
+  2021, arXiv:2104.05218).
+- away: S(s·v), the probability of not ending there, by a recursion or a model of its own: 1 − V has only rounding
+  errors left where V is near 1.
+- soft: exp(V_soft(s·v)/β), the optimum of E[r] − β·KL (controlled decoding, Mudgal et al. 2023, arXiv:2310.17022).
+
+Where a completion ends, the goal itself is asked: whether it was reached is a fact, also under a learned value.
+
+Axes: B rows, K candidates a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from rlpost.errors import EngineError
+from rlpost.goals.goal_set import Goal
+
+
+class Mode(StrEnum):
+    """Which way a guide leads."""
+
+    toward = "toward"
+    away = "away"
+    soft = "soft"
+
+
+@dataclass(frozen=True)
+class Position:
+    """A row's state: what has been written, and whether the next token is the last that fits."""
+
+    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
+    last: bool
+
+
+LogWeights = Callable[[Sequence[Position], Tensor], Tensor]
+"""(rows, candidates [B, K]) -> [B, K] log V, log S or V_soft/β of the states that the candidates lead to."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """Weighs the likeliest candidates of every row by where they lead."""
+
+    ahead: LogWeights
+    """Of states that go on; for `away`, of not ending in the goal."""
+    goal: Goal
+    end_ids: Collection[int]
+    mode: Mode = Mode.toward
+    beta: float = 1.0
+    """For `soft`: nats that ending in the goal is worth are 1/β."""
+    candidates: int = 0
+    """Likeliest tokens that are weighed, all others are left out; 0 for the whole vocabulary."""
+    truncated_counts: bool = False
+    """A completion that is cut off may have ended in the goal."""
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limits: Sequence[int]
+    ) -> GuidedRows:
+        """Follow rows that are about to continue their prompts; see `engine.Guide`."""
+        return GuidedRows(self, [tuple(prompts[p]) for p in prompt_of_row], limits)
+
+    def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
+        """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
+
+        Raises:
+            EngineError: `away`, and every candidate leads to a forbidden ending.
+        """
+        candidate_BK = self.likeliest(logits_BV)
+        return self.spread(logits_BV, positions, candidate_BK, self.ahead(positions, candidate_BK))
+
+    def likeliest(self, logits_BV: Tensor) -> Tensor:
+        """[B, K] the tokens that are weighed, on the CPU."""
+        rows, vocabulary = logits_BV.shape
+        if not self.candidates or self.candidates >= vocabulary:
+            return torch.arange(vocabulary).expand(rows, -1)
+        return logits_BV.topk(self.candidates).indices.cpu()
+
+    def spread(
+        self, logits_BV: Tensor, positions: Sequence[Position], candidate_BK: Tensor, ahead_BK: Tensor
+    ) -> Tensor:
+        """[B, V] `log_weights`, once it is known what lies ahead of the candidates if the completion goes on.
+
+        Raises:
+            EngineError: as there.
+        """
+        weight_BK = ahead_BK.clone()
+        over_BK = torch.isin(candidate_BK, torch.tensor(sorted(self.end_ids)))
+        over_BK |= torch.tensor([position.last for position in positions], dtype=torch.bool)[:, None]
+        ending = zip(over_BK.nonzero()[:, 0].tolist(), candidate_BK[over_BK].tolist(), strict=True)
+        weight_BK[over_BK] = weight_BK.new_tensor([self._over(positions[b], token) for b, token in ending])
+        nowhere_B = (weight_BK == -math.inf).all(1)
+        if nowhere_B.any():
+            self._refuse(positions[int(nowhere_B.nonzero()[0])])
+            # No candidate reaches the goal any more: the completion is lost, and goes on as it would have.
+            weight_BK[nowhere_B] = 0.0
+        # float64 weights stay such: the proofs are in it.
+        full_BV = weight_BK.new_full(logits_BV.shape, -math.inf)
+        return full_BV.scatter(1, candidate_BK, weight_BK).to(logits_BV.device)
+
+    def reached(self, ids: Sequence[int], *, cut: bool) -> bool:
+        """True if a completion of these tokens, without its end token, ends in the goal."""
+        return (self.truncated_counts or not cut) and self.goal.reached(ids)
+
+    def _over(self, position: Position, token: int) -> float:
+        """The log-weight of a candidate after which the completion is over."""
+        if token in self.end_ids:
+            there = self.reached(position.ids, cut=False)
+        else:
+            there = self.reached((*position.ids, token), cut=True)
+        if self.mode is Mode.soft:
+            return float(there) / self.beta
+        return 0.0 if there == (self.mode is Mode.toward) else -math.inf
+
+    def _refuse(self, position: Position) -> None:
+        if self.mode is Mode.away:
+            which = f"of the {self.candidates} likeliest tokens" if self.candidates else "token"
+            raise EngineError(
+                f"after {len(position.ids)} tokens every one {which} leads to a forbidden ending; "
+                "weigh more candidates, or forbid less"
+            )
+
+
+class GuidedRows:
+    """The rows of one call, as a guide follows them."""
+
+    def __init__(self, guide: Guide, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> None:
+        """Begin with nothing written; prompts and limits are of each row."""
+        self._guide = guide
+        self._prompts = list(prompts)
+        self._limits = list(limits)
+        self._ids: list[tuple[int, ...]] = [()] * len(self._prompts)
+
+    def weigh(self, logits_BV: Tensor, going_B: Tensor) -> Tensor:
+        """[B, V]; see `engine.Steering`."""
+        going = going_B.nonzero()[:, 0]
+        if not len(going):
+            return logits_BV.new_zeros(logits_BV.shape)
+        positions = [
+            Position(self._prompts[b], self._ids[b], len(self._ids[b]) + 1 == self._limits[b]) for b in going.tolist()
+        ]
+        weight = self._guide.log_weights(logits_BV[going], positions)
+        return weight.new_zeros(logits_BV.shape).index_copy(0, going, weight)
+
+    def append(self, ids_B: Tensor) -> None:
+        """The token that each row was given."""
+        self._ids = [(*ids, new) for ids, new in zip(self._ids, ids_B.tolist(), strict=True)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        stay = rows.tolist()
+        self._prompts, self._limits, self._ids = (
+            [x[b] for b in stay] for x in (self._prompts, self._limits, self._ids)
+        )

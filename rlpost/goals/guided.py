@@ -1,0 +1,95 @@
+"""Rows of guided samples: what the policy says when a value network leads it, for a policy that imitates them.
+
+Sampling from the guided distribution and maximising the samples' likelihood is distillation by cross-entropy: the
+policy that `sft` makes of these rows comes to decode as the guided one does, without a network beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.formats import Need
+from rlpost.data.messages import opening
+from rlpost.data.params import TooLong
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.errors import DataError
+from rlpost.goals.endings import Endings
+from rlpost.goals.goal_set import Goal, ends_in
+from rlpost.goals.guide import Guide, Mode
+from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
+from rlpost.policy.policy import Policy
+from rlpost.recipe.row_stages import Guided
+from rlpost.stages.context import Context
+from rlpost.stages.lots import rows_by_lots
+from rlpost.types import Group
+
+AT_ONCE = 64
+"""Prompts whose samples are held at a time."""
+
+
+def guided(context: Context, cfg: Guided) -> Path:
+    """Sample under guidance; returns the folder with the rows `prompt, completion`.
+
+    Raises:
+        DataError: no sample ends as it should.
+        ModelError: the network cannot guide this policy.
+        Interrupted: when a signal asked to stop.
+    """
+    policy = context.policy()
+    codec = make_codec(policy.tokenizer)
+    folder = context.checkpoint(cfg.network)
+    network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
+    endings = Endings(cfg.goals, codec, context)
+    data = context.data(policy, cfg.data, Need.prompts, policy.longest - cfg.sampling.max_new_tokens, TooLong.refuse)
+    prompts = data.next(cfg.prompts or len(data))
+
+    def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
+        return guided_rows(policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
+
+    rows = rows_by_lots(context, prompts, AT_ONCE, make)
+    if not rows:
+        raise DataError(
+            f"stages.{context.name}: no sample ends as it should; train the network longer, or look at the goals"
+        )
+
+    return context.finish_rows(rows, cfg.kind)
+
+
+def guided_rows(
+    policy: Policy,
+    network: ValueNetwork,
+    endings: Endings,
+    prompts: Sequence[Group],
+    cfg: Guided,
+    codec: Codec,
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Rows of finished samples, prompts of one goal sampled together."""
+    draw = random.Random(seed)
+    by_goal: dict[tuple[int, ...], tuple[Goal, list[Group]]] = {}
+    for group in prompts:
+        goal, named = endings.of(group, network.settings.condition, draw)
+        by_goal.setdefault(named, (goal, []))[1].append(group)
+    avoid, cut = network.settings.avoid, network.settings.truncated_counts
+    for number, (named, (goal, some)) in enumerate(by_goal.items()):
+        guide = Guide(
+            network.about(named).ahead,
+            goal,
+            policy.end_ids,
+            Mode.away if avoid else Mode.toward,
+            candidates=cfg.candidates,
+            truncated_counts=cut,
+        )
+        engine = BuiltinEngine(policy, guide=guide)
+        for group in collect(engine, some, cfg.group_size, cfg.sampling, seed=seed + number):
+            asked = group.example.get("prompt", opening(group.example.get("messages", [])))
+            for c in group.completions:
+                right = ends_in(goal, c, codec.stops, truncated_counts=cut) != avoid
+                # What was cut off would be imitated as if it had ended there.
+                if c.finish == "stop" and (right or not cfg.reached_only):
+                    yield {**group.example, "prompt": asked, "completion": c.text}

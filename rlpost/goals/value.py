@@ -1,0 +1,153 @@
+"""Value networks: from every state on, the probability that the policy's completion ends in a goal.
+
+The policy samples and is not changed; the network learns from where its completions ended. A network that reads its
+goal can be taught many: the recipe's, and endings that were reached. Such an ending serves as the goal of the *other*
+completions of its prompt, which were drawn independently of it; as its own completion's it would always be reached.
+
+Axes: N action tokens, S completions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.formats import Need
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.goals.endings import Endings
+from rlpost.goals.goal_set import GoalSet, ends_in
+from rlpost.goals.params import ValueTarget
+from rlpost.goals.value_network import ValueSettings, conditioned
+from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value
+from rlpost.policy.scalar import Values, critic_beside
+from rlpost.recipe.schema import Value
+from rlpost.stages.context import Context, steps_of
+from rlpost.stages.rollouts import mean_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import Completion, Group
+
+
+def value(context: Context, cfg: Value) -> Path:
+    """Train a value network beside the policy it is of; returns the network's final checkpoint."""
+    policy = context.policy()
+    model = critic_beside(policy, context.start, None, context.model, trains_trunk=True)
+    codec = make_codec(policy.tokenizer)
+    endings = Endings(cfg.goals, codec, context)
+    room = cfg.max_length - cfg.sampling.max_new_tokens - endings.longest(cfg.condition, cfg.hindsight_tokens)
+    data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
+    engine = BuiltinEngine(policy)
+    loss = value_loss(cfg)
+    steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")
+    learner = context.learner(model, cfg, updates=steps * cfg.updates)
+    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+
+    for step in loop.steps():
+        seed = context.seed_for("sample", step)
+        groups = collect(engine, data.next(cfg.prompts), cfg.group_size, cfg.sampling, seed=seed)
+        draw = random.Random(context.seed_for("goal", step))
+        shares = split([lesson(g, endings, cfg, codec, draw) for g in groups], cfg.updates, draw)
+        metrics = mean_of([learner.update(loss, weighted(share, learner)) for share in shares])
+        loop.log(step, metrics, live=("loss", "predicted", "reached"))
+    settings = ValueSettings(cfg.condition, cfg.avoid, cfg.target.value, cfg.goals.truncated_counts)
+
+    def beside(folder: Path) -> None:
+        model.save(folder)
+        settings.save(folder)
+
+    return context.finish(model.trunk, cfg.kind, steps, adapter=model.adapter, beside=beside)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A group as the network reads it, and what became of its completions."""
+
+    group: Group
+    label: tuple[float, ...]
+    """A completion's: 1 where it is what the network is to tell, else 0."""
+    counts: tuple[bool, ...]
+    """False for a completion that the goal was taken from."""
+
+
+def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: random.Random) -> Lesson:
+    """A group with a goal: the recipe's, or an ending that one of its completions reached."""
+    own = draw.random() < cfg.hindsight or cfg.target is ValueTarget.contrastive
+    taken = _taken(group.completions, cfg, codec, draw) if own else None
+    if taken is None and endings.all is None and endings.column is None:
+        # Every completion was cut off, and the recipe has no other goal: nothing to learn from these.
+        return Lesson(group, (0.0,) * len(group.completions), (False,) * len(group.completions))
+    if taken is None:
+        goal, named = endings.of(group, cfg.condition, draw)
+        at = None
+    else:
+        at, named = taken
+        goal = GoalSet([named])
+    cut = cfg.goals.truncated_counts
+    reached = [ends_in(goal, c, codec.stops, truncated_counts=cut) for c in group.completions]
+    if cfg.target is ValueTarget.contrastive:
+        label = tuple(float(i == at) for i in range(len(reached)))
+        counts = (at is not None,) * len(reached)
+    else:
+        label = tuple(float(r != cfg.avoid) for r in reached)
+        counts = tuple(i != at for i in range(len(reached)))
+    return Lesson(replace(group, prompt=conditioned(cfg.condition, named, group.prompt, codec)), label, counts)
+
+
+def split(lessons: Sequence[Lesson], updates: int, draw: random.Random) -> list[list[Lesson]]:
+    """The step's lessons, shuffled, in shares of about equal size for its updates."""
+    order = draw.sample(lessons, len(lessons))
+    return [order[i::updates] for i in range(min(updates, len(order)))]
+
+
+def weighted(lessons: Sequence[Lesson], learner: Learner) -> Experience:
+    """What an update learns from: labels, and a mean over all actions of completions that count."""
+    experience = Experience(tuple(x.group for x in lessons))
+    rows = experience.rows
+    label_S = torch.tensor([y for x in lessons for y in x.label], dtype=torch.float64)
+    counts_S = torch.tensor([c for x in lessons for c in x.counts])
+    counts_N = rows.spread(counts_S.double())
+    total = max(learner.total(float(counts_N.sum())), 1)
+    experience = experience.with_actions(label=rows.spread(label_S), weight=counts_N / total)
+    return replace(experience, needed_S=tuple(counts_S.tolist()))
+
+
+def value_loss(cfg: Value) -> LossFunction:
+    """Σ loss·weight of the states in which actions were taken; the first of them is the prompt itself."""
+
+    def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        logit_N, label_N = values.before_N, part["label"].to(values.before_N.dtype)
+        if cfg.target is ValueTarget.monte_carlo:
+            loss_N = monte_carlo_value(logit_N, label_N)
+        elif cfg.target is ValueTarget.bootstrap:
+            loss_N = bellman_residual(logit_N, label_N, part.rows.to(logit_N.device))
+        else:
+            loss_N = contrastive_value(logit_N, label_N, negatives=cfg.group_size - 1)
+        said_N = torch.sigmoid(logit_N.detach())
+        line = {"predicted": said_N, "reached": label_N, "brier": (said_N - label_N).square()}
+        return (loss_N * part["weight"]).sum(), line
+
+    return loss
+
+
+def _taken(
+    completions: Sequence[Completion], cfg: Value, codec: Codec, draw: random.Random
+) -> tuple[int, tuple[int, ...]] | None:
+    """A completion whose ending is to be the goal, and that ending; None where all were cut off or are empty."""
+    endings = [
+        tuple(i for i in c.ids if i not in codec.stops)[-cfg.hindsight_tokens :]
+        if c.finish != "length" or cfg.goals.truncated_counts
+        else ()
+        for c in completions
+    ]
+    able = [at for at, ending in enumerate(endings) if ending]
+    if not able:
+        return None
+    at = draw.choice(able)
+    return at, endings[at]

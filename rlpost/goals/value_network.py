@@ -1,0 +1,127 @@
+"""A saved value network as guided decoding asks it, and the form in which it reads its goal.
+
+Axes: B rows, K candidates a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.errors import ModelError
+from rlpost.goals.guide import Position
+from rlpost.goals.params import ValueTarget
+from rlpost.policy.judge import same_tokens
+from rlpost.policy.params import Model
+from rlpost.policy.policy import Policy
+from rlpost.policy.scalar import ScalarModel, load_scalar
+from rlpost.types import Completion, Group
+
+SETTINGS_FILE = "value.json"
+GOAL = "{goal}"
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """What a value network was trained to say; saved beside it."""
+
+    condition: str | None
+    """The text before the prompt that names the goal, as in the recipe."""
+    avoid: bool
+    target: str
+    truncated_counts: bool
+    """A completion that was cut off might have ended in the goal."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+        (folder / SETTINGS_FILE).write_text(json.dumps(asdict(self)), "utf-8")
+
+
+def read_settings(folder: Path) -> ValueSettings:
+    """What the value network in `folder` says.
+
+    Raises:
+        ModelError: it is no value network.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        raise ModelError(f"{folder}: no value network, since it has no {SETTINGS_FILE}; name a stage of kind value")
+    return ValueSettings(**json.loads(file.read_text("utf-8")))
+
+
+def conditioned(condition: str | None, goal: Sequence[int], prompt: Sequence[int], codec: Codec) -> tuple[int, ...]:
+    """The prompt as a value network reads it: the goal in its words, after what begins every text, before the rest."""
+    if condition is None:
+        return tuple(prompt)
+    before, after = (codec.ids(text, "condition") for text in condition.split(GOAL, 1))
+    begins = len(codec.begin) if tuple(prompt[: len(codec.begin)]) == codec.begin else 0
+    return (*prompt[:begins], *before, *goal, *after, *prompt[begins:])
+
+
+class ValueNetwork:
+    """Values of the states that candidates lead to, all in one pass."""
+
+    def __init__(self, scalar: ScalarModel, settings: ValueSettings, goal: Sequence[int]) -> None:
+        """Ask `scalar` about `goal`, which it is told if it was trained to be."""
+        self._scalar = scalar
+        self.settings = settings
+        self._goal = tuple(goal)
+        self._codec = make_codec(scalar.trunk.tokenizer)
+
+    def about(self, goal: Sequence[int]) -> ValueNetwork:
+        """The same network, asked about another goal."""
+        return ValueNetwork(self._scalar, self.settings, goal)
+
+    def logits(self, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
+        """[X] what it says of states, each a prompt and what has been written after it, in float64."""
+        # The action is there to have a state before it; which one it is does not matter.
+        rows = [
+            Group(
+                conditioned(self.settings.condition, self._goal, prompt, self._codec),
+                (Completion((*written, 0), (False,) * len(written) + (True,)),),
+            )
+            for prompt, written in states
+        ]
+        return self._scalar.score(rows).before_N.double()
+
+    def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
+        """[B, K] log of the value, in float64: what a `Guide` asks for."""
+        groups = [
+            Group(
+                conditioned(self.settings.condition, self._goal, row.prompt, self._codec) + row.ids,
+                tuple(Completion((token,), (True,)) for token in candidates),
+            )
+            for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
+        ]
+        logit_BK = self._scalar.score(groups).after_N.view(candidate_BK.shape).double()
+        # A contrastive logit is the log of a value up to a constant, which guiding does not see.
+        return logit_BK if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit_BK)
+
+
+def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool) -> ValueNetwork:
+    """The value network saved in `folder`, to guide `policy`; it shares the policy's base if it can.
+
+    Args:
+        folder: its checkpoint.
+        policy: who is guided.
+        goal: tokens of the goal, for a network that reads it.
+        avoid: it is to say the probability of not ending there.
+
+    Raises:
+        ModelError: it cannot be loaded, is no value network, or one for the other way.
+    """
+    settings = read_settings(folder)
+    if settings.avoid != avoid:
+        trained, wanted = ("avoid", "--goal") if settings.avoid else ("reach", "--avoid")
+        raise ModelError(f"{folder}: trained to {trained} its goals, and {wanted} asks for the other; train one for it")
+    model = replace(Model(), chat_template=None)
+    scalar = load_scalar(folder, model, beside=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device)
+    if not same_tokens(scalar.trunk.tokenizer, policy.tokenizer):
+        raise ModelError(f"{folder}: another tokenizer than the model's it is to guide; values are of tokens")
+    return ValueNetwork(scalar, settings, goal)

@@ -1,1 +1,0 @@
-"""Pictures of runs, for the terminal and as PNG files."""

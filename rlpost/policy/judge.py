@@ -1,0 +1,251 @@
+"""A saved reward model, process reward model or model of reversed text, as rewards and best-of-n ask it.
+
+Axes: N action tokens, S completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.direction import backwards
+from rlpost.data.divide import divide
+from rlpost.data.formats import Format, encode
+from rlpost.errors import ModelError
+from rlpost.objectives.rows import Rows
+from rlpost.policy import adapters
+from rlpost.policy.load import is_backwards, load_policy
+from rlpost.policy.params import Model
+from rlpost.policy.policy import Policy
+from rlpost.policy.reference import Reference, same_base
+from rlpost.policy.scalar import ScalarModel, Values, load_scalar
+from rlpost.types import Completion, Group, completions
+
+
+class Judge:
+    """Scores completions that another model wrote.
+
+    With that model's tokenizer it reads the very tokens; with one of its own it reads the prompt of the row and the
+    text of the completion.
+    """
+
+    backwards = False
+
+    def __init__(self, scalar: ScalarModel, tokenizer: Any, step_end: str | None = None) -> None:
+        """Judge by `scalar`.
+
+        Args:
+            scalar: the model.
+            tokenizer: of whoever writes the completions.
+            step_end: what a step ends with; None leaves it to the reward.
+        """
+        self._scalar = scalar
+        self._writer = tokenizer
+        self._step_end = step_end
+        self._codec = None if same_tokens(scalar.trunk.tokenizer, tokenizer) else make_codec(scalar.trunk.tokenizer)
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """[S] the score of the state after each completion."""
+        scores: list[float] = self._read(self._own(groups)).final_S.tolist()
+        return scores
+
+    def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """[P][G] the same, a list a group."""
+        return _nested(self.scores(groups), groups)
+
+    def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
+        """[S] the probability that each step of a completion is right, at the step's last action.
+
+        The token that ends a completion is not read: rows of labelled steps have none.
+        """
+        end = step_end if self._step_end is None else self._step_end
+        own = [self._divided(group, end) for group in self._own(groups)]
+        right_N = torch.sigmoid(self._read(own).after_N)
+        pieces = torch.split(right_N, [c.actions for c in completions(own)])
+        every = zip(completions(own), pieces, strict=True)
+        return [x[self._step_ends(c)].tolist() for c, x in every]
+
+    def _step_ends(self, completion: Completion) -> Tensor:
+        """[K] the action at which each step is read."""
+        at = torch.tensor(completion.steps, dtype=torch.long).cumsum(0) - 1
+        chosen = [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]
+        if completion.steps and completion.steps[-1] > 1 and chosen[-1] in self._scalar.trunk.end_ids:
+            at[-1] -= 1
+        return at
+
+    def _divided(self, group: Group, step_end: str) -> Group:
+        if all(c.steps or not c.actions for c in group.completions):
+            return group
+        return divide(group, self._scalar.trunk.tokenizer, step_end, self._scalar.trunk.end_ids)
+
+    def _own(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups in the model's own tokens."""
+        if self._codec is None:
+            return list(groups)
+        return [part for group in groups for part in reread(group, self._writer, self._codec)]
+
+    def _read(self, groups: Sequence[Group]) -> Values:
+        _must_fit(groups, self._scalar.trunk)
+        return self._scalar.score(groups)
+
+
+class ReverseJudge:
+    """Scores completions by how well they tell their prompt: log p_reverse(prompt, end | completion).
+
+    By Bayes' rule that is log p(completion | prompt) − log p(completion) and a number that a prompt's completions
+    share: an answer that would do for any prompt gains nothing. What was cut off is read as if the text ended there.
+    """
+
+    backwards = True
+
+    def __init__(self, reverse: Policy, adapter: str | None, tokenizer: Any) -> None:
+        """Judge by `reverse`, a model of reversed text.
+
+        Args:
+            reverse: the model, or one with the same base.
+            adapter: the adapter of it that reads backwards, if it has any.
+            tokenizer: of whoever writes the completions; with another than the model's own, texts are read.
+        """
+        self._reverse = reverse
+        self._adapter = adapter
+        self._writer = tokenizer
+        self._codec = make_codec(reverse.tokenizer)
+        self._reads_ids = same_tokens(reverse.tokenizer, tokenizer)
+
+    def scores(self, groups: Sequence[Group]) -> list[float]:
+        """[S] the log-likelihood of each completion's prompt, summed in float64."""
+        own = groups if self._reads_ids else [g for group in groups for g in reread(group, self._writer, self._codec)]
+        turned = [self._asked(Group(g.prompt, (c,))) for g in own for c in g.completions]
+        _must_fit(turned, self._reverse)
+        logp_N = Reference(self._reverse, self._adapter).logprobs(turned)
+        scores: list[float] = Rows([c.actions for c in completions(turned)]).sum(logp_N.double()).tolist()
+        return scores
+
+    def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        """[P][G] the same, a list a group."""
+        return _nested(self.scores(groups), groups)
+
+    def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:  # noqa: ARG002
+        """It knows no steps.
+
+        Raises:
+            ModelError: always.
+        """
+        raise ModelError("a model of reversed text scores whole completions; name a process reward model for steps")
+
+    def _asked(self, group: Group) -> Group:
+        """The text backwards, with the completion as the prompt of the prompt."""
+        turned = backwards(group, self._codec)
+        ids = (*turned.prompt, *turned.completions[0].ids)
+        # Without a begin token, an empty completion leaves nothing to begin with but the prompt's own last token.
+        cut = max(1, len(ids) - 1 - len(_without(group.prompt, self._codec.tokenizer.bos_token_id)))
+        return Group(ids[:cut], (Completion(ids[cut:], (True,) * (len(ids) - cut)),))
+
+
+AnyJudge = Judge | ReverseJudge
+
+
+def load_judge(
+    folder: Path, settings: Model, policy: Policy, *, name: str = "reward", step_end: str | None = None
+) -> AnyJudge:
+    """The model saved in `folder`, to judge what `policy` writes; it shares the policy's base if it can.
+
+    Args:
+        folder: its checkpoint.
+        settings: the recipe's `model` section.
+        policy: who writes.
+        name: of its adapter on the shared base.
+        step_end: see `Judge`.
+
+    Raises:
+        ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
+    """
+    # Its chat template, like all of its tokenizer, is its own; fully trained, it keeps its float32 weights.
+    settings = replace(settings, chat_template=None, lora=None)
+    if is_backwards(folder):
+        if policy.has_adapter and same_base(folder, policy):
+            adapters.add_saved_adapter(policy.model, name, folder)
+            return ReverseJudge(policy, name, policy.tokenizer)
+        half, device = policy.in_bfloat16, policy.device
+        reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
+        return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
+    scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
+    return Judge(scalar, policy.tokenizer, step_end)
+
+
+def _nested(scores: Sequence[float], groups: Sequence[Group]) -> list[list[float | None]]:
+    every = iter(scores)
+    return [[next(every) for _ in group.completions] for group in groups]
+
+
+def _without(prompt: Sequence[int], begin: int | None) -> Sequence[int]:
+    return prompt[1:] if begin is not None and prompt[0] == begin else prompt
+
+
+def _must_fit(groups: Sequence[Group], model: Policy) -> None:
+    longest = max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
+    if longest > model.longest:
+        raise ModelError(
+            f"a prompt with its completion has {longest} tokens and the reward model reads {model.longest}; "
+            "lower max_new_tokens, or take another reward model"
+        )
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether the ids of one tokenizer mean the same to the other, conversations included."""
+    return one is other or (
+        one.get_vocab() == other.get_vocab()
+        and one.eos_token_id == other.eos_token_id
+        and getattr(one, "chat_template", None) == getattr(other, "chat_template", None)
+    )
+
+
+def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
+    """The completions of a group by their text, in another tokenizer's ids; one group, if the prompt stays one.
+
+    Of a completion that was cut off at the length limit, the end is left open.
+    """
+    asked = _asked(group, writer)
+    alone = [_reread(asked, c, group.example, codec) for c in group.completions]
+    if len({g.prompt for g in alone}) == 1:
+        return [replace(alone[0], completions=tuple(completions(alone)))]
+    return alone
+
+
+def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
+    place = "what the reward model reads"
+    text = completion.text
+    for stop in codec.tokenizer.convert_ids_to_tokens(list(codec.stops)):
+        text = text.replace(stop, "")  # here it would end the answer; its writer went on
+    row = {**example, "prompt": asked, "completion": text}
+    if not text.strip():
+        # Formats know no empty turn; a policy that answers nothing has ended its turn all the same.
+        end = codec.stops[-1]
+        read = replace(encode(row, Format.prompt, codec, place), completions=(Completion((end,), (True,)),))
+    else:
+        read = encode(row, Format.completion, codec, place)
+    if completion.finish != "length":
+        return read
+    return replace(read, completions=(_left_open(read.completions[0], codec.stops),))
+
+
+def _left_open(completion: Completion, stops: Sequence[int]) -> Completion:
+    """The completion up to the token that ends it."""
+    at = max(i for i, token in enumerate(completion.ids) if token in stops)
+    return replace(completion, ids=completion.ids[:at], action=completion.action[:at])
+
+
+def _asked(group: Group, writer: Any) -> Any:
+    """The prompt as its row has it; of a group without a row, its text."""
+    messages = group.example.get("messages")
+    if "prompt" in group.example:
+        return group.example["prompt"]
+    if messages:
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return writer.decode(list(group.prompt))

@@ -1,1 +1,0 @@
-"""Completions from a policy: engines that sample, and the groups they fill."""

@@ -1,0 +1,132 @@
+"""What stages choose from: weights, KL, corrections, critics, references that follow, pairs."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Optional
+
+# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
+# ruff: noqa: UP045
+
+
+class Weight(StrEnum):
+    """How much each action counts in an update (objectives/weights.py)."""
+
+    token_mean = "token_mean"
+    sequence_mean = "sequence_mean"
+    sequence_sum = "sequence_sum"
+    constant_length = "constant_length"
+
+
+class KlEstimator(StrEnum):
+    """Per-token estimators of KL(policy || reference)."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class KlPlacement(StrEnum):
+    """Where the KL term goes."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+@dataclass
+class Kl:
+    """KL to the reference: `beta` times an estimator in the reward or in the loss."""
+
+    beta: float = 0.0
+    placement: KlPlacement = KlPlacement.reward
+    estimator: KlEstimator = KlEstimator.k1
+    target: Optional[float] = None
+    """Adapt beta so that a completion's KL, in nats, comes to this (Ziegler et al. 2019, arXiv:1909.08593)."""
+    horizon: int = 10000
+    """Completions over which an adapting beta moves."""
+
+
+class AtLimit(StrEnum):
+    """What the length limit means to an episode."""
+
+    terminate = "terminate"
+    """An end like any other: nothing comes after it."""
+    bootstrap = "bootstrap"
+    """A cut: the value of the last state stands for what would have come."""
+
+
+class CorrectionMode(StrEnum):
+    """What is done about log-probabilities that differ between sampler and trainer."""
+
+    none = "none"
+    truncate = "truncate"
+    """Weigh by trainer over sampler, at most `cap` (TIS)."""
+    mask = "mask"
+    """Weigh likewise, and leave out what lies beyond `cap` or below `floor` (MIS)."""
+
+
+class Per(StrEnum):
+    """What a ratio of probabilities is of."""
+
+    token = "token"
+    completion = "completion"
+
+
+@dataclass
+class Correction:
+    """Importance weights between the engine's log-probabilities and the trainer's."""
+
+    mode: CorrectionMode = CorrectionMode.none
+    per: Per = Per.token
+    cap: float = 2.0
+    floor: float = 0.0
+
+
+class Trunk(StrEnum):
+    """What a critic reads its features from."""
+
+    own = "own"
+    """An adapter of its own on the policy's base, or with full fine-tuning a model of its own; trained."""
+    frozen = "frozen"
+    """The model that the stage starts from, as it is; only the head is trained."""
+
+
+@dataclass
+class Critic:
+    """The value network of a `ppo` stage."""
+
+    learning_rate: Optional[float] = None
+    """Its peak; the policy's by default."""
+    trunk: Trunk = Trunk.own
+    start: Optional[str] = None
+    """A reward_model stage (or checkpoint) to begin from instead of the stage's own start."""
+    clip: Optional[float] = 0.2
+    """How far a value may move from the one it had when the samples were taken."""
+    warmup_steps: int = 0
+    """First steps that train the critic alone."""
+
+
+@dataclass
+class Refresh:
+    """A reference that follows the policy: share·policy + (1−share)·reference, every so many updates."""
+
+    every: int = 100
+    share: float = 0.6
+
+
+class PairChoice(StrEnum):
+    """What rows a group of scored samples gives."""
+
+    one = "one"
+    """A pair: a best and a worst completion of each prompt."""
+    all = "all"
+    """Every better/worse combination of distinct completions."""
+    ranked = "ranked"
+    """All distinct completions with their rewards."""
+    labelled = "labelled"
+    """Each distinct completion by itself, desirable if its reward is above the prompt's mean."""
+
+
+MAKES_ROWS = ("pairs", "guided", "guesses", "step_labels")
+"""Kinds of stages whose result is rows; the model passes unchanged."""
+MAKES_JUDGES = ("reward_model", "process_reward_model", "value")
+"""Kinds of stages whose result scores completions; the model passes unchanged."""

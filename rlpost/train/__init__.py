@@ -1,0 +1,1 @@
+"""What training needs around a loss: experience, the learner, the loop of steps."""

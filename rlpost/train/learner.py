@@ -1,0 +1,371 @@
+"""The one place with a backward pass and an optimiser step.
+
+An update is cut into parts by a token budget; since every weight was counted over the whole update, on all
+ranks, the sum of the parts' gradients is the update's gradient however it is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from rlpost.errors import DivergedError
+from rlpost.policy.balance import Balance, Load, add
+from rlpost.policy.batch import Batch
+from rlpost.train.experience import Experience
+from rlpost.types import Group
+
+LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
+"""(what the model says of a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
+
+
+_REMEDY = (
+    "nothing was changed by it. Lower learning_rate (--allow-change goes on from the last checkpoint with it), "
+    "or look at the last rollouts"
+)
+
+LOSS = "loss"
+BALANCE = "router_balance"
+"""The balance loss of a mixture of experts, before its coefficient; 1 would be the number of experts a token has."""
+SUMMED = (LOSS, BALANCE)
+"""The metrics that are summed over parts and ranks, since their weights were counted over the whole update."""
+
+
+class Trainable(Protocol):
+    """What a learner trains: a policy, or a model of scalars (a critic, a reward model)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights live."""
+        ...
+
+    @property
+    def shares_prompts(self) -> bool:
+        """A prompt is computed once for its completions."""
+        ...
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name."""
+        ...
+
+    def batch(self, groups: Sequence[Group]) -> Batch:
+        """Groups as its forward pass takes them."""
+        ...
+
+    def __call__(self, batch: Batch, **how: Any) -> Any:
+        """What it says of the batch."""
+        ...
+
+    def backward_done(self) -> None:
+        """The backward pass of the last forward pass is over."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Dropout on, as while training, or off."""
+        ...
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an update holds on all ranks together."""
+
+    actions: int
+    completions: int
+    """Those with at least one action."""
+    groups: int
+
+
+class Learner:
+    """A model, its optimiser and its learning rate.
+
+    Ranks are brought together by one sum of gradients an update, after the last part (docs/adr/0007).
+    """
+
+    def __init__(
+        self,
+        model: Trainable,
+        accelerator: Accelerator,
+        *,
+        learning_rate: float,
+        factor: Callable[[int], float] = lambda _: 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        tokens_per_pass: int = 8192,
+        whole_groups: bool = False,
+        balance: Balance | None = None,
+    ) -> None:
+        """Prepare to train the parameters that `model.trained()` names.
+
+        Args:
+            model: what is trained.
+            accelerator: of the whole program.
+            learning_rate: its peak.
+            factor: update number -> factor on it.
+            betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
+            weight_decay: on matrices only; gains and biases are left alone.
+            max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+            tokens_per_pass: budget of one forward and backward pass; it never changes a gradient.
+            whole_groups: groups are not cut (losses that compare completions).
+            balance: of a mixture of experts, which every update then minimises too.
+        """
+        self.model = model
+        self.accelerator = accelerator
+        self.updates = 0
+        self.place = ""
+        """Where training stands, for messages: `sft: step 5 (policy)`; empty outside a stage's steps."""
+        self._peak = learning_rate
+        self._factor = factor
+        self._max_norm = max_grad_norm
+        self._budget = tokens_per_pass
+        self._whole = whole_groups
+        self._balance = balance
+        self._named = model.trained()
+        assert self._named, "nothing to train"
+        matrices = [p for p in self._named.values() if p.ndim >= 2]
+        others = [p for p in self._named.values() if p.ndim < 2]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=learning_rate,
+            betas=betas,
+            fused=True,
+        )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the next update."""
+        return self._peak * self._factor(self.updates)
+
+    def totals(self, experience: Experience) -> Totals:
+        """Counts of this update over all ranks: what weights divide by."""
+        rows = experience.rows
+        counts = torch.tensor([rows.actions, rows.learned, len(experience.groups)], device=self.model.device)
+        actions, learned, groups = self.accelerator.reduce(counts, "sum").tolist()
+        return Totals(actions, learned, groups)
+
+    def total(self, count: float) -> float:
+        """The sum of `count` over all ranks."""
+        number = torch.tensor(count, dtype=torch.float64, device=self.model.device)
+        return float(self.accelerator.reduce(number, "sum"))
+
+    def gather(self, x: Tensor) -> tuple[Tensor, slice]:
+        """`x` of all ranks, one after the other along its first axis, on the CPU; and where this rank's own lies."""
+        if self.accelerator.num_processes == 1:
+            return x.cpu(), slice(0, len(x))
+        everyone: list[Tensor] = gather_object([x.cpu()])
+        first = sum(len(other) for other in everyone[: self.accelerator.process_index])
+        return torch.cat(everyone), slice(first, first + len(x))
+
+    def update(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+        """One optimiser step on the whole experience; returns its metrics, averaged over all ranks.
+
+        Args:
+            loss: of a part of the experience; see `LossFunction`.
+            experience: this rank's share of the update.
+            how: what else the model's forward pass is told: the temperature of sampling, say.
+
+        Raises:
+            DivergedError: if the gradient or a metric is not finite; nothing was changed then.
+        """
+        metrics = self._gradient(loss, experience, self._balance, how)
+        norm = self._clip()
+        self.must_be_finite(metrics)
+        rate = self.rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self.updates += 1
+        return {**metrics, "grad_norm": norm, "learning_rate": rate}
+
+    def gradient(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+        """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
+        return self._gradient(loss, experience, None, how)
+
+    def _gradient(
+        self, loss: LossFunction, experience: Experience, balance: Balance | None, how: Mapping[str, Any]
+    ) -> dict[str, float]:
+        meter = Meter()
+        self.model.train()
+        self._zero_gradients()
+        parts = self._parts(experience)
+        # A part that is the whole update says itself how its experts were chosen.
+        alone = len(parts) == 1 and self.accelerator.num_processes == 1
+        whole = None if balance is None or alone else self._whole_load(balance, parts, how)
+        for part in parts:
+            batch = self.model.batch(part.groups)
+            with balance.listening() if balance is not None else nullcontext() as heard:
+                said = self.model(batch, **how)
+            total, metrics = loss(said, part.to(self.model.device))
+            if balance is not None and heard is not None:
+                load = balance.load(heard, batch)
+                extra = load.loss_beside(whole or load)
+                meter.add({BALANCE: extra[None]})
+                (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
+            else:
+                total.backward()  # type: ignore[no-untyped-call]
+            self.model.backward_done()
+            meter.add_part(total.detach(), metrics)
+        self.model.train(False)
+        if self.accelerator.num_processes > 1:
+            for p in self._named.values():
+                torch.distributed.all_reduce(p.grad)
+        return {LOSS: 0.0, **meter.averages(self.accelerator)}
+
+    @torch.no_grad()
+    def _whole_load(self, balance: Balance, parts: Sequence[Experience], how: Mapping[str, Any]) -> Load:
+        """How the update's tokens, on all ranks, chose their experts."""
+        load = balance.nothing(self.model.device)
+        for part in parts:
+            batch = self.model.batch(part.groups)
+            with balance.listening() as heard:
+                self.model(batch, **how)
+            load = add(load, balance.load(heard, batch))
+        if self.accelerator.num_processes == 1:
+            return load
+        every = gather_object([(load.chosen_E.cpu(), load.tokens.cpu())])
+        chosen_E, tokens = sum(c for c, _ in every), sum(t for _, t in every)
+        return Load(chosen_E.to(self.model.device), load.probability_E, tokens.to(self.model.device))
+
+    @torch.no_grad()
+    def look(self, take: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
+        """What `take` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
+        pieces = []
+        for part in self._parts(experience):
+            said = self.model(self.model.batch(part.groups), **how)
+            pieces.append(take(said, part.to(self.model.device)).cpu())
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def measure(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+        """The metrics of `loss` on the whole experience, without gradient."""
+        meter = Meter()
+        with torch.no_grad():
+            for part in self._parts(experience):
+                said = self.model(self.model.batch(part.groups), **how)
+                total, metrics = loss(said, part.to(self.model.device))
+                meter.add_part(total, metrics)
+        return {LOSS: 0.0, **meter.averages(self.accelerator)}
+
+    def _parts(self, experience: Experience) -> list[Experience]:
+        return experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
+
+    def _zero_gradients(self) -> None:
+        # Never None, which the optimiser would pass over: a parameter that no action reaches this time (an expert)
+        # follows its momentum, in a resumed process as in one that went on.
+        for p in self._named.values():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            else:
+                p.grad.zero_()
+
+    def gradient_norm(self) -> Tensor:
+        """The norm of the gradient that `gradient` left.
+
+        Raises:
+            DivergedError: it is not finite.
+        """
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        if not torch.isfinite(norm):
+            name = next((n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
+            raise DivergedError(f"{self._here}: the gradient of {name} is not finite; {_REMEDY}")
+        return norm
+
+    def must_be_finite(self, metrics: Mapping[str, float]) -> None:
+        """Look at what an update measured, before it changes anything.
+
+        Raises:
+            DivergedError: a number is not finite. A finite gradient proves nothing: a clamp hides what it clamps.
+        """
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                what = "the loss" if name == LOSS else f"the metric {name}"
+                raise DivergedError(f"{self._here}: {what} is not finite ({value}); {_REMEDY}")
+
+    @property
+    def _here(self) -> str:
+        return ", ".join(filter(None, [self.place, f"update {self.updates + 1}"]))
+
+    def _clip(self) -> float:
+        norm = self.gradient_norm()
+        if self._max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_norm, norm)
+        return float(norm)
+
+    def flat_gradient(self) -> Tensor:
+        """The gradient as one vector, a copy."""
+        return torch.cat([p.grad.flatten() for p in self._named.values() if p.grad is not None])
+
+    def flat_weights(self) -> Tensor:
+        """The trained parameters as one vector, a copy."""
+        return torch.cat([p.detach().flatten() for p in self._named.values()])
+
+    @torch.no_grad()
+    def set_weights(self, flat: Tensor) -> None:
+        """Write a vector as `flat_weights` gives it into the trained parameters."""
+        pieces = torch.split(flat, [p.numel() for p in self._named.values()])
+        for p, piece in zip(self._named.values(), pieces, strict=True):
+            p.copy_(piece.view_as(p))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters by name."""
+        return {name: p.detach() for name, p in self._named.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimiser's moments and counts, keyed `parameter/what`."""
+        state = self._optimizer.state
+        return {f"{n}/{key}": v for n, p in self._named.items() for key, v in state.get(p, {}).items()}
+
+    def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], updates: int) -> None:
+        """Take up where `weights()` and `optimizer_state()` were read, after that many updates."""
+        assert weights.keys() == self._named.keys(), weights.keys() ^ self._named.keys()
+        with torch.no_grad():
+            for name, p in self._named.items():
+                p.copy_(weights[name])
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for key, value in optimizer.items():
+            name, what = key.rsplit("/", 1)
+            p = self._named[name]
+            # The step count too: a fused optimiser wants it where the parameter is.
+            state.setdefault(p, {})[what] = value.to(p.device).clone()
+        self._optimizer.state.clear()
+        self._optimizer.state.update(state)
+        self.updates = updates
+
+
+class Meter:
+    """Means over all elements of an update, whatever parts and ranks they came in."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add the elements of each 1-D tensor."""
+        for name, x in values.items():
+            assert x.ndim == 1, name
+            # In float64: statistics such as an explained variance are differences of these means.
+            own = x.detach().sum(dtype=torch.float64)
+            self._sums[name] = self._sums[name] + own if name in self._sums else own
+            self._counts[name] = self._counts.get(name, 0) + x.numel()
+
+    def add_part(self, total: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add a part's metrics and its loss, which sums up over parts and ranks."""
+        self.add({LOSS: total[None], **metrics})
+
+    def averages(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over what all ranks added, and the sum of the losses; a rank may have added nothing."""
+        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
+        own = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
+        everyone = [own] if accelerator.num_processes == 1 else gather_object([own])
+        table: dict[str, tuple[float, int]] = {}
+        for name, (total, count) in (item for one in everyone for item in one.items()):
+            before = table.get(name, (0.0, 0))
+            table[name] = (before[0] + total, before[1] + count)
+        return {name: total if name in SUMMED else total / max(count, 1) for name, (total, count) in table.items()}

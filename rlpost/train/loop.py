@@ -1,0 +1,327 @@
+"""What every training stage does around its steps: resume, log, save, stop when asked, show progress."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlpost import console
+from rlpost.data.messages import question
+from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
+from rlpost.policy.identity import Inputs, first_difference
+from rlpost.run.interrupt import Interrupts
+from rlpost.run.stage import StageDirectory
+from rlpost.train.learner import Learner
+from rlpost.types import Group
+from rlpost.usercode.calls import in_use
+
+POLICY = "policy"
+"""The learner of what the stage's result is."""
+
+
+class Stateful(Protocol):
+    """Something whose position is saved with a checkpoint and taken up again."""
+
+    def state(self) -> dict[str, Any]:
+        """Its state as JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that state."""
+        ...
+
+
+class Weights(Protocol):
+    """Weights that move beside those of the learners, and are saved with a checkpoint too."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """By name."""
+        ...
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Go on from those."""
+        ...
+
+
+class Loop:
+    """The steps of one stage.
+
+    Everything that a step changes is in a checkpoint: weights, optimiser, random generators, `states`; a resumed
+    stage does bit for bit what an uninterrupted one would have done.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        out: StageDirectory,
+        learners: Mapping[str, Learner],
+        states: Mapping[str, Stateful],
+        weights: Mapping[str, Weights],
+        interrupts: Interrupts,
+        inputs: Inputs,
+        *,
+        steps: int,
+        checkpoint_every: int,
+        keep: int,
+        log_every: int = 1,
+    ) -> None:
+        """Prepare; nothing is read or written yet.
+
+        Args:
+            title: the stage's name.
+            out: its directory.
+            learners: what is trained, by name: `policy`, and what a stage trains beside it.
+            states: what else is saved with a checkpoint, by name.
+            weights: likewise, of tensors.
+            interrupts: signals that ask to stop.
+            inputs: what the stage reads beside its data.
+            steps: how many.
+            checkpoint_every: steps between checkpoints; there is one after the last step in any case.
+            keep: checkpoints kept.
+            log_every: steps between lines of the log.
+        """
+        self._title = title
+        self._out = out
+        self._learners = learners
+        self._states = states
+        self._weights = weights
+        self._interrupts = interrupts
+        self._inputs = inputs
+        self._steps = steps
+        self._every = checkpoint_every
+        self._keep = keep
+        self._log_every = log_every
+        self._live: dict[str, float] = {}
+        self._saved = 0
+        self._accelerator = next(iter(learners.values())).accelerator
+        self._main = self._accelerator.is_main_process
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
+
+        The state after the last step is saved too: the result can be made from it again, and more steps can follow.
+
+        Raises:
+            Interrupted: after a checkpoint, when a signal asked to stop.
+            DivergedError: what a checkpoint or the result would hold is not finite; it is not written.
+            ModelError: a model or rows that the stage stands on are not those of its checkpoint.
+            RecipeError: more steps are done than the recipe asks for.
+        """
+        first = self._resume()
+        if first > self._steps:
+            raise RecipeError(
+                f"stages.{self._title}: {first} steps are done but the recipe asks for {self._steps}; "
+                f"ask for at least {first}, or remove {self._out.path} to train it again"
+            )
+        self._out.reopen()
+        if first:
+            console.say(f"{self._title}: resumes after step {first} of {self._steps}")
+        with console.Progress(self._title, self._steps, start=first) as progress:
+            for step in range(first, self._steps):
+                began = time.perf_counter()
+                self._say_where(step + 1)
+                if in_use():
+                    self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
+                yield step
+                self._interrupts.rescue = None
+                done = step + 1
+                if self._main and done % self._log_every == 0:
+                    self._out.timing(done, {"seconds": time.perf_counter() - began})
+                progress.advance(self._live)
+                stopping = self._interrupts.requested
+                due = done % self._every == 0 or done == self._steps
+                if due or (stopping is not None and done < self._steps):
+                    self._save(done)
+                if stopping is not None and done < self._steps:
+                    raise Interrupted(
+                        f"{self._title} stopped after step {done} with a checkpoint; run the same command to go on",
+                        stopping,
+                    )
+
+    def log(self, step: int, metrics: Mapping[str, float], live: Sequence[str] = ()) -> None:
+        """Write a step's metrics; those named in `live` also go to the progress line.
+
+        Raises:
+            DivergedError: one is not finite.
+        """
+        wrong = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise DivergedError(
+                f"{self._title}: step {step + 1}: {wrong} is not finite ({metrics[wrong]}); {self._remedy}"
+            )
+        self._live = {name: metrics[name] for name in live if name in metrics}
+        if self._main and (step + 1) % self._log_every == 0:
+            self._out.log(step + 1, metrics)
+
+    def rollouts(self, step: int, groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> None:
+        """Save this step's samples with their rewards."""
+        if self._main:
+            self._out.rollouts(step + 1, _rollout_rows(groups, totals))
+
+    def _resume(self) -> int:
+        checkpoint = self._out.resume()
+        before = checkpoint.state["inputs"] if checkpoint else {}
+        now = self._inputs.identities(before)
+        if checkpoint is None:
+            return 0
+        changed = first_difference(before, now)
+        if changed is not None:
+            name, how = changed
+            raise ModelError(
+                f"{self._title}: {self._inputs.path(name)} is not what training began beside: {how}; restore it, "
+                f"remove {self._out.path} to train it again, or choose another run=NAME"
+            )
+        for name, learner in self._learners.items():
+            weights, optimizer = _files(name)
+            updates = int(checkpoint.state["updates"][name])
+            learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
+        _set_random(checkpoint.tensors("random"))
+        for name, moving in self._weights.items():
+            moving.load_weights(checkpoint.tensors(name))
+        for name, stateful in self._states.items():
+            stateful.load(checkpoint.state["states"][name])
+        self._saved = checkpoint.step
+        return checkpoint.step
+
+    def _say_where(self, step: int) -> None:
+        for name, learner in self._learners.items():
+            whose = "" if name == POLICY else f" ({name})"
+            learner.place = f"{self._title}: step {step}{whose}"
+
+    def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """What training moves, by file of a checkpoint."""
+        tensors: dict[str, Mapping[str, Tensor]] = {}
+        for name, learner in self._learners.items():
+            tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
+        return tensors | {name: moving.weights() for name, moving in self._weights.items()}
+
+    def _must_be_finite(self, done: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        found = not_finite(tensors)
+        if found is not None:
+            raise DivergedError(
+                f"{self._title}: step {done}: {found} is not finite, so nothing is saved of it; {self._remedy}"
+            )
+
+    @property
+    def _remedy(self) -> str:
+        return (
+            "lower learning_rate and go on from the last checkpoint with --allow-change, or look at the last rollouts"
+        )
+
+    def _position(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Where everything but the weights stands: random generators, and what a checkpoint says as JSON."""
+        return _random(), {
+            "updates": {name: learner.updates for name, learner in self._learners.items()},
+            "states": {name: stateful.state() for name, stateful in self._states.items()},
+        }
+
+    def _rescue(self, step: int, position: tuple[dict[str, Tensor], dict[str, Any]]) -> str:
+        """Save how it all stood before a step that was cut off, if its weights have not moved; says what was saved."""
+        moved = any(position[1]["updates"][name] != learner.updates for name, learner in self._learners.items())
+        if moved:
+            return f"{self._title} stopped within step {step + 1}, without a checkpoint of it"
+        if step and step != self._saved:
+            self._save(step, position)
+        return f"{self._title} stopped while a user's function ran, after step {step} with a checkpoint"
+
+    def _save(self, done: int, position: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> None:
+        if self._main:
+            random_state, state = position or self._position()
+            moved = self._tensors()
+            self._must_be_finite(done, moved)
+            told = {**state, "inputs": self._inputs.identities()}
+            self._out.save(done, {"random": random_state, **moved}, told, self._keep)
+        self._saved = done
+        self._accelerator.wait_for_everyone()
+
+
+def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first tensor that holds a NaN or an infinity, as `FILE/TENSOR`; None if all are finite."""
+    for file, named in tensors.items():
+        # Fetched from the device at once.
+        names = [name for name, x in named.items() if x.is_floating_point()]
+        if not names:
+            continue
+        finite = torch.stack([named[name].isfinite().all() for name in names]).tolist()
+        if not all(finite):
+            return f"{file}/{names[finite.index(False)]}"
+    return None
+
+
+def _files(learner: str) -> tuple[str, str]:
+    """Names of a learner's weights and optimiser in a checkpoint."""
+    return ("weights", "optimizer") if learner == POLICY else (f"{learner}_weights", f"{learner}_optimizer")
+
+
+def show_samples(
+    step: int,
+    groups: Sequence[Group],
+    totals: Sequence[Sequence[float | None]],
+    tokenizer: Any,
+) -> None:
+    """A table with the first completion of a few groups and its reward."""
+    rows = []
+    for group, total in list(zip(groups, totals, strict=True))[:4]:
+        value = total[0]
+        prompt = question(group.example) or tokenizer.decode(list(group.prompt))
+        rows.append((prompt, group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
+    console.samples(f"samples at step {step + 1}", rows)
+
+
+def _rollout_rows(groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
+    for group, rewards in zip(groups, totals, strict=True):
+        yield {
+            "prompt": list(group.prompt),
+            "example": dict(group.example),
+            "completions": [
+                {
+                    "text": c.text,
+                    "reward": reward,
+                    "finish": c.finish,
+                    "ids": list(c.ids),
+                    "action": [int(a) for a in c.action],
+                    "logprobs": list(c.logprobs),
+                }
+                for c, reward in zip(group.completions, rewards, strict=True)
+            ],
+        }
+
+
+def _random() -> dict[str, Tensor]:
+    """The state of every generator that training, or a user's reward, may draw from."""
+    version, internal, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    state = {
+        "cpu": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+        "numpy_place": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]]),
+        "numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def _set_random(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    version, *internal = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
+    position, has_gauss = state["numpy_place"].tolist()
+    key = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", key, position, has_gauss, state["numpy_gauss"].item()))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(
+            [state[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in state]
+        )

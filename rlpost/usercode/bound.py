@@ -1,0 +1,39 @@
+"""A function that a recipe names, ready to be called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlpost.console import Spell
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function with its recipe's arguments applied."""
+
+    call: Callable[..., Any]
+    name: str
+    """The function's name, without module or file."""
+    where: str = ""
+    """Its key path in the recipe: `stages.grpo.rewards[0]`."""
+    file: Path | None = None
+    """The user's file it comes from; None for functions of rlpost."""
+    sha256: str | None = None
+    """Of that file as it was loaded."""
+    unscored: bool = False
+    """What it fails on is unscored; else a failure stops the run."""
+    failing: Spell = field(default_factory=Spell, compare=False)
+    """Whether it failed when it was called last."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with what the program supplies."""
+        return self.call(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What is left to supply, for `inspect.signature`: rewards are told apart by parameters' names."""
+        return inspect.signature(self.call)
