@@ -25,7 +25,7 @@ from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
 from rlpost.goals import infill as middle
 from rlpost.goals.goal_set import GoalSet
-from rlpost.goals.guide import Guide, Mode
+from rlpost.goals.guide import Guide
 from rlpost.goals.value_network import load_value, read_settings
 from rlpost.policy.judge import AnyJudge, load_judge, same_tokens
 from rlpost.policy.load import decide_bfloat16, is_backwards, load_policy
@@ -200,14 +200,8 @@ def _guide(lead: Lead, policy: Policy, codec: Codec) -> Guide:
     settings = read_settings(folder)
     if settings.condition is not None and len(members) > 1:
         raise ModelError(f"{folder}: it reads one goal, not {len(members)}; give one, or train a network for the set")
-    return Guide(
-        load_value(folder, policy, members[0], avoid=lead.avoid).ahead,
-        GoalSet(members),
-        policy.end_ids,
-        Mode.away if lead.avoid else Mode.toward,
-        candidates=lead.candidates,
-        truncated_counts=settings.truncated_counts,
-    )
+    network = load_value(folder, policy, members[0], avoid=lead.avoid)
+    return network.guide(GoalSet(members), policy.end_ids, lead.candidates)
 
 
 def pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> str:

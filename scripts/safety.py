@@ -31,7 +31,6 @@ from rlpost.evaluate.statistics import upper_bound
 from rlpost.goals.claims_safety import divergence
 from rlpost.goals.exact import reached
 from rlpost.goals.goal_set import GoalSet
-from rlpost.goals.guide import Guide, Mode
 from rlpost.goals.trained import Tokens, guided_away, network_table, policy_table
 from rlpost.goals.value_network import ValueNetwork, load_value
 from rlpost.oracle import truth
@@ -110,7 +109,7 @@ class World:
         goal = GoalSet(self.members)
         guide = None
         if way in (AWAY, BOTH):
-            guide = Guide(self.network.ahead, goal, policy.end_ids, Mode.away, truncated_counts=True)
+            guide = self.network.guide(goal, policy.end_ids, 0)
         prompts = [policy.tokenizer.encode(row["prompt"]) for row in rows]
         drawn = BuiltinEngine(policy, guide=guide).generate(
             prompts, 1, Sampling(max_new_tokens=LENGTH), range(len(prompts))

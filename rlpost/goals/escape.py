@@ -15,7 +15,6 @@ from rlpost.engine.collect import collect
 from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.goals.goal_set import GoalSet
-from rlpost.goals.guide import Guide
 from rlpost.goals.maze import final_of, finished, mazes_of, policy_of, recipe_of
 from rlpost.goals.value_network import load_value
 from rlpost.policy.load import load_policy
@@ -59,7 +58,7 @@ def _engines(walker_at: Path, value_at: Path | None, policy_at: Path) -> Iterato
     if value_at is not None:
         exits = GoalSet([make_codec(walker.tokenizer).ids(task.EXIT, "the exit")])
         network = load_value(value_at, walker, (), avoid=False)
-        guide = Guide(network.ahead, exits, walker.end_ids, candidates=CANDIDATES)
+        guide = network.guide(exits, walker.end_ids, CANDIDATES)
         yield "led by its value network", BuiltinEngine(walker, guide=guide)
     yield "policy", BuiltinEngine(load_policy(policy_at, Model(), trainable=False))
 

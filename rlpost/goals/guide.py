@@ -10,7 +10,7 @@ With V(s) = P(a completion of s ends in the goal) the guided policy is π(v|s) �
 
 Where a completion ends, the goal itself is asked: whether it was reached is a fact, also under a learned value.
 
-Axes: B rows, K candidates a row, V vocabulary.
+Axes: B rows, G of them that go on, K candidates a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,26 @@ LogWeights = Callable[[Sequence[Position], Tensor], Tensor]
 """(rows, candidates [B, K]) -> [B, K] log V, log S or V_soft/β of the states that the candidates lead to."""
 
 
+class RowValues(Protocol):
+    """What lies ahead of rows that are followed token by token."""
+
+    def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
+        """[G, K] as `LogWeights` says it of the rows number `going` [G]."""
+        ...
+
+    def append(self, ids_B: Tensor) -> None:
+        """The token that each row was given."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        ...
+
+
+Follow = Callable[[Sequence[Sequence[int]], Sequence[int], int], RowValues | None]
+"""(prompts, [B] the prompt of each row, the most tokens a row is given) -> their values; None where it cannot."""
+
+
 @dataclass(frozen=True)
 class Guide:
     """Weighs the likeliest candidates of every row by where they lead."""
@@ -63,12 +84,15 @@ class Guide:
     """Likeliest tokens that are weighed, all others are left out; 0 for the whole vocabulary."""
     truncated_counts: bool = False
     """A completion that is cut off may have ended in the goal."""
+    follow: Follow | None = None
+    """The same as `ahead`, quicker: what it knows of a row is carried on from token to token."""
 
     def begin(
         self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limits: Sequence[int]
     ) -> GuidedRows:
         """Follow rows that are about to continue their prompts; see `engine.Guide`."""
-        return GuidedRows(self, [tuple(prompts[p]) for p in prompt_of_row], limits)
+        values = self.follow(prompts, prompt_of_row, max(limits)) if self.follow is not None else None
+        return GuidedRows(self, values, [tuple(prompts[p]) for p in prompt_of_row], limits)
 
     def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
         """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
@@ -134,9 +158,14 @@ class Guide:
 class GuidedRows:
     """The rows of one call, as a guide follows them."""
 
-    def __init__(self, guide: Guide, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]) -> None:
-        """Begin with nothing written; prompts and limits are of each row."""
+    def __init__(
+        self, guide: Guide, values: RowValues | None, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]
+    ) -> None:
+        """Begin with nothing written; prompts and limits are of each row. Without `values`, whole prefixes are asked
+        about.
+        """
         self._guide = guide
+        self._values = values
         self._prompts = list(prompts)
         self._limits = list(limits)
         self._ids: list[tuple[int, ...]] = [()] * len(self._prompts)
@@ -149,15 +178,25 @@ class GuidedRows:
         positions = [
             Position(self._prompts[b], self._ids[b], len(self._ids[b]) + 1 == self._limits[b]) for b in going.tolist()
         ]
-        weight = self._guide.log_weights(logits_BV[going], positions)
+        logits_GV = logits_BV[going]
+        candidate_GK = self._guide.likeliest(logits_GV)
+        if self._values is None:
+            ahead_GK = self._guide.ahead(positions, candidate_GK)
+        else:
+            ahead_GK = self._values.ahead(going, candidate_GK)
+        weight = self._guide.spread(logits_GV, positions, candidate_GK, ahead_GK)
         return weight.new_zeros(logits_BV.shape).index_copy(0, going, weight)
 
     def append(self, ids_B: Tensor) -> None:
         """The token that each row was given."""
         self._ids = [(*ids, new) for ids, new in zip(self._ids, ids_B.tolist(), strict=True)]
+        if self._values is not None:
+            self._values.append(ids_B)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
+        """Only these rows (ascending) go on."""
+        if self._values is not None:
+            self._values.keep(rows)
         stay = rows.tolist()
         self._prompts, self._limits, self._ids = (
             [x[b] for b in stay] for x in (self._prompts, self._limits, self._ids)

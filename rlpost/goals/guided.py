@@ -20,7 +20,6 @@ from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError
 from rlpost.goals.endings import Endings
 from rlpost.goals.goal_set import Goal, ends_in
-from rlpost.goals.guide import Guide, Mode
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.policy.policy import Policy
 from rlpost.recipe.row_stages import Guided
@@ -77,14 +76,7 @@ def guided_rows(
         by_goal.setdefault(named, (goal, []))[1].append(group)
     avoid, cut = network.settings.avoid, network.settings.truncated_counts
     for number, (named, (goal, some)) in enumerate(by_goal.items()):
-        guide = Guide(
-            network.about(named).ahead,
-            goal,
-            policy.end_ids,
-            Mode.away if avoid else Mode.toward,
-            candidates=cfg.candidates,
-            truncated_counts=cut,
-        )
+        guide = network.about(named).guide(goal, policy.end_ids, cfg.candidates)
         engine = BuiltinEngine(policy, guide=guide)
         for group in collect(engine, some, cfg.group_size, cfg.sampling, seed=seed + number):
             asked = group.example.get("prompt", opening(group.example.get("messages", [])))

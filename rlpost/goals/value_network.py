@@ -6,17 +6,25 @@ Axes: B rows, K candidates a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
-from rlpost.errors import ModelError
-from rlpost.goals.guide import Position
+from rlpost.errors import EngineError, ModelError
+from rlpost.goals.goal_set import Goal
+from rlpost.goals.guide import Guide, Mode, Position
 from rlpost.goals.params import ValueTarget
+from rlpost.objectives.rows import widen
+from rlpost.policy import adapters
+from rlpost.policy.attention import flat_attention
+from rlpost.policy.branches import BranchDecoder, branches_well
 from rlpost.policy.judge import same_tokens
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
@@ -83,7 +91,7 @@ class ValueNetwork:
         # The action is there to have a state before it; which one it is does not matter.
         rows = [
             Group(
-                conditioned(self.settings.condition, self._goal, prompt, self._codec),
+                self._read(prompt),
                 (Completion((*written, 0), (False,) * len(written) + (True,)),),
             )
             for prompt, written in states
@@ -91,17 +99,115 @@ class ValueNetwork:
         return self._scalar.score(rows).before_N.double()
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
-        """[B, K] log of the value, in float64: what a `Guide` asks for."""
+        """[B, K] log of the value, in float64: what a `Guide` asks for, by one pass over whole texts."""
         groups = [
             Group(
-                conditioned(self.settings.condition, self._goal, row.prompt, self._codec) + row.ids,
+                self._read(row.prompt) + row.ids,
                 tuple(Completion((token,), (True,)) for token in candidates),
             )
             for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
         ]
-        logit_BK = self._scalar.score(groups).after_N.view(candidate_BK.shape).double()
+        trunk = self._scalar.trunk
+        # An adapter on the base of a policy that is being decoded, by a cache that wants another attention.
+        attention = flat_attention(trunk.causal_lm) if trunk.flat else nullcontext()
+        with full_precision(trunk.device), attention:
+            logit_BK = self._scalar.score(groups).after_N.view(candidate_BK.shape)
+        return self._log_value(logit_BK)
+
+    def follow(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> NetworkRows | None:
+        """The rows' values from token to token, with what was read of them in a cache; see `guide.Follow`.
+
+        Raises:
+            EngineError: they may become longer than the network reads.
+        """
+        whole = [self._read(prompt) for prompt in prompts]
+        trunk, longest = self._scalar.trunk, max(map(len, whole)) + limit
+        if longest > trunk.longest:
+            raise EngineError(
+                f"a text of {longest} tokens, its goal among them, is beyond the {trunk.longest} that the value "
+                "network reads; lower sampling.max_new_tokens, or leave out longer prompts"
+            )
+        if not branches_well(trunk, longest, min(map(len, whole))):
+            return None
+        return NetworkRows(self._scalar, self._log_value, whole, prompt_of_row, limit)
+
+    def guide(self, goal: Goal, end_ids: Collection[int], candidates: int) -> Guide:
+        """Toward the goal or away from it, as the network was trained, by so many of the likeliest tokens (0: all)."""
+        told = self.settings
+        return Guide(
+            self.ahead,
+            goal,
+            end_ids,
+            Mode.away if told.avoid else Mode.toward,
+            candidates=candidates,
+            truncated_counts=told.truncated_counts,
+            follow=self.follow,
+        )
+
+    def _read(self, prompt: Sequence[int]) -> tuple[int, ...]:
+        return conditioned(self.settings.condition, self._goal, prompt, self._codec)
+
+    def _log_value(self, logit: Tensor) -> Tensor:
+        """In float64, on the CPU."""
         # A contrastive logit is the log of a value up to a constant, which guiding does not see.
-        return logit_BK if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit_BK)
+        logit = logit.cpu().double()
+        return logit if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit)
+
+
+class NetworkRows:
+    """Rows as a value network follows them; see `guide.RowValues`."""
+
+    def __init__(
+        self,
+        scalar: ScalarModel,
+        log_value: Callable[[Tensor], Tensor],
+        prompts: Sequence[Sequence[int]],
+        prompt_of_row: Sequence[int],
+        limit: int,
+    ) -> None:
+        """Read the prompts; `log_value` is of a logit."""
+        self._scalar = scalar
+        self._log_value = log_value
+        self._rows = len(prompt_of_row)
+        with self._acting():
+            self._decoder = BranchDecoder(scalar.trunk, prompts, prompt_of_row, limit)
+
+    def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
+        """[G, K] log of the value of the states that the candidates lead to, in float64."""
+        going = going.cpu()
+        candidate_BK = candidate_GK.new_zeros(self._rows, candidate_GK.shape[1]).index_copy(0, going, candidate_GK)
+        with self._acting():
+            logits = [self._head(hidden) for hidden in self._decoder.branch(candidate_BK)]
+        return self._log_value(torch.cat(logits, 1))[going]
+
+    def append(self, ids_B: Tensor) -> None:
+        """The token that each row was given."""
+        with self._acting():
+            self._decoder.take(ids_B)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (ascending) go on."""
+        self._decoder.keep(rows)
+        self._rows = len(rows)
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        """The network's adapter acts, in the network's precision."""
+        trunk = self._scalar.trunk
+        adapter = adapters.acting(trunk.model, self._scalar.adapter) if trunk.has_adapter else nullcontext()
+        with torch.no_grad(), trunk.precision(), adapter:
+            yield
+
+    def _head(self, hidden_BKD: Tensor) -> Tensor:
+        """[B, K] logits."""
+        with full_precision(hidden_BKD.device):
+            logit: Tensor = self._scalar.head(widen(hidden_BKD))[..., 0]
+        return logit
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """The engine samples under autocast; heads are in float32 all the same, as in training."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool) -> ValueNetwork:

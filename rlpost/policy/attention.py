@@ -124,6 +124,19 @@ def plain_attention(model: Any) -> Iterator[None]:
         use_attention(model, FLAT)
 
 
+@contextmanager
+def flat_attention(model: Any) -> Iterator[None]:
+    """A model that attends by a mask for the time being does so by a layout inside."""
+    before = model.config._attn_implementation
+    if before != FLAT:
+        use_attention(model, FLAT)
+    try:
+        yield
+    finally:
+        if before != FLAT:
+            use_attention(model, before)
+
+
 def _no_mask(*_: Any, **__: Any) -> None:
     """A layout needs no mask tensor."""
 

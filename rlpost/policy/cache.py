@@ -43,7 +43,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values and return them alone: the layout reads the others from here."""
-        stored = _storable(key_states), _storable(value_states)
+        stored = storable(key_states), storable(value_states)
         if self.layout.prefilling:
             self.passes.append((stored[0][0], stored[1][0]))
             return key_states, value_states
@@ -150,10 +150,10 @@ class PromptedLayout:
             x.flatten(0, 1)[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
         )
         q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
-        scores = _product(q, own_key.transpose(1, 2))
+        scores = product(q, own_key.transpose(1, 2))
         if seen:
             prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
-            shared = _product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
+            shared = product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
             scores = torch.cat([self._to_rows(shared, key_heads), scores], -1)
         weights = self._weights(scores, seen, width, options).to(own_value.dtype)
         # The sink's column, if there is one, comes last and has no value.
@@ -173,8 +173,10 @@ class PromptedLayout:
             by_row = scores.view(len(self._prompt_of_row), -1, scores.shape[-1])
             by_row[..., :seen] += self._row_padding[:, None, -seen:]
         if options.sinks is not None:
-            sink = options.sinks.to(scores.dtype).view(1, -1).expand(len(self._prompt_of_row), -1)
-            scores = torch.cat([scores, sink.reshape(*scores.shape[:2], 1)], -1)
+            # Of several queries a head, each has the head's sink.
+            queries = scores.shape[0] * scores.shape[1] // (len(self._prompt_of_row) * len(options.sinks))
+            sink = options.sinks.to(scores.dtype).repeat_interleave(queries).repeat(len(self._prompt_of_row))
+            scores = torch.cat([scores, sink.view(*scores.shape[:2], 1)], -1)
         return scores.softmax(-1)
 
     def _place(self, prompt_of_row: NDArray[np.int64]) -> None:
@@ -210,12 +212,12 @@ class PromptedLayout:
         return rows.reshape(-1, r, c)
 
 
-def _storable(x: Tensor) -> Tensor:
+def storable(x: Tensor) -> Tensor:
     """Half precision is widened on a CPU, which has no half-precision product with a float32 result."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """Batched matrix product with an at-least-float32 result."""
     if a.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(a, b, out_dtype=torch.float32)

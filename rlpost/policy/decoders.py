@@ -51,6 +51,8 @@ class Decoder(Protocol):
 class FlatDecoder:
     """Prompts run as one flat row, and stay in the cache once, however many rows continue them."""
 
+    LAYOUT, LAYER = PromptedLayout, PromptedLayer
+
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
@@ -64,8 +66,8 @@ class FlatDecoder:
         self.device = model.get_input_embeddings().weight.device
         self.prompts = prompts
         widths = [len(p) for p in prompts]
-        self.layout = PromptedLayout(widths, prompt_of_row, limit, self.device)
-        self.cache = Cache(layer_class_to_replicate=partial(PromptedLayer, self.layout))
+        self.layout = self.LAYOUT(widths, prompt_of_row, limit, self.device)
+        self.cache = Cache(layer_class_to_replicate=partial(self.LAYER, self.layout))
         self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
         self.position_B = torch.tensor(widths, device=self.device)[self.prompt_of_row]
 
