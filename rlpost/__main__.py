@@ -11,7 +11,7 @@ def main() -> None:
     """Run the command line; Ctrl-C while modules are being imported ends it at once."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    from rlpost.cli import main as run
+    from rlpost.cli.app import main as run
 
     run()
 

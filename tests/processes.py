@@ -48,7 +48,7 @@ class Trap:
 def start(words: list[str], output: Path, trap: Trap | None = None) -> multiprocessing.Process:
     """Start `rlpost WORDS`; what it prints goes to `output`.out and `output`.err."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlpost.pipeline", "rlpost.cli"])
+    context.set_forkserver_preload(["rlpost.pipeline", "rlpost.cli.app"])
     process = context.Process(target=_child, args=(words, str(output), trap))
     process.start()
     return process
@@ -74,7 +74,7 @@ def _child(words: list[str], output: str, trap: Trap | None) -> None:
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if trap is not None:
         trap.set()
-    from rlpost import cli
+    from rlpost.cli.app import main
 
     sys.argv = ["rlpost", *words]
-    cli.main()
+    main()

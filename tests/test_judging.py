@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_recipes import GRPO, LORA, PAIRS, PREFERENCES, SFT, prepared, run, write
 
-from rlpost import commands
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
+from rlpost.inference.evaluate import evaluate_checkpoint
+from rlpost.inference.pairs import write_pairs
+from rlpost.inference.sample import sample
 from rlpost.pipeline import train
 from rlpost.policy.judge import Judge
 from rlpost.run.lookup import find_checkpoint
@@ -66,7 +68,7 @@ def test_the_judges_best_samples_are_those_of_its_highest_scores(folder):
 
 
 def test_eval_knows_the_judge_of_its_run(folder):
-    _, result, _ = commands.evaluate(str(folder / "runs/run/grpo"), None, [])
+    _, result, _ = evaluate_checkpoint(str(folder / "runs/run/grpo"), None, [])
     assert json.loads(json.dumps(result.to_json())) == saved(folder, "grpo")
 
 
@@ -90,8 +92,8 @@ def test_sample_takes_the_best_of_several_by_a_judge(folder, monkeypatch):
 
     monkeypatch.setattr(Judge, "by_group", remember)
     final = str(folder / "runs/run/grpo/final")
-    every = commands.sample(final, "12+34=", sampling=FEW, n=8)
-    best = commands.sample(final, "12+34=", sampling=FEW, best_of=8, judge=str(folder / "runs/run/reward"))
+    every = sample(final, "12+34=", sampling=FEW, n=8)
+    best = sample(final, "12+34=", sampling=FEW, best_of=8, judge=str(folder / "runs/run/reward"))
     assert set(seen) == set(every)
     assert best == [max(seen, key=seen.__getitem__)]
 
@@ -99,7 +101,7 @@ def test_sample_takes_the_best_of_several_by_a_judge(folder, monkeypatch):
 def test_what_is_no_reward_model_cannot_judge(folder):
     final = str(folder / "runs/run/grpo/final")
     with pytest.raises(ModelError, match=r"grpo/final: no reward model"):
-        commands.sample(final, "12+34=", sampling=FEW, best_of=2, judge=final)
+        sample(final, "12+34=", sampling=FEW, best_of=2, judge=final)
 
 
 def test_the_result_of_a_run_is_its_last_policy(folder, tmp_path):
@@ -112,6 +114,6 @@ def test_pairs_are_chosen_by_the_reward_model_of_the_run(tmp_path):
     pairs = {**PAIRS, "rewards": [{"fn": "reward_model", "model": "reward"}]}
     run(tmp_path, {"sft": SFT, "reward": {**REWARD, "steps": 1}, "pairs": pairs})
     out = tmp_path / "own.jsonl"
-    commands.pairs(str(tmp_path / "runs/run/sft"), str(tmp_path / "tiny.yaml"), str(out), ["stages.pairs.prompts=8"])
+    write_pairs(str(tmp_path / "runs/run/sft"), str(tmp_path / "tiny.yaml"), str(out), ["stages.pairs.prompts=8"])
     rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     assert all(row["chosen_reward"] > row["rejected_reward"] for row in rows)

@@ -24,7 +24,8 @@ from tiny_recipes import (
     write,
 )
 
-from rlpost import cli, pipeline
+from rlpost import pipeline
+from rlpost.cli.app import main
 from rlpost.errors import DataError, RecipeError, RlpostError
 from rlpost.pipeline import dry_run, train
 from rlpost.recipe.resolve import resolve
@@ -52,7 +53,7 @@ def files(folder: Path) -> dict[str, tuple[int, str]]:
 def command(monkeypatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["rlpost", *words])
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

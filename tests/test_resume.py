@@ -13,7 +13,7 @@ import pytest
 from processes import Trap, finish, start, wait_until
 from tiny_recipes import DPO, GRPO, PAIRS, PREFERENCES, SFT, jsonl, run, sha256, write
 
-from rlpost import cli
+from rlpost.cli.app import main
 from rlpost.recipe.resolve import resolve
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
@@ -68,7 +68,7 @@ def steps_logged(run: Path, stage: str) -> int:
 def command(monkeypatch, *words: str) -> int:
     monkeypatch.setattr(sys, "argv", ["rlpost", *words])
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0

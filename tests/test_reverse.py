@@ -10,9 +10,12 @@ import pytest
 import torch
 from tiny_recipes import GRPO, LORA, MODEL, SFT, lora_policy, metrics, policy, prepared, run
 
-from rlpost import cli, commands
+from rlpost.cli.app import main
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError, RecipeError
+from rlpost.goals.infill_text import infill_text
+from rlpost.inference import checkpoint
+from rlpost.inference.sample import sample
 from rlpost.pipeline import train
 from rlpost.policy.judge import Judge, ReverseJudge, load_judge
 from rlpost.policy.load import load_policy
@@ -195,10 +198,10 @@ def test_with_adapters_it_shares_the_base_and_scores_the_same(tmp_path):
 
 
 def test_sample_says_what_comes_before(stages):
-    texts = commands.sample(str(stages / "back"), "=3", sampling=FEW, n=4, seed=3)
+    texts = sample(str(stages / "back"), "=3", sampling=FEW, n=4, seed=3)
     assert len(set(texts)) > 1
     back = reverse_policy(stages / "back/final")
-    (greedy,) = commands.sample(str(stages / "back"), "=3", sampling=FEW, greedy=True)
+    (greedy,) = sample(str(stages / "back"), "=3", sampling=FEW, greedy=True)
     ids = [BEGIN, 7, 15]
     for _ in range(4):
         back.model.set_attn_implementation("eager")
@@ -210,16 +213,16 @@ def test_sample_says_what_comes_before(stages):
 
 
 def test_sample_has_no_best_and_no_stop_backwards(stages):
-    with pytest.raises(ModelError, match="it reads backwards; leave out --best-of, --guide and --stop"):
-        commands.sample(str(stages / "back"), "3", sampling=FEW, best_of=2, judge=str(stages / "back"))
+    with pytest.raises(ModelError, match="it reads backwards; leave out --best-of and --stop"):
+        sample(str(stages / "back"), "3", sampling=FEW, best_of=2, judge=str(stages / "back"))
     with pytest.raises(ModelError, match="it reads backwards"):
-        commands.sample(str(stages / "back"), "3", sampling=Sampling(max_new_tokens=4, stop=["="]))
+        sample(str(stages / "back"), "3", sampling=Sampling(max_new_tokens=4, stop=["="]))
 
 
 def test_sample_takes_the_best_of_several_by_it(stages):
     final = str(stages / "grpo/final")
-    every = commands.sample(final, "12+34=", sampling=FEW, n=6)
-    (best,) = commands.sample(final, "12+34=", sampling=FEW, best_of=6, judge=str(stages / "back"))
+    every = sample(final, "12+34=", sampling=FEW, n=6)
+    (best,) = sample(final, "12+34=", sampling=FEW, best_of=6, judge=str(stages / "back"))
     judge = load_judge(stages / "back/final", Model(), policy(Path(final)))
     scores = judge.scores([written(*every, prompt="12+34=")])
     assert scores[every.index(best)] == pytest.approx(max(scores), abs=1e-5)
@@ -227,8 +230,8 @@ def test_sample_takes_the_best_of_several_by_it(stages):
 
 def test_infill_ranks_middles(stages, monkeypatch):
     # Which precision is quicker depends on what else the machine does.
-    monkeypatch.setattr(commands, "decide_bfloat16", lambda *_: False)
-    found, sampled = commands.infill(str(stages / "sft"), str(stages / "back"), "12+", "=15", n=3, sampling=FEW, seed=1)
+    monkeypatch.setattr(checkpoint, "decide_bfloat16", lambda *_: False)
+    found, sampled = infill_text(str(stages / "sft"), str(stages / "back"), "12+", "=15", n=3, sampling=FEW, seed=1)
     assert 6 <= sampled <= 24
     scores = [m.score for _, m in found]
     assert scores == sorted(scores, reverse=True)
@@ -237,7 +240,7 @@ def test_infill_ranks_middles(stages, monkeypatch):
     m = back.tokenizer.encode(text)
     assert best.forward == pytest.approx(log_p(ahead, [BEGIN, 5, 6, 14, *m, 15, 5, 9, END], 4), abs=1e-4)
     assert best.reverse == pytest.approx(log_p(back, [BEGIN, 9, 5, 15, *m[::-1], 14, 6, 5, END], 4), abs=1e-4)
-    bare, _ = commands.infill(
+    bare, _ = infill_text(
         str(stages / "sft"), str(stages / "back"), "12+", "=15", n=3, sampling=FEW, seed=1, begin=False
     )
     forward = {text: m.forward for text, m in bare}[""]
@@ -249,10 +252,10 @@ def test_infill_ranks_middles(stages, monkeypatch):
     [("sft", "grpo", "grpo/final: it reads forwards"), ("back", "back", "back/final: it reads backwards")],
 )
 def test_infill_refuses_a_model_that_reads_the_wrong_way(stages, forward, reverse, said, monkeypatch, capsys):
-    words = ["infill", str(stages / forward), str(stages / reverse), "1", "2"]
+    words = ["goals", "infill", str(stages / forward), str(stages / reverse), "1", "2"]
     monkeypatch.setattr(sys, "argv", ["rlpost", *words])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     assert caught.value.code == 4
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
@@ -262,4 +265,4 @@ def test_infill_refuses_two_tokenizers(stages, tmp_path):
     other = {**MODEL, "tokenizer": {"kind": "characters", "alphabet": "=+9876543210"}}
     run(tmp_path, {"sft": {**SFT, "steps": 1}}, model=other)
     with pytest.raises(ModelError, match="have different tokenizers; train both from one model"):
-        commands.infill(str(tmp_path / "runs/run"), str(stages / "back"), "1", "2", n=1, sampling=FEW)
+        infill_text(str(tmp_path / "runs/run"), str(stages / "back"), "1", "2", n=1, sampling=FEW)

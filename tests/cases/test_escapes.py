@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from tiny_world import save_model, save_recipe, save_rows
 
-from rlpost import cli, commands, console
+from rlpost import console
+from rlpost.cli.app import main
+from rlpost.goals import infill_text
+from rlpost.inference import sample
 from rlpost.results import emit
 
 # A title, a colour, a cursor movement, C1 forms, a bell, a backspace, a mark that turns the writing around.
@@ -32,7 +35,7 @@ def on_terminal(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     for stream in streams.values():
         stream.close()
     os.close(slave)
@@ -67,21 +70,21 @@ def clean_and_there(sent: str, times: int = 1) -> None:
 
 
 def test_what_a_model_writes(evil: Path, monkeypatch, capsys, tally) -> None:
-    monkeypatch.setattr(commands, "sample", returns([EVIL, EVIL]))
+    monkeypatch.setattr(sample, "sample", returns([EVIL, EVIL]))
     clean_and_there(on_terminal(["sample", "m", "x", "-n", "2"], monkeypatch), 2)
     raw = on_terminal(["sample", "m", EVIL, "--json"], monkeypatch).splitlines()[0]
     assert json.loads(raw) == {"prompt": EVIL, "completion": EVIL}
     middle = type("Middle", (), {"forward": 0.0, "reverse": 0.0, "score": 0.0})
-    monkeypatch.setattr(commands, "infill", returns(([(EVIL, middle)], 3)))
-    clean_and_there(on_terminal(["infill", "m", "m", "a", "b"], monkeypatch), 2)
+    monkeypatch.setattr(infill_text, "infill_text", returns(([(EVIL, middle)], 3)))
+    clean_and_there(on_terminal(["goals", "infill", "m", "m", "a", "b"], monkeypatch), 2)
     tally("escape sequences on a terminal", right=5)
 
 
 def test_what_a_model_writes_into_a_pipe_is_what_it_wrote(evil: Path, monkeypatch, capsys, tally) -> None:
-    monkeypatch.setattr(commands, "sample", returns([EVIL]))
+    monkeypatch.setattr(sample, "sample", returns([EVIL]))
     monkeypatch.setattr(sys, "argv", ["rlpost", "sample", "m", "x"])
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     assert capsys.readouterr().out == f"{EVIL}\n"
     tally("escape sequences on a terminal", right=1)
 
@@ -110,7 +113,7 @@ def test_recipes_rows_and_names_of_files(words: list[str], evil: Path, monkeypat
         ["sample", "m", "x", "--temperature", EVIL],
         ["sample", "m", "x", f"--{EVIL}"],
         [EVIL],
-        ["plot", "maze", EVIL],
+        ["goals", "plot", "maze", EVIL],
         ["list", "--runs", EVIL],
         ["list", EVIL],
     ],

@@ -209,29 +209,37 @@ MISTAKES = f"""
 2 | sample m x --best-of 4 --recipe nosuch         | nosuch
 2 | sample m x --best-of 4 --recipe r.yaml         | no rewards
 4 | sample m x --best-of 4 --judge m               | m
-2 | sample m x --goal b                            | --guide
-4 | sample m x --guide m --goal b                  | no value network
-2 | infill m m a                                   | Missing argument 'AFTER'
-4 | infill m m a b                                 | m
-4 | infill mm m a b                                | mm
+2 | sample m x --guide m --goal b                  | is now `rlpost goals sample
+2 | sample m x --candidates 4                      | is now `rlpost goals sample
+2 | goals sample m x --goal b                      | Missing option '--network'
+2 | goals sample m x --network m                   | --goal: give either --goal or --avoid
+2 | goals sample m x --network m --goal a --avoid b | --goal: give either --goal or --avoid
+4 | goals sample m x --network m --goal b          | no value network
+2 | infill m m a b                                 | `rlpost infill` is now `rlpost goals infill`
+2 | calibrate m x                                  | is now `rlpost goals calibrate`
+2 | plot maze runs/r                               | is now `rlpost goals plot`
+2 | goals infil m m a b                            | Did you mean 'infill'?
+2 | goals infill m m a                             | Missing argument 'AFTER'
+4 | goals infill m m a b                           | m
+4 | goals infill mm m a b                          | mm
 2 | pairs m --recipe g.yaml                        | Missing option '--out'
 2 | pairs m --recipe g.yaml --out p.jsonl          | no enabled stage of kind pairs
 5 | pairs m --recipe g.yaml --out no/p.jsonl       | there is no folder no
 5 | pairs m --recipe g.yaml --out nothing          | is a folder
 2 | pairs m --recipe nosuch --out p.jsonl          | nosuch
-2 | plot                                           | Missing argument
-2 | plot maze                                      | Missing argument 'RUN'
-2 | plot mase runs/r                               | 'mase' is not one of 'maze'
-4 | plot maze nosuch                               | nosuch: no run
-3 | plot maze runs/r                               | give a run of mazes
-2 | plot maze runs/r --out x.txt                   | --out
-2 | plot maze runs/r --mazes 0                     | --mazes
+2 | goals plot                                     | Missing argument
+2 | goals plot maze                                | Missing argument 'RUN'
+2 | goals plot mase runs/r                         | 'mase' is not one of 'maze'
+4 | goals plot maze nosuch                         | nosuch: no run
+3 | goals plot maze runs/r                         | give a run of mazes
+2 | goals plot maze runs/r --out x.txt             | --out
+2 | goals plot maze runs/r --mazes 0               | --mazes
 2 | verify gaols                                   | 'gaols' is not one of
 2 | verify --vocab 1                               | --vocab
 2 | verify --depth x                               | --depth
 2 | verify --vocab 50 --depth 50                   | take a smaller one
-4 | calibrate m x --goal b --max-new-tokens 4      | no value network
-2 | calibrate m x --max-new-tokens 4               | Missing option '--goal'
+4 | goals calibrate m x --goal b --max-new-tokens 4 | no value network
+2 | goals calibrate m x --max-new-tokens 4         | Missing option '--goal'
 """
 CASES = [[part.strip() for part in line.split("|")] for line in MISTAKES.strip().splitlines()]
 

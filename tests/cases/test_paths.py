@@ -101,7 +101,7 @@ def test_nobodys_home_folder_is_refused(key: str, home: Path, tally) -> None:
         (["sample", f"{LONG}/m", "x"], 5),
         (["list", "--runs", LONG], 5),
         (["eval", LONG], 5),
-        (["plot", "maze", LONG], 5),
+        (["goals", "plot", "maze", LONG], 5),
         (["pairs", "m", "--recipe", "r.yaml", "--out", f"{LONG}.jsonl"], 5),
     ],
 )
@@ -117,5 +117,5 @@ def test_a_path_that_is_too_long_is_one_line(words: list[str], code: int, home: 
 def test_a_result_that_could_not_be_written_is_refused_before_the_work(out: str, home: Path, tally) -> None:
     save_recipe(Path("r.yaml"), {"model": {"path": "~/m"}, "stages": {"s": sft()}})
     assert rlpost("pairs", "no_model", "--recipe", "r.yaml", "--out", out).refused(5, "--out:")
-    assert rlpost("plot", "maze", "no_run", "--out", out).refused(5, "--out:")
+    assert rlpost("goals", "plot", "maze", "no_run", "--out", out).refused(5, "--out:")
     tally("paths: nowhere to write", refused=2)

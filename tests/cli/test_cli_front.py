@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rlpost import cli
-from rlpost.as_text import coloured
+from rlpost.cli.app import main
+from rlpost.cli.as_text import coloured
 from rlpost.errors import DataError, DiskError, Interrupted, RecipeError, RunInUseError
 
 RECIPE = """\
@@ -23,7 +24,7 @@ stages:
 
 
 class Heavy:
-    """Stands in for rlpost.pipeline and rlpost.commands, and remembers the calls."""
+    """Stands in for the modules that the commands call, and remembers the calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -42,12 +43,11 @@ class Heavy:
 
 @pytest.fixture
 def heavy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Heavy:
-    import rlpost
-
     stand_in = Heavy()
-    for name in ("pipeline", "commands"):
-        monkeypatch.setitem(sys.modules, f"rlpost.{name}", stand_in)  # type: ignore[arg-type]
-        monkeypatch.setattr(rlpost, name, stand_in, raising=False)
+    for name in ("pipeline", "inference.evaluate", "inference.sample", "inference.pairs", "goals.sample", "cli.shown"):
+        package, _, module = f"rlpost.{name}".rpartition(".")
+        monkeypatch.setitem(sys.modules, f"{package}.{module}", stand_in)  # type: ignore[arg-type]
+        monkeypatch.setattr(importlib.import_module(package), module, stand_in, raising=False)
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(RECIPE)
     return stand_in
@@ -56,7 +56,7 @@ def heavy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Heavy:
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["rlpost", *args])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     return int(caught.value.code or 0)
 
 
@@ -132,7 +132,7 @@ def test_eval_tells_checkpoints_from_settings(heavy, monkeypatch, capsys, words,
     summary = {"accuracy": 0.5, "interval": [0.25, 0.75], "test": {"greedy": 1 / 3}}
     heavy.result = ["2+2="], SimpleNamespace(to_json=lambda: summary), "runs/r/sft/final"
     assert run(monkeypatch, "eval", *words) == 0
-    assert heavy.calls == [("evaluate", expected, {})]
+    assert heavy.calls == [("evaluate_checkpoint", expected, {})]
     assert capsys.readouterr().out == (
         "checkpoint: runs/r/sft/final\naccuracy: 0.5\ninterval: [0.25, 0.75]\ntest.greedy: 0.333333\n"
     )
@@ -140,7 +140,7 @@ def test_eval_tells_checkpoints_from_settings(heavy, monkeypatch, capsys, words,
 
 def test_eval_prints_json_a_sample_and_then_the_summary(heavy: Heavy, monkeypatch, capsys) -> None:
     result = SimpleNamespace(to_json=lambda: {"accuracy": 1.0})
-    monkeypatch.setattr(heavy, "evaluate", lambda *_: (["2+2="], result, "m"), raising=False)
+    monkeypatch.setattr(heavy, "evaluate_checkpoint", lambda *_: (["2+2="], result, "m"), raising=False)
     heavy.result = [{"prompt": "2+2=", "text": "4"}]
     assert run(monkeypatch, "eval", "m", "--json") == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [
@@ -186,7 +186,7 @@ def test_a_misused_command_exits_2_and_does_nothing(heavy, monkeypatch, capsys, 
 def test_pairs_names_its_file(heavy: Heavy, monkeypatch, capsys) -> None:
     heavy.result = Path("p.jsonl")
     assert run(monkeypatch, "pairs", "m", "seed=1", "--recipe", "r.yaml", "--out", "p.jsonl") == 0
-    assert heavy.calls == [("pairs", ("m", "r.yaml", "p.jsonl", ["seed=1"]), {})]
+    assert heavy.calls == [("write_pairs", ("m", "r.yaml", "p.jsonl", ["seed=1"]), {})]
     assert capsys.readouterr().out == "p.jsonl\n"
 
 
@@ -221,7 +221,7 @@ def test_the_front_door_is_light() -> None:
     """Counted in modules, which are the same on a busy machine."""
     code = (
         "import sys; sys.argv = ['rlpost', '--help']\n"
-        "from rlpost.cli import main\n"
+        "from rlpost.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = [m for m in ('torch', 'transformers', 'hydra', 'omegaconf', 'rich', 'numpy') if m in sys.modules]\n"

@@ -1,4 +1,4 @@
-"""`rlpost infill`: what is parsed and printed, with the models replaced."""
+"""`rlpost goals infill`: what is parsed and printed, with the models replaced."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rlpost import cli, commands
+from rlpost.cli.app import main
+from rlpost.goals import infill_text
 from rlpost.goals.infill import Middle
 
 FOUND = [("5+", Middle((9, 14), -1.0, -2.0)), ("", Middle((), -2.0, -2.5)), ("7", Middle((11,), -3.0, -3.0))]
@@ -21,14 +22,14 @@ def calls(monkeypatch):
         made.append((args, kwargs))
         return FOUND, 64
 
-    monkeypatch.setattr(commands, "infill", infill)
+    monkeypatch.setattr(infill_text, "infill_text", infill)
     return made
 
 
 def run(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["rlpost", "infill", *words])
+    monkeypatch.setattr(sys, "argv", ["rlpost", "goals", "infill", *words])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     return int(caught.value.code or 0)
 
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from rlpost import cli
+from rlpost.cli.app import main
 from rlpost.oracle import report, rows_groups
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["rlpost", "verify", "--vocab", "2", "--depth", "2", *args])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     return int(caught.value.code or 0)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_recipes import SFT, policy, run
 
-from rlpost import cli
+from rlpost.cli.app import main
 from rlpost.errors import RecipeError
 from rlpost.goals.calibration import compare
 from rlpost.goals.goal_set import GoalSet
@@ -102,9 +102,9 @@ def test_measures_by_hand():
 
 
 def calibrate(monkeypatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["rlpost", "calibrate", *words])
+    monkeypatch.setattr(sys, "argv", ["rlpost", "goals", "calibrate", *words])
     with pytest.raises(SystemExit) as caught:
-        cli.main()
+        main()
     return int(caught.value.code or 0)
 
 

@@ -12,15 +12,16 @@ import pytest
 import torch
 from tiny_recipes import LORA, SFT, base, group, jsonl, metrics, policy, run, weights
 
-from rlpost import commands
 from rlpost.data.codec import make_codec
 from rlpost.engine.params import Sampling
 from rlpost.errors import DataError, ModelError
 from rlpost.goals.endings import Endings
 from rlpost.goals.goal_set import GoalSet, ends_in
 from rlpost.goals.params import Goals, ValueTarget
+from rlpost.goals.sample import guided_sample
 from rlpost.goals.value import Lesson, _taken, lesson, value_loss, weighted
 from rlpost.goals.value_network import conditioned
+from rlpost.inference.sample import sample
 from rlpost.policy.params import Model
 from rlpost.policy.scalar import HEAD_FILE, Values, load_scalar
 from rlpost.policy.score import logprobs
@@ -117,24 +118,22 @@ def test_guided_samples_reach_the_goal_and_stay_away_from_it(tmp_path):
     }
     run(tmp_path, stages)
     here, how = str(tmp_path / "runs/run"), Sampling(max_new_tokens=2)
-    free = commands.sample(here + "/sft", "33+4=", sampling=how, n=200)
-    toward = commands.Lead(here + "/value", ("1", "22"), avoid=False, candidates=0)
-    led = commands.sample(here + "/sft", "33+4=", sampling=how, n=200, lead=toward)
+    free = sample(here + "/sft", "33+4=", sampling=how, n=200)
+    led = guided_sample(here + "/sft", "33+4=", here + "/value", ["1", "22"], candidates=0, sampling=how, n=200)
 
     def hits(texts):
         return sum(t.endswith(("1", "22")) for t in texts)
 
     assert hits(free) < 70
     assert hits(led) > 160
-    away = commands.Lead(here + "/away", ("1",), avoid=True, candidates=0)
-    kept = commands.sample(here + "/sft", "33+4=", sampling=how, n=200, lead=away)
+    kept = guided_sample(here + "/sft", "33+4=", here + "/away", ["1"], avoid=True, candidates=0, sampling=how, n=200)
     # Two characters are two tokens; a shorter text may have a special token after it, which nobody sees.
     assert not [t for t in kept if t.endswith("1") and len(t) == 2]
     assert [t for t in free if t.endswith("1") and len(t) == 2]
     with pytest.raises(ModelError, match="trained to reach its goals, and --avoid asks for the other"):
-        commands.sample(here + "/sft", "1+1=", sampling=how, lead=commands.Lead(here + "/value", ("1",), True, 0))
+        guided_sample(here + "/sft", "1+1=", here + "/value", ["1"], avoid=True, sampling=how)
     with pytest.raises(ModelError, match=r"no value network, since it has no value\.json"):
-        commands.sample(here + "/sft", "1+1=", sampling=how, lead=commands.Lead(here + "/sft", ("1",), False, 0))
+        guided_sample(here + "/sft", "1+1=", here + "/sft", ["1"], sampling=how)
 
 
 @LORA_OR_NOT
@@ -243,7 +242,7 @@ def test_a_policy_that_imitates_guided_samples_needs_no_guide(tmp_path):
     assert len(rows) > 100
     assert all(json.loads(row)["completion"].endswith(("1", "22")) for row in rows)
     here, how = str(tmp_path / "runs/run"), Sampling(max_new_tokens=3)
-    before, after = (commands.sample(f"{here}/{s}", "33+4=", sampling=how, n=200) for s in ("sft", "imitate"))
+    before, after = (sample(f"{here}/{s}", "33+4=", sampling=how, n=200) for s in ("sft", "imitate"))
     share = [sum(t.endswith(("1", "22")) for t in texts) / 200 for texts in (before, after)]
     assert share[0] < 0.45
     assert share[1] > 0.6

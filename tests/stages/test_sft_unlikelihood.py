@@ -8,7 +8,7 @@ from moved import assert_only_the_policy_moved
 from tiny_recipes import LORA, SFT, base, group, jsonl, metrics, policy, run
 from torch import Tensor
 
-from rlpost import commands
+from rlpost.cli.shown import show_rows
 from rlpost.errors import DataError, RecipeError
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -91,5 +91,5 @@ def test_labels_and_whole_distributions_do_not_go_together(tmp_path):
 
 
 def test_a_label_of_the_task_is_shown_with_its_format():
-    lines = list(commands.show_rows(resolve("safety", []), 0))
+    lines = list(show_rows(resolve("safety", []), 0))
     assert any("addition.labelled" in line and "read as prompt, completion, label" in line for line in lines)

@@ -9,11 +9,8 @@ from typing import Any
 from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
-from rlpost.pipeline import scratch_tokenizer
-from rlpost.policy.model_files import load_tokenizer, with_chat_template
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.lookup import find_checkpoint
-from rlpost.stage_rows import need_of, open_rows, own_sources, positions_of
 from rlpost.types import Group
 
 
@@ -23,6 +20,8 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
     What is trained is marked: in colour on a terminal, between » and « elsewhere. Completions that are compared, or
     judged, have their judgement before them.
     """
+    from rlpost.stage_rows import need_of, open_rows, own_sources
+
     lines: list[str] = []
     codec: Codec | None = None
     for name, stage in resolved.config.stages.items():
@@ -85,6 +84,9 @@ def _lengths(what: str, lengths: Sequence[int]) -> str:
 
 
 def _tokenizer(resolved: Resolved) -> Any:
+    from rlpost.pipeline import scratch_tokenizer
+    from rlpost.policy.model_files import load_tokenizer, with_chat_template
+
     model = resolved.config.model
     if model.path is None:
         return with_chat_template(scratch_tokenizer(resolved), model)
@@ -92,6 +94,8 @@ def _tokenizer(resolved: Resolved) -> Any:
 
 
 def _positions(resolved: Resolved) -> int:
+    from rlpost.stage_rows import positions_of
+
     model = resolved.config.model
     if model.path is None:
         return int(model.config.get("max_position_embeddings") or 1 << 30)

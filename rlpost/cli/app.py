@@ -1,0 +1,60 @@
+"""The command line as a whole: its commands, in groups, and how it starts and ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import typer
+
+from rlpost.cli import evaluate, exits, lists, pairs, sample, show, train, verify
+from rlpost.cli.command import Command, Sections
+from rlpost.cli.goals import calibrate, infill, plot
+from rlpost.cli.goals import sample as goals_sample
+from rlpost.cli.launchers import refuse_several_processes
+
+# Nothing heavy is imported by the files of commands: what one needs, it imports when it is run, and --help stays quick.
+# rich_markup_mode=None: help by rich takes twice the time.
+app = typer.Typer(
+    cls=Sections,
+    help="Language models through SFT, preference optimisation and reinforcement learning, from one recipe.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+goals = typer.Typer(
+    help="Value networks and reverse models: sample, infill, calibrate, plot.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "sample": sample.sample,
+    "pairs": pairs.pairs,
+    "show": show.show,
+    "verify": verify.verify,
+    "list": lists.list_,
+}
+GOALS: dict[str, Callable[..., None]] = {
+    "sample": goals_sample.sample,
+    "infill": infill.infill,
+    "calibrate": calibrate.calibrate,
+    "plot": plot.plot,
+}
+for group, commands in ((app, COMMANDS), (goals, GOALS)):
+    for name, function in commands.items():
+        group.command(name, cls=Command)(function)
+app.add_typer(goals, name="goals")
+
+
+@app.callback()
+def _before(context: typer.Context) -> None:
+    if context.invoked_subcommand not in ("list", "show", "verify"):
+        refuse_several_processes(os.environ)
+
+
+def main() -> None:
+    """Run the command line; whatever goes wrong is one line on stderr and an exit code."""
+    exits.run(app)

@@ -1,0 +1,52 @@
+"""A command whose stdout is for results alone, and a group of commands that stand in sections of its help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+from rlpost.results import kept_for_results
+
+SECTIONS = {
+    "Train": ("train",),
+    "Look": ("show", "list", "verify"),
+    "Use": ("eval", "sample", "pairs"),
+    "Goals": ("goals",),
+}
+"""Commands in the order of `rlpost --help`."""
+MOVED = ("infill", "calibrate", "plot")
+"""Commands that are now in the group `goals`."""
+
+
+class Command(TyperCommand):
+    """A command whose stdout is for results alone; its help is printed before it is invoked."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        from rlpost.usercode.process import end_all
+
+        try:
+            with kept_for_results():
+                return super().invoke(ctx)
+        finally:
+            end_all()
+
+
+class Sections(TyperGroup):
+    """The commands of `rlpost`, in sections of its help."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - the base class's signature
+        """Write a line a command, one section after the other."""
+        formatter.write_paragraph()
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for title, names in SECTIONS.items():
+            formatter.write_heading(title)
+            with formatter.indentation():
+                formatter.write_dl([(f"{n:<6}", self.commands[n].get_short_help_str(limit)) for n in names])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is meant; fails where it has moved, or is none."""
+        if args[0] in MOVED:
+            ctx.fail(f"`rlpost {args[0]}` is now `rlpost goals {args[0]}`")
+        return super().resolve_command(ctx, args)

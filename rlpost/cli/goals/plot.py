@@ -1,0 +1,46 @@
+"""`rlpost goals plot`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlpost.cli.arguments import home, picture
+from rlpost.cli.as_text import print_result
+
+
+class Picture(StrEnum):
+    """What is drawn."""
+
+    maze = "maze"
+
+
+def plot(
+    what: Annotated[Picture, typer.Argument(help="The kind of picture.")],  # noqa: ARG001 - there is one so far
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.", callback=home)],
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="The .png file; RUN/maze.png by default.", callback=picture),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="STAGE", help="Whose policy; the last one by default.")
+    ] = None,
+    mazes: Annotated[int, typer.Option("--mazes", metavar="N", min=1, help="How many are drawn.")] = 3,
+) -> None:
+    """Draw what a run knows of its mazes beside the exact solution.
+
+    Prints the picture's path.
+    """
+    from rlpost import console
+    from rlpost.goals import escape, maze
+
+    found = maze.solved(Path(run), stage)
+    for s in found[:mazes]:
+        console.say("\n".join(["", *maze.in_text(s)]))
+    file = Path(out) if out else Path(run) / "maze.png"
+    maze.draw(found[:mazes], file)
+    console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
+    print_result(file)

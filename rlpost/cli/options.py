@@ -1,0 +1,47 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlpost.cli.arguments import home
+from rlpost.engine.params import Sampling
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, like stages.grpo.group_size=16.")
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.", callback=home)
+]
+Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default read from stdin.")]
+OtherRecipe = Annotated[
+    str | None, typer.Option("--recipe", metavar="RECIPE", help="Recipe to take settings from.", callback=home)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
+Many = Annotated[int, typer.Option("--n", "-n", metavar="N", min=1, help="How many completions.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="T")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", metavar="N", min=1)]
+TopK = Annotated[int, typer.Option("--top-k", metavar="K", min=0, help="0: all tokens.")]
+TopP = Annotated[float, typer.Option("--top-p", metavar="P")]
+MinP = Annotated[float, typer.Option("--min-p", metavar="P")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="The likeliest token, always.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="Ends a completion; may be repeated.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0)]
+
+
+def in_range(sampling: Sampling) -> Sampling:
+    """The same, if every setting is one that can be.
+
+    Raises:
+        typer.BadParameter: one is not; named as the option it came from.
+    """
+    from rlpost.recipe.ranges import out_of_range
+
+    for problem in out_of_range(sampling, "--"):
+        raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
+    if "" in sampling.stop:
+        raise typer.BadParameter("an empty text stops every completion at once", param_hint="--stop")
+    return sampling

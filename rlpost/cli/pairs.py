@@ -1,0 +1,29 @@
+"""`rlpost pairs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rlpost.cli.arguments import home, target
+from rlpost.cli.as_text import print_result
+from rlpost.cli.options import Checkpoint, Overrides
+
+
+def pairs(
+    checkpoint: Checkpoint,
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", metavar="RECIPE", help="Recipe with the prompts and the rewards.", callback=home),
+    ],
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The .jsonl file to write.", callback=target)],
+    overrides: Overrides = None,
+) -> None:
+    """Write preference pairs from a model's own samples.
+
+    Completions are ranked by a recipe's rewards.
+    """
+    from rlpost.inference import pairs as inference
+
+    print_result(inference.write_pairs(checkpoint, recipe, out, list(overrides or [])))

@@ -1,0 +1,73 @@
+"""Completions led toward or away from endings by a value network: what `rlpost goals sample` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
+from rlpost.errors import ModelError
+from rlpost.goals.goal_set import GoalSet
+from rlpost.goals.guide import Guide
+from rlpost.goals.value_network import load_value, read_settings
+from rlpost.inference.checkpoint import frozen_policy, located
+from rlpost.inference.sample import prompt_group, within
+from rlpost.policy.load import is_backwards
+from rlpost.policy.policy import Policy
+from rlpost.run.lookup import find_checkpoint
+
+
+def guided_sample(
+    checkpoint: str,
+    prompt: str,
+    network: str,
+    endings: Sequence[str],
+    *,
+    avoid: bool = False,
+    candidates: int = 32,
+    sampling: Sampling,
+    n: int = 1,
+    greedy: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """`n` completions of a prompt in which each token is weighed by where it leads.
+
+    Args:
+        checkpoint: a run, a stage, a checkpoint or a model.
+        prompt: text; a model with a chat template is asked in its own format.
+        network: a value network: its run's stage, or a checkpoint.
+        endings: the texts that completions shall end in, or with `avoid` never end in.
+        avoid: away from the endings, not toward them.
+        candidates: likeliest tokens that are weighed; 0: all.
+        sampling: how completions are drawn.
+        n: how many.
+        greedy: the likeliest token, always.
+        seed: of the draws.
+
+    Raises:
+        ModelError: the model reads backwards, or the network is none or is of another goal.
+    """
+    folder = located(checkpoint)
+    if is_backwards(folder):
+        raise ModelError(f"{checkpoint}: it reads backwards, and cannot be led; `rlpost sample` says what comes before")
+    policy = frozen_policy(folder)
+    codec = make_codec(policy.tokenizer)
+    group = prompt_group({"prompt": prompt}, codec)
+    engine = BuiltinEngine(policy, guide=_guide(network, endings, avoid, candidates, policy, codec))
+    sampling = within(sampling, policy.longest - len(group.prompt))
+    (found,) = collect(engine, [group], n, sampling, seed=seed, greedy=greedy)
+    return [c.text for c in found.completions]
+
+
+def _guide(network: str, endings: Sequence[str], avoid: bool, candidates: int, policy: Policy, codec: Codec) -> Guide:
+    """The guide that is asked for; raises ModelError where the network reads one goal, and there are several."""
+    folder = find_checkpoint(network) or Path(network)
+    members = [codec.ids(text, "--avoid" if avoid else "--goal") for text in endings]
+    settings = read_settings(folder)
+    if settings.condition is not None and len(members) > 1:
+        raise ModelError(f"{folder}: it reads one goal, not {len(members)}; give one, or train a network for the set")
+    value = load_value(folder, policy, members[0], avoid=avoid)
+    return value.guide(GoalSet(members), policy.end_ids, candidates)

@@ -1,0 +1,62 @@
+"""A checkpoint to be used: its model, the recipe of its run, and the models which that recipe's rewards need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from rlpost.errors import RecipeError
+from rlpost.policy.load import decide_bfloat16, load_policy
+from rlpost.policy.params import Model
+from rlpost.policy.policy import Policy
+from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.schema import reads_backwards
+from rlpost.run.lookup import find_checkpoint
+from rlpost.run.names import CONFIG
+from rlpost.run.stage import StageDirectory
+from rlpost.stages.params import MAKES_JUDGES
+
+
+def located(name: str) -> str:
+    """The folder of the checkpoint that a run, a stage or a checkpoint names; else the name itself, a model's."""
+    return str(find_checkpoint(name) or name)
+
+
+def frozen_policy(path: str, model: Model | None = None, backwards: bool = False) -> Policy:
+    """A model to sample from, on the GPU if there is one.
+
+    Args:
+        path: its folder, or its name on the Hub.
+        model: the settings to load it with; by default the recipe's defaults.
+        backwards: it must be a model of reversed text; otherwise it must be none.
+
+    Raises:
+        ModelError: it cannot be loaded, or reads the other way.
+    """
+    model = model or Model()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    half = decide_bfloat16(model.precision, device)
+    return load_policy(path, model, bfloat16=half, device=device, trainable=False, backwards=backwards)
+
+
+def recipe_of(path: str) -> Path:
+    """The resolved recipe of the run that a path lies in.
+
+    Raises:
+        RecipeError: it lies in none.
+    """
+    folder = Path(path).resolve()
+    for parent in (folder, *folder.parents):
+        if (parent / CONFIG).is_file():
+            return parent / CONFIG
+    what = "not part of a run" if folder.exists() else "not here"
+    raise RecipeError(f"{path}: {what}, so its recipe is not known; name one with --recipe")
+
+
+def judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
+    """The models for rewards that the recipe's run has finished; of the run that `path` lies in, if it is given."""
+    run = Path(resolved.config.runs) / resolved.config.run if path is None else recipe_of(path).parent
+    stages = resolved.config.stages.items()
+    found = {n: StageDirectory(run / n).done for n, s in stages if s.kind in MAKES_JUDGES or reads_backwards(s)}
+    return {name: folder for name, folder in found.items() if folder is not None}

@@ -1,0 +1,59 @@
+"""Preference pairs from any checkpoint's own samples: what `rlpost pairs` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import open_dataset
+from rlpost.data.formats import Need
+from rlpost.data.part import Limit
+from rlpost.errors import RecipeError
+from rlpost.inference.checkpoint import frozen_policy, judges_of, located
+from rlpost.recipe.functions import bind
+from rlpost.recipe.resolve import resolve
+from rlpost.recipe.row_stages import Pairs
+from rlpost.run.files import encode_line, write_atomic
+from rlpost.stage_evaluation import judges
+from rlpost.stages.context import make_scorer
+from rlpost.stages.pairs import must_have_pairs, preference_rows
+
+
+def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> str:
+    """Write preference pairs from a checkpoint's samples, as the recipe's first `pairs` stage says; returns `out`.
+
+    Raises:
+        RecipeError: the recipe has no enabled `pairs` stage.
+    """
+    resolved = resolve(recipe, overrides)
+    stages = resolved.config.stages
+    name = next((n for n, s in stages.items() if isinstance(s, Pairs) and s.enabled), None)
+    if name is None:
+        raise RecipeError(f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them")
+    cfg: Pairs = stages[name]
+    policy = frozen_policy(located(checkpoint), resolved.config.model)
+    limit = Limit(policy.longest - cfg.sampling.max_new_tokens)
+    data = open_dataset(
+        cfg.data,
+        make_codec(policy.tokenizer),
+        need=Need.prompts,
+        limit=limit,
+        seed=resolved.config.seed,
+        where=f"stages.{name}.data",
+        stages=_no_stage,
+        bind=bind,
+        base=resolved.folder,
+    )
+    prompts = data.next(cfg.prompts or len(data))
+    scorer = make_scorer(
+        cfg.rewards, f"stages.{name}", resolved.folder, judges(resolved, policy, judges_of(resolved, None))
+    )
+    rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
+    must_have_pairs(rows, prompts, cfg, name)
+    write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
+    return out
+
+
+def _no_stage(name: str) -> Path:
+    raise RecipeError(f"rows of stage {name} exist only in a run; sample without that source")

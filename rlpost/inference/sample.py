@@ -1,0 +1,96 @@
+"""Completions of one prompt: what `rlpost sample` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.direction import before_what, in_reading_order
+from rlpost.data.formats import Format, encode
+from rlpost.engine.collect import best_of as best_of_each
+from rlpost.engine.collect import collect
+from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.params import Sampling
+from rlpost.errors import ModelError
+from rlpost.inference.best_of import check_row, rewards_of
+from rlpost.inference.checkpoint import frozen_policy, judges_of, located
+from rlpost.policy.judge import load_judge
+from rlpost.policy.load import is_backwards
+from rlpost.policy.params import Model
+from rlpost.policy.policy import Policy
+from rlpost.recipe.resolve import Resolved, resolve
+from rlpost.rewards.score import Scorer
+from rlpost.run.lookup import find_checkpoint
+from rlpost.stage_evaluation import judges
+from rlpost.stages.context import make_scorer
+from rlpost.types import Group
+
+
+def sample(
+    checkpoint: str,
+    prompt: str,
+    *,
+    sampling: Sampling,
+    n: int = 1,
+    greedy: bool = False,
+    seed: int = 0,
+    best_of: int | None = None,
+    recipe: str | None = None,
+    example: Mapping[str, str] | None = None,
+    judge: str | None = None,
+) -> list[str]:
+    """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
+
+    A model with a chat template is asked in its own format. A model of reversed text is given the end of a text, and
+    says what comes before it. `example` are columns of the prompt's row beside the prompt, for rewards that read them.
+    """
+    row = {**(example or {}), "prompt": prompt}
+    resolved = resolve(recipe) if recipe is not None else None
+    if resolved is not None:
+        check_row(resolved, row)
+    folder = located(checkpoint)
+    if is_backwards(folder):
+        if best_of or sampling.stop:
+            raise ModelError(f"{checkpoint}: it reads backwards; leave out --best-of and --stop")
+        return _before(folder, prompt, sampling, n, greedy, seed)
+    policy = frozen_policy(folder)
+    group = prompt_group(row, make_codec(policy.tokenizer))
+    sampling = within(sampling, policy.longest - len(group.prompt))
+    groups = collect(BuiltinEngine(policy), [group], best_of or n, sampling, seed=seed, greedy=greedy)
+    if best_of is not None and judge is not None:
+        found = load_judge(find_checkpoint(judge) or Path(judge), Model(), policy)
+        groups = best_of_each(groups, found.by_group(groups))
+    elif best_of is not None:
+        assert resolved is not None
+        groups = best_of_each(groups, _scorer_of(resolved, policy).score(groups).total)
+    return [c.text for c in groups[0].completions]
+
+
+def prompt_group(row: Mapping[str, Any], codec: Codec) -> Group:
+    """A row with a `prompt` as tokens; where there is a chat template, the prompt is what the user says."""
+    prompt = row["prompt"]
+    asked = [{"role": "user", "content": prompt}] if codec.template else prompt
+    return encode({**row, "prompt": asked}, Format.prompt, codec, "the prompt")
+
+
+def within(sampling: Sampling, room: int) -> Sampling:
+    """The default is for models with room; a short one answers as far as it can."""
+    return replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1))
+
+
+def _before(folder: str, text: str, sampling: Sampling, n: int, greedy: bool, seed: int) -> list[str]:
+    """What a model of reversed text puts before a text, in reading order."""
+    policy = frozen_policy(folder, backwards=True)
+    codec = make_codec(policy.tokenizer)
+    group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
+    sampling = within(sampling, policy.longest - len(group.prompt))
+    (found,) = collect(BuiltinEngine(policy), [group], n, sampling, seed=seed, greedy=greedy)
+    return [policy.tokenizer.decode(list(in_reading_order(c.ids, codec.end))) for c in found.completions]
+
+
+def _scorer_of(resolved: Resolved, policy: Policy) -> Scorer:
+    rewards, where = rewards_of(resolved)
+    return make_scorer(rewards, where, resolved.folder, judges(resolved, policy, judges_of(resolved, None)))
