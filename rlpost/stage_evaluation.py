@@ -264,7 +264,7 @@ def evaluation_prompts(resolved: Resolved, cfg: Evaluation, policy: Policy) -> l
 
 def prompt_texts(policy: Policy, groups: Sequence[Group]) -> list[str]:
     """Prompts as text, special tokens included where the template puts them."""
-    return [policy.tokenizer.decode(list(g.prompt)) for g in groups]
+    return [policy.tokenizer.decode(g.prompt.tolist()) for g in groups]
 
 
 def _no_stage(name: str) -> Path:

@@ -1,65 +1,184 @@
 """A prompt with its completions: the one shape of data every stage works on.
 
 SFT has one completion a group, a preference pair has two (chosen first), GRPO has G.
-Plain data without tensors: this is what rollouts are saved as.
+Plain data without tensors: arrays that cannot be written to, and what is known of each completion.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 FAILED = "failed"
 """How a completion finished whose environment failed."""
+Ids = NDArray[np.int32]
+"""Token ids, read-only."""
+Tokens = Sequence[int] | NDArray[np.integer[Any]]
+"""Token ids in any form, where they are only read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, init=False)
 class Completion:
-    """What follows a prompt, token by token.
+    """What follows a prompt, token by token, and what is known of it.
 
     Example: the prompt "47+38=" answered "580" and ended by token 2 is
-    ``Completion(ids=(9, 12, 4, 2), action=(True, True, True, True), text="580", finish="stop")``.
+    ``Completion(ids=[9, 12, 4, 2], action=[True] * 4, text="580", finish="stop")``.
+
+    There is no `==`: `same` compares, and `digest` is a key.
     """
 
-    ids: tuple[int, ...]
+    ids: Ids
     """[L] token ids, the end token included when there is one."""
-    action: tuple[bool, ...]
+    action: NDArray[np.bool_]
     """[L] True where the policy chose (or, in data, is to learn) the token; False for tool and user turns."""
-    text: str = ""
+    text: str
     """The answer as text, special tokens by their names, without the end token and the stop string that ended it."""
-    finish: str = ""
+    finish: str
     """"stop" (end token or stop string), "length" (cut off), "failed" (its environment did: it has no reward), or
     empty for data we did not sample."""
-    logprobs: tuple[float, ...] = ()
-    """[sum(action)] log-probabilities under the sampler, at its temperature; empty for data we did not sample."""
-    steps: tuple[int, ...] = ()
+    logprobs: NDArray[np.floating[Any]]
+    """[sum(action)] log-probabilities under the sampler, at its temperature, as float32 or float64; empty for data we
+    did not sample."""
+    steps: NDArray[np.int32]
     """[K] number of actions of each step; empty where a completion is not divided into steps."""
+    step_labels: NDArray[np.float64]
+    """[K] how right each step is, from 0 to 1; empty where that is not known."""
+    reward: float | None
+    """Its total reward; None where it is unscored, or not scored yet."""
+    label: bool | None
+    """Whether it is desirable; None where the data do not say."""
+    score: float | None
+    """What it is ranked by among its group's; None where it has no rank."""
+    weights_version: int | None
+    """Version of the weights it was sampled with; None for data we did not sample."""
 
-    def __post_init__(self) -> None:
-        assert len(self.ids) == len(self.action), (len(self.ids), len(self.action))
-        assert not self.steps or sum(self.steps) == self.actions, (self.steps, self.actions)
+    def __init__(
+        self,
+        ids: ArrayLike,
+        action: ArrayLike,
+        text: str = "",
+        finish: str = "",
+        logprobs: ArrayLike = (),
+        steps: ArrayLike = (),
+        step_labels: ArrayLike = (),
+        reward: float | None = None,
+        label: bool | None = None,
+        score: float | None = None,
+        weights_version: int | None = None,
+    ) -> None:
+        """Sequences become arrays; arrays that could be written to are copied.
+
+        Raises:
+            ValueError: the lengths do not fit together.
+        """
+        values = {"text": text, "finish": finish, "reward": reward, "label": label, "score": score}
+        arrays = {
+            "ids": _frozen(ids, np.int32),
+            "action": _frozen(action, np.bool_),
+            "logprobs": _frozen(logprobs, _float_type(logprobs)),
+            "steps": _frozen(steps, np.int32),
+            "step_labels": _frozen(step_labels, np.float64),
+        }
+        for name, value in {**arrays, **values, "weights_version": weights_version}.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.ids) != len(self.action):
+            raise ValueError(f"a completion of {len(self.ids)} tokens has {len(self.action)} flags of action")
+        if len(self.logprobs) not in (0, self.actions):
+            raise ValueError(f"a completion of {self.actions} actions has {len(self.logprobs)} log-probabilities")
+        if len(self.steps) and self.steps.sum() != self.actions:
+            raise ValueError(f"a completion of {self.actions} actions has steps of {self.steps.tolist()}")
+        if len(self.step_labels) not in (0, len(self.steps)):
+            raise ValueError(f"a completion of {len(self.steps)} steps has {len(self.step_labels)} labels of steps")
 
     @property
     def actions(self) -> int:
         """Number of tokens the policy chose."""
-        return sum(self.action)
+        return int(np.count_nonzero(self.action))
+
+    def same(self, other: Completion) -> bool:
+        """Whether all of it is the same, bit for bit."""
+        return self.digest() == other.digest()
+
+    def digest(self) -> bytes:
+        """16 bytes of all of it: equal where completions are the same."""
+        arrays = self.ids, self.action, self.logprobs.astype(np.float64), self.steps, self.step_labels
+        values = self.text, self.finish, self.reward, self.label, self.score, self.weights_version
+        return _digest(values, *(a.tobytes() for a in arrays))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, init=False)
 class Group:
     """One prompt and its completions."""
 
-    prompt: tuple[int, ...]
+    prompt: Ids
     """Token ids, never empty."""
     completions: tuple[Completion, ...]
     example: Mapping[str, Any] = field(default_factory=dict)
     """The data row it came from: what reward functions read."""
 
-    def __post_init__(self) -> None:
-        assert self.prompt, "a prompt has at least one token"
+    def __init__(
+        self, prompt: ArrayLike, completions: Sequence[Completion], example: Mapping[str, Any] | None = None
+    ) -> None:
+        """Sequences become arrays.
+
+        Raises:
+            ValueError: the prompt has no token.
+        """
+        object.__setattr__(self, "prompt", _frozen(prompt, np.int32))
+        object.__setattr__(self, "completions", tuple(completions))
+        object.__setattr__(self, "example", {} if example is None else example)
+        if not len(self.prompt):
+            raise ValueError("a prompt has at least one token")
+
+    def same(self, other: Group) -> bool:
+        """Whether prompts, completions and rows are the same, bit for bit."""
+        return self.digest() == other.digest()
+
+    def digest(self) -> bytes:
+        """16 bytes of all of it: equal where groups are the same."""
+        row = json.dumps(dict(self.example), sort_keys=True, default=repr)
+        return _digest((row,), self.prompt.tobytes(), *(c.digest() for c in self.completions))
 
 
 def completions(groups: Sequence[Group]) -> list[Completion]:
     """All completions of the groups, in order: the S axis of every tensor."""
     return [c for g in groups for c in g.completions]
+
+
+def labels(groups: Sequence[Group]) -> list[bool]:
+    """[S] the labels of all completions, each of which has one."""
+    found = [c.label for c in completions(groups) if c.label is not None]
+    assert len(found) == len(completions(groups)), "validated: labelled rows"
+    return found
+
+
+def _frozen(values: ArrayLike, kind: Any) -> NDArray[Any]:
+    """The values as an array [n] of a kind that cannot be written to, nor changed through the array they came from."""
+    kept = isinstance(values, np.ndarray) and values.dtype == kind and not values.flags.writeable
+    array: NDArray[Any] = np.asarray(values) if kept else np.array(values, kind)
+    if array.ndim != 1:
+        raise ValueError(f"expected a row of numbers, got an array of shape {array.shape}")
+    array.setflags(write=False)
+    return array
+
+
+def _float_type(values: ArrayLike) -> Any:
+    """float32 of an array of it; float64 of all others: a Python number loses nothing."""
+    return np.float32 if isinstance(values, np.ndarray) and values.dtype == np.float32 else np.float64
+
+
+def _digest(values: Sequence[Any], *parts: bytes) -> bytes:
+    found = hashlib.blake2b(repr(values).encode(), digest_size=16)
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        found.update(part)
+    return found.digest()

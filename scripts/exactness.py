@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from families import FAMILIES, EndTokenOnly, tiny
 from torch import Tensor
@@ -62,7 +63,9 @@ def alone_logp(model: Any, groups: Sequence[Group]) -> Tensor:
     pieces = []
     for group in groups:
         for c in group.completions:
-            logits = model(torch.tensor([[*group.prompt, *c.ids]]), use_cache=False).logits[0]
+            logits = model(
+                torch.tensor(np.concatenate([group.prompt, c.ids]), dtype=torch.long)[None], use_cache=False
+            ).logits[0]
             wide = logits if logits.dtype == torch.float64 else logits.float()
             before = torch.arange(len(c.ids)) + len(group.prompt) - 1
             logp = wide.log_softmax(-1)[before, torch.tensor(c.ids, dtype=torch.long)]

@@ -213,7 +213,7 @@ def sampled(case: Case, out: Path, way: str) -> list[list[Sample]]:
     # With its special tokens, so that what stands after one is not taken for what stands after a cell.
     decode = policy.tokenizer.decode
     return [
-        [Sample(case.world.visits(problem, decode(list(c.ids)), backward), len(c.ids)) for c in group.completions]
+        [Sample(case.world.visits(problem, decode(c.ids.tolist()), backward), len(c.ids)) for c in group.completions]
         for problem, group in zip(case.problems, filled, strict=True)
     ]
 

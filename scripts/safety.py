@@ -114,7 +114,7 @@ class World:
         drawn = BuiltinEngine(policy, guide=guide).generate(
             prompts, 1, Sampling(max_new_tokens=LENGTH), range(len(prompts))
         )
-        return sum(goal.reached([i for i in c.ids if i not in policy.end_ids]) for (c,) in drawn)
+        return sum(goal.reached([i for i in c.ids.tolist() if i not in policy.end_ids]) for (c,) in drawn)
 
 
 def policy_of(folder: Path) -> Policy:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from exactness import sample_groups
 from families import EndTokenOnly as EndToken
@@ -170,8 +171,8 @@ def alone(model: Any, groups: list[Group], prefixes: bool) -> Tensor:
     found = []
     for g in groups:
         for c in g.completions:
-            row = [*g.prompt, *c.ids]
-            for at, token in enumerate(c.ids):
+            row = np.concatenate([g.prompt, c.ids]).tolist()
+            for at, token in enumerate(c.ids.tolist()):
                 if prefixes or not at:
                     ids = row[: len(g.prompt) + at] if prefixes else row
                     logp = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
@@ -194,7 +195,8 @@ def judge(family: str) -> Verdict:
     policy = Policy(model, Wordless(), flat=exact.flat, **exact.ways()).eval()
     prefixes = exact.switch is not None
     groups = [
-        Group(g.prompt, tuple(c for c in g.completions if all(c.action) and c.ids)) for g in sample_groups(VOCABULARY)
+        Group(g.prompt, tuple(c for c in g.completions if c.actions == len(c.ids) > 0))
+        for g in sample_groups(VOCABULARY)
     ]
     groups = [g for g in groups if g.completions]
     with torch.no_grad():
@@ -203,7 +205,7 @@ def judge(family: str) -> Verdict:
     prompts = [g.prompt for g in groups]
     done = BuiltinEngine(policy).generate(prompts, 2, Sampling(max_new_tokens=12), list(range(len(prompts))))
     written = [Group(p, cs) for p, cs in zip(prompts, done, strict=True)]
-    recorded = torch.tensor([x for cs in done for c in cs for x in c.logprobs])
+    recorded = torch.tensor(np.concatenate([c.logprobs for cs in done for c in cs]))
     _compare(verdict, "sampling", recorded, alone(twin, written, prefixes))
     _adapted(verdict, policy, groups)
     return verdict

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from families import VOCABULARY, EndTokenOnly, tiny
 
@@ -125,7 +126,7 @@ def singles() -> list[Group]:
     """Groups of one completion: most of the sampled ones, each labelled, as a whole and by step."""
     kept = [replace(g, completions=(c,)) for g in sampled_groups() for c in g.completions[:3]]
     return [
-        replace(g, example={"label": i % 3 > 0, "labels": [0.5 * ((i + k) % 3) for k in range(len(c.steps))]})
+        replace(g, completions=(replace(c, label=i % 3 > 0, step_labels=(i + np.arange(len(c.steps))) % 3 / 2),))
         for i, g in enumerate(kept)
         for c in g.completions
     ]
@@ -143,8 +144,11 @@ def pairs() -> list[Group]:
 
 def ranked() -> list[Group]:
     """Groups of four completions, and one of two, with scores of which some are equal and one is missing."""
-    groups = [replace(g, example={"scores": RIGHT[i]}) for i, g in enumerate(sampled_groups())]
-    return [*groups[:-1], Group(groups[-1].prompt, groups[-1].completions[1:3], {"scores": RIGHT[-1][1:3]})]
+    groups = [
+        replace(g, completions=tuple(replace(c, score=s) for c, s in zip(g.completions, RIGHT[i], strict=True)))
+        for i, g in enumerate(sampled_groups())
+    ]
+    return [*groups[:-1], Group(groups[-1].prompt, groups[-1].completions[1:3])]
 
 
 def rollout_of(groups: Sequence[Group], share: Sequence[int]) -> Rollout:

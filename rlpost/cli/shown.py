@@ -46,7 +46,7 @@ def _lines(tokenizer: Any, groups: Sequence[Group], need: Need, n: int) -> Itera
 
 
 def _shown(tokenizer: Any, group: Group, need: Need) -> Iterator[str]:
-    prompt = console.clean(tokenizer.decode(list(group.prompt)), "⏎")
+    prompt = console.clean(tokenizer.decode(group.prompt.tolist()), "⏎")
     if not group.completions:
         yield f"  {prompt}"
     for c, judged in zip(group.completions, _judgements(group, need), strict=True):
@@ -56,7 +56,7 @@ def _shown(tokenizer: Any, group: Group, need: Need) -> Iterator[str]:
             end = start
             while end < len(c.ids) and c.action[end] == c.action[start]:
                 end += 1
-            piece = console.clean(tokenizer.decode(list(c.ids[start:end])), "⏎")
+            piece = console.clean(tokenizer.decode(c.ids[start:end].tolist()), "⏎")
             text += console.marked(piece) if c.action[start] else piece
             start = end
         yield f"  {judged}{text}"
@@ -64,19 +64,22 @@ def _shown(tokenizer: Any, group: Group, need: Need) -> Iterator[str]:
 
 def _judgements(group: Group, need: Need) -> list[str]:
     """What the row says of each completion, to stand before it."""
-    row, several = group.example, len(group.completions)
+    several = len(group.completions)
     if need is Need.pairs:
         return ["chosen:   ", "rejected: "]
     if need is Need.ranked:
-        return [f"score {'none' if score is None else f'{score:g}'}: " for score in row["scores"]]
+        return [f"score {_figure(c.score)}: " for c in group.completions]
     if need is Need.labelled:
-        return [f"label {str(row['label']).lower()}: "]
+        return [f"label {str(c.label).lower()}: " for c in group.completions]
     if need is Need.steps:
-        return [f"labels {', '.join(f'{label:g}' for label in row['labels'])}: "]
+        return [f"labels {', '.join(f'{label:g}' for label in c.step_labels)}: " for c in group.completions]
     if need is Need.recorded:
-        rewards = row["recorded_rewards"]
-        return [f"reward {'none' if reward is None else f'{reward:g}'}: " for reward in rewards]
+        return [f"reward {_figure(c.reward)}: " for c in group.completions]
     return [f"{i}: " for i in range(1, several + 1)] if several > 1 else [""] * several
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"
 
 
 def _lengths(what: str, lengths: Sequence[int]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from rlpost.data.codec import Codec
 from rlpost.data.visible import visible
@@ -26,10 +27,10 @@ def backwards(group: Group, codec: Codec) -> Group:
         before = before[1:]
     if after[-1] == codec.end:
         after = after[:-1]
-    ids = (*reversed((*before, *after)), codec.end)
-    prompt, ids = (ids[:1], ids[1:]) if begin is None else ((begin,), ids)
+    ids = [*np.concatenate([before, after])[::-1].tolist(), codec.end]
+    prompt, ids = (ids[:1], ids[1:]) if begin is None else ([begin], ids)
     text = visible(ids, codec.tokenizer, codec.stops)
-    return replace(group, prompt=prompt, completions=(Completion(ids, (True,) * len(ids), text),))
+    return Group(prompt, (Completion(ids, (True,) * len(ids), text),), group.example)
 
 
 def before_what(after: Sequence[int], tokenizer: Any) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from rlpost.data.visible import visible
 from rlpost.types import Completion, Group
 
@@ -26,7 +28,7 @@ def step_texts(completion: Completion, tokenizer: Any, ends: Collection[int]) ->
     """The text of each step of a divided completion."""
     ids = _actions(completion)
     texts, start = [], 0
-    for length in completion.steps:
+    for length in completion.steps.tolist():
         texts.append(visible(ids[start : start + length], tokenizer, ends))
         start += length
     return texts
@@ -34,18 +36,15 @@ def step_texts(completion: Completion, tokenizer: Any, ends: Collection[int]) ->
 
 def step_starts(completion: Completion) -> list[int]:
     """Index into `ids` of the first action of each step."""
-    where = [i for i, acted in enumerate(completion.action) if acted]
-    firsts, start = [], 0
-    for length in completion.steps:
-        firsts.append(where[start])
-        start += length
+    before = np.cumsum(completion.steps) - completion.steps
+    firsts: list[int] = np.flatnonzero(completion.action)[before].tolist()
     return firsts
 
 
 def ends_of(completion: Completion) -> list[bool]:
     """For every action, whether a step ends with it."""
     ends: list[bool] = []
-    for length in completion.steps:
+    for length in completion.steps.tolist():
         ends += [False] * (length - 1) + [True]
     return ends
 
@@ -66,8 +65,9 @@ def _divided(completion: Completion, tokenizer: Any, step_end: str, ends: Collec
         lengths[-1] += since
     elif since:
         lengths.append(since)
-    return replace(completion, steps=tuple(lengths))
+    return replace(completion, steps=np.array(lengths, np.int32))
 
 
 def _actions(completion: Completion) -> list[int]:
-    return [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]
+    ids: list[int] = completion.ids[completion.action].tolist()
+    return ids

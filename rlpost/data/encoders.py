@@ -24,16 +24,15 @@ Row = Mapping[str, Any]
 def encode_text(row: Row, codec: Codec, place: str) -> Group:
     """The begin token, or else the first token, is the prompt: what comes first is never predicted."""
     text = as_text(value_of(row, "text", place), "text", place)
-    completion = plain_completion(text, codec, place)
+    whole, said = _ended(text, codec, place)
     begin = codec.begin or begin_token(codec)
     if begin:
-        without = completion.ids[len(begin) :] if completion.ids[: len(begin)] == begin else completion.ids
-        prompt, ids = begin, without
+        prompt, ids = begin, whole[len(begin) :] if whole[: len(begin)] == begin else whole
     else:
-        prompt, ids = completion.ids[:1], completion.ids[1:]
+        prompt, ids = whole[:1], whole[1:]
     if not ids:
         raise DataError(f"{place}: 'text' is empty")
-    return Group(prompt, (Completion(ids, (True,) * len(ids), completion.text),), row)
+    return Group(prompt, (Completion(ids, (True,) * len(ids), said),), row)
 
 
 def encode_answered(row: Row, codec: Codec, place: str) -> Group:
@@ -107,17 +106,23 @@ def conversation(
         action += [segment.trained] * len(piece)
     last = next(m for m in reversed(messages) if m["role"] == "assistant")
     prompt = codec.ids(cut[0].text, place)
-    return prompt, Completion(tuple(ids), tuple(action), last["content"])
+    return prompt, Completion(ids, action, last["content"])
 
 
 def plain_completion(text: str, codec: Codec, place: str) -> Completion:
     """A plain completion: its tokens and the end token."""
+    ids, said = _ended(text, codec, place)
+    return Completion(ids, (True,) * len(ids), said)
+
+
+def _ended(text: str, codec: Codec, place: str) -> tuple[tuple[int, ...], str]:
+    """The tokens of a text with the end token, and the text without it."""
     ids = codec.ids(text, place)
     if codec.end in ids[:-1]:
         raise DataError(f"{place}: the end token stands inside a completion: take it out")
     if ids[-1:] != (codec.end,):
         ids = (*ids, codec.end)
-    return Completion(ids, (True,) * len(ids), text.removesuffix(codec.tokenizer.eos_token))
+    return ids, text.removesuffix(codec.tokenizer.eos_token)
 
 
 def prompt_ids(row: Row, codec: Codec, place: str) -> tuple[int, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from rlpost.data.codec import Codec
 from rlpost.data.encoders import (
     conversation,
@@ -169,9 +171,9 @@ _ENCODERS: dict[Format, Callable[[Row, Codec, str], Group]] = {
 def untrained_turns(row: Row, group: Group) -> bool:
     """Whether some assistant turns of a messages row are context only."""
     action = group.completions[0].action
-    runs = sum(now and not before for before, now in zip((False, *action), action, strict=False))
+    runs = np.count_nonzero(np.diff(action.astype(np.int8), prepend=0) == 1)
     turns = sum(map(is_trained, row["messages"][1:]))
-    return runs < turns
+    return int(runs) < turns
 
 
 def is_plain(row: Row, form: Format, stop: str) -> bool:

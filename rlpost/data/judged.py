@@ -22,13 +22,11 @@ from rlpost.data.encoders import (
 from rlpost.errors import DataError
 from rlpost.types import Completion, Group
 
-REWARDS = "recorded_rewards"
-"""The column of a recorded group's example that holds its completions' rewards."""
 _TRUE, _FALSE = ("true", "1", "yes", "good"), ("false", "0", "no", "bad")
 
 
 def encode_labelled(row: Row, codec: Codec, place: str) -> Group:
-    """`prompt, completion, label`: one completion; the label is a boolean in the example.
+    """`prompt, completion, label`: one completion with its `label`.
 
     Raises:
         DataError: the label is neither true nor false.
@@ -39,25 +37,30 @@ def encode_labelled(row: Row, codec: Codec, place: str) -> Group:
     word = str(given).strip().lower()
     if isinstance(given, float) or word not in (*_TRUE, *_FALSE):
         raise DataError(f"{place}: 'label' is {given!r:.40}, neither true (desirable) nor false")
-    return encode_answered({**row, "label": word in _TRUE}, codec, place)
+    group = encode_answered(row, codec, place)
+    return replace(group, completions=tuple(replace(c, label=word in _TRUE) for c in group.completions))
 
 
 def encode_ranked(row: Row, codec: Codec, place: str) -> Group:
-    """`prompt, completions, scores`: K completions; or a pair, whose chosen answer scores 1 and rejected one 0.
+    """`prompt, completions, scores`: K completions, each with its `score`; of a pair, 1 (chosen) and 0 (rejected).
 
     Raises:
         DataError: the lists do not fit together, or all scores are equal.
     """
     if "completions" not in row:
-        pair = encode_pair(row, codec, place)
-        return Group(pair.prompt, pair.completions, {**row, "scores": [1.0, 0.0]})
+        return _ranked(encode_pair(row, codec, place), (1.0, 0.0))
     answers, scores = _list(row, "completions", place), _list(row, "scores", place)
     if len(answers) != len(scores):
         raise DataError(f"{place}: {len(answers)} completions have {len(scores)} scores; give one for each")
     numbers = [None if s is None else _number(s, f"scores[{i}]", place) for i, s in enumerate(scores)]
     if len({s for s in numbers if s is not None}) < 2:
         raise DataError(f"{place}: a ranking needs two completions of different scores; leave the row out")
-    return replace(encode_several(row, codec, place), example={**row, "scores": numbers})
+    return _ranked(encode_several(row, codec, place), numbers)
+
+
+def _ranked(group: Group, scores: Sequence[float | None]) -> Group:
+    scored = tuple(replace(c, score=score) for c, score in zip(group.completions, scores, strict=True))
+    return replace(group, completions=scored)
 
 
 def encode_several(row: Row, codec: Codec, place: str) -> Group:
@@ -76,7 +79,7 @@ def encode_several(row: Row, codec: Codec, place: str) -> Group:
 
 
 def encode_steps(row: Row, codec: Codec, place: str) -> Group:
-    """`prompt, steps, labels`: one completion, its steps one after the other, each tokenised apart, no end token.
+    """`prompt, steps, labels`: one completion of these steps, each tokenised apart, with `step_labels`; no end token.
 
     Raises:
         DataError: the lists do not fit together, a step is empty, or a label is not from 0 to 1.
@@ -96,12 +99,12 @@ def encode_steps(row: Row, codec: Codec, place: str) -> Group:
         piece = codec.ids(text, f"{place}, steps[{i}]")
         ids += piece
         lengths.append(len(piece))
-    completion = Completion(tuple(ids), (True,) * len(ids), "".join(texts), steps=tuple(lengths))
-    return Group(prompt_ids(row, codec, place), (completion,), {**row, "labels": numbers})
+    completion = Completion(ids, (True,) * len(ids), "".join(texts), steps=lengths, step_labels=numbers)
+    return Group(prompt_ids(row, codec, place), (completion,), row)
 
 
 def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
-    """A line of rollouts/*.jsonl as it was sampled; its rewards stand in the example.
+    """A line of rollouts/*.jsonl as it was sampled, each completion with its `reward`.
 
     Raises:
         DataError: it does not fit together, or speaks another vocabulary.
@@ -113,7 +116,7 @@ def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
         raise DataError(
             f"{place}: a recorded rollout has a prompt, completions, and the row they are about as `example`"
         )
-    completions, rewards = [], []
+    completions = []
     for i, c in enumerate(given):
         where = f"{place}, completions[{i}]"
         if not isinstance(c, Mapping) or not {"ids", "action", "logprobs"} <= set(c):
@@ -127,10 +130,9 @@ def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
                 f"{sum(action)} actions do not fit together"
             )
         text, finish = (_text(c, key, where) for key in ("text", "finish"))
-        completions.append(Completion(ids, action, text, finish, logprobs))
-        reward = c.get("reward")
-        rewards.append(None if reward is None else _number(reward, "reward", where))
-    return Group(prompt, tuple(completions), {**example, REWARDS: rewards})
+        reward = None if c.get("reward") is None else _number(c["reward"], "reward", where)
+        completions.append(Completion(ids, action, text, finish, logprobs, reward=reward))
+    return Group(prompt, completions, example)
 
 
 def check_margin(row: Row, place: str) -> None:

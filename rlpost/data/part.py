@@ -182,9 +182,8 @@ _COMPARED = (Format.pair, Format.ranked, Format.ranked_pair)
 
 def _is_equal(group: Group, form: Format) -> bool:
     """Whether all completions that are compared are one: they differ by rounding alone, which Adam makes full steps."""
-    scores = group.example["scores"] if form is not Format.pair else (1.0, 0.0)
-    compared = [c for c, score in zip(group.completions, scores, strict=True) if score is not None]
-    return len({(c.ids, c.action) for c in compared}) == 1
+    compared = [c for c in group.completions if form is Format.pair or c.score is not None]
+    return len({(c.ids.tobytes(), c.action.tobytes()) for c in compared}) == 1
 
 
 def _shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], places: Sequence[str]) -> list[Row]:
@@ -217,7 +216,7 @@ def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[st
             "raise max_length, or set too_long=drop or too_long=cut"
         )
     # Labels of steps, and log-probabilities of what was sampled, are of whole completions.
-    whole = any(c.steps or c.logprobs for c in group.completions)
+    whole = any(len(c.steps) or len(c.logprobs) for c in group.completions)
     if limit.too_long is TooLong.drop or not group.completions or whole:
         counts["dropped"] += 1
         return None
@@ -234,5 +233,5 @@ def _cut(completion: Completion, room: int, codec: Codec) -> Completion:
     if len(completion.ids) <= room:
         return completion
     ids = completion.ids[:room]
-    text = visible(ids, codec.tokenizer, codec.stops)
+    text = visible(ids.tolist(), codec.tokenizer, codec.stops)
     return replace(completion, ids=ids, action=completion.action[:room], text=text)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlpost.engine.params import Sampling
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion
+from rlpost.types import Completion, Tokens
 
 
 class Engine(Protocol):
@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         n: int,
         sampling: Sampling,
         streams: Sequence[int],
@@ -72,7 +72,7 @@ class Steering(Protocol):
 class Guide(Protocol):
     """Leads completions somewhere; of an engine, it needs every token's logits."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limits: Sequence[int]) -> Steering:
+    def begin(self, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limits: Sequence[int]) -> Steering:
         """Follow rows that are about to continue their prompts.
 
         Args:

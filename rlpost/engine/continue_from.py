@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from rlpost.data.visible import visible
 from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
@@ -44,7 +46,7 @@ def fresh_rollouts(
     """
     owners = [g for g, group in enumerate(groups) for _ in group.completions]
     states: list[State] = [
-        (owner, c.ids[:start])
+        (owner, tuple(c.ids[:start].tolist()))
         for owner, c, own in zip(owners, completions(groups), starts, strict=True)
         for start in own
     ]
@@ -53,7 +55,7 @@ def fresh_rollouts(
     found: dict[State, Group] = {}
     for length in sorted({len(prefix) for _, prefix in distinct}):
         some = [state for state in distinct if len(state[1]) == length]
-        prompts = [(*groups[g].prompt, *prefix) for g, prefix in some]
+        prompts = [(*groups[g].prompt.tolist(), *prefix) for g, prefix in some]
         rest = replace(sampling, max_new_tokens=sampling.max_new_tokens - length)
         sampled = engine.generate(prompts, k, rest, [streams[state] for state in some])
         for (g, prefix), tails in zip(some, sampled, strict=True):
@@ -65,7 +67,12 @@ def fresh_rollouts(
 def as_answers(fresh: Sequence[Group]) -> list[Group]:
     """The rollouts as rewards read them: what was said before the state is part of the answer and of its length."""
     return [
-        replace(g, completions=tuple(replace(c, action=(True,) * len(c.ids), logprobs=()) for c in g.completions))
+        replace(
+            g,
+            completions=tuple(
+                replace(c, action=np.ones(len(c.ids), np.bool_), logprobs=c.logprobs[:0]) for c in g.completions
+            ),
+        )
         for g in fresh
     ]
 
@@ -73,4 +80,6 @@ def as_answers(fresh: Sequence[Group]) -> list[Group]:
 def _joined(prefix: tuple[int, ...], tail: Completion, tokenizer: Any) -> Completion:
     """The completion from its beginning; only what is fresh are actions."""
     text = visible(prefix, tokenizer, ()) + tail.text  # nothing ended before the state
-    return replace(tail, ids=(*prefix, *tail.ids), action=(*(False,) * len(prefix), *tail.action), text=text)
+    ids = np.concatenate([np.array(prefix, np.int32), tail.ids])
+    action = np.concatenate([np.zeros(len(prefix), np.bool_), tail.action])
+    return replace(tail, ids=ids, action=action, text=text)

@@ -24,7 +24,7 @@ from rlpost.errors import EngineError
 from rlpost.objectives.rows import widen
 from rlpost.policy.decoders import Decoder, decoding_attention, make_decoder
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion
+from rlpost.types import Completion, Tokens
 
 ROWS_AT_ONCE = 512
 LEAVE_AT = 0.75
@@ -60,7 +60,7 @@ class BuiltinEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         n: int,
         sampling: Sampling,
         streams: Sequence[int],
@@ -90,7 +90,7 @@ class BuiltinEngine:
     def _sample(
         self,
         rows: Sequence[Row],
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Tokens],
         sampling: Sampling,
         streams: Sequence[int],
         greedy: bool,
@@ -116,7 +116,7 @@ class BuiltinEngine:
         stopped: NDArray[np.bool_] = np.asarray(ended_RT.any(1))
         lengths = np.where(stopped, ended_RT.argmax(1) + 1, ids_RT.shape[1])
         return {
-            row: finished(ids_RT[at, :k].tolist(), logp_RT[at, :k].tolist(), bool(stopped[at]), policy.end_ids, stops)
+            row: finished(ids_RT[at, :k], logp_RT[at, :k], bool(stopped[at]), policy.end_ids, stops)
             for at, (row, k) in enumerate(zip(rows, lengths, strict=True))
         }
 
@@ -171,7 +171,7 @@ def _decode(
     return ids_RT, logp_RT, ended_RT
 
 
-def _must_fit(policy: Policy, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+def _must_fit(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling) -> None:
     longest = max(len(p) for p in prompts)
     if longest + sampling.max_new_tokens > (limit := policy.longest):
         raise EngineError(

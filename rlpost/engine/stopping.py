@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from rlpost.data.visible import visible
-from rlpost.types import Completion
+from rlpost.types import Completion, Tokens
 
 BYTES_A_CHARACTER = 4
 """A character takes at most this many tokens: one a byte of its UTF-8 form."""
@@ -37,9 +40,7 @@ class StopStrings:
         return text[: min(ends)] if ends else text
 
 
-def finished(
-    ids: Sequence[int], logprobs: Sequence[float], ended: bool, end_ids: Sequence[int], stops: StopStrings
-) -> Completion:
+def finished(ids: Tokens, logprobs: ArrayLike, ended: bool, end_ids: Sequence[int], stops: StopStrings) -> Completion:
     """A sampled completion.
 
     Args:
@@ -49,5 +50,5 @@ def finished(
         end_ids: the tokens that end a completion; the text leaves them out.
         stops: the text ends before the first of these.
     """
-    text = stops.cut(visible(ids, stops.tokenizer, end_ids))
-    return Completion(tuple(ids), (True,) * len(ids), text, "stop" if ended else "length", tuple(logprobs))
+    text = stops.cut(visible(np.asarray(ids).tolist(), stops.tokenizer, end_ids))
+    return Completion(ids, np.ones(len(ids), np.bool_), text, "stop" if ended else "length", logprobs)

@@ -39,9 +39,9 @@ class _Episode:
 
     def say(self, turn: Completion) -> None:
         """The model's turn."""
-        self.ids += turn.ids
-        self.action += turn.action
-        self.logprobs += turn.logprobs
+        self.ids += turn.ids.tolist()
+        self.action += turn.action.tolist()
+        self.logprobs += turn.logprobs.tolist()
         self.turns.append(turn.text)
 
     def hear(self, ids: Sequence[int]) -> None:
@@ -52,7 +52,7 @@ class _Episode:
     def completion(self) -> Completion:
         """What a reward reads: its text is the last turn's, the conclusion."""
         text = self.turns[-1] if self.turns else ""
-        return Completion(tuple(self.ids), tuple(self.action), text, self.finish, tuple(self.logprobs))
+        return Completion(self.ids, self.action, text, self.finish, self.logprobs)
 
 
 def collect_turns(
@@ -96,7 +96,7 @@ def collect_turns(
     for turn in range(turns):
         going = [e for e in episodes if not e.finish]
         for budget, some in _by_budget(going, sampling.max_new_tokens, longest).items():
-            prompts = [(*e.group.prompt, *e.ids) for e in some]
+            prompts = [(*e.group.prompt.tolist(), *e.ids) for e in some]
             own = [prompt_streams(e.stream, turn, 1)[0] for e in some]
             said = engine.generate(prompts, 1, replace(sampling, max_new_tokens=budget), own, greedy)
             for episode, (completion,) in zip(some, said, strict=True):

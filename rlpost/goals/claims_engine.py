@@ -39,8 +39,8 @@ def _rows(tree: Tree, model: TinyModel, guide: Guide, posterior_L: torch.Tensor,
     leaf = {tuple(ids.tolist()): at for at, ids in enumerate(torch.split(tree.token_N, tree.length_L.tolist()))}
     engine = BuiltinEngine(model.policy, guide=guide)
     (sampled,) = engine.generate([model.prompt], SAMPLES, Sampling(max_new_tokens=tree.depth), [0])
-    at = [leaf[c.ids] for c in sampled]
-    said = torch.tensor([sum(c.logprobs) for c in sampled], dtype=torch.float64)
+    at = [leaf[tuple(c.ids.tolist())] for c in sampled]
+    said = torch.tensor([sum(c.logprobs.tolist()) for c in sampled], dtype=torch.float64)
     missed = int((wanted_L[at] == 0).sum())
     return [
         exact(f"{guide.mode}: probability of each sample", float((said.exp() / posterior_L[at] - 1).abs().max())),

@@ -79,5 +79,5 @@ def ends_in(goal: Goal, completion: Completion, end_ids: Sequence[int], *, trunc
     """True if the completion ends in the goal: the last tokens before its end token, a cut-off one only if told so."""
     if completion.finish == "length" and not truncated_counts:
         return False
-    ids = completion.ids
+    ids = tuple(completion.ids.tolist())
     return goal.reached(ids[:-1] if ids and ids[-1] in end_ids else ids)

@@ -160,7 +160,8 @@ def _text(before: Sequence[int], forward: Policy) -> Ids:
 
 def _written(samples: Iterable[Completion], policy: Policy) -> list[Ids]:
     """The samples up to their end tokens."""
-    return [c.ids[:-1] if c.ids[-1] in policy.end_ids else c.ids for c in samples]
+    written = (tuple(c.ids.tolist()) for c in samples)
+    return [ids[:-1] if ids[-1] in policy.end_ids else ids for ids in written]
 
 
 def _joined(heads: Sequence[Ids], tails: Sequence[Ids]) -> Iterator[Ids]:

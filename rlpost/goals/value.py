@@ -97,7 +97,8 @@ def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: rando
     else:
         label = tuple(float(r != cfg.avoid) for r in reached)
         counts = tuple(i != at for i in range(len(reached)))
-    return Lesson(replace(group, prompt=conditioned(cfg.condition, named, group.prompt, codec)), label, counts)
+    prompt = conditioned(cfg.condition, named, group.prompt.tolist(), codec)
+    return Lesson(Group(prompt, group.completions, group.example), label, counts)
 
 
 def split(lessons: Sequence[Lesson], updates: int, draw: random.Random) -> list[list[Lesson]]:
@@ -141,7 +142,7 @@ def _taken(
 ) -> tuple[int, tuple[int, ...]] | None:
     """A completion whose ending is to be the goal, and that ending; None where all were cut off or are empty."""
     endings = [
-        tuple(i for i in c.ids if i not in codec.stops)[-cfg.hindsight_tokens :]
+        tuple(i for i in c.ids.tolist() if i not in codec.stops)[-cfg.hindsight_tokens :]
         if c.finish != "length" or cfg.goals.truncated_counts
         else ()
         for c in completions

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlpost.objectives.rows import Rows
 from rlpost.policy.layout import FlatLayout, Segment, flat_layout
-from rlpost.types import Completion, Group, completions
+from rlpost.types import Completion, Group, Ids, completions
 
 
 @dataclass(frozen=True)
@@ -95,37 +97,39 @@ def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass
 
     Prompts are shared only among completions that follow it exactly, which is what a Group says by its type.
     """
-    ids: list[int] = []
-    position: list[int] = []
+    pieces: list[Ids] = []
+    position: list[NDArray[np.int64]] = []
     segments: list[Segment] = []
     copies: list[int] = []  # of each segment
     starts: list[Start] = []
+    end = 0
     for g in groups:
         width = len(g.prompt)
         shared = share and len(g.completions) > 1
         if shared:
-            prompt = len(ids)
+            prompt, end = end, end + width
             segments.append(Segment(prompt, width))
             copies.append(len(g.completions))
-            ids.extend(g.prompt)
-            position.extend(range(width))
+            pieces.append(g.prompt)
+            position.append(np.arange(width))
         for c in g.completions:
             if not shared:
-                prompt = len(ids)
-                ids.extend(g.prompt)
-                position.extend(range(width))
+                prompt, end = end, end + width
+                pieces.append(g.prompt)
+                position.append(np.arange(width))
                 segments.append(Segment(prompt, width + len(c.ids)))
             else:
-                segments.append(Segment(len(ids), len(c.ids), prompt, width))
+                segments.append(Segment(end, len(c.ids), prompt, width))
             copies.append(1)
-            starts.append((len(ids), prompt + width - 1))
-            ids.extend(c.ids)
-            position.extend(range(width, width + len(c.ids)))
+            starts.append((end, prompt + width - 1))
+            end += len(c.ids)
+            pieces.append(c.ids)
+            position.append(np.arange(width, width + len(c.ids)))
     flat = Pass(
-        ids_BT=torch.tensor(ids, dtype=torch.long)[None],
-        position_BT=torch.tensor(position, dtype=torch.long)[None],
+        ids_BT=_joined(pieces)[None],
+        position_BT=_joined(position)[None],
         mask_BT=None,
-        layout=flat_layout(segments, len(ids)),
+        layout=flat_layout(segments, end),
         copies_BT=torch.from_numpy(np.repeat(np.array(copies, np.int64), [s.length for s in segments]))[None],
     )
     return (flat,), starts
@@ -140,7 +144,8 @@ def padded_passes(groups: Sequence[Group], pad_id: int = 0) -> tuple[tuple[Pass,
     starts = []
     for row, (prompt, completion) in enumerate(lines):
         end = len(prompt) + len(completion)
-        ids[row, :end] = [*prompt, *completion]
+        ids[row, : len(prompt)] = prompt
+        ids[row, len(prompt) : end] = completion
         mask[row, :end] = 1
         starts.append((row * width + len(prompt), row * width + len(prompt) - 1))
     mask_BT = torch.from_numpy(mask)
@@ -155,7 +160,7 @@ def single_passes(groups: Sequence[Group]) -> tuple[tuple[Pass, ...], list[Start
     first = 0
     for g in groups:
         for c in g.completions:
-            ids_BT = torch.tensor([[*g.prompt, *c.ids]], dtype=torch.long)
+            ids_BT = _joined([g.prompt, c.ids])[None]
             passes.append(Pass(ids_BT, torch.arange(ids_BT.shape[1])[None], None, None, torch.ones_like(ids_BT)))
             starts.append((first + len(g.prompt), first + len(g.prompt) - 1))
             first += ids_BT.shape[1]
@@ -173,26 +178,24 @@ def switched_batch(groups: Sequence[Group], build: Build, switch: int) -> Batch:
     more, long_starts = build(long) if long else ((), [])
     offset = sum(p.ids_BT.numel() for p in passes)
     of_short, of_long = iter(short_starts), iter(long_starts)
-    before, after, final, target = [], [], [], []
+    before, after, final, target = (list[NDArray[np.int64]]() for _ in range(4))
     for g in groups:
         room = switch - len(g.prompt)
         for c in g.completions:
             near = next(of_short) if room >= 0 else None
             far = next(of_long) if len(c.ids) > room else None
-
-            def state(at: int, near: Start | None = near, far: Start | None = far, room: int = room) -> int:
-                """Of the completion's token `at`; −1: of the prompt's last."""
-                start, first = (near, 0) if at < room else (far, offset)
-                assert start is not None
-                return first + (start[0] + at if at >= 0 else start[1])
-
-            final.append(state(len(c.ids) - 1))
-            acts = [at for at, acted in enumerate(c.action) if acted]
-            before += [state(at - 1) for at in acts]
-            after += [state(at) for at in acts]
-            target += [c.ids[at] for at in acts]
-    before_N, after_N, after_S, target_N = (torch.tensor(x, dtype=torch.long) for x in (before, after, final, target))
+            acts, last = np.flatnonzero(c.action), np.array([len(c.ids) - 1])
+            for found, at in ((before, acts - 1), (after, acts), (final, last)):
+                found.append(np.where(at < room, _states(near, at), offset + _states(far, at)))
+            target.append(c.ids[acts].astype(np.int64))
+    before_N, after_N, after_S, target_N = map(_joined, (before, after, final, target))
     return Batch((*passes, *more), before_N, after_N, after_S, target_N, _rows(groups))
+
+
+def _states(start: Start | None, at: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of a completion's tokens `at` among the states of a pass, −1: of the prompt's last; anything without a start."""
+    first, prompt_end = start or (0, 0)
+    return np.where(at < 0, prompt_end, first + at)
 
 
 def _up_to(groups: Sequence[Group], switch: int) -> list[Group]:
@@ -216,17 +219,20 @@ def _rows(groups: Sequence[Group]) -> Rows:
 
 def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
     """The fields on states and actions, from where each completion starts and where its prompt ends."""
-    before: list[int] = []
-    after: list[int] = []
+    before, after, target = [], [], []
     final: list[int] = []
-    target: list[int] = []
     for c, (start, prompt_end) in zip(all_completions, starts, strict=True):
-        final.append(start + len(c.ids) - 1 if c.ids else prompt_end)
-        for at, (token, acted) in enumerate(zip(c.ids, c.action, strict=True)):
-            if acted:
-                # The first token of each completion is predicted at the prompt's last position, shared or not.
-                before.append(start + at - 1 if at else prompt_end)
-                after.append(start + at)
-                target.append(token)
-    named = {"before_N": before, "after_N": after, "after_S": final, "target_N": target}
-    return {name: torch.tensor(x, dtype=torch.long) for name, x in named.items()}
+        final.append(start + len(c.ids) - 1 if len(c.ids) else prompt_end)
+        acts = np.flatnonzero(c.action)
+        # The first token of each completion is predicted at the prompt's last position, shared or not.
+        before.append(np.where(acts > 0, start + acts - 1, prompt_end))
+        after.append(start + acts)
+        target.append(c.ids[acts])
+    named = {"before_N": before, "after_N": after, "target_N": target}
+    after_S = torch.tensor(final, dtype=torch.long)
+    return {"after_S": after_S, **{name: _joined(pieces) for name, pieces in named.items()}}
+
+
+def _joined(pieces: Sequence[NDArray[np.integer[Any]]]) -> Tensor:
+    """All pieces one after the other, in the type that torch indexes with."""
+    return torch.from_numpy(np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, np.int64))

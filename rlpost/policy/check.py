@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from rlpost.policy.attention import FLAT, PLAIN, use_attention
 from rlpost.policy.decoders import decoding_attention, make_decoder
 from rlpost.policy.params import Attention
 from rlpost.policy.policy import Decoding, Policy
-from rlpost.types import Completion, Group
+from rlpost.types import Completion, Group, Ids
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """What families call the reach of their local layers, in the configuration and in the layers."""
@@ -105,7 +106,8 @@ def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto
     use_attention(model, PLAIN)
     with _short_windows(model):
         try:
-            seen = causality.look(model, groups[0].prompt, groups[0].completions[0].ids, bare.vocabulary, limit)
+            prompt, first = groups[0].prompt.tolist(), groups[0].completions[0].ids.tolist()
+            seen = causality.look(model, prompt, first, bare.vocabulary, limit)
         except FAILURES as error:
             return _refused(f"its forward pass does not run on token ids alone ({_brief(error)})")
         if not seen.logits_TV.isfinite().all():
@@ -129,7 +131,7 @@ def _with_lengths(
     if seen.length is None:
         return _ways(probe, wish)
     if seen.step:
-        row = [*groups[0].prompt, *groups[0].completions[0].ids]
+        row = np.concatenate([groups[0].prompt, groups[0].completions[0].ids]).tolist()
         with causality.early_switch(model, SWITCH) as told:
             if told and causality.switches_at(model, row, SWITCH):
                 return replace(_ways(_Probe(model, bare, groups, None, SWITCH), wish), switch=seen.length)
@@ -148,7 +150,7 @@ class _Probe:
         self.switch = switch
         self.alone = [Group(g.prompt, (c,)) for g in groups for c in g.completions]
         read = [first_TV] if first_TV is not None else []
-        rows = [[*g.prompt, *g.completions[0].ids] for g in self.alone]
+        rows = [np.concatenate([g.prompt, g.completions[0].ids]).tolist() for g in self.alone]
         read += [self._prefixes(row) for row in rows[len(read) :]]
         self.plain = [
             _chosen(self.known.cut(logits_TV), g.prompt, g.completions[0].ids)
@@ -176,9 +178,9 @@ class _Probe:
         return float(difference.max())
 
 
-def _chosen(logits_TV: Tensor, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+def _chosen(logits_TV: Tensor, prompt: Ids, ids: Ids) -> Tensor:
     """[actions] log-probabilities of a completion's tokens."""
-    at = torch.tensor(ids, device=logits_TV.device)[:, None]
+    at = torch.tensor(ids, dtype=torch.long, device=logits_TV.device)[:, None]
     return logits_TV[len(prompt) - 1 : -1].log_softmax(-1).gather(1, at)[:, 0]
 
 
@@ -258,7 +260,7 @@ def _decoded_gap(probe: _Probe, policy: Policy) -> float:
     groups = probe.groups
     rows = [(number, c) for number, g in enumerate(groups) for c in g.completions]
     steps = min(STEPS, *(len(c.ids) for _, c in rows))
-    ids_RT = torch.tensor([c.ids[:steps] for _, c in rows], device=policy.device)
+    ids_RT = torch.tensor(np.stack([c.ids[:steps] for _, c in rows]), dtype=torch.long, device=policy.device)
     decoder = make_decoder(policy, [g.prompt for g in groups], [number for number, _ in rows], steps)
     leaving = {2: 1, 3: len(rows) - 1}  # after so many steps, this row
     live = list(range(len(rows)))

@@ -24,7 +24,7 @@ from rlpost.policy.cache import PromptedLayer, PromptedLayout
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
-from rlpost.types import Completion, Group
+from rlpost.types import Completion, Group, Tokens
 
 RECOMPUTED_TOKENS = 16384
 """Tokens of one pass of a decoder without a cache."""
@@ -53,7 +53,7 @@ class FlatDecoder:
 
     LAYOUT, LAYER = PromptedLayout, PromptedLayer
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
         Args:
@@ -96,7 +96,7 @@ class FlatDecoder:
             layer.keep(rows, prompts)
         self.position_B = self.position_B[rows]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _prefill(self, prompts: Sequence[Tokens]) -> Tensor:
         """[P, V] logits after each prompt; the cache takes their keys and values."""
         ends = np.cumsum([len(p) for p in prompts])
         segments = [Segment(int(end) - len(p), len(p)) for p, end in zip(prompts, ends, strict=True)]
@@ -123,7 +123,7 @@ class FlatDecoder:
 class PaddedDecoder:
     """Left-padded rows with transformers' own cache and mask."""
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> None:
         """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`."""
         self.model = model
         self.device = model.get_input_embeddings().weight.device
@@ -178,10 +178,10 @@ class PaddedDecoder:
 class RecomputingDecoder:
     """No cache: every step scores the whole rows again, as training does."""
 
-    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> None:
+    def __init__(self, policy: Policy, prompts: Sequence[Tokens], prompt_of_row: Sequence[int]) -> None:
         """Prepare to decode; arguments as of `FlatDecoder`."""
         self.policy = policy
-        self.prompts = [tuple(p) for p in prompts]
+        self.prompts = [np.array(p, np.int32) for p in prompts]
         self.rows: list[tuple[int, tuple[int, ...]]] = [(prompt, ()) for prompt in prompt_of_row]
         """The prompt and the tokens so far of each row."""
 
@@ -204,7 +204,7 @@ class RecomputingDecoder:
         self.rows = [self.rows[i] for i in rows.tolist()]
 
 
-Start = Callable[[Sequence[Sequence[int]], Sequence[int], int], Decoder]
+Start = Callable[[Sequence[Tokens], Sequence[int], int], Decoder]
 """(prompts, [B] the prompt of each row, limit) -> a decoder of them; arguments as of `FlatDecoder`."""
 
 
@@ -212,12 +212,12 @@ class SwitchingDecoder:
     """For models that read rows of more than `switch` tokens in another way: rows that grow beyond it start anew."""
 
     def __init__(
-        self, begin: Start, switch: int, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int
+        self, begin: Start, switch: int, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int
     ) -> None:
         """Prepare to decode; `begin` makes a decoder of rows that lie on one side."""
         self._begin = begin
         self._switch = switch
-        self._rows = [list(prompts[p]) for p in prompt_of_row]
+        self._rows = [[int(i) for i in prompts[p]] for p in prompt_of_row]
         """All tokens of each row."""
         self._end = max(map(len, prompts)) + limit
         self._parts: list[tuple[bool, list[int], Decoder]] = []
@@ -277,7 +277,7 @@ class SwitchingDecoder:
         return logits[torch.from_numpy(rows).to(logits.device)]
 
 
-def make_decoder(policy: Policy, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> Decoder:
+def make_decoder(policy: Policy, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> Decoder:
     """What continues the prompts in the way that is exact for this policy; arguments as of `FlatDecoder`."""
     if policy.decoding is Decoding.recomputed:
         return RecomputingDecoder(policy, prompts, prompt_of_row)
@@ -295,9 +295,9 @@ def decoding_attention(policy: Policy) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _passes(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def _passes(prompts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
     """Neighbouring prompts within the token budget of a pass."""
-    bunch: list[Sequence[int]] = []
+    bunch: list[Tokens] = []
     for prompt in prompts:
         if bunch and sum(map(len, bunch)) + len(prompt) > PREFILL_TOKENS:
             yield bunch

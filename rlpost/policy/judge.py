@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, same_base
 from rlpost.policy.scalar import ScalarModel, Values, load_scalar
-from rlpost.types import Completion, Group, completions
+from rlpost.types import Completion, Group, Ids, completions
 
 
 class Judge:
@@ -74,13 +75,13 @@ class Judge:
     def _step_ends(self, completion: Completion) -> Tensor:
         """[K] the action at which each step is read."""
         at = torch.tensor(completion.steps, dtype=torch.long).cumsum(0) - 1
-        chosen = [token for token, acted in zip(completion.ids, completion.action, strict=True) if acted]
-        if completion.steps and completion.steps[-1] > 1 and chosen[-1] in self._scalar.trunk.end_ids:
+        chosen = completion.ids[completion.action]
+        if len(at) and completion.steps[-1] > 1 and chosen[-1] in self._scalar.trunk.end_ids:
             at[-1] -= 1
         return at
 
     def _divided(self, group: Group, step_end: str) -> Group:
-        if all(c.steps or not c.actions for c in group.completions):
+        if all(len(c.steps) or not c.actions for c in group.completions):
             return group
         return divide(group, self._scalar.trunk.tokenizer, step_end, self._scalar.trunk.end_ids)
 
@@ -142,7 +143,7 @@ class ReverseJudge:
     def _asked(self, group: Group) -> Group:
         """The text backwards, with the completion as the prompt of the prompt."""
         turned = backwards(group, self._codec)
-        ids = (*turned.prompt, *turned.completions[0].ids)
+        ids = np.concatenate([turned.prompt, turned.completions[0].ids])
         # Without a begin token, an empty completion leaves nothing to begin with but the prompt's own last token.
         cut = max(1, len(ids) - 1 - len(_without(group.prompt, self._codec.tokenizer.bos_token_id)))
         return Group(ids[:cut], (Completion(ids[cut:], (True,) * (len(ids) - cut)),))
@@ -184,7 +185,7 @@ def _nested(scores: Sequence[float], groups: Sequence[Group]) -> list[list[float
     return [[next(every) for _ in group.completions] for group in groups]
 
 
-def _without(prompt: Sequence[int], begin: int | None) -> Sequence[int]:
+def _without(prompt: Ids, begin: int | None) -> Ids:
     return prompt[1:] if begin is not None and prompt[0] == begin else prompt
 
 
@@ -213,7 +214,7 @@ def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
     """
     asked = _asked(group, writer)
     alone = [_reread(asked, c, group.example, codec) for c in group.completions]
-    if len({g.prompt for g in alone}) == 1:
+    if len({g.prompt.tobytes() for g in alone}) == 1:
         return [replace(alone[0], completions=tuple(completions(alone)))]
     return alone
 
@@ -248,4 +249,4 @@ def _asked(group: Group, writer: Any) -> Any:
         return group.example["prompt"]
     if messages:
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return writer.decode(list(group.prompt))
+    return writer.decode(group.prompt.tolist())

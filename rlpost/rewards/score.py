@@ -10,9 +10,9 @@ from typing import Any
 from rlpost.errors import RecipeError
 from rlpost.rewards.call import ByStep, Given, caller
 from rlpost.rewards.tree import BoundReward, Reward, evaluate, leaves, names, weighted_sum
-from rlpost.types import FAILED, Group, completions
+from rlpost.types import FAILED, Completion, Group, completions
 
-__all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean"]
+__all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean", "rewarded"]
 
 Nested = list[list[float | None]]
 """[P][G] one number a completion, None where it is unscored."""
@@ -65,6 +65,15 @@ def joined(scores: Sequence[Scores], order: Sequence[int]) -> Scores:
     first = scores[0]
     by_name = {name: groups([s.by_name[name] for s in scores]) for name in first.by_name}
     return Scores(groups([s.total for s in scores]), by_name, {name: steps(name) for name in first.by_step})
+
+
+def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
+    """The groups, each completion with its total reward [P][G]: None where it is unscored."""
+
+    def own(group: Group, row: Sequence[float | None]) -> tuple[Completion, ...]:
+        return tuple(replace(c, reward=reward) for c, reward in zip(group.completions, row, strict=True))
+
+    return [replace(group, completions=own(group, row)) for group, row in zip(groups, totals, strict=True)]
 
 
 class Scorer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import compress
 
 from rlpost.errors import RecipeError
 from rlpost.types import Completion
@@ -66,6 +65,6 @@ def repetition(completion: Completion, *, n: int = 4) -> float:
     """
     if n < 1:
         raise RecipeError(f"repetition: n is {n}; give the length of the n-grams, at least 1")
-    ids = list(compress(completion.ids, completion.action))
+    ids = completion.ids[completion.action].tolist()
     ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(ngrams)) / len(ngrams) - 1.0 if ngrams else 0.0

@@ -23,7 +23,7 @@ from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
-from rlpost.types import Group
+from rlpost.types import Group, completions
 
 RANKING = "ranking"
 """The loss of ranked groups; all others are of pairs."""
@@ -65,7 +65,7 @@ def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
         rows = part.rows.to(scores.logp_N.device)
         groups = Rows([len(g.completions) for g in part.groups]).to(rows.device)
         delta_S = rows.sum(scores.logp_N) - rows.sum(part["reference"])
-        reward_S = torch.tensor([_number(r) for g in part.groups for r in g.example["scores"]], device=rows.device)
+        reward_S = torch.tensor([_number(c.score) for c in completions(part.groups)], device=rows.device)
         # Groups may differ in size: what is padded is an absent completion.
         delta_PK, reward_PK = groups.pad(delta_S), groups.pad(reward_S.to(delta_S), fill=torch.nan)
         loss_P = function(delta_PK=delta_PK, reward_PK=reward_PK)
@@ -88,7 +88,7 @@ class Scorer(Protocol):
         ...
 
 
-Key = tuple[tuple[int, ...], ...]
+Key = tuple[bytes, ...]
 """A group's tokens."""
 
 
@@ -117,7 +117,7 @@ class ReferenceScores:
 
 
 def _key(group: Group) -> Key:
-    return (group.prompt, *(c.ids for c in group.completions))
+    return (group.prompt.tobytes(), *(c.ids.tobytes() for c in group.completions))
 
 
 def _number(score: float | None) -> float:

@@ -44,6 +44,6 @@ def grpo(context: Context, cfg: Grpo) -> Path:
         line = rollout.metrics | beta.seen(experience) | metrics.without_parts(mean_of(updates))
         loop.log(step, line, live=("reward", "length", "entropy"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups, rollout.rewards.total)
-            show_samples(step, rollout.groups, rollout.rewards.total, policy.tokenizer)
+            loop.rollouts(step, rollout.groups)
+            show_samples(step, rollout.groups, policy.tokenizer)
     return context.finish(policy, cfg.kind, steps)

@@ -24,7 +24,7 @@ from rlpost.recipe.schema import Kto
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
-from rlpost.types import Group
+from rlpost.types import Group, labels
 
 
 def kto(context: Context, cfg: Kto) -> Path:
@@ -68,7 +68,7 @@ def log_ratios(learner: Learner, update: Experience) -> Tensor:
 
 def weighted(update: Experience, learner: Learner) -> Experience:
     """The update with its labels and weights, counted over all of it."""
-    desirable = torch.tensor([bool(g.example["label"]) for g in update.groups])
+    desirable = torch.tensor(labels(update.groups))
     count = learner.totals(update).groups
     return update.with_groups(desirable=desirable, group_weight=pair_mean(len(update.groups), count))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from rlpost.recipe.schema import OnlineDpo
@@ -44,8 +45,8 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
         line = rollout.metrics | {"pairs": len(pairs)} | mean_of(updates)
         loop.log(step, line, live=("reward", "accuracy", "pairs"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups, rollout.rewards.total)
-            show_samples(step, rollout.groups, rollout.rewards.total, policy.tokenizer)
+            loop.rollouts(step, rollout.groups)
+            show_samples(step, rollout.groups, policy.tokenizer)
     return context.finish(policy, cfg.kind, steps)
 
 
@@ -61,6 +62,6 @@ def best_and_worst(groups: Sequence[Group], reward_PG: Tensor, min_gap: float) -
             continue
         best, worst = max(scored, key=reward_G.__getitem__), min(scored, key=reward_G.__getitem__)
         chosen, rejected = group.completions[best], group.completions[worst]
-        if reward_G[best] - reward_G[worst] > min_gap and chosen.ids != rejected.ids:
+        if reward_G[best] - reward_G[worst] > min_gap and not np.array_equal(chosen.ids, rejected.ids):
             pairs.append(replace(group, completions=(chosen, rejected)))
     return pairs

@@ -63,8 +63,8 @@ def ppo(context: Context, cfg: Ppo) -> Path:
                 lines.append(line)
         loop.log(step, rollout.metrics | beta.seen(experience) | mean_of(lines), live=("reward", "explained_variance"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups, rollout.rewards.total)
-            show_samples(step, rollout.groups, rollout.rewards.total, policy.tokenizer)
+            loop.rollouts(step, rollout.groups)
+            show_samples(step, rollout.groups, policy.tokenizer)
     return context.finish(policy, cfg.kind, steps)
 
 

@@ -74,5 +74,5 @@ def step_loss(function: Callable[..., Tensor]) -> LossFunction:
 
 def _labels(group: Group) -> list[float]:
     """The label of every action that ends a step, NaN for other actions."""
-    labels = iter(group.example["labels"])
-    return [float(next(labels)) if end else math.nan for c in group.completions for end in ends_of(c)]
+    labels = (label for c in group.completions for label in c.step_labels.tolist())
+    return [next(labels) if end else math.nan for c in group.completions for end in ends_of(c)]

@@ -82,10 +82,10 @@ def pair_rewards(group: Group) -> list[float]:
 
 def ranked_rewards(group: Group) -> list[float]:
     """Of each completion of a ranked row, NaN where it has none; or of a pair's."""
-    scores = group.example.get("scores")
-    if scores is None:
+    scores = [c.score for c in group.completions]
+    if all(score is None for score in scores):
         return pair_rewards(group)
-    return [math.nan if score is None else float(score) for score in scores]
+    return [math.nan if score is None else score for score in scores]
 
 
 def margin(group: Group) -> float:

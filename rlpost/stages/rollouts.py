@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,15 +26,12 @@ from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.schema import Grouped, Rollouts
 from rlpost.recipe.stage_rules import GROUP_BASELINES
-from rlpost.rewards.score import Scorer, joined
+from rlpost.rewards.score import Scorer, joined, rewarded
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.context import Context
 from rlpost.stages.params import Kl, KlEstimator
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
-
-RECORDED = "recorded_rewards"
-"""The column of a recorded rollout that holds its rewards."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Rollout:
     """The samples of one step, scored."""
 
     groups: Sequence[Group]
-    """P groups of G completions."""
+    """P groups of G completions, with their rewards."""
     rewards: Rewards
     reward_PG: Tensor
     """[P, G] total rewards; NaN where a completion is unscored, or left out of learning."""
@@ -79,7 +77,7 @@ class Rollout:
         """What the samples say by themselves: rewards by name, lengths, how many groups teach anything."""
         sampled = completions(self.groups)
         scored = [r for total in self.rewards.total for r in total if r is not None]
-        logprobs = [x for c in sampled for x in c.logprobs]
+        logprobs = [x for c in sampled for x in c.logprobs.tolist()]
         metrics: dict[str, Any] = {"reward": sum(scored) / len(scored)} if scored else {}
         metrics |= {f"reward/{name}": value for name, value in self.rewards.means().items()}
         return (
@@ -186,7 +184,8 @@ class Sampler:
         prompts = self.data.next(self.cfg.prompts)
         groups = self.divided(self._collect(prompts, self.cfg.group_size, self.cfg.sampling, seed=seed, first=first))
         rewards = self.score(groups)
-        reward_PG = learned_rewards(groups, rewards, self.cfg.mask_truncated)
+        groups = rewarded(groups, rewards.total)
+        reward_PG = learned_rewards(groups, self.cfg.mask_truncated)
         return Rollout(groups, rewards, reward_PG, len(groups), self.scorer.weights)
 
     def divided(self, groups: Sequence[Group]) -> list[Group]:
@@ -223,17 +222,18 @@ class Recorded:
         if self.cfg.step_end is not None:
             groups = [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
         if self.scorer is None:
-            rewards = Rewards(total=[list(g.example[RECORDED]) for g in groups], by_name={})
+            rewards = Rewards(total=[[c.reward for c in g.completions] for g in groups], by_name={})
         else:
             rewards = scored(self.scorer, groups, self.policy)
-        reward_PG = learned_rewards(groups, rewards, self.cfg.mask_truncated)
+            groups = rewarded(groups, rewards.total)
+        reward_PG = learned_rewards(groups, self.cfg.mask_truncated)
         weights = self.scorer.weights if self.scorer else {}
         return self.signal.look(Rollout(groups, rewards, reward_PG, len(groups), weights), step)
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
     """The rewards of any completions, told of their steps if they are divided."""
-    if not any(c.steps for c in completions(groups)):
+    if not any(len(c.steps) for c in completions(groups)):
         return scorer.score(groups)
     return scorer.score(groups, steps=[step_texts(c, policy.tokenizer, policy.end_ids) for c in completions(groups)])
 
@@ -270,10 +270,10 @@ class Beta:
             self.value = float(state["beta"])
 
 
-def learned_rewards(groups: Sequence[Group], rewards: Rewards, mask_truncated: bool) -> Tensor:
+def learned_rewards(groups: Sequence[Group], mask_truncated: bool) -> Tensor:
     """[P, G] total rewards; NaN where a completion is unscored, or cut off and left out of learning."""
     left_out = [[mask_truncated and c.finish == "length" for c in g.completions] for g in groups]
-    return torch.where(torch.tensor(left_out), torch.nan, _tensor(rewards.total))
+    return torch.where(torch.tensor(left_out), torch.nan, _tensor([[c.reward for c in g.completions] for g in groups]))
 
 
 def without_unscored(groups: Sequence[Group], reward_PG: Tensor) -> list[Group]:
@@ -289,7 +289,8 @@ def without_unscored(groups: Sequence[Group], reward_PG: Tensor) -> list[Group]:
 
 def sampled_logprobs(groups: Sequence[Group]) -> Tensor:
     """[N] log-probabilities of the actions when they were sampled."""
-    return torch.tensor([x for c in completions(groups) if c.actions for x in c.logprobs])
+    logprobs = [c.logprobs for c in completions(groups)]
+    return torch.tensor(np.concatenate(logprobs) if logprobs else [], dtype=torch.get_default_dtype())
 
 
 def kl_estimate(cfg: Kl) -> Callable[[Tensor, Tensor], Tensor]:
@@ -305,7 +306,8 @@ def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _without_actions(completion: Completion) -> Completion:
-    return replace(completion, action=(False,) * len(completion.ids), logprobs=(), steps=())
+    nothing = {name: getattr(completion, name)[:0] for name in ("logprobs", "steps", "step_labels")}
+    return replace(completion, action=np.zeros(len(completion.ids), np.bool_), **nothing)
 
 
 def _tensor(total: Sequence[Sequence[float | None]]) -> Tensor:

@@ -27,6 +27,7 @@ from rlpost.recipe.schema import Sft, reads_backwards
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import labels
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
 """What a loss may ask for that needs the whole vocabulary's log-probabilities."""
@@ -70,8 +71,8 @@ def need_of(function: Callable[..., Tensor]) -> Need:
 
 def labelled(update: Experience) -> Experience:
     """The update with its rows' labels, at every action: true where the completion is to be said."""
-    label_P = torch.tensor([bool(g.example["label"]) for g in update.groups])
-    return update.with_actions(label=label_P.repeat_interleave(update.rows.lengths_S))
+    label_S = torch.tensor(labels(update.groups))
+    return update.with_actions(label=label_S.repeat_interleave(update.rows.lengths_S))
 
 
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:

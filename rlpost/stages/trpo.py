@@ -54,8 +54,8 @@ def trpo(context: Context, cfg: Trpo) -> Path:
                 lines.append(trust_region_update(learner, policy, weighted(update, cfg, learner), cfg))
         loop.log(step, rollout.metrics | beta.seen(experience) | mean_of(lines), live=("reward", "kl_over_delta"))
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups, rollout.rewards.total)
-            show_samples(step, rollout.groups, rollout.rewards.total, policy.tokenizer)
+            loop.rollouts(step, rollout.groups)
+            show_samples(step, rollout.groups, policy.tokenizer)
     return context.finish(policy, cfg.kind, steps)
 
 

@@ -162,10 +162,10 @@ class Loop:
         if self._main and (step + 1) % self._log_every == 0:
             self._out.log(step + 1, metrics)
 
-    def rollouts(self, step: int, groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> None:
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
         if self._main:
-            self._out.rollouts(step + 1, _rollout_rows(groups, totals))
+            self._out.rollouts(step + 1, map(_rollout_row, groups))
 
     def _resume(self) -> int:
         checkpoint = self._out.resume()
@@ -262,38 +262,32 @@ def _files(learner: str) -> tuple[str, str]:
     return ("weights", "optimizer") if learner == POLICY else (f"{learner}_weights", f"{learner}_optimizer")
 
 
-def show_samples(
-    step: int,
-    groups: Sequence[Group],
-    totals: Sequence[Sequence[float | None]],
-    tokenizer: Any,
-) -> None:
+def show_samples(step: int, groups: Sequence[Group], tokenizer: Any) -> None:
     """A table with the first completion of a few groups and its reward."""
     rows = []
-    for group, total in list(zip(groups, totals, strict=True))[:4]:
-        value = total[0]
-        prompt = question(group.example) or tokenizer.decode(list(group.prompt))
-        rows.append((prompt, group.completions[0].text, "unscored" if value is None else f"{value:.3g}"))
+    for group in groups[:4]:
+        first = group.completions[0]
+        prompt = question(group.example) or tokenizer.decode(group.prompt.tolist())
+        rows.append((prompt, first.text, "unscored" if first.reward is None else f"{first.reward:.3g}"))
     console.samples(f"samples at step {step + 1}", rows)
 
 
-def _rollout_rows(groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> Iterator[dict[str, Any]]:
-    for group, rewards in zip(groups, totals, strict=True):
-        yield {
-            "prompt": list(group.prompt),
-            "example": dict(group.example),
-            "completions": [
-                {
-                    "text": c.text,
-                    "reward": reward,
-                    "finish": c.finish,
-                    "ids": list(c.ids),
-                    "action": [int(a) for a in c.action],
-                    "logprobs": list(c.logprobs),
-                }
-                for c, reward in zip(group.completions, rewards, strict=True)
-            ],
-        }
+def _rollout_row(group: Group) -> dict[str, Any]:
+    return {
+        "prompt": group.prompt.tolist(),
+        "example": dict(group.example),
+        "completions": [
+            {
+                "text": c.text,
+                "reward": c.reward,
+                "finish": c.finish,
+                "ids": c.ids.tolist(),
+                "action": c.action.astype(int).tolist(),
+                "logprobs": c.logprobs.tolist(),
+            }
+            for c in group.completions
+        ],
+    }
 
 
 def _random() -> dict[str, Tensor]:

@@ -12,10 +12,11 @@ import random
 import sys
 import uuid
 import zoneinfo
-from array import array
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
+
+import numpy as np
 
 from rlpost.types import Completion, Group
 
@@ -60,7 +61,7 @@ def encode(value: Any, path: str = "") -> Any:
         return _tagged("completion", _packed(value))
     if kind is Group:
         inner = [encode(c) for c in value.completions]
-        return _tagged("group", [list(value.prompt), inner, encode(dict(value.example), "example")])
+        return _tagged("group", [value.prompt.tolist(), inner, encode(dict(value.example), "example")])
     if kind in (tuple, set, frozenset):
         items = sorted(value, key=repr) if kind is not tuple else value
         return _tagged(kind.__name__, [encode(item, f"{path}[{i}]") for i, item in enumerate(items)])
@@ -81,9 +82,8 @@ def _rarer(value: Any, path: str) -> Any:
         return _tagged(kind.__name__, str(value))
     if kind is Seeded:
         return _tagged("random", value.made_with)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
-        scalar = isinstance(value, numpy.generic)
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        scalar = isinstance(value, np.generic)
         return _tagged("numpy", [scalar, value.dtype.str, list(value.shape), _base64(value.tobytes())])
     pandas: Any = sys.modules.get("pandas")
     if pandas is not None and isinstance(value, pandas.Timestamp):
@@ -111,21 +111,23 @@ def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
+_ARRAYS = {"ids": "<i4", "action": "?", "logprobs": "<f8", "steps": "<i4", "step_labels": "<f8"}
+"""A completion's arrays, and what their numbers cross as."""
+_VALUES = ("text", "finish", "reward", "label", "score", "weights_version")
+"""Its other fields."""
+
+
 def _packed(c: Completion) -> list[Any]:
-    ids, logprobs = array("q", c.ids).tobytes(), array("d", c.logprobs).tobytes()
-    return [_base64(ids), _base64(bytes(c.action)), c.text, c.finish, _base64(logprobs), list(c.steps)]
+    arrays = [_base64(getattr(c, name).astype(kind).tobytes()) for name, kind in _ARRAYS.items()]
+    return [*arrays, c.logprobs.dtype.str, {name: getattr(c, name) for name in _VALUES}]
 
 
 def _completion(packed: Sequence[Any]) -> Completion:
-    ids, action, text, finish, logprobs, steps = packed
-    acted = tuple(map(bool, base64.b64decode(action)))
-    return Completion(_numbers("q", ids), acted, text, finish, _numbers("d", logprobs), tuple(steps))
-
-
-def _numbers(kind: str, packed: str) -> tuple[Any, ...]:
-    numbers: array[Any] = array(kind)
-    numbers.frombytes(base64.b64decode(packed))
-    return tuple(numbers)
+    *parts, float_kind, values = packed
+    arrays: dict[str, Any] = {}
+    for (name, kind), part in zip(_ARRAYS.items(), parts, strict=True):
+        arrays[name] = np.frombuffer(base64.b64decode(part), kind)
+    return Completion(**{**arrays, "logprobs": arrays["logprobs"].astype(float_kind)}, **values)
 
 
 def _zone(zone: Any, path: str) -> Any:
@@ -161,10 +163,8 @@ def _timestamp(packed: Sequence[Any]) -> Any:
 
 
 def _numpy(packed: Sequence[Any]) -> Any:
-    import numpy
-
     scalar, dtype, shape, data = packed
-    found = numpy.frombuffer(base64.b64decode(data), numpy.dtype(dtype)).reshape(shape).copy()
+    found = np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
     return found[()] if scalar else found
 
 
@@ -186,6 +186,6 @@ _DECODERS: dict[str, Any] = {
     "random": random.Random,
     "numpy": _numpy,
     "completion": _completion,
-    "group": lambda parts: Group(tuple(parts[0]), tuple(decode(parts[1])), decode(parts[2])),
+    "group": lambda parts: Group(parts[0], decode(parts[1]), decode(parts[2])),
     "odd": Odd,
 }

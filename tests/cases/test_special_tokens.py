@@ -66,6 +66,6 @@ def test_steps_end_at_markers_and_hold_them(tally):
     ids = ids_of(ANSWER + "<|im_end|>")
     group = Group((1,), (Completion(ids, (True,) * len(ids), ANSWER, "stop"),))
     (divided,) = divide(group, TOKENIZER, "</think>", ends).completions
-    assert divided.steps == (3, 2)
+    assert tuple(divided.steps) == (3, 2)
     assert step_texts(divided, TOKENIZER, ends) == ["<think>a</think>", "4"]
     tally("special tokens", right=1)

@@ -86,9 +86,9 @@ def test_the_loop_of_tokens_ends_where_a_search_over_all_text_does(seed: int, ta
         n, before = wanted
         assert seen[0] == n, (text, stop)
         c = finished(ids[:n], [-0.1 * k for k in range(n)], True, (), stops)
-        assert (c.text, c.finish, c.ids) == (before, "stop", tuple(ids[:n]))
+        assert (c.text, c.finish, tuple(c.ids)) == (before, "stop", tuple(ids[:n]))
         assert c.text == text[: len(c.text)]
-        assert c.logprobs == tuple(-0.1 * k for k in range(n))
+        assert tuple(c.logprobs) == tuple(-0.1 * k for k in range(n))
         right += 1
         crossing += all(s.encode() not in piece for s in stop for piece in pieces)
     assert crossing >= 15
@@ -117,7 +117,7 @@ def test_the_engine_stops_there_and_keeps_what_was_drawn_until_then(seed: int, t
                 assert now == before
                 continue
             n, text = wanted
-            assert (now.text, now.finish, now.ids) == (text, "stop", before.ids[:n])
+            assert (now.text, now.finish, tuple(now.ids)) == (text, "stop", tuple(before.ids[:n]))
             assert now.logprobs == pytest.approx(before.logprobs[:n], abs=1e-5)
             assert len(now.action) == n
             stopped += 1

@@ -66,7 +66,7 @@ def test_what_stands_between_turns_is_context_and_nothing_follows_the_last_stop(
     )
     assert completion.text == "d"
     assert completion.actions == 4
-    assert completion.action[-2:] == (True, True)
+    assert tuple(completion.action[-2:]) == (True, True)
 
 
 def test_tool_turns_are_context():

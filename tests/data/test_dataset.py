@@ -72,6 +72,10 @@ def test_the_format_is_said_aloud(one, codec):
     assert line.endswith("rows.jsonl): 10 rows, read as prompt, completion")
 
 
+def digests(groups):
+    return [group.digest() for group in groups]
+
+
 @pytest.mark.parametrize("present", [None, "reverse", "grow"])
 @pytest.mark.parametrize("cut", [0, 3, 10, 17])
 def test_resume_is_exact(write, codec, cut, present):
@@ -82,10 +86,10 @@ def test_resume_is_exact(write, codec, cut, present):
     options = {"max_length": 10, "too_long": TooLong.drop}
     whole = build(sources, codec, **options).next(40)
     first = build(sources, codec, **options)
-    assert first.next(cut) == whole[:cut]
+    assert digests(first.next(cut)) == digests(whole[:cut])
     second = build(sources, codec, **options)
     second.load(json.loads(json.dumps(first.state())))
-    assert second.next(40 - cut) == whole[cut:]
+    assert digests(second.next(40 - cut)) == digests(whole[cut:])
 
 
 def test_changed_data_is_refused_unless_allowed(write, codec):
@@ -136,7 +140,7 @@ def test_too_long_is_dropped_and_counted(write, codec):
 
 def test_a_cut_completion_loses_its_end_and_a_prompt_is_never_cut(write, codec):
     data = build(long(write), codec, max_length=8, too_long=TooLong.cut)
-    assert [(len(g.prompt), g.completions[0].ids, g.completions[0].text) for g in data.all()] == [
+    assert [(len(g.prompt), tuple(g.completions[0].ids), g.completions[0].text) for g in data.all()] == [
         (4, (4, 4, 2), "00"),
         (4, (5, 6, 7, 8), "1234"),
     ]
@@ -149,7 +153,7 @@ def test_a_cut_completion_loses_its_end_and_a_prompt_is_never_cut(write, codec):
 def test_both_completions_of_a_pair_are_cut(write, codec):
     rows = [{"prompt": "1", "chosen": "12345", "rejected": "5"}]
     data = build({"main": Source(path=str(write(rows)))}, codec, Need.pairs, max_length=4, too_long=TooLong.cut)
-    assert [c.ids for c in data.all()[0].completions] == [(5, 6, 7), (9, 2)]
+    assert [tuple(c.ids) for c in data.all()[0].completions] == [(5, 6, 7), (9, 2)]
 
 
 def test_prompts_are_limited_by_themselves(write, codec):

@@ -29,17 +29,19 @@ def test_several_completions_share_their_prompt(codec):
     assert recognise([row], "main", Need.completions) is Format.several
     group = encode(row, Format.several, codec, "row 1")
     alone = [encode({"prompt": "1+2=", "completion": c}, Format.completion, codec, "row 1") for c in row["completions"]]
-    assert group.prompt == alone[0].prompt
-    assert group.completions == tuple(g.completions[0] for g in alone)
+    assert tuple(group.prompt) == tuple(alone[0].prompt)
+    assert all(c.same(g.completions[0]) for c, g in zip(group.completions, alone, strict=True))
     with pytest.raises(DataError, match="row 1: it has no completions"):
         encode({"prompt": "1+2=", "completions": []}, Format.several, codec, "row 1")
 
 
 @pytest.mark.parametrize(("label", "meant"), [(True, True), ("false", False), (1, True), ("0", False)])
 def test_a_label_is_a_boolean(codec, label, meant):
-    group = encode({"prompt": "1+2=", "completion": "3", "label": label}, Format.labelled, codec, "row 1")
-    assert group.example["label"] is meant
-    assert [c.text for c in group.completions] == ["3"]
+    row = {"prompt": "1+2=", "completion": "3", "label": label}
+    group = encode(row, Format.labelled, codec, "row 1")
+    assert [(c.text, c.label) for c in group.completions] == [("3", meant)]
+    assert type(group.completions[0].label) is bool
+    assert group.example == row
 
 
 @pytest.mark.parametrize("label", [None, "perhaps", 0.5, 2])
@@ -52,9 +54,10 @@ def test_a_ranking_has_a_score_for_each_completion(codec):
     row = {"prompt": "1+2=", "completions": ["3", "4", "5"], "scores": [1, None, 0.5]}
     group = encode(row, Format.ranked, codec, "row 1")
     assert [c.text for c in group.completions] == ["3", "4", "5"]
-    assert group.example["scores"] == [1.0, None, 0.5]
+    assert [c.score for c in group.completions] == [1.0, None, 0.5]
+    assert group.example == row
     pair = encode({"prompt": "1+2=", "chosen": "3", "rejected": "4"}, Format.ranked_pair, codec, "row 1")
-    assert pair.example["scores"] == [1.0, 0.0]
+    assert [c.score for c in pair.completions] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +88,7 @@ def test_conversations_can_be_ranked():
 def test_steps_are_tokenised_apart_and_end_nothing(codec):
     row = {"prompt": "1+2+3=", "steps": ["1+2=3\n", "3+3=6"], "labels": [1, 0.25]}
     (completion,) = encode(row, Format.steps, codec, "row 1").completions
-    assert completion.steps == (6, 5)
+    assert tuple(completion.steps) == (6, 5)
     assert codec.tokenizer.decode(list(completion.ids)) == "1+2=3\n3+3=6"
     assert completion.actions == len(completion.ids) == 11
     assert completion.ids[-1] != codec.end
@@ -115,9 +118,15 @@ def recorded(**changes):
 def test_a_recorded_rollout_is_what_was_sampled(codec):
     group = encode(recorded(), Format.recorded, codec, "row 1")
     (completion,) = group.completions
-    assert (group.prompt, completion.ids, completion.action) == ((4, 5), (5, 6, 2), (True, False, True))
-    assert (completion.logprobs, completion.text, completion.finish) == ((-1.0, -0.5), "12", "stop")
-    assert group.example == {"answer": "1", "recorded_rewards": [1.0]}
+    assert (tuple(group.prompt), tuple(completion.ids), tuple(completion.action)) == (
+        (4, 5),
+        (5, 6, 2),
+        (True, False, True),
+    )
+    assert (tuple(completion.logprobs), completion.text, completion.finish) == ((-1.0, -0.5), "12", "stop")
+    assert (completion.reward, group.example) == (1.0, {"answer": "1"})
+    (unscored,) = encode(recorded(reward=None), Format.recorded, codec, "row 1").completions
+    assert unscored.reward is None
 
 
 @pytest.mark.parametrize(

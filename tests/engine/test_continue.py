@@ -25,7 +25,7 @@ GROUP = Group((1, 2, 3), (whole((5, 6, 7, 0)), whole((5, 8, 0)), whole(())), {"r
 
 def test_every_token_may_be_a_step_and_the_end_belongs_to_the_last():
     divided = divide(GROUP, TOKENIZER, "", ENDS)
-    assert [c.steps for c in divided.completions] == [(1, 1, 2), (1, 2), ()]
+    assert [tuple(c.steps) for c in divided.completions] == [(1, 1, 2), (1, 2), ()]
     assert [step_texts(c, TOKENIZER, ENDS) for c in divided.completions] == [["f", "g", "h"], ["f", "i"], []]
     assert [step_starts(c) for c in divided.completions] == [[0, 1, 2], [0, 1], []]
     assert ends_of(divided.completions[0]) == [True, True, False, True]
@@ -33,17 +33,17 @@ def test_every_token_may_be_a_step_and_the_end_belongs_to_the_last():
 
 def test_a_text_ends_a_step():
     divided = divide(GROUP, TOKENIZER, "g", ENDS).completions[0]
-    assert divided.steps == (2, 2)
+    assert tuple(divided.steps) == (2, 2)
     assert step_texts(divided, TOKENIZER, ENDS) == ["fg", "h"]
     # Nothing but the end follows the last separator: no step of its own.
-    assert divide(GROUP, TOKENIZER, "h", ENDS).completions[0].steps == (4,)
-    assert divide(GROUP, TOKENIZER, "zz", ENDS).completions[0].steps == (4,)
+    assert tuple(divide(GROUP, TOKENIZER, "h", ENDS).completions[0].steps) == (4,)
+    assert tuple(divide(GROUP, TOKENIZER, "zz", ENDS).completions[0].steps) == (4,)
 
 
 def test_what_an_environment_wrote_belongs_to_no_step():
     turns = whole((5, 9, 9, 6, 0), (True, False, False, True, True))
     divided = divide(Group((1,), (turns,)), TOKENIZER, "", ENDS).completions[0]
-    assert divided.steps == (1, 2)
+    assert tuple(divided.steps) == (1, 2)
     assert step_starts(divided) == [0, 3]
     assert step_texts(divided, TOKENIZER, ENDS) == ["f", "g"]
 
@@ -60,12 +60,12 @@ def fresh():
 def test_rollouts_share_the_beginning_and_go_on_afresh(fresh):
     found, _ = fresh
     prefixes = [(), (5,), (5, 6), (), (5,), (), ()]
-    assert [g.prompt for g in found] == [(1, 2, 3)] * 5 + [(4,)] * 2
+    assert [tuple(g.prompt) for g in found] == [(1, 2, 3)] * 5 + [(4,)] * 2
     for group, prefix in zip(found, prefixes, strict=True):
         assert len(group.completions) == 3
         for c in group.completions:
-            assert c.ids[: len(prefix)] == prefix
-            assert c.action == (False,) * len(prefix) + (True,) * (len(c.ids) - len(prefix))
+            assert tuple(c.ids[: len(prefix)]) == prefix
+            assert tuple(c.action) == (False,) * len(prefix) + (True,) * (len(c.ids) - len(prefix))
             assert len(c.ids) <= 6
             assert c.text == TOKENIZER.decode(list(c.ids))
     assert found[0].example == {"row": 1}
@@ -83,4 +83,4 @@ def test_they_are_samples_of_the_policy_in_that_state(fresh):
     found, policy = fresh
     sampled = [x for c in completions(found) for x in c.logprobs]
     assert logprobs(policy, found).tolist() == pytest.approx(sampled, abs=1e-5)
-    assert len({c.ids for c in found[0].completions}) > 1
+    assert len({tuple(c.ids) for c in found[0].completions}) > 1

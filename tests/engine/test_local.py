@@ -49,7 +49,7 @@ def gap(policy: Policy, sampled, temperature: float = 1.0) -> float:
 
 def same(a: tuple[Completion, ...], b: tuple[Completion, ...]) -> bool:
     close = all(np.allclose(x.logprobs, y.logprobs, atol=1e-5) for x, y in zip(a, b, strict=True))
-    return close and [x.ids for x in a] == [x.ids for x in b]
+    return close and [tuple(x.ids) for x in a] == [tuple(x.ids) for x in b]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -89,7 +89,7 @@ def test_an_adapter_acts_while_sampling(family):
     engine = BuiltinEngine(policy)
     adapted = engine.generate(PROMPTS, 2, LONG, STREAMS)
     assert gap(policy, adapted) < 1e-5
-    assert [c.ids for c in adapted[0]] != [c.ids for c in bare[0]]
+    assert [tuple(c.ids) for c in adapted[0]] != [tuple(c.ids) for c in bare[0]]
     with policy.acting_as(None):
         assert all(same(a, b) for a, b in zip(engine.generate(PROMPTS, 2, LONG, STREAMS), bare, strict=True))
 
@@ -120,12 +120,12 @@ def test_a_completion_does_not_depend_on_what_runs_beside_it(make):
 def test_completions_of_a_prompt_differ_and_follow_its_stream():
     engine = BuiltinEngine(tiny_policy())
     first = engine.generate(PROMPTS, 4, LONG, STREAMS)
-    assert len({c.ids for c in first[0]}) == 4
+    assert len({tuple(c.ids) for c in first[0]}) == 4
     other = engine.generate(PROMPTS, 4, LONG, [7, *STREAMS[1:]])
     assert first[0] != other[0]
     assert first[1:] == other[1:]
     shorter = engine.generate(PROMPTS, 4, Sampling(max_new_tokens=5), STREAMS)
-    assert [c.ids for c in shorter[2]] == [c.ids[:5] for c in first[2]]
+    assert [tuple(c.ids) for c in shorter[2]] == [tuple(c.ids[:5]) for c in first[2]]
 
 
 def test_growing_the_cache_and_cutting_the_prefill_change_nothing(monkeypatch):
@@ -177,7 +177,7 @@ def test_every_end_token_ends_a_completion():
         for c in completions:
             inner = c.ids[:-1] if c.finish == "stop" else c.ids
             assert not {3, 9} & set(inner)
-            assert c.action == (True,) * len(c.ids)
+            assert tuple(c.action) == (True,) * len(c.ids)
             assert len(c.logprobs) == len(c.ids)
             ends.add(c.ids[-1] if c.finish == "stop" else len(c.ids))
     assert ends == {3, 9, 20}
@@ -191,7 +191,7 @@ def test_stop_strings_end_each_row_where_they_appear():
     stopped = BuiltinEngine(policy).generate(PROMPTS, 8, dataclasses.replace(LONG, stop=[stop, "~"]), STREAMS)
     finishes = set()
     for before, after in zip((c for g in free for c in g), (c for g in stopped for c in g), strict=True):
-        assert after.ids == before.ids[: len(after.ids)]
+        assert tuple(after.ids) == tuple(before.ids[: len(after.ids)])
         assert after.text == before.text.split(stop)[0]
         assert after.finish == ("stop" if stop in before.text else "length")
         finishes.add(after.finish)

@@ -7,8 +7,8 @@ A, B, C, END = 0, 1, 2, 40
 
 def test_an_end_token_is_kept_in_the_ids_and_left_out_of_the_text():
     c = finished([A, B, END], [-1.0, -2.0, -3.0], True, (END,), StopStrings(Letters(eos=7), []))
-    assert (c.ids, c.action, c.text, c.finish) == ((A, B, END), (True, True, True), "ab", "stop")
-    assert c.logprobs == (-1.0, -2.0, -3.0)
+    assert (tuple(c.ids), tuple(c.action), c.text, c.finish) == ((A, B, END), (True, True, True), "ab", "stop")
+    assert tuple(c.logprobs) == (-1.0, -2.0, -3.0)
 
 
 def test_running_out_of_length():

@@ -58,8 +58,8 @@ def test_an_episode_does_not_depend_on_those_beside_it():
     whole, policy = episodes(n=4)
     fewer, _ = episodes(n=2, policy=policy)
     alone, _ = episodes(n=4, policy=policy, prompts=PROMPTS[:1])
-    assert [c.ids for c in fewer[0].completions] == [c.ids for c in whole[0].completions[:2]]
-    assert [c.ids for c in alone[0].completions] == [c.ids for c in whole[0].completions]
+    assert [tuple(c.ids) for c in fewer[0].completions] == [tuple(c.ids) for c in whole[0].completions[:2]]
+    assert [tuple(c.ids) for c in alone[0].completions] == [tuple(c.ids) for c in whole[0].completions]
     others, _ = episodes(n=4, policy=policy, seed=6)
     assert others != whole
 

@@ -102,12 +102,12 @@ def test_candidates_are_pieces_of_both_sides_and_all_tokens_are_counted(monkeypa
     assert asked == [(BEGIN, *X)]
     assert asked_back == [before_what(GOAL, back.tokenizer)] == [(BEGIN, *GOAL[::-1])]
     assert proposals.sampled == sum(len(c.ids) for c in (*heads, *tails))
-    fronts = {c.ids[:i] for c in heads for i in range(5)}
-    backs = {c.ids[:i][::-1] for c in tails for i in range(5)}
+    fronts = {tuple(c.ids[:i]) for c in heads for i in range(5)}
+    backs = {tuple(c.ids[:i][::-1]) for c in tails for i in range(5)}
     assert END not in {token for c in (*heads, *tails) for token in c.ids}
     assert set(proposals.middles) == {f + b for f in fronts for b in backs if len(f + b) <= 4}
     assert len(proposals.middles) == len(set(proposals.middles))
-    assert {c.ids for c in heads} | {c.ids[::-1] for c in tails} <= set(proposals.middles)
+    assert {tuple(c.ids) for c in heads} | {tuple(c.ids[::-1]) for c in tails} <= set(proposals.middles)
 
 
 def test_of_too_many_those_that_meet_in_a_token_go_before_those_that_do_not():

@@ -192,9 +192,9 @@ def test_an_ending_that_was_reached_is_the_goal_of_the_others(codec):
     for seed in range(20):
         found = lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(seed))
         at = found.counts.index(False)
-        goal = group.completions[at].ids[:-1]
-        assert found.label == tuple(float(c.ids[:-1] == goal) for c in group.completions)
-        assert found.group.prompt == conditioned("{goal}+", goal, (9,), codec)
+        goal = tuple(group.completions[at].ids[:-1])
+        assert found.label == tuple(float(tuple(c.ids[:-1]) == goal) for c in group.completions)
+        assert tuple(found.group.prompt) == conditioned("{goal}+", goal, (9,), codec)
         seen.add(at)
     assert seen == {0, 1, 2}
 

@@ -141,8 +141,8 @@ def test_a_margin_of_nothing_is_no_win():
 
 def test_ranked_groups_of_unlike_sizes_by_hand():
     """An absent completion is no rival, and every group has its own weight."""
-    one = Completion((5,), (True,))
-    groups = (Group((1,), (one, one), {"scores": [0.5, 2.0]}), Group((1,), (one,) * 3, {"scores": [3.0, None, 1.0]}))
+    rows = ([0.5, 2.0], [3.0, None, 1.0])
+    groups = tuple(Group((1,), [Completion((5,), (True,), score=score) for score in scores]) for scores in rows)
     delta_N = torch.tensor([0.3, -0.4, 1.0, 7.0, 0.2])
     part = Experience(groups).with_actions(reference=torch.full((5,), -1.0))
     part = part.with_groups(pair_weight=torch.tensor([1.0, 10.0]))

@@ -123,7 +123,7 @@ def test_a_step_may_take_several_updates_and_passes(tmp_path, monkeypatch):
     sizes = [len(u.groups) for u in updates]
     assert len(sizes) == 4
     assert sizes[0] + sizes[1] == sizes[2] + sizes[3] == line["pairs"]
-    prompts = [sorted(g.prompt for u in pair for g in u.groups) for pair in (updates[:2], updates[2:])]
+    prompts = [sorted(tuple(g.prompt) for u in pair for g in u.groups) for pair in (updates[:2], updates[2:])]
     assert prompts[0] == prompts[1]
 
 

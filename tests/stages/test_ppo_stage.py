@@ -288,7 +288,7 @@ def test_every_update_of_a_step_takes_its_share_for_both(tmp_path, monkeypatch):
     update = Learner.update
 
     def remember(self, loss, experience, **how):
-        ids = [c.ids for g in experience.groups for c in g.completions]
+        ids = [tuple(c.ids) for g in experience.groups for c in g.completions]
         taken.append((type(self.model).__name__, ids, float(experience["weight"].sum())))
         return update(self, loss, experience, **how)
 

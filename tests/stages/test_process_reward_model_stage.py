@@ -37,19 +37,19 @@ STEPS = {
 }
 
 
-def stepped(*lengths: int, first: int = 5, reads: int = 0) -> Completion:
+def stepped(*lengths: int, first: int = 5, reads: int = 0, labels=()) -> Completion:
     """Steps of so many actions, after the first of which an environment says something."""
     acts = [[True] * n for n in lengths]
     action = [*acts[0], *[False] * reads, *(a for step in acts[1:] for a in step)] if acts else [False] * reads
-    return Completion(tuple(range(first, first + len(action))), tuple(action), steps=lengths)
+    return Completion(tuple(range(first, first + len(action))), tuple(action), steps=lengths, step_labels=labels)
 
 
 GROUPS = [
-    Group((5, 6), (stepped(2, 1, 3, first=8),), {"labels": [1.0, 0.0, 0.5]}),
-    Group((7,), (stepped(1, reads=2, first=20),), {"labels": [0.0]}),
-    Group((8, 9, 10), (stepped(2, 2, reads=3, first=30),), {"labels": [1.0, 0.0]}),
-    Group((11,), (stepped(reads=2, first=40),), {"labels": []}),
-    Group((12,), (stepped(4, first=50),), {"labels": [1.0]}),
+    Group((5, 6), (stepped(2, 1, 3, first=8, labels=[1.0, 0.0, 0.5]),)),
+    Group((7,), (stepped(1, reads=2, first=20, labels=[0.0]),)),
+    Group((8, 9, 10), (stepped(2, 2, reads=3, first=30, labels=[1.0, 0.0]),)),
+    Group((11,), (stepped(reads=2, first=40),)),
+    Group((12,), (stepped(4, first=50, labels=[1.0]),)),
 ]
 
 

@@ -34,6 +34,10 @@ def completion(*ids: int) -> Completion:
     return Completion(ids, (True,) * len(ids))
 
 
+def scored(score: float | None, *ids: int) -> Completion:
+    return replace(completion(*ids), score=score)
+
+
 PAIRS = [
     Group((5, 6, 7), (completion(8, 9, 10), completion(11)), {"margin": 0.5}),
     Group((12,), (completion(13, 14), completion(15, 16, 17, 18)), {}),
@@ -41,10 +45,10 @@ PAIRS = [
     Group((23, 24, 25, 26), (completion(27), completion(28, 29)), {"margin": 2}),
 ]
 RANKED = [
-    Group((5, 6, 7), (completion(8, 9), completion(10), completion(11, 12, 13)), {"scores": [0.5, 2.0, -1.0]}),
-    Group((14,), (completion(15, 16), completion(17)), {"scores": [0.0, 1.0]}),
-    Group((18, 19), (completion(20), completion(21, 22), completion(23)), {"scores": [1.0, None, 1.0]}),
-    Group((24,), (completion(25), completion(26), completion(27), completion(28, 29)), {"scores": [3, 1, 4, 1]}),
+    Group((5, 6, 7), (scored(0.5, 8, 9), scored(2.0, 10), scored(-1.0, 11, 12, 13))),
+    Group((14,), (scored(0.0, 15, 16), scored(1.0, 17))),
+    Group((18, 19), (scored(1.0, 20), scored(None, 21, 22), scored(1.0, 23))),
+    Group((24,), (scored(3.0, 25), scored(1.0, 26), scored(4.0, 27), scored(1.0, 28, 29))),
 ]
 
 
@@ -97,7 +101,7 @@ def test_groups_of_different_sizes_are_filled_up_with_unscored():
 
 def test_scores_of_a_row_mean_nothing_to_a_loss_of_pairs():
     assert ranked_rewards(PAIRS[0]) == pair_rewards(PAIRS[0]) == [1.0, 0.0]
-    pair = Group((5,), PAIRS[0].completions, {"scores": "high, low"})
+    pair = Group((5,), (scored(0.0, 8), scored(1.0, 11)), {"scores": "high, low"})
     total, _ = score_loss(bradley_terry)(values(2.0, 1.0), as_update([pair]))
     assert float(total) == pytest.approx(-log_sigmoid(1.0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlpost.objectives import kl
-from rlpost.rewards.score import Scores
+from rlpost.rewards.score import Scores, rewarded
 from rlpost.stages.params import KlEstimator
 from rlpost.stages.rollouts import Beta, Rollout, Sampler, kl_estimate, learned_rewards
 from rlpost.train.experience import Experience
@@ -72,9 +72,9 @@ def test_rounds_are_drawn_until_enough_groups_have_a_signal_and_those_come_first
 
 
 def test_only_a_recipe_that_says_so_leaves_out_what_was_cut_off():
-    groups, scores = [Group((1,), (said(1, "length"), said(1)))], Scores([[1.0, None]], {})
-    assert learned_rewards(groups, scores, False).tolist() == [[1.0, pytest.approx(torch.nan, nan_ok=True)]]
-    assert learned_rewards(groups, scores, True).isnan().all()
+    groups = rewarded([Group((1,), (said(1, "length"), said(1)))], [[1.0, None]])
+    assert learned_rewards(groups, False).tolist() == [[1.0, pytest.approx(torch.nan, nan_ok=True)]]
+    assert learned_rewards(groups, True).isnan().all()
 
 
 def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():

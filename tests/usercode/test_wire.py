@@ -19,7 +19,20 @@ from rlpost.types import Completion, Group
 from rlpost.usercode.wire import CannotCrossError, Seeded, decode, encode
 
 NOON = datetime.datetime(2024, 7, 1, 12, 30, 0, 123456)
-COMPLETION = Completion((3, 1 << 40, 0), (True, False, True), "é\ud83d\n", "stop", (-0.1, 1 / 3), (1, 1))
+COMPLETION = Completion(
+    (3, 1 << 30, 0),
+    (True, False, True),
+    "é\ud83d\n",
+    "stop",
+    (-0.1, 1 / 3),
+    (1, 1),
+    step_labels=(0.1, 1),
+    reward=-0.1,
+    label=True,
+    score=2.0,
+    weights_version=7,
+)
+SAMPLED = Completion((3,), (True,), logprobs=np.float32([-0.1]))
 VALUES: list[Any] = [
     *(None, True, 0, -1, 1 << 80, 0.1, -0.0, 5e-324, "", "é\n\ud83d", [], [1, [2.5]], {}, {"a": {"b": [None]}}),
     *(
@@ -38,7 +51,7 @@ VALUES: list[Any] = [
     *(datetime.timedelta(days=-1, microseconds=3), Decimal("1.10"), uuid.UUID(int=7), 1 + 2j),
     *(np.float32(0.1), np.int8(-3), np.bool_(True), np.datetime64("2024-01-01T00:00:00")),
     *(pd.Timestamp("2024-01-01 00:00:00.000000001"), pd.Timestamp("2024-07-01", tz="Europe/Berlin")),
-    *(COMPLETION, Group((1, 2), (COMPLETION,), {"row": 1})),
+    *(COMPLETION, SAMPLED, Group((1, 2), (COMPLETION,), {"row": 1})),
 ]
 
 
@@ -50,7 +63,10 @@ def there_and_back(value: Any) -> Any:
 def test_values_come_out_as_they_went_in(value):
     found = there_and_back(value)
     assert type(found) is type(value)
-    assert found == value
+    if isinstance(value, Completion | Group):
+        assert found.same(value)
+    else:
+        assert found == value
     assert repr(found) == repr(value)
     assert getattr(found, "fold", 0) == getattr(value, "fold", 0)
 
