@@ -83,12 +83,12 @@ def test_without_a_begin_token_the_first_token_is_the_prompt():
 def test_a_begin_token_the_tokenizer_adds_comes_first_once(digits):
     codec = Codec(digits, begin=(1,), end=2, template=None)
     for prompt in ("1", "<bos>1"):
-        assert encode({"prompt": prompt}, Format.prompt, codec, "row 1").prompt == (1, 5)
-    assert encode({"prompt": ""}, Format.prompt, codec, "row 1").prompt == (1,)
+        assert tuple(encode({"prompt": prompt}, Format.prompt, codec, "row 1").prompt) == (1, 5)
+    assert tuple(encode({"prompt": ""}, Format.prompt, codec, "row 1").prompt) == (1,)
 
 
 def test_an_empty_prompt_is_the_begin_token(codec):
-    assert encode({"prompt": ""}, Format.prompt, codec, "row 1").prompt == (1,)
+    assert tuple(encode({"prompt": ""}, Format.prompt, codec, "row 1").prompt) == (1,)
 
 
 @pytest.mark.parametrize(
