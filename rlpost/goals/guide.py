@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlpost.errors import EngineError
 from rlpost.goals.goal_set import Goal
+from rlpost.types import Tokens
 
 
 class Mode(StrEnum):
@@ -87,12 +89,11 @@ class Guide:
     follow: Follow | None = None
     """The same as `ahead`, quicker: what it knows of a row is carried on from token to token."""
 
-    def begin(
-        self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limits: Sequence[int]
-    ) -> GuidedRows:
+    def begin(self, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limits: Sequence[int]) -> GuidedRows:
         """Follow rows that are about to continue their prompts; see `engine.Guide`."""
-        values = self.follow(prompts, prompt_of_row, max(limits)) if self.follow is not None else None
-        return GuidedRows(self, values, [tuple(prompts[p]) for p in prompt_of_row], limits)
+        own = [tuple(np.asarray(prompt).tolist()) for prompt in prompts]
+        values = self.follow(own, prompt_of_row, max(limits)) if self.follow is not None else None
+        return GuidedRows(self, values, [own[p] for p in prompt_of_row], limits)
 
     def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
         """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
