@@ -16,7 +16,7 @@ from rlpost.goals.goal_set import Goal
 from rlpost.oracle.tree import MOST_LEAVES
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import passes
-from rlpost.types import Completion, Group
+from rlpost.types import Completion, Group, completions
 
 LEAST = 1e-5
 """Probability from which on a state is followed."""
@@ -114,8 +114,7 @@ def next_tokens(policy: Policy, prompt: tuple[int, ...], states: Collection[tupl
     """[x, V] log-probabilities of what comes next in each state, in float64."""
     pieces = []
     for some in passes([ahead_of(prompt, state) for state in states], 16384):
-        (one,) = {group.prompt for group in some}
-        batch = policy.batch([Group(one, tuple(c for group in some for c in group.completions))])
+        batch = policy.batch([Group(prompt, completions(some))])
         # In float64 once more: float32 probabilities do not sum to 1, and these are summed over whole trees.
         pieces.append(policy.distributions(batch)(slice(None)).cpu().double().log_softmax(-1))
     return torch.cat(pieces)

@@ -76,7 +76,7 @@ def test_equal_states_are_tried_once(fresh):
     assert found[0] is found[3]
     assert found[1] is found[4]
     assert found[5] is found[6]
-    assert found[0] != found[5]
+    assert not found[0].same(found[5])
 
 
 def test_they_are_samples_of_the_policy_in_that_state(fresh):
