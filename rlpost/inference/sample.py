@@ -88,7 +88,7 @@ def _before(folder: str, text: str, sampling: Sampling, n: int, greedy: bool, se
     group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
     sampling = within(sampling, policy.longest - len(group.prompt))
     (found,) = collect(BuiltinEngine(policy), [group], n, sampling, seed=seed, greedy=greedy)
-    return [policy.tokenizer.decode(list(in_reading_order(c.ids, codec.end))) for c in found.completions]
+    return [policy.tokenizer.decode(list(in_reading_order(c.ids.tolist(), codec.end))) for c in found.completions]
 
 
 def _scorer_of(resolved: Resolved, policy: Policy) -> Scorer:
