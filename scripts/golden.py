@@ -19,6 +19,7 @@ reason is kept in the reference.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import math
@@ -44,7 +45,11 @@ ABSOLUTE = 1e-6
 LORA = "model.lora={r: 4, alpha: 8}"
 DIGITS = 9
 """Significant digits of a log-probability: as many as tell every float32 from the next."""
-HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "hydra", "typer", "rlpost.pipeline")
+HEAVY = (
+    *("torch", "accelerate", "datasets", "hydra", "peft", "pydantic", "typer"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
+    *("rlpost.cli", "rlpost.data.tasks", "rlpost.pipeline"),
+)
 """Imported once, before each run gets a process of its own."""
 LONGEST = 120.0
 """Seconds; a run that takes longer has failed."""
@@ -340,6 +345,9 @@ def prepare(package: Path) -> None:
     sys.path.insert(0, str(package))
     for name in HEAVY:
         importlib.import_module(name)
+    # Collecting garbage in a run need not look through all of that again.
+    gc.collect()
+    gc.freeze()
     import rlpost
 
     print(f"rlpost of {Path(rlpost.__file__).parents[1]}", file=sys.stderr)
