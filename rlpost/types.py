@@ -1,7 +1,8 @@
 """A prompt with its completions: the one shape of data every stage works on.
 
 SFT has one completion a group, a preference pair has two (chosen first), GRPO has G.
-Plain data without tensors: arrays that cannot be written to, and what is known of each completion.
+Plain data without tensors: arrays that cannot be written to, and what is known of each completion. NumPy is imported
+with the first of them: a recipe, which names rewards, is checked without it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 FAILED = "failed"
 """How a completion finished whose environment failed."""
-Ids = NDArray[np.int32]
+Ids: TypeAlias = "NDArray[np.int32]"
 """Token ids, read-only."""
-Tokens = Sequence[int] | NDArray[np.integer[Any]]
+Tokens: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
 """Token ids in any form, where they are only read."""
 
 
@@ -77,22 +80,27 @@ class Completion:
         Raises:
             ValueError: the lengths do not fit together.
         """
-        values = {"text": text, "finish": finish, "reward": reward, "label": label, "score": score}
-        arrays = {
-            "ids": _frozen(ids, np.int32),
-            "action": _frozen(action, np.bool_),
-            "logprobs": _frozen(logprobs, _float_type(logprobs)),
-            "steps": _frozen(steps, np.int32),
-            "step_labels": _frozen(step_labels, np.float64),
+        values = {
+            "ids": _frozen(ids, "int32"),
+            "action": _frozen(action, "bool"),
+            "text": text,
+            "finish": finish,
+            "logprobs": _frozen(logprobs, "float64", "float32"),
+            "steps": _frozen(steps, "int32"),
+            "step_labels": _frozen(step_labels, "float64"),
+            "reward": reward,
+            "label": label,
+            "score": score,
+            "weights_version": weights_version,
         }
-        for name, value in {**arrays, **values, "weights_version": weights_version}.items():
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:
         if len(self.ids) != len(self.action):
             raise ValueError(f"a completion of {len(self.ids)} tokens has {len(self.action)} flags of action")
-        if len(self.logprobs) not in (0, self.actions):
+        if len(self.logprobs) and len(self.logprobs) != self.actions:
             raise ValueError(f"a completion of {self.actions} actions has {len(self.logprobs)} log-probabilities")
         if len(self.steps) and self.steps.sum() != self.actions:
             raise ValueError(f"a completion of {self.actions} actions has steps of {self.steps.tolist()}")
@@ -102,7 +110,7 @@ class Completion:
     @property
     def actions(self) -> int:
         """Number of tokens the policy chose."""
-        return int(np.count_nonzero(self.action))
+        return self.action.tobytes().count(1)
 
     def same(self, other: Completion) -> bool:
         """Whether all of it is the same, bit for bit."""
@@ -110,7 +118,7 @@ class Completion:
 
     def digest(self) -> bytes:
         """16 bytes of all of it: equal where completions are the same."""
-        arrays = self.ids, self.action, self.logprobs.astype(np.float64), self.steps, self.step_labels
+        arrays = self.ids, self.action, self.logprobs.astype("float64"), self.steps, self.step_labels
         values = self.text, self.finish, self.reward, self.label, self.score, self.weights_version
         return _digest(values, *(a.tobytes() for a in arrays))
 
@@ -133,7 +141,7 @@ class Group:
         Raises:
             ValueError: the prompt has no token.
         """
-        object.__setattr__(self, "prompt", _frozen(prompt, np.int32))
+        object.__setattr__(self, "prompt", _frozen(prompt, "int32"))
         object.__setattr__(self, "completions", tuple(completions))
         object.__setattr__(self, "example", {} if example is None else example)
         if not len(self.prompt):
@@ -161,19 +169,33 @@ def labels(groups: Sequence[Group]) -> list[bool]:
     return found
 
 
-def _frozen(values: ArrayLike, kind: Any) -> NDArray[Any]:
-    """The values as an array [n] of a kind that cannot be written to, nor changed through the array they came from."""
-    kept = isinstance(values, np.ndarray) and values.dtype == kind and not values.flags.writeable
-    array: NDArray[Any] = np.asarray(values) if kept else np.array(values, kind)
+def _frozen(values: ArrayLike, kind: str, other: str | None = None) -> NDArray[Any]:
+    """The values as an array [n] of a kind that cannot be written to, nor changed through the array they came from.
+
+    Arrays of the `other` kind keep it; Python's numbers lose nothing as float64.
+    """
+    import numpy as np
+
+    if isinstance(values, tuple) and not values:
+        return _nothing(kind)
+    wanted, array = np.dtype(kind), values
+    if isinstance(values, np.ndarray) and other is not None and values.dtype == np.dtype(other):
+        wanted = values.dtype
+    if not isinstance(array, np.ndarray) or array.dtype != wanted or array.flags.writeable:
+        array = np.array(values, wanted)
     if array.ndim != 1:
         raise ValueError(f"expected a row of numbers, got an array of shape {array.shape}")
     array.setflags(write=False)
     return array
 
 
-def _float_type(values: ArrayLike) -> Any:
-    """float32 of an array of it; float64 of all others: a Python number loses nothing."""
-    return np.float32 if isinstance(values, np.ndarray) and values.dtype == np.float32 else np.float64
+@cache
+def _nothing(kind: str) -> NDArray[Any]:
+    import numpy as np
+
+    array = np.zeros(0, kind)
+    array.setflags(write=False)
+    return array
 
 
 def _digest(values: Sequence[Any], *parts: bytes) -> bytes:

@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
-
 from rlpost.types import Completion, Group
 
 _PLAIN = (bool, int, float, str)
@@ -82,8 +80,9 @@ def _rarer(value: Any, path: str) -> Any:
         return _tagged(kind.__name__, str(value))
     if kind is Seeded:
         return _tagged("random", value.made_with)
-    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        scalar = isinstance(value, np.generic)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic) and not value.dtype.hasobject:
+        scalar = isinstance(value, numpy.generic)
         return _tagged("numpy", [scalar, value.dtype.str, list(value.shape), _base64(value.tobytes())])
     pandas: Any = sys.modules.get("pandas")
     if pandas is not None and isinstance(value, pandas.Timestamp):
@@ -123,10 +122,12 @@ def _packed(c: Completion) -> list[Any]:
 
 
 def _completion(packed: Sequence[Any]) -> Completion:
+    import numpy
+
     *parts, float_kind, values = packed
     arrays: dict[str, Any] = {}
     for (name, kind), part in zip(_ARRAYS.items(), parts, strict=True):
-        arrays[name] = np.frombuffer(base64.b64decode(part), kind)
+        arrays[name] = numpy.frombuffer(base64.b64decode(part), kind)
     return Completion(**{**arrays, "logprobs": arrays["logprobs"].astype(float_kind)}, **values)
 
 
@@ -163,8 +164,10 @@ def _timestamp(packed: Sequence[Any]) -> Any:
 
 
 def _numpy(packed: Sequence[Any]) -> Any:
+    import numpy
+
     scalar, dtype, shape, data = packed
-    found = np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
+    found = numpy.frombuffer(base64.b64decode(data), numpy.dtype(dtype)).reshape(shape).copy()
     return found[()] if scalar else found
 
 
