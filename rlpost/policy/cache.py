@@ -31,6 +31,9 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def __init__(self, layout: PromptedLayout) -> None:
         super().__init__()
         self.layout = layout
+        self.number = layout.layers
+        """Which layer it is."""
+        layout.layers += 1
         self.is_initialized = True
         self.passes: list[tuple[Tensor, Tensor]] = []
         """[K, tokens, D] keys and values of the flat prefill passes."""
@@ -44,6 +47,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values and return them alone: the layout reads the others from here."""
         stored = storable(key_states), storable(value_states)
+        self.layout.current, self.latest = self, (key_states, value_states)
         if self.layout.prefilling:
             self.passes.append((stored[0][0], stored[1][0]))
             return key_states, value_states
@@ -52,22 +56,35 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         at = self.layout.length - 1
         for buffer, new in zip(self.own, stored, strict=True):
             buffer[: new.shape[0], :, at] = new[:, :, 0]
-        self.layout.current, self.latest = self, (key_states, value_states)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Columns a row has filled."""
         return self.layout.width + self.layout.length
 
-    def arrange(self, index_PW: Tensor) -> None:
+    def read(self) -> tuple[Tensor, Tensor]:
+        """[T, K, D] keys and values of all tokens of the prefill passes."""
+        keys, values = (torch.cat([p[side] for p in self.passes], 1).transpose(0, 1) for side in (0, 1))
+        return keys, values
+
+    def arrange(self, keys: Tensor, values: Tensor, index_PW: Tensor) -> None:
         """Turn the prefill passes into one padded row a prompt.
 
         Args:
-            index_PW: where each prompt's tokens lie among the tokens of all passes; padding points anywhere.
+            keys: [n, K, D] of all tokens of prompts.
+            values: the same.
+            index_PW: which of these are each prompt's; padding points anywhere.
         """
-        keys, values = (torch.cat([p[side] for p in self.passes], 1).transpose(0, 1)[index_PW] for side in (0, 1))
+        keys, values = keys[index_PW], values[index_PW]
         self.prompt = keys.permute(0, 2, 3, 1).contiguous().mT, values.transpose(1, 2).contiguous()
-        self.passes = []
+        self.passes, self.latest = [], None
+
+    def own_tokens(self, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, K, D] keys and values of tokens that some rows were given: `which` numbers them through these rows."""
+        assert self.own is not None
+        length = self.layout.length
+        keys, values = (x[rows, :, :length].transpose(1, 2).flatten(0, 1).index_select(0, which) for x in self.own)
+        return keys, values
 
     def keep(self, rows: Tensor, prompts: Tensor | None) -> None:
         """Only these rows (ascending) stay, and these prompts (None: all)."""
@@ -107,20 +124,22 @@ class PromptedLayout:
         self.width = max(widths)
         self.length = 0
         """Tokens each row has been given, the one being decoded included."""
+        self.layers = 0
+        """Layers that have a cache so far."""
         self.prefilling = True
         self.current: PromptedLayer | None = None
         """The layer whose cache was updated last: the one that attends next."""
         column = np.arange(self.width)
         short = column < self.width - np.array(widths)[:, None]
         self._padding = torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
-        self._device = device
+        self.device = device
         self._place(np.asarray(prompt_of_row, np.int64))
 
     def keep(self, rows: NDArray[np.int64]) -> Tensor | None:
         """Only these rows (ascending) stay; returns the prompts that do, or None if all of them do."""
         staying, prompt_of_row = np.unique(self._prompt_of_row[rows], return_inverse=True)
         everyone = len(staying) == self._prompts
-        prompts = None if everyone else torch.from_numpy(staying).to(self._device)
+        prompts = None if everyone else torch.from_numpy(staying).to(self.device)
         if prompts is not None and self._padding is not None:
             self._padding = self._padding[prompts]
         self._place(prompt_of_row)
@@ -190,9 +209,9 @@ class PromptedLayout:
         slot_of_row = prompt_of_row * self._slots + np.arange(len(prompt_of_row)) - begin[prompt_of_row]
         self._full = bool((counts == self._slots).all())
         """Every slot has a row, in order."""
-        self._row_of_slot = torch.from_numpy(row_of_slot.flatten()).to(self._device)
-        self._slot_of_row = torch.from_numpy(slot_of_row).to(self._device)
-        on_device = torch.from_numpy(prompt_of_row).to(self._device)
+        self._row_of_slot = torch.from_numpy(row_of_slot.flatten()).to(self.device)
+        self._slot_of_row = torch.from_numpy(slot_of_row).to(self.device)
+        on_device = torch.from_numpy(prompt_of_row).to(self.device)
         self._row_padding = None if self._padding is None else self._padding[on_device]
 
     def _to_slots(self, x: Tensor, key_heads: int) -> Tensor:

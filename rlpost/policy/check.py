@@ -7,7 +7,7 @@ model's own forward pass on each row alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from rlpost.policy import causality
 from rlpost.policy.attention import FLAT, PLAIN, use_attention
-from rlpost.policy.decoders import decoding_attention, make_decoder
+from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
+from rlpost.policy.kept import KeptRows
 from rlpost.policy.params import Attention
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.types import Completion, Group, Ids
@@ -62,6 +63,10 @@ class Exactness:
     decoding: Decoding = Decoding.flat
     decoding_reason: str = ""
     """Why decoding is not as fast as scoring would allow, or empty."""
+    extends: bool = False
+    """Decoding may go on from what was kept of earlier rows."""
+    extends_reason: str = ""
+    """Why it may not, where it decodes flat rows, or empty."""
     switch: int | None = None
     """Rows of more tokens are read in another way."""
     reach: int | None = None
@@ -71,7 +76,7 @@ class Exactness:
 
     def ways(self) -> dict[str, Any]:
         """What a policy is told of it, beside whether its rows are flat."""
-        return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "switch", "reach")}
+        return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "extends", "switch", "reach")}
 
 
 def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
@@ -200,7 +205,10 @@ def _ways(probe: _Probe, wish: Attention) -> Exactness:
     if not tiled:
         tiled = _tiled(probe, flat)
     decoding, why = _decoding(probe, flat, single, tiled)
-    return Exactness(flat, tiled, gap, reason, single, decoding, why)
+    extends, no_extending = False, ""
+    if decoding is Decoding.flat:
+        extends, no_extending = _extending(probe, tiled)
+    return Exactness(flat, tiled, gap, reason, single, decoding, why, extends, no_extending)
 
 
 def _tiled(probe: _Probe, flat: bool) -> bool:
@@ -276,9 +284,52 @@ def _decoded_gap(probe: _Probe, policy: Policy) -> float:
             decoder.keep(torch.tensor(stay, device=policy.device))
             live = [live[at] for at in stay]
         logits = decoder.step(ids_RT[torch.tensor(live, device=policy.device), t])
+    return _largest_gap(probe, found)
+
+
+def _extending(probe: _Probe, tiled: bool) -> tuple[bool, str]:
+    """Whether decoding may go on from kept rows, and why it may not."""
+    if probe.switch is not None:
+        return False, "it reads long rows in another way"
+    try:
+        gap = _extended_gap(probe, probe.policy(flat=True, tiled=tiled, decoding=Decoding.flat))
+    except FAILURES as error:
+        return False, f"its attention does not run on kept rows ({type(error).__name__})"
+    return (True, "") if gap < EXACT else (False, f"going on from kept rows differs from scoring by {gap:.1e}")
+
+
+def _extended_gap(probe: _Probe, policy: Policy) -> float:
+    """Keep the first tokens of every row, then go on: from inside what was kept, from its end, and from beyond it."""
+    rows = [(number, c) for number, g in enumerate(probe.groups) for c in g.completions]
+    shortest = min(len(c.ids) for _, c in rows)
+    if shortest < 3:
+        return 0.0
+    kept, read = KeptRows(1 << 40), min(STEPS, shortest) - 1
+    prompts = [g.prompt for g in probe.groups]
+    first = FlatDecoder(policy.causal_lm, prompts, [number for number, _ in rows], read, kept, keeps=True)
+    first.start()
+    for t in range(read):
+        first.step(torch.tensor([c.ids[t] for _, c in rows], device=policy.device))
+    first.remember(range(len(rows)), [c.ids[:read] for _, c in rows])
+    first.close()
+    cuts = [min(read + more, len(c.ids) - 2) for (_, c), more in zip(rows, (3, -1, 0, 2), strict=True)]
+    longer = [[*prompts[number], *c.ids[:cut]] for (number, c), cut in zip(rows, cuts, strict=True)]
+    second = FlatDecoder(policy.causal_lm, longer, range(len(rows)), 1, kept)
+    logits = second.start()
+    found: dict[tuple[int, int], Tensor] = {}
+    for more in range(2):
+        ids = torch.tensor([c.ids[cut + more] for (_, c), cut in zip(rows, cuts, strict=True)], device=policy.device)
+        logp = policy.known.cut(logits).double().log_softmax(-1)
+        found |= {(row, cut + more): logp[row, ids[row]] for row, cut in enumerate(cuts)}
+        logits = second.step(ids) if not more else logits
+    return _largest_gap(probe, found)
+
+
+def _largest_gap(probe: _Probe, found: Mapping[tuple[int, int], Tensor]) -> float:
+    """Of log-probabilities by row and token."""
     expected = torch.stack([probe.plain[row][t] for row, t in found]).double()
     difference = (torch.stack(list(found.values())) - expected).abs()
-    half = policy.model.dtype in (torch.bfloat16, torch.float16)
+    half = probe.model.dtype in (torch.bfloat16, torch.float16)
     return float(difference.mean()) * EXACT / 0.05 if half else float(difference.max())
 
 

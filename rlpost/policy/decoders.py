@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from rlpost.policy.attention import plain_attention
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.kept import Keeping, KeptRows, Places, kept_layout
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
@@ -30,6 +31,8 @@ RECOMPUTED_TOKENS = 16384
 """Tokens of one pass of a decoder without a cache."""
 PREFILL_TOKENS = 8192
 """Prompt tokens of one flat prefill pass; a longer prompt has a pass of its own."""
+NOWHERE: Places = np.zeros(0, np.int64)
+"""Where the beginning of a prompt is kept of which nothing is."""
 
 
 class Decoder(Protocol):
@@ -49,11 +52,23 @@ class Decoder(Protocol):
 
 
 class FlatDecoder:
-    """Prompts run as one flat row, and stay in the cache once, however many rows continue them."""
+    """Prompts run as one flat row, and stay in the cache once, however many rows continue them.
+
+    What a prompt begins with is not read again where it was kept of rows before.
+    """
 
     LAYOUT, LAYER = PromptedLayout, PromptedLayer
 
-    def __init__(self, model: Any, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Tokens],
+        prompt_of_row: Sequence[int],
+        limit: int,
+        kept: KeptRows | None = None,
+        *,
+        keeps: bool = False,
+    ) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
         Args:
@@ -61,26 +76,34 @@ class FlatDecoder:
             prompts: token ids.
             prompt_of_row: [B] the prompt each row continues, ascending, none left out.
             limit: tokens.
+            kept: of rows before; by default there is nothing.
+            keeps: what is read now is to be kept too.
         """
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.prompts = prompts
+        self.keeping = None if kept is None else Keeping(kept, prompts)
+        self._keeps = keeps and kept is not None
         widths = [len(p) for p in prompts]
         self.layout = self.LAYOUT(widths, prompt_of_row, limit, self.device)
         self.cache = Cache(layer_class_to_replicate=partial(self.LAYER, self.layout))
-        self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
-        self.position_B = torch.tensor(widths, device=self.device)[self.prompt_of_row]
+        self._prompt_of_row = np.array(prompt_of_row)
+        self.position_B = torch.tensor([widths[p] for p in prompt_of_row], device=self.device)
 
     def start(self) -> Tensor:
         """[B, V] logits of each row's first token."""
-        last = torch.cat([self._prefill(prompts) for prompts in _passes(self.prompts)])
-        widths = np.array([len(p) for p in self.prompts])
-        behind = np.cumsum(widths)[:, None] - np.arange(self.layout.width, 0, -1)
-        index = torch.from_numpy(np.maximum(behind, 0)).to(self.device)
+        before = self.keeping.before if self.keeping else [NOWHERE] * len(self.prompts)
+        rests = [(p[len(b) :], b) for p, b in zip(self.prompts, before, strict=True)]
+        last = torch.cat([self._prefill(some) for some in _passes(rests)])
+        if self._keeps and self.keeping:
+            self.keeping.keep_prompts(self.cache.layers)
+        index = torch.from_numpy(self._columns(before)).to(self.device)
         for layer in self.cache.layers:
-            layer.arrange(index)
+            read = layer.read()
+            keys, values = self.keeping.with_kept(layer, *read) if self.keeping else read
+            layer.arrange(keys, values, index)
         self.layout.prefilling = False
-        return last[self.prompt_of_row]
+        return last[torch.from_numpy(self._prompt_of_row).to(self.device)]
 
     def step(self, ids_B: Tensor) -> Tensor:
         """[B, V] logits after one more token a row."""
@@ -91,18 +114,44 @@ class FlatDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows (ascending) go on."""
-        prompts = self.layout.keep(rows.cpu().numpy())
+        stay = rows.cpu().numpy()
+        prompts = self.layout.keep(stay)
         for layer in self.cache.layers:
             layer.keep(rows, prompts)
         self.position_B = self.position_B[rows]
+        self._prompt_of_row = self._prompt_of_row[stay]
 
-    def _prefill(self, prompts: Sequence[Tokens]) -> Tensor:
-        """[P, V] logits after each prompt; the cache takes their keys and values."""
-        ends = np.cumsum([len(p) for p in prompts])
-        segments = [Segment(int(end) - len(p), len(p)) for p, end in zip(prompts, ends, strict=True)]
-        ids = np.concatenate([np.asarray(p, np.int64) for p in prompts])
-        position = np.concatenate([np.arange(len(p)) for p in prompts])
-        layout = flat_layout(segments, len(ids)).to(self.device)
+    def remember(self, rows: Sequence[int], said: Sequence[Tokens]) -> None:
+        """Some rows are about to leave, having said these ids: a prompt to come may begin as they do."""
+        if self._keeps and self.keeping:
+            self.keeping.keep_rows(self.cache.layers, rows, self._prompt_of_row[list(rows)].tolist(), said)
+
+    def close(self) -> None:
+        """No row goes on."""
+        if self.keeping:
+            self.keeping.close()
+
+    def _columns(self, before: Sequence[Places]) -> NDArray[np.int64]:
+        """[P, W] where the tokens of each prompt lie: kept beginnings, in order, come after all that was read."""
+        kept = np.array([len(b) for b in before])[:, None]
+        own = np.array([len(p) for p in self.prompts])[:, None] - kept
+        column = np.arange(self.layout.width) - self.layout.width + kept + own
+        kept_at = own.sum() + np.cumsum(kept)[:, None] - kept + column
+        read_at = np.cumsum(own)[:, None] - own + column - kept
+        # Padding points anywhere.
+        return np.maximum(np.where(column < kept, kept_at, read_at), 0)
+
+    def _prefill(self, rests: Sequence[tuple[Tokens, Places]]) -> Tensor:
+        """[P, V] logits after prompts whose beginnings are kept; the cache takes the keys and values of the rest."""
+        lengths = [len(rest) for rest, _ in rests]
+        ids = np.concatenate([np.asarray(rest, np.int64) for rest, _ in rests])
+        position = np.concatenate([np.arange(len(b), len(b) + len(rest)) for rest, b in rests])
+        ends = np.cumsum(lengths)
+        if self.keeping is not None and any(len(b) for _, b in rests):
+            layout = kept_layout(lengths, [b for _, b in rests], self.keeping.kept, self.layout, self.device)
+        else:
+            segments = [Segment(int(end) - n, n) for n, end in zip(lengths, ends, strict=True)]
+            layout = flat_layout(segments, len(ids)).to(self.device)
         return self._forward(self._row(ids), self._row(position), layout, self._row(ends - 1)[0])[0]
 
     def _forward(self, ids: Tensor, position: Tensor, layout: Any, keep: int | Tensor) -> Tensor:
@@ -277,15 +326,32 @@ class SwitchingDecoder:
         return logits[torch.from_numpy(rows).to(logits.device)]
 
 
-def make_decoder(policy: Policy, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> Decoder:
-    """What continues the prompts in the way that is exact for this policy; arguments as of `FlatDecoder`."""
+def make_decoder(
+    policy: Policy,
+    prompts: Sequence[Tokens],
+    prompt_of_row: Sequence[int],
+    limit: int,
+    kept: KeptRows | None = None,
+    *,
+    keeps: bool = False,
+) -> Decoder:
+    """What continues the prompts in the way that is exact for this policy; arguments as of `FlatDecoder`.
+
+    Only flat rows are kept and read on from, where that was proven exact, too; other decoders read whole prompts.
+    """
     if policy.decoding is Decoding.recomputed:
         return RecomputingDecoder(policy, prompts, prompt_of_row)
-    begin = partial(FlatDecoder if policy.decoding is Decoding.flat else PaddedDecoder, policy.causal_lm)
+    begin: Start = partial(PaddedDecoder, policy.causal_lm)
+    if policy.decoding is Decoding.flat:
+        begin = partial(FlatDecoder, policy.causal_lm)
     longest = max(map(len, prompts)) + limit
-    if policy.switch is None or longest <= policy.switch or min(map(len, prompts)) > policy.switch:
-        return begin(prompts, prompt_of_row, limit)
-    return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
+    if policy.switch is not None and longest > policy.switch:
+        if min(map(len, prompts)) > policy.switch:
+            return begin(prompts, prompt_of_row, limit)
+        return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
+    if policy.decoding is Decoding.flat and policy.extends:
+        return FlatDecoder(policy.causal_lm, prompts, prompt_of_row, limit, kept, keeps=keeps)
+    return begin(prompts, prompt_of_row, limit)
 
 
 def decoding_attention(policy: Policy) -> AbstractContextManager[None]:
@@ -295,12 +361,14 @@ def decoding_attention(policy: Policy) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def _passes(prompts: Sequence[Tokens]) -> Iterator[list[Tokens]]:
-    """Neighbouring prompts within the token budget of a pass."""
-    bunch: list[Tokens] = []
-    for prompt in prompts:
-        if bunch and sum(map(len, bunch)) + len(prompt) > PREFILL_TOKENS:
+def _passes(rests: Sequence[tuple[Tokens, Places]]) -> Iterator[list[tuple[Tokens, Places]]]:
+    """Neighbouring prompts, of which the rest has to be read, within the token budget of a pass."""
+    bunch: list[tuple[Tokens, Places]] = []
+    tokens = 0
+    for rest in rests:
+        if bunch and tokens + len(rest[0]) > PREFILL_TOKENS:
             yield bunch
-            bunch = []
-        bunch.append(prompt)
+            bunch, tokens = [], 0
+        bunch.append(rest)
+        tokens += len(rest[0])
     yield bunch

@@ -104,12 +104,17 @@ class FlatLayout:
         for number, tile in enumerate(self.tiles):
             q, k, v = (_rows(x, tile, n) for x, n in ((query_M, heads), (key_M, kv_heads), (value_M, kv_heads)))
             if tile.prompt_PK is not None:
-                k, v = _after_prompt(key, k, tile), _after_prompt(value, v, tile)
+                keys, values = self.prompt_tokens(key, value, tile.prompt_PK.flatten())
+                k, v = _after_prompt(keys, k, tile), _after_prompt(values, v, tile)
             mask = self._mask(number, options.window)
             out = scaled_attention(q, k, v, mask, options, causal=mask is None)
             outputs.append(out.transpose(1, 2).reshape(-1, heads * v.shape[-1]))
         result: Tensor = _FromTiles.apply(torch.cat(outputs), self.token_M, self.place_T)  # type: ignore[no-untyped-call]
         return result.view(1, len(self.place_T), heads, -1)
+
+    def prompt_tokens(self, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, H'·D] keys and values of tokens of prompts, from those of all tokens [1, H', T, D]."""
+        return _tokens(key).index_select(0, index), _tokens(value).index_select(0, index)
 
     def _mask(self, number: int, window: int | None) -> Tensor | None:
         """Masks depend on the window only, so every layer of a pass reuses them."""
@@ -166,11 +171,11 @@ def _rows(x_MF: Tensor, tile: Tile, heads: int) -> Tensor:
     return x_MF[tile.first : tile.first + rows * queries].view(rows, queries, heads, -1).transpose(1, 2)
 
 
-def _after_prompt(x: Tensor, own: Tensor, tile: Tile) -> Tensor:
-    """[B, H, K, D] each row's prompt, then its own tokens `own` [B, H, Q, D]; from all tokens x [1, H, T, D]."""
+def _after_prompt(tokens: Tensor, own: Tensor, tile: Tile) -> Tensor:
+    """[B, H, K, D] each row's prompt, then its own tokens `own` [B, H, Q, D]; `tokens` [P·K, H·D] are the prompts'."""
     assert tile.prompt_PK is not None
     assert tile.prompt_of_B is not None
-    prompts = _tokens(x).index_select(0, tile.prompt_PK.flatten()).view(*tile.prompt_PK.shape, x.shape[1], -1)
+    prompts = tokens.view(*tile.prompt_PK.shape, own.shape[1], -1)
     # Prompts are gathered once each and repeated whole: few large rows to add up in the backward pass.
     return torch.cat([prompts.transpose(1, 2).index_select(0, tile.prompt_of_B), own], 2)
 

@@ -147,6 +147,8 @@ def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "mod
         console.warn(f"{family} samples without a cache, which is slow: {exact.decoding_reason}")
     elif exact.flat and exact.decoding is Decoding.padded:
         console.warn(f"{family} samples on padded rows, without shared prompts: {exact.decoding_reason}")
+    elif exact.extends_reason and wish is not Attention.padded:
+        console.warn(f"{family} reads every turn of an episode from its beginning: {exact.extends_reason}")
     if exact.reach is not None:
         console.warn(f"{family} is used up to {exact.reach} tokens: beyond, a row's length changes how it is read")
     return exact.flat and wish is not Attention.padded

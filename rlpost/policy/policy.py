@@ -72,6 +72,7 @@ class Policy(nn.Module):
         base: str = "",
         single: bool = False,
         decoding: Decoding | None = None,
+        extends: bool = True,
         switch: int | None = None,
         reach: int | None = None,
         known: Vocabulary | None = None,
@@ -87,6 +88,7 @@ class Policy(nn.Module):
             base: the folder or hub name of the model without adapters.
             single: plain rows run in a pass of their own each, since padding changes them.
             decoding: by default flat where rows are, else padded.
+            extends: where it decodes flat rows, it may go on from what was kept of earlier ones.
             switch: rows of more tokens are read in another way (LongRoPE's long factors).
             reach: the longest row that reads as its beginnings do, if the model has positions for longer ones.
             known: the tokenizer's tokens, if they have been looked at.
@@ -100,6 +102,7 @@ class Policy(nn.Module):
         self.base = base
         self.single = single
         self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
+        self.extends = extends and self.decoding is Decoding.flat
         self.switch = switch
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
@@ -117,6 +120,7 @@ class Policy(nn.Module):
             base=self.base,
             single=self.single,
             decoding=self.decoding,
+            extends=self.extends,
             switch=self.switch,
             reach=self._reach,
             known=self.known,

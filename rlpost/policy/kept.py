@@ -1,0 +1,284 @@
+"""Keys and values of rows that were read before, for prompts that begin as those rows do.
+
+They hold for one state of the weights. Every layer has one pool of tokens; a row knows where in it its tokens lie, and
+rows with a common beginning share its places. Where memory runs out, the oldest rows go.
+
+Axes: K key heads, D head width, C places of the pool, n some tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.layout import FlatLayout, Segment, flat_layout
+from rlpost.types import Tokens
+
+Places = NDArray[np.int64]
+"""Where in the pools the tokens of a row lie, in order."""
+FIRST_PLACES = 1024
+"""Tokens for which there is room at first; doubled when they run out."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    places: Places
+    batch: int
+    """When it was added."""
+
+
+class KeptRows:
+    """Rows by their tokens, and what the layers computed of them."""
+
+    def __init__(self, limit: int) -> None:
+        """Keep at most `limit` bytes of keys and values."""
+        self.limit = limit
+        self.reused = 0
+        """Tokens of prompts that were found here."""
+        self.missed = 0
+        """Tokens of prompts that were not."""
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all rows, and give their memory back."""
+        self._pools: list[tuple[Tensor, Tensor]] = []
+        """Of each layer, [C, K·D] keys and values."""
+        self._rows: dict[bytes, _Row] = {}
+        """By key, the oldest first."""
+        self._keys: list[bytes] = []
+        """The same keys in order: the row that begins most like a prompt stands beside it."""
+        self._uses: NDArray[np.int32] = np.zeros(0, np.int32)
+        """[C] rows that contain each place, and holders of it."""
+        self._free: list[int] = []
+        self._token_bytes = 0
+        self._batch = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the places that are taken."""
+        return (len(self._uses) - len(self._free)) * self._token_bytes
+
+    def find(self, prompt: Tokens) -> Places:
+        """Places of the longest beginning of the prompt that is kept, held until `release`; never the whole prompt."""
+        wanted = _key(prompt[:-1])
+        at = bisect_left(self._keys, wanted)
+        near = self._keys[max(0, at - 1) : at + 1]
+        shared = [_common(key, wanted) for key in near]
+        best = int(np.argmax(shared)) if shared else 0
+        found = self._rows[near[best]].places[: shared[best]] if shared else np.zeros(0, np.int64)
+        self.reused += len(found)
+        self.missed += len(prompt) - len(found)
+        self._uses[found] += 1
+        return found
+
+    def begin(self, token_bytes: int) -> None:
+        """Rows are about to be added, of so many bytes a token: older ones go for them, but none of their own."""
+        self._token_bytes = token_bytes
+        self._batch += 1
+
+    def add(self, ids: Tokens, before: Places) -> Places | None:
+        """Places for a row whose first tokens lie at `before`, held until `release`; None where there is no memory.
+
+        The caller writes the others.
+        """
+        key = _key(ids)
+        if key not in self._rows:
+            places = self._with_room(before, len(ids) - len(before))
+            if places is None:
+                return None
+            self._uses[places] += 1
+            self._rows[key] = _Row(places, self._batch)
+            insort(self._keys, key)
+        held = self._rows[key].places
+        self._uses[held] += 1
+        return held
+
+    def release(self, held: Sequence[Places]) -> None:
+        """What `find` and `add` gave is needed no more, unless rows that are kept contain it."""
+        for places in held:
+            self._uses[places] -= 1
+            self._free += places[self._uses[places] == 0].tolist()
+
+    def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [n, K, D] into places of a layer; the first time, layers come in order."""
+        capacity = len(self._uses)
+        keys, values = keys.flatten(1), values.flatten(1)
+        if layer == len(self._pools):
+            self._pools.append((keys.new_empty(capacity, keys.shape[1]), values.new_empty(capacity, values.shape[1])))
+        key_pool, value_pool = self._pools[layer]
+        if len(key_pool) < capacity:
+            self._pools[layer] = _larger(key_pool, capacity), _larger(value_pool, capacity)
+        index = torch.from_numpy(places).to(keys.device)
+        for pool, new in zip(self._pools[layer], (keys, values), strict=True):
+            pool.index_copy_(0, index, new)
+
+    def read(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, K·D] keys and values at some places of a layer."""
+        key_pool, value_pool = self._pools[layer]
+        return key_pool.index_select(0, index), value_pool.index_select(0, index)
+
+    def _with_room(self, before: Places, more: int) -> Places | None:
+        """`before` and `more` free places."""
+        most = self.limit // self._token_bytes
+        self._uses[before] += 1  # nothing that is asked for may go for it
+        while len(self._free) < more and len(self._uses) < most:
+            capacity = len(self._uses)
+            larger = min(most, max(2 * capacity, FIRST_PLACES))
+            self._uses = np.concatenate([self._uses, np.zeros(larger - capacity, np.int32)])
+            self._free += range(larger - 1, capacity - 1, -1)
+        while len(self._free) < more and self._drop_oldest():
+            pass
+        self._uses[before] -= 1
+        if len(self._free) < more:
+            return None
+        taken = [self._free.pop() for _ in range(more)]
+        return np.concatenate([before, np.array(taken, np.int64)])
+
+    def _drop_oldest(self) -> bool:
+        key = next(iter(self._rows), None)
+        if key is None or self._rows[key].batch == self._batch:
+            return False
+        places = self._rows.pop(key).places
+        del self._keys[bisect_left(self._keys, key)]
+        self.release([places])
+        return True
+
+
+class Keeping:
+    """What one decoder finds among the kept rows, and what it leaves there."""
+
+    def __init__(self, kept: KeptRows, prompts: Sequence[Tokens]) -> None:
+        """Look for the beginnings of its prompts."""
+        self.kept = kept
+        self._prompts = [np.asarray(p) for p in prompts]
+        self.before = [kept.find(p) for p in prompts]
+        """Where the beginning of each prompt is."""
+        self._held = list(self.before)
+        self._places: list[Places | None] = []
+        """Where each prompt is, once it is kept."""
+        self._token_bytes = 0
+
+    def with_kept(self, layer: PromptedLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, K, D] of the tokens that were read, and after them of the beginnings that were not."""
+        places = np.concatenate(self.before)
+        if not len(places):
+            return keys, values
+        more = self.kept.read(layer.number, torch.from_numpy(places).to(keys.device))
+        keys, values = (torch.cat([x, m.view(-1, *x.shape[1:])]) for x, m in zip((keys, values), more, strict=True))
+        return keys, values
+
+    def keep_prompts(self, layers: Sequence[PromptedLayer]) -> None:
+        """Keep what the prefill passes of the layers have read, as far as there is memory."""
+        shapes = [x for layer in layers for x in layer.passes[0]]
+        self._token_bytes = sum(x.shape[0] * x.shape[2] * x.element_size() for x in shapes)
+        self.kept.begin(self._token_bytes)
+        to, which, at = [], [], 0
+        for prompt, before in zip(self._prompts, self.before, strict=True):
+            places = self._add(prompt, before)
+            self._places.append(places)
+            if places is not None:
+                to.append(places[len(before) :])
+                which.append(np.arange(at, at + len(to[-1])))
+            at += len(prompt) - len(before)
+        if to:
+            index = torch.from_numpy(np.concatenate(which)).to(shapes[0].device)
+            for layer in layers:
+                keys, values = layer.read()
+                self.kept.write(layer.number, np.concatenate(to), keys[index], values[index])
+
+    def keep_rows(
+        self, layers: Sequence[PromptedLayer], rows: Sequence[int], prompts: Sequence[int], said: Sequence[Tokens]
+    ) -> None:
+        """Keep what rows were given, as far as there is memory.
+
+        Args:
+            layers: of the decoder.
+            rows: which of its rows.
+            prompts: which prompt each continues.
+            said: the tokens of each, of which the last may not have been read yet.
+        """
+        if not layers or not (length := layers[0].layout.length):
+            return
+        self.kept.begin(self._token_bytes)
+        to, which = [], []
+        for number, (prompt, ids) in enumerate(zip(prompts, said, strict=True)):
+            before, read = self._places[prompt], np.asarray(ids)[:length]
+            places = None if before is None else self._add(np.concatenate([self._prompts[prompt], read]), before)
+            if before is not None and places is not None:
+                to.append(places[len(before) :])
+                which.append(number * length + np.arange(len(read)))
+        if to:
+            device = layers[0].layout.device
+            index, at = torch.from_numpy(np.concatenate(which)).to(device), torch.tensor(list(rows), device=device)
+            for layer in layers:
+                keys, values = layer.own_tokens(at, index)
+                self.kept.write(layer.number, np.concatenate(to), keys, values)
+
+    def close(self) -> None:
+        """The decoder is done."""
+        self.kept.release(self._held)
+        self._held = []
+
+    def _add(self, ids: Tokens, before: Places) -> Places | None:
+        places = self.kept.add(ids, before)
+        self._held += [] if places is None else [places]
+        return places
+
+
+class KeptLayout(FlatLayout):
+    """A flat row of what follows kept beginnings: each segment attends to its own beginning, then to itself."""
+
+    def __init__(self, flat: FlatLayout, kept: KeptRows, rows: PromptedLayout) -> None:
+        """The tiles of `flat` name their prompts by places in the pool of the layer that `rows` is at."""
+        super().__init__(flat.tiles, flat.token_M, flat.place_T)
+        self._kept = kept
+        self._rows = rows
+
+    def prompt_tokens(self, key: Tensor, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, K·D] keys and values of kept tokens."""
+        layer = self._rows.current
+        assert layer is not None
+        assert layer.latest is not None
+        assert layer.latest[0] is key, "attention must follow its own layer's cache update"
+        keys, values = self._kept.read(layer.number, index)
+        return keys.to(key.dtype), values.to(value.dtype)
+
+
+def kept_layout(
+    lengths: Sequence[int], before: Sequence[Places], kept: KeptRows, rows: PromptedLayout, device: torch.device
+) -> FlatLayout:
+    """The layout of a flat row of segments with these lengths, each after the kept tokens `before` it."""
+    starts = np.cumsum(lengths) - lengths
+    offsets = np.cumsum([len(b) for b in before]) - [len(b) for b in before]
+    segments = [
+        Segment(int(start), n, int(offset), len(b))
+        for start, n, offset, b in zip(starts, lengths, offsets, before, strict=True)
+    ]
+    flat = flat_layout(segments, sum(lengths))
+    every = torch.from_numpy(np.concatenate(before))
+    tiles = [t if t.prompt_PK is None else replace(t, prompt_PK=every[t.prompt_PK]) for t in flat.tiles]
+    return KeptLayout(FlatLayout(tiles, flat.token_M, flat.place_T).to(device), kept, rows)
+
+
+def _key(ids: Tokens) -> bytes:
+    """Equal beginnings of rows are equal beginnings of their keys."""
+    return np.asarray(ids).astype(">i4").tobytes()
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Tokens that two keys begin with."""
+    shorter = min(len(a), len(b)) // 4
+    x, y = (np.frombuffer(key, ">i4", shorter) for key in (a, b))
+    different = np.flatnonzero(x != y)
+    return int(different[0]) if len(different) else shorter
+
+
+def _larger(pool: Tensor, capacity: int) -> Tensor:
+    return torch.cat([pool, pool.new_empty(capacity - len(pool), pool.shape[1])])
