@@ -115,7 +115,6 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
-        settings = run.record.config["stages"]
         waiting = [n for n, stage in recipe.stages.items() if stage.enabled and not run.stage(n).says_done]
         check_rows(resolved, base, waiting[1:])  # the first reads its own at once
         evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
@@ -139,7 +138,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 interrupts=interrupts,
                 lineage={"recipe_sha256": recipe_hash(resolved)},
                 inputs=Inputs(recipe.model.revision, memo),
-                settings=settings[name],
+                settings=run.record.config["stages"][name],
+                rollouts=recipe.rollouts,
                 allow_change=allow_change,
             )
             _run_stage(context, stage, done, evaluations)
@@ -295,7 +295,8 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         console.say(f"{context.name}: done already")
     else:
         evaluations.forget(context.name)
-        result = STAGES[stage.kind](context, stage)
+        with context.opened:
+            result = STAGES[stage.kind](context, stage)
         # Accelerate holds on to every model it has prepared.
         context.accelerator.free_memory()
     if stage.kind in MAKES_ROWS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from rlpost.run.manifest import measure
 from rlpost.run.names import EVALUATION
 from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
-from rlpost.stages.context import make_scorer
+from rlpost.stages.context import make_engine, make_scorer
 from rlpost.types import Group
 
 _PROVEN = ("json", "jsonl")
@@ -116,7 +117,10 @@ class StageEvaluations:
 
     def _about(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> dict[str, Any]:
         """What decides how an evaluation comes out: settings, code, model, and the models that judge."""
-        settings = json.loads(json.dumps({**asdict(self._cfg), "show": None, "every_stage": None}, default=str))  # type: ignore[arg-type]
+        assert self._cfg is not None
+        chosen = self._cfg.rollouts or self._resolved.config.rollouts
+        decides = {**asdict(self._cfg), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
+        settings = json.loads(json.dumps({**decides, "show": None, "every_stage": None}, default=str))
         asked = {text for text in _texts(settings) if text in known}
         # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.
         own = {text.rpartition("/")[2] for text in _texts(settings) if ".py:" in text}
@@ -229,7 +233,9 @@ def evaluate_recipe(
     judge = None if awaited else judge_by(str(cfg.judge), "judge")
     given = cfg.environment
     environment = bind(given, "environment", "evaluation.environment", resolved.folder) if given else None
-    result = evaluate(policy, groups, scorer, cfg, resolved.config.seed, judge, environment)
+    made = make_engine(policy, cfg.rollouts, resolved.config.rollouts, "evaluation", resolved.folder)
+    with closing(made) as engine:
+        result = evaluate(engine, policy, groups, scorer, cfg, resolved.config.seed, judge, environment)
     return prompt_texts(policy, groups), result
 
 

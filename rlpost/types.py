@@ -1,4 +1,4 @@
-"""A prompt with its completions: the one shape of data every stage works on.
+"""A prompt with its completions, the one shape of data every stage works on; and what an engine is asked for.
 
 SFT has one completion a group, a preference pair has two (chosen first), GRPO has G.
 Plain data without tensors: arrays that cannot be written to, and what is known of each completion. NumPy is imported
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
+
+from rlpost.engine.params import Sampling
 
 FAILED = "failed"
 """How a completion finished whose environment failed."""
@@ -155,6 +157,50 @@ class Group:
         """16 bytes of all of it: equal where groups are the same."""
         row = json.dumps(dict(self.example), sort_keys=True, default=repr)
         return _digest((row,), self.prompt.tobytes(), *(c.digest() for c in self.completions))
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Request:
+    """Completions that an engine is to sample of one prompt."""
+
+    prompt: Ids
+    """Token ids, never empty."""
+    n: int
+    """Completions, at least one."""
+    sampling: Sampling
+    """How tokens are drawn, and which strings end a completion; at temperature 0, the likeliest token."""
+    seed: int
+    """64 bits of the prompt's own: all chance of a completion comes from it and from the completion's number."""
+    limit: int
+    """Tokens of a completion at most, in place of `sampling.max_new_tokens`."""
+    first: int
+    """Number of the first completion, where others of this prompt and seed come before."""
+    keep: bool
+    """A prompt to come begins with this one and (part of) a completion of it: what was computed is worth keeping."""
+
+    def __init__(
+        self,
+        prompt: ArrayLike,
+        n: int,
+        sampling: Sampling,
+        seed: int,
+        limit: int | None = None,
+        first: int = 0,
+        keep: bool = False,
+    ) -> None:
+        """A prompt becomes an array; `limit` is by default what the sampling says.
+
+        Raises:
+            ValueError: the prompt has no token, or nothing is asked for.
+        """
+        limit = sampling.max_new_tokens if limit is None else limit
+        values = {"prompt": _frozen(prompt, np.int32), "n": n, "sampling": sampling, "seed": seed, "limit": limit}
+        for name, value in {**values, "first": first, "keep": keep}.items():
+            object.__setattr__(self, name, value)
+        if not len(self.prompt):
+            raise ValueError("a prompt has at least one token")
+        if n < 1 or limit < 1:
+            raise ValueError(f"a request for {n} completions of at most {limit} tokens")
 
 
 def completions(groups: Sequence[Group]) -> list[Completion]:

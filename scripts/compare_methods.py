@@ -34,7 +34,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.formats import Format, encode
 from rlpost.data.tasks.addition import held_out
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
@@ -148,7 +148,7 @@ def divergence(runs: Path, run: Run) -> float:
         before = load_policy(start(runs, run.seed) / "sft" / "final", Model(), trainable=False)
         codec = make_codec(final.tokenizer)
         prompts = [encode(row, Format.prompt, codec, "held out") for row in held_out()]
-        groups = collect(BuiltinEngine(final), prompts, 1, Sampling(max_new_tokens=5), seed=run.seed)
+        groups = collect(frozen_engine(final), prompts, 1, Sampling(max_new_tokens=5), seed=run.seed)
         spent = float((logprobs(final, groups) - logprobs(before, groups)).sum()) / len(completions(groups))
         kept.write_text(json.dumps(spent))
     return float(json.loads(kept.read_text()))

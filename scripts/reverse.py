@@ -31,7 +31,7 @@ from reverse_worlds import SHAPES, Arithmetic, Maze, Node, Problem, Visits, Worl
 from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.evaluate.statistics import Estimate, clustered_mean, wilson
 from rlpost.policy.load import load_policy
@@ -209,7 +209,7 @@ def sampled(case: Case, out: Path, way: str) -> list[list[Sample]]:
     groups = [Group((begin, *codec.ids(case.world.opening(p, backward), "a problem")), ()) for p in case.problems]
     size = case.problems[0].tokens
     seed = 2 * case.seed + backward
-    filled = collect(BuiltinEngine(policy), groups, case.budget // size, Sampling(max_new_tokens=size), seed)
+    filled = collect(frozen_engine(policy), groups, case.budget // size, Sampling(max_new_tokens=size), seed)
     # With its special tokens, so that what stands after one is not taken for what stands after a cell.
     decode = policy.tokenizer.decode
     return [

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlpost import pipeline
 from rlpost.data.tasks import addition
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.evaluate.statistics import upper_bound
 from rlpost.goals.claims_safety import divergence
@@ -39,6 +39,7 @@ from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import resolve
+from rlpost.types import Request
 
 LENGTH = 4
 """Tokens of a completion, its end token included."""
@@ -111,9 +112,8 @@ class World:
         if way in (AWAY, BOTH):
             guide = self.network.guide(goal, policy.end_ids, 0)
         prompts = [policy.tokenizer.encode(row["prompt"]) for row in rows]
-        drawn = BuiltinEngine(policy, guide=guide).generate(
-            prompts, 1, Sampling(max_new_tokens=LENGTH), range(len(prompts))
-        )
+        asked = [Request(p, 1, Sampling(max_new_tokens=LENGTH), seed) for seed, p in enumerate(prompts)]
+        drawn = frozen_engine(policy, guide).generate(asked)
         return sum(goal.reached([i for i in c.ids.tolist() if i not in policy.end_ids]) for (c,) in drawn)
 
 

@@ -24,7 +24,7 @@ from families import EndTokenOnly as EndToken
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
@@ -33,7 +33,7 @@ from rlpost.policy.check import check_exactness
 from rlpost.policy.load import proven_merge, remove_dropout
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
-from rlpost.types import Group
+from rlpost.types import Group, Request
 
 VOCABULARY = 64
 LAYERS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"), 2)
@@ -203,7 +203,8 @@ def judge(family: str) -> Verdict:
         scored = policy(policy.batch(groups)).logp_N
     _compare(verdict, "scoring", scored, alone(twin, groups, prefixes))
     prompts = [g.prompt for g in groups]
-    done = BuiltinEngine(policy).generate(prompts, 2, Sampling(max_new_tokens=12), list(range(len(prompts))))
+    requests = [Request(p, 2, Sampling(max_new_tokens=12), seed) for seed, p in enumerate(prompts)]
+    done = frozen_engine(policy).generate(requests)
     written = [Group(p, cs) for p, cs in zip(prompts, done, strict=True)]
     recorded = torch.tensor(np.concatenate([c.logprobs for cs in done for c in cs]))
     _compare(verdict, "sampling", recorded, alone(twin, written, prefixes))

@@ -11,6 +11,7 @@ from tiny_recipes import GRPO, PAIRS, SFT, greedy, jsonl, policy, prepared, run,
 
 from rlpost.cli.shown import show_rows
 from rlpost.engine.params import Sampling
+from rlpost.engine.sampling import greedy as greedily
 from rlpost.errors import ModelError, RecipeError
 from rlpost.inference.evaluate import evaluate_checkpoint, sample_rows
 from rlpost.inference.pairs import write_pairs
@@ -67,7 +68,7 @@ def test_eval_finds_no_finished_run(tmp_path, monkeypatch):
 
 def test_sample_completes_a_prompt(folder):
     final = folder / "runs/run/grpo/final"
-    (answer,) = sample(str(folder / "runs/run"), "12+34=", sampling=FEW, greedy=True)
+    (answer,) = sample(str(folder / "runs/run"), "12+34=", sampling=greedily(FEW))
     assert [answer] == greedy(policy(final), "12+34=")
     several = sample(str(final), "12+34=", sampling=FEW, n=5, seed=3)
     assert len(several) == 5

@@ -12,6 +12,7 @@ from tiny_recipes import GRPO, LORA, MODEL, SFT, lora_policy, metrics, policy, p
 
 from rlpost.cli.app import main
 from rlpost.engine.params import Sampling
+from rlpost.engine.sampling import greedy as greedily
 from rlpost.errors import ModelError, RecipeError
 from rlpost.goals.infill_text import infill_text
 from rlpost.inference import checkpoint
@@ -201,7 +202,7 @@ def test_sample_says_what_comes_before(stages):
     texts = sample(str(stages / "back"), "=3", sampling=FEW, n=4, seed=3)
     assert len(set(texts)) > 1
     back = reverse_policy(stages / "back/final")
-    (greedy,) = sample(str(stages / "back"), "=3", sampling=FEW, greedy=True)
+    (greedy,) = sample(str(stages / "back"), "=3", sampling=greedily(FEW))
     ids = [BEGIN, 7, 15]
     for _ in range(4):
         back.model.set_attn_implementation("eager")

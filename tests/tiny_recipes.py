@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from engines import asked, local
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.pipeline import train
 from rlpost.policy.load import load_policy
@@ -181,7 +181,7 @@ def lora_policy(folder: Path) -> Policy:
 
 def greedy(policy: Policy, *prompts: str) -> list[str]:
     ids = [policy.tokenizer.encode(p) for p in prompts]
-    answers = BuiltinEngine(policy).generate(ids, 1, Sampling(max_new_tokens=5), [0] * len(ids), greedy=True)
+    answers = local(policy).generate(asked(ids, 1, Sampling(max_new_tokens=5), [0] * len(ids), greedy=True))
     return [a.text for (a,) in answers]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -32,8 +33,8 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0)]
 
 
-def in_range(sampling: Sampling) -> Sampling:
-    """The same, if every setting is one that can be.
+def in_range(sampling: Sampling, greedy: bool = False) -> Sampling:
+    """The same, if every setting is one that can be; at temperature 0 with `greedy`.
 
     Raises:
         typer.BadParameter: one is not; named as the option it came from.
@@ -44,4 +45,4 @@ def in_range(sampling: Sampling) -> Sampling:
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
     if "" in sampling.stop:
         raise typer.BadParameter("an empty text stops every completion at once", param_hint="--stop")
-    return sampling
+    return replace(sampling, temperature=0.0) if greedy else sampling

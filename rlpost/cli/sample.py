@@ -33,6 +33,10 @@ _Judge = Annotated[
     str | None,
     typer.Option("--judge", metavar="MODEL", help="A reward model or a reverse model.", callback=home),
 ]
+_Engine = Annotated[
+    str | None,
+    typer.Option("--engine", metavar="FILE.py:FUNCTION", help="What samples: by default --recipe's engine."),
+]
 _Moved = Annotated[
     list[str] | None,
     typer.Option("--guide", "--goal", "--avoid", "--candidates", hidden=True, callback=_moved),
@@ -55,13 +59,14 @@ def sample(
     recipe: options.OtherRecipe = None,
     example: _Example = None,
     judge: _Judge = None,
+    engine: _Engine = None,
     moved: _Moved = None,  # noqa: ARG001 - refused by its callback
     as_json: options.Json = False,
 ) -> None:
     """Complete a prompt; a reverse model says what comes before it."""
     _must_fit(best_of, recipe, example, judge)
     text = from_stdin("PROMPT") if prompt is None else prompt
-    sampling = options.in_range(Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or []))
+    sampling = options.in_range(Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or []), greedy)
     row = columns(example or [], "--example")
     from rlpost.inference import sample as inference
 
@@ -70,12 +75,12 @@ def sample(
         text,
         sampling=sampling,
         n=n,
-        greedy=greedy,
         seed=seed,
         best_of=best_of,
         recipe=recipe,
         example=row,
         judge=judge,
+        engine=engine,
     )
     for completion in texts:
         print_result({"prompt": text, "completion": completion} if as_json else completion)

@@ -1,4 +1,4 @@
-"""The seam behind which completions are sampled, and through which they are steered."""
+"""What an engine is: requests in, completions out, from weights that have a version; and how it is steered."""
 
 from __future__ import annotations
 
@@ -7,41 +7,38 @@ from typing import Protocol
 
 from torch import Tensor
 
-from rlpost.engine.params import Sampling
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion, Tokens
+from rlpost.types import Completion, Request, Tokens
 
 
 class Engine(Protocol):
-    """Samples completions of prompts from a policy."""
+    """Samples completions from a policy."""
 
-    def sync(self, policy: Policy) -> None:
-        """Sample from `policy` as it is now."""
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Sample with the weights that `policy` has now, which are called `version` from here on.
+
+        Who drives a stage counts versions, and calls this before the first request and whenever it begins a step. What
+        an engine has computed with other weights ends here.
+        """
         ...
 
-    def generate(
-        self,
-        prompts: Sequence[Tokens],
-        n: int,
-        sampling: Sampling,
-        streams: Sequence[int],
-        greedy: bool = False,
-    ) -> list[tuple[Completion, ...]]:
-        """`n` completions of each prompt.
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        """The completions of each request, in order; requests may differ in everything.
 
-        A completion depends on the policy, its prompt, its prompt's stream and its index among the n, and on
-        nothing else: not on other prompts, on n, or on how many rows run at once.
+        A completion depends on the weights, on its request's prompt, sampling, seed and limit, and on its number among
+        the prompt's, and on nothing else: not on other requests, on n, or on how many rows run at once.
 
-        Args:
-            prompts: token ids, none empty.
-            n: completions a prompt, at least 1.
-            sampling: how tokens are drawn.
-            streams: one 64-bit seed a prompt.
-            greedy: take the most likely token instead of drawing one; `sampling.temperature=0` does the same.
+        Returns:
+            For each request its `n` completions: ids up to and with the token that ended it, all of them actions, their
+            log-probabilities under the distribution they were drawn from, and the version of the weights.
 
         Raises:
-            EngineError: if a completion would not fit the model, or its logits are not numbers.
+            EngineError: no weights were given, a completion would not fit the model, or its logits are not numbers.
         """
+        ...
+
+    def close(self) -> None:
+        """Nothing more will be asked for."""
         ...
 
 

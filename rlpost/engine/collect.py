@@ -8,7 +8,7 @@ from dataclasses import replace
 from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_streams
-from rlpost.types import Group
+from rlpost.types import Group, Request
 
 
 def collect(
@@ -17,27 +17,27 @@ def collect(
     n: int,
     sampling: Sampling,
     seed: int,
-    greedy: bool = False,
     first: int = 0,
+    keep: bool = False,
 ) -> list[Group]:
     """The groups with `n` sampled completions each, in place of what completions they had.
 
     Args:
-        engine: what samples; synchronised by the caller.
+        engine: what samples; the caller has given it its weights.
         groups: prompts with their examples.
         n: completions a prompt.
         sampling: how tokens are drawn.
         seed: of this call's random streams.
-        greedy: take the most likely tokens.
         first: number of the first prompt when a larger set is collected in parts; parts then give what the
             whole would.
+        keep: prompts to come go on from these completions.
 
     Raises:
         EngineError: see `Engine.generate`.
     """
     streams = prompt_streams(seed, first, len(groups))
-    sampled = engine.generate([g.prompt for g in groups], n, sampling, streams, greedy)
-    return [replace(g, completions=c) for g, c in zip(groups, sampled, strict=True)]
+    requests = [Request(g.prompt, n, sampling, s, keep=keep) for g, s in zip(groups, streams, strict=True)]
+    return [replace(g, completions=c) for g, c in zip(groups, engine.generate(requests), strict=True)]
 
 
 def best_of(groups: Sequence[Group], totals: Sequence[Sequence[float | None]]) -> list[Group]:

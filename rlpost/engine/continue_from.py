@@ -12,7 +12,7 @@ from rlpost.data.visible import visible
 from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_streams
-from rlpost.types import Completion, Group, completions
+from rlpost.types import Completion, Group, Request, completions
 
 State = tuple[int, tuple[int, ...]]
 """A group's number, and the completion's ids up to the state."""
@@ -33,7 +33,7 @@ def fresh_rollouts(
     states of a group are tried once: the start of the first step is the prompt itself.
 
     Args:
-        engine: what samples; synchronised by the caller.
+        engine: what sampled the completions, with the same weights; what it kept of them is not read again.
         tokenizer: the policy's, to put the texts together.
         groups: with completions.
         starts: for each of the S completions, indices into its ids where states are.
@@ -51,16 +51,20 @@ def fresh_rollouts(
         for start in own
     ]
     distinct = list(dict.fromkeys(states))
-    streams = dict(zip(distinct, prompt_streams(seed, 0, len(distinct)), strict=True))
+    requests = [
+        Request(
+            np.concatenate([groups[g].prompt, np.array(prefix, np.int32)]),
+            k,
+            sampling,
+            stream,
+            limit=sampling.max_new_tokens - len(prefix),
+        )
+        for (g, prefix), stream in zip(distinct, prompt_streams(seed, 0, len(distinct)), strict=True)
+    ]
     found: dict[State, Group] = {}
-    for length in sorted({len(prefix) for _, prefix in distinct}):
-        some = [state for state in distinct if len(state[1]) == length]
-        prompts = [(*groups[g].prompt.tolist(), *prefix) for g, prefix in some]
-        rest = replace(sampling, max_new_tokens=sampling.max_new_tokens - length)
-        sampled = engine.generate(prompts, k, rest, [streams[state] for state in some])
-        for (g, prefix), tails in zip(some, sampled, strict=True):
-            whole = tuple(_joined(prefix, tail, tokenizer) for tail in tails)
-            found[g, prefix] = replace(groups[g], completions=whole)
+    for (g, prefix), tails in zip(distinct, engine.generate(requests), strict=True):
+        whole = tuple(_joined(prefix, tail, tokenizer) for tail in tails)
+        found[g, prefix] = replace(groups[g], completions=whole)
     return [found[state] for state in states]
 
 

@@ -1,180 +1,133 @@
-"""The built-in engine: the policy's own model, decoding in its own process with its live weights.
+"""The local engine: the policy's own model, decoding in this process with its live weights.
 
-Prompts are computed once, rows that have ended leave the batch, and tokens are drawn where the model is.
+Prompts are computed once, rows that are over leave the batch, and tokens are drawn where the model is. What was read
+of a request that is to be kept is not read again by prompts that begin with it, until the weights are updated.
 
-Axes: B rows (live completions), R rows of a chunk, T tokens a row.
+Axes: R rows of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from rlpost.engine.api import Guide, Steering
-from rlpost.engine.params import Sampling
-from rlpost.engine.sampling import choose, is_greedy
-from rlpost.engine.seeds import uniforms
-from rlpost.engine.stopping import StopStrings, finished
+from rlpost.engine.api import Guide
+from rlpost.engine.batch import Batch, Row
+from rlpost.engine.params import CACHE_GIB
+from rlpost.engine.stopping import finished
 from rlpost.errors import EngineError
-from rlpost.objectives.rows import widen
-from rlpost.policy.decoders import Decoder, decoding_attention, make_decoder
+from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
+from rlpost.policy.kept import KeptRows
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion, Tokens
+from rlpost.types import Completion, Request
 
 ROWS_AT_ONCE = 512
-LEAVE_AT = 0.75
-"""Rows that have ended leave once at most this share of the batch still runs."""
-LOOK_EVERY = 8
-"""On an accelerator, steps between looks at which rows have ended: each look waits for the device."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One completion to sample: which prompt, and which of its completions."""
-
-    prompt: int
-    index: int
-
-
-class BuiltinEngine:
+class LocalEngine:
     """Samples from a policy in place."""
 
-    def __init__(self, policy: Policy, rows_at_once: int = ROWS_AT_ONCE, guide: Guide | None = None) -> None:
-        """Sample from `policy`; at most `rows_at_once` completions run together, with the same result.
+    def __init__(
+        self,
+        policy: Policy,
+        rows_at_once: int = ROWS_AT_ONCE,
+        guide: Guide | None = None,
+        cache_gib: float = CACHE_GIB,
+    ) -> None:
+        """Sample from `policy` once its weights have a version.
 
-        With a `guide`, tokens are drawn from the guided distribution, and their log-probabilities are under it.
+        Args:
+            policy: what samples.
+            rows_at_once: completions that run together, at most; the result is the same.
+            guide: tokens are drawn from the distribution it guides, and their log-probabilities are under it.
+            cache_gib: memory for what is kept.
         """
         assert rows_at_once >= 1
         self.policy = policy
         self.guide = guide
         self.rows_at_once = rows_at_once
+        self.kept = KeptRows(int(cache_gib * 2**30))
+        self._version: int | None = None
 
-    def sync(self, policy: Policy) -> None:
-        """Sample from `policy`; its weights are read as they are, so nothing is copied."""
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Sample from `policy`, whose weights are read as they are: nothing is copied, and nothing kept holds on."""
         self.policy = policy
+        self._version = version
+        self.kept.clear()
 
-    def generate(
-        self,
-        prompts: Sequence[Tokens],
-        n: int,
-        sampling: Sampling,
-        streams: Sequence[int],
-        greedy: bool = False,
-    ) -> list[tuple[Completion, ...]]:
-        """`n` completions of each prompt; see `Engine.generate`."""
-        assert n >= 1
-        assert len(streams) == len(prompts)
-        if not prompts:
+    def close(self) -> None:
+        """Let go of what is kept."""
+        self.kept.clear()
+        self._version = None
+
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        """The completions of each request; see `Engine.generate`."""
+        if self._version is None:
+            raise EngineError("an engine samples with weights of a version: call update_weights first")
+        if not requests:
             return []
-        _must_fit(self.policy, prompts, sampling)
-        # Prompts of similar length run together: less padding in the cache.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        rows = [Row(i, g) for i in order for g in range(n)]
-        done: dict[Row, Completion] = {}
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            with torch.no_grad(), self.policy.precision(), decoding_attention(self.policy):
-                for start in range(0, len(rows), self.rows_at_once):
-                    chunk = rows[start : start + self.rows_at_once]
-                    done |= self._sample(chunk, prompts, sampling, streams, greedy)
-        finally:
-            self.policy.train(was_training)
-        return [tuple(done[Row(i, g)] for g in range(n)) for i in range(len(prompts))]
+        _must_fit(self.policy, requests)
+        # Prompts of similar length run together: less padding in the cache; equal ones are computed once.
+        prompts = [r.prompt.tobytes() for r in requests]
+        first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
+        order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), first[prompts[i]]))
+        owners = [i for i in order for _ in range(requests[i].n)]
+        rows = [Row(requests[i], requests[i].first + number) for i in order for number in range(requests[i].n)]
+        done: dict[int, list[Completion]] = {i: [] for i in order}
+        with self._sampling():
+            for start in range(0, len(rows), self.rows_at_once):
+                sampled = self._sample(rows[start : start + self.rows_at_once])
+                for owner, completion in zip(owners[start : start + len(sampled)], sampled, strict=True):
+                    done[owner].append(completion)
+        return [tuple(done[i]) for i in range(len(requests))]
 
-    def _sample(
-        self,
-        rows: Sequence[Row],
-        prompts: Sequence[Tokens],
-        sampling: Sampling,
-        streams: Sequence[int],
-        greedy: bool,
-    ) -> dict[Row, Completion]:
-        """The completions of one chunk."""
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """The policy decodes inside, and is left as it was."""
+        policy, was_training = self.policy, self.policy.training
+        policy.eval()
+        try:
+            with torch.no_grad(), policy.precision(), decoding_attention(policy):
+                yield
+        finally:
+            policy.train(was_training)
+
+    def _sample(self, rows: Sequence[Row]) -> list[Completion]:
+        """The completions of one batch."""
         policy = self.policy
-        which = list(dict.fromkeys(r.prompt for r in rows))
-        number = {prompt: at for at, prompt in enumerate(which)}
-        own, prompt_of_row = [prompts[i] for i in which], [number[r.prompt] for r in rows]
-        decoder = make_decoder(policy, own, prompt_of_row, sampling.max_new_tokens)
-        limits = [sampling.max_new_tokens] * len(rows)
+        prompts = {r.request.prompt.tobytes(): r.request.prompt for r in rows}
+        number = {key: at for at, key in enumerate(prompts)}
+        prompt_of_row = [number[r.request.prompt.tobytes()] for r in rows]
+        limits = [r.request.limit for r in rows]
+        own, kept = list(prompts.values()), self.kept if self.kept.limit else None
+        keeps = any(r.request.keep for r in rows)
+        decoder = make_decoder(policy, own, prompt_of_row, max(limits), kept, keeps=keeps)
         steering = self.guide.begin(own, prompt_of_row, limits) if self.guide is not None else None
-        noise = uniforms([streams[r.prompt] for r in rows], [r.index for r in rows], sampling.max_new_tokens)
-        stops = StopStrings(policy.tokenizer, sampling.stop)
-        uniform_RT = torch.from_numpy(noise).to(policy.device)
-        drawn = _decode(decoder, uniform_RT, sampling, greedy, policy, stops, steering)
-        ids_RT, logp_RT, ended_RT = (x.cpu().numpy() for x in drawn)
-        if np.isnan(logp_RT).any():
+        try:
+            drawn = Batch(decoder, rows, policy, steering).draw()
+        finally:
+            if isinstance(decoder, FlatDecoder):
+                decoder.close()
+        if np.isnan(drawn.logp_RT).any():
             raise EngineError(
                 "the model's logits are not numbers (nan), so nothing can be sampled; "
                 "lower the learning_rate, or set model.precision=float32"
             )
-        stopped: NDArray[np.bool_] = np.asarray(ended_RT.any(1))
-        lengths = np.where(stopped, ended_RT.argmax(1) + 1, ids_RT.shape[1])
-        return {
-            row: finished(ids_RT[at, :k], logp_RT[at, :k], bool(stopped[at]), policy.end_ids, stops)
-            for at, (row, k) in enumerate(zip(rows, lengths, strict=True))
-        }
+        columns = zip(drawn.ids_RT, drawn.logp_RT, drawn.length_R, drawn.stopped_R, drawn.stops_R, strict=True)
+        return [
+            finished(ids[:n], logp[:n], bool(stopped), policy.end_ids, stops, self._version)
+            for ids, logp, n, stopped, stops in columns
+        ]
 
 
-def _decode(
-    decoder: Decoder,
-    noise_RT: Tensor,
-    sampling: Sampling,
-    greedy: bool,
-    policy: Policy,
-    stops: StopStrings,
-    steering: Steering | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[R, T] token ids, their log-probabilities, and whether the row had ended by then."""
-    shape, device = noise_RT.shape, noise_RT.device
-    ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
-    ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
-    ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
-    live = torch.arange(shape[0], device=device)
-    ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
-    look_every = 1 if device.type == "cpu" else LOOK_EVERY
-    # Temperature divides the sum afterwards; weights are of the distribution that is sampled, which it has shaped.
-    scale = 1.0 if is_greedy(sampling, greedy) else sampling.temperature
-    logits = decoder.start()
-    logp_RT = torch.zeros(shape, dtype=widen(logits).dtype, device=device)
-    for t in range(shape[1]):
-        logits = policy.known.cut(logits)
-        if steering is not None:
-            weight = steering.weigh(logits, ~ended)
-            logits = widen(logits) + scale * weight.to(widen(logits).dtype)
-        token, logp = choose(logits, noise_RT[live, t], sampling, greedy)
-        ids_RT[live, t], logp_RT[live, t] = token, logp.to(logp_RT.dtype)
-        ended = ended | (token[:, None] == ends).any(1)
-        if stops:
-            recent = ids_RT[live, max(0, t + 1 - stops.tail) : t + 1].tolist()
-            ended = ended | torch.tensor([stops.hit(tail) for tail in recent], device=device)
-        ended_RT[live, t] = ended
-        if t + 1 == shape[1]:
-            break
-        if (t + 1) % look_every == 0:
-            going = (~ended).nonzero()[:, 0]
-            if not len(going):
-                break
-            if len(going) <= LEAVE_AT * len(live):
-                decoder.keep(going)
-                live, token, ended = live[going], token[going], ended[going]
-                if steering is not None:
-                    steering.keep(going)
-        if steering is not None:
-            steering.append(token)
-        logits = decoder.step(token)
-    return ids_RT, logp_RT, ended_RT
-
-
-def _must_fit(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling) -> None:
-    longest = max(len(p) for p in prompts)
-    if longest + sampling.max_new_tokens > (limit := policy.longest):
+def _must_fit(policy: Policy, requests: Sequence[Request]) -> None:
+    longest = max(requests, key=lambda r: len(r.prompt) + r.limit)
+    prompt, limit, most = len(longest.prompt), longest.limit, policy.longest
+    if prompt + limit > most:
         raise EngineError(
-            f"sampling.max_new_tokens={sampling.max_new_tokens}: with a prompt of {longest} tokens that is beyond "
-            f"the model's {limit} positions; set it to at most {max(0, limit - longest)} or leave out longer prompts"
+            f"sampling.max_new_tokens={limit}: with a prompt of {prompt} tokens that is beyond "
+            f"the model's {most} positions; set it to at most {max(0, most - prompt)} or leave out longer prompts"
         )

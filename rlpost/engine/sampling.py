@@ -10,6 +10,7 @@ Axes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,22 +22,26 @@ BLOCK = 64
 """Tokens of the vocabulary whose mass is summed before it is searched."""
 
 
-def is_greedy(sampling: Sampling, greedy: bool) -> bool:
-    """A temperature of 0 is the limit in which the most likely token is certain."""
-    return greedy or sampling.temperature == 0
+def greedy(sampling: Sampling) -> Sampling:
+    """The same, but for taking the most likely token each time: a temperature of 0 is the limit where it is certain."""
+    return replace(sampling, temperature=0.0)
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, greedy: bool = False) -> tuple[Tensor, Tensor]:
+def is_greedy(sampling: Sampling) -> bool:
+    """Whether the most likely token is taken each time."""
+    return sampling.temperature == 0
+
+
+def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Token ids [B] and their log-probabilities [B].
 
     Args:
         logits_BV: of any floating type; computed with in at least float32.
         uniform_B: float64 in (0, 1); the token is where the cumulative distribution passes it.
-        sampling: temperature and filters.
-        greedy: take the most likely token.
+        sampling: temperature and filters; at temperature 0 the most likely token is taken.
     """
     logits = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
-    if is_greedy(sampling, greedy):
+    if is_greedy(sampling):
         logp = logits.log_softmax(-1)
         best = logits.argmax(-1, keepdim=True)
         return best[:, 0], logp.gather(1, best)[:, 0]

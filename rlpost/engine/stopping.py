@@ -40,7 +40,14 @@ class StopStrings:
         return text[: min(ends)] if ends else text
 
 
-def finished(ids: Tokens, logprobs: ArrayLike, ended: bool, end_ids: Sequence[int], stops: StopStrings) -> Completion:
+def finished(
+    ids: Tokens,
+    logprobs: ArrayLike,
+    ended: bool,
+    end_ids: Sequence[int],
+    stops: StopStrings,
+    version: int | None = None,
+) -> Completion:
     """A sampled completion.
 
     Args:
@@ -49,6 +56,8 @@ def finished(ids: Tokens, logprobs: ArrayLike, ended: bool, end_ids: Sequence[in
         ended: an end token or a stop string ended it, and not the length limit.
         end_ids: the tokens that end a completion; the text leaves them out.
         stops: the text ends before the first of these.
+        version: of the weights.
     """
     text = stops.cut(visible(np.asarray(ids).tolist(), stops.tokenizer, end_ids))
-    return Completion(ids, np.ones(len(ids), np.bool_), text, "stop" if ended else "length", logprobs)
+    finish = "stop" if ended else "length"
+    return Completion(ids, np.ones(len(ids), np.bool_), text, finish, logprobs, weights_version=version)

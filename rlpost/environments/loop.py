@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
+
 from rlpost.data.codec import Codec, make_codec
 from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
@@ -20,7 +22,7 @@ from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_streams
 from rlpost.errors import RewardError, RlpostError
 from rlpost.policy.policy import Policy
-from rlpost.types import FAILED, Completion, Group
+from rlpost.types import FAILED, Completion, Group, Request
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.calls import CallError, Failed, Remote
 
@@ -36,9 +38,17 @@ class _Episode:
     logprobs: list[float] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
     finish: str = ""
+    weights_version: int | None = None
+
+    def request(self, sampling: Sampling, turn: int, longest: int, keep: bool) -> Request:
+        """What the engine is asked for the model's next turn, which may fill what room there is."""
+        prompt = np.concatenate([self.group.prompt, np.array(self.ids, np.int32)])
+        room = min(sampling.max_new_tokens - len(self.ids), longest - len(prompt))
+        return Request(prompt, 1, sampling, prompt_streams(self.stream, turn, 1)[0], limit=room, keep=keep)
 
     def say(self, turn: Completion) -> None:
         """The model's turn."""
+        self.weights_version = turn.weights_version
         self.ids += turn.ids.tolist()
         self.action += turn.action.tolist()
         self.logprobs += turn.logprobs.tolist()
@@ -52,7 +62,7 @@ class _Episode:
     def completion(self) -> Completion:
         """What a reward reads: its text is the last turn's, the conclusion."""
         text = self.turns[-1] if self.turns else ""
-        return Completion(self.ids, self.action, text, self.finish, self.logprobs)
+        return Completion(self.ids, self.action, text, self.finish, self.logprobs, weights_version=self.weights_version)
 
 
 def collect_turns(
@@ -62,7 +72,6 @@ def collect_turns(
     n: int,
     sampling: Sampling,
     seed: int,
-    greedy: bool = False,
     first: int = 0,
     *,
     environment: Bound,
@@ -72,13 +81,12 @@ def collect_turns(
     """The groups with `n` episodes each, in place of what completions they had.
 
     Args:
-        engine: what samples; synchronised by the caller.
+        engine: what samples; the caller has given it its weights.
         codec: tokenises what the environment replies.
         groups: prompts with their rows.
         n: episodes a prompt.
         sampling: how tokens are drawn; `max_new_tokens` holds for a whole episode, replies included.
         seed: of this call's random streams. An episode depends on its prompt's stream, its index and its turns.
-        greedy: take the most likely tokens.
         first: number of the first prompt when a larger set is collected in parts.
         environment: the function that replies.
         turns: most turns of the model.
@@ -95,16 +103,14 @@ def collect_turns(
     ]
     for turn in range(turns):
         going = [e for e in episodes if not e.finish]
-        for budget, some in _by_budget(going, sampling.max_new_tokens, longest).items():
-            prompts = [(*e.group.prompt.tolist(), *e.ids) for e in some]
-            own = [prompt_streams(e.stream, turn, 1)[0] for e in some]
-            said = engine.generate(prompts, 1, replace(sampling, max_new_tokens=budget), own, greedy)
-            for episode, (completion,) in zip(some, said, strict=True):
-                episode.say(completion)
-            last = turn + 1 == turns
-            going_on = [e for e, (c,) in zip(some, said, strict=True) if not _ended(e, c, last)]
-            for episode, reply in _replies(environment, going_on, episodes):
-                _hear(episode, reply, codec, sampling.max_new_tokens, longest)
+        last = turn + 1 == turns
+        requests = [e.request(sampling, turn, longest, keep=not last) for e in going]
+        said = engine.generate(requests)
+        for episode, (completion,) in zip(going, said, strict=True):
+            episode.say(completion)
+        going_on = [e for e, (c,) in zip(going, said, strict=True) if not _ended(e, c, last)]
+        for episode, reply in _replies(environment, going_on, episodes):
+            _hear(episode, reply, codec, sampling.max_new_tokens, longest)
     found = iter(episodes)
     return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
 
@@ -112,17 +118,18 @@ def collect_turns(
 class Collect(Protocol):
     """`collect`, or `collect_turns` with its environment."""
 
-    def __call__(
-        self, groups: Sequence[Group], n: int, sampling: Sampling, seed: int, greedy: bool = False, first: int = 0
-    ) -> list[Group]:
+    def __call__(self, groups: Sequence[Group], n: int, sampling: Sampling, seed: int, first: int = 0) -> list[Group]:
         """The groups with `n` completions each."""
         ...
 
 
-def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: int) -> Collect:
-    """How completions are collected: in one turn, or in several with an environment."""
+def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: int, *, keep: bool = False) -> Collect:
+    """How completions are collected: in one turn, or in several with an environment.
+
+    With `keep`, completions of one turn are gone on from later.
+    """
     if environment is None:
-        return partial(collect, engine)
+        return partial(collect, engine, keep=keep)
     return partial(
         collect_turns,
         engine,
@@ -131,15 +138,6 @@ def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: 
         turns=turns,
         longest=policy.longest,
     )
-
-
-def _by_budget(episodes: Sequence[_Episode], limit: int, longest: int) -> dict[int, list[_Episode]]:
-    """Episodes by how many tokens each may still have."""
-    found: dict[int, list[_Episode]] = {}
-    for e in episodes:
-        room = min(limit - len(e.ids), longest - len(e.group.prompt) - len(e.ids))
-        found.setdefault(room, []).append(e)
-    return found
 
 
 def _ended(episode: _Episode, said: Completion, last: bool) -> bool:

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlpost import console
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.api import Engine
+from rlpost.engine.params import Sampling
+from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import Collect, collector
 from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
@@ -93,6 +95,7 @@ class Result:
 
 
 def evaluate(
+    engine: Engine,
     policy: Policy,
     prompts: Sequence[Group],
     scorer: Scorer,
@@ -104,6 +107,7 @@ def evaluate(
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
 
     Args:
+        engine: what samples.
         policy: who answers.
         prompts: groups without completions.
         scorer: the evaluation's rewards; the first is the accuracy.
@@ -112,27 +116,28 @@ def evaluate(
         judge: a reward model that chooses among a prompt's samples.
         environment: what answers the model's turns.
     """
-    engine = BuiltinEngine(policy)
+    engine.update_weights(policy, 0)
     collect = collector(engine, policy, environment, cfg.turns)
     modes = [("greedy", 1)] if cfg.greedy else []
     modes += [("sampled", cfg.samples)] if cfg.samples else []
     answers = []
     for mode, n in modes:
-        groups = _answer(collect, prompts, n, mode == "greedy", cfg, seed)
+        how = greedy(cfg.sampling) if mode == "greedy" else cfg.sampling
+        groups = _answer(collect, prompts, n, mode, how, cfg.batch, seed)
         judged = judge.by_group(groups) if judge is not None and n > 1 else None
         answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
 
 
 def _answer(
-    collect: Collect, prompts: Sequence[Group], n: int, greedy: bool, cfg: Evaluation, seed: int
+    collect: Collect, prompts: Sequence[Group], n: int, mode: str, sampling: Sampling, batch: int, seed: int
 ) -> tuple[Group, ...]:
-    at_once = max(1, cfg.batch // n)
+    at_once = max(1, batch // n)
     groups: list[Group] = []
-    with console.Progress("greedy answers" if greedy else "sampled answers", len(prompts)) as progress:
+    with console.Progress(f"{mode} answers", len(prompts)) as progress:
         for first in range(0, len(prompts), at_once):
             some = prompts[first : first + at_once]
-            groups += collect(some, n, cfg.sampling, seed=seed, first=first, greedy=greedy)
+            groups += collect(some, n, sampling, seed=seed, first=first)
             progress.advance(n=len(some))
     return tuple(groups)
 

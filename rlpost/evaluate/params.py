@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from rlpost.data.params import Source
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.rewards.params import Reward
 from rlpost.usercode.params import EnvironmentFunction
 
@@ -19,6 +19,8 @@ class Evaluation:
     data: dict[str, Source] = field(default_factory=dict)
     rewards: list[Reward] = field(default_factory=list)
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     greedy: bool = True
     samples: int = 1
     """Samples a prompt at `sampling.temperature` (0: greedy only)."""

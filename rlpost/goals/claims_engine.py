@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.goals.claims_goals import some_goal
 from rlpost.goals.exact import from_table, posterior, reached
@@ -16,6 +16,7 @@ from rlpost.oracle import truth
 from rlpost.oracle.policies import TinyModel
 from rlpost.oracle.report import Row, Section, exact, holds
 from rlpost.oracle.tree import END, Tree
+from rlpost.types import Request
 
 SAMPLES = 200
 
@@ -37,8 +38,8 @@ def engine_section(tree: Tree, seed: int) -> Section:
 
 def _rows(tree: Tree, model: TinyModel, guide: Guide, posterior_L: torch.Tensor, wanted_L: torch.Tensor) -> list[Row]:
     leaf = {tuple(ids.tolist()): at for at, ids in enumerate(torch.split(tree.token_N, tree.length_L.tolist()))}
-    engine = BuiltinEngine(model.policy, guide=guide)
-    (sampled,) = engine.generate([model.prompt], SAMPLES, Sampling(max_new_tokens=tree.depth), [0])
+    engine = frozen_engine(model.policy, guide)
+    (sampled,) = engine.generate([Request(model.prompt, SAMPLES, Sampling(max_new_tokens=tree.depth), seed=0)])
     at = [leaf[tuple(c.ids.tolist())] for c in sampled]
     said = torch.tensor([sum(c.logprobs.tolist()) for c in sampled], dtype=torch.float64)
     missed = int((wanted_L[at] == 0).sum())

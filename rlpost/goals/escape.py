@@ -11,8 +11,9 @@ from typing import Any
 from rlpost.data.codec import make_codec
 from rlpost.data.encoders import plain_prompt
 from rlpost.data.tasks import maze as task
+from rlpost.engine.api import Guide
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.goals.goal_set import GoalSet
 from rlpost.goals.maze import final_of, finished, mazes_of, policy_of, recipe_of
@@ -43,8 +44,8 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
     walker_at = final_of(run, recipe, (Kind.sft,), "a walker: a stage of kind sft")
     value_at = finished(run, recipe, (Kind.value,))
     lines = []
-    for name, engine in _engines(walker_at, value_at, policy_of(run, recipe, stage)):
-        groups = collect(engine, _groups(rows, engine.policy), SAMPLES, sampling, seed=0)
+    for name, policy, guide in _ways(walker_at, value_at, policy_of(run, recipe, stage)):
+        groups = collect(frozen_engine(policy, guide), _groups(rows, policy), SAMPLES, sampling, seed=0)
         walks = [(c, g.example) for g in groups for c in completions([g])]
         out = fmean(task.escaped(c, row) for c, row in walks)
         best = fmean(task.optimal(c, row) for c, row in walks)
@@ -52,15 +53,15 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
     return lines
 
 
-def _engines(walker_at: Path, value_at: Path | None, policy_at: Path) -> Iterator[tuple[str, BuiltinEngine]]:
+def _ways(walker_at: Path, value_at: Path | None, policy_at: Path) -> Iterator[tuple[str, Policy, Guide | None]]:
     walker = load_policy(walker_at, Model(), trainable=False)
-    yield "random walker", BuiltinEngine(walker)
+    yield "random walker", walker, None
     if value_at is not None:
         exits = GoalSet([make_codec(walker.tokenizer).ids(task.EXIT, "the exit")])
         network = load_value(value_at, walker, (), avoid=False)
         guide = network.guide(exits, walker.end_ids, CANDIDATES)
-        yield "led by its value network", BuiltinEngine(walker, guide=guide)
-    yield "policy", BuiltinEngine(load_policy(policy_at, Model(), trainable=False))
+        yield "led by its value network", walker, guide
+    yield "policy", load_policy(policy_at, Model(), trainable=False), None
 
 
 def _groups(rows: Sequence[Mapping[str, Any]], policy: Policy) -> list[Group]:

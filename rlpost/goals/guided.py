@@ -7,7 +7,7 @@ policy that `sft` makes of these rows comes to decode as the guided one does, wi
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
+from rlpost.engine.api import Engine, Guide
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError
 from rlpost.goals.endings import Endings
 from rlpost.goals.goal_set import Goal, ends_in
@@ -48,7 +48,12 @@ def guided(context: Context, cfg: Guided) -> Path:
     prompts = data.next(cfg.prompts or len(data))
 
     def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
-        return guided_rows(policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
+        def led_by(guide: Guide) -> Engine:
+            engine = context.engine(policy, cfg.rollouts, guide)
+            engine.update_weights(policy, first // AT_ONCE)
+            return engine
+
+        return guided_rows(led_by, policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
 
     rows = rows_by_lots(context, prompts, AT_ONCE, make)
     if not rows:
@@ -60,6 +65,7 @@ def guided(context: Context, cfg: Guided) -> Path:
 
 
 def guided_rows(
+    led_by: Callable[[Guide], Engine],
     policy: Policy,
     network: ValueNetwork,
     endings: Endings,
@@ -77,8 +83,7 @@ def guided_rows(
     avoid, cut = network.settings.avoid, network.settings.truncated_counts
     for number, (named, (goal, some)) in enumerate(by_goal.items()):
         guide = network.about(named).guide(goal, policy.end_ids, cfg.candidates)
-        engine = BuiltinEngine(policy, guide=guide)
-        for group in collect(engine, some, cfg.group_size, cfg.sampling, seed=seed + number):
+        for group in collect(led_by(guide), some, cfg.group_size, cfg.sampling, seed=seed + number):
             asked = group.example.get("prompt", opening(group.example.get("messages", [])))
             for c in group.completions:
                 right = ends_in(goal, c, codec.stops, truncated_counts=cut) != avoid

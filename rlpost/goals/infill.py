@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from itertools import chain
 
 from rlpost.data.direction import before_what
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_streams
 from rlpost.errors import ModelError
 from rlpost.objectives.rows import Rows
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.types import Completion, Group, completions
+from rlpost.types import Completion, Group, Request, completions
 
 MOST = 1024
 """Candidates that are ranked, at most."""
@@ -126,9 +126,9 @@ def propose(
     """
     assert not sampling.stop, "stop strings are read forwards"
     streams = prompt_streams(seed, 0, 2)
-    (heads,) = BuiltinEngine(forward).generate([tuple(before)], n, sampling, streams[:1])
+    (heads,) = frozen_engine(forward).generate([Request(before, n, sampling, streams[0])])
     asked = before_what(after, reverse.tokenizer)
-    (tails,) = BuiltinEngine(reverse).generate([asked], n, sampling, streams[1:])
+    (tails,) = frozen_engine(reverse).generate([Request(asked, n, sampling, streams[1])])
     sampled = sum(len(c.ids) for c in (*heads, *tails))
     found: dict[Ids, None] = {}
     for middle in _joined(_written(heads, forward), _written(tails, reverse)):

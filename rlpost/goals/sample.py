@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
 from rlpost.goals.goal_set import GoalSet
@@ -30,7 +30,6 @@ def guided_sample(
     candidates: int = 32,
     sampling: Sampling,
     n: int = 1,
-    greedy: bool = False,
     seed: int = 0,
 ) -> list[str]:
     """`n` completions of a prompt in which each token is weighed by where it leads.
@@ -44,7 +43,6 @@ def guided_sample(
         candidates: likeliest tokens that are weighed; 0: all.
         sampling: how completions are drawn.
         n: how many.
-        greedy: the likeliest token, always.
         seed: of the draws.
 
     Raises:
@@ -56,9 +54,9 @@ def guided_sample(
     policy = frozen_policy(folder)
     codec = make_codec(policy.tokenizer)
     group = prompt_group({"prompt": prompt}, codec)
-    engine = BuiltinEngine(policy, guide=_guide(network, endings, avoid, candidates, policy, codec))
+    engine = frozen_engine(policy, _guide(network, endings, avoid, candidates, policy, codec))
     sampling = within(sampling, policy.longest - len(group.prompt))
-    (found,) = collect(engine, [group], n, sampling, seed=seed, greedy=greedy)
+    (found,) = collect(engine, [group], n, sampling, seed=seed)
     return [c.text for c in found.completions]
 
 

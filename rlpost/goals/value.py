@@ -20,7 +20,6 @@ from torch import Tensor
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
 from rlpost.goals.endings import Endings
 from rlpost.goals.goal_set import GoalSet, ends_in
 from rlpost.goals.params import ValueTarget
@@ -43,7 +42,7 @@ def value(context: Context, cfg: Value) -> Path:
     endings = Endings(cfg.goals, codec, context)
     room = cfg.max_length - cfg.sampling.max_new_tokens - endings.longest(cfg.condition, cfg.hindsight_tokens)
     data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
-    engine = BuiltinEngine(policy)
+    engine = context.engine(policy, cfg.rollouts)
     loss = value_loss(cfg)
     steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps * cfg.updates)
@@ -51,6 +50,7 @@ def value(context: Context, cfg: Value) -> Path:
 
     for step in loop.steps():
         seed = context.seed_for("sample", step)
+        engine.update_weights(policy, step)
         groups = collect(engine, data.next(cfg.prompts), cfg.group_size, cfg.sampling, seed=seed)
         draw = random.Random(context.seed_for("goal", step))
         shares = split([lesson(g, endings, cfg, codec, draw) for g in groups], cfg.updates, draw)

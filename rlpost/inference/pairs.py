@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rlpost.data.codec import make_codec
@@ -16,7 +17,7 @@ from rlpost.recipe.resolve import resolve
 from rlpost.recipe.row_stages import Pairs
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.stage_evaluation import judges
-from rlpost.stages.context import make_scorer
+from rlpost.stages.context import make_engine, make_scorer
 from rlpost.stages.pairs import must_have_pairs, preference_rows
 
 
@@ -49,7 +50,9 @@ def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]
     scorer = make_scorer(
         cfg.rewards, f"stages.{name}", resolved.folder, judges(resolved, policy, judges_of(resolved, None))
     )
-    rows = list(preference_rows(policy, prompts, scorer, cfg, resolved.config.seed, name))
+    made = make_engine(policy, cfg.rollouts, resolved.config.rollouts, f"stages.{name}", resolved.folder)
+    with closing(made) as engine:
+        rows = list(preference_rows(engine, policy, prompts, scorer, cfg, resolved.config.seed, name))
     must_have_pairs(rows, prompts, cfg, name)
     write_atomic(Path(out), b"".join(encode_line(row) for row in rows))
     return out

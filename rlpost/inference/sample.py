@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,24 @@ from typing import Any
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.direction import before_what, in_reading_order
 from rlpost.data.formats import Format, encode
+from rlpost.engine.api import Engine
 from rlpost.engine.collect import best_of as best_of_each
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
-from rlpost.engine.params import Sampling
-from rlpost.errors import ModelError
+from rlpost.engine.door import engine_for, frozen_engine
+from rlpost.engine.params import EngineChoice, Sampling
+from rlpost.errors import ModelError, RecipeError
 from rlpost.inference.best_of import check_row, rewards_of
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located
 from rlpost.policy.judge import load_judge
 from rlpost.policy.load import is_backwards
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
+from rlpost.recipe.functions import bind_engine
 from rlpost.recipe.resolve import Resolved, resolve
 from rlpost.rewards.score import Scorer
 from rlpost.run.lookup import find_checkpoint
 from rlpost.stage_evaluation import judges
-from rlpost.stages.context import make_scorer
+from rlpost.stages.context import make_engine, make_scorer
 from rlpost.types import Group
 
 
@@ -35,17 +38,18 @@ def sample(
     *,
     sampling: Sampling,
     n: int = 1,
-    greedy: bool = False,
     seed: int = 0,
     best_of: int | None = None,
     recipe: str | None = None,
     example: Mapping[str, str] | None = None,
     judge: str | None = None,
+    engine: str | None = None,
 ) -> list[str]:
     """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
 
     A model with a chat template is asked in its own format. A model of reversed text is given the end of a text, and
     says what comes before it. `example` are columns of the prompt's row beside the prompt, for rewards that read them.
+    `engine` is `file.py:function`; by default the recipe's samples, or the local one.
     """
     row = {**(example or {}), "prompt": prompt}
     resolved = resolve(recipe) if recipe is not None else None
@@ -53,13 +57,15 @@ def sample(
         check_row(resolved, row)
     folder = located(checkpoint)
     if is_backwards(folder):
-        if best_of or sampling.stop:
-            raise ModelError(f"{checkpoint}: it reads backwards; leave out --best-of and --stop")
-        return _before(folder, prompt, sampling, n, greedy, seed)
+        if best_of or sampling.stop or engine:
+            raise ModelError(f"{checkpoint}: it reads backwards; leave out --best-of, --stop and --engine")
+        return _before(folder, prompt, sampling, n, seed)
     policy = frozen_policy(folder)
     group = prompt_group(row, make_codec(policy.tokenizer))
     sampling = within(sampling, policy.longest - len(group.prompt))
-    groups = collect(BuiltinEngine(policy), [group], best_of or n, sampling, seed=seed, greedy=greedy)
+    with closing(_engine(engine, resolved, policy)) as sampler:
+        sampler.update_weights(policy, 0)
+        groups = collect(sampler, [group], best_of or n, sampling, seed=seed)
     if best_of is not None and judge is not None:
         found = load_judge(find_checkpoint(judge) or Path(judge), Model(), policy)
         groups = best_of_each(groups, found.by_group(groups))
@@ -81,13 +87,27 @@ def within(sampling: Sampling, room: int) -> Sampling:
     return replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1))
 
 
-def _before(folder: str, text: str, sampling: Sampling, n: int, greedy: bool, seed: int) -> list[str]:
+def _engine(named: str | None, resolved: Resolved | None, policy: Policy) -> Engine:
+    """What the command line names, or the recipe."""
+    if named is not None:
+        chosen = EngineChoice(named)
+        try:
+            return engine_for(policy, chosen, bind_engine(chosen, "-", Path.cwd()))
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("-.", "--", 1)) from error
+    if resolved is None:
+        return engine_for(policy)
+    evaluation, top = resolved.config.evaluation, resolved.config.rollouts
+    return make_engine(policy, evaluation.rollouts if evaluation else None, top, "evaluation", resolved.folder)
+
+
+def _before(folder: str, text: str, sampling: Sampling, n: int, seed: int) -> list[str]:
     """What a model of reversed text puts before a text, in reading order."""
     policy = frozen_policy(folder, backwards=True)
     codec = make_codec(policy.tokenizer)
     group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
     sampling = within(sampling, policy.longest - len(group.prompt))
-    (found,) = collect(BuiltinEngine(policy), [group], n, sampling, seed=seed, greedy=greedy)
+    (found,) = collect(frozen_engine(policy), [group], n, sampling, seed=seed)
     return [policy.tokenizer.decode(list(in_reading_order(c.ids.tolist(), codec.end))) for c in found.completions]
 
 

@@ -139,7 +139,8 @@ class FlatDecoder:
         kept_at = own.sum() + np.cumsum(kept)[:, None] - kept + column
         read_at = np.cumsum(own)[:, None] - own + column - kept
         # Padding points anywhere.
-        return np.maximum(np.where(column < kept, kept_at, read_at), 0)
+        found: NDArray[np.int64] = np.maximum(np.where(column < kept, kept_at, read_at), 0)
+        return found
 
     def _prefill(self, rests: Sequence[tuple[Tokens, Places]]) -> Tensor:
         """[P, V] logits after prompts whose beginnings are kept; the cache takes the keys and values of the rest."""

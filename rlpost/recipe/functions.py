@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from rlpost.data.params import Source
+from rlpost.engine.params import LOCAL, EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
@@ -45,6 +46,8 @@ class Field:
     by_name: bool = False
     some: bool = False
     """By name: a function takes what it needs of them, and not necessarily all."""
+    key: str = "fn"
+    """The key that names the function."""
 
 
 _SURROGATE = Field("rlpost.objectives.surrogates", ("logp_N", "old_logp_N", "advantage_N", "rows"))
@@ -82,6 +85,7 @@ FIELDS = {
         some=True,
     ),
     "environment": Field(_TASKS, ("text", "turns", "example"), by_name=True, some=True),
+    "engine": Field("", ("policy",), by_name=True, key="engine"),
     "task": Field(_TASKS, (), by_name=True),
     "map": Field(_TASKS, ("row",), by_name=True),
     "present": Field(_TASKS, ("row", "random"), by_name=True),
@@ -106,6 +110,7 @@ def functions_of(recipe: Recipe) -> Iterator[tuple[Function, str, str]]:
             yield from _of_stage(stage, join("stages", name))
     if recipe.evaluation:
         yield from _of_stage(recipe.evaluation, "evaluation")
+    yield from _of_engine(recipe.rollouts, "rollouts")
 
 
 def _of_stage(stage: Any, where: str) -> Iterator[tuple[Function, str, str]]:
@@ -119,6 +124,22 @@ def _of_stage(stage: Any, where: str) -> Iterator[tuple[Function, str, str]]:
         if getattr(stage, name, None) is not None:
             yield getattr(stage, name), name, f"{where}.{name}"
     yield from ((leaf, "reward", place) for leaf, place in reward_leaves(getattr(stage, "rewards", []), where))
+    yield from _of_engine(getattr(stage, "rollouts", None), f"{where}.rollouts")
+
+
+def _of_engine(chosen: EngineChoice | None, where: str) -> Iterator[tuple[Function, str, str]]:
+    if chosen is not None and chosen.engine != LOCAL:
+        yield Function(chosen.engine, chosen.args), "engine", where
+
+
+def bind_engine(chosen: EngineChoice, where: str, base: Path) -> Bound | None:
+    """The function behind a choice of engine, which stands at `where`; None for the local one.
+
+    Raises:
+        RecipeError: as `bind`.
+    """
+    function = next(_of_engine(chosen, where), None)
+    return None if function is None else bind(*function, base)
 
 
 def reward_leaves(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:
@@ -156,9 +177,10 @@ def bind(function: Function, field: str, where: str, base: Path) -> Bound:
     """
     owner = FIELDS[field]
     if match := _FILE.fullmatch(function.fn):
-        name, file = match["name"], _allowed(Path(function.fn[: match.end("file")]), f"{where}.fn", base)
-        users = UsersFile(file, f"{where}.fn", function)
-        digest, found = users.digest, _chosen(users.functions, name, str(file), f"{where}.fn", field)
+        place = f"{where}.{owner.key}"
+        name, file = match["name"], _allowed(Path(function.fn[: match.end("file")]), place, base)
+        users = UsersFile(file, place, function)
+        digest, found = users.digest, _chosen(users.functions, name, str(file), place, field)
         _check_arguments(found, function.args, owner, field, where)
         _check_model(function, found, where)
         lenient = getattr(function, "on_failure", None) is OnFailure.unscored
@@ -166,6 +188,9 @@ def bind(function: Function, field: str, where: str, base: Path) -> Bound:
     for key in ("deadline", "on_failure"):
         if getattr(function, key, None) is not None:
             raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
+    if field == "engine":
+        near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
+        raise RecipeError(f"{where}.{owner.key}: no engine {function.fn!r}{near}")
     if field == "reward" and "." not in function.fn:
         module, name, place = importlib.import_module(owner.module), function.fn, owner.module
     elif owner.module == _TASKS or field == "reward":

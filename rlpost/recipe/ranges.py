@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlpost.data.params import Fold, Source, Tokenizer
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Lora
 from rlpost.recipe.keys import join
@@ -74,6 +74,7 @@ RANGES: dict[type, dict[str, Range]] = {
     Source: {"weight": _POSITIVE, "limit": _from(1)},
     Fold: {"of": _from(2), "hold_out": _from(0)},
     Reward: {"weight": Range()},
+    EngineChoice: {"deadline": _POSITIVE, "cache_gib": _from(0)},
     Sampling: {
         "max_new_tokens": _from(1),
         "temperature": _POSITIVE,

@@ -6,7 +6,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from rlpost.data.params import Source
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.goals.params import Goals
 from rlpost.recipe.parts import Kind, Stage
 from rlpost.rewards.params import Reward
@@ -26,6 +26,8 @@ class Pairs(Stage):
     """How many prompts to sample (all of them by default)."""
     group_size: int = 8
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     rewards: list[Reward] = field(default_factory=list)
     choice: PairChoice = PairChoice.one
     min_gap: float = 0.0
@@ -42,6 +44,8 @@ class Guided(Stage):
     """How many prompts to sample (all of them by default)."""
     group_size: int = 8
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     network: str = MISSING
     """A stage of kind value, or a checkpoint of one."""
     goals: Goals = field(default_factory=Goals)
@@ -76,6 +80,8 @@ class StepLabels(Stage):
     """How many prompts to sample (all of them by default)."""
     group_size: int = 2
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     rewards: list[Reward] = field(default_factory=list)
     step_end: str = "\n"
     """A step ends with this text; empty: every token is a step."""

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 from rlpost.data.params import Direction
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.evaluate.params import Evaluation
 from rlpost.goals.params import Goals, ValueTarget
 from rlpost.policy.params import Model
@@ -97,6 +97,8 @@ class Value(Training):
     updates: int = 1
     """Optimiser updates a step, each on its share of the prompts."""
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     goals: Goals = field(default_factory=Goals)
     target: ValueTarget = ValueTarget.monte_carlo
     avoid: bool = False
@@ -119,6 +121,8 @@ class Rollouts(Training):
     group_size: int = 8
     """Completions a prompt."""
     sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
     rewards: list[Reward] = field(default_factory=list)
     kl: Kl = field(default_factory=Kl)
     reference: str = "start"
@@ -230,6 +234,8 @@ class Recipe:
     vars: dict[str, Any] = field(default_factory=dict)
     """The recipe's own variables, for `${vars.name}`."""
     model: Model = field(default_factory=Model)
+    rollouts: EngineChoice = field(default_factory=EngineChoice)
+    """What samples, unless a stage or the evaluation says otherwise for itself."""
     stages: dict[str, Any] = field(default_factory=dict)
     """Stages by name, in order; the name is the stage's directory."""
     evaluation: Optional[Evaluation] = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlpost.data.params import Direction, Source
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import LOCAL, EngineChoice, Sampling
 from rlpost.goals.params import Goals, ValueTarget
 from rlpost.recipe.functions import reward_leaves
 from rlpost.recipe.parts import Kind, Stage, Training
@@ -44,6 +44,7 @@ class Earlier:
     def __init__(self, recipe: Recipe, name: str, left_out: frozenset[str]) -> None:
         before = list(recipe.stages)[: list(recipe.stages).index(name)]
         self.own = name
+        self.rollouts = recipe.rollouts
         self.stages: dict[str, Stage] = {n: recipe.stages[n] for n in before if recipe.stages[n].enabled}
         self.disabled = left_out | {n for n, stage in recipe.stages.items() if not stage.enabled}
         self.all = set(recipe.stages)
@@ -116,6 +117,12 @@ def stage_problems(stage: Any, where: str, earlier: Earlier) -> Iterator[str]:
         yield from _value(stage, where)
     if isinstance(stage, Guided):
         yield from sampling_problems(stage.sampling, f"{where}.sampling")
+        if (stage.rollouts or earlier.rollouts).engine != LOCAL:
+            yield (
+                f"{where}.rollouts.engine: a guide weighs every token, which only the {LOCAL} engine shows - "
+                f"give {where}.rollouts.engine={LOCAL}"
+            )
+    yield from engine_problems(getattr(stage, "rollouts", None), f"{where}.rollouts")
     if isinstance(stage, Guided | Guesses):
         yield from _goals(stage.goals, where)
         if problem := earlier.no_judge(stage.network, f"{where}.network", (Kind.value,)):
@@ -350,6 +357,14 @@ def _node(node: Reward, where: str) -> Iterator[str]:
         yield f"{where}.of: a gate has a guard and what counts if it passed - give two, not {len(node.of)}"
     if node.fn == "shaping" and len(node.of) != 1:
         yield f"{where}.of: shaping takes one potential, a reward by step - give one, not {len(node.of)}"
+
+
+def engine_problems(chosen: EngineChoice | None, where: str) -> Iterator[str]:
+    """What is wrong with a choice of engine."""
+    if chosen is not None and chosen.engine == LOCAL:
+        for key in ("args", "deadline"):
+            if getattr(chosen, key):
+                yield f"{where}.{key}: is for an engine of file.py:function, not for {LOCAL} - remove it"
 
 
 def sampling_problems(sampling: Sampling, where: str) -> Iterator[str]:

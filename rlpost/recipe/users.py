@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlpost.errors import RecipeError, RewardError, RlpostError
+from rlpost.errors import EngineError, RecipeError, RewardError, RlpostError
 from rlpost.usercode import calls, load
 from rlpost.usercode.calls import DEADLINE, CallError, Remote
 from rlpost.usercode.params import Function
@@ -89,6 +89,7 @@ class Here:
 
         Raises:
             RewardError: it raised, or returned something of a wrong kind.
+            EngineError: it raised, and is to make an engine.
         """
         try:
             found = self._function(*args, **kwargs, **self._args)
@@ -97,7 +98,8 @@ class Here:
         except (Exception, SystemExit) as error:
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
-            raise RewardError(
+            kind = EngineError if self._field == "engine" else RewardError
+            raise kind(
                 f"{self._where}: {self.__name__} {load.raised(error, self._file)} - mend the function"
             ) from error
         if wrong := self._wrong(found, [*args, *kwargs.values()]):
@@ -105,8 +107,8 @@ class Here:
         return found
 
     def _wrong(self, found: Any, given: list[Any]) -> str:
-        """What is wrong with what a loss, an advantage or a modifier returned; nothing for rewards."""
-        if self._field == "reward":
+        """What is wrong with what a loss, an advantage or a modifier returned; nothing for others."""
+        if self._field in ("reward", "engine"):
             return ""
         if self._field.endswith("modifiers"):
             kind = type(given[0])

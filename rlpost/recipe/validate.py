@@ -17,6 +17,7 @@ from rlpost.recipe.schema import Grouped, Ppo, Recipe, Rollouts, Trpo, reads_bac
 from rlpost.recipe.stage_rules import (
     GROUP_BASELINES,
     Earlier,
+    engine_problems,
     reward_problems,
     sampling_problems,
     source_problems,
@@ -55,10 +56,12 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
         yield "stages: nothing to do - give at least one stage or an evaluation"
     yield from out_of_range(recipe, "")
     stages = [(join("stages", name), stage) for name, stage in enabled.items()]
-    for top, value in [("model", recipe.model), *stages, ("evaluation", recipe.evaluation)]:
+    others = [("model", recipe.model), ("rollouts", recipe.rollouts), ("evaluation", recipe.evaluation)]
+    for top, value in [*others[:2], *stages, *others[2:]]:
         for where, inner in walk(value, top):
             yield from out_of_range(inner, where)
     yield from _model(recipe.model)
+    yield from engine_problems(recipe.rollouts, "rollouts")
     for name, stage in enabled.items():
         yield from stage_problems(stage, join("stages", name), Earlier(recipe, name, left_out))
     if recipe.evaluation:
@@ -100,6 +103,7 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
     yield from source_problems(evaluation.data, f"{where}.data", None)
     yield from reward_problems(evaluation.rewards, where, None)
     yield from sampling_problems(evaluation.sampling, f"{where}.sampling")
+    yield from engine_problems(evaluation.rollouts, f"{where}.rollouts")
     for i, k in enumerate(evaluation.pass_at):
         if k > evaluation.samples:
             yield (

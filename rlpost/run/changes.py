@@ -14,7 +14,7 @@ FREE = ("run", "runs", "description", "threads", "vars", "evaluation.show")
 FREE_IN_STAGES = ("log_every", "table_every", "checkpoint_every", "keep_checkpoints")
 """The same, in every stage."""
 LATER = (
-    *("evaluation", "folder"),
+    *("evaluation", "folder", "rollouts"),
     *("model.attention", "model.chat_template", "model.gradient_checkpointing", "model.precision"),
 )
 """Keys outside the stages that take effect from here on; all others are refused once something was trained."""

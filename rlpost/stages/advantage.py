@@ -57,6 +57,8 @@ class Estimator:
         self._sparse = sparse
         self._function = context.function(cfg.advantage, "advantage")
         self._asked = set(inspect.signature(self._function.call).parameters)
+        if isinstance(samples, Sampler):
+            samples.gone_on_from = "value_K" in self._asked
         self.reference = context.reference(policy, cfg.reference) if cfg.kl.beta else None
         self._mean: float | None = None
         self._step = 0

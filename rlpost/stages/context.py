@@ -8,6 +8,7 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Limit
+from rlpost.engine.api import Engine, Guide
+from rlpost.engine.door import engine_for
+from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY
@@ -34,7 +38,7 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.scalar import ScalarModel
-from rlpost.recipe.functions import bind
+from rlpost.recipe.functions import bind, bind_engine
 from rlpost.recipe.parts import Kind, Training
 from rlpost.rewards import tree
 from rlpost.rewards.params import Reward
@@ -77,6 +81,10 @@ class Context:
     """Takes note of what the stage reads beside its data."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The stage's part of the resolved recipe, for DONE."""
+    rollouts: EngineChoice = field(default_factory=EngineChoice)
+    """What samples, unless the stage says otherwise."""
+    opened: ExitStack = field(default_factory=ExitStack)
+    """Closes what the stage has opened."""
     allow_change: bool = False
     """Go on from a checkpoint although the data has changed."""
 
@@ -131,6 +139,12 @@ class Context:
             return load_judge(self.checkpoint(name), self.model, policy, name=adapter, step_end=step_end)
 
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
+
+    def engine(self, policy: Policy, own: EngineChoice | None, guide: Guide | None = None) -> Engine:
+        """What samples for this stage, by its own choice or the recipe's; it is closed when the stage is over."""
+        made = make_engine(policy, own, self.rollouts, f"stages.{self.name}", self.folder, guide)
+        self.opened.callback(made.close)
+        return made
 
     def learner(
         self,
@@ -268,6 +282,19 @@ class Context:
         if not place.is_relative_to(self.out.path.parent.resolve()):
             return {key: str(place)}
         return {key: str(place), f"{key}{FROM_HERE}": os.path.relpath(place, self.out.final.resolve())}
+
+
+def make_engine(
+    policy: Policy, own: EngineChoice | None, top: EngineChoice, where: str, folder: Path, guide: Guide | None = None
+) -> Engine:
+    """The engine for the part of a recipe of `folder` that stands at `where`: its own choice, or the recipe's.
+
+    Raises:
+        RecipeError: it names a function that is not there.
+        EngineError: that function fails, or cannot be guided.
+    """
+    chosen, place = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
+    return engine_for(policy, chosen, bind_engine(chosen, place, folder), guide)
 
 
 def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:

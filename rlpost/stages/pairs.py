@@ -11,8 +11,8 @@ from rlpost import console
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
+from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
-from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError, Interrupted
 from rlpost.policy.policy import Policy
 from rlpost.recipe.row_stages import Pairs
@@ -38,7 +38,8 @@ def pairs(context: Context, cfg: Pairs) -> Path:
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy)
     rows = []
-    for row in preference_rows(policy, prompts, scorer, cfg, context.seed_for("sample"), context.name):
+    engine = context.engine(policy, cfg.rollouts)
+    for row in preference_rows(engine, policy, prompts, scorer, cfg, context.seed_for("sample"), context.name):
         rows.append(row)
         if context.interrupts.requested is not None:
             raise Interrupted(
@@ -65,13 +66,13 @@ def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, n
 
 
 def preference_rows(
-    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Pairs, seed: int, title: str
+    engine: Engine, policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: Pairs, seed: int, title: str
 ) -> Iterator[dict[str, Any]]:
     """Rows as `cfg.choice` says, with the prompt's own columns."""
-    engine = BuiltinEngine(policy)
     with console.Progress(title, len(prompts)) as progress:
         for first in range(0, len(prompts), AT_ONCE):
             some = prompts[first : first + AT_ONCE]
+            engine.update_weights(policy, first // AT_ONCE)
             groups = collect(engine, some, cfg.group_size, cfg.sampling, seed=seed, first=first)
             totals = scorer.score(groups).total
             for group, rewards in zip(groups, totals, strict=True):

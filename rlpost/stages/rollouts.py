@@ -18,8 +18,8 @@ from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
 from rlpost.data.divide import divide, step_texts
 from rlpost.data.formats import Need
-from rlpost.engine.local import BuiltinEngine
-from rlpost.environments.loop import collector
+from rlpost.engine.sampling import greedy
+from rlpost.environments.loop import Collect, collector
 from rlpost.errors import DataError
 from rlpost.objectives import kl
 from rlpost.objectives.rows import has_signal
@@ -153,9 +153,10 @@ class Sampler:
         self.data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
-        self.engine = BuiltinEngine(policy)
-        environment = context.function(cfg.environment, "environment") if cfg.environment else None
-        self._collect = collector(self.engine, policy, environment, cfg.turns)
+        self.engine = context.engine(policy, cfg.rollouts)
+        self._environment = context.function(cfg.environment, "environment") if cfg.environment else None
+        self.gone_on_from = False
+        """Whether more is sampled from inside the completions of a step."""
 
     def sample(self, step: int) -> Rollout:
         """The step's samples; groups without a signal are replaced from up to `resample` more draws of prompts.
@@ -163,7 +164,7 @@ class Sampler:
         The prompts kept are those with a signal first, in the order drawn (dynamic sampling: DAPO, Yu et al. 2025,
         arXiv:2503.14476, §3.2).
         """
-        self.engine.sync(self.policy)
+        self.engine.update_weights(self.policy, step)
         prompts = self.cfg.prompts
         rounds = [self._round(step, 0)]
         while len(rounds) <= self.resample and _with_signal(rounds) < prompts:
@@ -176,8 +177,12 @@ class Sampler:
 
     def greedy(self, prompts: Sequence[Group]) -> Tensor:
         """[P] reward of each prompt's most likely completion, NaN where it is unscored."""
-        groups = self.divided(self._collect(prompts, 1, self.cfg.sampling, seed=0, greedy=True))
+        groups = self.divided(self._collect(prompts, 1, greedy(self.cfg.sampling), seed=0))
         return _tensor(self.score(groups).total)[:, 0]
+
+    @property
+    def _collect(self) -> Collect:
+        return collector(self.engine, self.policy, self._environment, self.cfg.turns, keep=self.gone_on_from)
 
     def _round(self, step: int, first: int) -> Rollout:
         seed = self.context.seed_for("sample", step)

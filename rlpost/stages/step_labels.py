@@ -13,9 +13,9 @@ from rlpost.data.divide import divide, step_starts, step_texts
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
+from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
 from rlpost.engine.continue_from import as_answers, fresh_rollouts
-from rlpost.engine.local import BuiltinEngine
 from rlpost.errors import DataError
 from rlpost.policy.policy import Policy
 from rlpost.recipe.row_stages import StepLabels
@@ -42,8 +42,11 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
 
+    engine = context.engine(policy, cfg.rollouts)
+
     def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
-        return labelled(policy, some, scorer, cfg, context.seed_for("sample", first))
+        engine.update_weights(policy, first // AT_ONCE)
+        return labelled(engine, policy, some, scorer, cfg, context.seed_for("sample", first))
 
     rows = rows_by_lots(context, prompts, AT_ONCE, make)
     if not rows:
@@ -56,16 +59,15 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
 
 
 def labelled(
-    policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: StepLabels, seed: int
+    engine: Engine, policy: Policy, prompts: Sequence[Group], scorer: Scorer, cfg: StepLabels, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Rows of sampled completions: the label of a step is the mean reward of fresh rollouts from its end.
 
     After its last step a completion is what it is, so that step's label is the completion's own reward. Unscored
     rollouts are left out; a completion with a step that has none of them left gives no row, nor does one without text.
     """
-    engine = BuiltinEngine(policy)
     tokenizer, over = policy.tokenizer, policy.end_ids
-    answered = collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed)
+    answered = collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed, keep=True)
     groups = [divide(g, tokenizer, cfg.step_end, over) for g in answered]
     sampled = completions(groups)
     ends = [step_starts(c)[1:] for c in sampled]

@@ -176,7 +176,8 @@ def test_what_a_model_file_holds_beside_its_model_is_told(model: Path, capsys: A
 
 def test_a_padded_vocabulary_is_written_by_its_tokens_alone(here: Path) -> None:
     """What is drawn, scored and saved agrees, though most of the model's own mass lies beyond the tokenizer."""
-    from rlpost.engine.local import BuiltinEngine
+    from engines import asked, local
+
     from rlpost.engine.params import Sampling
     from rlpost.policy.score import logprobs
 
@@ -185,7 +186,7 @@ def test_a_padded_vocabulary_is_written_by_its_tokens_alone(here: Path) -> None:
     assert policy.vocabulary == 260
     prompts = [(1, 2, 3), (4, 5)]
     sampling = Sampling(max_new_tokens=40)
-    drawn = BuiltinEngine(policy).generate(prompts, 8, sampling, [1, 2])
+    drawn = local(policy).generate(asked(prompts, 8, sampling, [1, 2]))
     every = [c for group in drawn for c in group]
     assert max(i for c in every for i in c.ids) < 260
     from rlpost.types import Group

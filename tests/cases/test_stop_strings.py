@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from engines import asked, local
 from tiny_world import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.engine.stopping import StopStrings, finished
 from rlpost.policy.policy import Policy
@@ -102,14 +102,14 @@ def test_the_engine_stops_there_and_keeps_what_was_drawn_until_then(seed: int, t
     pieces = [p for text in TEXTS for p in cut_up(text, draw)] + [bytes([b]) for b in " \n.#:abcé".encode()]
     tokenizer = byte_level(pieces)
     model = tiny_model(vocabulary=len(tokenizer), seed=seed, eos_token_id=None)
-    engine = BuiltinEngine(Policy(model, tokenizer, flat=False).eval())
+    engine = local(Policy(model, tokenizer, flat=False).eval())
     sampling = Sampling(max_new_tokens=24)
-    (free,) = engine.generate([(1, 2, 3)], 16, sampling, [seed])
+    (free,) = engine.generate(asked([(1, 2, 3)], 16, sampling, [seed]))
     end, right, stopped = tokenizer.eos_token_id, 0, 0
     for whole in free[:6]:
         clean = [s for s in tokenizer.decode([i for i in whole.ids if i != end]).split("\ufffd") if len(s) > 2]
         stop = [some_stop(s, draw) for s in clean[:2]]
-        (rows,) = engine.generate([(1, 2, 3)], 16, replace(sampling, stop=stop), [seed])
+        (rows,) = engine.generate(asked([(1, 2, 3)], 16, replace(sampling, stop=stop), [seed]))
         for before, now in zip(free, rows, strict=True):
             body = [i for i in before.ids if i != end]
             wanted = expected(tokenizer, body, stop)

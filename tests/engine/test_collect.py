@@ -1,7 +1,7 @@
+from engines import local
 from stubs import tiny_policy
 
 from rlpost.engine.collect import best_of, collect
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.types import Completion, Group
 
@@ -10,7 +10,7 @@ SAMPLING = Sampling(max_new_tokens=6)
 
 
 def test_groups_keep_prompt_and_example_and_gain_completions():
-    groups = collect(BuiltinEngine(tiny_policy()), PROMPTS, 3, SAMPLING, seed=1)
+    groups = collect(local(tiny_policy()), PROMPTS, 3, SAMPLING, seed=1)
     assert [tuple(g.prompt) for g in groups] == [tuple(g.prompt) for g in PROMPTS]
     assert [g.example["number"] for g in groups] == [0, 1, 2, 3, 4]
     assert [len(g.completions) for g in groups] == [3] * 5
@@ -18,7 +18,7 @@ def test_groups_keep_prompt_and_example_and_gain_completions():
 
 
 def test_parts_give_what_the_whole_gives_and_another_seed_something_else():
-    engine = BuiltinEngine(tiny_policy())
+    engine = local(tiny_policy())
     whole = ids(collect(engine, PROMPTS, 2, SAMPLING, seed=1))
     parts = collect(engine, PROMPTS[:2], 2, SAMPLING, seed=1) + collect(
         engine, PROMPTS[2:], 2, SAMPLING, seed=1, first=2
@@ -28,7 +28,7 @@ def test_parts_give_what_the_whole_gives_and_another_seed_something_else():
 
 
 def test_equal_prompts_at_different_places_are_sampled_independently():
-    a, b = collect(BuiltinEngine(tiny_policy()), [PROMPTS[0], PROMPTS[0]], 1, SAMPLING, seed=1)
+    a, b = collect(local(tiny_policy()), [PROMPTS[0], PROMPTS[0]], 1, SAMPLING, seed=1)
     assert tuple(a.completions[0].ids) != tuple(b.completions[0].ids)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from engines import local
 from stubs import Letters, tiny_policy
 
 from rlpost.data.divide import divide, ends_of, step_starts, step_texts
 from rlpost.engine.continue_from import fresh_rollouts
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.policy.score import logprobs
 from rlpost.types import Completion, Group, completions
@@ -53,7 +53,7 @@ def fresh():
     policy = tiny_policy(eos=0)
     groups = [GROUP, Group((4,), (whole((5, 0)), whole((9, 0))))]
     starts = [[0, 1, 2], [0, 1], [], [0], [0]]
-    found = fresh_rollouts(BuiltinEngine(policy), TOKENIZER, groups, starts, 3, Sampling(max_new_tokens=6), seed=1)
+    found = fresh_rollouts(local(policy), TOKENIZER, groups, starts, 3, Sampling(max_new_tokens=6), seed=1)
     return found, policy
 
 

@@ -4,11 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from engines import asked, local
 from families import FAMILIES, tiny
 from stubs import policy_of, tiny_policy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost.engine.local import BuiltinEngine
+from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import EngineError
 from rlpost.policy import cache, decoders
@@ -55,7 +56,7 @@ def same(a: tuple[Completion, ...], b: tuple[Completion, ...]) -> bool:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_log_probabilities_are_those_of_training(family):
     policy = tiny_policy(family, eos=3)
-    sampled = BuiltinEngine(policy).generate(PROMPTS, 3, LONG, STREAMS)
+    sampled = local(policy).generate(asked(PROMPTS, 3, LONG, STREAMS))
     assert gap(policy, sampled) < 1e-5
     assert {c.finish for g in sampled for c in g} == {"stop", "length"}, "rows should leave at different times"
 
@@ -63,40 +64,40 @@ def test_log_probabilities_are_those_of_training(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2"])
 def test_padded_rows_give_the_same_completions(family):
     model = tiny(family)
-    flat = BuiltinEngine(policy_of(model, eos=3)).generate(PROMPTS, 2, LONG, STREAMS)
+    flat = local(policy_of(model, eos=3)).generate(asked(PROMPTS, 2, LONG, STREAMS))
     policy = policy_of(model, eos=3, flat=False)
-    padded = BuiltinEngine(policy).generate(PROMPTS, 2, LONG, STREAMS)
+    padded = local(policy).generate(asked(PROMPTS, 2, LONG, STREAMS))
     assert gap(policy, padded) < 1e-5
     assert all(same(a, b) for a, b in zip(flat, padded, strict=True))
 
 
 def test_alibi_on_padded_rows():
     policy = alibi()
-    sampled = BuiltinEngine(policy).generate(PROMPTS, 3, LONG, STREAMS)
+    sampled = local(policy).generate(asked(PROMPTS, 3, LONG, STREAMS))
     assert gap(policy, sampled) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_adapter_acts_while_sampling(family):
     model = tiny(family)
-    bare = BuiltinEngine(policy_of(model)).generate(PROMPTS, 2, LONG, STREAMS)
+    bare = local(policy_of(model)).generate(asked(PROMPTS, 2, LONG, STREAMS))
     policy = Policy(add_policy_adapter(model, Lora(r=4)), policy_of(model).tokenizer, flat=True)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.5)
-    engine = BuiltinEngine(policy)
-    adapted = engine.generate(PROMPTS, 2, LONG, STREAMS)
+    engine = local(policy)
+    adapted = engine.generate(asked(PROMPTS, 2, LONG, STREAMS))
     assert gap(policy, adapted) < 1e-5
     assert [tuple(c.ids) for c in adapted[0]] != [tuple(c.ids) for c in bare[0]]
     with policy.acting_as(None):
-        assert all(same(a, b) for a, b in zip(engine.generate(PROMPTS, 2, LONG, STREAMS), bare, strict=True))
+        assert all(same(a, b) for a, b in zip(engine.generate(asked(PROMPTS, 2, LONG, STREAMS)), bare, strict=True))
 
 
 def test_the_temperature_is_in_the_log_probabilities():
     policy = tiny_policy()
-    sampled = BuiltinEngine(policy).generate(PROMPTS, 2, dataclasses.replace(LONG, temperature=0.7), STREAMS)
+    sampled = local(policy).generate(asked(PROMPTS, 2, dataclasses.replace(LONG, temperature=0.7), STREAMS))
     assert gap(policy, sampled, 0.7) < 1e-5
     assert gap(policy, sampled, 1.0) > 0.1
 
@@ -108,40 +109,40 @@ def test_the_temperature_is_in_the_log_probabilities():
 )
 def test_a_completion_does_not_depend_on_what_runs_beside_it(make):
     policy = make()
-    whole = BuiltinEngine(policy).generate(PROMPTS, 5, LONG, STREAMS)
-    alone = [BuiltinEngine(policy).generate([p], 1, LONG, [s])[0] for p, s in zip(PROMPTS, STREAMS, strict=True)]
-    backwards = BuiltinEngine(policy).generate(PROMPTS[::-1], 2, LONG, STREAMS[::-1])[::-1]
-    few_rows = BuiltinEngine(policy, rows_at_once=3).generate(PROMPTS, 5, LONG, STREAMS)
+    whole = local(policy).generate(asked(PROMPTS, 5, LONG, STREAMS))
+    alone = [local(policy).generate(asked([p], 1, LONG, [s]))[0] for p, s in zip(PROMPTS, STREAMS, strict=True)]
+    backwards = local(policy).generate(asked(PROMPTS[::-1], 2, LONG, STREAMS[::-1]))[::-1]
+    few_rows = local(policy, rows_at_once=3).generate(asked(PROMPTS, 5, LONG, STREAMS))
     assert all(same(a, w[:1]) for a, w in zip(alone, whole, strict=True))
     assert all(same(a, w[:2]) for a, w in zip(backwards, whole, strict=True))
     assert all(same(a, w) for a, w in zip(few_rows, whole, strict=True))
 
 
 def test_completions_of_a_prompt_differ_and_follow_its_stream():
-    engine = BuiltinEngine(tiny_policy())
-    first = engine.generate(PROMPTS, 4, LONG, STREAMS)
+    engine = local(tiny_policy())
+    first = engine.generate(asked(PROMPTS, 4, LONG, STREAMS))
     assert len({tuple(c.ids) for c in first[0]}) == 4
-    other = engine.generate(PROMPTS, 4, LONG, [7, *STREAMS[1:]])
+    other = engine.generate(asked(PROMPTS, 4, LONG, [7, *STREAMS[1:]]))
     digests, others = ([[c.digest() for c in some] for some in every] for every in (first, other))
     assert digests[0] != others[0]
     assert digests[1:] == others[1:]
-    shorter = engine.generate(PROMPTS, 4, Sampling(max_new_tokens=5), STREAMS)
+    shorter = engine.generate(asked(PROMPTS, 4, Sampling(max_new_tokens=5), STREAMS))
     assert [tuple(c.ids) for c in shorter[2]] == [tuple(c.ids[:5]) for c in first[2]]
 
 
 def test_growing_the_cache_and_cutting_the_prefill_change_nothing(monkeypatch):
     policy = tiny_policy("gemma3_text", eos=3)
-    whole = BuiltinEngine(policy).generate(PROMPTS, 3, LONG, STREAMS)
+    whole = local(policy).generate(asked(PROMPTS, 3, LONG, STREAMS))
     monkeypatch.setattr(cache, "FIRST_ROOM", 2)
     monkeypatch.setattr(decoders, "PREFILL_TOKENS", 9)
-    cut = BuiltinEngine(policy).generate(PROMPTS, 3, LONG, STREAMS)
+    cut = local(policy).generate(asked(PROMPTS, 3, LONG, STREAMS))
     assert all(same(a, b) for a, b in zip(cut, whole, strict=True))
 
 
 def test_first_tokens_are_drawn_from_the_model_s_distribution():
     policy = tiny_policy(scale=3.0)
     draws = 4000
-    (sampled,) = BuiltinEngine(policy).generate([PROMPTS[0]], draws, Sampling(max_new_tokens=1), [5])
+    (sampled,) = local(policy).generate(asked([PROMPTS[0]], draws, Sampling(max_new_tokens=1), [5]))
     counts = np.bincount([c.ids[0] for c in sampled], minlength=64)
     everything = Group(tuple(PROMPTS[0]), tuple(Completion((i,), (True,)) for i in range(64)))
     with torch.no_grad():
@@ -158,8 +159,8 @@ def test_first_tokens_are_drawn_from_the_model_s_distribution():
 
 def test_greedy_takes_the_most_likely_tokens_with_their_log_probabilities():
     policy = tiny_policy()
-    sampled = BuiltinEngine(policy).generate(
-        PROMPTS, 2, dataclasses.replace(LONG, temperature=0.5), STREAMS, greedy=True
+    sampled = local(policy).generate(
+        asked(PROMPTS, 2, dataclasses.replace(LONG, temperature=0.5), STREAMS, greedy=True)
     )
     assert gap(policy, sampled, 1.0) < 1e-5
     ids = PROMPTS[0] + list(sampled[0][0].ids)
@@ -174,7 +175,7 @@ def test_every_end_token_ends_a_completion():
     policy = tiny_policy(eos=3)
     policy.end_ids = (3, 9)
     ends = set()
-    for completions in BuiltinEngine(policy).generate(PROMPTS, 30, LONG, STREAMS):
+    for completions in local(policy).generate(asked(PROMPTS, 30, LONG, STREAMS)):
         for c in completions:
             inner = c.ids[:-1] if c.finish == "stop" else c.ids
             assert not {3, 9} & set(inner)
@@ -186,10 +187,10 @@ def test_every_end_token_ends_a_completion():
 
 def test_stop_strings_end_each_row_where_they_appear():
     policy = tiny_policy()
-    free = BuiltinEngine(policy).generate(PROMPTS, 8, LONG, STREAMS)
+    free = local(policy).generate(asked(PROMPTS, 8, LONG, STREAMS))
     text = free[0][0].text
     stop = text[3:5]
-    stopped = BuiltinEngine(policy).generate(PROMPTS, 8, dataclasses.replace(LONG, stop=[stop, "~"]), STREAMS)
+    stopped = local(policy).generate(asked(PROMPTS, 8, dataclasses.replace(LONG, stop=[stop, "~"]), STREAMS))
     finishes = set()
     for before, after in zip((c for g in free for c in g), (c for g in stopped for c in g), strict=True):
         assert tuple(after.ids) == tuple(before.ids[: len(after.ids)])
@@ -204,7 +205,7 @@ def test_stop_strings_end_each_row_where_they_appear():
 
 def test_the_model_is_left_as_it_was():
     policy = tiny_policy().train()
-    BuiltinEngine(policy).generate(PROMPTS, 1, Sampling(max_new_tokens=2), STREAMS)
+    local(policy).generate(asked(PROMPTS, 1, Sampling(max_new_tokens=2), STREAMS))
     assert policy.training
     assert policy.model.training
     loss = -policy(policy.batch([Group((1, 2), (Completion((3,), (True,)),))])).logp_N.sum()
@@ -215,7 +216,7 @@ def test_the_model_is_left_as_it_was():
 def test_sampling_under_autocast_agrees_with_training_under_autocast():
     policy = Policy(tiny("llama", scale=3.0), tiny_policy().tokenizer, flat=True, bfloat16=True)
     policy.model.set_attn_implementation("rlpost_flat")
-    sampled = BuiltinEngine(policy).generate(PROMPTS, 3, LONG, STREAMS)
+    sampled = local(policy).generate(asked(PROMPTS, 3, LONG, STREAMS))
     groups = groups_of(sampled)
     with torch.no_grad():
         logp = policy(policy.batch(groups)).logp_N.float()
@@ -224,12 +225,12 @@ def test_sampling_under_autocast_agrees_with_training_under_autocast():
 
 
 def test_a_prompt_beyond_the_model_is_refused_with_the_remedy():
-    engine = BuiltinEngine(tiny_policy())
+    engine = local(tiny_policy())
     with pytest.raises(EngineError, match=r"max_new_tokens=120: .* 11 tokens .* 128 positions; set it to at most 117"):
-        engine.generate(PROMPTS, 1, Sampling(max_new_tokens=120), STREAMS)
-    assert len(engine.generate([PROMPTS[0]], 1, Sampling(max_new_tokens=117), [1])[0][0].ids) == 117
+        engine.generate(asked(PROMPTS, 1, Sampling(max_new_tokens=120), STREAMS))
+    assert len(engine.generate(asked([PROMPTS[0]], 1, Sampling(max_new_tokens=117), [1]))[0][0].ids) == 117
     with pytest.raises(EngineError, match="set it to at most 117"):
-        engine.generate(PROMPTS, 1, Sampling(max_new_tokens=118), STREAMS)
+        engine.generate(asked(PROMPTS, 1, Sampling(max_new_tokens=118), STREAMS))
 
 
 def test_logits_that_are_not_numbers_are_an_error():
@@ -237,21 +238,28 @@ def test_logits_that_are_not_numbers_are_an_error():
     with torch.no_grad():
         policy.model.lm_head.weight.fill_(math.nan)
     with pytest.raises(EngineError, match="nan"):
-        BuiltinEngine(policy).generate(PROMPTS, 1, LONG, STREAMS)
+        local(policy).generate(asked(PROMPTS, 1, LONG, STREAMS))
 
 
 def test_no_prompts_no_completions():
-    assert BuiltinEngine(tiny_policy()).generate([], 3, LONG, []) == []
+    assert local(tiny_policy()).generate(asked([], 3, LONG, [])) == []
 
 
-def test_sync_takes_another_policy():
-    engine = BuiltinEngine(tiny_policy())
-    before = engine.generate(PROMPTS, 1, LONG, STREAMS)
+def test_nothing_is_sampled_without_weights():
+    with pytest.raises(EngineError, match="update_weights"):
+        LocalEngine(tiny_policy()).generate(asked(PROMPTS, 1, LONG, STREAMS))
+
+
+def test_updated_weights_are_those_of_another_policy():
+    engine = local(tiny_policy())
+    before = engine.generate(asked(PROMPTS, 1, LONG, STREAMS))
     other = tiny_policy(seed=1)
-    engine.sync(other)
-    after = engine.generate(PROMPTS, 1, LONG, STREAMS)
-    assert not any(a.same(b) for (a,), (b,) in zip(before, after, strict=True))
+    engine.update_weights(other, 1)
+    after = engine.generate(asked(PROMPTS, 1, LONG, STREAMS))
+    assert not any(same(a, b) for a, b in zip(before, after, strict=True))
     assert gap(other, after) < 1e-5
+    assert {c.weights_version for cs in before for c in cs} == {0}
+    assert {c.weights_version for cs in after for c in cs} == {1}
 
 
 class Leaning:
@@ -281,8 +289,8 @@ class Leaning:
 def test_a_guides_weights_are_of_the_distribution_at_the_temperature(greedy):
     """They are added to logits that the temperature then divides; a greedy choice has temperature 1."""
     policy = tiny_policy()
-    engine = BuiltinEngine(policy, guide=Leaning())
-    (found,) = engine.generate(PROMPTS[:1], 4, Sampling(temperature=0.5, max_new_tokens=1), STREAMS[:1], greedy)
+    engine = local(policy, guide=Leaning())
+    (found,) = engine.generate(asked(PROMPTS[:1], 4, Sampling(temperature=0.5, max_new_tokens=1), STREAMS[:1], greedy))
     with torch.no_grad():
         logits = policy.next_logits(policy.batch([Group(tuple(PROMPTS[0]), (Completion((), ()),))]))[0]
     expected = (logits / (1.0 if greedy else 0.5) + Leaning.weight_V).log_softmax(0)
@@ -292,11 +300,11 @@ def test_a_guides_weights_are_of_the_distribution_at_the_temperature(greedy):
 
 def test_a_guide_follows_the_rows_that_go_on():
     policy, guide = tiny_policy(eos=4), Leaning()
-    found = BuiltinEngine(policy, guide=guide).generate(PROMPTS[:2], 6, LONG, STREAMS[:2])
+    found = local(policy, guide=guide).generate(asked(PROMPTS[:2], 6, LONG, STREAMS[:2]))
     assert guide.limits == [20] * 12
     texts = [(*prompt, *c.ids) for prompt, some in zip(PROMPTS[:2], found, strict=True) for c in some]
     assert len({len(c.ids) for some in found for c in some}) > 1, "rows should leave at different times"
-    for t, asked in enumerate(guide.asked):
+    for t, told in enumerate(guide.asked):
         states = [text[: len(p) + t] for p in PROMPTS[:2] for text in texts if text[: len(p)] == tuple(p)]
         going = [s for s in states if 4 not in s[len(s) - t :]]
-        assert sorted(asked) == sorted(going)
+        assert sorted(told) == sorted(going)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import local
 from stubs import LETTERS, tiny_policy
 
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.environments.loop import collect_turns
 from rlpost.errors import RewardError
@@ -30,7 +30,7 @@ def echo(text, turns, example):
 
 def episodes(environment=echo, n=4, turns=3, policy=None, budget=14, seed=5, prompts=PROMPTS, **more):
     policy = policy or tiny_policy(eos=0)
-    engine = BuiltinEngine(policy)
+    engine = local(policy)
     sampling = Sampling(max_new_tokens=budget, stop=["a", "b", "c", "d", "e", "f"])
     settings = {"environment": Bound(environment, "environment"), "turns": turns, "longest": 64, **more}
     return collect_turns(engine, CODEC, prompts, n, sampling, seed, **settings), policy

@@ -9,6 +9,7 @@ import torch
 from stubs import Letters, tiny_policy
 
 from rlpost.data.direction import before_what
+from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
 from rlpost.goals import infill as middle
@@ -89,14 +90,14 @@ def test_scores_are_those_of_plain_passes():
 def test_candidates_are_pieces_of_both_sides_and_all_tokens_are_counted(monkeypatch):
     ahead, back = pair()
     said = []
-    generate = middle.BuiltinEngine.generate
+    generate = LocalEngine.generate
 
-    def remember(self, prompts, n, sampling, streams, greedy=False):
-        (found,) = generate(self, prompts, n, sampling, streams, greedy)
-        said.append((prompts, found))
+    def remember(self, requests):
+        (found,) = generate(self, requests)
+        said.append(([tuple(r.prompt.tolist()) for r in requests], found))
         return [found]
 
-    monkeypatch.setattr(middle.BuiltinEngine, "generate", remember)
+    monkeypatch.setattr(LocalEngine, "generate", remember)
     proposals = propose(ahead, back, (BEGIN, *X), GOAL, n=3, sampling=Sampling(max_new_tokens=4), seed=1, most=10**6)
     ((asked, heads), (asked_back, tails)) = said
     assert asked == [(BEGIN, *X)]

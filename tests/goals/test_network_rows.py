@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import asked, local
 from families import tiny
 
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import EngineError
 from rlpost.goals.goal_set import GoalSet
@@ -120,7 +120,7 @@ def test_samples_are_the_same(kind, avoid, greedy):
     guide = network.guide(GoalSet([(token,) for token in range(0, 64, 2 if avoid else 1)]), policy.end_ids, 8)
     sampling = Sampling(max_new_tokens=20, temperature=0.7)
     sampled = [
-        BuiltinEngine(policy, guide=g).generate(PROMPTS, 6, sampling, [1, 2, 3], greedy)
+        local(policy, guide=g).generate(asked(PROMPTS, 6, sampling, [1, 2, 3], greedy))
         for g in (guide, by_whole_prefixes(guide), None)
     ]
     followed, anew, free = ([c for some in found for c in some] for found in sampled)
@@ -136,14 +136,11 @@ def test_samples_are_the_same(kind, avoid, greedy):
 def test_a_network_without_such_a_cache_is_asked_anew(kind):
     """And on flat rows, if it is scored on such, whatever attention the policy decodes with meanwhile."""
     policy, network = pair(kind)
-    expected = BuiltinEngine(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(
-        PROMPTS, 2, Sampling(max_new_tokens=12), [1, 2, 3]
-    )
+    requests = asked(PROMPTS, 2, Sampling(max_new_tokens=12), [1, 2, 3])
+    expected = local(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(requests)
     policy.decoding = network._scalar.trunk.decoding = Decoding.padded
     assert network.follow(PROMPTS, [0, 1, 2], 12) is None
-    found = BuiltinEngine(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(
-        PROMPTS, 2, Sampling(max_new_tokens=12), [1, 2, 3]
-    )
+    found = local(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(requests)
     assert [[c.ids for c in some] for some in found] == [[c.ids for c in some] for some in expected]
 
 

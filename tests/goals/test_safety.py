@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from engines import asked, local
 from tiny_recipes import SFT, group, policy, run
 
-from rlpost.engine.local import BuiltinEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import EngineError
 from rlpost.goals import claims_safety as rows_safety
@@ -122,7 +122,7 @@ def test_the_guided_table_is_what_the_engine_samples(trained):
     assert mass(tree, table_XV, unsafe_L) == 0.0
     leaf = {tokens.real(ids.tolist()): at for at, ids in enumerate(torch.split(tree.token_N, tree.length_L.tolist()))}
     guide = Guide(network.ahead, GoalSet(members), one.end_ids, Mode.away, truncated_counts=True)
-    (drawn,) = BuiltinEngine(one, guide=guide).generate([prompt], 40, Sampling(max_new_tokens=2), [0])
+    (drawn,) = local(one, guide=guide).generate(asked([prompt], 40, Sampling(max_new_tokens=2), [0]))
     assert len({tuple(c.ids) for c in drawn}) > 5
     for c in drawn:
         assert float(logp_L[leaf[tuple(c.ids)]]) == pytest.approx(sum(tuple(c.logprobs)), abs=1e-5)

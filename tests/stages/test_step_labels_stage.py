@@ -58,11 +58,12 @@ def labels_of(monkeypatch, texts: list[str], tried: list[list[str]], rewards: di
         def score(self, groups, steps=None):  # noqa: ARG002 - told of them, as every scorer is
             return SimpleNamespace(total=[[rewards[c.text] for c in g.completions] for g in groups])
 
-    monkeypatch.setattr(stage, "BuiltinEngine", lambda policy: None)
     monkeypatch.setattr(stage, "collect", lambda *_, **__: [Group((1,), tuple(map(said, texts)), asked.example)])
     monkeypatch.setattr(stage, "fresh_rollouts", fresh)
     rows = list(
-        stage.labelled(SimpleNamespace(tokenizer=TOKENIZER, end_ids=()), [asked], Table(), StepLabels(step_end="a"), 0)
+        stage.labelled(
+            None, SimpleNamespace(tokenizer=TOKENIZER, end_ids=()), [asked], Table(), StepLabels(step_end="a"), 0
+        )
     )
     assert states == [t[: i + 1] for t in texts for i, letter in enumerate(t[:-1]) if letter == "a"]
     return rows

@@ -49,7 +49,7 @@ def sample(
     if bool(goal) == bool(avoid):
         raise typer.BadParameter("give either --goal or --avoid", param_hint="--goal")
     text = from_stdin("PROMPT") if prompt is None else prompt
-    sampling = options.in_range(Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or []))
+    given = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
     from rlpost.goals.sample import guided_sample
 
     texts = guided_sample(
@@ -59,9 +59,8 @@ def sample(
         goal or avoid or [],
         avoid=bool(avoid),
         candidates=candidates,
-        sampling=sampling,
+        sampling=options.in_range(given, greedy),
         n=n,
-        greedy=greedy,
         seed=seed,
     )
     for completion in texts:

@@ -1,0 +1,211 @@
+"""Rows drawn token by token, together, each until it has ended.
+
+Axes: B rows (live completions), R rows of a batch, T tokens a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlpost.engine.api import Steering
+from rlpost.engine.params import Sampling
+from rlpost.engine.sampling import choose, is_greedy
+from rlpost.engine.seeds import uniforms
+from rlpost.engine.stopping import StopStrings
+from rlpost.objectives.rows import widen
+from rlpost.policy.decoders import Decoder, FlatDecoder
+from rlpost.policy.policy import Policy
+from rlpost.types import Request
+
+LEAVE_AT = 0.75
+"""Rows that are over leave once at most this share of the batch still runs."""
+LOOK_EVERY = 8
+"""On an accelerator, steps between looks at which rows are over: each look waits for the device."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One completion to sample."""
+
+    request: Request
+    index: int
+    """Which of the completions of its prompt."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn."""
+
+    ids_RT: NDArray[np.int64]
+    logp_RT: NDArray[np.floating[Any]]
+    length_R: NDArray[np.int64]
+    stopped_R: NDArray[np.bool_]
+    """An end token or a stop string ended the row, and not its limit."""
+    stops_R: Sequence[StopStrings]
+    """Of each row's sampling."""
+
+
+class Batch:
+    """The rows of one decoder."""
+
+    def __init__(self, decoder: Decoder, rows: Sequence[Row], policy: Policy, steering: Steering | None) -> None:
+        """Prepare to draw; rows in the order of the decoder's."""
+        self._decoder = decoder
+        self._rows = rows
+        self._policy = policy
+        self._steering = steering
+        device = policy.device
+        limits = [r.request.limit for r in rows]
+        shape = len(rows), max(limits)
+        noise = uniforms([r.request.seed for r in rows], [r.index for r in rows], shape[1])
+        self._noise_RT = torch.from_numpy(noise).to(device)
+        self._ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
+        self._ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
+        self._limit_R = torch.tensor(limits, device=device)
+        self._ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
+        self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device)
+        self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
+        self._last_looks = {r.request.limit for r in rows if len(r.request.prompt) + r.request.limit == policy.longest}
+        """Lengths at which some row has filled the model's positions, and must leave."""
+        self._keeps = {i for i, r in enumerate(rows) if r.request.keep} if isinstance(decoder, FlatDecoder) else set()
+        self._live = torch.arange(shape[0], device=device)
+        self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
+
+    def draw(self) -> Drawn:
+        """All tokens of all rows."""
+        stops = self._choices.stops_of_rows
+        logits = self._decoder.start()
+        logp_RT = torch.zeros(self._ids_RT.shape, dtype=widen(logits).dtype, device=logits.device)
+        most = self._ids_RT.shape[1]
+        for t in range(most):
+            token, logp = self._choose(logits, t)
+            logp_RT[self._live, t] = logp.to(logp_RT.dtype)
+            if t + 1 == most or (token_left := self._next(token, t)) is None:
+                break
+            if self._steering is not None:
+                self._steering.append(token_left)
+            logits = self._decoder.step(token_left)
+        self._remember(torch.ones_like(self._ended))
+        ended_RT = self._ended_RT.cpu().numpy()
+        length_R, stopped_R = _lengths(ended_RT, self._limit_R.cpu().numpy())
+        return Drawn(self._ids_RT.cpu().numpy(), logp_RT.cpu().numpy(), length_R, stopped_R, stops)
+
+    def _choose(self, logits_BV: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """[B] tokens number `t` and their log-probabilities; takes note of rows that end with them."""
+        live = self._live
+        logits_BV = self._policy.known.cut(logits_BV)
+        if self._steering is not None:
+            weight_BV = self._steering.weigh(logits_BV, ~self._over(t))
+            logits_BV = widen(logits_BV) + self._choices.scale * weight_BV.to(widen(logits_BV).dtype)
+        token, logp = self._choices.choose(logits_BV, self._noise_RT[live, t])
+        self._ids_RT[live, t] = token
+        self._ended = self._ended | (token[:, None] == self._ends).any(1)
+        self._ended = self._choices.with_stopped(self._ended, self._ids_RT, live, t + 1)
+        self._ended_RT[live, t] = self._ended
+        return token, logp
+
+    def _over(self, length: int) -> Tensor:
+        """[B] rows that need no more than the `length` tokens they have."""
+        return self._ended | (self._limit_R[self._live] <= length)
+
+    def _next(self, token: Tensor, t: int) -> Tensor | None:
+        """The tokens of rows that stay, after some may have left; None where every row is over."""
+        must_leave = t + 1 in self._last_looks
+        if not must_leave and (t + 1) % self._look_every:
+            return token
+        over = self._over(t + 1)
+        going = (~over).nonzero()[:, 0]
+        if not len(going):
+            return None
+        if len(going) > LEAVE_AT * len(over) and not must_leave:
+            return token
+        self._remember(over)
+        self._decoder.keep(going)
+        if self._steering is not None:
+            self._steering.keep(going)
+        self._choices.keep(going)
+        self._live, self._ended = self._live[going], self._ended[going]
+        return token[going]
+
+    def _remember(self, leaving: Tensor) -> None:
+        """Keep what was computed of rows that leave, for prompts to come."""
+        if not self._keeps:
+            return
+        assert isinstance(self._decoder, FlatDecoder)
+        numbers = self._live.tolist()
+        rows = [b for b in leaving.nonzero()[:, 0].tolist() if numbers[b] in self._keeps]
+        which = self._live[torch.tensor(rows, dtype=torch.long, device=leaving.device)]
+        ids, ended, limits = (x[which].cpu().numpy() for x in (self._ids_RT, self._ended_RT, self._limit_R))
+        lengths, _ = _lengths(ended, limits)
+        self._decoder.remember(rows, [x[:n] for x, n in zip(ids, lengths, strict=True)])
+
+
+class _Choices:
+    """How each live row's token is chosen, and what ends it: rows of one sampling together."""
+
+    def __init__(self, samplings: Sequence[Sampling], tokenizer: Any, device: torch.device) -> None:
+        distinct: list[Sampling] = []
+        for sampling in samplings:
+            if not any(sampling is other for other in distinct) and sampling not in distinct:
+                distinct.append(sampling)
+        self._samplings = distinct
+        self._stops = [StopStrings(tokenizer, s.stop) for s in distinct]
+        self._device = device
+        self._number = np.array([0 if len(distinct) == 1 else distinct.index(s) for s in samplings])
+        self.stops_of_rows = [self._stops[i] for i in self._number]
+        self._place()
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        self._number = self._number[rows.cpu().numpy()]
+        self._place()
+
+    @property
+    def scale(self) -> float | Tensor:
+        """Temperature, of each row where they differ: it divides weights too, which are of what it has shaped."""
+        scales = [1.0 if is_greedy(s) else s.temperature for s in self._samplings]
+        if len(scales) == 1:
+            return scales[0]
+        return torch.tensor([[scales[i]] for i in self._number], device=self._device)
+
+    def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] tokens and their log-probabilities."""
+        if len(self._samplings) == 1:
+            return choose(logits_BV, uniform_B, self._samplings[0])
+        parts = [choose(logits_BV[rows], uniform_B[rows], s) for s, _, rows in self._parts]
+        order = torch.cat([rows for *_, rows in self._parts]).argsort()
+        return torch.cat([token for token, _ in parts])[order], torch.cat([logp for _, logp in parts])[order]
+
+    def with_stopped(self, ended: Tensor, ids_RT: Tensor, live: Tensor, length: int) -> Tensor:
+        """[B] ended rows, and those whose last tokens contain a stop string."""
+        for _, stops, rows in self._parts:
+            if stops:
+                recent = ids_RT[live[rows], max(0, length - stops.tail) : length].tolist()
+                hit = torch.tensor([stops.hit(tail) for tail in recent], device=self._device)
+                ended = ended.index_copy(0, rows, ended[rows] | hit)
+        return ended
+
+    def _place(self) -> None:
+        """Which live rows have which sampling."""
+        numbers = np.unique(self._number).tolist()
+        self._parts = [
+            (
+                self._samplings[i],
+                self._stops[i],
+                torch.from_numpy(np.flatnonzero(self._number == i)).to(self._device),
+            )
+            for i in numbers
+        ]
+
+
+def _lengths(ended_RT: NDArray[np.bool_], limit_R: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """[R] tokens of rows, and whether they ended before their limit cut them off."""
+    first_R = np.where(ended_RT.any(1), ended_RT.argmax(1) + 1, limit_R + 1)
+    return np.minimum(first_R, limit_R), first_R <= limit_R

@@ -1,0 +1,212 @@
+"""Engines of the user's: all that they give is looked at before anything is learned from it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlpost import console
+from rlpost.engine.stopping import StopStrings, finished
+from rlpost.errors import EngineError, RlpostError
+from rlpost.policy.policy import Policy
+from rlpost.types import Completion, Request
+from rlpost.usercode.bound import Bound
+
+ROUNDING = 1e-3
+"""A log-probability of a certain token may be above 0 by this much."""
+FINISHES = ("stop", "length", "")
+CLOSING = 30.0
+"""Seconds that closing an engine may take."""
+METHODS = ("generate", "update_weights", "close")
+
+
+class ForeignEngine:
+    """An engine of the user's. What is wrong with it is told in a line that names the request."""
+
+    def __init__(self, function: Bound, policy: Policy, deadline: float) -> None:
+        """Have `function` make the engine; no call of it may take more than `deadline` seconds.
+
+        Raises:
+            EngineError: the function fails, or returns no engine.
+        """
+        self._name = function.name
+        self._where = function.where
+        self._deadline = deadline
+        self._thread = _Thread()
+        self._policy = policy
+        self._version: int | None = None
+        self._engine = self._call(lambda: function(policy), "it")
+        for method in METHODS:
+            if not callable(getattr(self._engine, method, None)):
+                kind = type(self._engine).__name__
+                raise self._error(
+                    f"returned a {kind}, which has no {method}(); return an engine (rlpost/engine/api.py)"
+                )
+
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Give it new weights; see `Engine.update_weights`."""
+        self._call(lambda: self._engine.update_weights(policy, version), f"update_weights to version {version}")
+        self._policy, self._version = policy, version
+
+    def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
+        """The completions of each request; see `Engine.generate`.
+
+        Raises:
+            EngineError: it fails, hangs, or gives something else than was asked for.
+        """
+        assert self._version is not None, "update_weights comes before generate"
+        if not requests:
+            return []
+        what = f"{len(requests)} requests, the first" if len(requests) > 1 else "a request"
+        given = self._call(lambda: self._engine.generate(list(requests)), f"{what} {_shown(requests[0], self._policy)}")
+        if not isinstance(given, Sequence) or len(given) != len(requests):
+            first = min(len(given), len(requests) - 1) if isinstance(given, Sequence) else 0
+            many = f"{len(given)} groups of completions" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+            place = self._place(requests, first)
+            raise self._error(f"returned {many} for {len(requests)} requests, none for {place}; return one for each")
+        return [self._looked_at(requests, number, given[number]) for number in range(len(requests))]
+
+    def close(self) -> None:
+        """Let it end; it has little time."""
+        self._deadline = min(self._deadline, CLOSING)
+        try:
+            self._call(lambda: self._engine.close(), "close")
+        except EngineError as error:
+            console.warn(str(error))
+        self._thread.end()
+
+    def _looked_at(self, requests: Sequence[Request], number: int, given: Any) -> tuple[Completion, ...]:
+        request = requests[number]
+        fault = ""
+        if not isinstance(given, Sequence):
+            fault = f"gave a {type(given).__name__}; return a tuple of its {request.n} completions"
+        elif len(given) != request.n:
+            fault = f"gave {_count(len(given), 'completion')}, not {request.n}; return as many as its n says"
+        for at, completion in enumerate(given if not fault else ()):
+            if wrong := _fault(completion, request, self._policy, self._version):
+                fault = f"gave completion {at + 1} of {request.n} {wrong}"
+                break
+        if fault:
+            raise self._error(f"{self._place(requests, number)}: it {fault}")
+        stops = StopStrings(self._policy.tokenizer, request.sampling.stop)
+        return tuple(self._finished(completion, stops) for completion in given)
+
+    def _finished(self, completion: Completion, stops: StopStrings) -> Completion:
+        """As the local engine says it: the text is what the ids stand for."""
+        ids, ends = completion.ids, self._policy.end_ids
+        ended = completion.finish == "stop"
+        if not completion.finish:
+            ended = int(ids[-1]) in ends or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
+        return finished(ids, completion.logprobs, ended, ends, stops, self._version)
+
+    def _place(self, requests: Sequence[Request], number: int) -> str:
+        return f"request {number + 1} of {len(requests)} {_shown(requests[number], self._policy)}"
+
+    def _call(self, function: Callable[[], Any], what: str) -> Any:
+        try:
+            return self._thread.call(function, self._deadline)
+        except TimeoutError as error:
+            raise self._error(
+                f"{what}: no answer within {self._deadline:g} s; mend it, or raise rollouts.deadline"
+            ) from error
+        except RlpostError:
+            raise
+        except (Exception, SystemExit) as error:
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+                raise
+            message = " ".join(str(error).split())[:200] or "(no message)"
+            raise self._error(f"{what}: it raised {type(error).__name__}: {message}; mend the engine") from error
+
+    def _error(self, what: str) -> EngineError:
+        return EngineError(f"{self._where}: engine {self._name}: {what}")
+
+
+def _fault(completion: Any, request: Request, policy: Policy, version: int | None) -> str:
+    """What is wrong with a completion, and what to do; empty if nothing is."""
+    if not isinstance(completion, Completion):
+        return f"as a {type(completion).__name__}; return rlpost.types.Completion"
+    ids, logprobs = completion.ids, completion.logprobs
+    if not len(ids):
+        return "without a token; the token that ends it belongs to it"
+    if len(ids) > request.limit:
+        return f"of {len(ids)} tokens; its limit is {request.limit}"
+    strange = ids[(ids < 0) | (ids >= policy.vocabulary)]
+    if len(strange):
+        return f"with id {strange[0]}; the vocabulary has ids from 0 to {policy.vocabulary - 1}"
+    if np.isin(ids[:-1], policy.end_ids).any():
+        return "that goes on after an end token; end it there"
+    if not completion.action.all():
+        return "with tokens that are no actions; an engine chooses every token"
+    if len(logprobs) != len(ids):
+        return f"with {len(logprobs)} log-probabilities for {len(ids)} tokens; give one for each"
+    if not np.isfinite(logprobs).all() or (logprobs > ROUNDING).any():
+        wrong = logprobs[~np.isfinite(logprobs) | (logprobs > ROUNDING)][0]
+        return f"with a log-probability of {wrong:g}; give finite ones of at most 0"
+    if completion.finish not in FINISHES:
+        return f"with finish={completion.finish!r}; say 'stop' or 'length', or nothing"
+    if completion.weights_version not in (None, version):
+        return f"of weights version {completion.weights_version}; sample with version {version}, or leave it out"
+    return ""
+
+
+def _shown(request: Request, policy: Policy) -> str:
+    """A request's prompt, shortened."""
+    text = str(policy.tokenizer.decode(request.prompt.tolist(), skip_special_tokens=False))
+    return f"({text if len(text) <= 40 else text[:20] + '…' + text[-19:]!r})"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+@dataclass(frozen=True)
+class _Answer:
+    value: Any = None
+    error: BaseException | None = None
+
+
+class _Thread:
+    """Where all calls of an engine run, one after another: one that hangs is left behind, and ends with the process."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[_Answer]] | None] = SimpleQueue()
+        self._stuck = False
+        # A thread has settings of its own.
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        threading.Thread(target=self._run, args=(torch.get_num_threads(), device), daemon=True).start()
+
+    def call(self, function: Callable[[], Any], deadline: float) -> Any:
+        """What the function returns; raises what it raises, or TimeoutError."""
+        if self._stuck:
+            raise TimeoutError
+        answers: SimpleQueue[_Answer] = SimpleQueue()
+        self._calls.put((function, answers))
+        try:
+            answer = answers.get(timeout=deadline)
+        except Empty:
+            self._stuck = True
+            raise TimeoutError from None
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
+
+    def end(self) -> None:
+        """After the calls that were made, there are no more."""
+        self._calls.put(None)
+
+    def _run(self, threads: int, device: int | None) -> None:
+        torch.set_num_threads(threads)
+        if device is not None:
+            torch.cuda.set_device(device)
+        while (asked := self._calls.get()) is not None:
+            function, answers = asked
+            try:
+                answers.put(_Answer(function()))
+            except BaseException as error:  # whatever it is, the caller is told
+                answers.put(_Answer(error=error))
