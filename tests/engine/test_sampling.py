@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlpost.engine.params import Sampling
-from rlpost.engine.sampling import choose, filtered
+from rlpost.engine.sampling import choose, filtered, greedy
 
 HALVES = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log()
 U = torch.tensor([0.5], dtype=torch.float64)
@@ -89,8 +89,8 @@ def test_filtered_tokens_are_never_drawn():
 
 
 def test_greedy_takes_the_largest_at_temperature_one():
-    for sampling, greedy in ((Sampling(temperature=0.3, top_k=1), True), (Sampling(temperature=0.0), False)):
-        chosen, logp = choose(HALVES, U, sampling, greedy)
+    for sampling in (greedy(Sampling(temperature=0.3, top_k=1)), Sampling(temperature=0.0)):
+        chosen, logp = choose(HALVES, U, sampling)
         assert (chosen.item(), logp.item()) == (1, pytest.approx(math.log(0.5), abs=1e-6))
 
 

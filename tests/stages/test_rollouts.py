@@ -51,7 +51,7 @@ def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout
         firsts.append(first)
         return next(given)
 
-    sampler.engine = SimpleNamespace(sync=lambda _: None)
+    sampler.engine = SimpleNamespace(update_weights=lambda *_: None)
     sampler.policy = None
     sampler.cfg = SimpleNamespace(prompts=prompts)
     sampler.resample = resample
