@@ -31,7 +31,7 @@ def engine_for(
     assert function is not None, "a user's engine comes with its function"
     if guide is not None:
         raise EngineError(
-            f"{function.where}: a guide weighs every token, which {function.name} does not show; use local"
+            f"{function.where}: a guide weighs every token, which {function.name} does not show; use the {LOCAL} engine"
         )
     return ForeignEngine(function, policy, chosen.deadline or DEADLINE)
 

@@ -113,7 +113,7 @@ class ForeignEngine:
             return self._thread.call(function, self._deadline)
         except TimeoutError as error:
             raise self._error(
-                f"{what}: no answer within {self._deadline:g} s; mend it, or raise rollouts.deadline"
+                f"{what}: no answer within {self._deadline:g} s; mend it, or raise {self._where}.deadline"
             ) from error
         except RlpostError:
             raise
