@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rlpost.engine.params import Sampling
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
-
-from rlpost.engine.params import Sampling
 
 FAILED = "failed"
 """How a completion finished whose environment failed."""
@@ -194,7 +194,7 @@ class Request:
             ValueError: the prompt has no token, or nothing is asked for.
         """
         limit = sampling.max_new_tokens if limit is None else limit
-        values = {"prompt": _frozen(prompt, np.int32), "n": n, "sampling": sampling, "seed": seed, "limit": limit}
+        values = {"prompt": _frozen(prompt, "int32"), "n": n, "sampling": sampling, "seed": seed, "limit": limit}
         for name, value in {**values, "first": first, "keep": keep}.items():
             object.__setattr__(self, name, value)
         if not len(self.prompt):
