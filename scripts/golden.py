@@ -1,7 +1,7 @@
 """Golden runs: every stage kind on a tiny model, compared with what it gave when its reference was written.
 
-    python scripts/golden.py [--only NAME ...] [--exact]     compare; exits 1 on any difference
-    python scripts/golden.py --write [--only NAME ...]       write the references that are missing
+    python scripts/golden.py [--only NAME ...] [--way full] [--exact]     compare; exits 1 on any difference
+    python scripts/golden.py --write [--only NAME ...]                    write the references that are missing
 
 tests/golden/runs.yaml holds the recipes. Each is run by the command line (`rlpost train`, and what its `commands` say)
 in a process of its own, full and with LoRA, and what it leaves is read from its folder: metrics, rollouts with their
@@ -360,6 +360,7 @@ def main() -> int:
     what.add_argument("--write", action="store_true", help="write references that are missing")
     what.add_argument("--list", action="store_true", help="print the runs, and stop")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these (sft: both ways; sft-lora)")
+    parser.add_argument("--way", choices=("full", "lora"), help="only these: half of all")
     parser.add_argument("--exact", action="store_true", help="numbers too must be the same, bit for bit")
     parser.add_argument("--reason", help="with --write: why marked runs, named with --only, have other numbers")
     parser.add_argument("--package", type=Path, default=ROOT, help="the tree whose rlpost is run (this one)")
@@ -371,6 +372,7 @@ def main() -> int:
     if args.reason and not (args.write and args.only):
         parser.error("--reason goes with --write and --only")
     runs = [run for run in runs if not args.only or {run.name, run.key} & set(args.only)]
+    runs = [run for run in runs if args.way in (None, run.way)]
     if args.list:
         print("\n".join(f"{run.key:28} {run.kinds:40} {', '.join(run.marks)}".rstrip() for run in runs))
         return 0

@@ -2,10 +2,10 @@
 
     python scripts/shape.py [--package TREE]
 
-A step is traced on a golden run, from the first line of the stage's function to the first line of its log. `executed`
-are all files of the package of which a function ran. `to read` are those that say what the method is: files of the
-training side (STEP), and of what it asks (DOORS) those that it calls itself, not what lies behind them. The model, data,
-run directories, recipes and processes of users' code are taken at their word. `imported` are the files of the training
+A step is traced on a golden run, from the first line of the stage's function to its first logged line. `executed` are
+all files of the package in which a function ran. `to read` are those that say what the method is: files of the training
+side (STEP), and of what it asks (DOORS) those that it calls itself, not what lies behind them. The model, data, run
+directories, recipes and the processes of users' code are taken at their word. `imported` are the files of the training
 side and the doors that the stage's file imports.
 """
 
@@ -152,7 +152,8 @@ def main() -> None:
     longest = sorted(((n, f"{file}:{name}") for file, t in trees.items() for n, name in functions(t)), reverse=True)
     print(f"longest functions   {', '.join(f'{name} {n}' for n, name in longest[:3])}")
     names, made = engines(trees)
-    print(f"makes an engine     {len(made)} ({', '.join(sorted(names))}): {', '.join(made)}")
+    files = {place.split(":")[0] for place in made}
+    print(f"makes an engine     {len(made)} in {len(files)} files ({', '.join(sorted(names))}): {', '.join(made)}")
     with contextlib.redirect_stderr(None):
         golden.prepare(tree)
     for kind in STAGES:
