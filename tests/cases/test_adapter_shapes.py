@@ -44,7 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     "saved norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [*GROUPS[0].prompt, 258]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [*GROUPS[0].prompt.tolist(), 258]},
 }
 QUICK = ("ranks", "dora", "head", "both ends", "saved head", "saved embedding", "tokens")
 """Tied, in every test run; the others when there is time."""
