@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from rlpost.results import kept_for_results
 
@@ -21,6 +21,20 @@ MOVED = ("infill", "calibrate", "plot")
 
 class Command(TyperCommand):
     """A command whose stdout is for results alone; its help is printed before it is invoked."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """`RECIPE [KEY=VALUE]...`: in brackets what may be left out, and nothing around the rest."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write a line an argument, without its type, and then the options."""
+        params = self.get_params(ctx)
+        arguments = [(p.metavar, p.help) for p in params if isinstance(p, TyperArgument)]
+        options = [p.get_help_record(ctx) for p in params if not isinstance(p, TyperArgument)]
+        for title, lines in (("Arguments", arguments), ("Options", [line for line in options if line])):
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

@@ -24,7 +24,7 @@ def run(app: typer.Typer) -> NoReturn:
     code: object = None
     try:
         _refuse_broken_text(sys.argv[1:])
-        code = app(standalone_mode=False)
+        code = app(prog_name="rlpost", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except RlpostError as error:

@@ -23,11 +23,11 @@ def _moved(given: list[str] | None) -> None:
 
 _BestOf = Annotated[
     int | None,
-    typer.Option("--best-of", metavar="N", min=2, help="The best of N, by the rewards of --recipe or by --judge."),
+    typer.Option("--best-of", metavar="N", min=2, help="Best of N by --recipe's rewards, or --judge."),
 ]
 _Example = Annotated[
     list[str] | None,
-    typer.Option("--example", metavar="COLUMN=TEXT", help="What those rewards read of a row; may be repeated."),
+    typer.Option("--example", metavar="COLUMN=TEXT", help="For rewards that read a row; may be repeated."),
 ]
 _Judge = Annotated[
     str | None,

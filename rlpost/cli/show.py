@@ -14,9 +14,7 @@ from rlpost.results import emit
 def show(
     recipe: Recipe,
     overrides: Overrides = None,
-    rows: Annotated[
-        int, typer.Option("--rows", metavar="N", min=0, help="Also show so many rows as the model sees them.")
-    ] = 0,
+    rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="Also N rows as the model sees them.")] = 0,
 ) -> None:
     """Print a recipe with everything filled in."""
     from rlpost import console

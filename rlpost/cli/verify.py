@@ -19,7 +19,10 @@ class Proof(StrEnum):
 
 
 def verify(
-    what: Annotated[Proof, typer.Argument(help="Objectives, or goals and guided decoding.")] = Proof.objectives,
+    what: Annotated[
+        Proof,
+        typer.Argument(metavar="objectives|goals", help="By default the objectives; or goals and guided decoding."),
+    ] = Proof.objectives,
     vocab: Annotated[int, typer.Option("--vocab", metavar="N", min=2, help="Tokens, the end token among them.")] = 3,
     depth: Annotated[int, typer.Option("--depth", metavar="N", min=2, help="Tokens of the longest completion.")] = 3,
     seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of tree, policy and rewards.")] = 0,

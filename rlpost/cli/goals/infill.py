@@ -28,7 +28,7 @@ def infill(
     temperature: options.Temperature = 1.0,
     seed: options.Seed = 0,
     top: Annotated[int, typer.Option("--top", metavar="N", min=1, help="Print so many, best first.")] = 5,
-    begin: Annotated[bool, typer.Option(help="FORWARD's texts began with the begin token, as `text` rows do.")] = True,
+    begin: Annotated[bool, typer.Option(help="FORWARD's texts began with the begin token.")] = True,
     as_json: options.Json = False,
 ) -> None:
     """Fill in what stands between two texts.

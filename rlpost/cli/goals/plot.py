@@ -19,7 +19,7 @@ class Picture(StrEnum):
 
 
 def plot(
-    what: Annotated[Picture, typer.Argument(help="The kind of picture.")],  # noqa: ARG001 - there is one so far
+    what: Annotated[Picture, typer.Argument(metavar="maze", help="The kind of picture.")],  # noqa: ARG001 - there is one so far
     run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.", callback=home)],
     out: Annotated[
         str | None,

@@ -17,9 +17,7 @@ def sample(
     checkpoint: options.Checkpoint,
     network: Annotated[
         str,
-        typer.Option(
-            "--network", metavar="V", help="A value network: its run's stage, or a checkpoint.", callback=home
-        ),
+        typer.Option("--network", metavar="V", help="A value network's stage or checkpoint.", callback=home),
     ],
     prompt: options.Prompt = None,
     goal: Annotated[
@@ -29,7 +27,7 @@ def sample(
         list[str] | None, typer.Option("--avoid", metavar="TEXT", help="Never end in it; may be repeated.")
     ] = None,
     candidates: Annotated[
-        int, typer.Option("--candidates", metavar="N", min=0, help="Likeliest tokens that are weighed; 0: all.")
+        int, typer.Option("--candidates", metavar="N", min=0, help="Likeliest tokens weighed; 0: all.")
     ] = 32,
     n: options.Many = 1,
     temperature: options.Temperature = 1.0,
@@ -42,10 +40,7 @@ def sample(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Complete a prompt toward endings, or away from them.
-
-    A value network weighs each token by where it leads.
-    """
+    """Complete a prompt toward endings, or away from them."""
     if bool(goal) == bool(avoid):
         raise typer.BadParameter("give either --goal or --avoid", param_hint="--goal")
     text = from_stdin("PROMPT") if prompt is None else prompt
