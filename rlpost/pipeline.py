@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,19 +22,19 @@ from rlpost.data.templates import clock_at
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import Interrupted, ModelError, RlpostError
 from rlpost.evaluate.params import Evaluation
-from rlpost.goals.guesses import guesses
-from rlpost.goals.guided import guided
-from rlpost.goals.value import value
 from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.params import Precision
 from rlpost.policy.scratch import make_model
-from rlpost.recipe.functions import bind, bind_all, reward_leaves
-from rlpost.recipe.parts import Kind, Stage
+from rlpost.recipe.functions import bind, bind_all
+from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Recipe, leaves_policy
+from rlpost.recipe.rules import Leaves
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.math import check_references
+from rlpost.rewards.params import reward_leaves
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import place
@@ -45,36 +45,7 @@ from rlpost.run.manifest import fault, measure
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stage_rows import check_rows, need_of
 from rlpost.stages.context import Context
-from rlpost.stages.dpo import dpo
-from rlpost.stages.grpo import grpo
-from rlpost.stages.kto import kto
-from rlpost.stages.online_dpo import online_dpo
-from rlpost.stages.pairs import pairs
-from rlpost.stages.params import MAKES_ROWS
-from rlpost.stages.ppo import ppo
-from rlpost.stages.process_reward_model import process_reward_model
-from rlpost.stages.reward_model import reward_model
-from rlpost.stages.sft import sft
-from rlpost.stages.step_labels import step_labels
-from rlpost.stages.trpo import trpo
 from rlpost.unexpected import traceback_kept
-
-STAGES: dict[Kind, Callable[..., Path]] = {
-    Kind.sft: sft,
-    Kind.dpo: dpo,
-    Kind.kto: kto,
-    Kind.online_dpo: online_dpo,
-    Kind.reward_model: reward_model,
-    Kind.process_reward_model: process_reward_model,
-    Kind.value: value,
-    Kind.grpo: grpo,
-    Kind.ppo: ppo,
-    Kind.trpo: trpo,
-    Kind.pairs: pairs,
-    Kind.guided: guided,
-    Kind.guesses: guesses,
-    Kind.step_labels: step_labels,
-}
 
 
 @dataclass
@@ -106,7 +77,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     accelerator = the_accelerator()
     functions = functions_of(resolved)
     with (
-        open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions) as run,
+        open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions, _leaves(recipe)) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
@@ -145,7 +116,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
             _run_stage(context, stage, done, evaluations)
             if not run.record.base:  # a model of the hub, which is here only now
                 prove_base(run, base, recipe.model.revision)
-            if leaves_policy(stage):
+            if stage.leaves is Leaves.policy:
                 evaluations.after(name, done.current, done.checkpoints)
         evaluations.print()
         return done.current
@@ -155,6 +126,11 @@ def functions_of(resolved: Resolved) -> dict[str, str]:
     """`FILE:NAME` -> sha256 of the file, for the user's own functions; also other files that decide what is trained."""
     found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
     return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
+
+
+def _leaves(recipe: Recipe) -> dict[str, str]:
+    """What each stage leaves that is no policy."""
+    return {name: str(s.leaves) for name, s in recipe.stages.items() if s.leaves is not Leaves.policy}
 
 
 def the_accelerator() -> Accelerator:
@@ -296,14 +272,14 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     else:
         evaluations.forget(context.name)
         with context.opened:
-            result = STAGES[stage.kind](context, stage)
+            result = function_of(stage)(context, stage)
         # Accelerate holds on to every model it has prepared.
         context.accelerator.free_memory()
-    if stage.kind in MAKES_ROWS:
+    if stage.leaves is Leaves.rows:
         done.rows[context.name] = context.out.rows
         return
     done.checkpoints[context.name] = result.resolve()
-    if leaves_policy(stage):
+    if stage.leaves is Leaves.policy:
         done.current = done.checkpoints[context.name]
 
 
@@ -354,7 +330,7 @@ def _plan(stage: Any) -> str:
     length = f"{stage.steps} steps" if getattr(stage, "steps", None) else ""
     if not length and getattr(stage, "epochs", None):
         length = f"{stage.epochs:g} epochs"
-    return " ".join(filter(None, [stage.kind.value, length, "on", ", ".join(stage.data)]))
+    return " ".join(filter(None, [stage.kind, length, "on", ", ".join(stage.data)]))
 
 
 def _no_stage(name: str) -> Path:

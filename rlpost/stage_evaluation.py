@@ -38,6 +38,7 @@ from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.types import Group
+from rlpost.usercode.params import ENVIRONMENT
 
 _PROVEN = ("json", "jsonl")
 
@@ -232,7 +233,7 @@ def evaluate_recipe(
     awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
     judge = None if awaited else judge_by(str(cfg.judge), "judge")
     given = cfg.environment
-    environment = bind(given, "environment", "evaluation.environment", resolved.folder) if given else None
+    environment = bind(given, ENVIRONMENT, "evaluation.environment", resolved.folder) if given else None
     made = make_engine(policy, cfg.rollouts, resolved.config.rollouts, "evaluation", resolved.folder)
     with closing(made) as engine:
         result = evaluate(engine, policy, groups, scorer, cfg, resolved.config.seed, judge, environment)

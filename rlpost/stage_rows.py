@@ -17,9 +17,9 @@ from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
 from rlpost.policy.model_files import load_tokenizer, told_as_model_error
 from rlpost.recipe.functions import bind
-from rlpost.recipe.parts import Kind, Stage
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import Sft
+from rlpost.recipe.specs.common import Stage
+from rlpost.recipe.specs.sft import LOSS, Sft
 from rlpost.stages.sft import need_of as sft_need
 
 
@@ -67,18 +67,9 @@ def own_sources(stage: Any) -> dict[str, Source]:
 
 def need_of(stage: Stage, name: str, folder: Path) -> Need:
     """What the stage of that name does with its rows; `folder` is the recipe's."""
-    if getattr(stage, "recorded", False):
-        return Need.recorded
     if isinstance(stage, Sft):
-        return sft_need(bind(stage.loss, "sft.loss", f"stages.{name}.loss", folder))
-    needs = {
-        Kind.dpo: Need.pairs,
-        Kind.kto: Need.labelled,
-        Kind.reward_model: Need.pairs,
-        Kind.process_reward_model: Need.steps,
-    }
-    ranks = getattr(getattr(stage, "loss", None), "fn", None) == "ranking"
-    return Need.ranked if ranks else needs.get(stage.kind, Need.prompts)
+        return sft_need(bind(stage.loss, LOSS, f"stages.{name}.loss", folder))
+    return stage.rows()
 
 
 def _limit(stage: Any, need: Need, positions: int) -> Limit:

@@ -16,7 +16,16 @@ from worlds import GROUP_SIZE, REFERENCE, SAMPLER, SAMPLING, World, pairs, ranke
 from rlpost.goals import value
 from rlpost.goals.params import ValueTarget
 from rlpost.objectives.trust_region import finite_difference
-from rlpost.recipe.schema import Grpo, Ppo, Sft, Trpo, Value
+from rlpost.recipe.specs.dpo import Dpo
+from rlpost.recipe.specs.grpo import Grpo
+from rlpost.recipe.specs.kto import Kto
+from rlpost.recipe.specs.online_dpo import OnlineDpo
+from rlpost.recipe.specs.ppo import Ppo
+from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
+from rlpost.recipe.specs.reward_model import RewardModel
+from rlpost.recipe.specs.sft import Sft
+from rlpost.recipe.specs.trpo import Trpo
+from rlpost.recipe.specs.value import Value
 from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.online_dpo import best_and_worst
@@ -62,7 +71,7 @@ class Case:
 
 def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Case:
     cfg = Sft(learning_rate=1.0, weight=weight, max_length=30)
-    function = world.function(Function(fn), "sft.loss")
+    function = world.function(Sft(loss=Function(fn)), "loss")
     groups = singles()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -79,8 +88,8 @@ def with_reference(world: World, groups: Sequence[Group], temperature: float = 1
 
 
 def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.0) -> Case:
-    modify = [world.function(Function(name), "dpo.modifiers").call for name in modifiers]
-    objective = PairObjective(world.function(Function(fn), "dpo.loss"), modify, nll)
+    modify = [f.call for f in world.functions(Dpo(modifiers=[Function(m) for m in modifiers]), "modifiers")]
+    objective = PairObjective(world.function(Dpo(loss=Function(fn)), "loss"), modify, nll)
     groups = pairs()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -91,7 +100,7 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
 
 
 def ranked_policy(world: World) -> Case:
-    loss = dpo.ranking_loss(world.function(Function("ranking"), "dpo.loss"))
+    loss = dpo.ranking_loss(world.function(Dpo(loss=Function("ranking")), "loss"))
     groups = ranked()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -101,7 +110,7 @@ def ranked_policy(world: World) -> Case:
 
 
 def unpaired(world: World) -> Case:
-    function = world.function(Function("kto"), "kto.loss")
+    function = world.function(Kto(), "loss")
     groups = singles()
     others = kto.mismatched(groups, seed=2)  # with other seeds z is below 0, and cut off there
 
@@ -114,7 +123,7 @@ def unpaired(world: World) -> Case:
 
 
 def scored(world: World, fn: str, groups: Sequence[Group]) -> Case:
-    loss = reward_model.score_loss(world.function(Function(fn), "reward_model.loss"))
+    loss = reward_model.score_loss(world.function(RewardModel(loss=Function(fn)), "loss"))
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         return Update(loss, reward_model.weighted(Experience(tuple(groups[i] for i in share)), learner))
@@ -123,7 +132,7 @@ def scored(world: World, fn: str, groups: Sequence[Group]) -> Case:
 
 
 def scored_steps(world: World) -> Case:
-    loss = process_reward_model.step_loss(world.function(Function("process_reward"), "process_reward_model.loss"))
+    loss = process_reward_model.step_loss(world.function(ProcessRewardModel(), "loss"))
     groups = singles()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -165,7 +174,7 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
         **settings,
     )
     groups = world.groups
-    loss = surrogate.surrogate_loss(world.function(cfg.loss, "grpo.loss"), cfg, Beta(cfg.kl))
+    loss = surrogate.surrogate_loss(world.function(cfg, "loss"), cfg, Beta(cfg.kl))
     how = {"temperature": SAMPLING.temperature, "entropy": cfg.entropy > 0}
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -186,7 +195,7 @@ def with_critic(world: World, critic: bool) -> Case:
         critic=Critic(clip=0.2),
     )
     groups = world.groups
-    loss = surrogate.surrogate_loss(world.function(cfg.loss, "ppo.loss"), cfg, Beta(cfg.kl))
+    loss = surrogate.surrogate_loss(world.function(cfg, "loss"), cfg, Beta(cfg.kl))
     how = {"temperature": SAMPLING.temperature, "entropy": True}
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -230,7 +239,7 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
 
 
 def sampled_pairs(world: World) -> Case:
-    objective = PairObjective(world.function(Function("dpo"), "online_dpo.loss"))
+    objective = PairObjective(world.function(OnlineDpo(), "loss"))
     groups = world.groups
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:

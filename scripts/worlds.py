@@ -25,12 +25,12 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.policy.scalar import ScalarModel
 from rlpost.policy.score import logprobs
-from rlpost.recipe.functions import bind
+from rlpost.recipe.functions import bind, functions_at
+from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.rollouts import Rollout
 from rlpost.types import Completion, Group, completions
 from rlpost.usercode.bound import Bound
-from rlpost.usercode.params import Function
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.8)
 GROUP_SIZE = 4
@@ -86,9 +86,14 @@ class World:
             model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
         return model
 
-    def function(self, function: Function, field: str) -> Bound:
-        """A function of objectives/ by its name in a recipe."""
-        return bind(function, field, field, Path())
+    def function(self, cfg: Stage, key: str) -> Bound:
+        """The function of objectives/ that a key of a stage names."""
+        (found,) = self.functions(cfg, key)
+        return found
+
+    def functions(self, cfg: Stage, key: str) -> list[Bound]:
+        """The same of a key that may name several."""
+        return [bind(*named, Path()) for named in functions_at(cfg, key, "stage")]
 
     def reference(self, *_: Any) -> Reference:
         """The one reference there is, whatever its name."""

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
-    {"errors"},
+    {"errors", "key"},
     {"params", "suggest"},
     {"results", "streams", "unexpected"},
     {"console", "objectives", "types"},
@@ -42,6 +42,7 @@ LIGHT = (
         "console",
         "data",
         "errors",
+        "key",
         "recipe",
         "results",
         "rewards",

@@ -23,25 +23,27 @@ from rlpost.data.formats import Format, Need, recognise
 from rlpost.oracle.verify import verify
 from rlpost.recipe.files import packaged
 from rlpost.recipe.keys import MISSING, fields_of, shape
-from rlpost.recipe.parts import Kind
+from rlpost.recipe.kinds import kinds
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.typed import plain
 from rlpost.rewards.tree import NODES
 from rlpost.run import names
+from rlpost.usercode.params import Lookup
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [p for p in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if p.is_file()]
 SECTIONS = (
     *("usercode.params", "rewards.params", "data.params", "policy.params", "engine.params", "stages.params"),
-    *("goals.params", "evaluate.params", "recipe.parts", "recipe.row_stages", "recipe.schema"),
+    *("goals.params", "evaluate.params", "recipe.schema", "recipe.specs.common"),
+    *(f"recipe.specs.{kind}" for kind in kinds()),
 )
 """Modules whose dataclasses are sections of a recipe."""
 CLASSES = [
     c
     for name in SECTIONS
     for c in vars(importlib.import_module(f"rlpost.{name}")).values()
-    if isinstance(c, type) and is_dataclass(c) and c.__module__ == f"rlpost.{name}"
+    if isinstance(c, type) and is_dataclass(c) and c.__module__ == f"rlpost.{name}" and c is not Lookup
 ]
 NUMBER = re.compile(r"-?\d[\d.]*(?:e-?\d+)?")
 RECIPE = re.compile(r"rlpost\s+(?:train|show)\s+([\w./-]+)|--recipe[ =]([\w./-]+)")
@@ -239,7 +241,7 @@ def test_examples_of_judged_rows_are_read_as_what_they_are():
 
 def test_every_kind_of_stage_is_described():
     page = (DOCS / "how-it-works.md").read_text("utf-8")
-    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == {kind.value for kind in Kind}
+    assert set(re.findall(r"(?m)^\| `(\w+)` \|", page)) == set(kinds())
 
 
 def test_every_exit_code_is_documented():

@@ -25,7 +25,8 @@ from stage_updates import CASES, Update, gradient, paired, with_reference
 from worlds import World, pairs
 
 from rlpost.objectives.preference import aot, bco
-from rlpost.recipe.schema import STAGES
+from rlpost.recipe.kinds import kinds, spec_of
+from rlpost.recipe.specs.common import Training
 from rlpost.stages.pairwise import PairObjective
 from rlpost.train.learner import Learner
 from rlpost.usercode.bound import Bound
@@ -50,7 +51,7 @@ def ranks():
 
 
 def test_every_stage_that_trains_is_here():
-    trained = {kind.value for kind, stage in STAGES.items() if hasattr(stage, "tokens_per_pass")}
+    trained = {kind for kind in kinds() if issubclass(spec_of(kind), Training)}
     assert {name.split()[0] for name in CASES} == trained
 
 

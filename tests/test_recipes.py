@@ -26,7 +26,7 @@ from rlpost.goals.maze import draw, in_text, report, solved
 from rlpost.pipeline import train
 from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve
-from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS
+from rlpost.recipe.rules import Leaves
 
 CHATML = (
     "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -123,13 +123,12 @@ def run(folder: Path, recipe: str, *overrides: str) -> Path:
     resolved = resolve(recipe, [f"runs={folder}", "threads=1", "model.precision=float32", *overrides])
     final = train(resolved)
     for name, settings in resolved.config.stages.items():
-        if settings.enabled and settings.kind not in MAKES_ROWS:
+        if settings.enabled and settings.leaves is not Leaves.rows:
             lines = (folder / recipe / name / "metrics.jsonl").read_text("utf-8").splitlines()
             assert [json.loads(line)["step"] for line in lines] == [1, 2]
             assert all(json.loads(line)["loss"] is not None for line in lines)
     measured = sorted(f.stem for f in (folder / recipe / "evaluation").glob("*.json"))
-    passed = (*MAKES_ROWS, *MAKES_JUDGES)
-    trained = [name for name, s in resolved.config.stages.items() if s.enabled and s.kind not in passed]
+    trained = [name for name, s in resolved.config.stages.items() if s.enabled and s.leaves is Leaves.policy]
     assert measured == (sorted(["base", *trained]) if resolved.config.evaluation else [])
     return final
 

@@ -39,7 +39,7 @@ def in_range(sampling: Sampling, greedy: bool = False) -> Sampling:
     Raises:
         typer.BadParameter: one is not; named as the option it came from.
     """
-    from rlpost.recipe.ranges import out_of_range
+    from rlpost.key import out_of_range
 
     for problem in out_of_range(sampling, "--"):
         raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))

@@ -12,7 +12,7 @@ from typing import Any
 from rlpost.data.codec import Codec
 from rlpost.data.formats import Need, recognise, row_texts
 from rlpost.data.order import Draw, Order
-from rlpost.data.params import Source
+from rlpost.data.params import PRESENT, Source
 from rlpost.data.part import Found, Limit, Part, open_part, present_rows
 from rlpost.data.sources import Bind, label, read
 from rlpost.errors import DataError, RecipeError
@@ -156,7 +156,7 @@ def open_dataset(
     for name, source in sources.items():
         key = f"{where}.{name}"
         rows = read(source, stages=stages, where=key, bind=bind, base=base)
-        present = bind(source.present, "present", f"{key}.present", base) if source.present else None
+        present = bind(source.present, PRESENT, f"{key}.present", base) if source.present else None
         parts.append(open_part(source, key, rows, present, need, codec, limit, seed, found))
     return Dataset(parts, codec, limit, seed, found, allow_change)
 

@@ -27,6 +27,7 @@ from rlpost.data.judged import (
     encode_steps,
 )
 from rlpost.data.messages import is_trained, opening, validate
+from rlpost.data.params import Need as Need
 from rlpost.data.unrendered import Unrendered
 from rlpost.errors import DataError
 from rlpost.types import Group
@@ -50,18 +51,6 @@ class Format(StrEnum):
     prompt = "prompt"
     opening = "messages up to the last answer"
     """Only as prompts: the conversation without the assistant turn it ends with."""
-
-
-class Need(StrEnum):
-    """What a caller does with the rows."""
-
-    completions = "completions"
-    pairs = "pairs"
-    prompts = "prompts"
-    labelled = "labelled"
-    ranked = "ranked"
-    steps = "steps"
-    recorded = "recorded"
 
 
 _COLUMNS = {

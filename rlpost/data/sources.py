@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from rlpost.data.columns import apply_columns, missing
 from rlpost.data.files import read_jsonl, read_parquet
 from rlpost.data.hub import read_hub
-from rlpost.data.params import Fold, FoldPart, Source
+from rlpost.data.params import MAP, TASK, Fold, FoldPart, Source
 from rlpost.data.users import each
 from rlpost.errors import DataError, RecipeError
-from rlpost.usercode.params import Function
+from rlpost.usercode.params import Function, Lookup
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ _FOLD_SEED = 0  # a fold is part of the data: no seed of a run may move rows acr
 class Bind(Protocol):
     """What turns a function's name and arguments into a callable: `rlpost.recipe.functions.bind`."""
 
-    def __call__(self, function: Function, field: str, where: str, base: Path) -> Callable[..., Any]:
+    def __call__(self, function: Function, lookup: Lookup, where: str, base: Path) -> Callable[..., Any]:
         """The callable of `function`, which stands at key path `where` of a recipe in the folder `base`."""
         ...
 
@@ -69,7 +69,7 @@ def read(
     if source.fold is not None:
         found = _fold(found, source.fold, f"{where}.fold")
     if source.map is not None:
-        found = _map(found, bind(source.map, "map", f"{where}.map", base), f"{where}.map: {source.map.fn}", where)
+        found = _map(found, bind(source.map, MAP, f"{where}.map", base), f"{where}.map: {source.map.fn}", where)
     if source.columns:
         found.rows = apply_columns(found.rows, source.columns, f"{where}.columns", found.places)
     if source.limit is not None:
@@ -90,7 +90,7 @@ def _read(source: Source, stages: Callable[[str], Path], where: str, bind: Bind,
         stated = " and ".join(given) if given else "none"
         raise RecipeError(f"{where}: give exactly one of path, stage, task (given: {stated})")
     if source.task is not None:
-        make = bind(source.task, "task", f"{where}.task", base)
+        make = bind(source.task, TASK, f"{where}.task", base)
         (made,) = each(make, [{}], [f"{where}.task: {source.task.fn}"])
         return _numbered(_checked_rows(made, f"{where}.task: {source.task.fn}"))
     if source.stage is not None:

@@ -12,16 +12,21 @@ CACHE_GIB = 2.0
 DEADLINE = 900.0
 """Seconds after which a call of a user's engine counts as hanging."""
 
+from rlpost.key import key
+from rlpost.usercode.params import Lookup
+
+ENGINE = Lookup("engine", "", ("policy",), by_name=True, key="engine")
+
 
 @dataclass
 class Sampling:
     """How completions are sampled."""
 
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_new_tokens: int = key(256, ge=1)
+    temperature: float = key(1.0, gt=0)
+    top_k: int = key(0, ge=0)
+    top_p: float = key(1.0, gt=0, le=1)
+    min_p: float = key(0.0, ge=0, lt=1)
     stop: list[str] = field(default_factory=list)
 
 
@@ -33,8 +38,8 @@ class EngineChoice:
     """`local`: the policy's own model in its own process; or `file.py:function`, which returns an engine of yours."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that function."""
-    deadline: Optional[float] = None
+    deadline: Optional[float] = key(None, gt=0)
     """Seconds that a call of your engine may take (900)."""
-    cache_gib: float = CACHE_GIB
+    cache_gib: float = key(CACHE_GIB, ge=0)
     """Memory in which the local engine keeps what turns before, and completions that are gone on from, have computed
     (0: none)."""

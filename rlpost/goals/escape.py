@@ -21,7 +21,7 @@ from rlpost.goals.value_network import load_value
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.recipe.parts import Kind
+from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
 from rlpost.types import Group, completions
 
@@ -41,8 +41,8 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
     recipe = recipe_of(run)
     rows = [row for row in mazes_of(recipe) if row["held_out"]]
     sampling = Sampling(max_new_tokens=_room(recipe))
-    walker_at = final_of(run, recipe, (Kind.sft,), "a walker: a stage of kind sft")
-    value_at = finished(run, recipe, (Kind.value,))
+    walker_at = final_of(run, recipe, lambda stage: stage.kind == "sft", "a walker: a stage of kind sft")
+    value_at = finished(run, recipe, lambda stage: stage.leaves is Leaves.value)
     lines = []
     for name, policy, guide in _ways(walker_at, value_at, policy_of(run, recipe, stage)):
         groups = collect(frozen_engine(policy, guide), _groups(rows, policy), SAMPLES, sampling, seed=0)

@@ -21,7 +21,7 @@ from rlpost.errors import DataError, ModelError
 from rlpost.goals.endings import Endings
 from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
-from rlpost.recipe.row_stages import Guesses
+from rlpost.recipe.specs.guesses import Guesses
 from rlpost.stages.context import Context
 from rlpost.stages.lots import rows_by_lots
 from rlpost.types import Group

@@ -22,7 +22,7 @@ from rlpost.goals.endings import Endings
 from rlpost.goals.goal_set import Goal, ends_in
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.policy.policy import Policy
-from rlpost.recipe.row_stages import Guided
+from rlpost.recipe.specs.guided import Guided
 from rlpost.stages.context import Context
 from rlpost.stages.lots import rows_by_lots
 from rlpost.types import Group

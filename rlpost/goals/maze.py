@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,9 +18,10 @@ from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import load_scalar
-from rlpost.recipe.parts import Kind
 from rlpost.recipe.resolve import resolve
+from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.common import Stage
 from rlpost.run.names import CONFIG
 from rlpost.run.stage import StageDirectory
 from rlpost.types import Completion, Group
@@ -72,7 +73,7 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
         DataError: its rows are no mazes.
     """
     recipe = recipe_of(run)
-    scalar_at = finished(run, recipe, (Kind.value,))
+    scalar_at = finished(run, recipe, lambda stage: stage.leaves is Leaves.value)
     policy = load_policy(policy_of(run, recipe, policy_stage), Model(), trainable=False)
     rows = mazes_of(recipe)
     groups = [_group(row, policy) for row in rows]
@@ -114,7 +115,7 @@ def policy_of(run: Path, recipe: Recipe, stage: str | None) -> Path:
         ModelError: it is not there yet.
     """
     if stage is None:
-        return final_of(run, recipe, (Kind.ppo, Kind.grpo, Kind.sft, Kind.dpo), "a policy")
+        return final_of(run, recipe, lambda stage: stage.leaves is Leaves.policy, "a policy")
     done = StageDirectory(run / stage).done
     if done is None:
         raise ModelError(f"{run / stage}: not finished; run `rlpost train` to the end, or name another stage")
@@ -228,22 +229,22 @@ def _best(s: Solved, cell: int) -> list[int]:
     return [n for n in task.neighbours(s.maze, cell) if s.steps.get(n, len(s.maze)) == s.steps[cell] - 1]
 
 
-def final_of(run: Path, recipe: Recipe, kinds: Sequence[Kind], what: str) -> Path:
+def final_of(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool], what: str) -> Path:
     """As `finished`.
 
     Raises:
         ModelError: there is none; `what` is said to be missing.
     """
-    done = finished(run, recipe, kinds)
+    done = finished(run, recipe, wanted)
     if done is None:
         raise ModelError(f"{run}: no finished stage gives {what}; run `rlpost train` to the end")
     return done
 
 
-def finished(run: Path, recipe: Recipe, kinds: Sequence[Kind]) -> Path | None:
-    """The result of the last finished stage of some kinds; None where there is none."""
+def finished(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool]) -> Path | None:
+    """The result of the last finished stage of those wanted; None where there is none."""
     for name, stage in reversed(recipe.stages.items()):
-        done = StageDirectory(run / name).done if stage.enabled and stage.kind in kinds else None
+        done = StageDirectory(run / name).done if stage.enabled and wanted(stage) else None
         if done is not None:
             return done
     return None

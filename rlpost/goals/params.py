@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Optional
 
+from rlpost.key import key
+
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
@@ -24,7 +26,7 @@ class Goals:
     """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
 
     texts: list[str] = field(default_factory=list)
-    path: Optional[str] = None
+    path: Optional[str] = key(None, path=True)
     """A text file with one ending a line."""
     column: Optional[str] = None
     """Each prompt's own: a column of its row with a text."""

@@ -26,7 +26,7 @@ from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueSettings, conditioned
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value
 from rlpost.policy.scalar import Values, critic_beside
-from rlpost.recipe.schema import Value
+from rlpost.recipe.specs.value import Value
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.rollouts import mean_of
 from rlpost.train.experience import Experience

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError, RewardError
-from rlpost.recipe.functions import bind, reward_leaves
+from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
-from rlpost.rewards.params import Reward
+from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group
@@ -44,7 +44,7 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
     rewards, where = rewards_of(resolved)
     probe = Group((0,), (Completion((0,), (True,), text=str(row.get("prompt", ""))),), row)
     for leaf, place in reward_leaves(rewards, where):
-        bound = bind(leaf, "reward", place, resolved.folder)
+        bound = bind(leaf, REWARD, place, resolved.folder)
         if leaf.model is not None or not _ROW & set(inspect.signature(bound.call).parameters):
             continue
         try:

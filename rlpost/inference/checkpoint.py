@@ -11,11 +11,10 @@ from rlpost.policy.load import decide_bfloat16, load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.schema import reads_backwards
+from rlpost.recipe.rules import JUDGES
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import CONFIG
 from rlpost.run.stage import StageDirectory
-from rlpost.stages.params import MAKES_JUDGES
 
 
 def located(name: str) -> str:
@@ -58,5 +57,5 @@ def judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
     """The models for rewards that the recipe's run has finished; of the run that `path` lies in, if it is given."""
     run = Path(resolved.config.runs) / resolved.config.run if path is None else recipe_of(path).parent
     stages = resolved.config.stages.items()
-    found = {n: StageDirectory(run / n).done for n, s in stages if s.kind in MAKES_JUDGES or reads_backwards(s)}
+    found = {n: StageDirectory(run / n).done for n, s in stages if s.leaves in JUDGES}
     return {name: folder for name, folder in found.items() if folder is not None}

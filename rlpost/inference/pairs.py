@@ -14,7 +14,7 @@ from rlpost.errors import RecipeError
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.row_stages import Pairs
+from rlpost.recipe.specs.pairs import Pairs
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.stage_evaluation import judges
 from rlpost.stages.context import make_engine, make_scorer

@@ -5,6 +5,7 @@ from enum import StrEnum
 from typing import Any, Optional
 
 from rlpost.data.params import Tokenizer
+from rlpost.key import key
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
@@ -30,9 +31,9 @@ class Attention(StrEnum):
 class Lora:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained in float32."""
 
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    r: int = key(16, ge=1)
+    alpha: float = key(32.0, gt=0)
+    dropout: float = key(0.0, ge=0, lt=1)
     target_modules: Any = None
     """As in peft; by default `all-linear`, or what a saved adapter has that training goes on with."""
 
@@ -41,13 +42,13 @@ class Lora:
 class Model:
     """The model all stages start from: `path`, or `config` and `tokenizer` for one made from scratch."""
 
-    path: Optional[str] = None
+    path: Optional[str] = key(None, path=True)
     """A folder, a checkpoint of rlpost, or the name of a model on the hub."""
     revision: Optional[str] = None
     config: dict[str, Any] = field(default_factory=dict)
     """From scratch: `model_type` and the fields of that configuration in transformers."""
     tokenizer: Optional[Tokenizer] = None
-    chat_template: Optional[str] = None
+    chat_template: Optional[str] = key(None, path=True)
     """A Jinja file, for models that bring no chat template."""
     lora: Optional[Lora] = None
     precision: Precision = Precision.auto

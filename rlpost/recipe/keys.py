@@ -14,8 +14,9 @@ from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.parts import Kind, Stage
-from rlpost.recipe.schema import STAGES, Recipe
+from rlpost.recipe.kinds import kinds, spec_of
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.common import Stage
 from rlpost.suggest import closest, hint
 
 MISSING = "???"
@@ -88,17 +89,16 @@ def kinds_of(tree: Mapping[str, Any]) -> dict[str, type[Stage]]:
         if stage is None:
             raise RecipeError(f"{where}: empty - to leave a stage out, give `{where}.enabled=false`")
         _expect(isinstance(stage, dict), where, "the keys of a stage", stage)
-        options = [kind.value for kind in Kind]
         kind = stage.get("kind", MISSING)
         if kind == MISSING:
             misspelt = closest("kind", (str(k) for k in stage))
             also = f" (is {misspelt!r} meant for it?)" if misspelt else ""
-            raise RecipeError(f"{where}.kind: missing - give one of {', '.join(options)}{also}")
-        if kind not in options:
+            raise RecipeError(f"{where}.kind: missing - give one of {', '.join(kinds())}{also}")
+        if kind not in kinds():
             raise RecipeError(
-                f"{where}.kind: expected one of {', '.join(options)}, got {kind!r}{hint(str(kind), options)}"
+                f"{where}.kind: expected one of {', '.join(kinds())}, got {kind!r}{hint(str(kind), kinds())}"
             )
-        found[name] = STAGES[Kind(kind)]
+        found[name] = spec_of(kind)
     return found
 
 

@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,23 +21,16 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from rlpost.data.params import Source
 from rlpost.errors import RecipeError
-from rlpost.evaluate.params import Evaluation
-from rlpost.goals.params import Goals
-from rlpost.policy.params import Model
 from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, expanded, find
 from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
 from rlpost.recipe.references import references, refuse_excess, refuse_resolvers
-from rlpost.recipe.row_stages import Guesses, Guided
-from rlpost.recipe.schema import Recipe, Sft
+from rlpost.recipe.schema import Recipe
 from rlpost.recipe.typed import build, filled, plain
 from rlpost.recipe.validate import validate
 from rlpost.recipe.walk import walk
-from rlpost.rewards.params import Reward
-from rlpost.stages.params import Critic
 from rlpost.suggest import hint
 from rlpost.usercode.params import Function
 
@@ -182,26 +175,12 @@ def _ask(key: str, node: DictConfig) -> str:
     return f"{key}: give it as `{key}={'PATH' if used_as_path else 'VALUE'}`"
 
 
-_PATHS: dict[type, tuple[str, ...]] = {
-    Source: ("path",),
-    Model: ("path", "chat_template"),
-    Reward: ("model",),
-    Sft: ("teacher",),
-    Critic: ("start",),
-    Evaluation: ("judge",),
-    Goals: ("path",),
-    Guided: ("network",),
-    Guesses: ("network",),
-}
-"""Where a recipe names local files and folders; some of them may be a stage's name as well."""
-
-
 def _make_absolute(config: Recipe, folders: list[Path]) -> None:
     """Local files of a recipe are the same from wherever its resolved form is run."""
     for where, value in walk(config):
         if isinstance(value, Function):
             value.fn = locate(value.fn, join(where, "fn"), folders)
-        for name in _PATHS.get(type(value), ()):
+        for name in (f.name for f in fields(value) if f.metadata.get("path")):
             given = getattr(value, name)
             if given and given not in config.stages:
                 setattr(value, name, _absolute(given, join(where, name), folders))

@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlpost.engine.params import ENGINE
 from rlpost.errors import EngineError, RecipeError, RewardError, RlpostError
 from rlpost.usercode import calls, load
 from rlpost.usercode.calls import DEADLINE, CallError, Remote
-from rlpost.usercode.params import Function
-
-APART = ("reward", "environment", "task", "map", "present")
-"""Fields whose functions are called in a process of their own."""
+from rlpost.usercode.params import Function, Lookup
 
 
 class UsersFile:
@@ -45,14 +43,14 @@ class UsersFile:
             for name, signature in signatures.items()
         }
 
-    def bound(self, found: Any, field: str, where: str) -> Callable[..., Any]:
-        """The function with its arguments applied, called apart or here as its field asks.
+    def bound(self, found: Any, lookup: Lookup, where: str) -> Callable[..., Any]:
+        """The function with its arguments applied, called apart or here as its key asks.
 
         Raises:
             RecipeError: it is called here, and has a deadline or a policy for failures; or it does not load here.
         """
         args = self._function.args
-        if field in APART and "model" not in inspect.signature(found).parameters:
+        if lookup.apart and "model" not in inspect.signature(found).parameters:
             return Remote(self._file, self.digest, found.__name__, args, found.__signature__, self._deadline)
         for key in ("deadline", "on_failure"):
             if getattr(self._function, key, None) is not None:
@@ -65,19 +63,19 @@ class UsersFile:
             module = load.load(self._file, self.digest)
         except (Exception, SystemExit) as error:
             raise RecipeError(f"{load.not_loaded(error, self._file)} ({self._where})") from error
-        return Here(load.public_functions(module)[found.__name__], args, self._file, field, where)
+        return Here(load.public_functions(module)[found.__name__], args, self._file, lookup, where)
 
 
 class Here:
     """A user's function called in this process: what it raises, or returns of a wrong kind, is told in a line."""
 
     def __init__(
-        self, function: Callable[..., Any], args: Mapping[str, Any], file: Path, field: str, where: str
+        self, function: Callable[..., Any], args: Mapping[str, Any], file: Path, lookup: Lookup, where: str
     ) -> None:
         self._function = function
         self._args = dict(args)
         self._file = file
-        self._field = field
+        self._lookup = lookup
         self._where = where
         self.__name__ = function.__name__
         signature = inspect.signature(function)
@@ -98,7 +96,7 @@ class Here:
         except (Exception, SystemExit) as error:
             if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
                 raise
-            kind = EngineError if self._field == "engine" else RewardError
+            kind = EngineError if self._lookup is ENGINE else RewardError
             raise kind(
                 f"{self._where}: {self.__name__} {load.raised(error, self._file)} - mend the function"
             ) from error
@@ -107,17 +105,17 @@ class Here:
         return found
 
     def _wrong(self, found: Any, given: list[Any]) -> str:
-        """What is wrong with what a loss, an advantage or a modifier returned; nothing for others."""
-        if self._field in ("reward", "engine"):
+        """What is wrong with what it returned."""
+        if not self._lookup.returns:
             return ""
-        if self._field.endswith("modifiers"):
+        if self._lookup.returns == "the same":
             kind = type(given[0])
             return "" if type(found) is kind else f"{_kind(found)} - return {kind.__name__}"
         torch: Any = sys.modules["torch"]
         tensors = [x for x in given if isinstance(x, torch.Tensor)]
         if not isinstance(found, torch.Tensor):
             return f"{_kind(found)} - return a tensor"
-        if self._field == "advantage":
+        if self._lookup.returns == "tensor":
             return ""
         if found.ndim != 1:
             shape = tuple(found.shape)

@@ -6,25 +6,17 @@ import re
 from collections.abc import Iterator, Mapping, Set
 
 from rlpost.data.params import TokenizerKind
+from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
+from rlpost.key import out_of_range
 from rlpost.policy.params import Attention, Lora, Model
-from rlpost.recipe.functions import reward_leaves
 from rlpost.recipe.keys import join
-from rlpost.recipe.parts import Kind, Stage
-from rlpost.recipe.ranges import out_of_range
-from rlpost.recipe.schema import Grouped, Ppo, Recipe, Rollouts, Trpo, reads_backwards
-from rlpost.recipe.stage_rules import (
-    GROUP_BASELINES,
-    Earlier,
-    engine_problems,
-    reward_problems,
-    sampling_problems,
-    source_problems,
-    stage_problems,
-)
+from rlpost.recipe.rules import Earlier, Leaves, engine_problems, reward_problems, sampling_problems, source_problems
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.common import Stage
 from rlpost.recipe.walk import walk
-from rlpost.stages.params import AtLimit, KlEstimator, KlPlacement
+from rlpost.rewards.params import reward_leaves
 from rlpost.suggest import hint
 
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
@@ -60,10 +52,11 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
     for top, value in [*others[:2], *stages, *others[2:]]:
         for where, inner in walk(value, top):
             yield from out_of_range(inner, where)
+            if isinstance(inner, EngineChoice):
+                yield from engine_problems(inner, where)
     yield from _model(recipe.model)
-    yield from engine_problems(recipe.rollouts, "rollouts")
     for name, stage in enabled.items():
-        yield from stage_problems(stage, join("stages", name), Earlier(recipe, name, left_out))
+        yield from stage.problems(join("stages", name), Earlier(recipe, name, left_out))
     if recipe.evaluation:
         yield from _evaluation(recipe.evaluation, enabled, left_out | (recipe.stages.keys() - enabled.keys()))
 
@@ -103,7 +96,6 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
     yield from source_problems(evaluation.data, f"{where}.data", None)
     yield from reward_problems(evaluation.rewards, where, None)
     yield from sampling_problems(evaluation.sampling, f"{where}.sampling")
-    yield from engine_problems(evaluation.rollouts, f"{where}.rollouts")
     for i, k in enumerate(evaluation.pass_at):
         if k > evaluation.samples:
             yield (
@@ -119,8 +111,8 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
     judge = evaluation.judge or ""
     if judge in disabled:
         yield f"{where}.judge: stage {judge!r} is disabled - enable it, or name another"
-    elif judge in stages and (kind := stages[judge].kind) != Kind.reward_model and not reads_backwards(stages[judge]):
-        yield f"{where}.judge: {judge!r} is of kind {kind.value} - name a reward_model stage or a reverse one"
+    elif judge in stages and stages[judge].leaves not in (Leaves.reward_model, Leaves.reverse):
+        yield f"{where}.judge: {judge!r} is of kind {stages[judge].kind} - name a reward_model stage or a reverse one"
     for leaf, place in reward_leaves(evaluation.rewards, where):
         if leaf.model in stages and evaluation.every_stage:
             yield (
@@ -131,27 +123,8 @@ def _evaluation(evaluation: Evaluation, stages: Mapping[str, Stage], disabled: S
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
     for name, stage in recipe.stages.items():
-        where = join("stages", name)
-        if not stage.enabled or not isinstance(stage, Rollouts):
-            continue
-        if isinstance(stage, Grouped) and stage.group_size == 1 and stage.advantage.fn in GROUP_BASELINES:
-            yield (
-                f"{where}.group_size: a group of one has no baseline: {stage.advantage.fn} is 0 everywhere "
-                "and nothing is learned - use at least 2"
-            )
-        if isinstance(stage, Ppo) and stage.at_limit == AtLimit.bootstrap:
-            yield (
-                f"{where}.at_limit: bootstrap credits a completion cut off with what the critic expects after it; "
-                "where cut answers are rewarded 0, that pays for running over"
-            )
-        if stage.kl.placement == KlPlacement.reward and stage.kl.estimator != KlEstimator.k1 and stage.kl.beta > 0:
-            yield f"{where}.kl.estimator: {stage.kl.estimator.value} in the reward is biased - k1 is exact"
-    trust_regions = [n for n, stage in recipe.stages.items() if stage.enabled and isinstance(stage, Trpo)]
-    if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0 and trust_regions:
-        yield (
-            f"model.lora.dropout: stages.{trust_regions[0]} compares gradients with each other, which dropout "
-            "changes at random - 0 gives it a direction"
-        )
+        if stage.enabled:
+            yield from stage.warnings(join("stages", name), recipe.model)
     if isinstance(recipe.model.lora, Lora) and recipe.model.lora.dropout > 0:
         flat = "attention=flat cannot share prompts and " if recipe.model.attention == Attention.flat else ""
         yield (

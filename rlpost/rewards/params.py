@@ -1,12 +1,24 @@
 """A reward in a recipe."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Optional
 
-from rlpost.usercode.params import OnFailure, TimedFunction
+from rlpost.key import key
+from rlpost.usercode.params import Lookup, OnFailure, TimedFunction
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
+
+
+REWARD = Lookup(
+    "reward",
+    "rlpost.rewards",
+    ("completion", "example", "completions", "examples", "steps", "all_steps", "groups", "model"),
+    by_name=True,
+    some=True,
+    apart=True,
+)
 
 
 @dataclass
@@ -15,9 +27,22 @@ class Reward(TimedFunction):
 
     weight: float = 1.0
     name: Optional[str] = None
-    of: list["Reward"] = field(default_factory=list)
+    of: list["Reward"] = key(factory=list, lookup=REWARD)
     """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
     on_failure: Optional[OnFailure] = None
     """When `file.py:function` raises, hangs, or returns no number: `stop` (so by default), or `unscored`."""
-    model: Optional[str] = None
+    model: Optional[str] = key(None, path=True)
     """For functions that ask for a model: an earlier stage that leaves a judge or reads backwards, or a checkpoint."""
+
+
+def reward_leaves(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:
+    """The reward functions of a tree of rewards, each with its key path; `where` is the path of what has them."""
+    for i, reward in enumerate(rewards):
+        yield from _leaves_below(reward, f"{where}.rewards[{i}]")
+
+
+def _leaves_below(reward: Reward, where: str) -> Iterator[tuple[Reward, str]]:
+    if not reward.of:
+        yield reward, where
+    for i, child in enumerate(reward.of):
+        yield from _leaves_below(child, f"{where}.of[{i}]")

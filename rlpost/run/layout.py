@@ -86,6 +86,7 @@ def open_run(
     overrides: Sequence[str],
     allow_change: bool = False,
     functions: Mapping[str, str] | None = None,
+    leaves: Mapping[str, str] | None = None,
 ) -> Iterator[RunDirectory]:
     """Make or take up runs/NAME, hold its lock, and record the recipe and what it runs on.
 
@@ -95,6 +96,7 @@ def open_run(
         overrides: `key=value` as given on the command line.
         allow_change: go on although the recipe differs from the one the run was started with.
         functions: name -> sha256 of the file, for functions from the user's own files.
+        leaves: what each stage leaves that is no policy.
 
     Raises:
         RecipeError: the name is malformed, or the run was trained with other settings (key: old -> new).
@@ -114,7 +116,7 @@ def open_run(
             with disk_errors(given):
                 files[names.RECIPE] = given.read_text(encoding="utf-8")
         text = OmegaConf.to_yaml(recipe, resolve=True)
-        now = Record(text, environment(recipe.threads, functions or {}), digests(files))
+        now = Record(text, environment(recipe.threads, functions or {}), digests(files), leaves=dict(leaves or {}))
         record = read_record(path)
         if record is None:
             _begin(path, now, files)

@@ -16,7 +16,6 @@ from rlpost.run.files import disk_errors
 from rlpost.run.manifest import fault
 from rlpost.run.record import read_record, run_id
 from rlpost.run.stage import StageDirectory
-from rlpost.stages.params import MAKES_JUDGES, MAKES_ROWS
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
@@ -123,16 +122,11 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def last_stage(run: Path) -> str | None:
-    """The last enabled stage of the run's recipe whose result is a policy, not rows or a judge; None without one."""
-    stages = read_config(run)["stages"]
-    others = (*MAKES_ROWS, *MAKES_JUDGES)
-    trained = [
-        name
-        for name, stage in stages.items()
-        if stage.get("enabled", True)
-        and stage.get("kind") not in others
-        and all(source.get("direction") != "reverse" for source in stage.get("data", {}).values())
-    ]
+    """The last enabled stage of the run's recipe whose result is a policy, as its record says; None without one."""
+    record = read_record(run)
+    others = record.leaves if record is not None else {}
+    stages = read_config(run)["stages"].items()
+    trained = [name for name, stage in stages if stage.get("enabled", True) and name not in others]
     return trained[-1] if trained else None
 
 

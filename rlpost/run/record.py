@@ -34,6 +34,8 @@ class Record:
     given: dict[str, str] = field(default_factory=dict)
     """sha256 of recipe.yaml and overrides.txt."""
     decisions: dict[str, Json] = field(default_factory=dict)
+    leaves: dict[str, str] = field(default_factory=dict)
+    """What each stage leaves that is no policy: rows, a reward model."""
     base: dict[str, Json] | None = None
     """The contents of the model that everything starts from; None until it is known."""
     changes: list[dict[str, Json]] = field(default_factory=list)
@@ -59,7 +61,7 @@ def read_record(run: Path) -> Record | None:
     if data is None:
         return None
     value = unseal(data)
-    if value is None or value.keys() != {f.name for f in fields(Record)}:
+    if value is None or value.keys() | {"leaves"} != {f.name for f in fields(Record)}:
         raise DiskError(
             f"{path}: damaged, so nothing here can be proven to be this run's; restore it or choose another run=NAME"
         )

@@ -25,7 +25,7 @@ from rlpost.objectives.credit import Steps, place
 from rlpost.objectives.rows import Rows
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Grouped
+from rlpost.recipe.specs.common import Grouped
 from rlpost.stages.context import Context
 from rlpost.stages.params import CorrectionMode, KlPlacement
 from rlpost.stages.rollouts import Rollout, Sampler, Samples, kl_estimate, sampled_logprobs, without_unscored
@@ -55,7 +55,7 @@ class Estimator:
         self._policy = policy
         self._samples = samples
         self._sparse = sparse
-        self._function = context.function(cfg.advantage, "advantage")
+        self._function = context.function(cfg, "advantage")
         self._asked = set(inspect.signature(self._function.call).parameters)
         if isinstance(samples, Sampler):
             samples.gone_on_from = "value_K" in self._asked

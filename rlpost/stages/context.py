@@ -38,10 +38,10 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.scalar import ScalarModel
-from rlpost.recipe.functions import bind, bind_engine
-from rlpost.recipe.parts import Kind, Training
+from rlpost.recipe.functions import bind, bind_engine, functions_at
+from rlpost.recipe.specs.common import Stage, Training
 from rlpost.rewards import tree
-from rlpost.rewards.params import Reward
+from rlpost.rewards.params import REWARD, Reward
 from rlpost.rewards.score import Scorer
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
@@ -51,7 +51,7 @@ from rlpost.train.learner import Learner, Trainable
 from rlpost.train.loop import Loop, Stateful, Weights
 from rlpost.train.schedules import learning_rate_factor
 from rlpost.usercode.bound import Bound
-from rlpost.usercode.params import Function, OnFailure
+from rlpost.usercode.params import OnFailure
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,14 @@ class Context:
             console.say(line)
         return dataset
 
-    def function(self, function: Function, field: str) -> Bound:
-        """A function of the recipe with its arguments applied; `field` as in recipe/functions.py."""
-        return bind(function, field, f"stages.{self.name}.{field.rsplit('.', 1)[-1]}", self.folder)
+    def function(self, cfg: Stage, key: str) -> Bound:
+        """The function that a key of the stage names, with its arguments applied."""
+        (found,) = self.functions(cfg, key)
+        return found
+
+    def functions(self, cfg: Stage, key: str) -> list[Bound]:
+        """The same of a key that may name several, or none."""
+        return [bind(*named, self.folder) for named in functions_at(cfg, key, f"stages.{self.name}")]
 
     def scorer(self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None) -> Scorer:
         """The stage's rewards, those of models to judge what `policy` writes in steps that end with `step_end`."""
@@ -178,7 +183,7 @@ class Context:
             return None
         own = own_coefficient(trunk.causal_lm)
         wish = own if cfg.aux_loss_coef is None else cfg.aux_loss_coef
-        if not wish or cfg.kind is Kind.trpo:
+        if not wish or not cfg.balances:
             if cfg.aux_loss_coef is None:
                 console.say(
                     f"{self.name}: the mixture of experts trains without a balance loss: {_no_balance(cfg, own)}"
@@ -313,7 +318,7 @@ def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Call
         if reward.of:
             of = [bound(child, f"{place}.of[{i}]") for i, child in enumerate(reward.of)]
             return tree.Node(reward.name or reward.fn, reward.weight, reward.fn, of, reward.args)
-        function = bind(reward, "reward", place, folder)
+        function = bind(reward, REWARD, place, folder)
         name = reward.model
         if name is not None and name not in judges:
             judges[name] = judge(name, f"reward_{len(judges)}")
@@ -338,7 +343,7 @@ def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:
 
 
 def _no_balance(cfg: Training, own: float | None) -> str:
-    if cfg.kind is Kind.trpo:
-        return "trpo has none"
+    if not cfg.balances:
+        return f"{cfg.kind} has none"
     why = "its configuration names no router_aux_loss_coef" if own is None else "its router_aux_loss_coef is 0"
     return f"{why}; set aux_loss_coef for one"

@@ -18,7 +18,7 @@ from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.following import Following
 from rlpost.policy.policy import Scores
-from rlpost.recipe.schema import Dpo
+from rlpost.recipe.specs.dpo import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
 from rlpost.train.experience import Experience
@@ -34,8 +34,8 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     policy = context.policy()
     need = Need.ranked if cfg.loss.fn == RANKING else Need.pairs
     data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
-    function = context.function(cfg.loss, "dpo.loss")
-    modifiers = [context.function(f, "dpo.modifiers").call for f in cfg.modifiers]
+    function = context.function(cfg, "loss")
+    modifiers = [f.call for f in context.functions(cfg, "modifiers")]
     objective = PairObjective(function, modifiers, cfg.nll)
     loss, prepared = (
         (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)

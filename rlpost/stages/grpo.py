@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlpost.objectives import metrics
-from rlpost.recipe.schema import Grpo
+from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.rollouts import Beta, mean_of, samples_of
@@ -26,7 +26,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     # What a user's own surrogate adds to the advantage is not known.
     estimator = Estimator(context, cfg, policy, samples, sparse=not (cfg.entropy or ":" in cfg.loss.fn))
     beta = Beta(cfg.kl)
-    loss = surrogate_loss(context.function(cfg.loss, "grpo.loss"), cfg, beta)
+    loss = surrogate_loss(context.function(cfg, "loss"), cfg, beta)
     steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps * cfg.updates * cfg.passes)
     loop = context.loop(cfg, {"data": samples.data, "beta": beta, "baseline": estimator}, steps, policy=learner)

@@ -20,7 +20,7 @@ from rlpost.data.formats import Need
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.policy import Scores
-from rlpost.recipe.schema import Kto
+from rlpost.recipe.specs.kto import Kto
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -31,7 +31,7 @@ def kto(context: Context, cfg: Kto) -> Path:
     """Train on labelled completions; returns the final checkpoint."""
     policy = context.policy()
     data = context.data(policy, cfg.data, Need.labelled, cfg.max_length, cfg.too_long)
-    function = context.function(cfg.loss, "kto.loss")
+    function = context.function(cfg, "loss")
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     reference = context.reference(policy, cfg.reference)
     learner = context.learner(policy, cfg, updates=steps)

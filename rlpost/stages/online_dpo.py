@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rlpost.recipe.schema import OnlineDpo
+from rlpost.recipe.specs.online_dpo import OnlineDpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.rollouts import Sampler, mean_of
@@ -25,7 +25,7 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
     """Train on pairs that the policy has just sampled; returns the final checkpoint."""
     policy = context.policy()
     samples = Sampler(context, cfg, policy)
-    objective = PairObjective(context.function(cfg.loss, "online_dpo.loss"))
+    objective = PairObjective(context.function(cfg, "loss"))
     reference = context.reference(policy, cfg.reference)
     steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps * cfg.updates * cfg.passes, whole_groups=True)

@@ -15,7 +15,7 @@ from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
 from rlpost.errors import DataError, Interrupted
 from rlpost.policy.policy import Policy
-from rlpost.recipe.row_stages import Pairs
+from rlpost.recipe.specs.pairs import Pairs
 from rlpost.rewards.score import Scorer
 from rlpost.stages.context import Context
 from rlpost.stages.params import PairChoice

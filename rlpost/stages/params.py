@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Optional
 
+from rlpost.key import key
+
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
@@ -36,12 +38,12 @@ class KlPlacement(StrEnum):
 class Kl:
     """KL to the reference: `beta` times an estimator in the reward or in the loss."""
 
-    beta: float = 0.0
+    beta: float = key(0.0, ge=0)
     placement: KlPlacement = KlPlacement.reward
     estimator: KlEstimator = KlEstimator.k1
-    target: Optional[float] = None
+    target: Optional[float] = key(None, gt=0)
     """Adapt beta so that a completion's KL, in nats, comes to this (Ziegler et al. 2019, arXiv:1909.08593)."""
-    horizon: int = 10000
+    horizon: int = key(10000, ge=1)
     """Completions over which an adapting beta moves."""
 
 
@@ -77,8 +79,8 @@ class Correction:
 
     mode: CorrectionMode = CorrectionMode.none
     per: Per = Per.token
-    cap: float = 2.0
-    floor: float = 0.0
+    cap: float = key(2.0, gt=0)
+    floor: float = key(0.0, ge=0)
 
 
 class Trunk(StrEnum):
@@ -94,14 +96,14 @@ class Trunk(StrEnum):
 class Critic:
     """The value network of a `ppo` stage."""
 
-    learning_rate: Optional[float] = None
+    learning_rate: Optional[float] = key(None, gt=0)
     """Its peak; the policy's by default."""
     trunk: Trunk = Trunk.own
-    start: Optional[str] = None
+    start: Optional[str] = key(None, path=True)
     """A reward_model stage (or checkpoint) to begin from instead of the stage's own start."""
-    clip: Optional[float] = 0.2
+    clip: Optional[float] = key(0.2, gt=0)
     """How far a value may move from the one it had when the samples were taken."""
-    warmup_steps: int = 0
+    warmup_steps: int = key(0, ge=0)
     """First steps that train the critic alone."""
 
 
@@ -109,8 +111,8 @@ class Critic:
 class Refresh:
     """A reference that follows the policy: share·policy + (1−share)·reference, every so many updates."""
 
-    every: int = 100
-    share: float = 0.6
+    every: int = key(100, ge=1)
+    share: float = key(0.6, gt=0, le=1)
 
 
 class PairChoice(StrEnum):
@@ -124,9 +126,3 @@ class PairChoice(StrEnum):
     """All distinct completions with their rewards."""
     labelled = "labelled"
     """Each distinct completion by itself, desirable if its reward is above the prompt's mean."""
-
-
-MAKES_ROWS = ("pairs", "guided", "guesses", "step_labels")
-"""Kinds of stages whose result is rows; the model passes unchanged."""
-MAKES_JUDGES = ("reward_model", "process_reward_model", "value")
-"""Kinds of stages whose result scores completions; the model passes unchanged."""

@@ -22,7 +22,7 @@ from rlpost.objectives.credit import gae, place
 from rlpost.objectives.values import value_loss
 from rlpost.policy.reference import Reference
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
-from rlpost.recipe.schema import Ppo
+from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.params import AtLimit, Trunk
 from rlpost.stages.rollouts import Beta, Rollout, Sampler, mean_of, sampled_logprobs, without_unscored
@@ -41,7 +41,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     reference = context.reference(policy, cfg.reference) if cfg.kl.beta else None
     samples = Sampler(context, cfg, policy)
     beta = Beta(cfg.kl)
-    losses = surrogate_loss(context.function(cfg.loss, "ppo.loss"), cfg, beta), value_of(cfg)
+    losses = surrogate_loss(context.function(cfg, "loss"), cfg, beta), value_of(cfg)
     steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
     updates = steps * cfg.updates * cfg.passes
     learner = context.learner(policy, cfg, updates)

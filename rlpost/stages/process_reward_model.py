@@ -17,7 +17,7 @@ from torch import Tensor
 from rlpost.data.divide import ends_of
 from rlpost.data.formats import Need
 from rlpost.policy.scalar import ScalarModel, Values
-from rlpost.recipe.schema import ProcessRewardModel
+from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -28,7 +28,7 @@ def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
     """Train a model of steps that begins as the policy and a new head; returns the final checkpoint."""
     model = ScalarModel(context.policy())
     data = context.data(model.trunk, cfg.data, Need.steps, cfg.max_length, cfg.too_long)
-    loss = step_loss(context.function(cfg.loss, "process_reward_model.loss"))
+    loss = step_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps)
     loop = context.loop(cfg, {"data": data}, steps, policy=learner)

@@ -20,7 +20,7 @@ from rlpost.objectives.ranking import ranking
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import ScalarModel, Values
-from rlpost.recipe.schema import RewardModel
+from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -32,7 +32,7 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
     model = ScalarModel(context.policy())
     need = Need.ranked if cfg.loss.fn == ranking.__name__ else Need.pairs
     data = context.data(model.trunk, cfg.data, need, cfg.max_length, cfg.too_long)
-    loss = score_loss(context.function(cfg.loss, "reward_model.loss"))
+    loss = score_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps, whole_groups=True)
     loop = context.loop(cfg, {"data": data}, steps, policy=learner)

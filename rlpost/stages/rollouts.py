@@ -24,8 +24,7 @@ from rlpost.errors import DataError
 from rlpost.objectives import kl
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
-from rlpost.recipe.schema import Grouped, Rollouts
-from rlpost.recipe.stage_rules import GROUP_BASELINES
+from rlpost.recipe.specs.common import GROUP_BASELINES, Grouped, Rollouts
 from rlpost.rewards.score import Scorer, joined, rewarded
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.context import Context
@@ -154,7 +153,7 @@ class Sampler:
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = context.engine(policy, cfg.rollouts)
-        self._environment = context.function(cfg.environment, "environment") if cfg.environment else None
+        self._environment = context.function(cfg, "environment") if cfg.environment else None
         self.gone_on_from = False
         """Whether more is sampled from inside the completions of a step."""
 

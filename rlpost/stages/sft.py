@@ -23,7 +23,8 @@ from rlpost.policy.batch import Batch
 from rlpost.policy.load import load_policy
 from rlpost.policy.logprobs import Reader
 from rlpost.policy.policy import Policy, Scores
-from rlpost.recipe.schema import Sft, reads_backwards
+from rlpost.recipe.rules import Leaves
+from rlpost.recipe.specs.sft import Sft
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -36,7 +37,7 @@ FULL = {"logp_NV", "teacher_NV", "target_N"}
 def sft(context: Context, cfg: Sft) -> Path:
     """Train on completions; returns the final checkpoint."""
     policy = context.policy()
-    function = context.function(cfg.loss, "sft.loss")
+    function = context.function(cfg, "loss")
     data = context.data(policy, cfg.data, need_of(function), cfg.max_length, cfg.too_long)
     teacher = _teacher(context, policy, cfg.teacher) if cfg.teacher else None
     how = reading(function, teacher)
@@ -52,7 +53,7 @@ def sft(context: Context, cfg: Sft) -> Path:
         metrics = learner.update(loss, experience, **how)
         tokens = learner.totals(experience).actions
         loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
-    about = {"direction": str(Direction.reverse)} if reads_backwards(cfg) else None
+    about = {"direction": str(Direction.reverse)} if cfg.leaves is Leaves.reverse else None
     return context.finish(policy, cfg.kind, steps, about=about)
 
 

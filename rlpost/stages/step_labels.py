@@ -18,7 +18,7 @@ from rlpost.engine.collect import collect
 from rlpost.engine.continue_from import as_answers, fresh_rollouts
 from rlpost.errors import DataError
 from rlpost.policy.policy import Policy
-from rlpost.recipe.row_stages import StepLabels
+from rlpost.recipe.specs.step_labels import StepLabels
 from rlpost.rewards.score import Scorer
 from rlpost.stages.context import Context
 from rlpost.stages.lots import rows_by_lots

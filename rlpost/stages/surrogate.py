@@ -13,7 +13,8 @@ from rlpost.objectives import kl, metrics
 from rlpost.objectives.surrogates import clipped_surrogate, ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.policy import Scores
-from rlpost.recipe.schema import Grpo, Ppo
+from rlpost.recipe.specs.grpo import Grpo
+from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.params import KlPlacement
 from rlpost.stages.rollouts import Beta, kl_estimate
 from rlpost.train.experience import Experience

@@ -22,7 +22,7 @@ from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.batch import Batch
 from rlpost.policy.logprobs import Reader
 from rlpost.policy.policy import Policy, Scores
-from rlpost.recipe.schema import Trpo
+from rlpost.recipe.specs.trpo import Trpo
 from rlpost.stages.advantage import Estimator
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.rollouts import Beta, mean_of, samples_of

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from omegaconf import MISSING
+
+from rlpost.key import key
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
@@ -19,6 +21,30 @@ class OnFailure(StrEnum):
     """The completion has no reward: nothing is learned from it."""
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Where the functions of a key are looked up, and what the program gives them and is given back."""
+
+    name: str
+    """What they are, for errors: reward, advantage."""
+    module: str
+    supplied: tuple[str, ...]
+    """Positional arguments, in order; where they go by name, the parameters' names."""
+    by_name: bool = False
+    some: bool = False
+    """By name: a function takes what it needs of them, and not necessarily all."""
+    key: str = "fn"
+    """The key that names the function."""
+    apart: bool = False
+    """A function of a user's file is called in a process of its own."""
+    returns: Literal["elements", "tensor", "the same", ""] = ""
+    """One number for each element of what it is given, a tensor, or what it was given; else it is not looked at."""
+
+
+TASKS = "rlpost.data.tasks"
+ENVIRONMENT = Lookup("environment", TASKS, ("text", "turns", "example"), by_name=True, some=True, apart=True)
+
+
 @dataclass
 class Function:
     """A function by name (or `file.py:function`) with its keyword arguments."""
@@ -31,7 +57,7 @@ class Function:
 class TimedFunction(Function):
     """A function that, coming from `file.py:function`, is called in a process of its own."""
 
-    deadline: Optional[float] = None
+    deadline: Optional[float] = key(None, gt=0)
     """Seconds that one call of such a function may take (60)."""
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from tiny_world import rlpost, save_model, save_recipe, save_rows
 
-from rlpost import pipeline, unexpected
-from rlpost.recipe.parts import Kind
+from rlpost import unexpected
 
 KINDS = [
     (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError at rlpost/pipeline.py:"),
@@ -46,7 +45,7 @@ def test_an_unforeseen_error_in_a_run_is_one_line_and_a_log_in_the_run(
     def fails(*_: object) -> None:
         raise error
 
-    monkeypatch.setitem(pipeline.STAGES, Kind.sft, fails)
+    monkeypatch.setattr("rlpost.stages.sft.sft", fails)
     ran = rlpost("train", recipe)
     assert ran.refused(code, words), ran.err
     assert len(ran.line) < 1000

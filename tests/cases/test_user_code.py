@@ -15,7 +15,7 @@ from tiny_world import Ran, rlpost, save_model, save_recipe, save_rows
 
 from rlpost.errors import RewardError
 from rlpost.recipe.functions import bind
-from rlpost.rewards.params import Reward
+from rlpost.rewards.params import REWARD, Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group
@@ -70,7 +70,7 @@ def train(here: Path, model: Path, source: str, data: dict[str, Any] | None = No
 def scorer(here: Path, source: str, name: str = "f", on_failure: OnFailure | None = None, **given: Any) -> Scorer:
     (here / "my.py").write_text(source)
     reward = Reward(fn=f"my.py:{name}", deadline=given.pop("deadline", 1.0), on_failure=on_failure, **given)
-    bound = bind(reward, "reward", "rewards[0]", here)
+    bound = bind(reward, REWARD, "rewards[0]", here)
     return Scorer([BoundReward("mine", 1.0, bound.call, unscored=on_failure is OnFailure.unscored)])
 
 

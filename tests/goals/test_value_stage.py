@@ -25,7 +25,7 @@ from rlpost.inference.sample import sample
 from rlpost.policy.params import Model
 from rlpost.policy.scalar import HEAD_FILE, Values, load_scalar
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Value
+from rlpost.recipe.specs.value import Value
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group
 

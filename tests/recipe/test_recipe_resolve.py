@@ -13,10 +13,11 @@ from omegaconf.errors import ReadonlyConfigError
 
 from rlpost.engine.params import Sampling
 from rlpost.errors import RecipeError
-from rlpost.recipe.parts import Kind
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.row_stages import Pairs
-from rlpost.recipe.schema import Dpo, Grpo, Sft
+from rlpost.recipe.specs.dpo import Dpo
+from rlpost.recipe.specs.grpo import Grpo
+from rlpost.recipe.specs.pairs import Pairs
+from rlpost.recipe.specs.sft import Sft
 from rlpost.train.params import Schedule
 
 DATA = "vars.data=rows.jsonl"
@@ -35,7 +36,7 @@ def test_stages_become_their_dataclasses_in_the_recipes_order(adding: str, tmp_p
     assert [type(stage) for stage in config.stages.values()] == [Sft, Pairs, Dpo, Grpo]
     assert list(config.stages) == ["sft", "pairs", "dpo", "grpo"]
     sft = config.stages["sft"]
-    assert (sft.kind, sft.steps, sft.learning_rate, sft.betas) == (Kind.sft, 100, 1e-3, (0.9, 0.999))
+    assert (sft.kind, sft.steps, sft.learning_rate, sft.betas) == ("sft", 100, 1e-3, (0.9, 0.999))
     assert sft.data["train"].path == str(tmp_path / "rows.jsonl")
     assert (sft.data["train"].fold.of, sft.loss.fn) == (5, "nll")
     assert config.stages["grpo"].rewards[1].weight == 0.1
@@ -163,7 +164,7 @@ stages:
             "stages.grpo.rewards={fn: x}",
             "stages.grpo.rewards: expected a list, like [..., ...], got {'fn': 'x'}",
         ),
-        ("stages.sft.kind=dpoo", "stages.sft.kind: expected one of sft, dpo, kto,"),
+        ("stages.sft.kind=dpoo", "stages.sft.kind: expected one of dpo, grpo, guesses,"),
         ("stages.grpo.rewards=[{fn: x, wieght: 2}]", "did you mean 'stages.grpo.rewards[0].weight'?"),
         ("stages.sft.steps=${vars.data}", "stages.sft.steps: expected a whole number, got 'rows.jsonl'"),
         ("stages.sft.steps=${vars.wdth}", "stages.sft.steps: nothing is called 'vars.wdth'"),

@@ -8,11 +8,11 @@ import pytest
 
 from rlpost.data.params import Source
 from rlpost.errors import RecipeError
+from rlpost.key import Range
 from rlpost.policy.params import Model
-from rlpost.recipe.parts import Training
-from rlpost.recipe.ranges import RANGES, Range
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.schema import Grpo, Recipe
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.validate import validate
 
 DATA = "vars.data=rows.jsonl"
@@ -168,11 +168,12 @@ def resolve_free() -> Recipe:
 
 
 def test_ranges_hold_their_ends_as_they_say() -> None:
-    share = Range(0, 1, below=True)
+    share = Range(ge=0, lt=1)
     assert 0 in share
     assert 1 not in share
-    assert 0 not in Range(0, above=True)
+    assert 0 not in Range(gt=0)
     assert float("inf") not in Range()
     assert float("nan") not in Range()
-    assert str(Range(0, 1, above=True)) == "from 0 (exclusive) to 1"
-    assert RANGES[Training]["steps"].low == 1
+    assert str(Range(gt=0, le=1)) == "from 0 (exclusive) to 1"
+    assert str(share) == "from 0 to 1 (exclusive)"
+    assert (str(Range(ge=1)), str(Range(gt=0)), str(Range())) == ("at least 1", "more than 0", "a finite number")

@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from rlpost.errors import DataError, DiskError, RecipeError, RunInUseError
 from rlpost.policy.params import Lora
-from rlpost.recipe.schema import Grpo, Recipe, Sft
+from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.grpo import Grpo
+from rlpost.recipe.specs.sft import Sft
 from rlpost.run.layout import open_run
 from rlpost.run.stage import StageDirectory
 

@@ -32,7 +32,7 @@ from rlpost.policy.attention import use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.policy.score import logprobs
-from rlpost.recipe.schema import Ppo
+from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages import ppo
 from rlpost.stages.params import Critic
 from rlpost.train.experience import Experience

@@ -11,7 +11,7 @@ import pytest
 from tiny_recipes import LORA, SFT, base, jsonl, metrics, run
 
 from rlpost.errors import DataError, Interrupted
-from rlpost.recipe.row_stages import StepLabels
+from rlpost.recipe.specs.step_labels import StepLabels
 from rlpost.rewards.score import Scorer
 from rlpost.stages import step_labels as stage
 from rlpost.types import Completion, Group, completions

@@ -1,0 +1,266 @@
+"""What all kinds of stages have in a recipe, what all have that train, and all that learn from their own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Optional
+
+from omegaconf import MISSING
+
+from rlpost.data.params import Direction, Need, Source, TooLong
+from rlpost.engine.params import EngineChoice, Sampling
+from rlpost.key import key
+from rlpost.policy.params import Model
+from rlpost.recipe.rules import Earlier, Leaves, reward_problems, sampling_problems, source_problems
+from rlpost.rewards.params import REWARD, Reward
+from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
+from rlpost.train.params import Schedule
+from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
+
+# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
+# ruff: noqa: UP045
+
+
+@dataclass
+class Stage:
+    """What every stage has."""
+
+    kind: str = MISSING
+    enabled: bool = True
+    """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
+    start: Optional[str] = None
+    """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
+    data: dict[str, Source] = field(default_factory=dict)
+
+    function: ClassVar[str] = ""
+    """`module:name` of what the stage does."""
+
+    @property
+    def leaves(self) -> Leaves:
+        """What those after it find."""
+        return Leaves.policy
+
+    def rows(self) -> Need:
+        """What its rows are for."""
+        return Need.prompts
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """What is wrong with the stage at key path `where`, given those before it, in lines."""
+        if self.start is not None:
+            yield from earlier.no_policy(self.start, f"{where}.start", ("base",))
+        if not self.data:
+            yield f"{where}.data: missing - name at least one source, like {{train: {{path: rows.jsonl}}}}"
+        yield from source_problems(self.data, f"{where}.data", earlier)
+        yield from self._direction_problems(f"{where}.data")
+
+    def _direction_problems(self, where: str) -> Iterator[str]:
+        for name, source in self.data.items():
+            if source.direction is Direction.reverse:
+                yield f"{where}.{name}.direction: reverse is for sft - remove it"
+
+    def warnings(self, where: str, model: Model) -> Iterator[str]:  # noqa: ARG002 - for those that have some
+        """What is legal, but perhaps not meant."""
+        yield from ()
+
+
+@dataclass
+class Training(Stage):
+    """What every stage that updates weights has."""
+
+    steps: Optional[int] = key(None, ge=1)
+    """Optimiser steps (grpo: rollout steps); or give `epochs`."""
+    epochs: Optional[float] = key(None, gt=0)
+    learning_rate: float = key(gt=0)
+    schedule: Schedule = Schedule.linear
+    warmup: float = key(0.0, ge=0)
+    """A share of all updates below 1, a number of updates from 1 on."""
+    weight_decay: float = key(0.0, ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), ge=0, lt=1)
+    max_grad_norm: float = key(1.0, ge=0)
+    tokens_per_pass: int = key(8192, ge=1)
+    """Token budget of one forward and backward pass; the gradient does not depend on it."""
+    aux_loss_coef: Optional[float] = key(None, ge=0)
+    """Of a mixture of experts' balance loss, beside the stage's own (0: none); by default the model's
+    `router_aux_loss_coef`."""
+    max_length: int = key(1024, ge=2)
+    """Tokens of prompt and completion together."""
+    too_long: TooLong = TooLong.refuse
+    checkpoint_every: int = key(100, ge=1)
+    keep_checkpoints: int = key(2, ge=1)
+    log_every: int = key(1, ge=1)
+
+    balances: ClassVar[bool] = True
+    """Its updates can have a mixture of experts' balance loss."""
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of every stage, of its length and of its warm-up."""
+        yield from super().problems(where, earlier)
+        yield from self._length_problems(where)
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            yield f"{where}.warmup: {self.warmup} - a share below 1, or a whole number of updates"
+
+    def _length_problems(self, where: str) -> Iterator[str]:
+        if (self.steps is None) == (self.epochs is None):
+            given = "neither is given" if self.steps is None else "not both"
+            yield f"{where}: give exactly one of {where}.steps and {where}.epochs ({given})"
+
+
+@dataclass
+class Rollouts(Training):
+    """What every stage that learns from samples of its own policy has."""
+
+    prompts: int = key(32, ge=1)
+    """Prompts a step."""
+    group_size: int = key(8, ge=1)
+    """Completions a prompt."""
+    sampling: Sampling = field(default_factory=Sampling)
+    rollouts: Optional[EngineChoice] = None
+    """What samples; by default what the recipe's `rollouts` says."""
+    rewards: list[Reward] = key(factory=list, lookup=REWARD)
+    kl: Kl = field(default_factory=Kl)
+    reference: str = "start"
+    """`start` (where this stage begins), `base`, or an earlier stage by name."""
+    updates: int = key(1, ge=1)
+    """Optimiser updates a pass over the step's samples, each on its share of the step's groups."""
+    passes: int = key(1, ge=1)
+    """Passes over the step's samples."""
+    mask_truncated: bool = False
+    """Leave completions cut at the length limit out of the advantage and the update."""
+    environment: Optional[EnvironmentFunction] = key(None, lookup=ENVIRONMENT)
+    """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
+    turns: int = key(2, ge=1)
+    """With an environment: most turns of the model."""
+    step_end: Optional[str] = None
+    """A step of a completion ends with this text (empty: every token is a step); for rewards and advantages by step."""
+    table_every: int = key(100, ge=0)
+    """Steps between tables of sample completions, which are also saved as rollouts (0: neither)."""
+
+    kl_in_loss: ClassVar[bool] = True
+    """Its loss can have a KL term."""
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of every stage that trains, of the KL and of sampling."""
+        yield from super().problems(where, earlier)
+        yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
+        yield from self._kl_problems(f"{where}.kl")
+        for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+            if getattr(self.sampling, name) != neutral:
+                yield (
+                    f"{where}.sampling.{name}: {self.kind} samples from the whole distribution: a filtered sampler "
+                    f"and the trainer would differ - use {neutral:g} (pairs and evaluation may)"
+                )
+        if self.updates > self.prompts:
+            yield f"{where}.updates: {self.updates} for {self.prompts} prompts - at most one update a prompt"
+        if self.sampling.max_new_tokens >= self.max_length:
+            yield (
+                f"{where}.max_length: {self.max_length} leaves no room for a prompt beside "
+                f"sampling.max_new_tokens={self.sampling.max_new_tokens} - raise it, or lower that"
+            )
+        if self.rewards or self.rows() is not Need.recorded:
+            yield from reward_problems(self.rewards, where, earlier)
+        yield from sampling_problems(self.sampling, f"{where}.sampling")
+
+    def _length_problems(self, where: str) -> Iterator[str]:
+        if self.epochs is not None:
+            yield f"{where}.epochs: {self.kind} counts steps - give `{where}.steps` instead"
+        if self.steps is None:
+            yield f"{where}.steps: missing - how many rollout steps to take"
+
+    def _kl_problems(self, where: str) -> Iterator[str]:
+        kl = self.kl
+        if kl.placement == KlPlacement.loss and kl.estimator == KlEstimator.k1:
+            yield (
+                f"{where}.estimator: k1 in the loss has an expected gradient of zero: it adds noise only - "
+                "use placement: reward, or k2 or k3"
+            )
+        if kl.placement == KlPlacement.loss and not self.kl_in_loss:
+            yield f"{where}.placement: {self.kind} has no KL term in its loss - use placement: reward"
+        if kl.target is not None and kl.beta == 0:
+            yield f"{where}.beta: 0 stays 0 whatever the target - give beta a start, like 0.05"
+
+    def warnings(self, where: str, model: Model) -> Iterator[str]:
+        """Of an estimator of the KL that is biased where it stands."""
+        yield from super().warnings(where, model)
+        kl = self.kl
+        if kl.placement == KlPlacement.reward and kl.estimator != KlEstimator.k1 and kl.beta > 0:
+            yield f"{where}.kl.estimator: {kl.estimator.value} in the reward is biased - k1 is exact"
+
+
+GROUP_BASELINES = (
+    *("group_mean", "group_normalised", "leave_one_out", "length_weighted_baseline", "max_likelihood"),
+    *("nonzero_rescaled", "pass_at_k", "per_reward_normalised", "process_normalised"),
+)
+"""Advantages that compare the completions of a group with each other."""
+_BY_STEP = ("process", "process_normalised", "monte_carlo_values")
+
+ADVANTAGE = Lookup(
+    "advantage",
+    "rlpost.objectives.advantages",
+    (
+        *("reward_PG", "length_PG", "greedy_P", "reward_PGK", "weight_K", "running_mean"),
+        *("reward_S", "reward_N", "rows", "steps", "step_reward_K", "value_K", "group_size"),
+    ),
+    by_name=True,
+    some=True,
+    returns="tensor",
+)
+SURROGATE = Lookup(
+    "surrogate",
+    "rlpost.objectives.surrogates",
+    ("logp_N", "old_logp_N", "advantage_N", "rows"),
+    returns="elements",
+)
+
+
+@dataclass
+class Grouped(Rollouts):
+    """What the stages with a baseline from groups have."""
+
+    advantage: Function = key(factory=lambda: Function("group_normalised"), lookup=ADVANTAGE)
+    weight: Weight = Weight.token_mean
+    whiten: bool = False
+    """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
+    resample: int = key(0, ge=0)
+    """Rounds of further prompts drawn while groups without a signal are left (dynamic sampling)."""
+    fresh_rollouts: int = key(4, ge=1)
+    """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
+    recorded: bool = False
+    """Rows are rollouts that another policy made (rollouts/*.jsonl of a run): nothing is sampled."""
+    correction: Correction = field(default_factory=Correction)
+
+    def rows(self) -> Need:
+        """Prompts, or what another policy said to them."""
+        return Need.recorded if self.recorded else Need.prompts
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of rollouts, and of what an advantage asks for."""
+        yield from super().problems(where, earlier)
+        if self.advantage.fn in _BY_STEP and self.step_end is None:
+            yield (
+                f"{where}.step_end: missing - {self.advantage.fn} credits steps: give the text that ends one, "
+                "or '' for every token"
+            )
+        if self.recorded and self.environment is not None:
+            yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
+        if self.recorded and (self.resample or self.advantage.fn in ("greedy_baseline", "monte_carlo_values")):
+            what = "resample" if self.resample else f"advantage.fn={self.advantage.fn}"
+            yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
+        if self.environment is not None and self.advantage.fn == "monte_carlo_values":
+            yield f"{where}.environment: monte_carlo_values goes on from inside a turn, alone - remove one of the two"
+        k = self.advantage.args.get("k") if self.advantage.fn == "pass_at_k" else None
+        if isinstance(k, int) and not 1 <= k <= self.group_size:
+            yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
+        elif k is not None and self.group_size == 1:
+            yield f"{where}.group_size: pass_at_k compares completions - give at least 2"
+        if self.correction.mode != CorrectionMode.none and self.correction.floor >= self.correction.cap:
+            yield f"{where}.correction.floor: {self.correction.floor:g} is not below cap={self.correction.cap:g}"
+
+    def warnings(self, where: str, model: Model) -> Iterator[str]:
+        """Of a group that has nothing to compare."""
+        yield from super().warnings(where, model)
+        if self.group_size == 1 and self.advantage.fn in GROUP_BASELINES:
+            yield (
+                f"{where}.group_size: a group of one has no baseline: {self.advantage.fn} is 0 everywhere "
+                "and nothing is learned - use at least 2"
+            )

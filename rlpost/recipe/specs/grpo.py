@@ -1,0 +1,31 @@
+"""Reinforcement learning from groups of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlpost.key import key
+from rlpost.recipe.rules import Earlier
+from rlpost.recipe.specs.common import SURROGATE, Grouped
+from rlpost.stages.params import Weight
+from rlpost.usercode.params import Function
+
+
+@dataclass
+class Grpo(Grouped):
+    """Reinforcement learning from groups of sampled completions."""
+
+    kind: str = "grpo"
+    loss: Function = key(factory=lambda: Function("clipped_surrogate"), lookup=SURROGATE)
+    entropy: float = key(0.0, ge=0)
+    """Weight of an entropy bonus, averaged over actions."""
+
+    function: ClassVar[str] = "rlpost.stages.grpo:grpo"
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of groups, and of the loss's weight."""
+        yield from super().problems(where, earlier)
+        if self.loss.fn == "geometric_mean" and self.weight != Weight.sequence_mean:
+            yield f"{where}.weight: geometric_mean is one value a completion - use sequence_mean"

@@ -1,0 +1,38 @@
+"""Models that score completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rlpost.data.params import Need
+from rlpost.key import key
+from rlpost.recipe.rules import Leaves
+from rlpost.recipe.specs.common import Training
+from rlpost.usercode.params import Function, Lookup
+
+LOSS = Lookup(
+    "reward_model.loss",
+    "rlpost.objectives.ranking",
+    ("score_P2", "margin_P", "score_PK", "reward_PK"),
+    by_name=True,
+    some=True,
+    returns="elements",
+)
+
+
+@dataclass
+class RewardModel(Training):
+    """A model that scores completions, from pairs or from ranked completions; the policy passes unchanged."""
+
+    kind: str = "reward_model"
+    batch_size: int = key(32, ge=1)
+    """Pairs, or ranked groups, an update."""
+    loss: Function = key(factory=lambda: Function("bradley_terry"), lookup=LOSS)
+
+    function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
+    leaves = Leaves.reward_model
+
+    def rows(self) -> Need:
+        """Pairs, or ranked completions."""
+        return Need.ranked if self.loss.fn == "ranking" else Need.pairs

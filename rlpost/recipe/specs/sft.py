@@ -1,0 +1,67 @@
+"""Supervised fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from rlpost.data.params import Direction, Need
+from rlpost.key import key
+from rlpost.recipe.rules import Earlier, Leaves
+from rlpost.recipe.specs.common import Training
+from rlpost.stages.params import Weight
+from rlpost.usercode.params import Function, Lookup
+
+# ruff: noqa: UP045 - see common.py
+
+LOSS = Lookup(
+    "sft.loss",
+    "rlpost.objectives.supervised",
+    ("logp_N", "logp_NV", "teacher_NV", "target_N", "label_N"),
+    by_name=True,
+    some=True,
+    returns="elements",
+)
+_DISTILS = ("forward_kl", "reverse_kl", "jensen_shannon")
+
+
+@dataclass
+class Sft(Training):
+    """Supervised fine-tuning: maximise the likelihood of completions, or imitate a teacher's distributions."""
+
+    kind: str = "sft"
+    batch_size: int = key(32, ge=1)
+    """Rows an update."""
+    loss: Function = key(factory=lambda: Function("nll"), lookup=LOSS)
+    weight: Weight = Weight.token_mean
+    teacher: Optional[str] = key(None, path=True)
+    """For losses that ask for a teacher: a model of the same tokenizer, by stage, checkpoint, folder or hub name."""
+
+    function: ClassVar[str] = "rlpost.stages.sft:sft"
+
+    @property
+    def leaves(self) -> Leaves:
+        """A policy, or from reversed text a model that is none."""
+        reverse = any(source.direction is Direction.reverse for source in self.data.values())
+        return Leaves.reverse if reverse else Leaves.policy
+
+    def rows(self) -> Need:
+        """Completions; with labels, where the loss asks for them."""
+        return Need.completions
+
+    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of training, and of the teacher."""
+        yield from super().problems(where, earlier)
+        if self.loss.fn in _DISTILS and self.teacher is None:
+            yield f"{where}.teacher: missing - {self.loss.fn} imitates a teacher: name a stage, a checkpoint or a model"
+        if self.teacher in earlier.all:
+            yield from earlier.no_policy(self.teacher, f"{where}.teacher", ("base",))
+
+    def _direction_problems(self, where: str) -> Iterator[str]:
+        turned = [name for name, source in self.data.items() if source.direction is Direction.reverse]
+        if turned and len(turned) < len(self.data):
+            yield (
+                f"{where}.{turned[0]}.direction: a model reads one way - give all sources of the stage the same "
+                "direction"
+            )
