@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlpost.best_of import rewards_of
 from rlpost.goals.maze import policy_of
+from rlpost.inference.best_of import rewards_of
 from rlpost.recipe.kinds import function_of, kinds, spec_of
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.rules import Leaves
@@ -52,7 +52,7 @@ def recipe(write, stages: str) -> str:
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "trpo", "online_dpo", "pairs", "step_labels"])
 def test_the_best_is_chosen_by_the_rewards_of_any_kind(write, kind: str) -> None:
-    keys = STAGE if "learning_rate" in {f for f in spec_of(kind).__dataclass_fields__} else "data: {a: {path: r}}"
+    keys = STAGE if "learning_rate" in spec_of(kind).__dataclass_fields__ else "data: {a: {path: r}}"
     resolved = resolve(recipe(write, f"  x: {{kind: {kind}, {keys}, {SAMPLES}}}\n"))
     rewards, where = rewards_of(resolved)
     assert ([reward.fn for reward in rewards], where) == (["math_answer"], "stages.x")
