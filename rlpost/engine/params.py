@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from rlpost.key import key
+from rlpost.usercode.params import Lookup
+
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045
 
@@ -11,9 +14,6 @@ LOCAL = "local"
 CACHE_GIB = 2.0
 DEADLINE = 900.0
 """Seconds after which a call of a user's engine counts as hanging."""
-
-from rlpost.key import key
-from rlpost.usercode.params import Lookup
 
 ENGINE = Lookup("engine", "", ("policy",), by_name=True, key="engine")
 
