@@ -6,13 +6,11 @@ Axes: B rows, K candidates a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +18,10 @@ from rlpost.data.codec import Codec, make_codec
 from rlpost.errors import EngineError, ModelError
 from rlpost.goals.goal_set import Goal
 from rlpost.goals.guide import Guide, Mode, Position
+from rlpost.goals.network_rows import NetworkRows, full_precision
 from rlpost.goals.params import ValueTarget
-from rlpost.objectives.rows import widen
-from rlpost.policy import adapters
 from rlpost.policy.attention import flat_attention
-from rlpost.policy.branches import BranchDecoder, branches_well
+from rlpost.policy.branches import branches_well
 from rlpost.policy.judge import same_tokens
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
@@ -152,62 +149,6 @@ class ValueNetwork:
         # A contrastive logit is the log of a value up to a constant, which guiding does not see.
         logit = logit.cpu().double()
         return logit if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit)
-
-
-class NetworkRows:
-    """Rows as a value network follows them; see `guide.RowValues`."""
-
-    def __init__(
-        self,
-        scalar: ScalarModel,
-        log_value: Callable[[Tensor], Tensor],
-        prompts: Sequence[Sequence[int]],
-        prompt_of_row: Sequence[int],
-        limit: int,
-    ) -> None:
-        """Read the prompts; `log_value` is of a logit."""
-        self._scalar = scalar
-        self._log_value = log_value
-        self._rows = len(prompt_of_row)
-        with self._acting():
-            self._decoder = BranchDecoder(scalar.trunk, prompts, prompt_of_row, limit)
-
-    def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
-        """[G, K] log of the value of the states that the candidates lead to, in float64."""
-        going = going.cpu()
-        candidate_BK = candidate_GK.new_zeros(self._rows, candidate_GK.shape[1]).index_copy(0, going, candidate_GK)
-        with self._acting():
-            logits = [self._head(hidden) for hidden in self._decoder.branch(candidate_BK)]
-        return self._log_value(torch.cat(logits, 1))[going]
-
-    def append(self, ids_B: Tensor) -> None:
-        """The token that each row was given."""
-        with self._acting():
-            self._decoder.take(ids_B)
-
-    def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
-        self._decoder.keep(rows)
-        self._rows = len(rows)
-
-    @contextmanager
-    def _acting(self) -> Iterator[None]:
-        """The network's adapter acts, in the network's precision."""
-        trunk = self._scalar.trunk
-        adapter = adapters.acting(trunk.model, self._scalar.adapter) if trunk.has_adapter else nullcontext()
-        with torch.no_grad(), trunk.precision(), adapter:
-            yield
-
-    def _head(self, hidden_BKD: Tensor) -> Tensor:
-        """[B, K] logits."""
-        with full_precision(hidden_BKD.device):
-            logit: Tensor = self._scalar.head(widen(hidden_BKD))[..., 0]
-        return logit
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """The engine samples under autocast; heads are in float32 all the same, as in training."""
-    return torch.autocast(device.type, enabled=False)
 
 
 def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool) -> ValueNetwork:
