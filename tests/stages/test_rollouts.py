@@ -10,7 +10,15 @@ import torch
 from rlpost.objectives import kl
 from rlpost.rewards.score import Scores, rewarded
 from rlpost.stages.params import KlEstimator
-from rlpost.stages.rollouts import Beta, Rollout, Sampler, kl_estimate, learned_rewards
+from rlpost.stages.rollouts import (
+    Beta,
+    Rollout,
+    Sampler,
+    kl_estimate,
+    learned_rewards,
+    sampled_logprobs,
+    without_unscored,
+)
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group
 
@@ -91,3 +99,12 @@ def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():
 def test_estimators_by_name():
     names = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}
     assert {name: kl_estimate(SimpleNamespace(estimator=name)) for name in KlEstimator} == names
+
+
+def test_log_probabilities_are_those_of_the_actions_in_order():
+    one = Completion((5, 6, 7), (True, False, True), logprobs=(-1.0, -2.0))
+    groups = [Group((1,), (one, Completion((8,), (True,), logprobs=(-0.1,)))), Group((2,), (one,))]
+    assert sampled_logprobs(groups).tolist() == torch.tensor([-1.0, -2.0, -0.1, -1.0, -2.0]).tolist()
+    left = without_unscored(groups[:1], torch.tensor([[torch.nan, 1.0]]))
+    assert sampled_logprobs(left).tolist() == torch.tensor([-0.1]).tolist()
+    assert len(sampled_logprobs([])) == 0
