@@ -11,6 +11,7 @@ from engines import asked, local
 from families import FAMILIES, EndTokenOnly, tiny
 from stubs import policy_of, tiny_policy
 
+from rlpost.engine import local as engine_module
 from rlpost.engine.params import Sampling
 from rlpost.policy import kept
 from rlpost.policy.check import check_exactness
@@ -47,6 +48,22 @@ def test_requests_that_differ_in_everything_are_what_each_is_alone(make):
     assert all(same(a, b) for a, b in zip(together, few_rows, strict=True))
     later = local(policy).generate([Request(PROMPTS[0], 2, LONG, 1, first=1)])
     assert same(later[0], together[0][1:])
+
+
+def test_equal_prompts_are_computed_once_wherever_they_stand(monkeypatch):
+    policy, seen = tiny_policy(), []
+    prompts = [[5, 6], [7, 8], [5, 6], [7, 8], [1]]
+    make = engine_module.make_decoder
+
+    def counting(policy, own, *rest, **more):
+        seen.append([p.tolist() for p in own])
+        return make(policy, own, *rest, **more)
+
+    monkeypatch.setattr(engine_module, "make_decoder", counting)
+    together = local(policy).generate(asked(prompts, 2, LONG, range(5)))
+    assert seen == [[[1], [5, 6], [7, 8]]]
+    alone = [local(policy).generate(asked([p], 2, LONG, [seed]))[0] for seed, p in enumerate(prompts)]
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def test_a_row_that_has_filled_the_models_positions_leaves_before_the_others():
