@@ -103,7 +103,10 @@ class ForeignEngine:
         ended = completion.finish == "stop"
         if not completion.finish:
             ended = int(ids[-1]) in ends or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
-        return finished(ids, completion.logprobs, ended, ends, stops, self._version)
+        # Of the type that the trainer computes with: a list of numbers has become float64.
+        wide = self._policy.model.dtype is torch.float64
+        logprobs = completion.logprobs.astype(np.float64 if wide else np.float32)
+        return finished(ids, logprobs, ended, ends, stops, self._version)
 
     def _place(self, requests: Sequence[Request], number: int) -> str:
         return f"request {number + 1} of {len(requests)} {_shown(requests[number], self._policy)}"
