@@ -199,6 +199,9 @@ def test_a_stages_own_choice_wins_over_the_recipes(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text("utf-8").splitlines()) == ONE["prompts"]
     lines = preflight(prepared(tmp_path, stages, rollouts=own, evaluation=evaluation))
     assert any("rollouts: recording from" in line and "sha256" in line for line in lines)
+    # A resolved recipe finds the file from anywhere.
+    found = prepared(tmp_path, stages, rollouts=own).config.rollouts.engine
+    assert found == f"{tmp_path.resolve()}/engines.py:recording"
 
 
 def command(monkeypatch, *words: str) -> int:

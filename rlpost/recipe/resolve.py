@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
+from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, expanded, find
@@ -180,6 +181,8 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
     for where, value in walk(config):
         if isinstance(value, Function):
             value.fn = locate(value.fn, join(where, "fn"), folders)
+        if isinstance(value, EngineChoice):
+            value.engine = locate(value.engine, join(where, "engine"), folders)
         for name in (f.name for f in fields(value) if f.metadata.get("path")):
             given = getattr(value, name)
             if given and given not in config.stages:
