@@ -108,7 +108,7 @@ def test_no_section_documents_what_is_not_there():
 def commands() -> Iterator[tuple[Path, list[str]]]:
     """The words of every line in the pages' code blocks that calls rlpost by itself."""
     for page in PAGES:
-        for block in re.findall(r"(?ms)^```\w*\n(.*?)^```", page.read_text("utf-8")):
+        for block in re.findall(r"(?ms)^```[^\n]*\n(.*?)^```", page.read_text("utf-8")):
             for line in block.splitlines():
                 if re.match(r"(\$ )?rlpost ", line):
                     yield page, shlex.split(line.removeprefix("$ "), comments=True)
