@@ -29,7 +29,10 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".yaml")
-NEEDED = ("rlpost", "tests", "scripts", "recipes", "docs", "README.md", "pyproject.toml")
+NEEDED = (
+    *("rlpost", "tests", "scripts", "recipes", "docs", "pyproject.toml"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md"),
+)
 SHARES = {"tests": 0.97, "verify": 0.60}
 """Of all changes, and of those in VERIFIED."""
 VERIFIED = "objectives"

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+import rlpost
 from rlpost import errors, objectives, rewards
 from rlpost.data.formats import Format, Need, recognise
 from rlpost.oracle.verify import verify
@@ -32,7 +33,7 @@ from rlpost.usercode.params import Lookup
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [p for p in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if p.is_file()]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 SECTIONS = (
     *("usercode.params", "rewards.params", "data.params", "policy.params", "engine.params", "stages.params"),
     *("goals.params", "evaluate.params", "recipe.schema", "recipe.specs.common"),
@@ -268,3 +269,16 @@ def test_links_lead_somewhere():
                 headings = re.findall(r"(?m)^#+ (.+)$", file.read_text("utf-8"))
                 slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
                 assert anchor in slugs, f"{page.name}: {target}#{anchor}"
+
+
+def test_the_tree_of_the_package_has_every_folder():
+    tree = (ROOT / "README.md").read_text("utf-8").partition("## Where things are")[2]
+    told = set(re.findall(r"(?m)^  (\w+)/ ", tree))
+    assert told == {file.parent.name for file in (ROOT / "rlpost").glob("*/__init__.py")}
+
+
+def test_the_newest_version_of_the_changelog_is_this_one():
+    version = re.search(r'(?m)^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"))
+    told = re.findall(r"(?m)^## \[(\d.+?)\]", (ROOT / "CHANGELOG.md").read_text("utf-8"))
+    assert version is not None
+    assert told[0] == version[1] == rlpost.__version__
