@@ -168,6 +168,7 @@ def test_what_is_replayed_is_learned_from_as_what_was_sampled(recorded):
     assert f'"{recorded}/engines.py:replaying": "{sha256(recorded / "engines.py")}"' in json.dumps(hashes)
 
 
+@pytest.mark.slow
 def test_without_another_engine_the_local_one_samples_the_same(recorded):
     run(recorded, FEW_STAGES, "run=local")
     found, expected = (left(recorded / "runs" / name) for name in ("local", "recorded"))
