@@ -31,7 +31,7 @@ from rlpost.evaluate.statistics import upper_bound
 from rlpost.goals.claims_safety import divergence
 from rlpost.goals.exact import reached
 from rlpost.goals.goal_set import GoalSet
-from rlpost.goals.trained import Tokens, guided_away, network_table, policy_table
+from rlpost.goals.model_tables import Tokens, guided_away, network_table, policy_table
 from rlpost.goals.value_network import ValueNetwork, load_value
 from rlpost.oracle import truth
 from rlpost.oracle.tree import END, Tree

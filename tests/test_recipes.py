@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tasks import maze
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.goals.escape import escapes
-from rlpost.goals.maze import draw, in_text, report, solved
+from rlpost.goals.maze_escapes import escapes
+from rlpost.goals.maze_plot import draw, in_text, report
+from rlpost.goals.maze_run import solved
 from rlpost.pipeline import train
 from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve

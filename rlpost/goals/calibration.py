@@ -19,8 +19,10 @@ from rlpost.goals.goal_set import GoalSet
 from rlpost.goals.params import ValueTarget
 from rlpost.goals.unfold import LEAST, Unfolded, unfold
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
+from rlpost.inference.checkpoint import located
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
+from rlpost.run.lookup import parent_of
 
 BINS = 10
 
@@ -92,28 +94,43 @@ class Asked:
 
 
 def calibrations(
-    folder: Path, model: Path, prompts: Sequence[str], goals: Sequence[str], depth: int, least: float = LEAST
+    network: str,
+    prompts: Sequence[str],
+    goals: Sequence[str],
+    *,
+    depth: int,
+    policy: str | None = None,
+    least: float = LEAST,
 ) -> Iterator[Asked]:
-    """A saved network against the truth of the policy in `model`, for every prompt and goal.
+    """A saved network against the truth, for every prompt and goal: what `rlpost goals calibrate` does.
 
-    Completions have at most `depth` tokens; states that come by with less than `least` are not followed. A network
-    that reads its goal is asked about one after the other; another about all of them as one set.
+    A network that reads its goal is asked about one after the other; another about all of them as one set.
+
+    Args:
+        network: a value network: its run's stage, or a checkpoint.
+        prompts: whose completions are enumerated.
+        goals: the endings that it is asked about.
+        depth: tokens of the longest completion.
+        policy: whose completions; by default the model that the network was trained beside.
+        least: states that come by with a smaller probability are not followed.
 
     Raises:
         ModelError: the network or the policy cannot be loaded.
         DataError: a prompt or a goal has characters that the tokenizer does not know.
         RecipeError: there are too many completions.
     """
-    policy = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
-    codec = make_codec(policy.tokenizer)
-    told = read_settings(folder)
-    network = load_value(folder, policy, (), avoid=told.avoid)
+    folder = Path(located(network))
+    told = read_settings(folder)  # which says so if it is no value network, before one asks whose it is
+    model = located(policy) if policy else parent_of(folder)
+    asked = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
+    codec = make_codec(asked.tokenizer)
+    value = load_value(folder, asked, (), avoid=told.avoid)
     members = [codec.ids(goal, "--goal") for goal in goals]
     one_by_one = [(text, [ids], ids) for text, ids in zip(goals, members, strict=True)]
     for prompt in prompts:
-        unfolded = unfold(policy, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
+        unfolded = unfold(asked, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
         for text, some, named in one_by_one if told.condition else [(", ".join(goals), members, ())]:
-            yield Asked(prompt, text, calibrate(network.about(named), unfolded, GoalSet(some)))
+            yield Asked(prompt, text, calibrate(value.about(named), unfolded, GoalSet(some)))
 
 
 def print_table(found: Sequence[Asked]) -> None:

@@ -16,7 +16,7 @@ from rlpost.goals.claims_safety import divergence, least_divergence, mass, safet
 from rlpost.goals.exact import reached
 from rlpost.goals.goal_set import GoalSet
 from rlpost.goals.guide import Guide, Mode
-from rlpost.goals.trained import Tokens, guided_away, network_table, policy_table
+from rlpost.goals.model_tables import Tokens, guided_away, network_table, policy_table
 from rlpost.goals.value_network import load_value
 from rlpost.goals.verify import verify_goals
 from rlpost.objectives.supervised import nll

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlpost.goals.maze import policy_of
+from rlpost.goals.maze_run import policy_of
 from rlpost.inference.best_of import rewards_of
 from rlpost.recipe.kinds import function_of, kinds, spec_of
 from rlpost.recipe.resolve import resolve

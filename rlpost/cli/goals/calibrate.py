@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,16 +34,11 @@ def calibrate(
 
     The truth is the sum over all likely completions of the prompts.
     """
-    from rlpost.goals import calibration
-    from rlpost.goals.value_network import read_settings
-    from rlpost.run.lookup import find_checkpoint, parent_of
+    from rlpost.goals.calibration import calibrations, print_table
 
-    folder = find_checkpoint(network) or Path(network)
-    read_settings(folder)  # which says so if it is no value network, before one asks whose it is
-    model = (find_checkpoint(policy) or Path(policy)) if policy else parent_of(folder)
-    found = list(calibration.calibrations(folder, model, prompts, goal, max_new_tokens, least))
+    found = list(calibrations(network, prompts, goal, depth=max_new_tokens, policy=policy, least=least))
     if as_json:
         for asked in found:
             print_result(asdict(asked))
     else:
-        calibration.print_table(found)
+        print_table(found)

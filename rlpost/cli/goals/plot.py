@@ -34,13 +34,6 @@ def plot(
 
     Prints the picture's path.
     """
-    from rlpost import console
-    from rlpost.goals import escape, maze
+    from rlpost.goals.maze_plot import plot_mazes
 
-    found = maze.solved(Path(run), stage)
-    for s in found[:mazes]:
-        console.say("\n".join(["", *maze.in_text(s)]))
-    file = Path(out) if out else Path(run) / "maze.png"
-    maze.draw(found[:mazes], file)
-    console.say("\n".join(["", *maze.report(found), *escape.escapes(Path(run), stage)]))
-    print_result(file)
+    print_result(plot_mazes(Path(run), Path(out) if out else None, stage, mazes))

@@ -16,7 +16,7 @@ from rlpost.engine.collect import collect
 from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.goals.goal_set import GoalSet
-from rlpost.goals.maze import final_of, finished, mazes_of, policy_of, recipe_of
+from rlpost.goals.maze_run import final_of, finished, mazes_of, policy_of, recipe_of
 from rlpost.goals.value_network import load_value
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
@@ -32,7 +32,7 @@ CANDIDATES = 8
 
 
 def escapes(run: Path, stage: str | None = None) -> list[str]:
-    """The share of walks that escape and of moves that are optimal, in lines; `stage` as in `maze.solved`.
+    """The share of walks that escape and of moves that are optimal, in lines; `stage` as in `maze_run.solved`.
 
     Raises:
         ModelError: the run has no walker or no policy.
