@@ -5,7 +5,7 @@ A case says which groups an update has and what the stage makes of some of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from worlds import GROUP_SIZE, REFERENCE, SAMPLER, SAMPLING, World, pairs, ranke
 from rlpost.goals import value
 from rlpost.goals.params import ValueTarget
 from rlpost.objectives.trust_region import finite_difference
+from rlpost.policy.logprobs import LogitStats
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.specs.kto import Kto
@@ -26,12 +27,11 @@ from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.recipe.specs.sft import Sft
 from rlpost.recipe.specs.trpo import Trpo
 from rlpost.recipe.specs.value import Value
-from rlpost.stages import dpo, kto, ppo, process_reward_model, reward_model, sft, surrogate, trpo
-from rlpost.stages.advantage import Estimator
-from rlpost.stages.online_dpo import best_and_worst
+from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
+from rlpost.stages.advantage import AdvantageEstimator
+from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.params import AtLimit, Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement
-from rlpost.stages.rollouts import Beta
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Group
@@ -43,7 +43,7 @@ class Update(NamedTuple):
 
     loss: LossFunction
     experience: Experience
-    how: Mapping[str, Any] = {}
+    stats: LogitStats | None = None
 
 
 Measured = tuple[Tensor, dict[str, float]]
@@ -52,7 +52,7 @@ Measured = tuple[Tensor, dict[str, float]]
 
 def gradient(learner: Learner, update: Update) -> Measured:
     """The update's gradient and its metrics."""
-    metrics = learner.gradient(update.loss, update.experience, **update.how)
+    metrics = learner.gradient(update.loss, update.experience, update.stats)
     return learner.flat_gradient(), metrics
 
 
@@ -76,9 +76,9 @@ def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Cas
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         layout = "shared" if learner.model.flat else "padded"
-        how = sft.reading(function, world.policy(layout, step=REFERENCE) if teacher else None)
+        stats = sft.stats_of(function, world.policy(layout, step=REFERENCE) if teacher else None)
         experience = Experience(tuple(groups[i] for i in share))
-        return Update(sft.supervised_loss(function), sft.weighted(experience, cfg, learner), how)
+        return Update(sft.supervised_loss(function), sft.weighted(experience, cfg, learner), stats)
 
     return Case(groups, prepare)
 
@@ -94,7 +94,7 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         experience = with_reference(world, [groups[i] for i in share])
-        return Update(objective.loss(), objective.prepared(experience, learner), objective.how)
+        return Update(objective.loss(), objective.prepared(experience, learner), objective.stats)
 
     return Case(groups, prepare, whole_groups=True)
 
@@ -154,13 +154,8 @@ def goals_reached(world: World, target: ValueTarget) -> Case:
     return Case(groups, prepare, scalar=True)
 
 
-def estimated(
-    world: World, groups: Sequence[Group], cfg: Grpo | Trpo, share: Sequence[int], learner: Learner
-) -> Experience:
-    """What the stage learns from: advantages by its estimator."""
-    sparse = isinstance(cfg, Grpo) and not cfg.entropy
-    estimator = Estimator(world, cfg, learner.model, None, sparse=sparse)
-    return estimator.experience(rollout_of(groups, share), 0, cfg.kl.beta, learner)
+def penalty_of(world: World, cfg: Grpo | Ppo | Trpo) -> KlPenalty:
+    return KlPenalty(cfg.kl, world.reference() if cfg.kl.beta else None)
 
 
 def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group_normalised", **settings: Any) -> Case:
@@ -174,12 +169,15 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
         **settings,
     )
     groups = world.groups
-    loss = surrogate.surrogate_loss(world.function(cfg, "loss"), cfg, Beta(cfg.kl))
-    how = {"temperature": SAMPLING.temperature, "entropy": cfg.entropy > 0}
+    penalty = penalty_of(world, cfg)
+    loss = grpo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
+    stats = LogitStats(SAMPLING.temperature, entropy=cfg.entropy > 0)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
-        experience = estimated(world, groups, cfg, share, learner)
-        return Update(loss, surrogate.weighted(experience, cfg, learner), how)
+        policy, rollout = learner.model, rollout_of(groups, share)
+        estimator = AdvantageEstimator(world, cfg, policy, None)
+        experience = grpo.assemble(rollout, 0, cfg, policy, estimator, penalty, learner)
+        return Update(loss, weighted(experience, cfg, learner), stats)
 
     return Case(groups, prepare)
 
@@ -195,15 +193,15 @@ def with_critic(world: World, critic: bool) -> Case:
         critic=Critic(clip=0.2),
     )
     groups = world.groups
-    loss = surrogate.surrogate_loss(world.function(cfg, "loss"), cfg, Beta(cfg.kl))
-    how = {"temperature": SAMPLING.temperature, "entropy": True}
+    penalty = penalty_of(world, cfg)
+    loss = ppo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
+    stats = LogitStats(SAMPLING.temperature, entropy=True)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         # The values are those of a critic that has moved since.
-        old, reference = world.scalar(step=SAMPLER), world.reference()
-        experience = ppo.assemble(rollout_of(groups, share), cfg, old, reference, cfg.kl.beta, learner)
-        experience = surrogate.weighted(experience, cfg, learner)
-        return Update(ppo.value_of(cfg), experience) if critic else Update(loss, experience, how)
+        experience = ppo.assemble(rollout_of(groups, share), cfg, world.scalar(step=SAMPLER), penalty, learner)
+        experience = weighted(experience, cfg, learner)
+        return Update(ppo.value_of(cfg), experience) if critic else Update(loss, experience, stats)
 
     return Case(groups, prepare, scalar=critic)
 
@@ -220,7 +218,7 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
     # Longer than the stage's own offset, which is so short that the difference blows the gradients' rounding up.
     product = finite_difference(divergence_gradient, v, epsilon=0.5)
     learner.set_weights(here + v * (0.5 / v.norm()))
-    metrics = learner.measure(update.loss, update.experience, **update.how)
+    metrics = learner.measure(update.loss, update.experience, update.stats)
     learner.set_weights(here)
     return product, metrics
 
@@ -228,26 +226,28 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
 def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -> Case:
     cfg = Trpo(group_size=GROUP_SIZE, sampling=SAMPLING, advantage=Function("leave_one_out"), weight="sequence_sum")
     groups = world.groups
-    how = {"temperature": SAMPLING.temperature, "read": lambda _batch: lambda logp_nV, _where: logp_nV}
+    penalty, stats = penalty_of(world, cfg), LogitStats(SAMPLING.temperature, distribution=True)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
-        experience = trpo.weighted(estimated(world, groups, cfg, share, learner), cfg, learner)
-        old_NV = learner.look(lambda scores, _part: scores.read, experience, **how)
-        return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), how)
+        policy, rollout = learner.model, rollout_of(groups, share)
+        estimator = AdvantageEstimator(world, cfg, policy, None)
+        experience = trpo.assemble(rollout, 0, cfg, policy, estimator, penalty, learner)
+        experience = weighted(experience, cfg, learner)
+        old_NV = learner.look(lambda scores, _part: scores.distribution_NV, experience, stats)
+        return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), stats)
 
     return Case(groups, prepare, measure=measure)
 
 
 def sampled_pairs(world: World) -> Case:
-    objective = PairObjective(world.function(OnlineDpo(), "loss"))
+    cfg = OnlineDpo(learning_rate=1.0, group_size=GROUP_SIZE, sampling=SAMPLING, min_gap=0.5)
+    objective = PairObjective(world.function(cfg, "loss"))
     groups = world.groups
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
-        rollout = rollout_of(groups, share)
-        best = best_and_worst(rollout.groups, rollout.reward_PG, min_gap=0.5)
-        experience = with_reference(world, best, SAMPLING.temperature)
-        how = {"temperature": SAMPLING.temperature}
-        return Update(objective.loss(), objective.prepared(experience, learner), how)
+        experience = online_dpo.assemble(rollout_of(groups, share), cfg, world.reference())
+        stats = LogitStats(SAMPLING.temperature)
+        return Update(objective.loss(), objective.prepared(experience, learner), stats)
 
     return Case(groups, prepare, whole_groups=True)
 

@@ -28,6 +28,7 @@ from rlpost.policy.score import logprobs
 from rlpost.recipe.functions import bind, functions_at
 from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.score import Scores as Rewards
+from rlpost.stages import rollouts
 from rlpost.stages.rollouts import Rollout
 from rlpost.types import Completion, Group, completions
 from rlpost.usercode.bound import Bound
@@ -166,7 +167,5 @@ def rollout_of(groups: Sequence[Group], share: Sequence[int]) -> Rollout:
         for row in zip(right, brief, strict=True)
     ]
     by_step = [[0.25 * (k % 3) for k in range(len(c.steps))] for c in completions(own)]
-    numbers = [[float("nan") if r is None else r for r in row] for row in total]
-    reward_PG = torch.tensor(numbers, dtype=torch.float64).view(len(own), GROUP_SIZE)
     rewards = Rewards(total, {"right": right, "brief": brief}, {"right": by_step})
-    return Rollout(own, rewards, reward_PG, len(own), {"right": 1.0, "brief": 0.5})
+    return rollouts.rollout_of(own, rewards, {"right": 1.0, "brief": 0.5}, mask_truncated=False)

@@ -28,7 +28,7 @@ from rlpost.objectives.values import bellman_residual, contrastive_value, monte_
 from rlpost.policy.scalar import Values, critic_beside
 from rlpost.recipe.specs.value import Value
 from rlpost.stages.context import Context, steps_of
-from rlpost.stages.rollouts import mean_of
+from rlpost.stages.on_policy import mean_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Completion, Group

@@ -1,73 +1,152 @@
 """From hidden states to numbers per action: logits exist at scored positions only, a tile at a time.
 
-Axes: N scored positions, V vocabulary, D hidden width.
+A caller declares what it wants to know of every action (`LogitStats`) and is given it by name (`Scores`).
+
+Axes: N scored positions, n those of a tile, V vocabulary, D hidden width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlpost.policy.batch import Batch
+
 LOGITS_AT_ONCE = 1 << 26
 """Logits kept for the backward pass (256 MB in float32); beyond it, tiles are recomputed there instead."""
 
 Head = Callable[[Tensor], Tensor]
 """[n, D] hidden states -> [n, V] logits, with all that the model does to them."""
+Distributions = Callable[[slice], Tensor]
+"""Some of the N positions -> [n, V] log-probabilities of the whole vocabulary."""
 
 
-def over_logits(hidden_ND: Tensor, head: Head, vocabulary: int, reduce: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """[N, …] `reduce(logits, where)` over tiles of at-least-float32 logits, `where` the tile's slice of N.
+class Teacher(Protocol):
+    """A model that is imitated."""
 
-    The log-probability of the target is one `reduce`; entropy and a teacher's KL are others.
+    def distributions(self, batch: Batch) -> Distributions:
+        """What it gives of the batch's actions, without gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class DistributionLoss:
+    """A loss of whole distributions, which are gone again after each tile."""
+
+    function: Callable[..., Tensor]
+    """[n] the loss; takes by name what `asks` says: `logp_N`, `logp_NV`, `teacher_NV`, `target_N`."""
+    asks: frozenset[str]
+    teacher: Teacher | None = None
+    """Where `teacher_NV` comes from."""
+
+    def of(self, logp_nV: Tensor, logp_n: Tensor, target_n: Tensor, teacher_nV: Tensor | None) -> Tensor:
+        """[n] the loss of a tile."""
+        known = {"logp_N": logp_n, "logp_NV": logp_nV, "teacher_NV": teacher_nV, "target_N": target_n}
+        return self.function(**{name: x for name, x in known.items() if name in self.asks})
+
+
+@dataclass(frozen=True)
+class LogitStats:
+    """What a forward pass tells of every action, beside its log-probability."""
+
+    temperature: float = 1.0
+    """The one the actions were sampled at; logits are divided by it."""
+    entropy: bool = False
+    """The entropy of the distribution that the action was drawn from."""
+    collision: bool = False
+    """How likely two draws from it are the same token."""
+    distribution: bool = False
+    """All of it: N·V numbers, so only where they fit."""
+    loss: DistributionLoss | None = None
+    """A loss that is computed from it."""
+
+    @property
+    def only_logprobs(self) -> bool:
+        """Nothing else is asked for, so that the vocabulary's log-probabilities need not exist."""
+        return not (self.entropy or self.collision or self.distribution or self.loss)
+
+
+LOGPROBS = LogitStats()
+"""The log-probabilities alone, at temperature 1."""
+
+
+class Scores(NamedTuple):
+    """What was asked of each action; None where it was not."""
+
+    logp_N: Tensor
+    """[N] its log-probability at the temperature asked for."""
+    entropy_N: Tensor | None = None
+    """[N] the entropy in nats."""
+    collision_N: Tensor | None = None
+    """[N] log Σ_v p(v)²."""
+    distribution_NV: Tensor | None = None
+    """[N, V] log-probabilities of the whole vocabulary."""
+    loss_N: Tensor | None = None
+    """[N] the loss of whole distributions."""
+
+
+def score(
+    hidden_ND: Tensor,
+    head: Head,
+    vocabulary: int,
+    target_N: Tensor,
+    stats: LogitStats = LOGPROBS,
+    teacher: Distributions | None = None,
+) -> Scores:
+    """What `stats` asks for, of the actions `target_N` taken in the states `hidden_ND`.
+
+    Args:
+        hidden_ND: hidden states, or logits if `head` is only to cut them.
+        head: from some of them to logits, which are computed on in at least float32.
+        vocabulary: V.
+        target_N: the actions.
+        stats: what is asked.
+        teacher: of the same actions, if the loss asks for one.
     """
     n = hidden_ND.shape[0]
     tile = max(1, LOGITS_AT_ONCE // 4 // vocabulary) if n * vocabulary > LOGITS_AT_ONCE else max(n, 1)
 
-    def one(hidden: Tensor, where: slice) -> Tensor:
-        logits = head(hidden)
-        return reduce(logits if logits.dtype == torch.float64 else logits.float(), where)
+    def one(hidden_nD: Tensor, where: slice) -> Scores:
+        logits_nV = head(hidden_nD)
+        logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
+        return _tile(logits_nV, target_N[where], stats, None if teacher is None else teacher(where))
 
-    pieces = []
+    pieces: list[Scores] = []
     for start in range(0, max(n, 1), tile):
         where = slice(start, min(start + tile, n))
         if n > tile and torch.is_grad_enabled():
             pieces.append(checkpoint(one, hidden_ND[where], where, use_reentrant=False))
         else:
             pieces.append(one(hidden_ND[where], where))
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+    if len(pieces) == 1:
+        return pieces[0]
+    return Scores(
+        torch.cat([p.logp_N for p in pieces]), *(_joined(c) for c in zip(*(p[1:] for p in pieces), strict=True))
+    )
 
 
-def target_logprob(target_N: Tensor, temperature: float = 1.0) -> Callable[[Tensor, slice], Tensor]:
-    """A reducer: [n] log-probability of the target of softmax(logits / temperature)."""
+def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Tensor | None) -> Scores:
+    scaled_nV = logits_nV if stats.temperature == 1.0 else logits_nV / stats.temperature
+    if stats.only_logprobs:
+        return Scores(-F.cross_entropy(scaled_nV, target_n, reduction="none"))
+    logp_nV = scaled_nV.log_softmax(-1)
+    logp_n = logp_nV.gather(1, target_n[:, None])[:, 0]
+    return Scores(
+        logp_n,
+        entropy_N=-(logp_nV.exp() * logp_nV).sum(-1) if stats.entropy else None,
+        collision_N=(2 * logp_nV).logsumexp(1) if stats.collision else None,
+        distribution_NV=logp_nV if stats.distribution else None,
+        loss_N=stats.loss.of(logp_nV, logp_n, target_n, teacher_nV) if stats.loss else None,
+    )
 
-    def reduce(logits: Tensor, where: slice) -> Tensor:
-        scaled = logits if temperature == 1.0 else logits / temperature
-        return -F.cross_entropy(scaled, target_N[where], reduction="none")
 
-    return reduce
-
-
-Reader = Callable[[Tensor, slice], Tensor]
-"""([n, V] log-probabilities of the whole vocabulary, which of the N) -> [n, …]: what else is read off them."""
-
-
-def with_more(
-    target_N: Tensor, temperature: float, entropy: bool, read: Reader | None
-) -> Callable[[Tensor, slice], Tensor]:
-    """A reducer: [n, 1 + …] log-probability of the target, then the entropy in nats, then what `read` makes."""
-
-    def reduce(logits: Tensor, where: slice) -> Tensor:
-        logp = (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
-        columns = [logp.gather(1, target_N[where][:, None])]
-        if entropy:
-            columns.append(-(logp.exp() * logp).sum(-1, keepdim=True))
-        if read is not None:
-            more = read(logp, where)
-            columns.append(more[:, None] if more.ndim == 1 else more)
-        return torch.cat(columns, 1)
-
-    return reduce
+def _joined(tiles: tuple[Tensor | None, ...]) -> Tensor | None:
+    """A column of several tiles; None if it was not asked for."""
+    found = [x for x in tiles if x is not None]
+    return torch.cat(found) if found else None

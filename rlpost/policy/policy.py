@@ -8,11 +8,11 @@ Axes: N action tokens, T tokens, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -31,7 +31,7 @@ from rlpost.policy.batch import (
     switched_batch,
 )
 from rlpost.policy.heads import reproduced_head
-from rlpost.policy.logprobs import Head, Reader, over_logits, target_logprob, with_more
+from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, Scores, score
 from rlpost.policy.vocabulary import Vocabulary
 from rlpost.types import Group
 
@@ -45,17 +45,6 @@ class Decoding(StrEnum):
     """On left-padded rows, with the model's own cache."""
     recomputed = "recomputed"
     """Without a cache: every token reads its whole row again, as scoring does."""
-
-
-class Scores(NamedTuple):
-    """What the policy says about each action."""
-
-    logp_N: Tensor
-    """[N] log-probability of each action at the given temperature."""
-    entropy_N: Tensor | None
-    """[N] entropy in nats of the distribution each action was drawn from, if asked for."""
-    read: Tensor | None = None
-    """[N, …] what the caller read off the whole vocabulary's log-probabilities, if it did."""
 
 
 class Policy(nn.Module):
@@ -179,35 +168,21 @@ class Policy(nn.Module):
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
         return {n: p for n, p in named.items() if not self.has_adapter or adapters.belongs(n, adapters.POLICY)}
 
-    def forward(
-        self,
-        batch: Batch,
-        temperature: float = 1.0,
-        entropy: bool = False,
-        read: Callable[[Batch], Reader] | None = None,
-    ) -> Scores:
+    def forward(self, batch: Batch, stats: LogitStats = LOGPROBS) -> Scores:
         """Score every action of the batch.
 
         Args:
             batch: from `self.batch`.
-            temperature: the one the actions were sampled at; logits are divided by it.
-            entropy: also return the entropy of each action's distribution.
-            read: for a batch, what else to read off the log-probabilities of the whole vocabulary, tile by tile.
+            stats: what to tell of an action beside its log-probability, and the temperature it was sampled at.
         """
         # A pass without gradient in between does not end the wait for an earlier one's backward.
         self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
         hidden_ND, head = self._scored_states(batch, batch.before_N)
         with self.precision():
-            if not entropy and read is None:
-                reduce = target_logprob(batch.target_N, temperature)
-                return Scores(over_logits(hidden_ND, head, self.vocabulary, reduce), None)
-            more = with_more(batch.target_N, temperature, entropy, read(batch) if read else None)
-            columns = over_logits(hidden_ND, head, self.vocabulary, more)
-        first = 2 if entropy else 1
-        rest = columns[:, first] if columns.shape[1] == first + 1 else columns[:, first:]
-        return Scores(columns[:, 0], columns[:, 1] if entropy else None, rest if read else None)
+            teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
+            return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher)
 
-    def distributions(self, batch: Batch) -> Callable[[slice], Tensor]:
+    def distributions(self, batch: Batch) -> Distributions:
         """For some of the batch's actions: [n, V] log-probabilities of the whole vocabulary, without gradient."""
         with torch.no_grad():
             hidden_ND, head = self._scored_states(batch, batch.before_N)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.policy import Policy
 from rlpost.types import Group, completions
 
@@ -25,7 +26,7 @@ def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.
     policy.eval()
     pieces: list[Tensor] = []
     for some in passes(groups, budget):
-        pieces.append(policy(policy.batch(some), temperature).logp_N.cpu())
+        pieces.append(policy(policy.batch(some), LogitStats(temperature)).logp_N.cpu())
     policy.train(was_training)
     return torch.cat(pieces) if pieces else torch.zeros(0)
 

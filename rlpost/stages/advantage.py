@@ -1,4 +1,4 @@
-"""From scored samples to experience: every action's advantage, by the estimator that the recipe names.
+"""What the stages with a baseline from groups share: every action's advantage, by the estimator the recipe names.
 
 An estimator is told what it needs by its parameters' names: rewards of groups, lengths, a greedy completion's
 reward, steps and their rewards, values from fresh rollouts.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from rlpost.data.divide import ends_of, step_starts
 from rlpost.engine.continue_from import as_answers, fresh_rollouts
-from rlpost.objectives import kl
-from rlpost.objectives.advantages import ema, whiten
+from rlpost.objectives.advantages import ema
 from rlpost.objectives.correction import correction
 from rlpost.objectives.credit import Steps, place
 from rlpost.objectives.rows import Rows
@@ -27,8 +26,8 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.specs.common import Grouped
 from rlpost.stages.context import Context
-from rlpost.stages.params import CorrectionMode, KlPlacement
-from rlpost.stages.rollouts import Rollout, Sampler, Samples, kl_estimate, sampled_logprobs, without_unscored
+from rlpost.stages.params import CorrectionMode
+from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 from rlpost.types import Group, completions
@@ -37,29 +36,40 @@ DECAY = 0.9
 """Of the running mean, where the estimator's `args` give no other."""
 
 
-class Estimator:
+def corrected(experience: Experience, cfg: Grouped, policy: Policy) -> Experience:
+    """The experience with the trainer's own `old_logp`, and the `correction` of what the sampler's was beside it.
+
+    Without a correction in the recipe, as it is.
+    """
+    how = cfg.correction
+    if how.mode is CorrectionMode.none:
+        return experience
+    old_N = logprobs(policy, experience.groups, temperature=cfg.sampling.temperature)
+    weight_N = correction(
+        old_N,
+        experience["sampled_logp"],
+        experience.rows,
+        per=how.per.value,
+        cap=how.cap,
+        mode=how.mode.value,
+        floor=how.floor,
+    )
+    return experience.with_actions(old_logp=old_N, correction=weight_N)
+
+
+class AdvantageEstimator:
     """The advantage of a stage, with what it needs to know; its running mean is saved with checkpoints."""
 
-    def __init__(self, context: Context, cfg: Grouped, policy: Policy, samples: Samples, *, sparse: bool) -> None:
-        """Bind the recipe's estimator.
-
-        Args:
-            context: of the stage.
-            cfg: of the stage.
-            policy: as it was loaded; the reference is made from it.
-            samples: where rollouts come from; some estimators draw more.
-            sparse: an action of advantage 0 adds nothing to the gradient and need not be computed.
-        """
+    def __init__(self, context: Context, cfg: Grouped, policy: Policy, samples: Samples) -> None:
+        """Bind the recipe's estimator, for samples that come from `samples`: some estimators draw more."""
         self._context = context
         self._cfg = cfg
         self._policy = policy
         self._samples = samples
-        self._sparse = sparse
         self._function = context.function(cfg, "advantage")
         self._asked = set(inspect.signature(self._function.call).parameters)
         if isinstance(samples, Sampler):
             samples.gone_on_from = "value_K" in self._asked
-        self.reference = context.reference(policy, cfg.reference) if cfg.kl.beta else None
         self._mean: float | None = None
         self._step = 0
 
@@ -71,42 +81,10 @@ class Estimator:
         """Go on from that mean."""
         self._mean = state["running_mean"]
 
-    def experience(self, rollout: Rollout, step: int, beta: float, learner: Learner) -> Experience:
-        """What the updates of a step learn from."""
+    def advantage(self, rollout: Rollout, experience: Experience, step: int, learner: Learner) -> Tensor:
+        """[N] the advantage of every action, whatever the estimator's own shape."""
         self._step = step
-        cfg = self._cfg
-        groups = without_unscored(rollout.groups, rollout.reward_PG)
-        experience = Experience(tuple(groups))
-        rows = experience.rows
-        sampled_N = old_N = sampled_logprobs(groups)
-        values = {"sampled_logp": sampled_N}
-        if cfg.correction.mode is not CorrectionMode.none:
-            old_N = logprobs(self._policy, groups, temperature=cfg.sampling.temperature)
-            values["correction"] = self._correction(old_N, sampled_N, rows)
-        advantage_N = self._advantage(rollout, groups, rows, learner)
-        if self.reference is not None:
-            values["reference"] = self.reference.logprobs(groups, cfg.sampling.temperature)
-            if cfg.kl.placement is KlPlacement.reward:
-                estimate = kl_estimate(cfg.kl)
-                kl_N = kl.kl_in_reward(old_N, values["reference"], rows, cfg.group_size, estimate)
-                advantage_N = advantage_N - beta * kl_N
-        if cfg.whiten:
-            everyone, own = learner.gather(advantage_N)
-            advantage_N = whiten(everyone)[own]
-        experience = experience.with_actions(old_logp=old_N, advantage=advantage_N.to(old_N.dtype), **values)
-        if not self._sparse or (self.reference is not None and cfg.kl.placement is KlPlacement.loss):
-            return experience
-        return replace(experience, needed_S=tuple((rows.sum(advantage_N.abs()) != 0).tolist()))
-
-    def _correction(self, trainer_N: Tensor, engine_N: Tensor, rows: Rows) -> Tensor:
-        how = self._cfg.correction
-        return correction(
-            trainer_N, engine_N, rows, per=how.per.value, cap=how.cap, mode=how.mode.value, floor=how.floor
-        )
-
-    def _advantage(self, rollout: Rollout, groups: Sequence[Group], rows: Rows, learner: Learner) -> Tensor:
-        """[N] whatever the estimator's own shape."""
-        known = _Known(rollout, groups, rows, self)
+        known = _Known(rollout, experience.groups, experience.rows, self)
         given = {name: make() for name, make in known.by_name().items() if name in self._asked}
         # Statistics of a batch are over all ranks, which gather in the same order: a set's differs by process.
         own = slice(None)
@@ -116,7 +94,7 @@ class Estimator:
         if "running_mean" in self._asked:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
             self._mean = ema(self._mean, learner.gather(rollout.reward_PG)[0], decay)
-        return rows.spread(found[own].flatten()) if found.ndim == 2 else found
+        return experience.rows.spread(found[own].flatten()) if found.ndim == 2 else found
 
     @property
     def running_mean(self) -> float:
@@ -155,7 +133,7 @@ class _Known:
     rollout: Rollout
     groups: Sequence[Group]
     rows: Rows
-    estimator: Estimator
+    estimator: AdvantageEstimator
 
     def by_name(self) -> dict[str, Callable[[], Any]]:
         """Every name an estimator may ask for."""
@@ -166,19 +144,14 @@ class _Known:
             "reward_PGK": lambda: self.rollout.reward_PGK,
             "weight_K": lambda: self.rollout.weight_K,
             "running_mean": lambda: self.estimator.running_mean,
-            "reward_S": lambda: self.reward_S,
-            "reward_N": lambda: place(self.reward_S, self.rows),
+            "reward_S": lambda: self.rollout.reward_S,
+            "reward_N": lambda: place(self.rollout.reward_S, self.rows),
             "rows": lambda: self.rows,
             "steps": lambda: self.steps,
             "step_reward_K": lambda: self.step_reward_K,
             "value_K": lambda: self.estimator.values_of_steps(self.groups),
             "group_size": lambda: self.rollout.reward_PG.shape[1],
         }
-
-    @property
-    def reward_S(self) -> Tensor:
-        """[S] total rewards, 0 where a completion is unscored."""
-        return self.rollout.reward_PG.flatten().nan_to_num()
 
     @property
     def steps(self) -> Steps:
@@ -193,7 +166,7 @@ class _Known:
         for s, c in enumerate(completions(self.groups)):
             if c.actions:
                 own = self.rollout.step_rewards(s, len(c.steps))
-                own[-1] += float(self.reward_S[s]) - sum(own)
+                own[-1] += float(self.rollout.reward_S[s]) - sum(own)
                 by_step += own
         return torch.tensor(by_step, dtype=torch.float64)
 

@@ -17,7 +17,7 @@ from rlpost.data.formats import Need
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.following import Following
-from rlpost.policy.policy import Scores
+from rlpost.policy.logprobs import Scores
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
@@ -51,7 +51,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))
         experience = experience.with_actions(reference=references.of(experience.groups))
-        metrics = learner.update(loss, prepared(experience, learner), **objective.how)
+        metrics = learner.update(loss, prepared(experience, learner), objective.stats)
         if following and cfg.refresh and (step + 1) % cfg.refresh.every == 0:
             metrics["cut_off"] = following.follow(cfg.refresh.share)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))

@@ -3,47 +3,87 @@
 The advantage, the surrogate, the weight and the KL are the recipe's, so one stage holds REINFORCE with its
 baselines, RLOO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, VinePPO and what lies between.
 
-Axes: N action tokens, S completions, P prompts of a step, G completions a prompt.
+Axes: N action tokens, S completions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from rlpost.objectives import metrics
+from torch import Tensor
+
+from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.grpo import Grpo
-from rlpost.stages.advantage import Estimator
-from rlpost.stages.context import Context, steps_of
-from rlpost.stages.rollouts import Beta, mean_of, samples_of
-from rlpost.stages.surrogate import surrogate_loss, weighted
-from rlpost.train.loop import show_samples
+from rlpost.stages.advantage import AdvantageEstimator, corrected
+from rlpost.stages.context import Context
+from rlpost.stages.on_policy import KlPenalty, on_policy, surrogate_metrics, updates_of, weighted, whitened
+from rlpost.stages.rollouts import Rollout, samples_of
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner, LossFunction
 
 
 def grpo(context: Context, cfg: Grpo) -> Path:
     """Train on sampled completions and their rewards; returns the final checkpoint."""
     policy = context.policy()
     samples = samples_of(context, cfg, policy)
-    # What a user's own surrogate adds to the advantage is not known.
-    estimator = Estimator(context, cfg, policy, samples, sparse=not (cfg.entropy or ":" in cfg.loss.fn))
-    beta = Beta(cfg.kl)
-    loss = surrogate_loss(context.function(cfg, "loss"), cfg, beta)
-    steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
-    learner = context.learner(policy, cfg, updates=steps * cfg.updates * cfg.passes)
-    loop = context.loop(cfg, {"data": samples.data, "beta": beta, "baseline": estimator}, steps, policy=learner)
+    estimator = AdvantageEstimator(context, cfg, policy, samples)
+    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
+    loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0)
+    learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
+    return on_policy(
+        context,
+        cfg,
+        policy,
+        samples,
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl, learner),
+        minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg, learner), stats),
+        observe=kl.observe,
+        learners={"policy": learner},
+        states={"beta": kl, "baseline": estimator},
+        live=("reward", "length", "entropy"),
+    )
 
-    for step in loop.steps():
-        rollout = samples.sample(step)
-        experience = estimator.experience(rollout, step, beta.value, learner)
-        updates = [
-            learner.update(
-                loss, weighted(update, cfg, learner), temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0
-            )
-            for number in range(cfg.passes)
-            for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number))
-        ]
-        line = rollout.metrics | beta.seen(experience) | metrics.without_parts(mean_of(updates))
-        loop.log(step, line, live=("reward", "length", "entropy"))
-        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups)
-            show_samples(step, rollout.groups, policy.tokenizer)
-    return context.finish(policy, cfg.kind, steps)
+
+def assemble(
+    rollout: Rollout,
+    step: int,
+    cfg: Grpo,
+    policy: Policy,
+    estimator: AdvantageEstimator,
+    kl: KlPenalty,
+    learner: Learner,
+) -> Experience:
+    """The samples with the advantage of every action, the KL to come taken off it."""
+    experience = corrected(rollout.experience, cfg, policy)
+    experience = kl.with_reference(experience, cfg.sampling.temperature)
+    advantage_N = estimator.advantage(rollout, experience, step, learner) - kl.to_go(experience, cfg.group_size)
+    if cfg.whiten:
+        advantage_N = whitened(advantage_N, learner)
+    experience = experience.with_actions(advantage=advantage_N.to(experience["old_logp"].dtype))
+    # An advantage of 0 adds nothing to the gradient, unless by a surrogate of a user's own.
+    if cfg.entropy or kl.in_loss or ":" in cfg.loss.fn:
+        return experience
+    moves_S = experience.rows.sum(advantage_N.abs()) != 0
+    return replace(experience, needed_S=tuple(moves_S.tolist()))
+
+
+def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -> LossFunction:
+    """Σ weight·(surrogate + β·KL, where the KL belongs in the loss), less the entropy bonus."""
+
+    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(scores.logp_N.device)
+        loss_N = surrogate(scores.logp_N, part["old_logp"], part["advantage"], rows)
+        if "correction" in part.per_action:
+            loss_N = loss_N * part["correction"]
+        if kl.in_loss:
+            loss_N = loss_N + kl.loss(scores.logp_N, part)
+        total = (loss_N * part["weight"]).sum()
+        if scores.entropy_N is not None:
+            total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
+        return total, surrogate_metrics(scores, part, cfg.loss) | kl.metrics(scores.logp_N, part)
+
+    return loss

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlpost.data.formats import Need
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.policy import Scores
+from rlpost.policy.logprobs import Scores
 from rlpost.recipe.specs.kto import Kto
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from rlpost.policy.logprobs import LogitStats
+from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.online_dpo import OnlineDpo
-from rlpost.stages.context import Context, steps_of
+from rlpost.stages.context import Context
+from rlpost.stages.on_policy import on_policy, updates_of
 from rlpost.stages.pairwise import PairObjective
-from rlpost.stages.rollouts import Sampler, mean_of
+from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
-from rlpost.train.loop import show_samples
 from rlpost.types import Group
 
 
@@ -27,27 +29,27 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
     samples = Sampler(context, cfg, policy)
     objective = PairObjective(context.function(cfg, "loss"))
     reference = context.reference(policy, cfg.reference)
-    steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
-    learner = context.learner(policy, cfg, updates=steps * cfg.updates * cfg.passes, whole_groups=True)
-    loop = context.loop(cfg, {"data": samples.data}, steps, policy=learner)
-    loss = objective.loss()
+    learner = context.learner(policy, cfg, updates_of(context, cfg, samples), whole_groups=True)
+    loss, stats = objective.loss(), LogitStats(temperature=cfg.sampling.temperature)
 
-    for step in loop.steps():
-        rollout = samples.sample(step)
-        pairs = best_and_worst(rollout.groups, rollout.reward_PG, cfg.min_gap)
-        temperature = cfg.sampling.temperature
-        experience = Experience(tuple(pairs)).with_actions(reference=reference.logprobs(pairs, temperature))
-        updates = [
-            learner.update(loss, objective.prepared(update, learner), temperature=temperature)
-            for number in range(cfg.passes)
-            for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number))
-        ]
-        line = rollout.metrics | {"pairs": len(pairs)} | mean_of(updates)
-        loop.log(step, line, live=("reward", "accuracy", "pairs"))
-        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups)
-            show_samples(step, rollout.groups, policy.tokenizer)
-    return context.finish(policy, cfg.kind, steps)
+    return on_policy(
+        context,
+        cfg,
+        policy,
+        samples,
+        assemble=lambda rollout, _: assemble(rollout, cfg, reference),
+        minimise=lambda minibatch, _: learner.update(loss, objective.prepared(minibatch, learner), stats),
+        observe=lambda pairs: {"pairs": len(pairs.groups)},
+        learners={"policy": learner},
+        states={},
+        live=("reward", "accuracy", "pairs"),
+    )
+
+
+def assemble(rollout: Rollout, cfg: OnlineDpo, reference: Reference) -> Experience:
+    """The pairs that the samples give, with the reference's log-probabilities."""
+    pairs = best_and_worst(rollout.groups, rollout.reward_PG, cfg.min_gap)
+    return Experience(tuple(pairs)).with_actions(reference=reference.logprobs(pairs, cfg.sampling.temperature))
 
 
 def best_and_worst(groups: Sequence[Group], reward_PG: Tensor, min_gap: float) -> list[Group]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
 from rlpost.objectives.preference_modifiers import confidence
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.policy import Scores
+from rlpost.policy.logprobs import LogitStats, Scores
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.usercode.bound import Bound
@@ -32,11 +31,9 @@ class PairObjective:
     """Weight of the chosen completions' negative log-likelihood, per token."""
 
     @property
-    def how(self) -> dict[str, Any]:
-        """What the forward pass is told: `confidence` compares an action with the average draw in its state."""
-        if not any(getattr(m, "__name__", "") == confidence.__name__ for m in self.modifiers):
-            return {}
-        return {"read": lambda _: lambda logp_nV, __: (2 * logp_nV).logsumexp(1)}
+    def stats(self) -> LogitStats:
+        """What the forward pass is asked for: `confidence` compares an action with the average draw in its state."""
+        return LogitStats(collision=any(getattr(m, "__name__", "") == confidence.__name__ for m in self.modifiers))
 
     @property
     def couples(self) -> bool:
@@ -61,7 +58,7 @@ class PairObjective:
         if not self.couples:
             return update
         everyone, own = learner.gather(
-            learner.look(lambda scores, part: _pairs(scores, part).table_PC, update, **self.how)
+            learner.look(lambda scores, part: _pairs(scores, part).table_PC, update, self.stats)
         )
 
         def whole(table_PC: Tensor) -> Tensor:
@@ -92,7 +89,7 @@ class PairObjective:
 
 
 def _pairs(scores: Scores, part: Experience) -> Pairs:
-    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), scores.read)
+    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), scores.collision_N)
 
 
 def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:

@@ -10,26 +10,24 @@ Axes: N action tokens, S completions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlpost.objectives import kl, metrics
-from rlpost.objectives.advantages import whiten
+from rlpost.objectives import metrics
 from rlpost.objectives.credit import gae, place
 from rlpost.objectives.values import value_loss
-from rlpost.policy.reference import Reference
+from rlpost.policy.logprobs import LogitStats, Scores
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
 from rlpost.recipe.specs.ppo import Ppo
-from rlpost.stages.context import Context, steps_of
+from rlpost.stages.context import Context
+from rlpost.stages.on_policy import KlPenalty, on_policy, surrogate_metrics, updates_of, weighted, whitened
 from rlpost.stages.params import AtLimit, Trunk
-from rlpost.stages.rollouts import Beta, Rollout, Sampler, mean_of, sampled_logprobs, without_unscored
-from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
-from rlpost.train.loop import show_samples
 from rlpost.types import Group, completions
 
 
@@ -38,66 +36,69 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     policy = context.policy()
     scores = context.checkpoint(cfg.critic.start) if cfg.critic.start else None
     critic = critic_beside(policy, context.start, scores, context.model, trains_trunk=cfg.critic.trunk is Trunk.own)
-    reference = context.reference(policy, cfg.reference) if cfg.kl.beta else None
+    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
-    beta = Beta(cfg.kl)
-    losses = surrogate_loss(context.function(cfg, "loss"), cfg, beta), value_of(cfg)
-    steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
-    updates = steps * cfg.updates * cfg.passes
+    policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
+    critic_loss = value_of(cfg)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0)
+    updates = updates_of(context, cfg, samples)
     learner = context.learner(policy, cfg, updates)
     value_learner = context.learner(critic, cfg, updates, learning_rate=cfg.critic.learning_rate)
-    loop = context.loop(cfg, {"data": samples.data, "beta": beta}, steps, policy=learner, critic=value_learner)
 
-    for step in loop.steps():
-        rollout = samples.sample(step)
-        experience = assemble(rollout, cfg, critic, reference, beta.value, learner)
-        lines = []
-        for number in range(cfg.passes):
-            for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number)):
-                update = weighted(update, cfg, learner)
-                line = _critic_metrics(value_learner.update(losses[1], update))
-                if step >= cfg.critic.warmup_steps:
-                    line |= learner.update(
-                        losses[0], update, temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0
-                    )
-                lines.append(line)
-        loop.log(step, rollout.metrics | beta.seen(experience) | mean_of(lines), live=("reward", "explained_variance"))
-        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups)
-            show_samples(step, rollout.groups, policy.tokenizer)
-    return context.finish(policy, cfg.kind, steps)
+    def minimise(minibatch: Experience, step: int) -> dict[str, float]:
+        minibatch = weighted(minibatch, cfg, learner)
+        line = _critic_metrics(value_learner.update(critic_loss, minibatch))
+        if step >= cfg.critic.warmup_steps:
+            line |= learner.update(policy_loss, minibatch, stats)
+        return line
+
+    return on_policy(
+        context,
+        cfg,
+        policy,
+        samples,
+        assemble=lambda rollout, _: assemble(rollout, cfg, critic, kl, learner),
+        minimise=minimise,
+        observe=kl.observe,
+        learners={"policy": learner, "critic": value_learner},
+        states={"beta": kl},
+        live=("reward", "explained_variance"),
+    )
 
 
-def assemble(
-    rollout: Rollout, cfg: Ppo, critic: ScalarModel, reference: Reference | None, beta: float, learner: Learner
-) -> Experience:
-    """What the step's updates learn from: advantages and returns under the critic as it is."""
-    groups = without_unscored(rollout.groups, rollout.reward_PG)
-    experience = Experience(tuple(groups))
-    rows, old_N = experience.rows, sampled_logprobs(groups)
-    reward_N = place(rollout.reward_PG.flatten().nan_to_num(), rows)
-    values = {"old_logp": old_N, "sampled_logp": old_N}
-    if reference is not None:
-        values["reference"] = reference.logprobs(groups, cfg.sampling.temperature)
-        reward_N = reward_N - beta * kl.k1(old_N, values["reference"])
-    scored = critic.score(groups)
+def assemble(rollout: Rollout, cfg: Ppo, critic: ScalarModel, kl: KlPenalty, learner: Learner) -> Experience:
+    """The samples with advantages and returns under the critic as it is."""
+    experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
+    rows, values = experience.rows, critic.score(experience.groups)
+    reward_N = place(rollout.reward_S, rows) - kl.per_action(experience)
     advantage_N, return_N = gae(
         reward_N,
-        scored.before_N.to(reward_N.dtype),
+        values.before_N.to(reward_N.dtype),
         rows,
         gamma=cfg.gamma,
         lam=cfg.lam,
-        bootstrap_S=_beyond(scored, groups, cfg),
+        bootstrap_S=_beyond(values, experience.groups, cfg),
     )
     if cfg.whiten:
-        everyone, own = learner.gather(advantage_N)
-        advantage_N = whiten(everyone)[own]
+        advantage_N = whitened(advantage_N, learner)
+    dtype = experience["old_logp"].dtype
     return experience.with_actions(
-        advantage=advantage_N.to(old_N.dtype),
-        returns=return_N.to(old_N.dtype),
-        old_value=scored.before_N,
-        **values,
+        advantage=advantage_N.to(dtype), returns=return_N.to(dtype), old_value=values.before_N
     )
+
+
+def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) -> LossFunction:
+    """Σ surrogate·weight, less the entropy bonus."""
+
+    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(scores.logp_N.device)
+        loss_N = surrogate(scores.logp_N, part["old_logp"], part["advantage"], rows)
+        total = (loss_N * part["weight"]).sum()
+        if scores.entropy_N is not None:
+            total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
+        return total, surrogate_metrics(scores, part, cfg.loss) | kl.metrics(scores.logp_N, part)
+
+    return loss
 
 
 def value_of(cfg: Ppo) -> LossFunction:
@@ -112,12 +113,12 @@ def value_of(cfg: Ppo) -> LossFunction:
     return loss
 
 
-def _beyond(scored: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
+def _beyond(values: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
     """[S] what the critic expects after the end of completions that were cut off; None if a cut is an end."""
     if cfg.at_limit is AtLimit.terminate:
         return None
     cut_S = torch.tensor([c.finish == "length" for c in completions(groups)])
-    return torch.where(cut_S, scored.final_S, 0.0)
+    return torch.where(cut_S, values.final_S, 0.0)
 
 
 def _critic_metrics(line: dict[str, float]) -> dict[str, float]:

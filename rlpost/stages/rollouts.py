@@ -1,13 +1,12 @@
-"""What the stages that learn from samples share: drawing prompts, sampling, scoring, and the KL's coefficient.
+"""The samples of a step: prompts drawn, completions sampled and scored, or rollouts that another policy made.
 
-Axes: N action tokens, S completions, P prompts of a step, G completions a prompt.
+Axes: N action tokens, S completions, P prompts of a step, G completions a prompt, K rewards of the recipe's list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,14 +20,12 @@ from rlpost.data.formats import Need
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import Collect, collector
 from rlpost.errors import DataError
-from rlpost.objectives import kl
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.common import GROUP_BASELINES, Grouped, Rollouts
 from rlpost.rewards.score import Scorer, joined, rewarded
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.context import Context
-from rlpost.stages.params import Kl, KlEstimator
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
 
@@ -39,15 +36,29 @@ class Rollout:
 
     groups: Sequence[Group]
     """P groups of G completions, with their rewards."""
-    rewards: Rewards
+    learned: Sequence[Group]
+    """The same; a completion that nothing is learned from has no actions."""
     reward_PG: Tensor
-    """[P, G] total rewards; NaN where a completion is unscored, or left out of learning."""
+    """[P, G] total rewards; NaN where nothing is learned from a completion."""
+    rewards: Rewards
     drawn: int
     """Prompts sampled to get these."""
     weights: Mapping[str, float]
     """Of each reward of the recipe's list, by name."""
     drawn_means: Mapping[str, float] = field(default_factory=dict)
     """Mean of each reward over all that was drawn, where groups were chosen from it."""
+
+    @property
+    def experience(self) -> Experience:
+        """What is learned from, with the actions' log-probabilities when they were sampled."""
+        logprobs = [c.logprobs for c in completions(self.learned)]
+        sampled_N = torch.tensor(np.concatenate(logprobs) if logprobs else [], dtype=torch.get_default_dtype())
+        return Experience(tuple(self.learned)).with_actions(sampled_logp=sampled_N, old_logp=sampled_N)
+
+    @property
+    def reward_S(self) -> Tensor:
+        """[S] total rewards, 0 where nothing is learned from a completion."""
+        return self.reward_PG.flatten().nan_to_num()
 
     @property
     def reward_PGK(self) -> Tensor:
@@ -177,7 +188,7 @@ class Sampler:
     def greedy(self, prompts: Sequence[Group]) -> Tensor:
         """[P] reward of each prompt's most likely completion, NaN where it is unscored."""
         groups = self.divided(self._collect(prompts, 1, greedy(self.cfg.sampling), seed=0))
-        return _tensor(self.score(groups).total)[:, 0]
+        return learned_from(rewarded(groups, self.score(groups).total))[1][:, 0]
 
     @property
     def _collect(self) -> Collect:
@@ -187,10 +198,7 @@ class Sampler:
         seed = self.context.seed_for("sample", step)
         prompts = self.data.next(self.cfg.prompts)
         groups = self.divided(self._collect(prompts, self.cfg.group_size, self.cfg.sampling, seed=seed, first=first))
-        rewards = self.score(groups)
-        groups = rewarded(groups, rewards.total)
-        reward_PG = learned_rewards(groups, self.cfg.mask_truncated)
-        return Rollout(groups, rewards, reward_PG, len(groups), self.scorer.weights)
+        return rollout_of(groups, self.score(groups), self.scorer.weights, self.cfg.mask_truncated)
 
     def divided(self, groups: Sequence[Group]) -> list[Group]:
         """The groups, their completions divided into steps if the recipe says how."""
@@ -229,10 +237,8 @@ class Recorded:
             rewards = Rewards(total=[[c.reward for c in g.completions] for g in groups], by_name={})
         else:
             rewards = scored(self.scorer, groups, self.policy)
-            groups = rewarded(groups, rewards.total)
-        reward_PG = learned_rewards(groups, self.cfg.mask_truncated)
         weights = self.scorer.weights if self.scorer else {}
-        return self.signal.look(Rollout(groups, rewards, reward_PG, len(groups), weights), step)
+        return self.signal.look(rollout_of(groups, rewards, weights, self.cfg.mask_truncated), step)
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
@@ -242,71 +248,27 @@ def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
     return scorer.score(groups, steps=[step_texts(c, policy.tokenizer, policy.end_ids) for c in completions(groups)])
 
 
-class Beta:
-    """The KL's coefficient: fixed, or moved towards a target; its state is saved with checkpoints."""
-
-    def __init__(self, cfg: Kl) -> None:
-        """Begin at the recipe's value."""
-        self.value = cfg.beta
-        self._cfg = cfg
-
-    def seen(self, experience: Experience) -> dict[str, float]:
-        """Take note of a step's KL; returns it, in nats a completion, with the coefficient it was weighed by."""
-        if "reference" not in experience.per_action:
-            return {}
-        rows = experience.rows
-        kl_S = rows.sum(kl.k1(experience["old_logp"], experience["reference"]))
-        mean = float(kl_S.sum()) / max(rows.learned, 1)
-        line = {"sequence_kl": mean, "beta": self.value}
-        if self._cfg.target is not None:
-            self.value = kl.adaptive(
-                self.value, mean, target=self._cfg.target, horizon=self._cfg.horizon, count=rows.learned
-            )
-        return line
-
-    def state(self) -> dict[str, Any]:
-        """Its value, and the recipe's that it began at."""
-        return {"beta": self.value, "began": self._cfg.beta}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from that value; begin anew where the recipe has another one by now."""
-        if state["began"] == self._cfg.beta:
-            self.value = float(state["beta"])
+def rollout_of(
+    groups: Sequence[Group], rewards: Rewards, weights: Mapping[str, float], mask_truncated: bool
+) -> Rollout:
+    """The samples with their rewards."""
+    groups = rewarded(groups, rewards.total)
+    learned, reward_PG = learned_from(groups, mask_truncated)
+    return Rollout(groups, learned, reward_PG, rewards, len(groups), weights)
 
 
-def learned_rewards(groups: Sequence[Group], mask_truncated: bool) -> Tensor:
-    """[P, G] total rewards; NaN where a completion is unscored, or cut off and left out of learning."""
-    left_out = [[mask_truncated and c.finish == "length" for c in g.completions] for g in groups]
-    return torch.where(torch.tensor(left_out), torch.nan, _tensor([[c.reward for c in g.completions] for g in groups]))
+def learned_from(groups: Sequence[Group], mask_truncated: bool = False) -> tuple[list[Group], Tensor]:
+    """The groups as they are learned from, and [P, G] their rewards.
 
-
-def without_unscored(groups: Sequence[Group], reward_PG: Tensor) -> list[Group]:
-    """The groups in which completions without a reward have no actions: they are counted nowhere and move nothing."""
-    unscored = reward_PG.isnan().tolist()
+    A completion that is unscored, or cut off where `mask_truncated` says so, has no actions there, so that it is
+    counted nowhere and moves nothing; its reward is NaN.
+    """
+    out = [[c.reward is None or (mask_truncated and c.finish == "length") for c in g.completions] for g in groups]
+    total = _tensor([[c.reward for c in g.completions] for g in groups])
     return [
-        replace(
-            g, completions=tuple(_without_actions(c) if out else c for c, out in zip(g.completions, row, strict=True))
-        )
-        for g, row in zip(groups, unscored, strict=True)
-    ]
-
-
-def sampled_logprobs(groups: Sequence[Group]) -> Tensor:
-    """[N] log-probabilities of the actions when they were sampled."""
-    logprobs = [c.logprobs for c in completions(groups)]
-    return torch.tensor(np.concatenate(logprobs) if logprobs else [], dtype=torch.get_default_dtype())
-
-
-def kl_estimate(cfg: Kl) -> Callable[[Tensor, Tensor], Tensor]:
-    """The estimator of the recipe."""
-    return {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[cfg.estimator]
-
-
-def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's mean over a step's updates; the sampler's gap is the first's, before the policy moved."""
-    names = dict.fromkeys(name for metrics in updates for name in metrics)
-    means = {n: fmean(metrics[n] for metrics in updates if n in metrics) for n in names}
-    return means | {n: x for n, x in updates[0].items() if n == "sampler_gap"}
+        replace(g, completions=tuple(_without_actions(c) if o else c for c, o in zip(g.completions, row, strict=True)))
+        for g, row in zip(groups, out, strict=True)
+    ], torch.where(torch.tensor(out), torch.nan, total)
 
 
 def _without_actions(completion: Completion) -> Completion:
@@ -326,13 +288,14 @@ def _chosen(rounds: Sequence[Rollout], prompts: int) -> Rollout:
     """Groups with a signal first, then others, as many as a step has."""
     signal = torch.cat([has_signal(r.reward_PG) for r in rounds]).tolist()
     order = sorted(range(len(signal)), key=lambda i: not signal[i])[:prompts]
-    groups = [g for r in rounds for g in r.groups]
+    groups, learned = [g for r in rounds for g in r.groups], [g for r in rounds for g in r.learned]
     reward_PG = torch.cat([r.reward_PG for r in rounds])[order]
     drawn = [r.rewards for r in rounds]
     return Rollout(
         groups=[groups[i] for i in order],
-        rewards=joined(drawn, order),
+        learned=[learned[i] for i in order],
         reward_PG=reward_PG,
+        rewards=joined(drawn, order),
         drawn=len(groups),
         weights=rounds[0].weights,
         drawn_means=joined(drawn, range(len(groups))).means(),

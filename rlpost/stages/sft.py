@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,9 @@ from rlpost.data.formats import Need
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError, RecipeError
 from rlpost.objectives.weights import weigh
-from rlpost.policy.batch import Batch
 from rlpost.policy.load import load_policy
-from rlpost.policy.logprobs import Reader
-from rlpost.policy.policy import Policy, Scores
+from rlpost.policy.logprobs import DistributionLoss, LogitStats, Scores
+from rlpost.policy.policy import Policy
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.sft import Sft
 from rlpost.stages.context import Context, steps_of
@@ -40,7 +38,7 @@ def sft(context: Context, cfg: Sft) -> Path:
     function = context.function(cfg, "loss")
     data = context.data(policy, cfg.data, need_of(function), cfg.max_length, cfg.too_long)
     teacher = _teacher(context, policy, cfg.teacher) if cfg.teacher else None
-    how = reading(function, teacher)
+    stats = stats_of(function, teacher)
     loss = supervised_loss(function)
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps)
@@ -50,7 +48,7 @@ def sft(context: Context, cfg: Sft) -> Path:
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
         if need_of(function) is Need.labelled:
             experience = labelled(experience)
-        metrics = learner.update(loss, experience, **how)
+        metrics = learner.update(loss, experience, stats)
         tokens = learner.totals(experience).actions
         loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
     about = {"direction": str(Direction.reverse)} if cfg.leaves is Leaves.reverse else None
@@ -77,7 +75,7 @@ def labelled(update: Experience) -> Experience:
 
 
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
-    """Σ loss·weight of a function of log-probabilities; one of whole distributions was read off them already."""
+    """Σ loss·weight of a function of log-probabilities; one of whole distributions was computed with them."""
     by_label = need_of(function) is Need.labelled
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -86,14 +84,14 @@ def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
             label_N = part["label"]
             loss_N = function(logp_N=scores.logp_N, label_N=label_N)
             return (loss_N * part["weight"]).sum(), {"nll": nll_N[label_N], "unsaid_nll": nll_N[~label_N]}
-        loss_N = function(logp_N=scores.logp_N) if scores.read is None else scores.read
+        loss_N = function(logp_N=scores.logp_N) if scores.loss_N is None else scores.loss_N
         return (loss_N * part["weight"]).sum(), {"nll": nll_N}
 
     return loss
 
 
-def reading(function: Callable[..., Tensor], teacher: Policy | None) -> dict[str, Any]:
-    """What the forward pass is told: for a loss of whole distributions, to compute it tile by tile.
+def stats_of(function: Callable[..., Tensor], teacher: Policy | None) -> LogitStats:
+    """What the forward pass is asked for: a loss of whole distributions is computed there, tile by tile.
 
     Raises:
         ModelError: the loss asks for a teacher, and there is none.
@@ -108,24 +106,8 @@ def reading(function: Callable[..., Tensor], teacher: Policy | None) -> dict[str
     if "teacher_NV" in asked and teacher is None:
         raise ModelError("the loss imitates a teacher and there is none; give `teacher`")
     if not asked & FULL:
-        return {}
-
-    def read(batch: Batch) -> Reader:
-        says = teacher.distributions(batch) if teacher is not None and "teacher_NV" in asked else None
-
-        def loss(logp_nV: Tensor, where: slice) -> Tensor:
-            target = batch.target_N[where]
-            known: dict[str, Callable[[], Tensor]] = {
-                "logp_N": lambda: logp_nV.gather(1, target[:, None])[:, 0],
-                "logp_NV": lambda: logp_nV,
-                "teacher_NV": lambda: says(where) if says else logp_nV,
-                "target_N": lambda: target,
-            }
-            return function(**{name: known[name]() for name in asked})
-
-        return loss
-
-    return {"read": read}
+        return LogitStats()
+    return LogitStats(loss=DistributionLoss(function, frozenset(asked), teacher if "teacher_NV" in asked else None))
 
 
 def _teacher(context: Context, policy: Policy, name: str) -> Policy:

@@ -18,17 +18,15 @@ from rlpost.errors import ModelError
 from rlpost.objectives.kl import full_kl
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
-from rlpost.objectives.weights import token_mean, weigh
-from rlpost.policy.batch import Batch
-from rlpost.policy.logprobs import Reader
-from rlpost.policy.policy import Policy, Scores
+from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.trpo import Trpo
-from rlpost.stages.advantage import Estimator
-from rlpost.stages.context import Context, steps_of
-from rlpost.stages.rollouts import Beta, mean_of, samples_of
+from rlpost.stages.advantage import AdvantageEstimator, corrected
+from rlpost.stages.context import Context
+from rlpost.stages.on_policy import KlPenalty, on_policy, updates_of, weighted, whitened
+from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
-from rlpost.train.loop import show_samples
 
 MOST_NUMBERS = 1 << 28
 """Log-probabilities of whole distributions that are kept for a step: a gigabyte."""
@@ -38,25 +36,42 @@ def trpo(context: Context, cfg: Trpo) -> Path:
     """Train on sampled completions and their rewards; returns the final checkpoint."""
     policy = context.policy()
     samples = samples_of(context, cfg, policy)
-    # Actions without an advantage count too: the trust region is over all states visited.
-    estimator = Estimator(context, cfg, policy, samples, sparse=False)
-    beta = Beta(cfg.kl)
-    steps = steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
-    learner = context.learner(policy, cfg, updates=steps * cfg.updates * cfg.passes)
-    loop = context.loop(cfg, {"data": samples.data, "beta": beta, "baseline": estimator}, steps, policy=learner)
+    estimator = AdvantageEstimator(context, cfg, policy, samples)
+    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
+    learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
+    return on_policy(
+        context,
+        cfg,
+        policy,
+        samples,
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl, learner),
+        minimise=lambda minibatch, _: trust_region_update(learner, policy, weighted(minibatch, cfg, learner), cfg),
+        observe=kl.observe,
+        learners={"policy": learner},
+        states={"beta": kl, "baseline": estimator},
+        live=("reward", "kl_over_delta"),
+    )
 
-    for step in loop.steps():
-        rollout = samples.sample(step)
-        experience = estimator.experience(rollout, step, beta.value, learner)
-        lines = []
-        for number in range(cfg.passes):
-            for update in experience.split(cfg.updates, seed=context.seed_for("split", step * cfg.passes + number)):
-                lines.append(trust_region_update(learner, policy, weighted(update, cfg, learner), cfg))
-        loop.log(step, rollout.metrics | beta.seen(experience) | mean_of(lines), live=("reward", "kl_over_delta"))
-        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
-            loop.rollouts(step, rollout.groups)
-            show_samples(step, rollout.groups, policy.tokenizer)
-    return context.finish(policy, cfg.kind, steps)
+
+def assemble(
+    rollout: Rollout,
+    step: int,
+    cfg: Trpo,
+    policy: Policy,
+    estimator: AdvantageEstimator,
+    kl: KlPenalty,
+    learner: Learner,
+) -> Experience:
+    """The samples with the advantage of every action, the KL to come taken off it.
+
+    Actions without an advantage count too: the trust region is over all states visited.
+    """
+    experience = corrected(rollout.experience, cfg, policy)
+    experience = kl.with_reference(experience, cfg.sampling.temperature)
+    advantage_N = estimator.advantage(rollout, experience, step, learner) - kl.to_go(experience, cfg.group_size)
+    if cfg.whiten:
+        advantage_N = whitened(advantage_N, learner)
+    return experience.with_actions(advantage=advantage_N.to(experience["old_logp"].dtype))
 
 
 def trust_region_update(learner: Learner, policy: Policy, update: Experience, cfg: Trpo) -> dict[str, float]:
@@ -65,17 +80,17 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
     Raises:
         DivergedError: if the gradient or a metric is not finite; nothing was changed then.
     """
-    how = {"temperature": cfg.sampling.temperature, "read": _everything}
-    update = update.with_actions(old_NV=_distributions(learner, policy, update, how))
+    stats = LogitStats(temperature=cfg.sampling.temperature, distribution=True)
+    update = update.with_actions(old_NV=_distributions(learner, policy, update, stats))
     before = learner.flat_weights()
-    here = learner.gradient(surrogate, update, **how)
+    here = learner.gradient(surrogate, update, stats)
     norm = learner.gradient_norm()
     learner.must_be_finite(here)
     gradient = -learner.flat_gradient()
 
     def divergence_gradient(offset: Tensor) -> Tensor:
         learner.set_weights(before + offset)
-        learner.gradient(divergence, update, **how)
+        learner.gradient(divergence, update, stats)
         return learner.flat_gradient()
 
     def fisher(v: Tensor) -> Tensor:
@@ -86,7 +101,7 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
 
     def measure(share: float) -> tuple[float, float]:
         learner.set_weights(before + share * longest * direction)
-        there = learner.measure(surrogate, update, **how)
+        there = learner.measure(surrogate, update, stats)
         return here["loss"] - there["loss"], there["divergence"]
 
     share, improvement, kl = line_search(measure, cfg.delta, steps=cfg.backtracks)
@@ -115,19 +130,12 @@ def divergence(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, T
     return (_divergence(scores, part) * part["token_weight"]).sum(), {}
 
 
-def weighted(update: Experience, cfg: Trpo, learner: Learner) -> Experience:
-    """The update with its weights, counted over all of it."""
-    rows, totals = update.rows, learner.totals(update)
-    weight_N = weigh(cfg.weight, rows, totals.actions, totals.completions, cfg.sampling.max_new_tokens)
-    return update.with_actions(weight=weight_N, token_weight=token_mean(rows, totals.actions))
-
-
 def _divergence(scores: Scores, part: Experience) -> Tensor:
-    assert scores.read is not None
-    return full_kl(part["old_NV"], scores.read)
+    assert scores.distribution_NV is not None
+    return full_kl(part["old_NV"], scores.distribution_NV)
 
 
-def _distributions(learner: Learner, policy: Policy, update: Experience, how: Mapping[str, object]) -> Tensor:
+def _distributions(learner: Learner, policy: Policy, update: Experience, stats: LogitStats) -> Tensor:
     """[N, V] log-probabilities of the whole vocabulary under the policy as it is.
 
     Raises:
@@ -139,8 +147,4 @@ def _distributions(learner: Learner, policy: Policy, update: Experience, how: Ma
             f"trpo keeps the whole distribution of every action of an update, {size:.2g} numbers here; "
             f"use fewer prompts or more updates, for at most {MOST_NUMBERS:.2g}"
         )
-    return learner.look(lambda scores, _: scores.read, update, **how)
-
-
-def _everything(batch: Batch) -> Reader:  # noqa: ARG001 - whatever the batch
-    return lambda logp_nV, where: logp_nV  # noqa: ARG005
+    return learner.look(lambda scores, _: scores.distribution_NV, update, stats)

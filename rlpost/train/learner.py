@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlpost.errors import DivergedError
 from rlpost.policy.balance import Balance, Load, add
 from rlpost.policy.batch import Batch
+from rlpost.policy.logprobs import LogitStats
 from rlpost.train.experience import Experience
 from rlpost.types import Group
 
@@ -60,8 +61,8 @@ class Trainable(Protocol):
         """Groups as its forward pass takes them."""
         ...
 
-    def __call__(self, batch: Batch, **how: Any) -> Any:
-        """What it says of the batch."""
+    def __call__(self, batch: Batch, *stats: LogitStats) -> Any:
+        """What it says of the batch; a policy is told what to say."""
         ...
 
     def backward_done(self) -> None:
@@ -164,18 +165,18 @@ class Learner:
         first = sum(len(other) for other in everyone[: self.accelerator.process_index])
         return torch.cat(everyone), slice(first, first + len(x))
 
-    def update(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+    def update(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """One optimiser step on the whole experience; returns its metrics, averaged over all ranks.
 
         Args:
             loss: of a part of the experience; see `LossFunction`.
             experience: this rank's share of the update.
-            how: what else the model's forward pass is told: the temperature of sampling, say.
+            stats: what the forward pass of a policy is to tell of each action; without, the log-probability alone.
 
         Raises:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
         """
-        metrics = self._gradient(loss, experience, self._balance, how)
+        metrics = self._gradient(loss, experience, self._balance, stats)
         norm = self._clip()
         self.must_be_finite(metrics)
         rate = self.rate
@@ -185,12 +186,12 @@ class Learner:
         self.updates += 1
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def gradient(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+    def gradient(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
-        return self._gradient(loss, experience, None, how)
+        return self._gradient(loss, experience, None, stats)
 
     def _gradient(
-        self, loss: LossFunction, experience: Experience, balance: Balance | None, how: Mapping[str, Any]
+        self, loss: LossFunction, experience: Experience, balance: Balance | None, stats: LogitStats | None
     ) -> dict[str, float]:
         meter = Meter()
         self.model.train()
@@ -198,11 +199,11 @@ class Learner:
         parts = self._parts(experience)
         # A part that is the whole update says itself how its experts were chosen.
         alone = len(parts) == 1 and self.accelerator.num_processes == 1
-        whole = None if balance is None or alone else self._whole_load(balance, parts, how)
+        whole = None if balance is None or alone else self._whole_load(balance, parts, stats)
         for part in parts:
             batch = self.model.batch(part.groups)
             with balance.listening() if balance is not None else nullcontext() as heard:
-                said = self.model(batch, **how)
+                said = self._say(batch, stats)
             total, metrics = loss(said, part.to(self.model.device))
             if balance is not None and heard is not None:
                 load = balance.load(heard, batch)
@@ -220,13 +221,13 @@ class Learner:
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
 
     @torch.no_grad()
-    def _whole_load(self, balance: Balance, parts: Sequence[Experience], how: Mapping[str, Any]) -> Load:
+    def _whole_load(self, balance: Balance, parts: Sequence[Experience], stats: LogitStats | None) -> Load:
         """How the update's tokens, on all ranks, chose their experts."""
         load = balance.nothing(self.model.device)
         for part in parts:
             batch = self.model.batch(part.groups)
             with balance.listening() as heard:
-                self.model(batch, **how)
+                self._say(batch, stats)
             load = add(load, balance.load(heard, batch))
         if self.accelerator.num_processes == 1:
             return load
@@ -235,23 +236,29 @@ class Learner:
         return Load(chosen_E.to(self.model.device), load.probability_E, tokens.to(self.model.device))
 
     @torch.no_grad()
-    def look(self, take: Callable[[Any, Experience], Tensor], experience: Experience, **how: Any) -> Tensor:
+    def look(
+        self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: LogitStats | None = None
+    ) -> Tensor:
         """What `take` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
         pieces = []
         for part in self._parts(experience):
-            said = self.model(self.model.batch(part.groups), **how)
+            said = self._say(self.model.batch(part.groups), stats)
             pieces.append(take(said, part.to(self.model.device)).cpu())
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
-    def measure(self, loss: LossFunction, experience: Experience, **how: Any) -> dict[str, float]:
+    def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """The metrics of `loss` on the whole experience, without gradient."""
         meter = Meter()
         with torch.no_grad():
             for part in self._parts(experience):
-                said = self.model(self.model.batch(part.groups), **how)
+                said = self._say(self.model.batch(part.groups), stats)
                 total, metrics = loss(said, part.to(self.model.device))
                 meter.add_part(total, metrics)
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
+
+    def _say(self, batch: Batch, stats: LogitStats | None) -> Any:
+        """What the model says of a batch; a model of scalars is asked for nothing."""
+        return self.model(batch) if stats is None else self.model(batch, stats)
 
     def _parts(self, experience: Experience) -> list[Experience]:
         return experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)

@@ -14,6 +14,7 @@ from rlpost.engine.params import Sampling
 from rlpost.errors import EngineError
 from rlpost.policy import cache, decoders
 from rlpost.policy.adapters import add_policy_adapter
+from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Group
@@ -42,7 +43,7 @@ def gap(policy: Policy, sampled, temperature: float = 1.0) -> float:
     """Largest difference between the engine's log-probabilities and the trainer's."""
     groups = groups_of(sampled)
     with torch.no_grad():
-        logp = policy(policy.batch(groups), temperature).logp_N
+        logp = policy(policy.batch(groups), LogitStats(temperature)).logp_N
     engine = torch.tensor([x for g in groups for c in g.completions for x in c.logprobs])
     assert engine.shape == logp.shape
     return float((engine - logp).abs().max())

@@ -10,6 +10,7 @@ from families import VOCABULARY, EndTokenOnly, tiny
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.batch import flat_passes, laid_out, padded_passes, single_passes, switched_batch
 from rlpost.policy.layout import Segment, flat_layout
+from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Group
 
@@ -147,7 +148,7 @@ def test_nothing_to_score_is_an_empty_answer_with_a_gradient_path():
         if flat:
             model.set_attn_implementation("rlpost_flat")
         policy = Policy(model, EndTokenOnly(), flat=flat)
-        scores = policy(policy.batch([EMPTY]), entropy=True)
+        scores = policy(policy.batch([EMPTY]), LogitStats(entropy=True))
         assert scores.logp_N.shape == scores.entropy_N.shape == (0,)
         scores.logp_N.sum().backward()
         assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())

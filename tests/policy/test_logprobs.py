@@ -8,52 +8,82 @@ from families import EndTokenOnly, tiny
 from torch import nn
 
 from rlpost.policy import logprobs
-from rlpost.policy.logprobs import over_logits, target_logprob, with_more
+from rlpost.policy.logprobs import DistributionLoss, LogitStats, score
 from rlpost.policy.policy import Policy
 
 V = 11
-
-
-def with_entropy(target, temperature=1.0):
-    return with_more(target, temperature, True, None)
 
 
 def identity(x):
     return x
 
 
-def test_log_probability_and_entropy_by_hand():
+def squares(logp_NV, logp_N):
+    return logp_NV.square().mean(1) - logp_N
+
+
+EVERYTHING = LogitStats(
+    0.7, entropy=True, collision=True, distribution=True, loss=DistributionLoss(squares, {"logp_NV", "logp_N"})
+)
+STATS = pytest.mark.parametrize("stats", [LogitStats(0.7), EVERYTHING], ids=["logprobs", "everything"])
+
+
+def test_numbers_by_hand():
     logits = torch.tensor([[1.0, 1.0, 2.0, 4.0]]).log()
-    target = torch.tensor([2])
-    assert target_logprob(target)(logits, slice(0, 1)).item() == pytest.approx(math.log(0.25))
-    both = with_entropy(target)(logits, slice(0, 1))[0].tolist()
+    found = score(logits, identity, 4, torch.tensor([2]), LogitStats(entropy=True, collision=True, distribution=True))
     entropy = 2 * 0.125 * math.log(8) + 0.25 * math.log(4) + 0.5 * math.log(2)
-    assert both == pytest.approx([math.log(0.25), entropy])
+    assert found.logp_N.tolist() == pytest.approx([math.log(0.25)])
+    assert found.entropy_N.tolist() == pytest.approx([entropy])
+    assert found.collision_N.tolist() == pytest.approx([math.log(2 / 64 + 1 / 16 + 1 / 4)])
+    assert found.distribution_NV.exp().tolist() == [pytest.approx([0.125, 0.125, 0.25, 0.5])]
+
+
+def test_what_is_not_asked_for_is_not_there():
+    logits = torch.tensor([[1.0, 1.0, 2.0, 4.0]]).log()
+    assert score(logits, identity, 4, torch.tensor([2]))[1:] == (None,) * 4
+    assert [x is None for x in score(logits, identity, 4, torch.tensor([2]), LogitStats(entropy=True))] == [
+        *(False, False),
+        *(True,) * 3,
+    ]
+
+
+def test_a_loss_is_told_what_it_asks_for():
+    def loss(teacher_NV, target_N, logp_N):
+        return teacher_NV[:, 0] + target_N + logp_N
+
+    stats = LogitStats(loss=DistributionLoss(loss, frozenset({"teacher_NV", "target_N", "logp_N"})))
+    logits, teacher = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+    found = score(logits, identity, 4, torch.tensor([2, 0, 1]), stats, lambda where: teacher[where])
+    assert found.loss_N.tolist() == pytest.approx([x - math.log(4) for x in (2, 4, 9)])
 
 
 def test_temperature_divides_logits():
     logits = torch.tensor([[1.0, 2.0, 4.0]]).log()  # at temperature ½: 1, 4, 16 of 21
-    for reducer in (target_logprob, with_entropy):
-        found = reducer(torch.tensor([1]), 0.5)(logits, slice(0, 1)).flatten()[0].item()
-        assert found == pytest.approx(math.log(4 / 21))
+    for entropy in (False, True):
+        found = score(logits, identity, 3, torch.tensor([1]), LogitStats(0.5, entropy=entropy))
+        assert found.logp_N.item() == pytest.approx(math.log(4 / 21))
 
 
 def test_uniform_entropy_is_the_logarithm_of_the_vocabulary():
-    both = with_entropy(torch.tensor([0]))(torch.zeros(1, V), slice(0, 1))
-    assert both[0].tolist() == pytest.approx([-math.log(V), math.log(V)])
+    found = score(torch.zeros(1, V), identity, V, torch.tensor([0]), LogitStats(entropy=True))
+    assert (found.logp_N.item(), found.entropy_N.item()) == pytest.approx((-math.log(V), math.log(V)))
 
 
 @pytest.mark.parametrize("at_once", [1, 4 * V, 5 * 4 * V])
-@pytest.mark.parametrize("reducer", [target_logprob, with_entropy])
-def test_recomputed_tiles_give_the_same_values_and_gradients(at_once, reducer, monkeypatch):
+@STATS
+def test_recomputed_tiles_give_the_same_values_and_gradients(at_once, stats, monkeypatch):
     torch.manual_seed(0)
     head = nn.Linear(6, V).double()
     hidden = torch.randn(37, 6, dtype=torch.float64, requires_grad=True)
     target, coefficient = torch.randint(0, V, (37,)), torch.randn(37, dtype=torch.float64)
 
+    def columns():
+        found = [x for x in score(hidden, head, V, target, stats) if x is not None]
+        return torch.cat([x.view(37, -1) for x in found], 1)
+
     def run():
-        out = over_logits(hidden, head, V, reducer(target, 0.7))
-        total = (coefficient * out.view(37, -1).sum(1)).sum()
+        out = columns()
+        total = (coefficient * out.sum(1)).sum()
         return out, torch.autograd.grad(total, [hidden, *head.parameters()])
 
     whole, whole_gradients = run()
@@ -68,7 +98,7 @@ def test_recomputed_tiles_give_the_same_values_and_gradients(at_once, reducer, m
         assert torch.allclose(a, b, rtol=0, atol=1e-13)
     calls.clear()
     with torch.no_grad():
-        assert torch.allclose(over_logits(hidden, head, V, reducer(target, 0.7)), whole, rtol=0, atol=1e-14)
+        assert torch.allclose(columns(), whole, rtol=0, atol=1e-14)
     assert len(calls) == math.ceil(37 / tile)
 
 
@@ -77,26 +107,22 @@ def test_few_positions_are_computed_in_one_go():
     head = nn.Linear(6, V)
     head.register_forward_hook(lambda *_: calls.append(1))
     hidden = torch.randn(30, 6, requires_grad=True)
-    over_logits(hidden, head, V, target_logprob(torch.zeros(30, dtype=torch.long))).sum().backward()
+    score(hidden, head, V, torch.zeros(30, dtype=torch.long)).logp_N.sum().backward()
     assert len(calls) == 1
 
 
-def test_logits_are_reduced_in_at_least_float32():
-    seen = []
-
-    def reduce(logits, where):
-        seen.append(logits.dtype)
-        return logits.sum(1)
-
+@STATS
+def test_numbers_are_in_at_least_float32(stats):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        over_logits(torch.zeros(2, V, dtype=dtype), identity, V, reduce)
-    assert seen == [torch.float32] * 3 + [torch.float64]
+        found = score(torch.zeros(2, V, dtype=dtype), identity, V, torch.zeros(2, dtype=torch.long), stats)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert {x.dtype for x in found if x is not None} == {wide}
 
 
 def test_no_scored_position():
-    for reducer, shape in ((target_logprob, (0,)), (with_entropy, (0, 2))):
-        out = over_logits(torch.zeros(0, V), identity, V, reducer(torch.zeros(0, dtype=torch.long)))
-        assert out.shape == shape
+    found = score(torch.zeros(0, V), identity, V, torch.zeros(0, dtype=torch.long), EVERYTHING)
+    assert [tuple(x.shape) for x in found] == [(0,), (0,), (0,), (0, V), (0,)]
+    assert score(torch.zeros(0, V), identity, V, torch.zeros(0, dtype=torch.long)).logp_N.shape == (0,)
 
 
 def test_a_policy_with_small_tiles_scores_as_with_one(groups, monkeypatch):
@@ -107,7 +133,7 @@ def test_a_policy_with_small_tiles_scores_as_with_one(groups, monkeypatch):
 
     def run():
         model.zero_grad()
-        scores = policy(batch, temperature=1.3, entropy=True)
+        scores = policy(batch, LogitStats(1.3, entropy=True))
         (scores.logp_N.sum() + 0.1 * scores.entropy_N.sum()).backward()
         return scores, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -117,7 +143,7 @@ def test_a_policy_with_small_tiles_scores_as_with_one(groups, monkeypatch):
     assert torch.allclose(tiled.logp_N, whole.logp_N, rtol=0, atol=1e-12)
     assert torch.allclose(tiled.entropy_N, whole.entropy_N, rtol=0, atol=1e-12)
     assert (tiled_gradient - whole_gradient).norm() <= 1e-12 * whole_gradient.norm()
-    plain = policy(batch, temperature=1.3)
+    plain = policy(batch, LogitStats(1.3))
     assert plain.entropy_N is None
     assert torch.allclose(plain.logp_N, whole.logp_N, rtol=0, atol=1e-12)
 

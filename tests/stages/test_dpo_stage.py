@@ -11,7 +11,8 @@ from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, 
 from torch import Tensor
 
 from rlpost.objectives.preference import Pairs, ranking
-from rlpost.policy.policy import Policy, Scores
+from rlpost.policy.logprobs import Scores
+from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
 from rlpost.stages import pairwise
@@ -146,7 +147,7 @@ def test_ranked_groups_of_unlike_sizes_by_hand():
     delta_N = torch.tensor([0.3, -0.4, 1.0, 7.0, 0.2])
     part = Experience(groups).with_actions(reference=torch.full((5,), -1.0))
     part = part.with_groups(pair_weight=torch.tensor([1.0, 10.0]))
-    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(Scores(delta_N - 1, None), part)
+    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(Scores(delta_N - 1), part)
     rivals = [math.log1p(math.exp(2 * 0.7)), math.log1p(math.exp(-2 * 0.8))]
     assert float(total) == pytest.approx(rivals[0] + 10 * rivals[1])
     assert line["preference_loss"].tolist() == pytest.approx(rivals)

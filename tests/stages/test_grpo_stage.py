@@ -12,10 +12,11 @@ from tiny_recipes import GRPO, LORA, SFT, base, metrics, policy, rollouts, run, 
 
 from rlpost.errors import RewardError
 from rlpost.objectives.surrogates import policy_gradient
-from rlpost.policy.policy import Scores
+from rlpost.policy.logprobs import Scores
 from rlpost.policy.score import logprobs
-from rlpost.stages.params import KlPlacement
-from rlpost.stages.surrogate import surrogate_loss, weighted
+from rlpost.stages.grpo import surrogate_loss
+from rlpost.stages.on_policy import KlPenalty, weighted
+from rlpost.stages.params import Kl
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Totals
 from rlpost.types import Completion, Group
@@ -223,7 +224,7 @@ def test_weights_are_counted_over_the_whole_update():
         "constant_length": [1 / 50] * 3,
     }
     for name, weight_N in expected.items():
-        cfg = SimpleNamespace(weight=name, sampling=sampling, entropy=0.1)
+        cfg = SimpleNamespace(weight=name, sampling=sampling)
         update = weighted(Experience(groups), cfg, counts)
         assert update["weight"].tolist() == pytest.approx(weight_N)
         assert update["token_weight"].tolist() == pytest.approx([1 / 12] * 3)
@@ -232,11 +233,10 @@ def test_weights_are_counted_over_the_whole_update():
 def test_the_kl_that_is_logged_is_the_policys_from_the_reference():
     """k3 of the policy's samples: exp(ref − logp) − 1 − (ref − logp)."""
     loss = SimpleNamespace(fn="policy_gradient", args={})
-    cfg = SimpleNamespace(loss=loss, entropy=0.0, kl=SimpleNamespace(beta=0.1, placement=KlPlacement.reward))
+    cfg, penalty = SimpleNamespace(loss=loss, entropy=0.0), KlPenalty(Kl(beta=0.1), object())
     part = Experience((Group((1,), (Completion((5,), (True,)),)),)).with_actions(
         **{name: torch.tensor([-1.0]) for name in ("old_logp", "sampled_logp", "advantage", "weight")},
         reference=torch.tensor([-2.0]),
     )
-    scores = Scores(torch.tensor([-1.0]), None)
-    _, line = surrogate_loss(policy_gradient, cfg, SimpleNamespace(value=0.1))(scores, part)
+    _, line = surrogate_loss(policy_gradient, cfg, penalty)(Scores(torch.tensor([-1.0])), part)
     assert float(line["kl"]) == pytest.approx(math.exp(-1) - 1 + 1)

@@ -168,7 +168,8 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     update = Experience(tuple(groups)).with_actions(reference=reference_N)
     # Without parts: all pairs in one pass.
     objective = PairObjective(Bound(function, loss), modifiers, nll=0.5)
-    logp_N, _, collision_N = model(model.batch(groups), **objective.how)
+    scores = model(model.batch(groups), objective.stats)
+    logp_N, collision_N = scores.logp_N, scores.collision_N
     plain = pairs = pairs_of(logp_N, reference_N, update.rows, collision_N)
     for modify in modifiers:
         pairs = modify(pairs)
@@ -181,7 +182,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     assert float(wanted.norm()) > 1e-3
     for budget in (1, 20, EVERYTHING):
         learner = Learner(model, Accelerator(), learning_rate=1.0, tokens_per_pass=budget, whole_groups=True)
-        line = learner.gradient(objective.loss(), objective.prepared(update, learner), **objective.how)
+        line = learner.gradient(objective.loss(), objective.prepared(update, learner), objective.stats)
         assert line["loss"] == pytest.approx(float(expected), abs=1e-9)
         assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-9, budget
     alone = torch.cat([function(Pairs.from_table(row[None])) for row in plain.table_PC])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,16 +10,9 @@ import torch
 
 from rlpost.objectives import kl
 from rlpost.rewards.score import Scores, rewarded
-from rlpost.stages.params import KlEstimator
-from rlpost.stages.rollouts import (
-    Beta,
-    Rollout,
-    Sampler,
-    kl_estimate,
-    learned_rewards,
-    sampled_logprobs,
-    without_unscored,
-)
+from rlpost.stages.on_policy import KlPenalty
+from rlpost.stages.params import Kl, KlEstimator, KlPlacement
+from rlpost.stages.rollouts import Rollout, Sampler, learned_from, rollout_of
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group
 
@@ -32,7 +26,7 @@ def rollout(*rewards: list[float], prompt: int = 1, **by_step: list[list[float]]
     groups = [Group((prompt + p,), (said(1),) * len(row)) for p, row in enumerate(rewards)]
     scores = Scores([list(row) for row in rewards], {"mine": [list(row) for row in rewards]}, by_step)
     reward_PG = torch.tensor(rewards, dtype=torch.float64)
-    return Rollout(groups, scores, reward_PG, len(groups), {"mine": 1.0, **dict.fromkeys(by_step, 0.5)})
+    return Rollout(groups, groups, reward_PG, scores, len(groups), {"mine": 1.0, **dict.fromkeys(by_step, 0.5)})
 
 
 def test_rewards_by_step_are_weighed():
@@ -45,7 +39,7 @@ def test_what_is_logged_of_samples():
     groups = [Group((1,), (said(2, "length"), said(4))), Group((2,), (said(1), said(1)))]
     scores = Scores([[0.0, 1.0], [1.0, None]], {})
     reward_PG = torch.tensor([[0.0, 1.0], [1.0, torch.nan]])
-    line = Rollout(groups, scores, reward_PG, 2, {}).metrics
+    line = Rollout(groups, groups, reward_PG, scores, 2, {}).metrics
     expected = {"reward": 2 / 3, "unscored": 1, "zero_signal": 0.5, "truncated": 0.25, "length": 2.0, "entropy": 1.0}
     assert line == pytest.approx(expected)
 
@@ -81,8 +75,11 @@ def test_rounds_are_drawn_until_enough_groups_have_a_signal_and_those_come_first
 
 def test_only_a_recipe_that_says_so_leaves_out_what_was_cut_off():
     groups = rewarded([Group((1,), (said(1, "length"), said(1)))], [[1.0, None]])
-    assert learned_rewards(groups, False).tolist() == [[1.0, pytest.approx(torch.nan, nan_ok=True)]]
-    assert learned_rewards(groups, True).isnan().all()
+    for masked, rewards, actions in ((False, [1.0, torch.nan], [1, 0]), (True, [torch.nan, torch.nan], [0, 0])):
+        learned, reward_PG = learned_from(groups, masked)
+        assert reward_PG.tolist() == [pytest.approx(rewards, nan_ok=True)]
+        assert [c.actions for c in learned[0].completions] == actions
+        assert [len(c.ids) for c in learned[0].completions] == [1, 1]
 
 
 def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():
@@ -90,21 +87,40 @@ def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():
     experience = Experience((Group((1,), (said(2), said(1), none)),)).with_actions(
         old_logp=torch.tensor([-1.0, -1.0, -1.0]), reference=torch.tensor([-2.0, -3.0, -2.0])
     )
-    beta = Beta(SimpleNamespace(beta=0.5, target=8.0, horizon=10.0))
+    penalty = KlPenalty(Kl(beta=0.5, target=8.0, horizon=10), object())
     # 1 + 2 and 1 nats: 2 a completion, of those that were learned from; far below the target.
-    assert beta.seen(experience) == {"sequence_kl": pytest.approx(2.0), "beta": 0.5}
-    assert beta.value == pytest.approx(0.5 * (1 - 0.2 * 2 / 10))
+    assert penalty.observe(experience) == {"sequence_kl": pytest.approx(2.0), "beta": 0.5}
+    assert penalty.beta == pytest.approx(0.5 * (1 - 0.2 * 2 / 10))
 
 
-def test_estimators_by_name():
-    names = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}
-    assert {name: kl_estimate(SimpleNamespace(estimator=name)) for name in KlEstimator} == names
+@pytest.mark.parametrize("name", list(KlEstimator))
+def test_the_penalty_is_in_the_reward_or_in_the_loss(name):
+    estimate = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[name]
+    logp_N, reference_N = torch.tensor([-1.0, -1.5, -0.5]), torch.tensor([-2.0, -3.0, -0.25])
+    experience = Experience((Group((1,), (said(2), said(1))),)).with_actions(old_logp=logp_N, reference=reference_N)
+    in_reward = KlPenalty(Kl(beta=0.5, estimator=name), object())
+    kl_N = estimate(logp_N, reference_N)
+    to_go = [kl_N[0] + kl_N[1] - kl_N[2], kl_N[1] - kl_N[2], kl_N[2] - kl_N[0] - kl_N[1]]
+    assert not in_reward.in_loss
+    assert in_reward.per_action(experience).tolist() == (0.5 * kl_N).tolist()
+    assert in_reward.to_go(experience, 2).tolist() == pytest.approx([0.5 * float(x) for x in to_go])
+    in_loss = KlPenalty(Kl(beta=0.5, estimator=name, placement=KlPlacement.loss), object())
+    none = KlPenalty(Kl(), None)
+    assert in_loss.in_loss
+    assert not none.in_loss
+    assert in_loss.loss(logp_N, experience).tolist() == (0.5 * kl_N).tolist()
+    for penalty in (in_loss, none):
+        assert penalty.per_action(experience).tolist() == penalty.to_go(experience, 2).tolist() == [0.0] * 3
 
 
 def test_log_probabilities_are_those_of_the_actions_in_order():
-    one = Completion((5, 6, 7), (True, False, True), logprobs=(-1.0, -2.0))
-    groups = [Group((1,), (one, Completion((8,), (True,), logprobs=(-0.1,)))), Group((2,), (one,))]
-    assert sampled_logprobs(groups).tolist() == torch.tensor([-1.0, -2.0, -0.1, -1.0, -2.0]).tolist()
-    left = without_unscored(groups[:1], torch.tensor([[torch.nan, 1.0]]))
-    assert sampled_logprobs(left).tolist() == torch.tensor([-0.1]).tolist()
-    assert len(sampled_logprobs([])) == 0
+    one = Completion((5, 6, 7), (True, False, True), logprobs=(-1.0, -2.0), reward=1.0)
+    other = Completion((8,), (True,), logprobs=(-0.1,), reward=0.0)
+
+    def logprobs(groups: list[Group]) -> list[float]:
+        rewards = [[c.reward for c in g.completions] for g in groups]
+        return rollout_of(groups, Scores(rewards, {}), {}, mask_truncated=False).experience["sampled_logp"].tolist()
+
+    found = logprobs([Group((1,), (one, other)), Group((2,), (one, one))])
+    assert found == torch.tensor([-1.0, -2.0, -0.1, -1.0, -2.0, -1.0, -2.0]).tolist()
+    assert logprobs([Group((1,), (replace(one, reward=None), other))]) == torch.tensor([-0.1]).tolist()

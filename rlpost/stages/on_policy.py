@@ -1,0 +1,195 @@
+"""The loop around every algorithm that learns from its own samples, and what several of them minimise.
+
+An algorithm is two functions: how a step's samples become experience, and one update on a minibatch of it. What the
+KL to a reference has to do with either is in `KlPenalty`.
+
+Axes: N action tokens, S completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlpost.objectives import kl, metrics
+from rlpost.objectives.advantages import whiten
+from rlpost.objectives.surrogates import clipped_surrogate, ratio
+from rlpost.objectives.weights import token_mean, weigh
+from rlpost.policy.logprobs import Scores
+from rlpost.policy.policy import Policy
+from rlpost.policy.reference import Reference
+from rlpost.recipe.specs.common import Grouped, Rollouts
+from rlpost.recipe.specs.ppo import Ppo
+from rlpost.stages.context import Context, steps_of
+from rlpost.stages.params import Kl, KlEstimator, KlPlacement
+from rlpost.stages.rollouts import Rollout, Samples
+from rlpost.train.experience import Experience
+from rlpost.train.learner import Learner
+from rlpost.train.loop import Stateful, show_samples
+from rlpost.usercode.params import Function
+
+CLIP = 0.2
+"""The clip of `clipped_surrogate` where `args` give no other."""
+
+
+def on_policy(
+    context: Context,
+    cfg: Rollouts,
+    policy: Policy,
+    samples: Samples,
+    *,
+    assemble: Callable[[Rollout, int], Experience],
+    minimise: Callable[[Experience, int], Mapping[str, float]],
+    observe: Callable[[Experience], dict[str, float]],
+    learners: Mapping[str, Learner],
+    states: Mapping[str, Stateful],
+    live: Sequence[str],
+) -> Path:
+    """Sample, assemble, minimise, step after step; returns the policy's final checkpoint.
+
+    Args:
+        context: of the stage.
+        cfg: of the stage.
+        policy: what samples, and is trained.
+        samples: where a step's rollouts come from.
+        assemble: (scored samples, step) -> experience.
+        minimise: (minibatch of it, step) -> metrics, after one update.
+        observe: what else is logged of a step's experience; called once, after its updates.
+        learners: what is trained, by name: `policy`, and what a stage trains beside it.
+        states: what a checkpoint holds beside them and the data's position, by name.
+        live: the metrics that go to the progress line.
+    """
+    steps = _steps(context, cfg, samples)
+    loop = context.loop(cfg, {"data": samples.data, **states}, steps, weights=None, **learners)
+    for step in loop.steps():
+        rollout = samples.sample(step)
+        experience = assemble(rollout, step)
+        updates: list[Mapping[str, float]] = []
+        for iteration in range(cfg.passes):
+            seed = context.seed_for("split", step * cfg.passes + iteration)
+            for minibatch in experience.split(cfg.updates, seed):
+                updates.append(minimise(minibatch, step))
+        line = rollout.metrics | observe(experience) | metrics.without_parts(mean_of(updates))
+        loop.log(step, line, live)
+        if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
+            loop.rollouts(step, rollout.groups)
+            show_samples(step, rollout.groups, policy.tokenizer)
+    return context.finish(policy, cfg.kind, steps)
+
+
+def updates_of(context: Context, cfg: Rollouts, samples: Samples) -> int:
+    """Optimiser updates of the whole stage."""
+    return _steps(context, cfg, samples) * cfg.passes * cfg.updates
+
+
+def _steps(context: Context, cfg: Rollouts, samples: Samples) -> int:
+    return steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
+
+
+def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's mean over a step's updates; the sampler's gap is the first's, before the policy moved."""
+    names = dict.fromkeys(name for line in updates for name in line)
+    means = {n: fmean(line[n] for line in updates if n in line) for n in names}
+    return means | {n: x for n, x in updates[0].items() if n == "sampler_gap"}
+
+
+class KlPenalty:
+    """β·KL(policy || reference): its coefficient, its estimator, its place, and what is logged of it.
+
+    β is fixed, or moved towards a target; it is saved with checkpoints. Without a reference there is no penalty.
+    """
+
+    def __init__(self, cfg: Kl, reference: Reference | None) -> None:
+        """Begin at the recipe's β."""
+        self.beta = cfg.beta
+        self._cfg = cfg
+        self._reference = reference
+        self._estimate = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[cfg.estimator]
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether it is a term of the loss, and of no action's reward."""
+        return self._reference is not None and self._cfg.placement is KlPlacement.loss
+
+    def with_reference(self, experience: Experience, temperature: float) -> Experience:
+        """The experience with the `reference`'s log-probability of every action."""
+        if self._reference is None:
+            return experience
+        return experience.with_actions(reference=self._reference.logprobs(experience.groups, temperature))
+
+    def per_action(self, experience: Experience) -> Tensor:
+        """[N] what each action's own reward loses (Ziegler et al. 2019, arXiv:1909.08593)."""
+        if self._reference is None or self.in_loss:
+            return torch.zeros_like(experience["old_logp"])
+        return self.beta * self._estimate(experience["old_logp"], experience["reference"])
+
+    def to_go(self, experience: Experience, group_size: int) -> Tensor:
+        """[N] what each action's advantage loses: the KL from it on, less a baseline of the group's others."""
+        if self._reference is None or self.in_loss:
+            return torch.zeros_like(experience["old_logp"])
+        old_N, reference_N = experience["old_logp"], experience["reference"]
+        return self.beta * kl.kl_in_reward(old_N, reference_N, experience.rows, group_size, self._estimate)
+
+    def loss(self, logp_N: Tensor, part: Experience) -> Tensor:
+        """[N] the term of the loss, with gradient."""
+        return self.beta * self._estimate(logp_N, part["reference"])
+
+    def metrics(self, logp_N: Tensor, part: Experience) -> dict[str, Tensor]:
+        """The KL per action of the policy as it is, while it is updated."""
+        return {"kl": kl.k3(logp_N.detach(), part["reference"])} if self._reference is not None else {}
+
+    def observe(self, experience: Experience) -> dict[str, float]:
+        """The KL a completion of the policy that sampled, in nats, and the β it was weighed by; β moves afterwards."""
+        if self._reference is None:
+            return {}
+        rows = experience.rows
+        kl_S = rows.sum(kl.k1(experience["old_logp"], experience["reference"]))
+        mean = float(kl_S.sum()) / max(rows.learned, 1)
+        line = {"sequence_kl": mean, "beta": self.beta}
+        if self._cfg.target is not None:
+            self.beta = kl.adaptive(
+                self.beta, mean, target=self._cfg.target, horizon=self._cfg.horizon, count=rows.learned
+            )
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """β, and the recipe's that it began at."""
+        return {"beta": self.beta, "began": self._cfg.beta}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that β; begin anew where the recipe has another one by now."""
+        if state["began"] == self._cfg.beta:
+            self.beta = float(state["beta"])
+
+
+def weighted(minibatch: Experience, cfg: Grouped | Ppo, learner: Learner) -> Experience:
+    """The minibatch with the `weight` of every action, and its `token_weight` in a mean over all, of all ranks."""
+    rows, totals = minibatch.rows, learner.totals(minibatch)
+    weight_N = weigh(cfg.weight, rows, totals.actions, totals.completions, cfg.sampling.max_new_tokens)
+    return minibatch.with_actions(weight=weight_N, token_weight=token_mean(rows, totals.actions))
+
+
+def whitened(x_N: Tensor, learner: Learner) -> Tensor:
+    """[N] shifted and scaled to mean 0 and variance 1 over the actions of all ranks."""
+    everyone, own = learner.gather(x_N)
+    return whiten(everyone)[own]
+
+
+def surrogate_metrics(scores: Scores, part: Experience, loss: Function) -> dict[str, Tensor]:
+    """What is logged of a surrogate `loss`: over the actions that are computed, of completions with an advantage."""
+    logp_N, old_N, advantage_N = scores.logp_N.detach(), part["old_logp"], part["advantage"]
+    line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
+    if "correction" in part.per_action:
+        line |= metrics.effective_sample_parts(part["correction"])
+    if loss.fn == clipped_surrogate.__name__:
+        low, high = (float(loss.args.get(side, CLIP)) for side in ("low", "high"))
+        line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=low)
+        line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=high)
+    if scores.entropy_N is not None:
+        line["exact_entropy"] = scores.entropy_N.detach()
+    return line
