@@ -55,9 +55,9 @@ def keep_updates(monkeypatch) -> list[Experience]:
     kept: list[Experience] = []
     update = Learner.update
 
-    def remember(self, loss, experience, **how):
+    def remember(self, loss, experience, stats=None):
         kept.append(experience)
-        return update(self, loss, experience, **how)
+        return update(self, loss, experience, stats)
 
     monkeypatch.setattr(Learner, "update", remember)
     return kept

@@ -287,10 +287,10 @@ def test_every_update_of_a_step_takes_its_share_for_both(tmp_path, monkeypatch):
     taken: list[tuple[str, list[tuple[int, ...]], float]] = []
     update = Learner.update
 
-    def remember(self, loss, experience, **how):
+    def remember(self, loss, experience, stats=None):
         ids = [tuple(c.ids) for g in experience.groups for c in g.completions]
         taken.append((type(self.model).__name__, ids, float(experience["weight"].sum())))
-        return update(self, loss, experience, **how)
+        return update(self, loss, experience, stats)
 
     monkeypatch.setattr(Learner, "update", remember)
     run(tmp_path, {"ppo": {**PPO, "steps": 2, "updates": 2, "passes": 2, "schedule": "linear"}})
