@@ -1,7 +1,8 @@
 """The local engine: the policy's own model, decoding in this process with its live weights.
 
 Prompts are computed once, rows that are over leave the batch, and tokens are drawn where the model is. What was read
-of a request that is to be kept is not read again by prompts that begin with it, until the weights are updated.
+for requests that ask to be kept is not read again by prompts that begin with it. It ends with the first call in which
+no request asks for that, and with every update of the weights.
 
 Axes: R rows of a batch.
 """
@@ -67,6 +68,13 @@ class LocalEngine:
         """The completions of each request; see `Engine.generate`."""
         if self._version is None:
             raise EngineError("an engine samples with weights of a version: call update_weights first")
+        if not any(r.keep for r in requests):
+            found = self._generate(requests)
+            self.kept.clear()
+            return found
+        return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         if not requests:
             return []
         _must_fit(self.policy, requests)

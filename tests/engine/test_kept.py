@@ -132,7 +132,12 @@ def test_what_is_kept_ends_when_weights_are_updated():
     assert [[c.logprobs.tolist() for c in some] for some in found] == [
         [c.logprobs.tolist() for c in some] for some in fresh
     ]
-    prompts = going_on(engine, asked(PROMPTS, 3, LONG, [1, 2, 3, 4]))
+    going_on(engine, asked(PROMPTS, 3, LONG, [1, 2, 3, 4]))
+    assert engine.kept.bytes > 0
+    # Nobody says that these will be gone on from: training may have the memory.
+    engine.generate(requests)
+    assert engine.kept.bytes == 0
+    going_on(engine, asked(PROMPTS, 3, LONG, [1, 2, 3, 4]))
     engine.close()
     assert engine.kept.bytes == 0
 
