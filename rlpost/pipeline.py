@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from accelerate import Accelerator
 
 from rlpost import console
+from rlpost.data.codec import make_codec
 from rlpost.data.dataset import texts
 from rlpost.data.formats import Need, recognise
+from rlpost.data.origins import label
 from rlpost.data.params import TokenizerKind
-from rlpost.data.sources import label, read
+from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import Interrupted, ModelError, RlpostError
@@ -25,6 +28,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
+from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Precision
 from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind, bind_all
@@ -33,8 +37,6 @@ from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
-from rlpost.rewards.math import check_references
-from rlpost.rewards.params import reward_leaves
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import place
@@ -42,9 +44,11 @@ from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.manifest import fault, measure
+from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
-from rlpost.stage_rows import check_rows, need_of
+from rlpost.stage_rows import need_of, open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
+from rlpost.stages.references import readable_references
 from rlpost.unexpected import traceback_kept
 
 
@@ -63,13 +67,14 @@ class Progress:
 def train(resolved: Resolved, allow_change: bool = False) -> Path:
     """Run the recipe's stages, resuming what is unfinished; returns the last checkpoint.
 
-    Everything that can be wrong is looked for first: functions and their arguments, data of all stages.
+    Everything that can be wrong is looked for first: functions and their arguments, data of all stages. Rows are read
+    and encoded once for it, and kept in the run.
 
     Raises:
         RlpostError: any of its kinds, see errors.py.
     """
     recipe = resolved.config
-    for line in preflight(resolved):
+    for line in preflight(resolved, rows=False):
         console.say(line)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -86,13 +91,11 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
-        waiting = [n for n, stage in recipe.stages.items() if stage.enabled and not run.stage(n).says_done]
-        check_rows(resolved, base, waiting[1:])  # the first reads its own at once
-        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo)
+        shelf = Shelf(run.path)
+        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo, shelf)
+        _encode_rows(resolved, run, base, shelf, evaluations)
         evaluations.after("base", base, done.checkpoints)
-        for name, stage in recipe.stages.items():
-            if not stage.enabled:
-                continue
+        for name, stage in _enabled(recipe).items():
             if interrupts.requested is not None:
                 raise Interrupted(f"stopped before {name}; run the same command to go on", interrupts.requested)
             context = Context(
@@ -112,12 +115,12 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 settings=run.record.config["stages"][name],
                 rollouts=recipe.rollouts,
                 allow_change=allow_change,
+                shelf=shelf,
+                check=readable_references(stage, f"stages.{name}", need_of(stage, name, resolved.folder)),
             )
             _run_stage(context, stage, done, evaluations)
             if not run.record.base:  # a model of the hub, which is here only now
                 prove_base(run, base, recipe.model.revision)
-            if stage.leaves is Leaves.policy:
-                evaluations.after(name, done.current, done.checkpoints)
         evaluations.print()
         return done.current
 
@@ -126,6 +129,10 @@ def functions_of(resolved: Resolved) -> dict[str, str]:
     """`FILE:NAME` -> sha256 of the file, for the user's own functions; also other files that decide what is trained."""
     found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
     return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
+
+
+def _enabled(recipe: Recipe) -> dict[str, Stage]:
+    return {name: stage for name, stage in recipe.stages.items() if stage.enabled}
 
 
 def _leaves(recipe: Recipe) -> dict[str, str]:
@@ -149,8 +156,10 @@ def the_accelerator() -> Accelerator:
     return accelerator
 
 
-def preflight(resolved: Resolved) -> list[str]:
+def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     """Bind every function and look at every source before a model is loaded; returns what was found, in lines.
+
+    Without `rows` the first rows are read of what will be encoded before anything is trained, and all of the rest.
 
     Raises:
         RecipeError: a function or an argument is wrong.
@@ -160,11 +169,11 @@ def preflight(resolved: Resolved) -> list[str]:
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
-    for name, stage in resolved.config.stages.items():
-        if stage.enabled:
-            _look_at(stage, f"stages.{name}", need_of(stage, name, resolved.folder), resolved.folder)
-    if resolved.config.evaluation is not None:
-        _look_at(resolved.config.evaluation, "evaluation", Need.prompts, resolved.folder)
+    for name, stage in _enabled(resolved.config).items():
+        _look_at(stage, f"stages.{name}", need_of(stage, name, resolved.folder), resolved.folder, rows)
+    cfg = resolved.config.evaluation
+    if cfg is not None:
+        _look_at(cfg, "evaluation", Need.prompts, resolved.folder, rows or not cfg.every_stage)
     return lines
 
 
@@ -281,6 +290,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     done.checkpoints[context.name] = result.resolve()
     if stage.leaves is Leaves.policy:
         done.current = done.checkpoints[context.name]
+        evaluations.after(context.name, done.current, done.checkpoints)
 
 
 def _asks_for_more(context: Context, stage: Stage) -> bool:
@@ -309,21 +319,40 @@ def _must_stand_on_the_same(context: Context, done: Progress) -> None:
         )
 
 
-def _look_at(stage: Any, where: str, need: Need, folder: Path) -> None:
-    """Read the stage's sources, and what its rewards will read of every row."""
-    rewards = reward_leaves(getattr(stage, "rewards", []), where)
-    columns = {leaf.args.get("column", "answer") for leaf, _ in rewards if leaf.fn == "math_answer"}
-    for name, source in stage.data.items():
-        if source.stage is not None:
-            continue
+def _encode_rows(
+    resolved: Resolved, run: RunDirectory, base: Path, shelf: Shelf, evaluations: StageEvaluations
+) -> None:
+    """Encode the rows of all stages to come and of the evaluation: a wrong one is found before anything is trained.
+
+    Raises:
+        DataError: a row is malformed or too long. ModelError: the tokenizer or its chat template is wrong.
+    """
+    names = [name for name in _enabled(resolved.config) if not run.stage(name).says_done]
+    if not names:
+        return
+    model = resolved.config.model
+    codec, positions = make_codec(load_tokenizer(str(base), model)), positions_of(base, model.revision)
+    for name in names:
+        if own_sources(resolved.config.stages[name]):
+            open_rows(resolved, name, codec, positions, shelf)
+    evaluations.open_rows(codec, positions)
+
+
+def _look_at(stage: Any, where: str, need: Need, folder: Path, rows: bool) -> None:
+    """Find the stage's sources and read their first rows, with `rows` all; and what its rewards will read of them."""
+    check = readable_references(stage, where, need)
+    for name, source in own_sources(stage).items():
         place = f"{where}.data.{name}"
-        found = read(source, stages=_no_stage, where=place, bind=bind, base=folder)
-        if source.present is not None:
-            continue
-        recognise(found.rows, label(source, place), need)
-        examples = [row.get("example") or {} for row in found.rows] if need is Need.recorded else found.rows
-        for column in columns:
-            check_references(examples, found.places, column)
+        reading = open_source(source, stages=_no_stage, where=place, bind=bind, base=folder)
+        if not rows and (source.fold or source.map):
+            continue  # its first rows come of more than the file's first
+        chunks = reading.chunks()
+        first = next(chunks)
+        if source.present is None:
+            recognise(first.rows[:1], label(source, place), need)
+        found = chain([first], chunks if rows else ())
+        for _ in found if check is None or source.present is not None else check(found, reading.place):
+            pass
 
 
 def _plan(stage: Any) -> str:

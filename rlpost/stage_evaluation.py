@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from rlpost import console
-from rlpost.data.codec import make_codec
-from rlpost.data.dataset import open_dataset
+from rlpost.data.codec import Codec, make_codec
+from rlpost.data.dataset import Dataset, open_dataset
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.messages import question
 from rlpost.data.params import TooLong
-from rlpost.data.part import Limit
+from rlpost.data.part import Shelf
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
 from rlpost.evaluate.params import Evaluation
@@ -37,6 +38,7 @@ from rlpost.run.names import EVALUATION
 from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_engine, make_scorer
+from rlpost.stages.references import readable_references
 from rlpost.types import Group
 from rlpost.usercode.params import ENVIRONMENT
 
@@ -58,6 +60,7 @@ class StageEvaluations:
         device: torch.device,
         functions: Mapping[str, str],
         memo: dict[str, Contents],
+        shelf: Shelf | None = None,
     ) -> None:
         """Nothing is evaluated yet.
 
@@ -68,6 +71,7 @@ class StageEvaluations:
             device: where models are put.
             functions: file and name -> sha256, of the user's own functions.
             memo: path -> what a model's folder holds, as it is known by now; it is added to.
+            shelf: where encoded rows are kept.
         """
         self._resolved = resolved
         self._cfg: Evaluation | None = resolved.config.evaluation
@@ -77,7 +81,17 @@ class StageEvaluations:
         self._device = device
         self._functions = functions
         self._memo = memo
+        self._shelf = shelf
         self._names: list[str] = []
+
+    def open_rows(self, codec: Codec, positions: int) -> None:
+        """Encode the prompts as for a model of so many positions, so that a wrong row shows before any stage runs.
+
+        Raises:
+            DataError: one is malformed or too long.
+        """
+        if self._cfg is not None and self._cfg.every_stage:
+            evaluation_rows(self._resolved, self._cfg, codec, positions, self._shelf)
 
     def after(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> None:
         """Evaluate `checkpoint` as the result of stage `name`, unless that is on disk already.
@@ -98,7 +112,7 @@ class StageEvaluations:
             trainable=False,
         )
         console.say(f"evaluating {name}")
-        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy, known)
+        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy, known, self._shelf)
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
@@ -218,7 +232,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def evaluate_recipe(
-    resolved: Resolved, cfg: Evaluation, policy: Policy, known: Mapping[str, Path]
+    resolved: Resolved, cfg: Evaluation, policy: Policy, known: Mapping[str, Path], shelf: Shelf | None = None
 ) -> tuple[list[str], Result]:
     """Evaluate `policy` as the recipe says; returns the prompts as text, and the result.
 
@@ -227,7 +241,7 @@ def evaluate_recipe(
     Raises:
         ModelError: a reward's model is not there, or no reward model.
     """
-    groups = evaluation_prompts(resolved, cfg, policy)
+    groups = evaluation_rows(resolved, cfg, make_codec(policy.tokenizer), policy.longest, shelf).all()
     judge_by = judges(resolved, policy, known)
     scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
     awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
@@ -252,21 +266,21 @@ def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Cal
     return judge
 
 
-def evaluation_prompts(resolved: Resolved, cfg: Evaluation, policy: Policy) -> list[Group]:
-    """The evaluation's prompts, each once."""
-    room = policy.longest - cfg.sampling.max_new_tokens
-    data = open_dataset(
+def evaluation_rows(resolved: Resolved, cfg: Evaluation, codec: Codec, positions: int, shelf: Shelf | None) -> Dataset:
+    """The evaluation's prompts, for a model of so many positions."""
+    return open_dataset(
         cfg.data,
-        make_codec(policy.tokenizer),
+        codec,
         need=Need.prompts,
-        limit=Limit(room, TooLong.refuse),
+        limit=Limit(positions - cfg.sampling.max_new_tokens, TooLong.refuse),
         seed=resolved.config.seed,
         where="evaluation.data",
         stages=_no_stage,
         bind=bind,
         base=resolved.folder,
+        shelf=shelf,
+        check=readable_references(cfg, "evaluation", Need.prompts),
     )
-    return data.all()
 
 
 def prompt_texts(policy: Policy, groups: Sequence[Group]) -> list[str]:

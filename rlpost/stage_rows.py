@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from rlpost.data.codec import Codec, make_codec
+from rlpost.data.codec import Codec
 from rlpost.data.dataset import Dataset, open_dataset
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
-from rlpost.data.part import Limit
+from rlpost.data.part import Shelf
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
-from rlpost.policy.model_files import load_tokenizer, told_as_model_error
+from rlpost.policy.model_files import told_as_model_error
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.specs.common import Stage
 from rlpost.recipe.specs.sft import LOSS, Sft
+from rlpost.stages.context import stage_seed
+from rlpost.stages.references import readable_references
 from rlpost.stages.sft import need_of as sft_need
 
 
-def check_rows(resolved: Resolved, base: str | Path, names: Sequence[str]) -> None:
-    """Read the rows of these stages, so that a wrong one is found before the stages in front of them have trained.
-
-    Args:
-        resolved: the recipe.
-        base: the model it starts from, whose tokenizer all stages have.
-        names: the stages.
+def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None) -> Dataset:
+    """The rows of stage `name` but for those that an earlier stage writes; it has some.
 
     Raises:
-        DataError: a row is malformed or too long. ModelError: the tokenizer or its chat template is wrong.
+        DataError: a row is malformed or too long.
     """
-    named = [name for name in names if own_sources(resolved.config.stages[name])]
-    if not named:
-        return
-    codec = make_codec(load_tokenizer(str(base), resolved.config.model))
-    positions = positions_of(base, resolved.config.model.revision)
-    for name in named:
-        open_rows(resolved, name, codec, positions)
-
-
-def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int) -> Dataset:
-    """The rows of stage `name` but for those that an earlier stage writes; it has some."""
     stage = resolved.config.stages[name]
     need = need_of(stage, name, resolved.folder)
     return open_dataset(
@@ -52,11 +38,13 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int) -> Da
         codec,
         need=need,
         limit=_limit(stage, need, positions),
-        seed=resolved.config.seed,
+        seed=stage_seed(resolved.config.seed, name, "data"),
         where=f"stages.{name}.data",
         stages=_no_stage,
         bind=bind,
         base=resolved.folder,
+        shelf=shelf,
+        check=readable_references(stage, f"stages.{name}", need),
     )
 
 

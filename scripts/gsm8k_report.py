@@ -21,7 +21,8 @@ import torch
 
 from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
-from rlpost.data.dataset import Limit, open_dataset
+from rlpost.data.dataset import open_dataset
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Fold, FoldPart, Source, TooLong
 from rlpost.evaluate.evaluator import percent

@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
-SHARED_BY_STAGES = ("advantage", "context", "lots", "on_policy", "pairwise", "params", "rollouts")
+SHARED_BY_STAGES = ("advantage", "context", "lots", "on_policy", "pairwise", "params", "references", "rollouts")
 """Modules of stages/ that are no stage."""
 LIGHT = (
     *(

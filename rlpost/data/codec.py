@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import Any
 
+from rlpost.data.batch import Batched, Ragged
 from rlpost.data.chat import Template, probe
 from rlpost.errors import DataError, ModelError
 
@@ -23,6 +28,10 @@ class Codec:
     """The chat template's stop token; None without a chat template."""
     strict: bool = True
     """Whether a row is refused that says what its chat template leaves out."""
+    batched: Batched | None = field(default=None, compare=False)
+    """The tokenizer for many texts at once; None to ask it for one text at a time."""
+    known: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    """Ids of texts that were tokenised already."""
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -36,7 +45,9 @@ class Codec:
         Raises:
             DataError: the tokenizer has no token for one of its characters.
         """
-        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        ids = self.known.get(text)
+        if ids is None:
+            ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         unknown = self.tokenizer.unk_token_id
         # A text may name the unknown token: rows of samples do where a model wrote it.
         if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
@@ -45,6 +56,26 @@ class Codec:
                 "add it to model.tokenizer.alphabet, or change the rows"
             )
         return ids
+
+    def all_ids(self, texts: Sequence[str]) -> Ragged:
+        """Token ids of many texts, nothing added and nothing checked."""
+        return (self.batched or Batched(self.tokenizer))(texts)
+
+    def knowing(self, texts: Sequence[str]) -> Codec:
+        """The same, with these texts tokenised."""
+        texts = list(dict.fromkeys(texts))
+        return replace(self, known=dict(zip(texts, self.all_ids(texts).pieces(), strict=True)))
+
+    def identity(self) -> str:
+        """sha256 of all that decides which ids a text has: tokenizer, chat template, and the libraries' versions."""
+        tokenizer = self.tokenizer
+        tokenizer.encode("", add_special_tokens=False)  # takes back the padding and truncation of an earlier call
+        fast = getattr(tokenizer, "is_fast", False)
+        rules = tokenizer.backend_tokenizer.to_str() if fast else [tokenizer.get_vocab(), tokenizer.init_kwargs]
+        special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        libraries = {name: version(name) for name in ("tokenizers", "transformers", "jinja2")}
+        about = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, libraries]
+        return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
     def _first_unknown(self, text: str) -> str:
         unknown = self.tokenizer.unk_token_id
@@ -69,4 +100,5 @@ def make_codec(tokenizer: Any) -> Codec:
         begin=(begin,) if adds_begin else (),
         end=tokenizer.eos_token_id,
         template=probe(tokenizer) if tokenizer.chat_template else None,
+        batched=Batched(tokenizer),
     )

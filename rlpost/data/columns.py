@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError
 from rlpost.suggest import hint
 
+Row = dict[str, Any]
 
-def apply_columns(
-    rows: list[dict[str, Any]], columns: Mapping[str, str], where: str, places: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Each row with the roles of `columns` added: role -> a column, or a template with {column} in braces.
 
-    All roles are made from the row as it came; the other columns stay, rewards may read them. `places` name the rows.
+class Naming:
+    """Adds the roles of `columns` to a row: role -> a column, or a template with {column} in braces.
 
-    Raises:
-        DataError: a row lacks a column. RecipeError: a template is malformed.
+    All roles are made from the row as it came; the other columns stay, rewards may read them.
     """
-    parts = {role: _parse(value, f"{where}.{role}") for role, value in columns.items()}
-    named = []
-    for row, place in zip(rows, places, strict=True):
-        made = {role: _fill(row, columns[role], parts[role], f"{where}.{role}: {place}") for role in columns}
-        named.append({**row, **made})
-    return named
+
+    def __init__(self, columns: Mapping[str, str], where: str) -> None:
+        """Read the templates; raises RecipeError where one is malformed."""
+        self._where = where
+        self._roles = [(role, value, _parse(value, f"{where}.{role}")) for role, value in columns.items()]
+
+    def __call__(self, row: Row, place: str) -> Row:
+        """The row with its roles, a new one; `place` names it.
+
+        Raises:
+            DataError: it lacks a column.
+        """
+        made = {r: _fill(row, value, parts, f"{self._where}.{r}: {place}") for r, value, parts in self._roles}
+        return {**row, **made}
 
 
 def missing(column: str, row: Mapping[str, Any]) -> str:

@@ -4,44 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rlpost.data.codec import Codec
+from rlpost.data.fitting import Found, Limit
 from rlpost.data.formats import Need, recognise, row_texts
 from rlpost.data.order import Draw, Order
+from rlpost.data.origins import Bind, label
 from rlpost.data.params import PRESENT, Source
-from rlpost.data.part import Found, Limit, Part, open_part, present_rows
-from rlpost.data.sources import Bind, label, read
+from rlpost.data.part import Check, Part, Shelf, open_part
+from rlpost.data.sources import open_source
 from rlpost.errors import DataError, RecipeError
 from rlpost.types import Group
+
+_AT_ONCE = 512
+"""Rows that are presented together where all are gone through."""
 
 
 class Dataset:
     """The rows of a stage as groups, drawn in order."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        codec: Codec,
-        limit: Limit,
-        seed: int,
-        found: Found,
-        allow_change: bool = False,
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], limit: Limit, seed: int, allow_change: bool = False) -> None:
         self._parts = list(parts)
-        self._codec = codec
         self._limit = limit
         self._seed = seed
         self._allow_change = allow_change
-        self._order = Order([len(p.rows) for p in parts], [p.weight for p in parts], seed)
-        self._found = found
+        self._order = Order([len(p) for p in parts], [p.weight for p in parts], seed)
 
     def __len__(self) -> int:
         """Rows of all sources together."""
-        return sum(len(part.rows) for part in self._parts)
+        return sum(len(part) for part in self._parts)
 
     @property
     def epoch_length(self) -> int:
@@ -56,16 +51,17 @@ class Dataset:
     @property
     def notices(self) -> list[str]:
         """What to say aloud: the formats recognised, and what became of rows that did not fit."""
-        lines = [f"{p.label}: {len(p.rows)} rows, read as {p.format.value}" for p in self._parts]
-        return [*lines, *self._found.notices(self._limit.max_length)]
+        lines = [f"{p.label}: {len(p)} rows, read as {p.encoder.form.value}" for p in self._parts]
+        became = Found()
+        for part in self._parts:
+            became.add(part.became)
+        return [*lines, *became.notices(self._limit.max_length)]
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all rows and weights, 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for part in self._parts:
-            digest.update(json.dumps([part.weight, part.rows], sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:16]
+        about = [[part.weight, part.flat.about["rows"], part.named] for part in self._parts]
+        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def next(self, n: int) -> list[Group]:
         """The next `n` groups.
@@ -90,26 +86,21 @@ class Dataset:
         groups: dict[Draw, Group | None] = {}
         for source, part in enumerate(self._parts):
             own = [draw for draw in draws if draw.source == source]
-            rows, seeds = [draw.row for draw in own], [draw.seed for draw in own]
-            found: Sequence[Group | None]
-            if part.present is None:
-                found = [part.groups[i] for i in rows]
-            else:
-                found = present_rows(part, rows, seeds, self._codec, self._limit, Found())
+            found = part.groups([draw.row for draw in own], [draw.seed for draw in own])
             groups |= dict(zip(own, found, strict=True))
         return [groups[draw] for draw in draws]
 
-    def all(self) -> list[Group]:
+    def every(self) -> Iterator[Group]:
         """Every row once, in the order of the sources; the rows' turns in `next` are not touched."""
-        groups: list[Group] = []
         for part in self._parts:
-            if part.present is None:
-                groups += part.groups
-                continue
-            every = range(len(part.rows))
-            found = present_rows(part, every, [self._seed + i for i in every], self._codec, self._limit, Found())
-            groups += [group for group in found if group is not None]
-        return groups
+            for first in range(0, len(part), _AT_ONCE):
+                rows = range(first, min(first + _AT_ONCE, len(part)))
+                found = part.groups(rows, [self._seed + i for i in rows])
+                yield from (group for group in found if group is not None)
+
+    def all(self) -> list[Group]:
+        """All of `every`."""
+        return list(self.every())
 
     def state(self) -> dict[str, Any]:
         """Where the data stands, as JSON."""
@@ -142,8 +133,13 @@ def open_dataset(
     bind: Bind,
     base: Path = Path(),
     allow_change: bool = False,
+    shelf: Shelf | None = None,
+    check: Check | None = None,
 ) -> Dataset:
     """Read and encode `sources`, which stand at the key path `where`, for what `need` says.
+
+    Rows that lie encoded on the `shelf` are not read again; without one they are kept in memory. `check` sees those
+    that no stage wrote and no function presents.
 
     Raises:
         DataError: a source cannot be read, a row is malformed or too long, or none is left.
@@ -151,14 +147,14 @@ def open_dataset(
     """
     if not sources:
         raise RecipeError(f"{where} names no source: give at least one, like {where}: {{main: {{path: FILE.jsonl}}}}")
-    found = Found()
     parts = []
     for name, source in sources.items():
         key = f"{where}.{name}"
-        rows = read(source, stages=stages, where=key, bind=bind, base=base)
+        reading = open_source(source, stages=stages, where=key, bind=bind, base=base)
         present = bind(source.present, PRESENT, f"{key}.present", base) if source.present else None
-        parts.append(open_part(source, key, rows, present, need, codec, limit, seed, found))
-    return Dataset(parts, codec, limit, seed, found, allow_change)
+        own = check if source.stage is None and present is None else None
+        parts.append(open_part(source, key, reading, present, need, codec, limit, seed, shelf, own))
+    return Dataset(parts, limit, seed, allow_change)
 
 
 def texts(
@@ -176,10 +172,13 @@ def texts(
     """
     found: list[str] = []
     for name, source in sources.items():
-        rows = read(source, stages=stages, where=f"{where}.{name}", bind=bind, base=base).rows
-        own = [text for row in rows for text in row_texts(row)]
-        if not own:
-            recognise(rows, label(source, f"{where}.{name}"))
-            raise DataError(f"{label(source, f'{where}.{name}')} holds no text")
-        found += own
+        about = label(source, f"{where}.{name}")
+        reading = open_source(source, stages=stages, where=f"{where}.{name}", bind=bind, base=base)
+        before, row = len(found), {}
+        for chunk in reading.chunks():
+            row = chunk.rows[0]
+            found += [text for each in chunk.rows for text in row_texts(each)]
+        if len(found) == before:
+            recognise([row], about)
+            raise DataError(f"{about} holds no text")
     return found

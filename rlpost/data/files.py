@@ -1,31 +1,86 @@
-"""Rows from one file."""
+"""Rows from one file, some at a time."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
 
+AT_ONCE = 8192
+"""Rows of a chunk."""
+_BYTES = 1 << 22
+"""Bytes of a chunk's lines: long rows come fewer at a time."""
 _TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The rows of a JSON-lines file in UTF-8 (a byte-order mark is skipped, so are blank lines), and their lines.
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows that follow each other."""
+
+    rows: list[dict[str, Any]]
+    numbers: list[int]
+    """Of each row, from 1: its line, or its place among the rows."""
+    lines: Sequence[bytes] | None = None
+    """The rows as their file has them, where nothing was changed since."""
+
+
+def read_jsonl(path: Path) -> Iterator[Chunk]:
+    """The rows of a JSON-lines file in UTF-8; a byte-order mark is skipped, so are blank lines.
 
     Raises:
         DataError: `file:line: reason`.
     """
+    lines: list[bytes] = []
+    numbers: list[int] = []
+    size = 0
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            # Only "\n" ends a line: JSON may hold other line separators inside strings.
+            for number, line in enumerate(file, start=1):
+                line = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
+                if not line.strip():
+                    continue
+                lines.append(line)
+                numbers.append(number)
+                size += len(line)
+                if len(lines) == AT_ONCE or size > _BYTES:
+                    yield _parsed(lines, numbers, path)
+                    lines, numbers, size = [], [], 0
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    # Only "\n" ends a line: JSON may hold other line separators inside strings.
-    lines = [(n, line) for n, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-    return [_row(line, f"{path}:{n}") for n, line in lines], [n for n, _ in lines]
+    if lines:
+        yield _parsed(lines, numbers, path)
+
+
+def _parsed(lines: list[bytes], numbers: list[int], path: Path) -> Chunk:
+    rows = _plainly(lines)
+    if rows is None:  # one is malformed, or needs a closer look
+        rows = [_row(line, f"{path}:{n}") for n, line in zip(numbers, lines, strict=True)]
+    return Chunk(rows, numbers, lines)
+
+
+def _plainly(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """The rows of lines that are objects of JSON and nothing else; None where a line is not, or may not be."""
+    if any(b"\\u" in line and b"\\ud" in line.lower() for line in lines):
+        return None
+    read = json.JSONDecoder().raw_decode
+    rows = []
+    try:
+        for line in lines:
+            text = line.decode().strip(" \t\r")
+            row, end = read(text)
+            if end != len(text) or type(row) is not dict:
+                return None
+            rows.append(row)
+    except (ValueError, RecursionError):
+        return None
+    return rows
 
 
 def _row(line: bytes, place: str) -> dict[str, Any]:
@@ -58,7 +113,7 @@ def _refuse_lone_surrogates(row: dict[str, Any], place: str) -> None:
         raise DataError(f"{place}: half a character (a lone surrogate \\ud...): write it in full") from error
 
 
-def read_parquet(path: Path) -> list[dict[str, Any]]:
+def read_parquet(path: Path) -> Iterator[Chunk]:
     """The rows of a parquet file; in messages and tools, what is null is absent.
 
     Raises:
@@ -67,8 +122,19 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    first = 1
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(AT_ONCE):
+                rows = [{k: without_nulls(v) for k, v in row.items()} for row in batch.to_pylist()]
+                yield Chunk(rows, list(range(first, first + len(rows))))
+                first += len(rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
-    return [{k: without_nulls(v) for k, v in row.items()} for row in rows]
+
+
+def in_chunks(rows: Sequence[dict[str, Any]]) -> Iterator[Chunk]:
+    """Rows that are there already, some at a time, numbered from 1."""
+    for first in range(0, len(rows), AT_ONCE):
+        some = list(rows[first : first + AT_ONCE])
+        yield Chunk(some, list(range(first + 1, first + 1 + len(some))))

@@ -111,7 +111,7 @@ def encode(row: Row, form: Format, codec: Codec, place: str) -> Group:
     Raises:
         DataError: beginning with `place`, what the row lacks.
     """
-    plain = form is not Format.recorded and all(isinstance(text, str) for text in _said(row, form))
+    plain = form is not Format.recorded and all(isinstance(text, str) for text in said(row, form))
     if plain and codec.strict and row.get("tools"):
         raise Unrendered(
             place,
@@ -167,10 +167,10 @@ def untrained_turns(row: Row, group: Group) -> bool:
 
 def is_plain(row: Row, form: Format, stop: str) -> bool:
     """Whether a row goes to the model as text, without its chat template and its stop token in the text."""
-    return form is not Format.recorded and all(isinstance(text, str) and stop not in text for text in _said(row, form))
+    return form is not Format.recorded and all(isinstance(text, str) and stop not in text for text in said(row, form))
 
 
-def _said(row: Row, form: Format) -> list[Any]:
+def said(row: Row, form: Format) -> list[Any]:
     """The texts, or messages, of a row's own columns."""
     columns = _COLUMNS[form] if form in (Format.text, Format.messages, Format.opening) else ("prompt", *_COLUMNS[form])
     values = [row.get(column) for column in columns if column in (*_TEXTS, "messages")]

@@ -13,16 +13,13 @@ from rlpost.suggest import hint
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def read_hub(name: str, config: str | None, split: str, where: str, base: Path) -> list[dict[str, Any]]:
+def read_hub(name: str, config: str | None, split: str, where: str) -> list[dict[str, Any]]:
     """The rows of one split of the folder or hub dataset `name`; code of a dataset is never run.
 
     Raises:
         DataError: no such dataset, configuration or split, or no network.
     """
     folder = Path(name).is_dir()
-    if not folder:
-        _refuse_missing_file(name, where, base)
-
     import datasets
 
     try:
@@ -39,8 +36,12 @@ def read_hub(name: str, config: str | None, split: str, where: str, base: Path) 
     return [{k: without_nulls(v) for k, v in row.items()} for row in found]
 
 
-def _refuse_missing_file(name: str, where: str, base: Path) -> None:
-    """A path that does not exist must not be asked of the hub: that would take half a minute to fail."""
+def refuse_missing_file(name: str, where: str, base: Path) -> None:
+    """A path that does not exist must not be asked of the hub: that would take half a minute to fail.
+
+    Raises:
+        DataError: it looks like one.
+    """
     path = Path(name)
     local = path.suffix in (".jsonl", ".parquet", ".json", ".csv") or not _HUB_NAME.fullmatch(name)
     in_folder = str(path.parent) != "." and (path.parent.exists() or (base / path.parent).exists())

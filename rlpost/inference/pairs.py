@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
-from rlpost.data.part import Limit
 from rlpost.errors import RecipeError
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located
 from rlpost.recipe.functions import bind

@@ -8,7 +8,7 @@ is cut off, and how much that was is said.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ class Following:
         policy.model.add_adapter(adapters.REFERENCE, config)
         self._write(self._padded(first))
 
-    def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
+    def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
         if self._frozen is not None:
             return logprobs(self._frozen, groups, temperature=temperature)

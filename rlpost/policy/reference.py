@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Reference:
         self._policy = policy
         self._adapter = adapter
 
-    def logprobs(self, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
+    def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
         switch = self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
         with switch:

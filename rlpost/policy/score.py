@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from rlpost.types import Group, completions
 
 
 @torch.no_grad()
-def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.0, budget: int = 16384) -> Tensor:
+def logprobs(policy: Policy, groups: Iterable[Group], *, temperature: float = 1.0, budget: int = 16384) -> Tensor:
     """[N] log-probability of every action of the groups, on the CPU, in passes of about `budget` tokens.
 
     Args:
         policy: as it is: its acting adapter, its precision.
-        groups: the N actions are theirs, in order.
+        groups: the N actions are theirs, in order; not all of them need to be in memory.
         temperature: logits are divided by it.
         budget: tokens of one pass.
     """
@@ -31,15 +31,16 @@ def logprobs(policy: Policy, groups: Sequence[Group], *, temperature: float = 1.
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
-def passes(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+def passes(groups: Iterable[Group], budget: int) -> Iterator[list[Group]]:
     """The groups in order, in lists of about `budget` tokens."""
-    found: list[list[Group]] = []
-    used = budget + 1
+    some: list[Group] = []
+    used = 0
     for group in groups:
         cost = sum(len(group.prompt) + len(c.ids) for c in completions([group]))
-        if used + cost > budget:
-            found.append([])
-            used = 0
-        found[-1].append(group)
+        if some and used + cost > budget:
+            yield some
+            some, used = [], 0
+        some.append(group)
         used += cost
-    return found
+    if some:
+        yield some

@@ -117,22 +117,33 @@ def read_reference(example: Mapping[str, Any], column: str = "answer") -> Value:
         ) from error
 
 
-def check_references(examples: Sequence[Mapping[str, Any]], places: Sequence[str], column: str) -> None:
-    """Read the reference answer of every row, before anything is trained; `places` names the rows.
+class References:
+    """The reference answers in one column of many rows, read before anything is trained."""
 
-    Raises:
-        DataError: as of `read_reference`, of the first such row, with the number of others.
-    """
-    wrong: list[tuple[str, DataError]] = []
-    for example, place in zip(examples, places, strict=True):
-        try:
-            read_reference(example, column)
-        except DataError as error:
-            wrong.append((place, error))
-    if wrong:
-        place, first = wrong[0]
-        others = f" (and {len(wrong) - 1} more of {len(examples)} rows)" if len(wrong) > 1 else ""
-        raise DataError(f"{place}: {first}{others}") from first
+    def __init__(self, column: str) -> None:
+        self._column = column
+        self._rows = 0
+        self._wrong: list[tuple[str, DataError]] = []
+
+    def read(self, examples: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+        """Read those of some rows; `places` names them."""
+        self._rows += len(examples)
+        for example, place in zip(examples, places, strict=True):
+            try:
+                read_reference(example, self._column)
+            except DataError as error:
+                self._wrong.append((place, error))
+
+    def refuse(self) -> None:
+        """Refuse the rows if one was wrong.
+
+        Raises:
+            DataError: as of `read_reference`, of the first such row, with the number of others.
+        """
+        if self._wrong:
+            place, first = self._wrong[0]
+            others = f" (and {len(self._wrong) - 1} more of {self._rows} rows)" if len(self._wrong) > 1 else ""
+            raise DataError(f"{place}: {first}{others}") from first
 
 
 def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Verdict]:

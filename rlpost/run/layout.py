@@ -162,7 +162,7 @@ def _records(path: Path) -> dict[str, bytes]:
 def _marks(path: Path) -> dict[str, tuple[bool, int]]:
     """How far each stage is, by name."""
     with disk_errors(path):
-        stages = {p.name: _trained(p) for p in path.iterdir() if p.is_dir()}
+        stages = {p.name: _trained(p) for p in path.iterdir() if p.is_dir() and p.name != names.CACHE}
     return {name: (stage.done, stage.step) for name, stage in stages.items()}
 
 

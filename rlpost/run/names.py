@@ -1,7 +1,7 @@
 """What files and folders of a run are called.
 
 runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
-                       base/ (a model made from scratch), evaluation/
+                       base/ (a model made from scratch), evaluation/, data.cache/ (encoded rows; may be deleted)
 runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
 *.tmp-PID              something being written; left behind only by a kill, and removed on resume
 *.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
@@ -24,6 +24,8 @@ LOCK = ".lock"
 HOLDER = ".pid"
 BASE = "base"
 EVALUATION = "evaluation"
+CACHE = "data.cache"
+"""No stage can be called so."""
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"

@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset, open_dataset
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
-from rlpost.data.part import Limit
+from rlpost.data.part import Check, Shelf
 from rlpost.engine.api import Engine, Guide
 from rlpost.engine.door import engine_for
 from rlpost.engine.params import EngineChoice
@@ -87,10 +88,14 @@ class Context:
     """Closes what the stage has opened."""
     allow_change: bool = False
     """Go on from a checkpoint although the data has changed."""
+    shelf: Shelf | None = None
+    """Where its rows are kept once they are encoded."""
+    check: Check | None = None
+    """What else its rows have to be."""
 
     def seed_for(self, purpose: str, number: int = 0) -> int:
         """A seed of this stage's own for one purpose, the same in every process and every run."""
-        return zlib.crc32(f"{self.seed}/{self.name}/{purpose}/{number}".encode())
+        return stage_seed(self.seed, self.name, purpose, number)
 
     def policy(self) -> Policy:
         """The model to train, loaded from where the stage starts."""
@@ -123,6 +128,8 @@ class Context:
             bind=bind,
             base=self.folder,
             allow_change=self.allow_change,
+            shelf=self.shelf,
+            check=self.check,
         )
         for line in dataset.notices:
             console.say(line)
@@ -300,6 +307,11 @@ def make_engine(
     """
     chosen, place = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
     return engine_for(policy, chosen, bind_engine(chosen, place, folder), guide)
+
+
+def stage_seed(seed: int, stage: str, purpose: str, number: int = 0) -> int:
+    """A seed of a stage's own for one purpose, from the recipe's."""
+    return zlib.crc32(f"{seed}/{stage}/{purpose}/{number}".encode())
 
 
 def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:

@@ -5,10 +5,12 @@ Axes: N action tokens, P groups of an update, K completions of a ranked group.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,41 +85,52 @@ def prepared_ranking(update: Experience, learner: Learner) -> Experience:
 class Scorer(Protocol):
     """A reference, fixed or following."""
 
-    def logprobs(self, groups: Sequence[Group]) -> Tensor:
+    def logprobs(self, groups: Iterable[Group]) -> Tensor:
         """[N] log-probability of every action."""
         ...
-
-
-Key = tuple[bytes, ...]
-"""A group's tokens."""
 
 
 class ReferenceScores:
     """The reference's log-probabilities of pairs: all at once where pairs come again, else as they come.
 
     Either way they are computed from the same groups in the same order on every run, so that a resumed stage
-    sees the same digits.
+    sees the same digits. Kept of a group are its scores and a digest of its tokens.
     """
 
     def __init__(self, reference: Scorer, data: Dataset, draws: int) -> None:
         """Score the whole dataset now if it will be drawn from more often than it has rows."""
         self._reference = reference
-        self._known: dict[Key, Tensor] = {}
-        groups = [] if data.is_presented or draws <= len(data) else data.all()
-        lengths = [sum(c.actions for c in g.completions) for g in groups]
-        if groups:
-            scored = torch.split(reference.logprobs(groups), lengths)
-            self._known = {_key(g): x for g, x in zip(groups, scored, strict=True)}
+        self._scores_N: Tensor | None = None
+        if data.is_presented or draws <= len(data):
+            return
+        keys: list[bytes] = []
+        ends = [0]
+
+        def noted() -> Iterator[Group]:
+            for group in data.every():
+                keys.append(_key(group))
+                ends.append(ends[-1] + sum(c.actions for c in group.completions))
+                yield group
+
+        self._scores_N = reference.logprobs(noted())
+        keys_P = np.array(keys)
+        order_P = np.argsort(keys_P)
+        self._keys_P, self._spans_P2 = keys_P[order_P], np.stack([ends[:-1], ends[1:]], 1)[order_P]
 
     def of(self, groups: tuple[Group, ...]) -> Tensor:
         """[N] for the actions of `groups`."""
-        if self._known:
-            return torch.cat([self._known[_key(g)] for g in groups])
-        return self._reference.logprobs(groups)
+        if self._scores_N is None:
+            return self._reference.logprobs(groups)
+        found = np.searchsorted(self._keys_P, np.array([_key(g) for g in groups]))
+        return torch.cat([self._scores_N[begin:end] for begin, end in self._spans_P2[found].tolist()])
 
 
-def _key(group: Group) -> Key:
-    return (group.prompt.tobytes(), *(c.ids.tobytes() for c in group.completions))
+def _key(group: Group) -> bytes:
+    """A digest of a group's tokens."""
+    digest = hashlib.blake2b(digest_size=12)
+    for ids in (group.prompt, *(c.ids for c in group.completions)):
+        digest.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+    return digest.hexdigest().encode()
 
 
 def _number(score: float | None) -> float:

@@ -14,9 +14,9 @@ from tiny_world import CHATML, byte_tokenizer, save_rows
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset, texts
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
-from rlpost.data.part import Limit
 from rlpost.errors import RlpostError
 
 SCALARS = st.one_of(

@@ -5,9 +5,9 @@ from conversations import THINKING, THOUGHT, make, without_markers
 
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset, texts
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
-from rlpost.data.part import Limit
 from rlpost.errors import DataError, RecipeError
 from rlpost.usercode.params import Function
 

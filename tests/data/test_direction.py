@@ -10,9 +10,9 @@ from conversations import CHATML, make, talk
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import backwards, before_what, in_reading_order
+from rlpost.data.fitting import Limit
 from rlpost.data.formats import Format, Need, encode
 from rlpost.data.params import Direction, Source, TooLong
-from rlpost.data.part import Limit
 from rlpost.errors import DataError, RecipeError
 from rlpost.recipe.resolve import resolve
 from rlpost.types import Group

@@ -9,7 +9,7 @@ import pytest
 from rlpost.errors import DataError, RecipeError
 from rlpost.rewards import math as math_rewards
 from rlpost.rewards import math_answer
-from rlpost.rewards.math import Verdict, check_references, reference_answer, verdict, verdicts
+from rlpost.rewards.math import References, Verdict, reference_answer, verdict, verdicts
 from rlpost.rewards.workers import Workers
 from rlpost.types import Completion
 
@@ -166,8 +166,11 @@ def test_each_item_is_sent_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_references_are_checked_row_by_row():
     rows = [{"answer": "5"}, {"answer": "1 2"}, {"answer": "x"}, {"answer": "(1"}]
+    found = References("answer")
+    found.read(rows[::2], ["b.jsonl:1", "b.jsonl:3"])
+    found.refuse()
+    found.read(rows[1::2], ["b.jsonl:2", "b.jsonl:4"])
     with pytest.raises(
         DataError, match=r"b\.jsonl:2: .*'1 2' cannot be read: two numbers in a row.*and 1 more of 4 rows"
     ):
-        check_references(rows, [f"b.jsonl:{i}" for i in range(1, 5)], "answer")
-    check_references(rows[::2], ["row 1", "row 2"], "answer")
+        found.refuse()

@@ -1,0 +1,196 @@
+"""All rows of a source encoded, once, into flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from rlpost.data import params
+from rlpost.data.batch import Ragged
+from rlpost.data.codec import Codec
+from rlpost.data.direction import backwards
+from rlpost.data.files import Chunk
+from rlpost.data.fitting import Found, Limit, fit
+from rlpost.data.flat import Block, Writer, block_of
+from rlpost.data.formats import Format, encode, is_plain, said, untrained_turns
+from rlpost.data.origins import Row, written
+from rlpost.data.params import Direction
+from rlpost.data.plain import Plain, is_done_here
+from rlpost.data.unrendered import Unrendered
+from rlpost.data.users import each
+from rlpost.errors import DataError
+from rlpost.types import Group
+from rlpost.usercode.wire import Seeded
+
+Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
+_FEW = 0.1
+"""Share of rows out of the ordinary up to which the others are encoded many at once."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows of one format become groups that fit."""
+
+    form: Format
+    codec: Codec
+    limit: Limit
+    direction: Direction = Direction.forward
+    unrendered: params.Unrendered = params.Unrendered.refuse
+
+    def __call__(self, row: Row, place: str, became: Found) -> Group | None:
+        """The row as a group, or None where it is dropped; `became` is added to.
+
+        Raises:
+            DataError: it is malformed or too long.
+        """
+        try:
+            group = encode(row, self.form, self.codec, place)
+        except Unrendered as error:
+            if self.unrendered is params.Unrendered.refuse:
+                raise
+            kind = "unrendered" if self.unrendered is params.Unrendered.drop else "ignored"
+            became.counts[kind] += 1
+            became.first.setdefault(kind, f"{place}: {error.left_out}")
+            if self.unrendered is params.Unrendered.drop:
+                return None
+            group = encode(row, self.form, replace(self.codec, strict=False), place)
+        if self.form is Format.messages:
+            became.counts["turns"] += untrained_turns(row, group)
+        if self.direction is Direction.reverse:
+            if len(group.completions) != 1:
+                raise DataError(f"{place}: several completions of a prompt are no one text to reverse; give each a row")
+            group = backwards(group, self.codec)
+        fitting = fit(group, self.limit, self.codec, place, became.counts)
+        if fitting is not None and self.form in _COMPARED and _is_equal(fitting, self.form):
+            became.counts["equal"] += 1
+            return None
+        return fitting
+
+
+_COMPARED = (Format.pair, Format.ranked, Format.ranked_pair)
+"""Formats whose completions are compared with each other."""
+
+
+def _is_equal(group: Group, form: Format) -> bool:
+    """Whether all completions that are compared are one: they differ by rounding alone, which Adam makes full steps."""
+    compared = [c for c in group.completions if form is Format.pair or c.score is not None]
+    return len({(c.ids.tobytes(), c.action.tobytes()) for c in compared}) == 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source on their way into arrays."""
+
+    encoder: Encoder
+    about: str
+    """The source, for messages."""
+    place: Callable[[int], str]
+    """A row's number -> where it comes from, for messages."""
+    present: Present | None
+    seed: int
+    """Row i is presented with seed + i while it is looked at for the first time."""
+    became: Found
+
+    def write(self, chunks: Iterator[Chunk], writer: Writer) -> None:
+        """Encode them all, also those that are presented anew later: what is wrong shows before training.
+
+        Raises:
+            DataError: one is malformed or too long.
+        """
+        for chunk in chunks:
+            for block in self._blocks(chunk):
+                if block.lines:
+                    writer.add(block)
+            self.became.counts["read"] += len(chunk.rows)
+
+    def _blocks(self, chunk: Chunk) -> Iterator[Block]:
+        if self.present is not None:
+            yield self._presented(chunk, self.present)
+            return
+        encoder = self.encoder
+        if not is_done_here(encoder.form) or encoder.direction is Direction.reverse:
+            yield self._one_by_one(chunk)
+            return
+        plain = Plain(chunk.rows, encoder.form, encoder.codec, encoder.limit.max_length)
+        if np.count_nonzero(~plain.clean) > _FEW * len(chunk.rows):
+            yield self._one_by_one(chunk)
+            return
+        for first, last in _runs(plain.clean):
+            some = _part(chunk, first, last)
+            if not plain.clean[first]:
+                yield self._one_by_one(some)
+                continue
+            self._count(last - first, int(np.count_nonzero(plain.unformatted[first:last])))
+            yield plain.block(np.arange(first, last), self._lines(some), some.numbers)
+
+    def _one_by_one(self, chunk: Chunk) -> Block:
+        form = self.encoder.form
+        encoder = self.encoder
+        if len(chunk.rows) > 1 and form is not Format.recorded:
+            given = [text for row in chunk.rows for text in said(row, form) if type(text) is str]
+            encoder = replace(encoder, codec=encoder.codec.knowing(given))
+        found = [encoder(row, self.place(n), self.became) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+        kept = [i for i, group in enumerate(found) if group is not None]
+        groups = [group for group in found if group is not None]
+        self._count_groups(groups)
+        lines = self._lines(chunk)
+        # Of what was recorded, the row that it is about is kept.
+        own = [
+            lines[i] if g.example is chunk.rows[i] else written(g.example, self.place(chunk.numbers[i]))
+            for i, g in zip(kept, groups, strict=True)
+        ]
+        return block_of(groups, own, [chunk.numbers[i] for i in kept])
+
+    def _presented(self, chunk: Chunk, present: Present) -> Block:
+        first = self.became.counts["read"]
+        places = [self.place(n) for n in chunk.numbers]
+        rows = shown(present, chunk.rows, range(self.seed + first, self.seed + first + len(places)), places)
+        groups = [self.encoder(row, place, self.became) for row, place in zip(rows, places, strict=True)]
+        self._count_groups([group for group in groups if group is not None])
+        nothing = Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
+        return Block(self._lines(chunk), chunk.numbers, np.zeros(len(places), np.int64), nothing)
+
+    def _lines(self, chunk: Chunk) -> Sequence[bytes]:
+        if chunk.lines is not None:
+            return chunk.lines
+        return [written(row, self.place(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+
+    def _count_groups(self, groups: Sequence[Group]) -> None:
+        template, form = self.encoder.codec.template, self.encoder.form
+        plain = 0 if template is None else sum(is_plain(g.example, form, template.stop) for g in groups)
+        self._count(len(groups), plain)
+
+    def _count(self, kept: int, plain: int) -> None:
+        self.became.counts["kept"] += kept
+        if plain and self.encoder.codec.template is not None:
+            self.became.plain[self.about] = self.became.plain.get(self.about, 0) + plain
+
+
+def shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], places: Sequence[str]) -> list[Row]:
+    """The rows as they are presented this time.
+
+    Raises:
+        DataError: presenting one failed.
+    """
+    calls = [{"row": dict(row), "random": Seeded(seed)} for row, seed in zip(rows, seeds, strict=True)]
+    made = []
+    for found, place in zip(each(present, calls, [f"{p}: present" for p in places]), places, strict=True):
+        if not isinstance(found, Mapping):
+            raise DataError(f"{place}: present returned {type(found).__name__}: return a row (a dict)")
+        made.append(dict(found))
+    return made
+
+
+def _part(chunk: Chunk, first: int, last: int) -> Chunk:
+    some = slice(first, last)
+    return Chunk(chunk.rows[some], chunk.numbers[some], chunk.lines and chunk.lines[some])
+
+
+def _runs(flags: Any) -> Iterator[tuple[int, int]]:
+    """Where stretches of equal flags begin and end."""
+    bounds = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+    return pairwise(bounds)

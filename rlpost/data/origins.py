@@ -1,0 +1,158 @@
+"""Where a source's rows come from: a file, a folder, the hub, a task, or an earlier stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlpost.data.files import Chunk, in_chunks, read_jsonl, read_parquet
+from rlpost.data.hub import read_hub, refuse_missing_file
+from rlpost.data.params import TASK, Source
+from rlpost.data.users import each
+from rlpost.errors import DataError, RecipeError
+from rlpost.usercode import wire
+from rlpost.usercode.params import Function, Lookup
+
+Row = dict[str, Any]
+Json = Any
+
+
+class Bind(Protocol):
+    """What turns a function's name and arguments into a callable: `rlpost.recipe.functions.bind`."""
+
+    def __call__(self, function: Function, lookup: Lookup, where: str, base: Path) -> Callable[..., Any]:
+        """The callable of `function`, which stands at key path `where` of a recipe in the folder `base`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Rows that can be read, more than once."""
+
+    chunks: Callable[[], Iterator[Chunk]]
+    """Reads them. Raises DataError or RecipeError, also in the middle of them."""
+    place: Callable[[int], str]
+    """A row's number -> `rows.jsonl:4`, or `row 4` of what has no lines."""
+    identity: Callable[[], Json]
+    """What is the same where the rows are: digests of files, options, functions. Raises as `chunks` does."""
+
+
+def label(source: Source, where: str) -> str:
+    """How messages name the rows of `source`: key path and origin."""
+    return f"{where} ({source.path or source.stage or (source.task.fn if source.task else '')})"
+
+
+def identity_of(function: Function, bound: Callable[..., Any]) -> Json:
+    """What decides what a function makes: its name, its arguments, the content of its file."""
+    return [asdict(function), getattr(bound, "sha256", None)]
+
+
+def origin(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> Reading:
+    """The rows of `source` as they lie there.
+
+    Raises:
+        RecipeError: not one of path, stage and task is given. DataError: it is not there, or of no known kind.
+    """
+    given = [name for name in ("path", "stage", "task") if getattr(source, name) is not None]
+    if len(given) != 1:
+        stated = " and ".join(given) if given else "none"
+        raise RecipeError(f"{where}: give exactly one of path, stage, task (given: {stated})")
+    if source.task is not None:
+        make, name = bind(source.task, TASK, f"{where}.task", base), f"{where}.task: {source.task.fn}"
+        return _at_hand(lambda: checked_rows(next(each(make, [{}], [name])), name))
+    if source.stage is not None:
+        return _file(stages(source.stage), read_jsonl, _numbered)
+    assert source.path is not None
+    return _of_path(source.path, source.config, source.split, where, base)
+
+
+def _of_path(path: str, config: str | None, split: str, where: str, base: Path) -> Reading:
+    expanded = Path(path).expanduser()
+    found = next((p for p in (expanded, base / expanded) if p.exists()), None)
+    if found is None:
+        refuse_missing_file(path, where, base)
+    if found is None or found.is_dir():
+        name = path if found is None else str(found)
+        rows = cache(lambda: read_hub(name, config, split, where))
+        return _at_hand(rows) if found is None else _folder(found, [config, split], rows)
+    if found.suffix == ".jsonl":
+        return _file(found, read_jsonl, lambda line: f"{path}:{line}")
+    if found.suffix == ".parquet":
+        return _file(found, read_parquet, _numbered)
+    raise DataError(f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format")
+
+
+def _file(path: Path, read: Callable[[Path], Iterator[Chunk]], place: Callable[[int], str]) -> Reading:
+    return Reading(lambda: read(path), place, lambda: [path.suffix, _sha256(path)])
+
+
+def _folder(path: Path, options: Json, rows: Callable[[], Sequence[Row]]) -> Reading:
+    """Rows of a folder, which is the same while all its files are."""
+
+    def identity() -> Json:
+        return [options, {str(file.relative_to(path)): _sha256(file) for file in _files_in(path)}]
+
+    return Reading(lambda: in_chunks(rows()), _numbered, identity)
+
+
+def _at_hand(make: Callable[[], Sequence[Row]]) -> Reading:
+    """Rows that have to be made to be known."""
+    rows = cache(make)
+    return Reading(lambda: in_chunks(rows()), _numbered, lambda: _digest(rows()))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}") from error
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for number, row in enumerate(rows, start=1):
+        digest.update(written(row, _numbered(number)) + b"\n")
+    return digest.hexdigest()
+
+
+def _numbered(number: int) -> str:
+    return f"row {number}"
+
+
+def written(row: Mapping[str, Any], place: str) -> bytes:
+    """A row as a line from which `read_back` makes it again; raises DataError where it holds what has no such form."""
+    try:
+        return json.dumps([wire.encode(row)]).encode("utf-8")
+    except wire.CannotCrossError as error:
+        raise DataError(f"{place}: it holds {error}, which cannot be kept; make text of it with a `map`") from error
+
+
+def read_back(line: bytes) -> tuple[Row, bool]:
+    """The row of a line: of `written`, or as its file had it (then True)."""
+    value = json.loads(line)
+    return (value, True) if isinstance(value, dict) else (wire.decode(value[0]), False)
+
+
+def checked_rows(rows: Any, place: str) -> list[Row]:
+    """What a function returned, which must be rows; raises DataError."""
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise DataError(f"{place} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
+    checked = []
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(f"{place} returned a list with {type(row).__name__} in it: rows are dicts")
+        checked.append(dict(row))
+    return checked

@@ -1,0 +1,59 @@
+"""Encoded rows kept in the run directory, so that they are encoded once: RUN/data.cache/KEY/.
+
+What lies there can be made again at any time: the folder may be deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rlpost import console
+from rlpost.run import names
+from rlpost.run.files import clear_leftovers, disk_errors, place, remove_folder
+from rlpost.run.manifest import fault, read_manifest
+from rlpost.run.record import run_id
+
+
+class Shelf:
+    """The folders of one run, each under the key of all that decides what is in it."""
+
+    def __init__(self, run: Path) -> None:
+        """Raises DiskError where the run cannot be read."""
+        self._folder = run / names.CACHE
+        self._run = run_id(run)
+        self._whole: set[Path] = set()
+        clear_leftovers(self._folder)
+
+    def folder(self, key: str, whose: str, fill: Callable[[Path], None]) -> Path:
+        """The folder of `key`, verified; where it is missing, damaged or of another run, `fill` writes it.
+
+        Folders that an earlier key had for the same source, `whose` key path is given, are removed.
+
+        Raises:
+            DiskError: it cannot be read or written.
+        """
+        path = self._folder / key
+        if path in self._whole and path.is_dir():
+            return path
+        about = {"run": self._run, "whose": whose}
+        wrong = fault(path, about) if path.exists() else "missing"
+        if wrong is not None:
+            if path.exists():
+                console.warn(f"{path}: {wrong}; its rows are encoded again")
+                remove_folder(path)
+            place(path, fill, about)
+            self._tidy(path, whose)
+        self._whole.add(path)
+        return path
+
+    def _tidy(self, new: Path, whose: str) -> None:
+        with disk_errors(self._folder):
+            others = [p for p in self._folder.iterdir() if p.is_dir() and p not in self._whole | {new}]
+        for other in others:
+            try:
+                manifest = read_manifest(other)
+            except OSError:
+                continue
+            if manifest is not None and manifest["about"].get("whose") == whose:
+                remove_folder(other)

@@ -1,0 +1,168 @@
+"""Rows out of flat arrays are those that encoding one by one gives, whatever their format and options."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conversations import CHATML, THINKING, make
+from tokenizers.processors import TemplateProcessing
+
+from rlpost.data.codec import make_codec
+from rlpost.data.dataset import open_dataset
+from rlpost.data.encoding import Encoder
+from rlpost.data.fitting import Found, Limit
+from rlpost.data.formats import Need, recognise
+from rlpost.data.params import Direction, Source, TokenizerKind, TooLong, Unrendered
+from rlpost.data.params import Tokenizer as Spec
+from rlpost.data.tokenizers import make_tokenizer
+from rlpost.errors import DataError, RlpostError
+
+PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
+ASKED = [{"role": "user", "content": "1+1="}]
+SAID = [{"role": "assistant", "content": "2"}]
+LONG = "1" * 30
+SAMPLED = {"ids": [6, 7], "action": [1, 0], "logprobs": [-0.1], "text": "a", "finish": "stop", "reward": 1.0}
+
+
+def answered(prompt, completion):
+    return {"prompt": prompt, "completion": completion}
+
+
+ROWS = {
+    Need.completions: [
+        [{"prompt": f"{i}+{i}=", "completion": str(2 * i), "answer": i} for i in range(30)],
+        [answered("1", "2"), answered("", "3"), answered("<eos>", LONG)],
+        [answered("1", "2<eos>"), answered("<bos>1", "1"), answered("1=", "4")],
+        [answered("1", "2"), answered("1", "2<eos>3")],
+        [answered("1", "2"), answered("1", "?")],
+        [answered("1", "2"), {**answered("1", "2"), "tools": [{"name": "f"}]}],
+        [answered("1", "2"), answered("1", "")],
+        [{"prompt": ASKED, "completion": SAID}, {"prompt": "1+1=", "completion": "2"}],
+        [{"prompt": "1", "completions": ["2", "3", LONG]}, {"prompt": "1", "completions": ["2"]}],
+        [{"messages": ASKED + SAID}, {"messages": ASKED + SAID + ASKED + SAID}],
+        [{"text": "1+1=2"}, {"text": LONG}, {"text": "1"}],
+    ],
+    Need.pairs: [
+        [PAIR] * 30 + [{**PAIR, "rejected": "2"}, {**PAIR, "margin": 0.5}],
+        [{**PAIR, "chosen": LONG}, {**PAIR, "prompt": "1"}],
+        [{"chosen": ASKED + SAID, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}],
+    ],
+    Need.prompts: [
+        [{"prompt": "1+1=", "answer": "2"}, {"prompt": LONG}],
+        [{"prompt": ASKED}],
+        [{"messages": ASKED + SAID}],
+    ],
+    Need.labelled: [[{"prompt": "1", "completion": "2", "label": x} for x in (True, "no", 0)]],
+    Need.ranked: [
+        [{"prompt": "1", "completions": ["2", "3", "4"], "scores": [1, None, 0.5]}],
+        [PAIR, {**PAIR, "chosen": "3"}],
+    ],
+    Need.steps: [
+        [
+            {"prompt": "1", "steps": ["2", "34"], "labels": [1, 0.25]},
+            {"prompt": "1", "steps": ["2"], "labels": [0]},
+        ]
+    ],
+    Need.recorded: [
+        [
+            {"prompt": [4, 5], "completions": [SAMPLED, {**SAMPLED, "reward": None}], "example": {"answer": "2"}},
+            {"prompt": [4], "completions": [{"ids": [6], "action": [0], "logprobs": []}], "example": None},
+        ]
+    ],
+}
+CODECS = {
+    "characters": lambda: _characters(),
+    "begins": lambda: _begins(),
+    "bytes": lambda: make(CHATML),
+    "thinking": lambda: _thinking(),
+}
+
+
+def _characters():
+    return make_tokenizer(Spec(kind=TokenizerKind.characters, alphabet="0123456789+="))
+
+
+def _begins():
+    """One that puts its begin token before every text."""
+    tokenizer = _characters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    return tokenizer
+
+
+def _thinking():
+    tokenizer = make(CHATML)
+    tokenizer.chat_template = THINKING
+    return tokenizer
+
+
+class Folders:
+    """A shelf that believes what lies there."""
+
+    def __init__(self, path):
+        self.path, self.filled = path, 0
+
+    def folder(self, key, whose, fill):
+        folder, begun = self.path / key, self.path / f"{whose}.{self.filled}.begun"
+        if not folder.exists():
+            begun.mkdir(parents=True, exist_ok=True)
+            fill(begun)
+            begun.rename(folder)
+            self.filled += 1
+        return folder
+
+
+def told(make):
+    """What was made, or the error."""
+    try:
+        return make()
+    except RlpostError as error:
+        return str(error)
+
+
+def one_by_one(rows, path, need, codec, limit, options):
+    """Digests of the groups of an encoder that knows no batches, and what became of the rows."""
+    alone = replace(codec, batched=None)
+    encoder = Encoder(recognise(rows, "", need), alone, limit, **options)
+    became = Found()
+    groups = [encoder(row, f"data.c ({path}:{n})", became) for n, row in enumerate(rows, start=1)]
+    kept = [g.digest() for g in groups if g is not None]
+    if not kept:
+        raise DataError("nothing left")
+    return kept, {k: n for k, n in became.counts.items() if n}
+
+
+def from_arrays(path, need, codec, limit, options, shelf):
+    data = open_dataset(
+        {"c": Source(path=str(path), **options)},
+        codec,
+        need=need,
+        limit=limit,
+        seed=0,
+        where="data",
+        stages=None,
+        bind=None,
+        shelf=shelf,
+    )
+    became = data._parts[0].became.counts
+    return [g.digest() for g in data.all()], {k: n for k, n in became.items() if n and k not in ("read", "kept")}
+
+
+@pytest.mark.parametrize("limit", [Limit(100), Limit(12, TooLong.drop), Limit(12, TooLong.cut), Limit(12)])
+@pytest.mark.parametrize("tokenizer", CODECS)
+def test_groups_are_those_of_single_rows(tokenizer, limit, write, tmp_path):
+    codec = make_codec(CODECS[tokenizer]())
+    compared = 0
+    for need, sets in ROWS.items():
+        for number, rows in enumerate(sets):
+            for options in ({}, {"direction": Direction.reverse}, {"unrendered": Unrendered.drop}):
+                path = write(rows, f"{need}{number}.jsonl")
+                wanted = told(lambda: one_by_one(rows, path, need, codec, limit, options))  # noqa: B023
+                for shelf in (None, folders := Folders(tmp_path / f"{need}{number}{options}"), folders):
+                    found = told(lambda: from_arrays(path, need, codec, limit, options, shelf))  # noqa: B023
+                    if wanted == "nothing left":
+                        assert "none of" in found
+                    else:
+                        assert found == wanted, (need, rows, options)
+                    compared += not isinstance(found, str)
+    assert compared > 60
