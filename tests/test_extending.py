@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import runpy
@@ -96,3 +97,10 @@ def test_an_environment(train) -> None:
 def test_a_data_format(train) -> None:
     _, err = train("format")
     assert "2 rows, read as prompt, completion" in err
+
+
+def test_what_python_may_call_is_there() -> None:
+    told = re.findall(r"`(rlpost(?:\.\w+)+)\.(\w+)`", PAGE.read_text("utf-8").partition("## From Python")[2])
+    assert len(told) > 8
+    for module, name in told:
+        assert callable(getattr(importlib.import_module(module), name))

@@ -16,7 +16,7 @@ from rlpost.streams import from_stdin
 def _moved(given: list[str] | None) -> None:
     if given:
         raise typer.BadParameter(
-            "is now `rlpost goals sample CHECKPOINT PROMPT --network V`, with --goal or --avoid",
+            "are now options of `rlpost goals sample CHECKPOINT PROMPT --network V`",
             param_hint="--guide, --goal, --avoid, --candidates",
         )
 

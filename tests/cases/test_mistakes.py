@@ -209,8 +209,8 @@ MISTAKES = f"""
 2 | sample m x --best-of 4 --recipe nosuch         | nosuch
 2 | sample m x --best-of 4 --recipe r.yaml         | no rewards
 4 | sample m x --best-of 4 --judge m               | m
-2 | sample m x --guide m --goal b                  | is now `rlpost goals sample
-2 | sample m x --candidates 4                      | is now `rlpost goals sample
+2 | sample m x --guide m --goal b                  | options of `rlpost goals sample
+2 | sample m x --candidates 4                      | options of `rlpost goals sample
 2 | goals sample m x --goal b                      | Missing option '--network'
 2 | goals sample m x --network m                   | --goal: give either --goal or --avoid
 2 | goals sample m x --network m --goal a --avoid b | --goal: give either --goal or --avoid

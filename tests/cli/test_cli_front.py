@@ -163,6 +163,18 @@ def test_sample_passes_its_options_on(heavy: Heavy, monkeypatch, capsys) -> None
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == {"prompt": "x", "completion": "4"}
 
 
+@pytest.mark.parametrize(("option", "avoid"), [("--goal", False), ("--avoid", True)])
+def test_goals_sample_passes_its_options_on(heavy: Heavy, monkeypatch, capsys, option: str, avoid: bool) -> None:
+    heavy.result = ["4"]
+    words = ["m", "2+2=", "--network", "v", option, "a", option, "b", "--candidates", "0", "--greedy", "--seed", "3"]
+    assert run(monkeypatch, "goals", "sample", *words) == 0
+    assert capsys.readouterr().out == "4\n"
+    ((name, args, options),) = heavy.calls
+    assert (name, args) == ("guided_sample", ("m", "2+2=", "v", ["a", "b"]))
+    assert options.pop("sampling").max_new_tokens == 256
+    assert options == {"avoid": avoid, "candidates": 0, "n": 1, "greedy": True, "seed": 3}
+
+
 @pytest.mark.parametrize(
     "words",
     [
