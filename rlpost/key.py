@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from omegaconf import MISSING
+MISSING: Any = "???"
+"""What OmegaConf takes for a value that is not there; omegaconf itself takes long to import."""
 
 
 @dataclass(frozen=True)

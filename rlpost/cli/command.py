@@ -31,9 +31,11 @@ class Command(TyperCommand):
         params = self.get_params(ctx)
         arguments = [(p.metavar, p.help) for p in params if isinstance(p, TyperArgument)]
         options = [p.get_help_record(ctx) for p in params if not isinstance(p, TyperArgument)]
+        formatter.write_paragraph()
         for title, lines in (("Arguments", arguments), ("Options", [line for line in options if line])):
             if lines:
-                with formatter.section(title):
+                formatter.write_heading(title)
+                with formatter.indentation():
                     formatter.write_dl(lines)
 
     def invoke(self, ctx: Any) -> Any:

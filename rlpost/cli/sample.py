@@ -35,7 +35,7 @@ _Judge = Annotated[
 ]
 _Engine = Annotated[
     str | None,
-    typer.Option("--engine", metavar="FILE.py:FUNCTION", help="What samples: by default --recipe's engine."),
+    typer.Option("--engine", metavar="FILE:FUNCTION", help="What samples; by default --recipe's engine."),
 ]
 _Moved = Annotated[
     list[str] | None,

@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Optional
 
-from omegaconf import MISSING
-
-from rlpost.key import key
+from rlpost.key import MISSING, key
 
 # OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
 # ruff: noqa: UP045

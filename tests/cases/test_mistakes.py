@@ -16,7 +16,7 @@ GRPO = {
     "data": {"c": {"path": "d.jsonl"}},
     "steps": 1,
     "learning_rate": 1e-3,
-    "rewards": [{"fn": "length"}],
+    "rewards": [{"fn": "length", "args": {"target": 4}}],
     "sampling": {"max_new_tokens": 4},
 }
 
