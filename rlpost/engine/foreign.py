@@ -45,9 +45,7 @@ class ForeignEngine:
         for method in METHODS:
             if not callable(getattr(self._engine, method, None)):
                 kind = type(self._engine).__name__
-                raise self._error(
-                    f"returned a {kind}, which has no {method}(); return an engine (rlpost/engine/api.py)"
-                )
+                raise self._error(f"returned a {kind}, which has no {method}(); return what has {', '.join(METHODS)}")
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """Give it new weights; see `Engine.update_weights`."""
@@ -65,15 +63,18 @@ class ForeignEngine:
             return []
         what = f"{len(requests)} requests, the first" if len(requests) > 1 else "a request"
         given = self._call(lambda: self._engine.generate(list(requests)), f"{what} {_shown(requests[0], self._policy)}")
-        if not isinstance(given, Sequence) or len(given) != len(requests):
-            first = min(len(given), len(requests) - 1) if isinstance(given, Sequence) else 0
-            many = f"{len(given)} groups of completions" if isinstance(given, Sequence) else f"a {type(given).__name__}"
-            place = self._place(requests, first)
+        many = f"{len(given)} groups of completions" if isinstance(given, Sequence) else f"a {type(given).__name__}"
+        if not isinstance(given, Sequence) or len(given) < len(requests):
+            place = self._place(requests, len(given) if isinstance(given, Sequence) else 0)
             raise self._error(f"returned {many} for {len(requests)} requests, none for {place}; return one for each")
+        if len(given) > len(requests):
+            raise self._error(f"returned {many} for {what} {_shown(requests[0], self._policy)}; return one for each")
         return [self._looked_at(requests, number, given[number]) for number in range(len(requests))]
 
     def close(self) -> None:
-        """Let it end; it has little time."""
+        """Let it end, for which it has little time; one that hangs has been told of already."""
+        if self._thread.stuck:
+            return
         self._deadline = min(self._deadline, CLOSING)
         try:
             self._call(lambda: self._engine.close(), "close")
@@ -100,9 +101,8 @@ class ForeignEngine:
     def _finished(self, completion: Completion, stops: StopStrings) -> Completion:
         """As the local engine says it: the text is what the ids stand for."""
         ids, ends = completion.ids, self._policy.end_ids
-        ended = completion.finish == "stop"
-        if not completion.finish:
-            ended = int(ids[-1]) in ends or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
+        ended = completion.finish == "stop" or int(ids[-1]) in ends
+        ended = ended or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
         # Of the type that the trainer computes with: a list of numbers has become float64.
         wide = self._policy.model.dtype is torch.float64
         logprobs = completion.logprobs.astype(np.float64 if wide else np.float32)
@@ -179,21 +179,22 @@ class _Thread:
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[_Answer]] | None] = SimpleQueue()
-        self._stuck = False
+        self.stuck = False
+        """A call has not come back."""
         # A thread has settings of its own.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         threading.Thread(target=self._run, args=(torch.get_num_threads(), device), daemon=True).start()
 
     def call(self, function: Callable[[], Any], deadline: float) -> Any:
         """What the function returns; raises what it raises, or TimeoutError."""
-        if self._stuck:
+        if self.stuck:
             raise TimeoutError
         answers: SimpleQueue[_Answer] = SimpleQueue()
         self._calls.put((function, answers))
         try:
             answer = answers.get(timeout=deadline)
         except Empty:
-            self._stuck = True
+            self.stuck = True
             raise TimeoutError from None
         if answer.error is not None:
             raise answer.error

@@ -102,7 +102,7 @@ class Returning(Honest):
 
 WRONG = {
     r"returned 2 groups of completions for 3 requests, none for request 3 of 3 \('lmn'\)": lambda found: found[:2],
-    r"returned 4 groups": lambda found: [*found, found[0]],
+    r"returned 4 groups of completions for 3 requests, the first \('fjhi'\); return": lambda found: [*found, found[0]],
     r"returned a NoneType for 3 requests": lambda found: None,
     r"request 1 of 3 \('fjhi'\): it gave 1 completion, not 2": lambda found: [found[0][:1], *found[1:]],
     r"request 2 of 3 \('e'\): it gave 3 completions, not 2": lambda found: [
