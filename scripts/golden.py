@@ -9,7 +9,8 @@ ids and log-probabilities, rows, evaluations, and for every weight file a few st
 
 Everything but numbers with a fraction must be equal: ids, texts, counts, names. Such numbers may differ by TOLERANCE
 of the reference's size plus ABSOLUTE; with --exact, not at all. What a run leaves beyond its reference is a difference
-too, but for further keys of a rollout.
+too, but for further keys of a rollout. Passes cut in another way stay within that, but where the number is nothing but
+rounding: the level of a reward model's head, and the accuracy of a pair loss while policy and reference are the same.
 
 A reference is replaced only with --reason, and only of runs whose `marks` say that they sample episodes of several
 turns or go on from inside a completion: there the engine may come to the same tokens by another order of sums. The
