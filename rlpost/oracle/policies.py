@@ -5,7 +5,7 @@ Axes: X states, V tokens, N actions of all leaves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -110,13 +110,22 @@ class TinyModel:
 
     def logp_XV(self) -> Tensor:
         """[X, V], from the states of each length in one plain batch."""
+        return self._plain(lambda ids: self.policy.model(input_ids=ids, use_cache=False).logits).log_softmax(-1)
+
+    def hidden_XD(self) -> Tensor:
+        """[X, D] the last hidden state, from the states of each length in one plain batch."""
+        trunk = self.policy.causal_lm.base_model
+        return self._plain(lambda ids: trunk(input_ids=ids, use_cache=False).last_hidden_state)
+
+    def _plain(self, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """[X, …] what comes out after the last token of every state."""
         from rlpost.policy.attention import FLAT, PLAIN, use_attention
 
         use_attention(self.policy.model, PLAIN)
         found = []
         for length in range(self.tree.depth):
             ids = torch.tensor([[*self.prompt, *self._with_tool(p)] for p in self.tree.prefixes(length).tolist()])
-            found.append(self.policy.model(input_ids=ids, use_cache=False).logits[:, -1].log_softmax(-1))
+            found.append(run(ids)[:, -1])
         use_attention(self.policy.model, FLAT)
         return torch.cat(found)
 

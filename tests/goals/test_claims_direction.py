@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from rlpost.goals import claims_direction as rows_direction
-from rlpost.goals import infill as middle
+from rlpost.goals import claims_direction, infill
 from rlpost.goals.claims_direction import direction_section, exact_pair, texts, trained_nll
 from rlpost.oracle.problem import table_problem
 from rlpost.oracle.tree import Tree
@@ -18,7 +17,7 @@ INFILLING = "infilling: the most probable middle is ranked first"
 @pytest.fixture
 def problem(monkeypatch):
     """Of the default tree; nothing is trained for it."""
-    monkeypatch.setattr(rows_direction, "_learned_rows", lambda *_: [])
+    monkeypatch.setattr(claims_direction, "_learned_rows", lambda *_: [])
     return table_problem(Tree(3, 3), 0)
 
 
@@ -41,10 +40,10 @@ def test_without_the_beginning_the_ranking_is_often_wrong(problem):
 
 
 def test_a_ranking_by_the_middle_alone_is_found(problem, monkeypatch):
-    honest = middle._log_likelihoods
+    honest = infill._log_likelihoods
     # Neither model says what stands at its far end: the goal, and the beginning.
     monkeypatch.setattr(
-        middle, "_log_likelihoods", lambda policy, prompt, rests: honest(policy, prompt, [r[:-2] or r for r in rests])
+        infill, "_log_likelihoods", lambda policy, prompt, rests: honest(policy, prompt, [r[:-2] or r for r in rests])
     )
     assert not rows(problem)[INFILLING].ok
 

@@ -12,9 +12,8 @@ from rlpost.data.direction import before_what
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
-from rlpost.goals import infill as middle
 from rlpost.goals.claims_direction import exact_pair, texts
-from rlpost.goals.infill import infill, propose, rank
+from rlpost.goals.infill import _joined, _written, infill, propose, rank
 from rlpost.oracle.problem import table_problem
 from rlpost.oracle.tree import Tree
 from rlpost.types import Completion
@@ -114,7 +113,7 @@ def test_candidates_are_pieces_of_both_sides_and_all_tokens_are_counted(monkeypa
 def test_of_too_many_those_that_meet_in_a_token_go_before_those_that_do_not():
     heads, tails = [(1, 2)], [(3, 2, 4)]
     alone = [(), (1,), (1, 2), (), (3,), (2, 3), (4, 2, 3)]
-    every = list(middle._joined(heads, tails))
+    every = list(_joined(heads, tails))
     assert every[: len(alone)] == alone
     # The reverse model said 2 after 3: the pieces 1 2 and 3 fit together.
     assert every[len(alone)] == (1, 2, 3)
@@ -125,7 +124,7 @@ def test_of_too_many_those_that_meet_in_a_token_go_before_those_that_do_not():
 
 def test_an_end_token_ends_a_piece():
     ended, cut_off = (Completion(ids, (True,) * len(ids)) for ids in ((4, 5, END), (4, 5)))
-    assert middle._written([ended, cut_off], pair()[0]) == [(4, 5), (4, 5)]
+    assert _written([ended, cut_off], pair()[0]) == [(4, 5), (4, 5)]
 
 
 def test_infilling_is_proposals_in_order():

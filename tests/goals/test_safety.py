@@ -11,7 +11,7 @@ from tiny_recipes import SFT, group, policy, run
 
 from rlpost.engine.params import Sampling
 from rlpost.errors import EngineError
-from rlpost.goals import claims_safety as rows_safety
+from rlpost.goals import claims_safety
 from rlpost.goals.claims_safety import divergence, least_divergence, mass, safety_section, unlearned
 from rlpost.goals.exact import reached
 from rlpost.goals.goal_set import GoalSet
@@ -41,7 +41,7 @@ def test_the_command_proves_them():
 
 def test_a_loss_that_forbids_nothing_fails(monkeypatch):
     """Likelihood alone, whatever the label: the table's own samples teach it what it says already."""
-    monkeypatch.setattr(rows_safety, "likelihood_by_label", lambda logp_N, _: nll(logp_N))
+    monkeypatch.setattr(claims_safety, "likelihood_by_label", lambda logp_N, _: nll(logp_N))
     failed = [row.name for row in safety_section(table_problem(Tree(2, 2), 0), 0).rows if not row.ok]
     assert "likelihood_by_label, 100 steps: forbidden mass" in failed
 
