@@ -46,7 +46,7 @@ from rlpost.run.lookup import find_checkpoint
 from rlpost.run.manifest import fault, measure
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
-from rlpost.stage_rows import need_of, open_rows, own_sources, positions_of
+from rlpost.stage_rows import open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.unexpected import traceback_kept
@@ -170,7 +170,7 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         if b.file is not None:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
     for name, stage in _enabled(resolved.config).items():
-        _look_at(stage, f"stages.{name}", need_of(stage, name, resolved.folder), resolved.folder, rows)
+        _look_at(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:
         _look_at(cfg, "evaluation", Need.prompts, resolved.folder, rows or not cfg.every_stage)

@@ -18,11 +18,8 @@ from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
 from rlpost.policy.model_files import told_as_model_error
 from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
-from rlpost.recipe.specs.common import Stage
-from rlpost.recipe.specs.sft import LOSS, Sft
 from rlpost.stages.context import stage_seed
 from rlpost.stages.references import readable_references
-from rlpost.stages.sft import need_of as sft_need
 
 
 def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None) -> Dataset:
@@ -32,7 +29,7 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf
         DataError: a row is malformed or too long.
     """
     stage = resolved.config.stages[name]
-    need = need_of(stage, name, resolved.folder)
+    need = stage.rows()
     return open_dataset(
         own_sources(stage),
         codec,
@@ -51,13 +48,6 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf
 def own_sources(stage: Any) -> dict[str, Source]:
     """The sources that are not an earlier stage's."""
     return {key: source for key, source in stage.data.items() if source.stage is None}
-
-
-def need_of(stage: Stage, name: str, folder: Path) -> Need:
-    """What the stage of that name does with its rows; `folder` is the recipe's."""
-    if isinstance(stage, Sft):
-        return sft_need(bind(stage.loss, LOSS, f"stages.{name}.loss", folder))
-    return stage.rows()
 
 
 def _limit(stage: Any, need: Need, positions: int) -> Limit:

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
-    {"errors", "key"},
-    {"params", "suggest"},
+    {"errors", "key", "suggest"},
+    {"facts", "params"},
     {"results", "streams", "unexpected"},
     {"console", "objectives", "types"},
     {"usercode"},
@@ -42,6 +42,7 @@ LIGHT = (
         "console",
         "data",
         "errors",
+        "facts",
         "key",
         "recipe",
         "results",

@@ -20,7 +20,7 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
     What is trained is marked: in colour on a terminal, between » and « elsewhere. Completions that are compared, or
     judged, have their judgement before them.
     """
-    from rlpost.stage_rows import need_of, open_rows, own_sources
+    from rlpost.stage_rows import open_rows, own_sources
 
     lines: list[str] = []
     codec: Codec | None = None
@@ -31,7 +31,7 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
             codec, positions = make_codec(_tokenizer(resolved)), _positions(resolved)
         data = open_rows(resolved, name, codec, positions)
         lines += [f"stages.{name}", *(f"  {console.clean(line)}" for line in data.notices)]
-        lines += _lines(codec.tokenizer, data.all(), need_of(stage, name, resolved.folder), n)
+        lines += _lines(codec.tokenizer, data.all(), stage.rows(), n)
     return lines
 
 

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlpost.facts import declare
 from rlpost.objectives.credit import monte_carlo_values, process, process_normalised, return_to_go
 from rlpost.objectives.rows import has_signal, widen
 
@@ -50,6 +51,9 @@ def group_mean(reward_PG: Tensor) -> Tensor:
     return _keep_signal(reward_PG, _centred(reward_PG))
 
 
+declare(group_mean, compares_completions=True)
+
+
 def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4, std_over: Literal["group", "batch"] = "group") -> Tensor:
     """[P, G] (r − mean)/(std + eps), std with Bessel's correction (GRPO, arXiv:2402.03300, §4.1.2).
 
@@ -64,11 +68,17 @@ def group_normalised(reward_PG: Tensor, *, eps: float = 1e-4, std_over: Literal[
     return _keep_signal(reward_PG, _centred(reward_PG) / (spread + eps))
 
 
+declare(group_normalised, compares_completions=True)
+
+
 def leave_one_out(reward_PG: Tensor) -> Tensor:
     """[P, G] r_i − mean of the others = G/(G−1)·(r_i − mean) (RLOO, Ahmadian et al. 2024, arXiv:2402.14740, eq. 8)."""
     count_P1 = _count(reward_PG)
     # Multiplied before it is divided: a quotient of integers would be rounded to float32.
     return _keep_signal(reward_PG, _centred(reward_PG) * count_P1 / (count_P1 - 1).clamp(min=1))
+
+
+declare(leave_one_out, compares_completions=True)
 
 
 def greedy_baseline(reward_PG: Tensor, greedy_P: Tensor) -> Tensor:
@@ -93,6 +103,9 @@ def length_weighted_baseline(reward_PG: Tensor, length_PG: Tensor) -> Tensor:
     return _keep_signal(reward_PG, widen(reward_PG) - baseline_P1)
 
 
+declare(length_weighted_baseline, compares_completions=True)
+
+
 def max_likelihood(reward_PG: Tensor) -> Tensor:
     """[P, G] (r − mean)/mean, 0 where the mean is not positive (MaxRL, arXiv:2602.02710).
 
@@ -101,6 +114,9 @@ def max_likelihood(reward_PG: Tensor) -> Tensor:
     mean_P1 = _mean(reward_PG)
     scaled_PG = _centred(reward_PG) / torch.where(mean_P1 > 0, mean_P1, 1.0)
     return _keep_signal(reward_PG, torch.where(mean_P1 > 0, scaled_PG, 0.0))
+
+
+declare(max_likelihood, compares_completions=True)
 
 
 def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
@@ -137,10 +153,16 @@ def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
     return _keep_signal(reward_PG, result)
 
 
+declare(pass_at_k, compares_completions=True, k_in_group=True)
+
+
 def nonzero_rescaled(reward_PG: Tensor) -> Tensor:
     """[P, G] α(r − mean), α the number of scored groups over that of those with a signal (GPG, Chu et al. 2025)."""
     scored, signal = int((_count(reward_PG) > 0).sum()), int(has_signal(reward_PG).sum())
     return _keep_signal(reward_PG, _centred(reward_PG) * (scored / max(signal, 1)))
+
+
+declare(nonzero_rescaled, compares_completions=True)
 
 
 def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 1e-4) -> Tensor:
@@ -155,6 +177,9 @@ def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 
     summed_PG = torch.where(unscored_PG, torch.nan, summed_PG)
     whole = _centred(summed_PG.flatten()[None]).view_as(summed_PG) / (_std(summed_PG.flatten()[None]) + eps)
     return _keep_signal(summed_PG, whole)
+
+
+declare(per_reward_normalised, compares_completions=True)
 
 
 def ema_baseline(reward_PG: Tensor, running_mean: float, *, decay: float = 0.9) -> Tensor:  # noqa: ARG001 - see ema

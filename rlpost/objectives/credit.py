@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlpost.facts import declare
 from rlpost.objectives.rows import Rows, widen
 
 
@@ -168,6 +169,9 @@ def process_normalised(step_reward_K: Tensor, steps: Steps, group_size: int, *, 
     if len(z_K):
         z_K = torch.where(by_group.spread(high_P.amax(1) > low_P.amin(1)), z_K, 0.0)
     return return_to_go(on_last(z_K, steps), steps.rows)
+
+
+declare(process_normalised, compares_completions=True)
 
 
 def monte_carlo_values(value_K: Tensor, reward_S: Tensor, steps: Steps) -> Tensor:

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.ranking import ranking as ranked
 from rlpost.objectives.rows import Rows, widen
 from rlpost.objectives.supervised import log1mexp
-
-COUPLED = frozenset({"aot", "aot_unpaired", "bco"})
-"""Losses of which a pair's value depends on the other pairs: they are taken over whole updates (coupled.py)."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,9 @@ def dpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
     return -(1 - epsilon) * F.logsigmoid(logit_P) - epsilon * F.logsigmoid(-logit_P)
 
 
+declare(dpo, couples_pairs=False)
+
+
 def dpo_robust(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.1) -> Tensor:
     """[P] [−(1−ε)·logσ(βh) + ε·logσ(−βh)]/(1−2ε): unbiased under flips of rate ε (arXiv:2403.00409, eq. 12).
 
@@ -135,10 +136,16 @@ def dpo_robust(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.1) -> Tens
     return (-(1 - epsilon) * F.logsigmoid(logit_P) + epsilon * F.logsigmoid(-logit_P)) / (1 - 2 * epsilon)
 
 
+declare(dpo_robust, couples_pairs=False)
+
+
 def ipo(pairs: Pairs, *, beta: float = 0.1, summed: bool = False) -> Tensor:
     """[P] (h̄ − 1/(2β))², h̄ per action or, `summed`, whole (IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     h_P = pairs.margin_P if summed else pairs.mean_delta_P2[:, 0] - pairs.mean_delta_P2[:, 1]
     return (h_P - 1 / (2 * beta)) ** 2
+
+
+declare(ipo, couples_pairs=False)
 
 
 def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -146,9 +153,15 @@ def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     return F.relu(1 - beta * pairs.margin_P)
 
 
+declare(hinge, couples_pairs=False)
+
+
 def length_normalised(pairs: Pairs, *, beta: float = 5.0) -> Tensor:
     """[P] −logσ(β(Δ_w/L_w − Δ_l/L_l)) (Tülu 3, Lambert et al. 2024, arXiv:2411.15124, eq. 6)."""
     return -F.logsigmoid(beta * (pairs.mean_delta_P2[:, 0] - pairs.mean_delta_P2[:, 1]))
+
+
+declare(length_normalised, couples_pairs=False)
 
 
 def simpo(pairs: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
@@ -157,10 +170,16 @@ def simpo(pairs: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     return -F.logsigmoid(beta * (mean_P2[:, 0] - mean_P2[:, 1]) - gamma)
 
 
+declare(simpo, couples_pairs=False, needs_reference=False)
+
+
 def cpo(pairs: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     """[P] −logσ(β(logp_w − logp_l)) + α·NLL_w per action (CPO, Xu et al. 2024, arXiv:2401.08417, eq. 5)."""
     preference_P = -F.logsigmoid(beta * (pairs.logp_P2[:, 0] - pairs.logp_P2[:, 1]))
     return preference_P - alpha * pairs.mean_logp_P2[:, 0]
+
+
+declare(cpo, couples_pairs=False, needs_reference=False)
 
 
 def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
@@ -176,10 +195,16 @@ def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
     return chosen_P.exp() * (chosen_P - math.log1p(-epsilon)) + rejected_P.exp() * (rejected_P - math.log(epsilon))
 
 
+declare(exo, couples_pairs=False)
+
+
 def nca(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(βΔ_w) − ½logσ(−βΔ_w) − ½logσ(−βΔ_l) (NCA on pairs, Chen et al. 2024, arXiv:2402.05369)."""
     chosen_P, rejected_P = (beta * pairs.delta_P2).unbind(1)
     return -F.logsigmoid(chosen_P) - 0.5 * F.logsigmoid(-chosen_P) - 0.5 * F.logsigmoid(-rejected_P)
+
+
+declare(nca, couples_pairs=False)
 
 
 def bco(pairs: Pairs, *, beta: float = 0.1, delta: float | None = None) -> Tensor:
@@ -200,6 +225,9 @@ def sppo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     """
     chosen_P, rejected_P = pairs.delta_P2.unbind(1)
     return (chosen_P - 1 / (2 * beta)).square() + (rejected_P + 1 / (2 * beta)).square()
+
+
+declare(sppo, couples_pairs=False)
 
 
 def aot(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -233,9 +261,15 @@ def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     return 1 - chosen_P.sigmoid() + rejected_P.sigmoid()
 
 
+declare(apo_zero, couples_pairs=False)
+
+
 def apo_down(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     """[P] σ(βΔ_w) + 1 − σ(βh): both down, the rejected one more (APO-down, arXiv:2408.06266)."""
     return (beta * pairs.delta_P2[:, 0]).sigmoid() + 1 - (beta * pairs.margin_P).sigmoid()
+
+
+declare(apo_down, couples_pairs=False)
 
 
 def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> Tensor:
@@ -244,6 +278,9 @@ def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> T
     # Both factors in one exponent: apart, a hopeless pair would be 0·∞.
     exponential_P = (F.logsigmoid(logit_P / temperature) - logit_P).clamp(max=LIMIT).exp()
     return (-logit_P / temperature).sigmoid() * -F.logsigmoid(logit_P) + exponential_P
+
+
+declare(discopop, couples_pairs=False)
 
 
 def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
@@ -255,6 +292,9 @@ def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     mean_P2 = pairs.mean_logp_P2.clamp(max=-torch.finfo(pairs.logp_P2.dtype).eps)
     odds_P2 = mean_P2 - log1mexp(mean_P2)
     return -pairs.mean_logp_P2[:, 0] - beta * F.logsigmoid(odds_P2[:, 0] - odds_P2[:, 1])
+
+
+declare(orpo, couples_pairs=False, needs_reference=False)
 
 
 def ranking(delta_PK: Tensor, reward_PK: Tensor, *, beta: float = 0.1) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.preference import Pairs, beyond_shorter
 from rlpost.objectives.rows import Rows, widen
@@ -53,6 +54,9 @@ def f_divergence(
     return replace(pairs, ratio_P2=ratio_P2)
 
 
+declare(f_divergence, changes_log_ratios=True, needs_collision=False)
+
+
 def _alpha(delta_P2: Tensor, alpha: float) -> Tensor:
     return (-alpha * delta_P2.clamp(min=-LIMIT)).expm1() / -alpha
 
@@ -72,6 +76,9 @@ def length_desensitised(pairs: Pairs, *, alpha: float = 0.5) -> Pairs:
     if pairs.ratio_P2 is not None:
         raise ValueError("length_desensitised weighs actions: put it before f_divergence, and only once")
     return replace(pairs, ratio_P2=pairs.delta_P2 - (1 - alpha) * pairs.excess_P2)
+
+
+declare(length_desensitised, changes_log_ratios=True, weighs_actions=True, needs_collision=False)
 
 
 def length_multipliers(rows: Rows, alpha: float) -> Tensor:
@@ -96,6 +103,9 @@ def confidence(pairs: Pairs) -> Pairs:
     logp_P2 = pairs.logp_P2 if pairs.collision_P2 is None else pairs.logp_P2 - pairs.collision_P2
     weight_P = (logp_P2 / pairs.length_P2.clamp(min=1)).detach().sum(1).clamp(max=0).exp()
     return replace(pairs, weight_P=weight_P if pairs.weight_P is None else pairs.weight_P * weight_P)
+
+
+declare(confidence, needs_collision=True)
 
 
 def mix(policy: Tensor, reference: Tensor, alpha: float) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.rows import Rows, widen
 
@@ -25,6 +26,9 @@ def policy_gradient(
     """[N] −A·logp (REINFORCE, Williams 1992); with `truncate` c, off-policy: weighted by the detached min(r, c)."""
     loss_N = -advantage_N * widen(logp_N)
     return loss_N if truncate is None else ratio(logp_N, old_logp_N).detach().clamp(max=truncate) * loss_N
+
+
+declare(policy_gradient, vanishes_without_advantage=True)
 
 
 def clipped_surrogate(
@@ -52,6 +56,9 @@ def clipped_surrogate(
     return torch.where(advantage_N < 0, torch.minimum(loss_N, -dual * advantage_N), loss_N)
 
 
+declare(clipped_surrogate, vanishes_without_advantage=True, clips_ratio=True)
+
+
 def clipped_weight(
     logp_N: Tensor,
     old_logp_N: Tensor,
@@ -63,6 +70,9 @@ def clipped_weight(
 ) -> Tensor:
     """[N] −clip(r, 1−low, 1+high).detach()·A·logp: every action keeps a gradient (CISPO, arXiv:2506.13585, eq. 4)."""
     return -ratio(logp_N, old_logp_N).clamp(1 - low, 1 + high).detach() * advantage_N * logp_N
+
+
+declare(clipped_weight, vanishes_without_advantage=True)
 
 
 def sequence_clipped(
@@ -81,6 +91,9 @@ def sequence_clipped(
     log_s_S = rows.mean((widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT))
     s_N = rows.spread(log_s_S.exp()).detach() * (logp_N - logp_N.detach()).exp()
     return torch.maximum(-advantage_N * s_N, -advantage_N * s_N.clamp(1 - low, 1 + high))
+
+
+declare(sequence_clipped, vanishes_without_advantage=True)
 
 
 def geometric_mean(
@@ -106,6 +119,9 @@ def geometric_mean(
     return rows.spread(-rows.mean(advantage_N) * rows.mean(pessimistic_N).exp())
 
 
+declare(geometric_mean, vanishes_without_advantage=True, per_completion=True)
+
+
 def soft_adaptive(
     logp_N: Tensor,
     old_logp_N: Tensor,
@@ -121,6 +137,9 @@ def soft_adaptive(
     return -(4 / tau_N) * torch.sigmoid(tau_N * (ratio(logp_N, old_logp_N) - 1)) * advantage_N
 
 
+declare(soft_adaptive, vanishes_without_advantage=True)
+
+
 def divergence_masked(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, threshold: float = 0.2
 ) -> Tensor:
@@ -133,6 +152,9 @@ def divergence_masked(
     moved_N = widen(logp_N).detach().exp() - widen(old_logp_N).exp()
     out_N = ((advantage_N > 0) & (moved_N > threshold)) | ((advantage_N < 0) & (moved_N < -threshold))
     return torch.where(out_N, 0.0, -ratio(logp_N, old_logp_N) * advantage_N)
+
+
+declare(divergence_masked, vanishes_without_advantage=True)
 
 
 def clipped_share(

@@ -9,30 +9,29 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from inspect import Parameter
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from rlpost.engine.params import ENGINE, LOCAL, EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
 from rlpost.recipe.schema import Recipe
+from rlpost.recipe.signatures import OF_FILE, functions_in, owner
 from rlpost.recipe.users import UsersFile
 from rlpost.recipe.walk import walk
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.suggest import hint_or_list
 from rlpost.usercode.bound import Bound
-from rlpost.usercode.load import public_functions
-from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
+from rlpost.usercode.params import Function, Lookup, OnFailure
 
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
-_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
+T = TypeVar("T")
 
 
 def bind_all(recipe: Recipe, base: Path) -> list[Bound]:
@@ -92,38 +91,42 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     Raises:
         RecipeError: there is no such function, its file fails to load, or the arguments do not fit.
     """
-    if match := _FILE.fullmatch(function.fn):
-        place = f"{where}.{lookup.key}"
-        name, file = match["name"], _allowed(Path(function.fn[: match.end("file")]), place, base)
+    place = f"{where}.{lookup.key}"
+    if file := users_file(function.fn, place, base):
+        name = function.fn.rpartition(":")[2]
         users = UsersFile(file, place, function)
-        digest, found = users.digest, _chosen(users.functions, name, str(file), place, lookup)
-        _check_arguments(found, function.args, lookup, where)
-        _check_model(function, found, where)
+        found = _chosen(users.functions, name, str(file), place, lookup)
+        _check(function, name, inspect.signature(found), lookup, where)
         lenient = getattr(function, "on_failure", None) is OnFailure.unscored
-        return Bound(users.bound(found, lookup, where), name, where, file, digest, lenient)
+        return Bound(users.bound(found, lookup, where), name, where, file, users.digest, lenient)
+    check(function, lookup, where)
+    module, name = owner(function.fn, lookup, place)
+    call = getattr(importlib.import_module(module), name)
+    return Bound(partial(call, **function.args) if function.args else call, name, where)
+
+
+def check(function: Function, lookup: Lookup, where: str) -> None:
+    """Look up a function of rlpost in its source, and its arguments; one of a user's file waits until it is bound.
+
+    Raises:
+        RecipeError: there is no such function, or the arguments do not fit.
+    """
+    if OF_FILE.fullmatch(function.fn):
+        return
+    place = f"{where}.{lookup.key}"
     for key in ("deadline", "on_failure"):
         if getattr(function, key, None) is not None:
             raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
     if lookup is ENGINE:
         near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
-        raise RecipeError(f"{where}.{lookup.key}: no engine {function.fn!r}{near}")
-    if lookup.module == TASKS or (lookup is REWARD and "." in function.fn):
-        module, name = _task(function.fn, f"{where}.fn")
-    else:
-        module, name = importlib.import_module(lookup.module), function.fn
-    found = _chosen(public_functions(module), name, module.__name__, f"{where}.fn", lookup)
-    _check_arguments(found, function.args, lookup, where)
-    _check_model(function, found, where)
-    return Bound(partial(found, **function.args) if function.args else found, name, where)
-
-
-def _check_model(function: Function, found: Callable[..., Any], where: str) -> None:
-    """A reward that asks for a model is given one, and no other."""
-    if isinstance(function, Reward):
-        name, asks = found.__name__, "model" in inspect.signature(found).parameters
-        if asks != (function.model is not None):
-            missing = f"missing - {name!r} asks a model: name a stage or a checkpoint"
-            raise RecipeError(f"{where}.model: {missing if asks else f'{name!r} asks no model - remove it'}")
+        raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
+    module, name = owner(function.fn, lookup, place)
+    options = {key: told.signature for key, told in functions_in(module).items()}
+    signature = _chosen(options, name, module, place, lookup)
+    own = _own(signature, lookup)
+    if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
+        raise RecipeError(_supplied_otherwise(name, own, lookup, where))
+    _check(function, name, signature, lookup, where)
 
 
 def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
@@ -132,7 +135,7 @@ def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
     Raises:
         RecipeError: none of the folders has the file.
     """
-    match = _FILE.fullmatch(fn)
+    match = OF_FILE.fullmatch(fn)
     if not match:
         return fn
     given = expanded(match["file"], where)
@@ -149,8 +152,16 @@ def _either(one: Path, other: Path) -> str:
     return str(one) if one.resolve() == other.resolve() else f"{one} or {other}"
 
 
-def _allowed(file: Path, where: str, base: Path) -> Path:
-    folders = [base.resolve(), Path.cwd().resolve()]
+def users_file(fn: str, where: str, base: Path) -> Path | None:
+    """The file of `file.py:function`; None for a function of rlpost.
+
+    Raises:
+        RecipeError: it is not there, or lies outside the recipe's folder `base` and the working directory.
+    """
+    match = OF_FILE.fullmatch(fn)
+    if match is None:
+        return None
+    file, folders = Path(match["file"]), [base.resolve(), Path.cwd().resolve()]
     places = [folder / file for folder in folders]
     path = next((place for place in places if place.is_file()), places[0]).resolve()
     if not any(path.is_relative_to(folder) for folder in (*folders, packaged_folder().resolve())):
@@ -160,72 +171,65 @@ def _allowed(file: Path, where: str, base: Path) -> Path:
     return path
 
 
-def _task(fn: str, where: str) -> tuple[ModuleType, str]:
-    """The module of `task.function` in rlpost.data.tasks."""
-    task, dot, name = fn.partition(".")
-    package = importlib.import_module(TASKS)
-    tasks = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")]
-    if not dot:
-        raise RecipeError(f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'")
-    if task not in tasks:
-        raise RecipeError(f"{where}: no task {task!r} in {TASKS}{hint_or_list(task, tasks, 'there are')}")
-    return importlib.import_module(f"{TASKS}.{task}"), name
-
-
-def _chosen(
-    options: Mapping[str, Callable[..., Any]], name: str, place: str, where: str, lookup: Lookup
-) -> Callable[..., Any]:
-    """The function of that name among those that a module offers."""
+def _chosen(options: Mapping[str, T], name: str, place: str, where: str, lookup: Lookup) -> T:
+    """The function (or signature) of that name among those that a module offers."""
     if name not in options:
         offered = [key for key, function in options.items() if _fits(function, lookup)]
         raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, offered, 'it has')}")
     return options[name]
 
 
-def _fits(function: Callable[..., Any], lookup: Lookup) -> bool:
+def _fits(function: Any, lookup: Lookup) -> bool:
     """Whether the function takes what such a key gives: its module has helpers too, which are nothing to offer."""
-    parameters = inspect.signature(function).parameters
+    signature = function if isinstance(function, inspect.Signature) else inspect.signature(function)
+    own = _own(signature, lookup)
     if not lookup.by_name:
-        return tuple(p.name for p in parameters.values() if p.kind != p.KEYWORD_ONLY) == lookup.supplied
+        return tuple(own) == lookup.supplied
     try:
-        _check_named([name for name in parameters if name in lookup.supplied], function.__name__, lookup, "")
+        _check_named(own, "", lookup, "")
     except RecipeError:
         return False
     return True
 
 
-def _check_arguments(function: Callable[..., Any], args: dict[str, Any], lookup: Lookup, where: str) -> None:
-    parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+def _own(signature: inspect.Signature, lookup: Lookup) -> list[str]:
+    """The parameters that the program supplies."""
+    named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if lookup.by_name:
-        own = [p.name for p in named if p.name in lookup.supplied]
-        settable = [p for p in named if p.name not in lookup.supplied]
-        _check_named(own, function.__name__, lookup, where)
-    else:
-        own = [p.name for p in named if p.kind != p.KEYWORD_ONLY]
-        settable = [p for p in named if p.kind == p.KEYWORD_ONLY]
-        # A user's function may call them as it likes; one of rlpost's own with other names is for something else.
-        foreign = function.__module__.startswith("rlpost.") and tuple(own) != lookup.supplied
-        if foreign or len(own) != len(lookup.supplied):
-            raise RecipeError(
-                f"{where}.fn: {function.__name__!r} takes ({', '.join(own)}) from the program, which gives "
-                f"({', '.join(lookup.supplied)}) - what a recipe sets stands after `*`"
-            )
-    names = [p.name for p in settable]
-    for key, value in args.items():
+        return [p.name for p in named if p.name in lookup.supplied]
+    return [p.name for p in named if p.kind != p.KEYWORD_ONLY]
+
+
+def _check(function: Function, name: str, signature: inspect.Signature, lookup: Lookup, where: str) -> None:
+    """Refuse arguments that the function does not take, and a function that takes what it is not given."""
+    own, parameters = _own(signature, lookup), signature.parameters.values()
+    if lookup.by_name:
+        _check_named(own, name, lookup, where)
+    elif len(own) != len(lookup.supplied):
+        raise RecipeError(_supplied_otherwise(name, own, lookup, where))
+    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    settable = {p.name: p for p in parameters if p.name not in own and p.kind not in free}
+    for key, value in function.args.items():
         if key in own:
             raise RecipeError(f"{where}.args.{key}: the program supplies it - remove it")
-        parameter = next((p for p in settable if p.name == key), None)
-        if parameter is not None:
-            _check_type(parameter, value, f"{where}.args.{key}")
+        if key in settable:
+            _check_type(settable[key], value, f"{where}.args.{key}")
         elif not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            near = hint_or_list(key, names, "it takes")
-            raise RecipeError(f"{where}.args.{key}: {function.__name__!r} has no argument {key!r}{near}")
-    for p in settable:
-        if p.default is p.empty and p.name not in args:
-            raise RecipeError(
-                f"{where}.args.{p.name}: missing - {function.__name__!r} has no default for it - give one"
-            )
+            near = hint_or_list(key, settable, "it takes")
+            raise RecipeError(f"{where}.args.{key}: {name!r} has no argument {key!r}{near}")
+    for p in settable.values():
+        if p.default is p.empty and p.name not in function.args:
+            raise RecipeError(f"{where}.args.{p.name}: missing - {name!r} has no default for it - give one")
+    if isinstance(function, Reward) and ("model" in own) != (function.model is not None):
+        missing = f"missing - {name!r} asks a model: name a stage or a checkpoint"
+        raise RecipeError(f"{where}.model: {missing if 'model' in own else f'{name!r} asks no model - remove it'}")
+
+
+def _supplied_otherwise(name: str, own: list[str], lookup: Lookup, where: str) -> str:
+    return (
+        f"{where}.fn: {name!r} takes ({', '.join(own)}) from the program, which gives "
+        f"({', '.join(lookup.supplied)}) - what a recipe sets stands after `*`"
+    )
 
 
 def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:

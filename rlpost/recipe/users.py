@@ -76,6 +76,7 @@ class Here:
         self._args = dict(args)
         self._file = file
         self._lookup = lookup
+        self.facts = getattr(function, "facts", {})
         self._where = where
         self.__name__ = function.__name__
         signature = inspect.signature(function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
 
 from rlpost.data.params import TokenizerKind
 from rlpost.engine.params import EngineChoice
@@ -11,6 +12,7 @@ from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.key import out_of_range
 from rlpost.policy.params import Attention, Lora, Model
+from rlpost.recipe.functions import check, functions_of, users_file
 from rlpost.recipe.keys import join
 from rlpost.recipe.rules import Earlier, Leaves, engine_problems, reward_problems, sampling_problems, source_problems
 from rlpost.recipe.schema import Recipe
@@ -55,10 +57,14 @@ def _problems(recipe: Recipe, left_out: frozenset[str]) -> Iterator[str]:
             if isinstance(inner, EngineChoice):
                 yield from engine_problems(inner, where)
     yield from _model(recipe.model)
+    for function, lookup, where in functions_of(recipe):
+        users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
     for name, stage in enabled.items():
         yield from stage.problems(join("stages", name), Earlier(recipe, name, left_out))
     if recipe.evaluation:
         yield from _evaluation(recipe.evaluation, enabled, left_out | (recipe.stages.keys() - enabled.keys()))
+    for function, lookup, where in functions_of(recipe):
+        check(function, lookup, where)
 
 
 def _stage_names(recipe: Recipe) -> Iterator[str]:

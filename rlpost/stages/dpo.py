@@ -27,14 +27,11 @@ from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Group, completions
 
-RANKING = "ranking"
-"""The loss of ranked groups; all others are of pairs."""
-
 
 def dpo(context: Context, cfg: Dpo) -> Path:
     """Train on pairs of a chosen and a rejected completion, or on ranked groups; returns the final checkpoint."""
     policy = context.policy()
-    need = Need.ranked if cfg.loss.fn == RANKING else Need.pairs
+    need = cfg.rows()
     data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
     function = context.function(cfg, "loss")
     modifiers = [f.call for f in context.functions(cfg, "modifiers")]

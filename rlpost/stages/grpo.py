@@ -19,7 +19,7 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator, corrected
 from rlpost.stages.context import Context
-from rlpost.stages.on_policy import KlPenalty, on_policy, surrogate_metrics, updates_of, weighted, whitened
+from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -64,8 +64,7 @@ def assemble(
     if cfg.whiten:
         advantage_N = whitened(advantage_N, learner)
     experience = experience.with_actions(advantage=advantage_N.to(experience["old_logp"].dtype))
-    # An advantage of 0 adds nothing to the gradient, unless by a surrogate of a user's own.
-    if cfg.entropy or kl.in_loss or ":" in cfg.loss.fn:
+    if kl.in_loss or not cfg.vanishes_without_advantage:
         return experience
     moves_S = experience.rows.sum(advantage_N.abs()) != 0
     return replace(experience, needed_S=tuple(moves_S.tolist()))
@@ -73,6 +72,8 @@ def assemble(
 
 def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -> LossFunction:
     """Σ weight·(surrogate + β·KL, where the KL belongs in the loss), less the entropy bonus."""
+
+    clip = clip_of(surrogate, cfg.loss)
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(scores.logp_N.device)
@@ -84,6 +85,6 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -
         total = (loss_N * part["weight"]).sum()
         if scores.entropy_N is not None:
             total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
-        return total, surrogate_metrics(scores, part, cfg.loss) | kl.metrics(scores.logp_N, part)
+        return total, surrogate_metrics(scores, part, clip) | kl.metrics(scores.logp_N, part)
 
     return loss

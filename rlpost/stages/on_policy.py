@@ -8,6 +8,7 @@ Axes: N action tokens, S completions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlpost.facts import fact
 from rlpost.objectives import kl, metrics
 from rlpost.objectives.advantages import whiten
-from rlpost.objectives.surrogates import clipped_surrogate, ratio
+from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.logprobs import Scores
 from rlpost.policy.policy import Policy
@@ -32,9 +34,6 @@ from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 from rlpost.train.loop import Stateful, show_samples
 from rlpost.usercode.params import Function
-
-CLIP = 0.2
-"""The clip of `clipped_surrogate` where `args` give no other."""
 
 
 def on_policy(
@@ -180,16 +179,26 @@ def whitened(x_N: Tensor, learner: Learner) -> Tensor:
     return whiten(everyone)[own]
 
 
-def surrogate_metrics(scores: Scores, part: Experience, loss: Function) -> dict[str, Tensor]:
-    """What is logged of a surrogate `loss`: over the actions that are computed, of completions with an advantage."""
+def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, float] | None:
+    """How far below and above 1 a surrogate lets the ratio move: by the recipe's arguments or its own; None: anyhow."""
+    if not fact(surrogate, "clips_ratio"):
+        return None
+    given = inspect.signature(surrogate).parameters
+    low, high = (float(loss.args[side] if side in loss.args else given[side].default) for side in ("low", "high"))
+    return low, high
+
+
+def surrogate_metrics(
+    scores: Scores, part: Experience, clip: tuple[float, float] | None
+) -> dict[str, Tensor]:
+    """What is logged of a surrogate with that clip: over the computed actions, of completions with an advantage."""
     logp_N, old_N, advantage_N = scores.logp_N.detach(), part["old_logp"], part["advantage"]
     line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
     if "correction" in part.per_action:
         line |= metrics.effective_sample_parts(part["correction"])
-    if loss.fn == clipped_surrogate.__name__:
-        low, high = (float(loss.args.get(side, CLIP)) for side in ("low", "high"))
-        line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=low)
-        line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=high)
+    if clip is not None:
+        line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=clip[0])
+        line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=clip[1])
     if scores.entropy_N is not None:
         line["exact_entropy"] = scores.entropy_N.detach()
     return line

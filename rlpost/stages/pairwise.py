@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlpost.facts import fact
 from rlpost.objectives.coupled import linearised
-from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
-from rlpost.objectives.preference_modifiers import confidence
+from rlpost.objectives.preference import Pairs, pairs_of
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import LogitStats, Scores
 from rlpost.train.experience import Experience
@@ -32,13 +32,13 @@ class PairObjective:
 
     @property
     def stats(self) -> LogitStats:
-        """What the forward pass is asked for: `confidence` compares an action with the average draw in its state."""
-        return LogitStats(collision=any(getattr(m, "__name__", "") == confidence.__name__ for m in self.modifiers))
+        """What the forward pass is asked for: a modifier may compare an action with the average draw in its state."""
+        return LogitStats(collision=any(fact(m, "needs_collision") for m in self.modifiers))
 
     @property
     def couples(self) -> bool:
-        """A pair's loss may depend on other pairs: so it is for some losses, and for all of a user's own."""
-        return self.function.name in COUPLED or self.function.file is not None
+        """A pair's loss may depend on other pairs: so it is for all losses that do not say otherwise."""
+        return fact(self.function, "couples_pairs")
 
     def per_pair(self, pairs: Pairs) -> Tensor:
         """[P] the loss, modifiers applied."""

@@ -23,7 +23,7 @@ from rlpost.policy.logprobs import LogitStats, Scores
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
-from rlpost.stages.on_policy import KlPenalty, on_policy, surrogate_metrics, updates_of, weighted, whitened
+from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
 from rlpost.stages.params import AtLimit, Trunk
 from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
@@ -90,13 +90,15 @@ def assemble(rollout: Rollout, cfg: Ppo, critic: ScalarModel, kl: KlPenalty, lea
 def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) -> LossFunction:
     """Σ surrogate·weight, less the entropy bonus."""
 
+    clip = clip_of(surrogate, cfg.loss)
+
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(scores.logp_N.device)
         loss_N = surrogate(scores.logp_N, part["old_logp"], part["advantage"], rows)
         total = (loss_N * part["weight"]).sum()
         if scores.entropy_N is not None:
             total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
-        return total, surrogate_metrics(scores, part, cfg.loss) | kl.metrics(scores.logp_N, part)
+        return total, surrogate_metrics(scores, part, clip) | kl.metrics(scores.logp_N, part)
 
     return loss
 

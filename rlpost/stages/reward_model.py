@@ -15,8 +15,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlpost.data.formats import Need
-from rlpost.objectives.ranking import ranking
 from rlpost.objectives.rows import Rows
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import ScalarModel, Values
@@ -30,8 +28,7 @@ from rlpost.types import Group
 def reward_model(context: Context, cfg: RewardModel) -> Path:
     """Train a model of scores that begins as the policy and a new head; returns the final checkpoint."""
     model = ScalarModel(context.policy())
-    need = Need.ranked if cfg.loss.fn == ranking.__name__ else Need.pairs
-    data = context.data(model.trunk, cfg.data, need, cfg.max_length, cfg.too_long)
+    data = context.data(model.trunk, cfg.data, cfg.rows(), cfg.max_length, cfg.too_long)
     loss = score_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps, whole_groups=True)

@@ -22,7 +22,7 @@ from rlpost.environments.loop import Collect, collector
 from rlpost.errors import DataError
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
-from rlpost.recipe.specs.common import GROUP_BASELINES, Grouped, Rollouts
+from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.rewards.score import Scorer, joined, rewarded
 from rlpost.rewards.score import Scores as Rewards
 from rlpost.stages.context import Context
@@ -110,7 +110,7 @@ class Signal:
 
     def __init__(self, name: str, cfg: Rollouts) -> None:
         self._name = name
-        self._nothing = isinstance(cfg, Grouped) and cfg.advantage.fn in GROUP_BASELINES
+        self._nothing = isinstance(cfg, Grouped) and cfg.compares_completions
         self._spell = Spell()
 
     def look(self, rollout: Rollout, step: int) -> Rollout:

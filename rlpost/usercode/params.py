@@ -50,6 +50,11 @@ class Function:
     fn: str = MISSING
     args: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def called(self) -> str:
+        """Its name without its file."""
+        return self.fn.rpartition(":")[2]
+
 
 @dataclass
 class TimedFunction(Function):

@@ -34,7 +34,7 @@ stages:
     steps: 10
     learning_rate: 3e-4
     sampling: {max_new_tokens: 8}
-    rewards: [{fn: math_answer}, {fn: length, weight: 0.1}]
+    rewards: [{fn: math_answer}, {fn: length, weight: 0.1, args: {target: 8}}]
 evaluation:
   data: {test: {path: "${vars.data}", fold: {by: prompt, part: held_out}}}
   rewards: [{fn: math_answer}]

@@ -22,14 +22,14 @@ def refusal(recipe: str, *overrides: str) -> str:
 def test_a_child_changes_what_it_says_and_inherits_the_rest(adding: str, write) -> None:
     child = write(
         "child.yaml",
-        "defaults: [adding, _self_]\nseed: 5\nstages:\n  grpo: {group_size: 4, rewards: [{fn: length}]}\n"
+        "defaults: [adding, _self_]\nseed: 5\nstages:\n  grpo: {group_size: 4, rewards: [{fn: repetition}]}\n"
         "  more: {kind: sft, data: {a: {path: x}}, steps: 1, learning_rate: 1}\n",
     )
     config = resolve(str(child), [DATA]).config
     assert (config.seed, config.run) == (5, "child")
     assert list(config.stages) == ["sft", "pairs", "dpo", "grpo", "more"]
     grpo = config.stages["grpo"]
-    assert (grpo.group_size, grpo.steps, [r.fn for r in grpo.rewards]) == (4, 10, ["length"])
+    assert (grpo.group_size, grpo.steps, [r.fn for r in grpo.rewards]) == (4, 10, ["repetition"])
 
 
 def test_self_first_lets_the_parent_win(adding: str, write) -> None:

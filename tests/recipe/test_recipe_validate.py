@@ -163,7 +163,7 @@ def test_a_grpo_stage_by_itself_passes() -> None:
 def resolve_free() -> Recipe:
     from rlpost.rewards.params import Reward
 
-    stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward("length")])
+    stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward("math_answer")])
     return Recipe(run="x", model=Model(path="gpt2"), stages={"g": stage})
 
 

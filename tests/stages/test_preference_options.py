@@ -15,8 +15,9 @@ from scalar_models import EVERYTHING
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, policy, run
 from torch import Tensor
 
+from rlpost.facts import fact
 from rlpost.objectives import preference
-from rlpost.objectives.preference import COUPLED, Pairs, pairs_of
+from rlpost.objectives.preference import Pairs, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
 from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT, use_attention
@@ -75,7 +76,7 @@ def test_every_loss_of_pairs_stands_here():
 
 @pytest.mark.parametrize("loss", [*AT_THE_REFERENCE, *WITHOUT])
 def test_every_loss_begins_with_its_value_at_the_reference_and_widens_the_margin(tmp_path, loss):
-    lora = (LORA,) if loss in COUPLED else ()
+    lora = (LORA,) if fact(getattr(preference, loss), "couples_pairs") else ()
     run(tmp_path, {"dpo": {**ALL, "loss": {"fn": loss}, "steps": 10, "learning_rate": 1e-2}}, *lora)
     first, *_, last = metrics(tmp_path, "dpo")
     if loss in AT_THE_REFERENCE:
@@ -160,7 +161,7 @@ def some_pairs() -> list[Group]:
     [([], False), ([length_desensitised, f_divergence, confidence], True)],
     ids=["plain", "modified-lora"],
 )
-@pytest.mark.parametrize("loss", sorted(COUPLED))
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "bco"])
 def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(loss, modifiers, lora):
     model, groups, function = exact_policy(lora), some_pairs(), getattr(preference, loss)
     reference_N = logprobs(model, groups)

@@ -13,6 +13,7 @@ from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.key import key
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, sampling_problems, source_problems
+from rlpost.recipe.signatures import told
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.train.params import Schedule
@@ -187,13 +188,6 @@ class Rollouts(Training):
             yield f"{where}.kl.estimator: {kl.estimator.value} in the reward is biased - k1 is exact"
 
 
-GROUP_BASELINES = (
-    *("group_mean", "group_normalised", "leave_one_out", "length_weighted_baseline", "max_likelihood"),
-    *("nonzero_rescaled", "pass_at_k", "per_reward_normalised", "process_normalised"),
-)
-"""Advantages that compare the completions of a group with each other."""
-_BY_STEP = ("process", "process_normalised", "monte_carlo_values")
-
 ADVANTAGE = Lookup(
     "advantage",
     "rlpost.objectives.advantages",
@@ -224,10 +218,15 @@ class Grouped(Rollouts):
     resample: int = key(0, ge=0)
     """Rounds of further prompts drawn while groups without a signal are left (dynamic sampling)."""
     fresh_rollouts: int = key(4, ge=1)
-    """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
+    """For advantages that ask for `value_K`: rollouts from the start of every step of a completion."""
     recorded: bool = False
     """Rows are rollouts that another policy made (rollouts/*.jsonl of a run): nothing is sampled."""
     correction: Correction = field(default_factory=Correction)
+
+    @property
+    def compares_completions(self) -> bool:
+        """Its advantage compares the completions of a group with each other."""
+        return told(self.advantage, ADVANTAGE).says("compares_completions")
 
     def rows(self) -> Need:
         """Prompts, or what another policy said to them."""
@@ -236,31 +235,31 @@ class Grouped(Rollouts):
     def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of rollouts, and of what an advantage asks for."""
         yield from super().problems(where, earlier)
-        if self.advantage.fn in _BY_STEP and self.step_end is None:
+        name, asks = self.advantage.called, told(self.advantage, ADVANTAGE)
+        if asks.takes("steps", "step_reward_K", "value_K") and self.step_end is None:
             yield (
-                f"{where}.step_end: missing - {self.advantage.fn} credits steps: give the text that ends one, "
-                "or '' for every token"
+                f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every token"
             )
         if self.recorded and self.environment is not None:
             yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
-        if self.recorded and (self.resample or self.advantage.fn in ("greedy_baseline", "monte_carlo_values")):
+        if self.recorded and (self.resample or asks.takes("greedy_P", "value_K")):
             what = "resample" if self.resample else f"advantage.fn={self.advantage.fn}"
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
-        if self.environment is not None and self.advantage.fn == "monte_carlo_values":
-            yield f"{where}.environment: monte_carlo_values goes on from inside a turn, alone - remove one of the two"
-        k = self.advantage.args.get("k") if self.advantage.fn == "pass_at_k" else None
+        if self.environment is not None and asks.takes("value_K"):
+            yield f"{where}.environment: {name} goes on from inside a turn, alone - remove one of the two"
+        k = self.advantage.args.get("k") if asks.says("k_in_group") else None
         if isinstance(k, int) and not 1 <= k <= self.group_size:
             yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
         elif k is not None and self.group_size == 1:
-            yield f"{where}.group_size: pass_at_k compares completions - give at least 2"
+            yield f"{where}.group_size: {name} compares completions - give at least 2"
         if self.correction.mode != CorrectionMode.none and self.correction.floor >= self.correction.cap:
             yield f"{where}.correction.floor: {self.correction.floor:g} is not below cap={self.correction.cap:g}"
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
         """Of a group that has nothing to compare."""
         yield from super().warnings(where, model)
-        if self.group_size == 1 and self.advantage.fn in GROUP_BASELINES:
+        if self.group_size == 1 and self.compares_completions:
             yield (
-                f"{where}.group_size: a group of one has no baseline: {self.advantage.fn} is 0 everywhere "
+                f"{where}.group_size: a group of one has no baseline: {self.advantage.called} is 0 everywhere "
                 "and nothing is learned - use at least 2"
             )

@@ -9,6 +9,7 @@ from typing import ClassVar, Optional
 from rlpost.data.params import Need
 from rlpost.key import key
 from rlpost.recipe.rules import Earlier
+from rlpost.recipe.signatures import Told, told
 from rlpost.recipe.specs.common import Training
 from rlpost.stages.params import Refresh
 from rlpost.usercode.params import Function, Lookup
@@ -24,10 +25,6 @@ LOSS = Lookup(
     returns="elements",
 )
 MODIFIER = Lookup("dpo.modifiers", "rlpost.objectives.preference_modifiers", ("pairs",), returns="the same")
-_WITHOUT_REFERENCE = ("simpo", "cpo", "orpo")
-"""Losses of pairs that look at the policy alone."""
-_OF_LOG_RATIOS = ("f_divergence", "length_desensitised")
-"""Modifiers that change log-ratios to the reference, and nothing else."""
 
 
 @dataclass
@@ -50,24 +47,36 @@ class Dpo(Training):
 
     def rows(self) -> Need:
         """Pairs, or ranked completions."""
-        return Need.ranked if self.loss.fn == "ranking" else Need.pairs
+        return Need.ranked if self._loss.takes("delta_PK", "reward_PK") else Need.pairs
+
+    @property
+    def _loss(self) -> Told:
+        return told(self.loss, LOSS)
 
     def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of training; a setting without an effect is refused, so that nobody takes the result for its."""
         yield from super().problems(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
-        loss, modifiers = self.loss.fn, [m.fn for m in self.modifiers]
-        if loss == "ranking" and modifiers:
-            yield f"{where}.modifiers[0]: {modifiers[0]} is for pairs, and ranking compares whole groups - remove it"
-        if loss == "ranking" and self.nll:
-            yield f"{where}.nll: ranking compares whole groups, of which none is the chosen one - use 0"
-        if loss in _WITHOUT_REFERENCE and self.refresh:
+        loss, ranks = self.loss.called, self.rows() is Need.ranked
+        names = [m.called for m in self.modifiers]
+        if ranks and names:
+            yield f"{where}.modifiers[0]: {names[0]} is for pairs, and {loss} compares whole groups - remove it"
+        if ranks and self.nll:
+            yield f"{where}.nll: {loss} compares whole groups, of which none is the chosen one - use 0"
+        if self.refresh and not self._loss.says("needs_reference"):
             yield f"{where}.refresh: {loss} has no reference that could follow - remove it, or use another loss"
-        for i, name in enumerate(modifiers):
-            if loss in _WITHOUT_REFERENCE and name in _OF_LOG_RATIOS:
+        changed = False
+        for i, name in enumerate(names):
+            modifier = told(self.modifiers[i], MODIFIER)
+            changes = modifier.says("changes_log_ratios")
+            if changes and not self._loss.says("needs_reference"):
                 yield (
                     f"{where}.modifiers[{i}]: {name} changes log-ratios to the reference, and {loss} has none - "
                     "remove it, or use another loss"
                 )
-            if name == "length_desensitised" and any(m in _OF_LOG_RATIOS for m in modifiers[:i]):
-                yield f"{where}.modifiers[{i}]: {name} weighs actions - put it before f_divergence, and only once"
+            if changed and modifier.says("weighs_actions"):
+                yield (
+                    f"{where}.modifiers[{i}]: {name} weighs actions - put it before what changes log-ratios, as "
+                    "f_divergence does, and only once"
+                )
+            changed = changed or changes

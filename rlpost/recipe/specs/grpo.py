@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from rlpost.key import key
 from rlpost.recipe.rules import Earlier
+from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
@@ -24,8 +26,13 @@ class Grpo(Grouped):
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
 
+    @cached_property
+    def vanishes_without_advantage(self) -> bool:
+        """An action of advantage 0 adds nothing to the gradient, but for a KL's."""
+        return not self.entropy and told(self.loss, SURROGATE).says("vanishes_without_advantage")
+
     def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of groups, and of the loss's weight."""
         yield from super().problems(where, earlier)
-        if self.loss.fn == "geometric_mean" and self.weight != Weight.sequence_mean:
-            yield f"{where}.weight: geometric_mean is one value a completion - use sequence_mean"
+        if self.weight != Weight.sequence_mean and told(self.loss, SURROGATE).says("per_completion"):
+            yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"

@@ -8,6 +8,7 @@ from typing import ClassVar
 from rlpost.data.params import Need
 from rlpost.key import key
 from rlpost.recipe.rules import Leaves
+from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
 
@@ -35,4 +36,4 @@ class RewardModel(Training):
 
     def rows(self) -> Need:
         """Pairs, or ranked completions."""
-        return Need.ranked if self.loss.fn == "ranking" else Need.pairs
+        return Need.ranked if told(self.loss, LOSS).takes("score_PK", "reward_PK") else Need.pairs

@@ -9,6 +9,7 @@ from typing import ClassVar, Optional
 from rlpost.data.params import Direction, Need
 from rlpost.key import key
 from rlpost.recipe.rules import Earlier, Leaves
+from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import Training
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function, Lookup
@@ -23,7 +24,6 @@ LOSS = Lookup(
     some=True,
     returns="elements",
 )
-_DISTILS = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 
 @dataclass
@@ -48,13 +48,14 @@ class Sft(Training):
 
     def rows(self) -> Need:
         """Completions; with labels, where the loss asks for them."""
-        return Need.completions
+        return Need.labelled if told(self.loss, LOSS).takes("label_N") else Need.completions
 
     def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of training, and of the teacher."""
         yield from super().problems(where, earlier)
-        if self.loss.fn in _DISTILS and self.teacher is None:
-            yield f"{where}.teacher: missing - {self.loss.fn} imitates a teacher: name a stage, a checkpoint or a model"
+        if self.teacher is None and told(self.loss, LOSS).takes("teacher_NV"):
+            name = self.loss.called
+            yield f"{where}.teacher: missing - {name} imitates a teacher: name a stage, a checkpoint or a model"
         if self.teacher in earlier.all:
             yield from earlier.no_policy(self.teacher, f"{where}.teacher", ("base",))
 

@@ -1,0 +1,49 @@
+"""What a function's signature cannot say, in a line after it: `declare(leave_one_out, compares_completions=True)`.
+
+A recipe is checked before anything is imported, so these lines are also read as they stand: names and True or False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rlpost.suggest import hint_or_list
+
+FACTS = {
+    # Of an advantage.
+    "compares_completions": False,  # the completions of a group with each other: in a group of one it is 0
+    "k_in_group": False,  # its argument `k` is a number of completions of a group
+    # Of a surrogate.
+    "per_completion": False,  # it has one value a completion, the same at each of its actions
+    "clips_ratio": False,  # to [1 - low, 1 + high], by its arguments `low` and `high`
+    "vanishes_without_advantage": False,  # an action of advantage 0 adds nothing to the gradient
+    # Of a loss of pairs.
+    "couples_pairs": True,  # a pair's loss depends on the other pairs of the update
+    "needs_reference": True,
+    # Of a modifier of pairs.
+    "changes_log_ratios": False,  # to the reference, and nothing else
+    "weighs_actions": False,  # by where they stand: before other changes of log-ratios, and once
+    "needs_collision": True,  # it reads `pairs.collision_P2`
+}
+"""Every fact, with what holds of a function that does not say: what is right whatever it does."""
+
+
+def declare(*functions: Callable[..., Any], **facts: bool) -> None:
+    """Say facts of functions.
+
+    Raises:
+        TypeError: there is no such fact.
+    """
+    for name in facts:
+        if name not in FACTS:
+            raise TypeError(f"there is no fact {name!r}{hint_or_list(name, FACTS, 'there are')}")
+    for function in functions:
+        vars(function)["facts"] = {**vars(function).get("facts", {}), **facts}
+
+
+def fact(function: Any, name: str) -> bool:
+    """Whether a fact holds of a function, also of one whose arguments are applied."""
+    while not hasattr(function, "facts") and hasattr(function, "call" if hasattr(function, "call") else "func"):
+        function = function.call if hasattr(function, "call") else function.func
+    return bool(getattr(function, "facts", {}).get(name, FACTS[name]))

@@ -1,0 +1,146 @@
+"""What functions say of themselves, read from their source: nothing is imported, and torch takes seconds.
+
+What a function takes is its signature; what that cannot say is declared beside it (rlpost/facts.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from inspect import Parameter
+from pathlib import Path
+
+from rlpost.errors import RecipeError
+from rlpost.facts import FACTS
+from rlpost.rewards.params import REWARD
+from rlpost.suggest import hint_or_list
+from rlpost.usercode import calls
+from rlpost.usercode.params import TASKS, Function, Lookup
+
+OF_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a function's source says of it."""
+
+    signature: inspect.Signature = field(default_factory=inspect.Signature)
+    facts: Mapping[str, bool] = field(default_factory=dict)
+
+    def takes(self, *names: str) -> bool:
+        """Whether it has one of these parameters."""
+        return not self.signature.parameters.keys().isdisjoint(names)
+
+    def says(self, fact: str) -> bool:
+        """Whether a fact holds of it."""
+        return self.facts.get(fact, FACTS[fact])
+
+
+def told(function: Function, lookup: Lookup) -> Told:
+    """What is known of a function that a resolved recipe names; nothing of one that is not there."""
+    if match := OF_FILE.fullmatch(function.fn):
+        return _of_users(Path(match["file"]), match["name"])
+    module, name = owner(function.fn, lookup, "fn")
+    return functions_in(module).get(name, Told())
+
+
+def owner(fn: str, lookup: Lookup, where: str) -> tuple[str, str]:
+    """Module and name of a function of rlpost; `where` it is named, for errors.
+
+    Raises:
+        RecipeError: of a task: there is none of that name.
+    """
+    if lookup.module != TASKS and not (lookup is REWARD and "." in fn):
+        return lookup.module, fn
+    task, dot, name = fn.partition(".")
+    folder = _PACKAGE.joinpath(*TASKS.split(".")[1:])
+    tasks = [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")]
+    if not dot:
+        raise RecipeError(f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'")
+    if task not in tasks:
+        raise RecipeError(f"{where}: no task {task!r} in {TASKS}{hint_or_list(task, tasks, 'there are')}")
+    return f"{TASKS}.{task}", name
+
+
+@cache
+def functions_in(module: str) -> dict[str, Told]:
+    """The functions that a module of rlpost offers: those it exports, or else those it defines."""
+    file = _PACKAGE.joinpath(*module.split(".")[1:])
+    tree = ast.parse((file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text("utf-8"))
+    found = _defined(tree)
+    exported = next((_names(node.value) for node in tree.body if _assigns(node, "__all__")), None)  # type: ignore[attr-defined]
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rlpost."):
+            wanted = {alias.name for alias in node.names} & set(exported or ())
+            found |= {name: functions_in(str(node.module))[name] for name in sorted(wanted)}
+    return found if exported is None else {name: found[name] for name in exported if name in found}
+
+
+def _of_users(file: Path, name: str) -> Told:
+    """Of a function in a user's file; its process is asked about one that the source does not show as it is."""
+    try:
+        data = file.read_bytes()
+        found = _defined(ast.parse(data)).get(name)
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return Told()
+    if found is not None:
+        return found
+    try:
+        signatures = calls.describe(file, hashlib.sha256(data).hexdigest(), calls.LOADING)
+    except calls.CallError:
+        return Told()  # it is told when the function is bound
+    return Told(signatures[name]) if name in signatures else Told()
+
+
+def _defined(tree: ast.Module) -> dict[str, Told]:
+    """Public functions at the top of a module; one behind a decorator may be any other."""
+    facts: dict[str, dict[str, bool]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _called(node.value) == "declare":
+            said = {k.arg: k.value.value for k in node.value.keywords if k.arg and isinstance(k.value, ast.Constant)}
+            for function in (name.id for name in node.value.args if isinstance(name, ast.Name)):
+                facts.setdefault(function, {}).update({fact: bool(value) for fact, value in said.items()})
+    return {
+        node.name: Told(_signature(node.args), facts.get(node.name, {}))
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("_")
+    }
+
+
+def _signature(args: ast.arguments) -> inspect.Signature:
+    kinds = [Parameter.POSITIONAL_ONLY] * len(args.posonlyargs) + [Parameter.POSITIONAL_OR_KEYWORD] * len(args.args)
+    positional = list(zip([*args.posonlyargs, *args.args], kinds, strict=True))
+    without = len(positional) - len(args.defaults)
+    made = [_parameter(a, kind, number >= without) for number, (a, kind) in enumerate(positional)]
+    if args.vararg:
+        made.append(_parameter(args.vararg, Parameter.VAR_POSITIONAL, False))
+    keywords = zip(args.kwonlyargs, args.kw_defaults, strict=True)
+    made += [_parameter(a, Parameter.KEYWORD_ONLY, default is not None) for a, default in keywords]
+    if args.kwarg:
+        made.append(_parameter(args.kwarg, Parameter.VAR_KEYWORD, False))
+    return inspect.Signature(made)
+
+
+def _parameter(arg: ast.arg, kind: inspect._ParameterKind, has_default: bool) -> Parameter:
+    annotation = Parameter.empty if arg.annotation is None else ast.unparse(arg.annotation)
+    return Parameter(arg.arg, kind, default=... if has_default else Parameter.empty, annotation=annotation)
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _assigns(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
+
+
+def _names(value: ast.expr) -> list[str]:
+    found: list[str] = ast.literal_eval(value)
+    return found
