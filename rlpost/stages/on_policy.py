@@ -188,9 +188,7 @@ def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, fl
     return low, high
 
 
-def surrogate_metrics(
-    scores: Scores, part: Experience, clip: tuple[float, float] | None
-) -> dict[str, Tensor]:
+def surrogate_metrics(scores: Scores, part: Experience, clip: tuple[float, float] | None) -> dict[str, Tensor]:
     """What is logged of a surrogate with that clip: over the computed actions, of completions with an advantage."""
     logp_N, old_N, advantage_N = scores.logp_N.detach(), part["old_logp"], part["advantage"]
     line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
