@@ -116,7 +116,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 rollouts=recipe.rollouts,
                 allow_change=allow_change,
                 shelf=shelf,
-                check=readable_references(stage, f"stages.{name}", need_of(stage, name, resolved.folder)),
+                check=readable_references(stage, f"stages.{name}", stage.rows()),
             )
             _run_stage(context, stage, done, evaluations)
             if not run.record.base:  # a model of the hub, which is here only now
