@@ -3,10 +3,11 @@
     python scripts/shape.py [--package TREE]
 
 A step is traced on a golden run, from the first line of the stage's function to its first logged line. `executed` are
-all files of the package in which a function ran. `to read` are those that say what the method is: files of the training
-side (STEP), and of what it asks (DOORS) those that it calls itself, not what lies behind them. The model, data, run
-directories, recipes and the processes of users' code are taken at their word. `imported` are the files of the training
-side and the doors that the stage's file imports.
+all files of the package in which a function ran until then. `to read` are those that say what the method is: files of
+the training side (STEP), and of what it asks (DOORS) those that it calls itself, not what lies behind them. The model,
+data, run directories, recipes and the processes of users' code are taken at their word. `in a step` are those that run
+from the first logged line to the second: without what only prepares. `imported` are the files of the training side and
+the doors that the stage's file imports.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ DOORS = ("engine", "environments", "rewards", "rollout", "goals")
 
 
 class Trace:
-    """The files of a package that a stage runs through, up to its first logged step."""
+    """The files of a package that a stage runs through, up to its first logged line and from there to the second."""
 
     def __init__(self, package: Path, kind: str) -> None:
         self.package = f"{package}/"
         self.kind = kind
         self.begun = False
+        self.logged = 0
+        self.again: set[str] = set()
         self.executed: set[str] = set()
         self.read: set[str] = set()
 
@@ -46,11 +49,14 @@ class Trace:
         if event != "call" or file is None:
             return
         self.begun |= frame.f_code.co_name == self.kind and file.startswith("stages/")
-        if self.begun:
+        if not self.begun:
+            return
+        caller = self.caller(frame)
+        told = _part(file) in STEP or (_part(file) in DOORS and _part(caller) in STEP)
+        if not self.logged:
             self.executed.add(file)
-            caller = self.caller(frame)
-            if _part(file) in STEP or (_part(file) in DOORS and _part(caller) in STEP):
-                self.read.add(file)
+        if told:
+            (self.again if self.logged else self.read).add(file)
 
     def of(self, frame: FrameType) -> str | None:
         """The package's file that a frame is in."""
@@ -77,7 +83,8 @@ def traced(package: Path, kind: str) -> Trace:
     trace, log = Trace(package, kind), StageDirectory.log
 
     def logged(stage: Any, step: int, metrics: Any) -> None:
-        if trace.begun:
+        trace.logged += trace.begun
+        if trace.logged == 2:
             sys.setprofile(None)
         log(stage, step, metrics)
 
@@ -158,8 +165,10 @@ def main() -> None:
         golden.prepare(tree)
     for kind in STAGES:
         trace, named = traced(package, kind), imported(package, kind)
-        print(f"{kind:20}{len(trace.read)} to read, {len(trace.executed)} executed, {len(named)} imported")
-        print(f"    to read: {' '.join(sorted(trace.read))}")
+        counts = f"{len(trace.read)} to read, {len(trace.again)} in a step"
+        print(f"{kind:20}{counts}, {len(trace.executed)} executed, {len(named)} imported")
+        print(f"    in a step: {' '.join(sorted(trace.again))}")
+        print(f"    before it: {' '.join(sorted(trace.read - trace.again))}")
 
 
 if __name__ == "__main__":
