@@ -214,7 +214,7 @@ def test_sample_says_what_comes_before(stages):
 
 
 def test_sample_has_no_best_and_no_stop_backwards(stages):
-    with pytest.raises(ModelError, match="it reads backwards; leave out --best-of and --stop"):
+    with pytest.raises(ModelError, match="it reads backwards; leave out --best-of, --stop and --engine"):
         sample(str(stages / "back"), "3", sampling=FEW, best_of=2, judge=str(stages / "back"))
     with pytest.raises(ModelError, match="it reads backwards"):
         sample(str(stages / "back"), "3", sampling=Sampling(max_new_tokens=4, stop=["="]))
