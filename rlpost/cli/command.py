@@ -63,6 +63,6 @@ class Sections(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that is meant; fails where it has moved, or is none."""
-        if args[0] in MOVED:
+        if args[0] in MOVED and not ctx.resilient_parsing:
             ctx.fail(f"`rlpost {args[0]}` is now `rlpost goals {args[0]}`")
         return super().resolve_command(ctx, args)

@@ -39,3 +39,19 @@ def test_every_command_is_in_one_section(monkeypatch, capsys) -> None:
     assert [line if line.endswith(":") else line[:8].rstrip() for line in told] == wanted
     assert sorted(sum(SECTIONS.values(), ())) == sorted([*COMMANDS, "goals"])
     assert set(MOVED) <= set(GOALS)
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [("rlpost go", "goals"), ("rlpost goals in", "infill"), ("rlpost infill ", "\n".join([*COMMANDS, "goals"]))],
+)
+def test_a_shell_completes_commands(line: str, offered: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("_RLPOST_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
+    monkeypatch.setattr(sys, "argv", ["rlpost"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 0
+    printed = capsys.readouterr()
+    assert (printed.out.strip(), printed.err) == (offered, "")
