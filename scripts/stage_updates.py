@@ -241,13 +241,12 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
 
 def sampled_pairs(world: World) -> Case:
     cfg = OnlineDpo(learning_rate=1.0, group_size=GROUP_SIZE, sampling=SAMPLING, min_gap=0.5)
-    objective = PairObjective(world.function(cfg, "loss"))
+    objective = PairObjective(world.function(cfg, "loss"), temperature=SAMPLING.temperature)
     groups = world.groups
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         experience = online_dpo.assemble(rollout_of(groups, share), cfg, world.reference())
-        stats = LogitStats(SAMPLING.temperature)
-        return Update(objective.loss(), objective.prepared(experience, learner), stats)
+        return Update(objective.loss(), objective.prepared(experience, learner), objective.stats)
 
     return Case(groups, prepare, whole_groups=True)
 

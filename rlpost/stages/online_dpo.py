@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.online_dpo import OnlineDpo
 from rlpost.stages.context import Context
@@ -27,10 +26,10 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
     """Train on pairs that the policy has just sampled; returns the final checkpoint."""
     policy = context.policy()
     samples = Sampler(context, cfg, policy)
-    objective = PairObjective(context.function(cfg, "loss"))
+    objective = PairObjective(context.function(cfg, "loss"), temperature=cfg.sampling.temperature)
     reference = context.reference(policy, cfg.reference)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples), whole_groups=True)
-    loss, stats = objective.loss(), LogitStats(temperature=cfg.sampling.temperature)
+    loss = objective.loss()
 
     return on_policy(
         context,
@@ -38,7 +37,7 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
         policy,
         samples,
         assemble=lambda rollout, _: assemble(rollout, cfg, reference),
-        minimise=lambda minibatch, _: learner.update(loss, objective.prepared(minibatch, learner), stats),
+        minimise=lambda minibatch, _: learner.update(loss, objective.prepared(minibatch, learner), objective.stats),
         observe=lambda pairs: {"pairs": len(pairs.groups)},
         learners={"policy": learner},
         states={},

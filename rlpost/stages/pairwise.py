@@ -29,11 +29,14 @@ class PairObjective:
     modifiers: Sequence[Callable[[Pairs], Pairs]] = ()
     nll: float = 0.0
     """Weight of the chosen completions' negative log-likelihood, per token."""
+    temperature: float = 1.0
+    """The one the completions were sampled at, and the reference scored at."""
 
     @property
     def stats(self) -> LogitStats:
         """What the forward pass is asked for: a modifier may compare an action with the average draw in its state."""
-        return LogitStats(collision=any(fact(m, "needs_collision") for m in self.modifiers))
+        collision = any(fact(m, "needs_collision") for m in self.modifiers)
+        return LogitStats(temperature=self.temperature, collision=collision)
 
     @property
     def couples(self) -> bool:

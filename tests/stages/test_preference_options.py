@@ -168,7 +168,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     reference_N += torch.randn(reference_N.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     update = Experience(tuple(groups)).with_actions(reference=reference_N)
     # Without parts: all pairs in one pass.
-    objective = PairObjective(Bound(function, loss), modifiers, nll=0.5)
+    objective = PairObjective(Bound(function, loss), modifiers, nll=0.5, temperature=0.7)
     scores = model(model.batch(groups), objective.stats)
     logp_N, collision_N = scores.logp_N, scores.collision_N
     plain = pairs = pairs_of(logp_N, reference_N, update.rows, collision_N)
