@@ -22,7 +22,7 @@ from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tasks import maze
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.goals.maze_escapes import escapes
-from rlpost.goals.maze_plot import draw, in_text, report
+from rlpost.goals.maze_plot import draw, in_text, plot_mazes, report
 from rlpost.goals.maze_run import solved
 from rlpost.pipeline import train
 from rlpost.recipe.files import packaged
@@ -182,7 +182,7 @@ def test_calculator(tmp_path):
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 
-def test_maze(tmp_path):
+def test_maze(tmp_path, capsys):
     final = run(
         tmp_path,
         "maze",
@@ -194,15 +194,18 @@ def test_maze(tmp_path):
     )
     found = solved(final.parents[1])
     assert [s.maze for s in found] == [maze.train(mazes=1)[0]["maze"]]
-    draw(found, tmp_path / "maze.png")
-    assert (tmp_path / "maze.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    picture = plot_mazes(final.parents[1], tmp_path / "maze.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().err.splitlines()
     assert len(in_text(found[0])) == maze.SIDE
     trained, held_out = report(found)
     assert trained.startswith(f"starts trained on: {len(maze.train(mazes=1))}, optimal moves ")
     assert ", mean |V − exact| 0." in trained
     assert held_out.startswith(f"starts held out: {len(maze.held_out(mazes=1))}, ")
     names = ["random walker", "led by its value network", "policy"]
-    assert [line.split(",")[0] for line in escapes(final.parents[1])] == names
+    assert [line.split(",")[0] for line in said if "of walks escape" in line] == names
+    assert set(in_text(found[0])) <= set(said)
     # What the value network guesses of the cells goes into the prompts of another policy.
     rows = final.parents[1] / "guesses/final/rows.jsonl"
     small = [*TINY_GPT2, f"vars.rows={rows}", *stage("sft", *TWO, "batch_size=8"), *stage("ppo", *TWO, "prompts=4")]
