@@ -23,7 +23,7 @@ from rlpost.data.params import TokenizerKind
 from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
 from rlpost.data.tokenizers import make_tokenizer
-from rlpost.errors import Interrupted, ModelError, RlpostError
+from rlpost.errors import Interrupted, ModelError, RecipeError, RlpostError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.identity import Inputs, first_difference, identity
 from rlpost.policy.load import decide_bfloat16
@@ -128,6 +128,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
 def functions_of(resolved: Resolved) -> dict[str, str]:
     """`FILE:NAME` -> sha256 of the file, for the user's own functions; also other files that decide what is trained."""
     found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
+    found |= {stage.kind: stage.file[1] for stage in _enabled(resolved.config).values() if stage.file}
     return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
 
 
@@ -170,6 +171,9 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         if b.file is not None:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
     for name, stage in _enabled(resolved.config).items():
+        if stage.file is not None:
+            file, sha256 = stage.file
+            lines.append(f"stages.{name}.kind: {stage.kind.rpartition(':')[2]} from {file} (sha256 {sha256[:12]})")
         _look_at(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:
@@ -282,6 +286,9 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         evaluations.forget(context.name)
         with context.opened:
             result = function_of(stage)(context, stage)
+        if not isinstance(result, Path):
+            what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"
+            raise RecipeError(f"{what} - return what context.finish(...) or context.finish_rows(...) gives")
         # Accelerate holds on to every model it has prepared.
         context.accelerator.free_memory()
     if stage.leaves is Leaves.rows:

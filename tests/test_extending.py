@@ -94,6 +94,14 @@ def test_an_environment(train) -> None:
     assert sum(0 in c["action"] for c in found) > len(found) / 2
 
 
+def test_a_kind_of_stage(train) -> None:
+    stage, err = train("kind")
+    assert "stages.sft.kind: hardest from" in err
+    first, *_, last = lines(stage / "metrics.jsonl")
+    assert (first["kept"], last["step"]) == (2, 3)
+    assert last["nll"] < first["nll"]
+
+
 def test_a_data_format(train) -> None:
     _, err = train("format")
     assert "2 rows, read as prompt, completion" in err

@@ -10,7 +10,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from inspect import Parameter
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 from rlpost.engine.params import ENGINE, LOCAL, EngineChoice
 from rlpost.errors import RecipeError
-from rlpost.recipe.files import expanded, packaged_folder
 from rlpost.recipe.keys import join
+from rlpost.recipe.places import OF_FILE, users_file
 from rlpost.recipe.schema import Recipe
-from rlpost.recipe.signatures import OF_FILE, functions_in, owner
+from rlpost.recipe.signatures import functions_in, owner
 from rlpost.recipe.users import UsersFile
 from rlpost.recipe.walk import walk
 from rlpost.rewards.params import REWARD, Reward
@@ -127,48 +127,6 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
     if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
         raise RecipeError(_supplied_otherwise(name, own, lookup, where))
     _check(function, name, signature, lookup, where)
-
-
-def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
-    """`file.py:function` with the file's absolute path; other names as they are.
-
-    Raises:
-        RecipeError: none of the folders has the file.
-    """
-    match = OF_FILE.fullmatch(fn)
-    if not match:
-        return fn
-    given = expanded(match["file"], where)
-    try:
-        found = next((place for folder in folders if (place := folder / given).is_file()), None)
-    except OSError as error:
-        raise RecipeError(f"{where}: {given}: {error.strerror} - give another path") from error
-    if found is not None:
-        return f"{found.resolve()}:{match['name']}"
-    raise RecipeError(f"{where}: no file {match['file']!r} in {_either(folders[0], folders[-1])}")
-
-
-def _either(one: Path, other: Path) -> str:
-    return str(one) if one.resolve() == other.resolve() else f"{one} or {other}"
-
-
-def users_file(fn: str, where: str, base: Path) -> Path | None:
-    """The file of `file.py:function`; None for a function of rlpost.
-
-    Raises:
-        RecipeError: it is not there, or lies outside the recipe's folder `base` and the working directory.
-    """
-    match = OF_FILE.fullmatch(fn)
-    if match is None:
-        return None
-    file, folders = Path(match["file"]), [base.resolve(), Path.cwd().resolve()]
-    places = [folder / file for folder in folders]
-    path = next((place for place in places if place.is_file()), places[0]).resolve()
-    if not any(path.is_relative_to(folder) for folder in (*folders, packaged_folder().resolve())):
-        raise RecipeError(f"{where}: {file} lies outside the recipe's folder and the working directory - move it")
-    if not path.is_file():
-        raise RecipeError(f"{where}: no file {str(file)!r} in {_either(base, Path.cwd())}")
-    return path
 
 
 def _chosen(options: Mapping[str, T], name: str, place: str, where: str, lookup: Lookup) -> T:

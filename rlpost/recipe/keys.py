@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.kinds import kinds, spec_of
+from rlpost.recipe.places import OF_FILE
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
 from rlpost.suggest import closest, hint
@@ -94,12 +95,38 @@ def kinds_of(tree: Mapping[str, Any]) -> dict[str, type[Stage]]:
             misspelt = closest("kind", (str(k) for k in stage))
             also = f" (is {misspelt!r} meant for it?)" if misspelt else ""
             raise RecipeError(f"{where}.kind: missing - give one of {', '.join(kinds())}{also}")
-        if kind not in kinds():
+        if kind not in kinds() and not (isinstance(kind, str) and OF_FILE.fullmatch(kind)):
             raise RecipeError(
                 f"{where}.kind: expected one of {', '.join(kinds())}, got {kind!r}{hint(str(kind), kinds())}"
             )
-        found[name] = spec_of(kind)
+        found[name] = spec_of(kind, f"{where}.kind")
+        if kind not in kinds():
+            _refuse_unreadable(found[name], f"{where}.kind")
     return found
+
+
+def _refuse_unreadable(spec: Any, where: str) -> None:
+    """Refuse a user's class with a key that no recipe could give."""
+    try:
+        for key, annotation in fields_of(spec).items():
+            if not _is_readable(annotation):
+                shown = str(annotation).replace("typing.", "")
+                raise RecipeError(
+                    f"{where}: {spec.__name__}.{key}: {shown} - a key holds text, a number, true or false, an enum, a "
+                    "dataclass, a list or a mapping of these, or Optional of one"
+                )
+    except NameError as error:
+        raise RecipeError(f"{where}: {spec.__name__}: {error} - import it at the top of the file") from error
+
+
+def _is_readable(annotation: Any) -> bool:
+    if get_origin(annotation) in (Union, types.UnionType) and len(set(get_args(annotation)) - {type(None)}) != 1:
+        return False
+    found = shape(annotation)
+    if found.items:
+        return all(map(_is_readable, found.items))
+    plain = found.base in (Any, bool, int, float, str, dict, list)
+    return plain or (isinstance(found.base, type) and (is_dataclass(found.base) or issubclass(found.base, Enum)))
 
 
 class Keys:

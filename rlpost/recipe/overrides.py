@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -13,14 +14,15 @@ from hydra.errors import HydraException
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.keys import Keys, fields_of, is_reference, join, shape
+from rlpost.recipe.places import locate_kinds
 from rlpost.recipe.schema import Recipe
 from rlpost.suggest import hint_or_list
 
 MAX_CHARACTERS = 20_000
 
 
-def apply(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put the overrides into `tree`, a checked one, in order.
+def apply(tree: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]) -> None:
+    """Put the overrides into `tree`, a checked one, in order; `folders` may hold files of stages' kinds.
 
     Raises:
         RecipeError: an override is malformed, or its key is not in the schema.
@@ -28,6 +30,7 @@ def apply(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, value = parse(override)
         _assign(Keys(tree), tree, key, value)
+        locate_kinds(tree, folders)
         Keys(tree).check()  # the next override walks down a tree of the right shape
 
 

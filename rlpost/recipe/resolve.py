@@ -25,8 +25,8 @@ from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.recipe import overrides as overriding
 from rlpost.recipe.files import Part, chain, expanded, find
-from rlpost.recipe.functions import locate
 from rlpost.recipe.keys import FALSE, MISSING, Keys, join
+from rlpost.recipe.places import locate, locate_kinds
 from rlpost.recipe.references import references, refuse_excess, refuse_resolvers
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.typed import build, filled, plain
@@ -75,8 +75,11 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
     tree: dict[str, Any] = {}
     try:
         tree = _compose(parts)
+        folder = tree.get("folder")
+        folders = [Path(folder) if isinstance(folder, str) else file.parent, *(part.file.parent for part in parts)]
+        locate_kinds(tree, [*folders, Path.cwd()])
         Keys(tree).check()
-        overriding.apply(tree, overrides)
+        overriding.apply(tree, overrides, [*folders, Path.cwd()])
         refuse_resolvers(tree)
         tree["run"] = tree.get("run", MISSING) if tree.get("run", MISSING) != MISSING else file.stem
         config = _typed(tree)

@@ -9,7 +9,6 @@ import ast
 import hashlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,12 +17,12 @@ from pathlib import Path
 
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS
+from rlpost.recipe.places import OF_FILE
 from rlpost.rewards.params import REWARD
 from rlpost.suggest import hint_or_list
 from rlpost.usercode import calls
 from rlpost.usercode.params import TASKS, Function, Lookup
 
-OF_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
 _PACKAGE = Path(__file__).parents[1]
 
 

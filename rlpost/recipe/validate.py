@@ -12,8 +12,9 @@ from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.key import out_of_range
 from rlpost.policy.params import Attention, Lora, Model
-from rlpost.recipe.functions import check, functions_of, users_file
+from rlpost.recipe.functions import check, functions_of
 from rlpost.recipe.keys import join
+from rlpost.recipe.places import users_file
 from rlpost.recipe.rules import Earlier, Leaves, engine_problems, reward_problems, sampling_problems, source_problems
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage

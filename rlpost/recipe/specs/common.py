@@ -36,6 +36,8 @@ class Stage:
 
     function: ClassVar[str] = ""
     """`module:name` of what the stage does."""
+    file: ClassVar[tuple[str, str] | None] = None
+    """Of a user's own kind: the file and its sha256."""
 
     @property
     def leaves(self) -> Leaves:
