@@ -22,6 +22,8 @@ from rlpost.run.files import disk_errors, write_atomic
 from rlpost.run.sealed import seal, unseal
 
 Json = Any
+FORMAT = 2
+"""Goes up when what checkpoints and records hold changes; runs of another format are not gone on with."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Record:
     changes: list[dict[str, Json]] = field(default_factory=list)
     """Changes that were allowed, in order: at which stage and step, and each key's old and new value."""
     run: str = field(default_factory=lambda: secrets.token_hex(8))
+    format: int = FORMAT
+    """Of the run's files."""
 
     @property
     def config(self) -> dict[str, Json]:
@@ -53,7 +57,7 @@ def read_record(run: Path) -> Record | None:
     """The record of a run; None when it has none.
 
     Raises:
-        DiskError: it is not as it was written.
+        DiskError: it is not as it was written, or of another format.
     """
     path = run / names.RECORD
     with disk_errors(path):
@@ -61,6 +65,11 @@ def read_record(run: Path) -> Record | None:
     if data is None:
         return None
     value = unseal(data)
+    if value is not None and value.get("format", 1) != FORMAT:
+        raise DiskError(
+            f"{path}: format {value.get('format', 1)}, this version of rlpost goes on with format {FORMAT}; "
+            "use the version that wrote it, or choose another run=NAME"
+        )
     if value is None or value.keys() | {"leaves"} != {f.name for f in fields(Record)}:
         raise DiskError(
             f"{path}: damaged, so nothing here can be proven to be this run's; restore it or choose another run=NAME"

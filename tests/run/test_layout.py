@@ -17,6 +17,7 @@ from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.specs.sft import Sft
 from rlpost.run.layout import open_run
+from rlpost.run.sealed import seal, unseal
 from rlpost.run.stage import StageDirectory
 
 
@@ -395,6 +396,16 @@ def test_without_its_record_a_run_is_not_gone_on_with(runs):
         reopen(recipe(runs))
 
 
+@pytest.mark.parametrize("form", [None, 1, 99])
+def test_a_run_of_another_format_is_not_gone_on_with(runs, form):
+    path = reopen(recipe(runs)).path / "run.json"
+    record = unseal(path.read_bytes())
+    other = {k: v for k, v in record.items() if k != "format"} | ({} if form is None else {"format": form})
+    path.write_bytes(seal(other))
+    with pytest.raises(DiskError, match=rf"run.json: format {form or 1}, this version .* another run=NAME"):
+        reopen(recipe(runs))
+
+
 def test_a_decision_is_taken_once(runs):
     run = reopen(recipe(runs))
     assert run.remember("precision", lambda: ("bfloat16", 1)) == ["bfloat16", 1]
@@ -407,6 +418,7 @@ HOLD = """
 import sys, time
 from omegaconf import OmegaConf
 from rlpost.run.layout import open_run
+from rlpost.run.sealed import seal, unseal
 from rlpost.run.stage import StageDirectory
 node = OmegaConf.create({"run": "first", "runs": sys.argv[1], "threads": None, "stages": {}})
 with open_run(node, None, []):
