@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class Order:
         self._shares = [w / sum(weights) for w in weights]
         self._seed = seed
         self._drawn = [0] * len(counts)
-        self._permutations: dict[int, tuple[int, list[int]]] = {}
+        self._permutations: dict[int, tuple[int, Sequence[int]]] = {}
 
     @property
     def epoch_length(self) -> int:
@@ -80,10 +81,10 @@ class Order:
             )
         self._drawn = [int(n) for n in state["drawn"]]
 
-    def _permutation(self, source: int, epoch: int) -> list[int]:
+    def _permutation(self, source: int, epoch: int) -> Sequence[int]:
         kept = self._permutations.get(source)
         if kept is None or kept[0] != epoch:
-            rows = list(range(self._counts[source]))
+            rows = array("q", range(self._counts[source]))
             random.Random(f"{self._seed}/{source}/{epoch}").shuffle(rows)
             self._permutations[source] = kept = (epoch, rows)
         return kept[1]
