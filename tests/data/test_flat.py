@@ -44,6 +44,7 @@ ROWS = {
         [answered("1", "2"), answered("1", "")],
         [{"prompt": ASKED, "completion": SAID}, {"prompt": "1+1=", "completion": "2"}],
         [{"prompt": "1", "completions": ["2", "3", LONG]}, {"prompt": "1", "completions": ["2"]}],
+        [*[answered("1", "2")] * 30, {"prompt": ASKED, "completion": SAID + ASKED + SAID}],
         [{"messages": ASKED + SAID}, {"messages": ASKED + SAID + ASKED + SAID}],
         [{"text": "1+1=2"}, {"text": LONG}, {"text": "1"}],
     ],
@@ -70,6 +71,7 @@ ROWS = {
     ],
     Need.recorded: [
         [
+            {"prompt": [5], "completions": [{"ids": [6], "action": [1], "logprobs": [-1.5]}], "example": {}},
             {"prompt": [4, 5], "completions": [SAMPLED, {**SAMPLED, "reward": None}], "example": {"answer": "2"}},
             {"prompt": [4], "completions": [{"ids": [6], "action": [0], "logprobs": []}], "example": None},
         ]
@@ -154,7 +156,7 @@ def from_arrays(path, need, codec, limit, options, shelf):
 
 @pytest.mark.parametrize("limit", [Limit(100), Limit(12, TooLong.drop), Limit(12, TooLong.cut), Limit(12)])
 @pytest.mark.parametrize("tokenizer", CODECS)
-def test_groups_are_those_of_single_rows(tokenizer, limit, write, tmp_path):
+def test_groups_are_those_of_single_rows(tokenizer, limit, write, tmp_path, monkeypatch):
     codec = make_codec(CODECS[tokenizer]())
     compared = 0
     for need, sets in ROWS.items():
@@ -164,6 +166,7 @@ def test_groups_are_those_of_single_rows(tokenizer, limit, write, tmp_path):
                 wanted = told(lambda: one_by_one(rows, path, need, codec, limit, options))  # noqa: B023
                 folders = [] if options else [Folders(tmp_path / f"{need}{number}")] * 2
                 for shelf in (None, *folders):
+                    monkeypatch.setattr(files, "AT_ONCE", 8192 if shelf is None else 1)
                     found = told(lambda: from_arrays(path, need, codec, limit, options, shelf))  # noqa: B023
                     if wanted == "nothing left":
                         assert "none of" in found
