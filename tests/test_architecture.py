@@ -35,6 +35,9 @@ FLOORS: list[set[str]] = [
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
 SHARED_BY_STAGES = ("advantage", "context", "lots", "on_policy", "pairwise", "params", "references", "rollouts")
 """Modules of stages/ that are no stage."""
+READS_RECIPES = ("cli", "inference", "pipeline", "recipe", "stage_evaluation", "stage_rows", "stages")
+GOALS_OF_RECIPES = tuple(f"goals/{name}.py" for name in ("guided", "guesses", "maze_escapes", "maze_run", "value"))
+"""Stages and commands of the goals wing."""
 LIGHT = (
     *(
         "__main__",
@@ -105,6 +108,21 @@ def test_imports_go_down():
             owner = "params" if rest[1:2] == ["params"] else (rest or [""])[0]
             if package == "rlpost" and owner != top(file) and height[owner] >= height[top(file)]:
                 wrong.append(f"{file.relative_to(PACKAGE)}:{line} imports {name}")
+    assert wrong == []
+
+
+def test_recipes_are_read_at_the_top():
+    """What a package is told of a recipe is its own params.py; whole recipes are for those who run them."""
+    wrong = []
+    for file in FILES:
+        place = file.relative_to(PACKAGE)
+        for line, name in modules_imported(parsed(file)):
+            if (
+                name.startswith("rlpost.recipe.")
+                and top(file) not in READS_RECIPES
+                and str(place) not in GOALS_OF_RECIPES
+            ):
+                wrong.append(f"{place}:{line} imports {name}")
     assert wrong == []
 
 

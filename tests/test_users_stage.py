@@ -181,3 +181,35 @@ def test_a_file_outside_the_recipes_folder_is_not_loaded(mine: Path, tmp_path: P
     write(inside, {"short": {**STAGE, "kind": f"{mine}:short"}})
     with pytest.raises(RecipeError, match="lies outside the recipe's folder"):
         resolve(str(inside / "tiny.yaml"))
+
+
+ROWS = """\
+from dataclasses import dataclass
+from pathlib import Path
+from rlpost.key import key
+from rlpost.recipe.specs.common import Stage
+
+
+@dataclass
+class Doubled(Stage):
+    times: int = key(2, ge=1)
+    leaves = "rows"
+
+
+def doubled(context, cfg: Doubled) -> Path:
+    rows = [{"prompt": f"{n}+{n}=", "completion": str(cfg.times * n)} for n in range(4)]
+    return context.finish_rows(rows, cfg.kind)
+"""
+
+
+def test_it_may_leave_rows_and_the_run_is_still_its_policy(mine: Path, tmp_path: Path) -> None:
+    mine.write_text(ROWS, "utf-8")
+    made = {"kind": "mine.py:doubled", "data": SFT["data"], "times": 3}
+    trained = {**SFT, "data": {"made": {"stage": "made"}}, "steps": 1, "batch_size": 2}
+    run(tmp_path, {"made": made, "sft": trained, "again": made})
+    assert (tmp_path / "runs/run/made/final/rows.jsonl").read_text("utf-8").splitlines()[1] == (
+        '{"prompt": "1+1=", "completion": "3"}'
+    )
+    assert find_checkpoint(tmp_path / "runs/run") == tmp_path / "runs/run/sft/final"
+    with pytest.raises(RecipeError, match=r"stages\.sft\.start: 'made' is of kind .*, which leaves rows and no model"):
+        prepared(tmp_path, {"made": made, "sft": {**trained, "start": "made"}})
