@@ -304,7 +304,7 @@ def _extended_gap(probe: _Probe, policy: Policy) -> float:
     shortest = min(len(c.ids) for _, c in rows)
     if shortest < 3:
         return 0.0
-    kept, read = KeptRows(1 << 40), min(STEPS, shortest) - 1
+    kept, read = KeptRows(1 << 40), 2
     prompts = [g.prompt for g in probe.groups]
     first = FlatDecoder(policy.causal_lm, prompts, [number for number, _ in rows], read, kept, keeps=True)
     first.start()
