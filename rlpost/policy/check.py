@@ -204,10 +204,11 @@ def _ways(probe: _Probe, wish: Attention) -> Exactness:
         single = not _padded_is_exact(probe)
     if not tiled:
         tiled = _tiled(probe, flat)
-    decoding, why = _decoding(probe, flat, single, tiled)
+    kept = KeptRows(1 << 40)
+    decoding, why = _decoding(probe, flat, single, tiled, kept)
     extends, no_extending = False, ""
     if decoding is Decoding.flat:
-        extends, no_extending = _extending(probe, tiled)
+        extends, no_extending = _extending(probe, tiled, kept)
     return Exactness(flat, tiled, gap, reason, single, decoding, why, extends, no_extending)
 
 
@@ -246,14 +247,14 @@ def _padded_is_exact(probe: _Probe) -> bool:
     return False
 
 
-def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool) -> tuple[Decoding, str]:
-    """The first way of decoding that is exact, and what the first one that is not did."""
+def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool, kept: KeptRows) -> tuple[Decoding, str]:
+    """The first way of decoding that is exact, and what the first one that is not did; flat rows are kept."""
     why = ""
     for decoding in (Decoding.flat, Decoding.padded) if flat else (Decoding.padded,):
         policy = probe.policy(flat=flat, single=single, tiled=tiled, decoding=decoding)
         try:
             with decoding_attention(policy):
-                gap = _decoded_gap(probe, policy)
+                gap = _decoded_gap(probe, policy, kept)
         except FAILURES as error:
             why = why or f"its cache does not serve {decoding} rows ({type(error).__name__})"
             continue
@@ -263,13 +264,14 @@ def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool) -> tuple[Dec
     return Decoding.recomputed, why
 
 
-def _decoded_gap(probe: _Probe, policy: Policy) -> float:
+def _decoded_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
     """Decode the first tokens of every row; rows leave on the way, one of them with its prompt."""
     groups = probe.groups
     rows = [(number, c) for number, g in enumerate(groups) for c in g.completions]
     steps = min(STEPS, *(len(c.ids) for _, c in rows))
     ids_RT = torch.tensor(np.stack([c.ids[:steps] for _, c in rows]), dtype=torch.long, device=policy.device)
-    decoder = make_decoder(policy, [g.prompt for g in groups], [number for number, _ in rows], steps)
+    prompts, prompt_of_row = [g.prompt for g in groups], [number for number, _ in rows]
+    decoder = make_decoder(policy, prompts, prompt_of_row, steps, kept, keeps=True)
     leaving = {2: 1, 3: len(rows) - 1}  # after so many steps, this row
     live = list(range(len(rows)))
     found: dict[tuple[int, int], Tensor] = {}
@@ -277,51 +279,53 @@ def _decoded_gap(probe: _Probe, policy: Policy) -> float:
     for t in range(steps):
         logp = policy.known.cut(logits).double().log_softmax(-1)
         found |= {(row, t): logp[at, ids_RT[row, t]] for at, row in enumerate(live)}
-        if t + 1 == steps:
+        last, gone = t + 1 == steps, leaving.get(t)
+        if isinstance(decoder, FlatDecoder):
+            over = [at for at, row in enumerate(live) if row == gone or last]
+            decoder.remember(over, [rows[live[at]][1].ids[: t + 1] for at in over])
+        if last:
             break
-        if (gone := leaving.get(t)) is not None:
+        if gone is not None:
             stay = [at for at, row in enumerate(live) if row != gone]
             decoder.keep(torch.tensor(stay, device=policy.device))
             live = [live[at] for at in stay]
         logits = decoder.step(ids_RT[torch.tensor(live, device=policy.device), t])
+    if isinstance(decoder, FlatDecoder):
+        decoder.close()
     return _largest_gap(probe, found)
 
 
-def _extending(probe: _Probe, tiled: bool) -> tuple[bool, str]:
-    """Whether decoding may go on from kept rows, and why it may not."""
+def _extending(probe: _Probe, tiled: bool, kept: KeptRows) -> tuple[bool, str]:
+    """Whether decoding may go on from the rows that were kept, and why it may not."""
     if probe.switch is not None:
         return False, "it reads long rows in another way"
     try:
-        gap = _extended_gap(probe, probe.policy(flat=True, tiled=tiled, decoding=Decoding.flat))
+        gap = _extended_gap(probe, probe.policy(flat=True, tiled=tiled, decoding=Decoding.flat), kept)
     except FAILURES as error:
         return False, f"its attention does not run on kept rows ({type(error).__name__})"
     return (True, "") if gap < EXACT else (False, f"going on from kept rows differs from scoring by {gap:.1e}")
 
 
-def _extended_gap(probe: _Probe, policy: Policy) -> float:
-    """Keep the first tokens of every row, then go on: from inside what was kept, from its end, and from beyond it."""
-    rows = [(number, c) for number, g in enumerate(probe.groups) for c in g.completions]
-    shortest = min(len(c.ids) for _, c in rows)
+def _extended_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
+    """Go on from the first tokens of every row: from beyond them, from inside, and from their end."""
+    rows = [(g.prompt, c.ids) for g in probe.groups for c in g.completions]
+    shortest = min(len(ids) for _, ids in rows)
     if shortest < 3:
         return 0.0
-    kept, read = KeptRows(1 << 40), 2
-    prompts = [g.prompt for g in probe.groups]
-    first = FlatDecoder(policy.causal_lm, prompts, [number for number, _ in rows], read, kept, keeps=True)
-    first.start()
-    for t in range(read):
-        first.step(torch.tensor([c.ids[t] for _, c in rows], device=policy.device))
-    first.remember(range(len(rows)), [c.ids[:read] for _, c in rows])
-    first.close()
-    cuts = [min(read + more, len(c.ids) - 2) for (_, c), more in zip(rows, (3, -1, 0, 2), strict=True)]
-    longer = [[*prompts[number], *c.ids[:cut]] for (number, c), cut in zip(rows, cuts, strict=True)]
-    second = FlatDecoder(policy.causal_lm, longer, range(len(rows)), 1, kept)
-    logits = second.start()
+    read = min(STEPS, shortest) - 1
+    cuts = [min(read + more, len(ids) - 2) for (_, ids), more in zip(rows, (3, -3, 0, 2), strict=True)]
+    longer = [[*prompt, *ids[:cut]] for (prompt, ids), cut in zip(rows, cuts, strict=True)]
+    decoder = FlatDecoder(policy.causal_lm, longer, range(len(rows)), 1, kept)
+    assert kept.reused, "nothing of the prompts was kept"
+    logits = decoder.start()
     found: dict[tuple[int, int], Tensor] = {}
     for more in range(2):
-        ids = torch.tensor([c.ids[cut + more] for (_, c), cut in zip(rows, cuts, strict=True)], device=policy.device)
+        new = [ids[cut + more] for (_, ids), cut in zip(rows, cuts, strict=True)]
+        ids_B = torch.tensor(new, device=policy.device)
         logp = policy.known.cut(logits).double().log_softmax(-1)
-        found |= {(row, cut + more): logp[row, ids[row]] for row, cut in enumerate(cuts)}
-        logits = second.step(ids) if not more else logits
+        found |= {(row, cut + more): logp[row, ids_B[row]] for row, cut in enumerate(cuts)}
+        logits = decoder.step(ids_B) if not more else logits
+    decoder.close()
     return _largest_gap(probe, found)
 
 
