@@ -93,6 +93,7 @@ class Writer:
         self._totals: dict[str, int] = {}
         self._completions = 0
         self._tokens = 0
+        self._longest = 0
         self._digest = hashlib.sha256()
 
     def add(self, block: Block) -> None:
@@ -125,10 +126,11 @@ class Writer:
                 self._extend(name, block.values.get(name, np.full(count, np.nan)))
         self._completions += count
         self._tokens += len(block.ids.flat_T)
+        self._longest = max(self._longest, int(block.ids.lengths_U.max()))
 
     def finish(self, about: Mapping[str, Json]) -> None:
-        """Write what else is known of the rows, with the digest of all their lines."""
-        full = {**about, "rows": self._digest.hexdigest()}
+        """Write what else is known of the rows, with the digest of their lines and the tokens of the longest piece."""
+        full = {**about, "rows": self._digest.hexdigest(), "longest": self._longest}
         self._extend(ABOUT, np.frombuffer(json.dumps(full).encode(), np.uint8))
         for file in self._files.values():
             file.flush()
@@ -190,8 +192,7 @@ class Flat:
         self._arrays = arrays
         self._read = read
         self.about: dict[str, Json] = json.loads(arrays[ABOUT].tobytes())
-        longest = int(np.diff(arrays["ids_ends"].astype(np.int64), prepend=0).max()) if "ids_ends" in arrays else 0
-        self._all_actions = _read_only(np.ones(longest, np.bool_))
+        self._all_actions = _read_only(np.ones(self.about["longest"], np.bool_))
 
     @classmethod
     def mapped(cls, folder: Path, read: Callable[[bytes], dict[str, Any]]) -> Flat:
