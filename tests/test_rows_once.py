@@ -29,7 +29,9 @@ def stages(folder, rows):
         "path": str(jsonl(folder / "rows.jsonl", rows)),
         "map": {"fn": "map.py:noted", "args": {"log": str(folder / "log")}},
     }
-    return {"first": SFT, "sft": {**SFT, "data": {"rows": source}, "checkpoint_every": 2}}
+    first = {"path": str(jsonl(folder / "first.jsonl", ROWS))}
+    sft = {**SFT, "steps": 2}
+    return {"first": {**sft, "data": {"rows": first}}, "sft": {**sft, "data": {"rows": source}}}
 
 
 ROWS = [{"prompt": f"{i}=", "completion": f"{i}"} for i in range(20)]
@@ -46,10 +48,10 @@ def test_going_on_reads_what_was_kept(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Codec, "all_ids", refused)
         patch.setattr(Codec, "ids", refused)
-        train(prepared(tmp_path, own, "stages.sft.steps=6"), allow_change=True)
+        train(prepared(tmp_path, own, "stages.sft.steps=4"), allow_change=True)
     assert len((tmp_path / "log").read_text("utf-8").split()) == len(ROWS)
     shutil.rmtree(tmp_path / "runs/run" / CACHE)
-    train(prepared(tmp_path, own, "stages.sft.steps=8"), allow_change=True)
+    train(prepared(tmp_path, own, "stages.sft.steps=6"), allow_change=True)
     assert len((tmp_path / "log").read_text("utf-8").split()) == 2 * len(ROWS)
 
 
