@@ -11,7 +11,7 @@ from tiny_recipes import LORA, MODEL, SFT, base, greedy, group, jsonl, metrics, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rlpost.errors import DataError, DivergedError, ModelError
+from rlpost.errors import DataError, DivergedError, ModelError, RecipeError
 from rlpost.policy.load import load_policy
 from rlpost.policy.score import logprobs
 from rlpost.stages import sft as stage
@@ -210,7 +210,7 @@ def test_a_users_loss_that_imitates_needs_a_teacher(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def near(logp_NV, teacher_NV):\n    return ((logp_NV - teacher_NV) ** 2).sum(-1)\n"
     )
-    with pytest.raises(ModelError, match=r"the loss imitates a teacher and there is none; give `teacher`"):
+    with pytest.raises(RecipeError, match=r"stages\.sft\.teacher: missing - near imitates a teacher"):
         run(tmp_path, {"sft": {**SFT, "loss": {"fn": "mine.py:near"}}})
     # The base is its own teacher: there is nothing to learn.
     run(tmp_path, {"sft": {**SFT, "steps": 1, "loss": {"fn": "mine.py:near"}, "teacher": "base"}}, "run=taught")
