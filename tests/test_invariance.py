@@ -24,6 +24,7 @@ from invariance import (
 from stage_updates import CASES, Update, gradient, paired, with_reference
 from worlds import World, pairs
 
+from rlpost.facts import declare
 from rlpost.objectives.preference import aot, bco
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.specs.common import Training
@@ -94,9 +95,14 @@ def test_two_processes_take_the_steps_of_one(kind, gpt2, ranks):
 
 @pytest.mark.parametrize("function", [aot, bco])
 def test_a_coupled_loss_that_is_taken_part_by_part_would_be_seen(function, gpt2):
-    """Under another name the loss counts as one of single pairs: its sort, or its mean, is then a part's own."""
+    """Declared as one of single pairs, the loss is taken part by part: its sort, or its mean, is then a part's own."""
     coupled, groups = paired(gpt2, function.__name__), pairs()
-    objective = PairObjective(Bound(function, "one of single pairs"))
+
+    def single(pairs):
+        return function(pairs)
+
+    declare(single, couples_pairs=False)
+    objective = PairObjective(Bound(single, "single"))
 
     def prepare(share, learner):
         experience = with_reference(gpt2, [groups[i] for i in share])

@@ -153,7 +153,7 @@ def test_a_run_renders_the_day_it_began_on(models, here, tally):
     ],
 )
 def test_so_it_is_in_every_kind_of_stage(kind, row, models, here, tally):
-    more: Row = {"rewards": [{"fn": "length"}]} if kind in ("grpo", "pairs") else {}
+    more: Row = {"rewards": [{"fn": "length", "args": {"target": 8}}]} if kind in ("grpo", "pairs") else {}
     ran = show(models(CHATML), [row], kind, **more)
     assert ran.refused(3, "rows.jsonl:1", "leaves out"), ran
     tally("what a template leaves out", refused=1)
