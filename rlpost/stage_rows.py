@@ -52,11 +52,11 @@ def own_sources(stage: Any) -> dict[str, Source]:
 
 def _limit(stage: Any, need: Need, positions: int) -> Limit:
     """How long the stage's rows may be; where it samples, prompts leave room for what is sampled."""
-    longest = min(getattr(stage, "max_length", positions), positions)
+    wanted = getattr(stage, "max_length", positions)
     sampling = getattr(stage, "sampling", None)
     if sampling is not None and need is Need.prompts:
-        longest = min(getattr(stage, "max_length", positions) - sampling.max_new_tokens, positions)
-    return Limit(longest, getattr(stage, "too_long", TooLong.refuse))
+        wanted -= sampling.max_new_tokens
+    return Limit(min(wanted, positions), getattr(stage, "too_long", TooLong.refuse), of_model=wanted > positions)
 
 
 def positions_of(model: str | Path, revision: str | None) -> int:

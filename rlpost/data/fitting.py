@@ -21,6 +21,8 @@ class Limit:
     max_length: int
     """Tokens of the prompt and its longest completion together (of the prompt, where rows are prompts)."""
     too_long: TooLong = TooLong.refuse
+    of_model: bool = False
+    """The model has no more positions, so that no setting can make it longer."""
 
 
 @dataclass
@@ -103,8 +105,9 @@ def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[st
     if limit.too_long is TooLong.refuse:
         what = "has" if group.completions else "has a prompt of"
         raise DataError(
-            f"{place} {what} {length} tokens, the limit is {limit.max_length}: "
-            "raise max_length, or set too_long=drop or too_long=cut"
+            f"{place} {what} {length} tokens, the limit is {limit.max_length}"
+            f"{', the positions of the model: ' if limit.of_model else ': raise max_length, or '}"
+            "set too_long=drop or too_long=cut"
         )
     # Labels of steps, and log-probabilities of what was sampled, are of whole completions.
     whole = any(len(c.steps) or len(c.logprobs) for c in group.completions)

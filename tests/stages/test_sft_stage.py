@@ -240,10 +240,10 @@ def test_numbers_that_run_away_stop_the_run(tmp_path):
 def test_no_row_is_longer_than_the_model_has_positions(tmp_path, capsys):
     jsonl(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 40)])
     stage = {**SFT, "data": {"rows": {"path": "rows.jsonl"}}, "steps": 1, "max_length": 64}
-    with pytest.raises(DataError, match=r"rows.jsonl:2\) has 45 tokens, the limit is 32"):
+    with pytest.raises(DataError, match=r"rows.jsonl:2\) has 45 tokens, the limit is 32, the positions of the model"):
         run(tmp_path, {"sft": stage})
-    assert "limited by the model's 32 positions" in capsys.readouterr().err
     run(tmp_path, {"sft": {**stage, "too_long": "drop"}}, "run=dropped")
+    assert "limited by the model's 32 positions" in capsys.readouterr().err
 
 
 def test_several_completions_of_a_row_train_as_rows_of_their_own(tmp_path):
