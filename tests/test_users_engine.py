@@ -192,6 +192,7 @@ def test_eval_pairs_sample_and_best_of_use_the_recipes_engine(recorded, tmp_path
     assert answers[0][1]
 
 
+@pytest.mark.slow
 def test_a_stages_own_choice_wins_over_the_recipes(tmp_path):
     own = with_engine(tmp_path, "recording")
     evaluation = {**EVALUATION, "rollouts": {"engine": "local"}}
