@@ -114,6 +114,12 @@ class Completion:
         """Number of tokens the policy chose."""
         return self.action.tobytes().count(1)
 
+    def rewarded(self, reward: float | None) -> Completion:
+        """The same with a total reward; its arrays, which nothing can change, are shared and not looked at again."""
+        other = object.__new__(Completion)
+        vars(other).update(vars(self), reward=reward)
+        return other
+
     def same(self, other: Completion) -> bool:
         """Whether all of it is the same, bit for bit."""
         return self.digest() == other.digest()

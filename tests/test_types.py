@@ -114,3 +114,11 @@ def test_lengths_that_do_not_fit_are_refused(changes, message):
 def test_a_prompt_has_a_token():
     with pytest.raises(ValueError, match="at least one token"):
         Group([], [])
+
+
+def test_a_reward_is_given_to_a_completion_that_stays_as_it_is():
+    one = Completion([3, 4], [True, True], "ab", "stop", logprobs=[-0.5, -1.0], weights_version=2)
+    other = one.rewarded(0.25)
+    assert (one.reward, other.reward) == (None, 0.25)
+    assert other.rewarded(None).same(one)
+    assert other.same(replace(one, reward=0.25))

@@ -71,7 +71,7 @@ def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
     """The groups, each completion with its total reward [P][G]: None where it is unscored."""
 
     def own(group: Group, row: Sequence[float | None]) -> tuple[Completion, ...]:
-        return tuple(replace(c, reward=reward) for c, reward in zip(group.completions, row, strict=True))
+        return tuple(c.rewarded(reward) for c, reward in zip(group.completions, row, strict=True))
 
     return [replace(group, completions=own(group, row)) for group, row in zip(groups, totals, strict=True)]
 
