@@ -187,6 +187,7 @@ def test_coverage_of_the_clustered_interval_where_the_naive_one_fails():
     assert naive / draws < 0.8
 
 
+@pytest.mark.slow
 def test_coverage_where_few_prompts_hold_the_successes():
     """scripts/coverage.py at 250 draws, with a standard error of 0.014; its own table has 2,000."""
     found = {
