@@ -56,7 +56,7 @@ def _limit(stage: Any, need: Need, positions: int) -> Limit:
     sampling = getattr(stage, "sampling", None)
     if sampling is not None and need is Need.prompts:
         wanted -= sampling.max_new_tokens
-    return Limit(min(wanted, positions), getattr(stage, "too_long", TooLong.refuse), of_model=wanted > positions)
+    return Limit.within(wanted, positions, getattr(stage, "too_long", TooLong.refuse))
 
 
 def positions_of(model: str | Path, revision: str | None) -> int:

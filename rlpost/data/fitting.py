@@ -24,6 +24,11 @@ class Limit:
     of_model: bool = False
     """The model has no more positions, so that no setting can make it longer."""
 
+    @classmethod
+    def within(cls, wanted: int, positions: int, too_long: TooLong) -> Limit:
+        """What a recipe wants, as far as the model has positions."""
+        return cls(min(wanted, positions), too_long, of_model=wanted > positions)
+
 
 @dataclass
 class Found:

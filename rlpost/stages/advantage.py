@@ -68,8 +68,6 @@ class AdvantageEstimator:
         self._samples = samples
         self._function = context.function(cfg, "advantage")
         self._asked = set(inspect.signature(self._function.call).parameters)
-        if isinstance(samples, Sampler):
-            samples.gone_on_from = "value_K" in self._asked
         self._mean: float | None = None
         self._step = 0
 

@@ -121,7 +121,7 @@ class Context:
             sources,
             make_codec(policy.tokenizer),
             need=need,
-            limit=Limit(min(max_length, policy.longest), too_long, of_model=max_length > policy.longest),
+            limit=Limit.within(max_length, policy.longest, too_long),
             seed=self.seed_for("data"),
             where=f"stages.{self.name}.data",
             stages=self._rows,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from rlpost.data.dataset import Dataset
 from rlpost.data.divide import divide, step_texts
 from rlpost.data.formats import Need
 from rlpost.engine.sampling import greedy
-from rlpost.environments.loop import Collect, collector
+from rlpost.environments.loop import collector
 from rlpost.errors import DataError
 from rlpost.objectives.rows import has_signal
 from rlpost.policy.policy import Policy
@@ -164,9 +165,10 @@ class Sampler:
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = context.engine(policy, cfg.rollouts)
-        self._environment = context.function(cfg, "environment") if cfg.environment else None
-        self.gone_on_from = False
-        """Whether more is sampled from inside the completions of a step."""
+        environment = context.function(cfg, "environment") if cfg.environment else None
+        # What an advantage by fresh rollouts goes on from is kept.
+        keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
+        self._collect = collector(self.engine, policy, environment, cfg.turns, keep=keep)
 
     def sample(self, step: int) -> Rollout:
         """The step's samples; groups without a signal are replaced from up to `resample` more draws of prompts.
@@ -189,10 +191,6 @@ class Sampler:
         """[P] reward of each prompt's most likely completion, NaN where it is unscored."""
         groups = self.divided(self._collect(prompts, 1, greedy(self.cfg.sampling), seed=0))
         return learned_from(rewarded(groups, self.score(groups).total))[1][:, 0]
-
-    @property
-    def _collect(self) -> Collect:
-        return collector(self.engine, self.policy, self._environment, self.cfg.turns, keep=self.gone_on_from)
 
     def _round(self, step: int, first: int) -> Rollout:
         seed = self.context.seed_for("sample", step)

@@ -36,7 +36,7 @@ def sft(context: Context, cfg: Sft) -> Path:
     """Train on completions; returns the final checkpoint."""
     policy = context.policy()
     function = context.function(cfg, "loss")
-    data = context.data(policy, cfg.data, need_of(function), cfg.max_length, cfg.too_long)
+    data = context.data(policy, cfg.data, cfg.rows(), cfg.max_length, cfg.too_long)
     teacher = _teacher(context, policy, cfg.teacher) if cfg.teacher else None
     stats = stats_of(function, teacher)
     loss = supervised_loss(function)
@@ -46,7 +46,7 @@ def sft(context: Context, cfg: Sft) -> Path:
 
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
-        if need_of(function) is Need.labelled:
+        if cfg.rows() is Need.labelled:
             experience = labelled(experience)
         metrics = learner.update(loss, experience, stats)
         tokens = learner.totals(experience).actions
@@ -63,11 +63,6 @@ def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:
     )
 
 
-def need_of(function: Callable[..., Tensor]) -> Need:
-    """What a loss asks of the rows: labels, or completions alone."""
-    return Need.labelled if "label_N" in inspect.signature(function).parameters else Need.completions
-
-
 def labelled(update: Experience) -> Experience:
     """The update with its rows' labels, at every action: true where the completion is to be said."""
     label_S = torch.tensor(labels(update.groups))
@@ -76,7 +71,7 @@ def labelled(update: Experience) -> Experience:
 
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
     """Σ loss·weight of a function of log-probabilities; one of whole distributions was computed with them."""
-    by_label = need_of(function) is Need.labelled
+    by_label = "label_N" in inspect.signature(function).parameters
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         nll_N = -scores.logp_N.detach()
