@@ -162,36 +162,6 @@ def segments(
     return _cut(full, proved)
 
 
-def check_template(tokenizer: Any, conversation: Sequence[Message] | None = None) -> Template:
-    """Prove on a conversation that what is trained decodes to the assistant's turns and their stop tokens.
-
-    The sample is two short turns of the letters a to d unless `conversation` is given.
-
-    Raises:
-        ModelError: it does not, or the template cannot be used at all.
-    """
-    place = "chat template"
-    sample = list(conversation) if conversation else _sample()
-    template = probe(tokenizer)
-    turns = [m for m in sample if m["role"] == "assistant"]
-    cut = [s for s in segments(tokenizer, template, sample, place) if s.trained]
-    for message, segment in zip(turns[-len(cut) :], cut, strict=True):
-        ids = tokenizer.encode(segment.text, add_special_tokens=False)
-        decoded = tokenizer.decode(ids)
-        expected = message["content"].strip() + template.stop
-        if ids.count(template.stop_id) != 1 or ids[-1] != template.stop_id:
-            raise ModelError(f"{place}: {segment.text!r} does not end with its one stop token: {REMEDY}")
-        # Some tokenizers decode without a leading space.
-        if decoded.lstrip() != segment.text.lstrip() or not squeezed(decoded).endswith(squeezed(expected)):
-            raise ModelError(f"{place}: trained {decoded!r} where the turn is {expected!r}: {REMEDY}")
-    return template
-
-
-def _sample() -> list[Message]:
-    roles = ("user", "assistant", "user", "assistant")
-    return [{"role": role, "content": letter} for role, letter in zip(roles, "abcd", strict=True)]
-
-
 def _refuse(left_out: str | None, place: str) -> None:
     if left_out is not None:
         raise Unrendered(

@@ -7,7 +7,7 @@ how many members there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Protocol
 
@@ -61,18 +61,6 @@ class GoalSet:
             if self._forward.walks(ids[len(ids) - length :]):
                 return length
         return 0
-
-
-class Predicate:
-    """A goal told by a function of the finished tokens."""
-
-    def __init__(self, holds: Callable[[Sequence[int]], bool]) -> None:
-        """Reached where `holds` says so."""
-        self._holds = holds
-
-    def reached(self, ids: Sequence[int]) -> bool:
-        """What the function says."""
-        return bool(self._holds(ids))
 
 
 def ends_in(goal: Goal, completion: Completion, end_ids: Sequence[int], *, truncated_counts: bool = False) -> bool:

@@ -104,13 +104,6 @@ def number(text: str) -> Number | None:
     return Number((-1 if sign == "-" else 1) * numerator / denominator, percent is not None)
 
 
-def canonical(text: str) -> str:
-    """One spelling for equal plain numbers ("72.0" and "72" are "72"), no spaces otherwise; for votes."""
-    text = tidy(text)
-    exact = number(text.removeprefix("$").replace("{,}", ","))
-    return "".join(text.split()) if exact is None else f"{exact.value}{'%' if exact.percent else ''}"
-
-
 def _hashes(text: str) -> str | None:
     _, mark, rest = text.rpartition("####")
     return rest.strip().partition("\n")[0] if mark else None

@@ -41,7 +41,7 @@ def test_trained_text_is_the_assistants_turns_with_their_stop_token(name, marker
     template, stop = STOPS[name]
     tokenizer = make(template if markers else without_markers(template))
     codec = make_codec(tokenizer)
-    assert chat.check_template(tokenizer).stop == stop
+    assert chat.probe(tokenizer).stop == stop
     lead = " " if name == "mistral" else ""  # which generation has to produce as well
     generator = random.Random(name)
     for number in range(200):

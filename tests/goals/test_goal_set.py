@@ -7,7 +7,7 @@ import random
 import pytest
 
 from rlpost.errors import DataError
-from rlpost.goals.goal_set import GoalSet, Predicate, ends_in
+from rlpost.goals.goal_set import GoalSet, ends_in
 from rlpost.goals.trie import Trie
 from rlpost.types import Completion
 
@@ -67,10 +67,6 @@ def test_nine_bytes_a_node():
 )
 def test_where_a_completion_ends(completion, truncated_counts, expected):
     assert ends_in(GoalSet([(7,)]), completion, [0], truncated_counts=truncated_counts) is expected
-
-
-def test_a_predicate_is_a_goal():
-    assert ends_in(Predicate(lambda ids: sum(ids) == 12), Completion((5, 7, 0), (True,) * 3, finish="stop"), [0])
 
 
 @pytest.mark.parametrize(("members", "said"), [([], "no members"), ([(1,), ()], "member 2 is empty")])
