@@ -82,21 +82,18 @@ class Completion:
         Raises:
             ValueError: the lengths do not fit together.
         """
-        values = {
-            "ids": _frozen(ids, "int32"),
-            "action": _frozen(action, "bool"),
-            "text": text,
-            "finish": finish,
-            "logprobs": _frozen(logprobs, "float64", "float32"),
-            "steps": _frozen(steps, "int32"),
-            "step_labels": _frozen(step_labels, "float64"),
-            "reward": reward,
-            "label": label,
-            "score": score,
-            "weights_version": weights_version,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        put = object.__setattr__  # one by one: a step makes thousands
+        put(self, "ids", _frozen(ids, "int32"))
+        put(self, "action", _frozen(action, "bool"))
+        put(self, "text", text)
+        put(self, "finish", finish)
+        put(self, "logprobs", _frozen(logprobs, "float64", "float32"))
+        put(self, "steps", _frozen(steps, "int32"))
+        put(self, "step_labels", _frozen(step_labels, "float64"))
+        put(self, "reward", reward)
+        put(self, "label", label)
+        put(self, "score", score)
+        put(self, "weights_version", weights_version)
         self._check()
 
     def _check(self) -> None:
@@ -226,19 +223,33 @@ def _frozen(values: ArrayLike, kind: str, other: str | None = None) -> NDArray[A
 
     Arrays of the `other` kind keep it; Python's numbers lose nothing as float64.
     """
-    import numpy as np
-
     if isinstance(values, tuple) and not values:
         return _nothing(kind)
-    wanted, array = np.dtype(kind), values
-    if isinstance(values, np.ndarray) and other is not None and values.dtype == np.dtype(other):
-        wanted = values.dtype
-    if not isinstance(array, np.ndarray) or array.dtype != wanted or array.flags.writeable:
-        array = np.array(values, wanted)
+    wanted, found = _dtype(kind), getattr(values, "dtype", "")
+    if other is not None and found == _dtype(other):
+        wanted = _dtype(other)
+    if found == wanted and not values.flags.writeable:  # type: ignore[union-attr]
+        array: NDArray[Any] = values  # type: ignore[assignment]
+    else:
+        array = _array(values, wanted)
+        array.setflags(write=False)
     if array.ndim != 1:
         raise ValueError(f"expected a row of numbers, got an array of shape {array.shape}")
-    array.setflags(write=False)
     return array
+
+
+@cache
+def _dtype(kind: str) -> np.dtype[Any]:
+    import numpy as np
+
+    return np.dtype(kind)
+
+
+def _array(values: ArrayLike, wanted: np.dtype[Any]) -> NDArray[Any]:
+    """A copy."""
+    import numpy as np
+
+    return np.array(values, wanted)
 
 
 @cache

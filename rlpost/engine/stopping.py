@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from rlpost.data.visible import visible
 from rlpost.types import Completion, Tokens
@@ -60,4 +61,12 @@ def finished(
     """
     text = stops.cut(visible(np.asarray(ids).tolist(), stops.tokenizer, end_ids))
     finish = "stop" if ended else "length"
-    return Completion(ids, np.ones(len(ids), np.bool_), text, finish, logprobs, weights_version=version)
+    return Completion(ids, _all_actions(len(ids)), text, finish, logprobs, weights_version=version)
+
+
+@cache
+def _all_actions(length: int) -> NDArray[np.bool_]:
+    """Read-only, so that completions share it: a step makes thousands."""
+    array = np.ones(length, np.bool_)
+    array.setflags(write=False)
+    return array
