@@ -2,13 +2,14 @@
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
+# make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture golden mutants clean
+.PHONY: demo test check torture golden editor mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -26,6 +27,9 @@ torture: $(STAMP)
 
 golden: $(STAMP)
 	$(BIN)/python scripts/golden.py
+
+editor: $(STAMP)
+	npm install --no-save --no-audit --no-fund --silent --prefix $(VENV) yaml-language-server@1.25.0
 
 mutants: $(STAMP)
 	$(BIN)/python scripts/mutants.py
