@@ -31,10 +31,9 @@ def names_in(cell: str | list[str] | None) -> list[str]:
 def fields(source: str) -> Iterator[str]:
     """Names that classes annotate: the fields of dataclasses."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ClassDef):
-            yield from (
-                n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
-            )
+        for line in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                yield line.target.id
 
 
 def flags(source: str) -> Iterator[str]:
