@@ -366,6 +366,8 @@ def _plan(stage: Any) -> str:
     length = f"{stage.steps} steps" if getattr(stage, "steps", None) else ""
     if not length and getattr(stage, "epochs", None):
         length = f"{stage.epochs:g} epochs"
+    if not hasattr(stage, "steps") and getattr(stage, "prompts", None):
+        length = f"{stage.prompts} prompts"
     return " ".join(filter(None, [stage.kind, length, "on", ", ".join(stage.data)]))
 
 

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"evaluate", "oracle"},
     {"recipe"},
     {"stages"},
-    {"stage_evaluation", "stage_rows"},
+    {"smoke", "stage_evaluation", "stage_rows"},
     {"inference"},
     {"goals"},
     {"pipeline"},
@@ -35,7 +35,7 @@ FLOORS: list[set[str]] = [
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
 SHARED_BY_STAGES = ("advantage", "context", "lots", "on_policy", "pairwise", "params", "references", "rollouts")
 """Modules of stages/ that are no stage."""
-READS_RECIPES = ("cli", "inference", "pipeline", "recipe", "stage_evaluation", "stage_rows", "stages")
+READS_RECIPES = ("cli", "inference", "pipeline", "recipe", "smoke", "stage_evaluation", "stage_rows", "stages")
 GOALS_OF_RECIPES = tuple(f"goals/{name}.py" for name in ("guided", "guesses", "maze_escapes", "maze_run", "value"))
 """Stages and commands of the goals wing."""
 LIGHT = (
@@ -51,7 +51,7 @@ LIGHT = (
         "results",
         "rewards",
     ),
-    *("params", "run", "streams", "suggest", "unexpected", "usercode"),
+    *("params", "run", "smoke", "streams", "suggest", "unexpected", "usercode"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rlpost.cli.as_text import print_result
 from rlpost.cli.options import Json, Overrides, Recipe
 
+if TYPE_CHECKING:
+    from rlpost.recipe.resolve import Resolved
+
 
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", metavar="N", min=1, help="A smoke run: every stage cut to N steps, as run NAME-N-steps."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
     as_json: Json = False,
     allow_change: Annotated[
@@ -24,9 +33,7 @@ def train(
 
     Prints the last checkpoint's path.
     """
-    from rlpost.recipe.resolve import resolve
-
-    resolved = resolve(recipe, overrides or [])
+    resolved = _resolved(recipe, overrides or [], steps)
     from rlpost import pipeline
 
     if dry_run:
@@ -36,3 +43,13 @@ def train(
     path = pipeline.train(resolved, allow_change)
     run = Path(resolved.config.runs) / resolved.config.run
     print_result({"checkpoint": str(path), "run": str(run)} if as_json else path)
+
+
+def _resolved(recipe: str, overrides: list[str], steps: int | None) -> Resolved:
+    if steps is None:
+        from rlpost.recipe.resolve import resolve
+
+        return resolve(recipe, overrides)
+    from rlpost.smoke import resolve_smoke
+
+    return resolve_smoke(recipe, overrides, steps)

@@ -88,6 +88,16 @@ def test_train_json_and_dry_run(heavy: Heavy, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == "from gpt2\nsft: 1 step\n"
 
 
+def test_train_cut_to_a_few_steps(heavy: Heavy, monkeypatch, capsys) -> None:
+    heavy.result = Path("runs/r-2-steps/sft/final")
+    assert run(monkeypatch, "train", "r.yaml", "stages.sft.steps=7", "--steps", "2", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "runs/r-2-steps"
+    ((_, (resolved, _), _),) = heavy.calls
+    assert resolved.config.stages["sft"].steps == 2
+    assert run(monkeypatch, "train", "r.yaml", "--steps", "0") == 2
+    assert "--steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

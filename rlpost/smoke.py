@@ -1,0 +1,103 @@
+"""A smoke run: a whole recipe cut to a few steps, to see that all of it works before hours are spent on it.
+
+The cut is a list of overrides, so that a smoke run is a run like any other: shown, saved, resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.overrides import parse
+from rlpost.recipe.resolve import Resolved, resolve
+
+ROWS_A_STEP = 256
+"""Rows that are read of each source for a step of training."""
+PROMPTS_A_STEP = 8
+"""Prompts that are sampled for a step, in stages that make rows and in the evaluation."""
+TIE_BREAK = {"fn": "length", "name": "tie_break", "weight": 1e-3, "args": {"target": 1, "width": 1000}}
+"""A reward too small to outvote another: with it, completions that are all equally wrong make pairs too."""
+
+
+def resolve_smoke(recipe: str, overrides: Sequence[str], steps: int) -> Resolved:
+    """Resolve a recipe with every stage cut to `steps` steps, as a run of its own name unless `run` is given.
+
+    Raises:
+        RecipeError: as `resolve`; the recipe is wrong without the cut too.
+    """
+    whole = yaml.safe_load(resolve(recipe, overrides).to_yaml())
+    cuts = list(_cuts(whole, steps))
+    ending = f"-{steps}-steps"
+    if not any(override.startswith("run=") for override in overrides) and not whole["run"].endswith(ending):
+        cuts.append(("run", whole["run"] + ending))
+    return resolve(recipe, [*overrides, *(text for key, value in cuts if (text := _override(key, value)))])
+
+
+def _cuts(recipe: dict[str, Any], steps: int) -> Iterator[tuple[str, Any]]:
+    """(key, value) of whatever makes the recipe shorter."""
+    for name, stage in recipe["stages"].items():
+        if stage["enabled"]:
+            cut = _of_stage(stage, steps)
+            yield from ((f"stages.{name}.{key}", value) for key, value in cut.items() if value != stage[key])
+    if recipe.get("evaluation"):
+        yield "evaluation.data", _first_rows(recipe["evaluation"]["data"], PROMPTS_A_STEP * steps)
+
+
+def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:
+    trains, samples = "steps" in stage, "prompts" in stage
+    rows = PROMPTS_A_STEP if not trains and not samples else ROWS_A_STEP
+    cut: dict[str, Any] = {"data": _first_rows(stage["data"], rows * steps)}
+    if trains:
+        cut |= {"steps": _least(stage["steps"], steps), "epochs": None, "log_every": 1}
+    elif samples:
+        cut["prompts"] = _least(stage["prompts"], PROMPTS_A_STEP * steps)
+    # What happens every so many steps happens once at least, and a critic's warm-up leaves a step for the policy.
+    if stage.get("table_every"):
+        cut["table_every"] = _least(stage["table_every"], steps)
+    if stage.get("refresh"):
+        cut["refresh"] = {**stage["refresh"], "every": _least(stage["refresh"]["every"], steps)}
+    if stage.get("critic"):
+        cut["critic"] = {**stage["critic"], "warmup_steps": _least(stage["critic"]["warmup_steps"], steps - 1)}
+    # An untrained model hardly ever earns a reward, or reaches a goal: it gives rows all the same.
+    if "min_gap" in stage and not trains:
+        cut |= {"min_gap": 0, "rewards": [*stage["rewards"], TIE_BREAK]}
+    if "reached_only" in stage:
+        cut["reached_only"] = False
+    return cut
+
+
+def _first_rows(sources: dict[str, Any], most: int) -> dict[str, Any]:
+    """The sources, each with no more than so many rows; those of an earlier stage as they are."""
+    return {
+        name: source if source.get("stage") else {**source, "limit": _least(source["limit"], most)}
+        for name, source in sources.items()
+    }
+
+
+def _least(value: int | None, most: int) -> int:
+    return most if value is None else min(value, most)
+
+
+def _override(key: str, value: Any) -> str | None:
+    """`key=value`; None where the grammar of overrides has no way to write the value, which then stays uncut."""
+    text = f"{key}={_written(value)}"
+    try:
+        return text if parse(text) == (key, value) else None
+    except RecipeError:
+        return None
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.single).with_quotes()
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else repr(value)
