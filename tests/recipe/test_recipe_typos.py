@@ -1,87 +1,118 @@
-"""Single-edit typos of keys: every one refused, nearly every one with the key that was meant."""
+"""Single-edit typos in the packaged recipes: every one refused, nearly every one with the word that was meant."""
 
 from __future__ import annotations
 
-import random
-import string
 from pathlib import Path
 
 import pytest
+from mistyped import KINDS, NONSENSE, shipped, typos
+from typos import copy_recipes, judge, run_command
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.files import chain, find
-from rlpost.recipe.keys import Keys
+from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve
 from rlpost.suggest import closest, edits
 
 DATA = "vars.data=rows.jsonl"
+LEAST = dict.fromkeys(KINDS, 0.95) | {"key in a file": 0.85, "name of a recipe": 0.9}
+"""Share of typos of each kind whose message names the place, and of those whose suggestion is right."""
+SMALL = ("dpo_pairs", "grpo_math", "methods/rloo")
 
 
-def single_edit(word: str, rng: random.Random) -> str:
-    letters = string.ascii_lowercase + "_"
-    i = rng.randrange(len(word))
-    kind = rng.choice(["drop", "insert", "replace", "swap"] if len(word) > 2 else ["insert", "replace"])
-    if kind == "drop":
-        return word[:i] + word[i + 1 :]
-    if kind == "insert":
-        return word[:i] + rng.choice(letters) + word[i:]
-    if kind == "replace":
-        return word[:i] + rng.choice(letters) + word[i + 1 :]
-    i = min(i, len(word) - 2)
-    return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a copy of the packaged recipes."""
+    copy_recipes(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def typos(paths: list[str], count: int, seed: int) -> list[tuple[str, str]]:
-    """(typo, key that was meant), none of which is a key itself."""
-    rng = random.Random(seed)
-    made: list[tuple[str, str]] = []
-    while len(made) < count:
-        path = rng.choice(paths)
-        parent, _, last = path.rpartition(".")
-        typo = f"{parent}.{single_edit(last, rng)}".lstrip(".")
-        if typo not in paths:
-            made.append((typo, path))
-    return made
+def check(kind: str, count: int, folder: Path, recipes: tuple[str, ...] = ()) -> float:
+    """Every typo is refused in at most three lines that say where it is; returns the share of right suggestions."""
+    found = [judge(typo, folder) for typo in typos(kind, count, 0, recipes)]
+    for outcome in found:
+        assert outcome.message is not None, outcome.typo
+        assert len(outcome.message.splitlines()) <= 3, outcome
+        assert outcome.unwanted == [], outcome
+    assert sum(outcome.placed for outcome in found) >= LEAST[kind] * count
+    return sum(outcome.right for outcome in found) / count
 
 
-def test_typos_on_the_command_line(adding: str) -> None:
-    tree = chain(find(adding))[0].keys
-    # A recipe's own names, those of transformers, and what is a reference as a whole.
-    open_ones = ("vars.", "model.config.", "evaluation.sampling.")
-    paths = [p for p in Keys(tree).paths() if "[" not in p and not p.startswith(open_ones)]
-    right = 0
-    for typo, meant in typos(paths, 200, seed=0):
-        with pytest.raises(RecipeError) as caught:
-            resolve(adding, [DATA, f"{typo}=1"])
-        right += f"{meant.rpartition('.')[2]}'" in str(caught.value).partition("did you mean")[2]
-        assert str(caught.value).startswith(typo)
-    assert right >= 0.95 * 200
+@pytest.mark.parametrize("kind", KINDS)
+def test_typos_in_small_recipes(kind: str, folder: Path, tally) -> None:
+    assert check(kind, 3, folder, SMALL) == 1.0
+    tally("typos", refused=3)
 
 
-def test_typos_in_the_file(adding: str, write) -> None:
-    recipe = Path(adding).read_text()
-    keys = [
-        "learning_rate",
-        "max_new_tokens",
-        "rewards",
-        "evaluation",
-        "tokenizer",
-        "alphabet",
-        "epochs",
-        "model",
-    ]
-    rng = random.Random(1)
-    right = 0
-    for i in range(40):
-        key = keys[i % len(keys)]
-        typo = single_edit(key, rng)
-        if typo == key:
-            typo = f"{key}s"
-        file = write(f"typo{i}.yaml", recipe.replace(f"{key}:", f"{typo}:", 1))
-        with pytest.raises(RecipeError) as caught:
-            resolve(str(file), [DATA])
-        right += f"{key}'" in str(caught.value).partition("did you mean")[2]
-    assert right >= 38
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_typos_in_all_recipes(kind: str, folder: Path, tally) -> None:
+    assert check(kind, KINDS[kind], folder) >= LEAST[kind]
+    tally("typos", refused=KINDS[kind])
+
+
+def test_a_recipe_without_its_folder_is_suggested(folder: Path) -> None:
+    names = packaged()
+    for name in names:
+        last = name.rpartition("/")[2]
+        if last not in names:
+            with pytest.raises(RecipeError, match=f"^{last}: .* - did you mean '{name}'"):
+                resolve(last)
+
+
+def refusal(recipe: str, *overrides: str) -> str:
+    """What is wrong with a recipe; nothing where it is right."""
+    try:
+        resolve(recipe, overrides)
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+FUNCTIONS = [
+    ("methods/rloo", "stages.rl.advantage.fn"),
+    ("methods/rloo", "stages.rl.loss.fn"),
+    ("methods/ppo", "stages.rl.loss.fn"),
+    ("methods/dpo", "stages.dpo.loss.fn"),
+    ("methods/f_dpo", "stages.dpo.modifiers[0].fn"),
+    ("methods/online_dpo", "stages.rl.loss.fn"),
+    ("methods/kto", "stages.kto.loss.fn"),
+    ("methods/dft", "stages.sft.loss.fn"),
+    ("methods/reward_model", "stages.judge.loss.fn"),
+    ("methods/process_reward_model", "stages.judge.loss.fn"),
+    ("grpo_math", "stages.grpo.rewards[0].fn"),
+    ("demo", "stages.sft.data.teacher.task.fn"),
+    ("demo", "stages.sft.data.teacher.present.fn"),
+    ("grpo_math", "stages.grpo.data.questions.map.fn"),
+    ("calculator", "stages.grpo.environment.fn"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "place"), FUNCTIONS)
+def test_every_function_on_offer_can_be_chosen(name: str, place: str) -> None:
+    recipe = shipped(name)
+    path = tuple(place.replace("[", ".").replace("]", "").split("."))
+    tasks = recipe.offered(path, f"{NONSENSE}.x") if ".data." in place or ".environment." in place else [""]
+    checked = 0
+    for task in tasks:
+        for function in recipe.offered(path, f"{task}.{NONSENSE}" if task else NONSENSE):
+            word = f"{task}.{function}" if task else function
+            checked += 1
+            message = refusal(name, *recipe.given, f"{place}={word}")
+            assert "no function" not in message, word
+            assert f"{function!r} takes" not in message, word
+    assert checked
+
+
+@pytest.mark.slow
+def test_typos_as_commands_import_no_torch(folder: Path) -> None:
+    for kind in KINDS:
+        for typo in typos(kind, 6, 1):
+            code, said, _ = run_command(typo, folder)
+            *message, torch = said.splitlines()
+            assert (code, torch) == (2, "torch imported: False"), said
+            assert 1 <= len(message) <= 3, said
 
 
 @pytest.mark.parametrize(
