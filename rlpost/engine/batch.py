@@ -19,7 +19,7 @@ from rlpost.engine.params import Sampling
 from rlpost.engine.sampling import choose, is_greedy
 from rlpost.engine.seeds import uniforms
 from rlpost.engine.stopping import StopStrings
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.policy.decoders import Decoder, FlatDecoder
 from rlpost.policy.policy import Policy
 from rlpost.types import Request

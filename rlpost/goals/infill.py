@@ -19,7 +19,7 @@ from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_streams
 from rlpost.errors import ModelError
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.types import Completion, Group, Request, completions
@@ -181,6 +181,6 @@ def _log_likelihoods(policy: Policy, prompt: Ids, rests: Sequence[Ids]) -> list[
     """[C] log-probability of each rest after the prompt."""
     every = [Completion(ids, (True,) * len(ids)) for ids in rests]
     groups = [Group(prompt, tuple(every[at : at + TOGETHER])) for at in range(0, len(every), TOGETHER)]
-    rows = Rows([c.actions for c in completions(groups)])
+    rows = Ragged([c.actions for c in completions(groups)])
     summed: list[float] = rows.sum(logprobs(policy, groups).double()).tolist()
     return summed

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.branches import BranchDecoder
 from rlpost.policy.scalar import ScalarModel

@@ -79,9 +79,9 @@ from rlpost.objectives.preference_modifiers import (
     mix_lora,
     recompressed,
 )
+from rlpost.objectives.ragged import Ragged, has_signal, widen
 from rlpost.objectives.ranking import bradley_terry, process_reward
 from rlpost.objectives.ranking import ranking as ranking_scores
-from rlpost.objectives.rows import Rows, has_signal, widen
 from rlpost.objectives.supervised import (
     dynamic_fine_tuning,
     forward_kl,
@@ -111,7 +111,7 @@ from rlpost.objectives.weights import constant_length, pair_mean, sequence_mean,
 
 __all__ = [
     "Pairs",
-    "Rows",
+    "Ragged",
     "Steps",
     "Unpaired",
     "adaptive",

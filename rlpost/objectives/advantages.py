@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlpost.facts import declare
 from rlpost.objectives.credit import monte_carlo_values, process, process_normalised, return_to_go
-from rlpost.objectives.rows import has_signal, widen
+from rlpost.objectives.ragged import has_signal, widen
 
 __all__ = [
     "ema_baseline",

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives.kl import LIMIT
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 
 def correction(
     trainer_N: Tensor,
     engine_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     per: str = "token",
     cap: float = 2.0,
@@ -39,7 +39,7 @@ def correction(
     return torch.where((w_N >= floor) & (w_N <= cap), w_N, 0.0)
 
 
-def off_policy_ratio(logp_N: Tensor, behaviour_N: Tensor, rows: Rows, *, per: str = "completion") -> Tensor:
+def off_policy_ratio(logp_N: Tensor, behaviour_N: Tensor, rows: Ragged, *, per: str = "completion") -> Tensor:
     """[N] π/b of each `token`, or of the whole `completion` at every one of its actions; log-ratios within ±20.
 
     Only the whole completion's ratio makes the gradient from another policy's samples unbiased: a token's own ratio

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from rlpost.facts import declare
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 
 class Steps:
     """Which actions make up which step.
 
-    Example: ``Steps(Rows([3, 2]), torch.tensor([False, True, False, False, True]))`` has K = 3 steps of 2, 1 and 2
+    Example: ``Steps(Ragged([3, 2]), torch.tensor([False, True, False, False, True]))`` has K = 3 steps of 2, 1 and 2
     actions: a completion's last action ends a step whatever is said of it.
     """
 
-    def __init__(self, rows: Rows, ends_N: Tensor) -> None:
+    def __init__(self, rows: Ragged, ends_N: Tensor) -> None:
         """Divide the actions of `rows` where `ends_N` says."""
         last = rows.last[rows.last >= 0]
         ends = ends_N.clone()
@@ -32,7 +32,7 @@ class Steps:
         self.last_K = ends.nonzero()[:, 0]
         """[K] index into N of each step's last action."""
         first_K = torch.cat([self.last_K.new_zeros(1), self.last_K[:-1] + 1])[: len(self.last_K)]
-        self.rows_K = Rows(self.last_K - first_K + 1)
+        self.rows_K = Ragged(self.last_K - first_K + 1)
         """The steps as rows of actions."""
         self.completion_K = rows.index_N[self.last_K]
         """[K] the completion of each step."""
@@ -52,14 +52,14 @@ class Steps:
         return x_K[self.step_N]
 
 
-def place(reward_S: Tensor, rows: Rows) -> Tensor:
+def place(reward_S: Tensor, rows: Ragged) -> Tensor:
     """[N] each completion's reward on its last action, 0 elsewhere; a completion without actions places nothing."""
     wide_S = widen(reward_S)
     acted = rows.last >= 0
     return wide_S.new_zeros(rows.actions).index_put((rows.last[acted],), wide_S[acted])
 
 
-def return_to_go(reward_N: Tensor, rows: Rows, *, gamma: float = 1.0) -> Tensor:
+def return_to_go(reward_N: Tensor, rows: Ragged, *, gamma: float = 1.0) -> Tensor:
     """[N] Σ_{k≥t} γ^{k−t} r_k within each completion (REINFORCE, Williams 1992)."""
     if gamma == 1.0:
         return rows.suffix_sum(reward_N)
@@ -69,7 +69,7 @@ def return_to_go(reward_N: Tensor, rows: Rows, *, gamma: float = 1.0) -> Tensor:
 def gae(
     reward_N: Tensor,
     value_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -120,7 +120,7 @@ def least(reward_K: Tensor, steps: Steps) -> Tensor:
     reward_K = widen(reward_K)
     if not len(reward_K):
         return reward_K.new_zeros(steps.rows.actions)
-    by_completion = Rows(steps.count_S)
+    by_completion = Ragged(steps.count_S)
     padded = by_completion.pad(reward_K, fill=torch.inf)
     worst_S = padded.argmin(1) + by_completion.start_S
     keep_K = torch.zeros_like(reward_K, dtype=torch.bool)
@@ -157,7 +157,7 @@ def process_normalised(step_reward_K: Tensor, steps: Steps, group_size: int, *, 
     if group_size < 1 or steps.rows.completions % group_size:
         raise ValueError(f"{steps.rows.completions} completions are not groups of {group_size}")
     group_K = steps.completion_K // group_size
-    by_group = Rows(torch.bincount(group_K, minlength=steps.rows.completions // group_size))
+    by_group = Ragged(torch.bincount(group_K, minlength=steps.rows.completions // group_size))
     scored_K = ~step_reward_K.isnan()
     reward_K = widen(step_reward_K).nan_to_num()
     count_P = by_group.sum(scored_K).clamp(min=1).to(reward_K.dtype)
@@ -189,7 +189,7 @@ def monte_carlo_values(value_K: Tensor, reward_S: Tensor, steps: Steps) -> Tenso
     return steps.spread(after_K - value_K)
 
 
-def potential_shaping(potential_N: Tensor, rows: Rows, *, gamma: float = 1.0) -> Tensor:
+def potential_shaping(potential_N: Tensor, rows: Ragged, *, gamma: float = 1.0) -> Tensor:
     """[N] γΦ(s′) − Φ(s), with Φ = 0 after the end (Ng, Harada & Russell 1999): the best policy stays the best.
 
     The sum over a completion telescopes to −Φ(its prompt) at γ = 1, whatever was done; a Φ that is not 0 at the end

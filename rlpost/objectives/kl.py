@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 LIMIT = 20.0
 """Log-ratios are clamped to ±LIMIT before `exp`: e^20 is far outside every clip, and finite in bfloat16."""
@@ -35,7 +35,7 @@ def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
 def kl_in_reward(
     logp_N: Tensor,
     reference_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     group_size: int,
     estimator: Callable[[Tensor, Tensor], Tensor] = k1,
 ) -> Tensor:

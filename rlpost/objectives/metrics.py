@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.objectives.surrogates import ratio
 
 _RESIDUAL, _RESIDUAL2, _RETURN, _RETURN2 = "residual", "residual_squared", "return", "return_squared"

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
+from rlpost.objectives.ragged import Ragged, widen
 from rlpost.objectives.ranking import ranking as ranked
-from rlpost.objectives.rows import Rows, widen
 from rlpost.objectives.supervised import log1mexp
 
 
@@ -80,7 +80,7 @@ class Pairs:
         return self.delta_P2 / self.length_P2.clamp(min=1)
 
 
-def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Rows, collision_N: Tensor | None = None) -> Pairs:
+def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Ragged, collision_N: Tensor | None = None) -> Pairs:
     """Pairs from per-action log-probabilities; completions lie chosen, rejected, chosen, rejected, …
 
     Args:
@@ -105,7 +105,7 @@ def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Rows, collision_N: Tenso
     )
 
 
-def beyond_shorter(rows: Rows) -> Tensor:
+def beyond_shorter(rows: Ragged) -> Tensor:
     """[N] bool: the action lies beyond the length of its pair's shorter completion."""
     shorter_S = rows.lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     place_N = torch.arange(rows.actions, device=rows.device) - rows.spread(rows.start_S)

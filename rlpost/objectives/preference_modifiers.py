@@ -19,7 +19,7 @@ from torch import Tensor
 from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.preference import Pairs, beyond_shorter
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 
 def f_divergence(
@@ -81,7 +81,7 @@ def length_desensitised(pairs: Pairs, *, alpha: float = 0.5) -> Pairs:
 declare(length_desensitised, changes_log_ratios=True, weighs_actions=True, needs_collision=False)
 
 
-def length_multipliers(rows: Rows, alpha: float) -> Tensor:
+def length_multipliers(rows: Ragged, alpha: float) -> Tensor:
     """[N] what `length_desensitised` multiplies each action with: 1, and α beyond the shorter completion's length."""
     _check_share(alpha)
     return torch.ones(rows.actions, dtype=torch.float64, device=rows.device).masked_fill(beyond_shorter(rows), alpha)

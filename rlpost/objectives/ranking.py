@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 
 
 def bradley_terry(score_P2: Tensor, margin_P: Tensor | None = None, *, centre: float = 0.0) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives.kl import full_kl
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 
 
 def nll(logp_N: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 
 def ratio(logp_N: Tensor, old_logp_N: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def ratio(logp_N: Tensor, old_logp_N: Tensor) -> Tensor:
 
 
 def policy_gradient(
-    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, truncate: float | None = None
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Ragged, *, truncate: float | None = None
 ) -> Tensor:
     """[N] −A·logp (REINFORCE, Williams 1992); with `truncate` c, off-policy: weighted by the detached min(r, c)."""
     loss_N = -advantage_N * widen(logp_N)
@@ -35,7 +35,7 @@ def clipped_surrogate(
     logp_N: Tensor,
     old_logp_N: Tensor,
     advantage_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     low: float = 0.2,
     high: float = 0.2,
@@ -63,7 +63,7 @@ def clipped_weight(
     logp_N: Tensor,
     old_logp_N: Tensor,
     advantage_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     low: float = 1.0,
     high: float = 0.2,
@@ -79,7 +79,7 @@ def sequence_clipped(
     logp_N: Tensor,
     old_logp_N: Tensor,
     advantage_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     low: float = 3e-4,
     high: float = 4e-4,
@@ -100,7 +100,7 @@ def geometric_mean(
     logp_N: Tensor,
     old_logp_N: Tensor,
     advantage_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     low: float = 0.4,
     high: float = 0.4,
@@ -126,7 +126,7 @@ def soft_adaptive(
     logp_N: Tensor,
     old_logp_N: Tensor,
     advantage_N: Tensor,
-    rows: Rows,
+    rows: Ragged,
     *,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
@@ -141,7 +141,7 @@ declare(soft_adaptive, vanishes_without_advantage=True)
 
 
 def divergence_masked(
-    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Rows, *, threshold: float = 0.2
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Ragged, *, threshold: float = 0.2
 ) -> Tensor:
     """[N] −r·A, 0 where the probability has moved by more than `threshold` the way it is pushed.
 

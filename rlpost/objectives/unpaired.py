@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 
 
 @dataclass(frozen=True)

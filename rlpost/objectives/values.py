@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows, widen
+from rlpost.objectives.ragged import Ragged, widen
 
 
 def value_loss(value_N: Tensor, return_N: Tensor, old_value_N: Tensor, *, clip: float | None = 0.2) -> Tensor:
@@ -35,7 +35,7 @@ def monte_carlo_value(logit_N: Tensor, label_N: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit_N, label_N.to(logit_N.dtype), reduction="none")
 
 
-def bellman_residual(logit_N: Tensor, label_N: Tensor, rows: Rows) -> Tensor:
+def bellman_residual(logit_N: Tensor, label_N: Tensor, rows: Ragged) -> Tensor:
     """[N] ½(V(s_t) − V(s_{t+1}))², V = σ(logit) and the next value without gradient; at the end, the label.
 
     One-step bootstrapping of V(s) = Σ_v π(v|s)·V(s·v) from the token that was sampled (controlled decoding, Mudgal et

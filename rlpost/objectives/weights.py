@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 
 
-def token_mean(rows: Rows, total: int | None = None) -> Tensor:
+def token_mean(rows: Ragged, total: int | None = None) -> Tensor:
     """[N] 1/N: every action of the update counts the same (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8).
 
     `total` is N of the whole update.
@@ -20,7 +20,7 @@ def token_mean(rows: Rows, total: int | None = None) -> Tensor:
     return torch.full((rows.actions,), 1.0 / max(n, 1), dtype=torch.float64, device=rows.device)
 
 
-def sequence_mean(rows: Rows, count: int | None = None) -> Tensor:
+def sequence_mean(rows: Ragged, count: int | None = None) -> Tensor:
     """[N] 1/(S·len): every completion counts the same (GRPO, Shao et al. 2024, arXiv:2402.03300, eq. 3).
 
     `count` is S of the whole update, completions without actions left out.
@@ -28,13 +28,13 @@ def sequence_mean(rows: Rows, count: int | None = None) -> Tensor:
     return sequence_sum(rows, count) / rows.spread(rows.lengths_S.to(torch.float64))
 
 
-def sequence_sum(rows: Rows, count: int | None = None) -> Tensor:
+def sequence_sum(rows: Ragged, count: int | None = None) -> Tensor:
     """[N] 1/S: the unbiased policy gradient sums over a completion (RLOO, Ahmadian et al. 2024, arXiv:2402.14740)."""
     s = rows.learned if count is None else count
     return torch.full((rows.actions,), 1.0 / max(s, 1), dtype=torch.float64, device=rows.device)
 
 
-def constant_length(rows: Rows, length: float, count: int | None = None) -> Tensor:
+def constant_length(rows: Ragged, length: float, count: int | None = None) -> Tensor:
     """[N] 1/(S·length): as `sequence_sum`, at the scale of a token mean (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783).
 
     Raises:
@@ -51,7 +51,7 @@ def pair_mean(pairs: int, count: int | None = None, device: torch.device | str =
     return torch.full((pairs,), 1.0 / max(p, 1), dtype=torch.float64, device=device)
 
 
-def weigh(name: str, rows: Rows, actions: int, completions: int, length: float) -> Tensor:
+def weigh(name: str, rows: Ragged, actions: int, completions: int, length: float) -> Tensor:
     """[N] the weight called `name`, from counts of the whole update.
 
     Args:

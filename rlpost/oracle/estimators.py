@@ -15,14 +15,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.objectives.weights import weigh
 from rlpost.oracle.multisets import Multisets
 from rlpost.oracle.problem import Problem
 from rlpost.oracle.tree import Tree
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
+Surrogate = Callable[[Tensor, Tensor, Tensor, Ragged], Tensor]
 """(logp, old_logp, advantage, rows) -> loss per action."""
 MOST_CALLS = 4000
 """Calls of a function that must see one group at a time."""
@@ -36,9 +36,9 @@ class Drawn:
     sets: Multisets
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> Ragged:
         """Which of the A actions belongs to which of the M completions."""
-        return Rows(self.tree.length_L[self.sets.leaf_PG.flatten()])
+        return Ragged(self.tree.length_L[self.sets.leaf_PG.flatten()])
 
     @cached_property
     def action_A(self) -> Tensor:
@@ -54,7 +54,12 @@ class Drawn:
 
 
 def ascent(
-    surrogate: Surrogate, logp_N: Tensor, old_N: Tensor, advantage_N: Tensor, rows: Rows, weight_N: Tensor | float = 1.0
+    surrogate: Surrogate,
+    logp_N: Tensor,
+    old_N: Tensor,
+    advantage_N: Tensor,
+    rows: Ragged,
+    weight_N: Tensor | float = 1.0,
 ) -> Tensor:
     """[N] coefficients of ∇logp along which Σ loss·weight falls."""
     moving_N = logp_N.detach().requires_grad_()
@@ -85,7 +90,7 @@ def member_weights(weight: str, length_PG: Tensor, longest: int) -> Tensor:
     """[P, G] the weight of each of a member's actions, where every group is a whole update."""
 
     def of_group(lengths_1G: Tensor) -> Tensor:
-        rows = Rows(lengths_1G[0])
+        rows = Ragged(lengths_1G[0])
         return weigh(weight, rows, rows.actions, rows.learned, longest)[rows.start_S][None]
 
     found = one_by_one(of_group, length_PG)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import credit
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.oracle.estimators import Drawn, ascent
 from rlpost.oracle.multisets import multisets
@@ -84,7 +84,7 @@ def _return_rows(problem: Problem) -> list[Row]:
     return [to_go, exact("GAE bootstrapped at the length limit, λ=0.95", limit, "exact for r + V beyond the limit")]
 
 
-def steps_of_two(rows: Rows) -> credit.Steps:
+def steps_of_two(rows: Ragged) -> credit.Steps:
     """Every second action of a completion ends a step, and so does its last."""
     at_N = torch.arange(rows.actions) - rows.spread(rows.start_S)
     return credit.Steps(rows, at_N % STEP == STEP - 1)

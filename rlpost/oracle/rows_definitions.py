@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import advantages, credit, kl, weights
-from rlpost.objectives.rows import Rows, has_signal
+from rlpost.objectives.ragged import Ragged, has_signal
 from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import Row, Section, exact
 from rlpost.oracle.rows_credit import steps_of_two
@@ -177,7 +177,7 @@ def _credit_rows(problem: Problem) -> list[Row]:
 
 def _step_rows(problem: Problem) -> list[Row]:
     """Rewards of steps: spread, on the last action, the worst one, and normalised over groups of completions."""
-    rows = Rows(problem.tree.length_L[_drawn(problem)].flatten())
+    rows = Ragged(problem.tree.length_L[_drawn(problem)].flatten())
     steps = steps_of_two(rows)
     reward_K = (torch.arange(len(steps.last_K)).double() * 0.7).sin()
     by_row = [x.tolist() for x in torch.split(reward_K, steps.count_S.tolist())]
@@ -238,7 +238,7 @@ def _kl_rows(problem: Problem) -> list[Row]:
     index_A = torch.tensor([b + k for b, n in zip(begin, lengths, strict=True) for k in range(n)])
     given = problem.old_N[index_A], problem.reference_N[index_A]
     u_A = (given[1] - given[0]).exp()
-    found_A = kl.kl_in_reward(*given, Rows(lengths), SIZE)
+    found_A = kl.kl_in_reward(*given, Ragged(lengths), SIZE)
     sums = [float(x.sum()) for x in torch.split(-u_A.log(), lengths)]
     centred = []
     for m, piece in enumerate(torch.split(-u_A.log(), lengths)):
@@ -261,7 +261,7 @@ def _kl_rows(problem: Problem) -> list[Row]:
 def _weight_rows(problem: Problem) -> list[Row]:
     """Counts of the update that a part belongs to, one completion of which has no actions."""
     lengths = [0, *problem.tree.length_L.tolist()]
-    rows, learned, total, longest = Rows(lengths), len(lengths) - 1, sum(lengths), problem.tree.depth
+    rows, learned, total, longest = Ragged(lengths), len(lengths) - 1, sum(lengths), problem.tree.depth
     forms: dict[str, Callable[[int], float]] = {
         "token_mean": lambda _: 1 / total,
         "sequence_mean": lambda n: 1 / (learned * n),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import advantages
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import group_gradient, one_by_one
 from rlpost.oracle.multisets import Multisets
@@ -188,7 +188,7 @@ def _whitened(problem: Problem, sets: Multisets) -> Tensor | None:
 
     def of_group(both_12: Tensor) -> Tensor:
         reward_1G, length_1G = both_12.chunk(2, 1)
-        rows = Rows(length_1G[0].long())
+        rows = Ragged(length_1G[0].long())
         return advantages.whiten(rows.spread(reward_1G[0]))[rows.start_S][None]
 
     return one_by_one(of_group, torch.cat([problem.reward_L[sets.leaf_PG], length_PG], 1))

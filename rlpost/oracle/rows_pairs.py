@@ -16,8 +16,8 @@ from torch import Tensor
 from rlpost.objectives import preference
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import Pairs, pairs_of
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.ranking import bradley_terry, process_reward, ranking
-from rlpost.objectives.rows import Rows
 from rlpost.objectives.unpaired import Unpaired, kto
 from rlpost.oracle import truth
 from rlpost.oracle.problem import Problem, relative_error
@@ -230,7 +230,7 @@ def _table_row(problem: Problem, d: Drawn) -> Row:
     begin_L = tree.rows.start_S.tolist()
     leaves, lengths = d.leaf_P2.flatten().tolist(), tree.length_L.tolist()
     index_N = torch.tensor([begin_L[leaf] + k for leaf in leaves for k in range(lengths[leaf])])
-    rows = Rows([lengths[leaf] for leaf in leaves])
+    rows = Ragged([lengths[leaf] for leaf in leaves])
     made = pairs_of(problem.old_N[index_N], problem.reference_N[index_N], rows, problem.old_N[index_N])
     back = Pairs.from_table(made.table_PC)
     found = torch.cat([back.delta_P2, back.length_P2, back.margin_P[:, None], back.mean_delta_P2], 1)

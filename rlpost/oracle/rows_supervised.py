@@ -13,7 +13,7 @@ from torch import Tensor
 from rlpost.objectives import preference_modifiers as modifiers
 from rlpost.objectives import supervised
 from rlpost.objectives.preference import Pairs, pairs_of
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import descent
 from rlpost.oracle.problem import Problem, relative_error
@@ -96,7 +96,7 @@ def _modifier_rows(problem: Problem) -> list[Row]:
     lengths, begin = tree.length_L[leaf_P2].flatten().tolist(), tree.rows.start_S[leaf_P2].flatten().tolist()
     index_N = torch.tensor([b + k for b, n in zip(begin, lengths, strict=True) for k in range(n)])
     logp_N, reference_N = problem.old_N[index_N], problem.reference_N[index_N]
-    rows = Rows(lengths)
+    rows = Ragged(lengths)
     agree_N = (2 * problem.logp_XV.detach()).logsumexp(1)[tree.state_N[index_N]]
     pairs = pairs_of(logp_N, reference_N, rows, agree_N)
     delta_P2 = rows.sum(logp_N - reference_N).view(-1, 2)
@@ -119,7 +119,7 @@ def _modifier_rows(problem: Problem) -> list[Row]:
     return [*kinds, *_length_rows(pairs, rows, logp_N - reference_N), *_confidence_rows(pairs, rows, logp_N, agree_N)]
 
 
-def _length_rows(pairs: Pairs, rows: Rows, gap_N: Tensor) -> list[Row]:
+def _length_rows(pairs: Pairs, rows: Ragged, gap_N: Tensor) -> list[Row]:
     counted = []
     pieces = torch.split(gap_N, rows.lengths_S.tolist())
     for own, other in zip(pieces, [pieces[i ^ 1] for i in range(len(pieces))], strict=True):
@@ -133,7 +133,7 @@ def _length_rows(pairs: Pairs, rows: Rows, gap_N: Tensor) -> list[Row]:
     ]
 
 
-def _confidence_rows(pairs: Pairs, rows: Rows, logp_N: Tensor, agree_N: Tensor) -> list[Row]:
+def _confidence_rows(pairs: Pairs, rows: Ragged, logp_N: Tensor, agree_N: Tensor) -> list[Row]:
     """A weight of each pair: how likely both are per action, plain and against a draw of the policy's own."""
     weights = []
     for told, own_N in ((pairs, logp_N - agree_N), (Pairs(pairs.logp_P2, pairs.reference_P2, pairs.length_P2), logp_N)):

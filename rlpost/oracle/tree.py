@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlpost.errors import RecipeError
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 
 END = 0
 """The token that ends a completion."""
@@ -54,7 +54,7 @@ class Tree:
         self.state_N = torch.cat([state.flatten() for state, _ in pieces])
         """[N] the state in which each action is taken."""
         self.token_N = torch.cat([token.flatten() for _, token in pieces])
-        self.rows = Rows(torch.cat([torch.full((len(token),), token.shape[1]) for _, token in pieces]))
+        self.rows = Ragged(torch.cat([torch.full((len(token),), token.shape[1]) for _, token in pieces]))
         """Which action belongs to which leaf."""
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.policy.batch import Batch
 
 RECORDED = "router_logits"

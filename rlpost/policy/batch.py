@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.policy.layout import FlatLayout, Segment, flat_layout
 from rlpost.types import Completion, Group, Ids, completions
 
@@ -63,7 +63,7 @@ class Batch:
     """Index into B·T of the state after each completion's last token."""
     target_N: Tensor
     """The actions' token ids."""
-    rows: Rows
+    rows: Ragged
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -213,8 +213,8 @@ def _beyond(groups: Sequence[Group], switch: int) -> list[Group]:
     return [Group(g.prompt, some) for g, some in longer if some]
 
 
-def _rows(groups: Sequence[Group]) -> Rows:
-    return Rows([c.actions for c in completions(groups)])
+def _rows(groups: Sequence[Group]) -> Ragged:
+    return Ragged([c.actions for c in completions(groups)])
 
 
 def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

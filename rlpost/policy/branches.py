@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout, product, storable
 from rlpost.policy.decoders import FlatDecoder

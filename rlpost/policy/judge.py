@@ -19,7 +19,7 @@ from rlpost.data.direction import backwards
 from rlpost.data.divide import divide
 from rlpost.data.formats import Format, encode
 from rlpost.errors import ModelError
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.policy import adapters
 from rlpost.policy.load import is_backwards, load_policy
 from rlpost.policy.params import Model
@@ -125,7 +125,7 @@ class ReverseJudge:
         turned = [self._asked(Group(g.prompt, (c,))) for g in own for c in g.completions]
         _must_fit(turned, self._reverse)
         logp_N = Reference(self._reverse, self._adapter).logprobs(turned)
-        scores: list[float] = Rows([c.actions for c in completions(turned)]).sum(logp_N.double()).tolist()
+        scores: list[float] = Ragged([c.actions for c in completions(turned)]).sum(logp_N.double()).tolist()
         return scores
 
     def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:

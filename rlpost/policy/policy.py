@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from rlpost.objectives.rows import widen
+from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.batch import (
     Batch,

@@ -21,7 +21,7 @@ from rlpost.engine.continue_from import as_answers, fresh_rollouts
 from rlpost.objectives.advantages import ema
 from rlpost.objectives.correction import correction
 from rlpost.objectives.credit import Steps, place
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.recipe.specs.common import Grouped
@@ -130,7 +130,7 @@ class _Known:
 
     rollout: Rollout
     groups: Sequence[Group]
-    rows: Rows
+    rows: Ragged
     estimator: AdvantageEstimator
 
     def by_name(self) -> dict[str, Callable[[], Any]]:

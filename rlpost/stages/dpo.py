@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.following import Following
 from rlpost.policy.logprobs import Scores
@@ -62,7 +62,7 @@ def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
 
     def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(scores.logp_N.device)
-        groups = Rows([len(g.completions) for g in part.groups]).to(rows.device)
+        groups = Ragged([len(g.completions) for g in part.groups]).to(rows.device)
         delta_S = rows.sum(scores.logp_N) - rows.sum(part["reference"])
         reward_S = torch.tensor([_number(c.score) for c in completions(part.groups)], device=rows.device)
         # Groups may differ in size: what is padded is an absent completion.

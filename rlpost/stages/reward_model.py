@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.recipe.specs.reward_model import RewardModel
@@ -56,7 +56,7 @@ def score_loss(function: Callable[..., Tensor]) -> LossFunction:
     rewards = pair_rewards if "score_P2" in asked else ranked_rewards
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        rows_P = Rows([len(g.completions) for g in part.groups]).to(values.final_S.device)
+        rows_P = Ragged([len(g.completions) for g in part.groups]).to(values.final_S.device)
         score_PK = rows_P.pad(values.final_S)
         # A shorter group is filled up with unscored completions.
         reward_PK = rows_P.pad(values.final_S.new_tensor([r for g in part.groups for r in rewards(g)]), math.nan)

@@ -21,7 +21,7 @@ from rlpost.data.formats import Need
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import collector
 from rlpost.errors import DataError
-from rlpost.objectives.rows import has_signal
+from rlpost.objectives.ragged import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.rewards.score import Scorer, joined, rewarded

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.types import Group, completions
 
 
@@ -32,9 +32,9 @@ class Experience:
     """[S] False where a completion adds exactly nothing to the gradient and need not be computed."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Ragged:
         """Which action belongs to which completion."""
-        return Rows([c.actions for c in completions(self.groups)])
+        return Ragged([c.actions for c in completions(self.groups)])
 
     def __getitem__(self, name: str) -> Tensor:
         """[N] or [P] the values of that name."""

@@ -12,7 +12,7 @@ from stubs import LETTERS, tiny_policy
 from rlpost.engine.params import Sampling
 from rlpost.environments.loop import collect_turns
 from rlpost.errors import RewardError
-from rlpost.objectives import Rows
+from rlpost.objectives import Ragged
 from rlpost.objectives.credit import gae, place, return_to_go
 from rlpost.policy.score import logprobs
 from rlpost.train.experience import Experience
@@ -138,6 +138,6 @@ def test_credit_crosses_the_gap():
     value_N = torch.linspace(-1, 1, rows.actions, dtype=torch.float64)
     advantage_N, _ = gae(reward_N, value_N, rows, gamma=1.0, lam=1.0)
     assert torch.allclose(advantage_N + value_N, return_to_go(reward_N, rows))
-    one = Rows([4])
+    one = Ragged([4])
     delta, _ = gae(torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.1, 0.2, 0.5, 0.7]), one, gamma=1.0, lam=0.0)
     assert delta.tolist() == pytest.approx([0.1, 0.3, 0.2, 0.3])

@@ -22,7 +22,7 @@ from rlpost.objectives.advantages import (
     reward,
     whiten,
 )
-from rlpost.objectives.rows import has_signal
+from rlpost.objectives.ragged import has_signal
 
 NAN = math.nan
 

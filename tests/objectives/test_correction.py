@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from rlpost.objectives.correction import correction, off_policy_ratio
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 
-ROWS = Rows([2, 0, 1])
+ROWS = Ragged([2, 0, 1])
 
 
 def log(*ratios: float) -> torch.Tensor:
@@ -58,10 +58,10 @@ def test_off_policy_ratios_by_hand():
 @pytest.mark.parametrize("per", ["token", "completion"])
 def test_absurd_log_ratios_are_clamped(per):
     far = torch.tensor([-1e4, 1e4], dtype=torch.float64)
-    ratio = off_policy_ratio(far, torch.zeros(2), Rows([1, 1]), per=per)
+    ratio = off_policy_ratio(far, torch.zeros(2), Ragged([1, 1]), per=per)
     assert ratio.log().tolist() == pytest.approx([-20.0, 20.0])
     # Over a completion the clamp is of the sum: what cancels is no reason to.
-    assert off_policy_ratio(far, torch.zeros(2), Rows([2])).tolist() == [1.0, 1.0]
+    assert off_policy_ratio(far, torch.zeros(2), Ragged([2])).tolist() == [1.0, 1.0]
 
 
 def test_only_whole_completions_make_another_policys_samples_unbiased():
@@ -76,8 +76,8 @@ def test_only_whole_completions_make_another_policys_samples_unbiased():
             behaviour = torch.full((2,), 0.5, dtype=torch.float64).log()
             worth = 1.0 if b == 0 else 0.0
             expected += logp.sum().exp().item() * worth
-            reward += 0.25 * off_policy_ratio(logp, behaviour, Rows([2]))[0].item() * worth
-            by_token += 0.25 * off_policy_ratio(logp, behaviour, Rows([2]), per="token")[0].item() * worth
+            reward += 0.25 * off_policy_ratio(logp, behaviour, Ragged([2]))[0].item() * worth
+            by_token += 0.25 * off_policy_ratio(logp, behaviour, Ragged([2]), per="token")[0].item() * worth
     assert reward == pytest.approx(expected, abs=1e-15)
     assert abs(by_token - expected) > 0.1
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from rlpost.facts import fact
-from rlpost.objectives import Pairs, Rows
+from rlpost.objectives import Pairs, Ragged
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import aot, aot_unpaired, bco, dpo, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
 
 LENGTHS = [3, 1, 2, 2, 0, 4, 5, 3, 1, 2]
-ROWS = Rows(LENGTHS)
+ROWS = Ragged(LENGTHS)
 
 
 def sigmoid(x: float) -> float:
@@ -30,7 +30,7 @@ def parts():
     """(its actions, its rows) of every pair alone."""
     ends = [sum(LENGTHS[: 2 * (p + 1)]) for p in range(5)]
     return [
-        (slice(end - sum(LENGTHS[2 * p : 2 * p + 2]), end), Rows(LENGTHS[2 * p : 2 * p + 2]))
+        (slice(end - sum(LENGTHS[2 * p : 2 * p + 2]), end), Ragged(LENGTHS[2 * p : 2 * p + 2]))
         for p, end in enumerate(ends)
     ]
 
@@ -88,7 +88,7 @@ def test_the_second_pass_at_one_pair_a_part_has_the_gradient_of_the_whole(loss, 
 
 def test_the_names_are_those_of_losses_whose_elements_depend_on_other_pairs():
     logp, reference = numbers()
-    pairs, less = pairs_of(logp, reference, ROWS), pairs_of(logp[:8], reference[:8], Rows(LENGTHS[:4]))
+    pairs, less = pairs_of(logp, reference, ROWS), pairs_of(logp[:8], reference[:8], Ragged(LENGTHS[:4]))
     for loss in (aot, aot_unpaired, bco, dpo):
         alone = torch.allclose(loss(pairs)[:2], loss(less), rtol=0, atol=1e-12)
         assert alone == (not fact(loss, "couples_pairs")), loss

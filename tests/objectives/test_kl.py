@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, kl_in_reward
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 
 
 def test_estimators_by_hand():
@@ -68,7 +68,7 @@ def test_kl_in_reward_agrees_with_a_slow_loop(lengths, group_size):
     torch.manual_seed(1)
     logp = torch.randn(sum(lengths), dtype=torch.float64, requires_grad=True)
     reference = torch.randn(sum(lengths), dtype=torch.float64)
-    found = kl_in_reward(logp, reference, Rows(lengths), group_size)
+    found = kl_in_reward(logp, reference, Ragged(lengths), group_size)
     expected = slow_kl_in_reward((logp - reference).tolist(), lengths, group_size)
     assert found.tolist() == pytest.approx(expected, abs=1e-14)
     assert not found.requires_grad
@@ -76,7 +76,7 @@ def test_kl_in_reward_agrees_with_a_slow_loop(lengths, group_size):
 
 def test_kl_in_reward_is_centred_at_the_first_action_and_zero_at_the_reference():
     lengths, kl = [3, 1, 2, 4], torch.arange(10, dtype=torch.float64)
-    rows = Rows(lengths)
+    rows = Ragged(lengths)
     found = kl_in_reward(kl, torch.zeros(10, dtype=torch.float64), rows, 4)
     assert found[rows.start_S].sum().item() == pytest.approx(0.0, abs=1e-12)
     assert kl_in_reward(kl, kl, rows, 4).abs().max() == 0
@@ -100,7 +100,7 @@ def test_its_expected_gradient_is_that_of_the_kl():
     for a, b in product(sequences, sequences):
         both = torch.cat([along(logp, a), along(logp, b)])
         ref = torch.cat([along(reference, a), along(reference, b)])
-        term = kl_in_reward(both, ref, Rows([2, 2]), 2)
+        term = kl_in_reward(both, ref, Ragged([2, 2]), 2)
         surrogate = surrogate + (total[a] + total[b]).exp().detach() * (both * term).sum() / 2
     found = torch.autograd.grad(surrogate, policy)[0]
     assert (found - expected).norm() <= 1e-12 * expected.norm()
@@ -108,7 +108,7 @@ def test_its_expected_gradient_is_that_of_the_kl():
 
 def test_kl_in_reward_refuses_rows_that_are_not_whole_groups():
     with pytest.raises(ValueError, match="groups of 2"):
-        kl_in_reward(torch.zeros(3), torch.zeros(3), Rows([1, 1, 1]), 2)
+        kl_in_reward(torch.zeros(3), torch.zeros(3), Ragged([1, 1, 1]), 2)
 
 
 def test_k3_is_clamped_before_it_is_exponentiated():
@@ -124,7 +124,7 @@ def test_k3_is_clamped_before_it_is_exponentiated():
 def test_another_estimator_in_the_reward(estimator):
     logp, reference = torch.tensor([0.5, -1.0, 2.0]), torch.zeros(3)
     each = estimator(logp, reference).tolist()
-    found = kl_in_reward(logp, reference, Rows([2, 1]), 2, estimator)
+    found = kl_in_reward(logp, reference, Ragged([2, 1]), 2, estimator)
     expected = [each[0] + each[1] - each[2], each[1] - each[2], each[2] - each[0] - each[1]]
     assert found.tolist() == pytest.approx(expected)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlpost.objectives import Pairs, Rows, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
+from rlpost.objectives import Pairs, Ragged, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
 from rlpost.objectives.preference import (
     aot,
     aot_unpaired,
@@ -232,19 +232,19 @@ def test_some_need_no_reference(pair, loss):
 
 
 def test_pairs_of_sums_actions_chosen_first():
-    rows = Rows([2, 1, 0, 3])
+    rows = Ragged([2, 1, 0, 3])
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0])
     pairs = pairs_of(logp, torch.zeros(6), rows)
     assert pairs.logp_P2.tolist() == [[-3.0, -3.0], [0.0, -15.0]]
     assert pairs.length_P2.tolist() == [[2.0, 1.0], [0.0, 3.0]]
     with pytest.raises(ValueError, match="not pairs"):
-        pairs_of(logp[:3], torch.zeros(3), Rows([1, 1, 1]))
+        pairs_of(logp[:3], torch.zeros(3), Ragged([1, 1, 1]))
 
 
 @pytest.mark.parametrize("loss", UP_AND_DOWN)
 def test_an_empty_completion_survives_and_the_gradient_has_the_right_sign(loss):
     logp = torch.tensor([-1.0, -2.0, -3.0, -1.5], dtype=torch.float64, requires_grad=True)
-    pairs = pairs_of(logp, torch.full((4,), -1.8, dtype=torch.float64), Rows([1, 2, 0, 1]))
+    pairs = pairs_of(logp, torch.full((4,), -1.8, dtype=torch.float64), Ragged([1, 2, 0, 1]))
     value = loss(pairs)
     assert value.isfinite().all()
     assert value.dtype == torch.float64
@@ -256,16 +256,16 @@ def test_an_empty_completion_survives_and_the_gradient_has_the_right_sign(loss):
 
 @pytest.mark.parametrize("loss", ALL)
 def test_no_pairs_and_half_precision(loss):
-    assert loss(pairs_of(torch.zeros(0), torch.zeros(0), Rows([]))).shape == (0,)
+    assert loss(pairs_of(torch.zeros(0), torch.zeros(0), Ragged([]))).shape == (0,)
     narrow = torch.full((301,), -1.0, dtype=torch.bfloat16)
-    pairs = pairs_of(narrow, narrow, Rows([291, 10]))
+    pairs = pairs_of(narrow, narrow, Ragged([291, 10]))
     assert pairs.logp_P2.tolist() == [[-291.0, -10.0]]  # bfloat16 would stop at -256
     assert pairs.length_P2.tolist() == [[291.0, 10.0]]
     assert loss(pairs).dtype == torch.float32
 
 
 def test_beyond_the_shorter_completion():
-    rows = Rows([3, 1, 0, 2, 2, 2])
+    rows = Ragged([3, 1, 0, 2, 2, 2])
     beyond = [False, True, True, False, True, True, False, False, False, False]
     assert beyond_shorter(rows).tolist() == beyond
     logp = torch.tensor([-1.0, -2.0, -4.0, -8.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0], dtype=torch.float64)
@@ -275,7 +275,7 @@ def test_beyond_the_shorter_completion():
 
 def test_a_table_holds_all_of_the_pairs():
     torch.manual_seed(4)
-    rows = Rows([3, 1, 0, 2])
+    rows = Ragged([3, 1, 0, 2])
     logp, reference, collision = -torch.rand(3, 6, dtype=torch.float64)
     for extra in (None, collision):
         pairs = pairs_of(logp, reference, rows, extra)

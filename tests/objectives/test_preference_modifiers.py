@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlpost.objectives import Pairs, Rows, cpo, dpo, simpo
+from rlpost.objectives import Pairs, Ragged, cpo, dpo, simpo
 from rlpost.objectives.preference import apo_zero, ipo, nca, pairs_of, sppo
 from rlpost.objectives.preference_modifiers import (
     confidence,
@@ -92,7 +92,7 @@ def test_losses_without_a_reference_do_not_feel_a_divergence(pair, loss):
     assert loss(f_divergence(pair, kind="forward_kl")).item() == loss(pair).item()
 
 
-ROWS = Rows([3, 1, 0, 2, 2, 2])
+ROWS = Ragged([3, 1, 0, 2, 2, 2])
 LOGP = torch.tensor([-1.0, -2.0, -4.0, -8.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0], dtype=torch.float64)
 REFERENCE = LOGP + torch.tensor([0.5, 1.0, -0.25, 2.0, 0.5, -1.0, 0.25, 0.0, 0.0, 1.0], dtype=torch.float64)
 
@@ -152,7 +152,7 @@ def test_aligned_a_uniform_policy_is_fully_confident_and_no_weight_is_above_one(
     assert confidence(pairs).weight_P.tolist() == pytest.approx([1.0, 1.0, 1.0])
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     collision = torch.full((2,), (2 * p.log()).logsumexp(0).item(), dtype=torch.float64)
-    likely, rare = (pairs_of(p[[i, i]].log(), torch.zeros(2), Rows([1, 1]), collision) for i in (0, 2))
+    likely, rare = (pairs_of(p[[i, i]].log(), torch.zeros(2), Ragged([1, 1]), collision) for i in (0, 2))
     assert confidence(likely).weight_P.item() == 1.0
     assert confidence(rare).weight_P.item() == pytest.approx((0.2 / 0.38) ** 2)
 

@@ -31,7 +31,7 @@ METHODS = {
     "values": "value_loss",
     "trust_region": "conjugate_gradient step_length finite_difference line_search",
     "metrics": "clipped_low clipped_high explained_variance effective_sample_share",
-    "rows": "Rows",
+    "ragged": "Ragged",
 }
 """File -> what recipes and papers ask for; a rename breaks them."""
 

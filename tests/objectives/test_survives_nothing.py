@@ -13,17 +13,17 @@ from rlpost import objectives
 from rlpost.objectives import credit, kl, preference, surrogates, weights
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.preference_modifiers import length_multipliers
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.values import bellman_residual
 
 
-def by_step(rows: Rows) -> credit.Steps:
+def by_step(rows: Ragged) -> credit.Steps:
     """Steps of two actions, and of one where a completion has an odd number."""
     places_N = torch.arange(rows.actions) - rows.spread(rows.start_S)
     return credit.Steps(rows, places_N % 2 == 1)
 
 
-def each_step(x_N: Tensor, rows: Rows) -> Tensor:
+def each_step(x_N: Tensor, rows: Ragged) -> Tensor:
     return x_N[by_step(rows).last_K]
 
 
@@ -85,7 +85,7 @@ def test_no_function_of_rows_is_left_out():
         for name, f in members.items():
             if inspect.isfunction(f) and not name.startswith("_"):
                 takes = {p.annotation for p in inspect.signature(f).parameters.values()}
-                found |= {f.__name__} if takes & {"Rows", "Steps"} else set()
+                found |= {f.__name__} if takes & {"Ragged", "Steps"} else set()
     assert found == {*OF_TENSORS, *OF_ROWS, "pairs_of"}
 
 
@@ -93,7 +93,7 @@ def test_no_function_of_rows_is_left_out():
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
 def test_completions_without_any_actions(call, lengths):
     x = torch.zeros(0, requires_grad=True)
-    result = call(x, Rows(lengths))
+    result = call(x, Ragged(lengths))
     assert result.shape == (0,)
     assert result.sum().item() == 0.0
     if result.requires_grad:
@@ -105,7 +105,7 @@ def test_completions_without_any_actions(call, lengths):
 def test_completions_without_actions_change_nothing_for_the_others(call):
     def result_and_gradient(lengths):
         x = torch.tensor(NUMBERS, dtype=torch.float64, requires_grad=True)
-        result = call(x, Rows(lengths))
+        result = call(x, Ragged(lengths))
         if not result.requires_grad:
             return result, torch.zeros(5)
         return result, torch.autograd.grad(result.square().sum(), x)[0]
@@ -117,7 +117,7 @@ def test_completions_without_actions_change_nothing_for_the_others(call):
 
 @tensors
 def test_half_precision_is_widened_before_anything_is_computed(call):
-    rows = Rows([2, 0, 3])
+    rows = Ragged([2, 0, 3])
     exact = torch.tensor(NUMBERS, dtype=torch.float64)
     assert call(exact, rows).dtype == torch.float64
     assert call(exact.float(), rows).dtype == torch.float32
@@ -130,23 +130,23 @@ def test_half_precision_is_widened_before_anything_is_computed(call):
 @pytest.mark.parametrize("weight", OF_ROWS.values(), ids=OF_ROWS)
 def test_what_needs_no_tensor_survives_too(weight):
     for lengths in ([], [0, 0]):
-        assert weight(Rows(lengths)).shape == (0,)
-    x = weight(Rows([2, 0, 0, 3, 0, 0])).double()
+        assert weight(Ragged(lengths)).shape == (0,)
+    x = weight(Ragged([2, 0, 0, 3, 0, 0])).double()
     assert x.shape == (5,)
     assert ((x > 0) & (x <= 1)).all()
 
 
 def test_beside_an_empty_completion_every_action_is_beyond_the_shorter_one():
-    assert preference.beyond_shorter(Rows([2, 0, 0, 1])).tolist() == [True] * 3
-    assert length_multipliers(Rows([2, 0, 0, 1]), 0.5).tolist() == [0.5] * 3
+    assert preference.beyond_shorter(Ragged([2, 0, 0, 1])).tolist() == [True] * 3
+    assert length_multipliers(Ragged([2, 0, 0, 1]), 0.5).tolist() == [0.5] * 3
 
 
 def test_pairs_without_actions():
     logp, reference = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-3.0, -1.0])
-    pairs = preference.pairs_of(logp, reference, Rows([2, 0, 0, 0]))
+    pairs = preference.pairs_of(logp, reference, Ragged([2, 0, 0, 0]))
     assert pairs.delta_P2.tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert pairs.mean_delta_P2.tolist() == [[0.5, 0.0], [0.0, 0.0]]
     pairs.mean_delta_P2.sum().backward()
     assert logp.grad.tolist() == [0.5, 0.5]
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-        assert preference.pairs_of(logp.to(dtype), reference.to(dtype), Rows([2, 0])).table_PC.dtype == wide
+        assert preference.pairs_of(logp.to(dtype), reference.to(dtype), Ragged([2, 0])).table_PC.dtype == wide

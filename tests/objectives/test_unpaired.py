@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlpost.objectives import Rows
+from rlpost.objectives import Ragged
 from rlpost.objectives.unpaired import Unpaired, kto
 
 
@@ -54,7 +54,7 @@ def test_gradients_are_those_of_finite_differences():
 def test_the_gradient_does_not_depend_on_the_cut():
     torch.manual_seed(0)
     logp = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    rows, good = Rows([2, 3, 0, 4]), torch.tensor([True, False, False, True])
+    rows, good = Ragged([2, 3, 0, 4]), torch.tensor([True, False, False, True])
     mismatched = torch.randn(4, dtype=torch.float64) + 0.5
     (whole,) = torch.autograd.grad(kto(Unpaired(rows.sum(logp), mismatched, good), beta=1.0).sum(), logp)
     total = torch.zeros_like(whole)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlpost.objectives.rows import Rows
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value, value_loss
 
 
@@ -55,7 +55,7 @@ def test_at_the_old_value_the_clip_takes_nothing_away():
 
 # V = σ(logit) of two completions' states: 0.2 and 0.6 before two actions, 0.9 before one.
 LOGITS = torch.tensor([0.2, 0.6, 0.9], dtype=torch.float64).logit()
-ROWS = Rows([2, 0, 1])
+ROWS = Ragged([2, 0, 1])
 
 
 def test_the_label_is_what_a_logit_is_to_be_the_probability_of():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlpost.objectives import (
-    Rows,
+    Ragged,
     constant_length,
     nll,
     pair_mean,
@@ -19,7 +19,7 @@ from rlpost.objectives import (
 
 
 def test_weights_by_hand():
-    rows = Rows([1, 0, 3])
+    rows = Ragged([1, 0, 3])
     assert token_mean(rows).tolist() == [0.25] * 4
     assert sequence_mean(rows).tolist() == [0.5, 1 / 6, 1 / 6, 1 / 6]  # the empty completion is not counted
     assert sequence_sum(rows).tolist() == [0.5] * 4
@@ -28,7 +28,7 @@ def test_weights_by_hand():
 
 
 def test_counts_of_the_whole_update_replace_those_of_a_part():
-    rows = Rows([1, 3])
+    rows = Ragged([1, 3])
     assert token_mean(rows, 8).tolist() == [1 / 8] * 4
     assert sequence_mean(rows, 4).tolist() == [0.25, 1 / 12, 1 / 12, 1 / 12]
     assert sequence_sum(rows, 4).tolist() == [0.25] * 4
@@ -37,7 +37,7 @@ def test_counts_of_the_whole_update_replace_those_of_a_part():
 
 
 def test_weights_by_name_are_given_the_counts_they_ask_for():
-    rows, counts = Rows([1, 0, 3]), {"actions": 40, "completions": 5, "length": 8}
+    rows, counts = Ragged([1, 0, 3]), {"actions": 40, "completions": 5, "length": 8}
     assert weigh("token_mean", rows, **counts).tolist() == [1 / 40] * 4
     assert weigh("sequence_mean", rows, **counts).tolist() == pytest.approx([1 / 5, 1 / 15, 1 / 15, 1 / 15])
     assert weigh("sequence_sum", rows, **counts).tolist() == [1 / 5] * 4
@@ -47,7 +47,7 @@ def test_weights_by_name_are_given_the_counts_they_ask_for():
 
 
 def test_means_add_up_to_one_and_are_float64():
-    rows = Rows([3, 7, 0, 1])
+    rows = Ragged([3, 7, 0, 1])
     for weight in (token_mean(rows), sequence_mean(rows), pair_mean(3)):
         assert weight.sum().item() == pytest.approx(1.0, abs=1e-15)
         assert weight.dtype == torch.float64
@@ -55,7 +55,7 @@ def test_means_add_up_to_one_and_are_float64():
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 def test_an_update_without_actions_has_no_weight_and_no_nan(lengths):
-    rows = Rows(lengths)
+    rows = Ragged(lengths)
     for weight in (token_mean(rows), sequence_mean(rows), sequence_sum(rows), constant_length(rows, 5)):
         assert weight.shape == (0,)
     assert pair_mean(0).shape == (0,)
@@ -63,13 +63,13 @@ def test_an_update_without_actions_has_no_weight_and_no_nan(lengths):
 
 def test_constant_length_refuses_nothing_to_divide_by():
     with pytest.raises(ValueError, match="positive"):
-        constant_length(Rows([1]), 0)
+        constant_length(Ragged([1]), 0)
 
 
 def test_a_mean_of_part_means_is_another_objective():
     """Lengths (100, 100) with A = +1 and (4, 4) with A = -1: the token mean of the loss is -192/208, of parts 0."""
     lengths, advantage_S = [100, 100, 4, 4], torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
-    whole, first, second = Rows(lengths), Rows(lengths[:2]), Rows(lengths[2:])
+    whole, first, second = Ragged(lengths), Ragged(lengths[:2]), Ragged(lengths[2:])
 
     def loss(rows, advantage, total):
         logp = torch.full((rows.actions,), 1.0, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_the_gradient_does_not_depend_on_how_an_update_is_cut(name, cuts):
     def gradient(edges):
         total = torch.zeros_like(table)
         for a, b in pairwise(edges):
-            rows, first = Rows(lengths[a:b]), sum(lengths[:a])
+            rows, first = Ragged(lengths[a:b]), sum(lengths[:a])
             logp = table[state[first : first + rows.actions]].log_softmax(-1)[:, 0]
             total += torch.autograd.grad((nll(logp) * weight(rows)).sum(), table, allow_unused=True)[0]
         return total

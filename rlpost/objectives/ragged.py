@@ -16,10 +16,10 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-class Rows:
+class Ragged:
     """S completions whose actions lie one after the other in tensors of length N.
 
-    Example: ``Rows([2, 0, 3])`` has N = 5; actions 0 and 1 belong to completion 0, none to
+    Example: ``Ragged([2, 0, 3])`` has N = 5; actions 0 and 1 belong to completion 0, none to
     completion 1, actions 2 to 4 to completion 2. A completion without actions has sum 0 and mean 0.
     """
 
@@ -55,9 +55,9 @@ class Rows:
         """[S] index into N of each completion's last action, -1 where it has none."""
         return torch.where(self.lengths_S > 0, self.start_S + self.lengths_S - 1, -1)
 
-    def to(self, device: torch.device | str) -> Rows:
+    def to(self, device: torch.device | str) -> Ragged:
         """The same rows with their indices on `device`."""
-        return self if torch.device(device) == self.device else Rows(self.lengths_S.to(device))
+        return self if torch.device(device) == self.device else Ragged(self.lengths_S.to(device))
 
     def sum(self, x_N: Tensor) -> Tensor:
         """[S] sum over each completion's actions."""

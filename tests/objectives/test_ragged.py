@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from rlpost.objectives import Rows
-from rlpost.objectives.rows import has_signal, widen
+from rlpost.objectives import Ragged
+from rlpost.objectives.ragged import has_signal, widen
 
 X = torch.tensor([1.0, 2.0, 10.0, 20.0, 30.0])
 
 
 @pytest.fixture
-def rows() -> Rows:
-    return Rows([2, 0, 3])
+def rows() -> Ragged:
+    return Ragged([2, 0, 3])
 
 
 def test_sums_and_means_by_hand(rows):
@@ -36,14 +36,14 @@ def test_suffix_sum_stays_within_a_completion(rows):
 
 
 def test_suffix_sum_keeps_small_completions_beside_huge_ones():
-    rows = Rows([1, 2])
+    rows = Ragged([1, 2])
     found = rows.suffix_sum(torch.tensor([1e12, 1e-3, 2e-3], dtype=torch.float32))
     assert found[1:].tolist() == pytest.approx([3e-3, 2e-3], rel=1e-6)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_nothing_at_all_survives(lengths):
-    rows, x = Rows(lengths), torch.zeros(0, requires_grad=True)
+    rows, x = Ragged(lengths), torch.zeros(0, requires_grad=True)
     s = len(lengths)
     assert rows.sum(x).tolist() == rows.mean(x).tolist() == [0.0] * s
     assert rows.last.tolist() == [-1] * s
@@ -60,7 +60,7 @@ def test_gradient_of_a_mean_by_hand(rows):
 
 
 def test_sums_are_taken_in_at_least_float32(rows):
-    many = Rows([1000])
+    many = Ragged([1000])
     assert many.sum(torch.ones(1000, dtype=torch.bfloat16)).item() == 1000.0  # bfloat16 alone stops at 256
     assert rows.sum(X.double()).dtype == rows.suffix_sum(X.double()).dtype == torch.float64
     assert rows.mean(X.to(torch.int64)).tolist() == [1.5, 0.0, 20.0]
@@ -69,7 +69,7 @@ def test_sums_are_taken_in_at_least_float32(rows):
 
 
 def test_lengths_may_be_a_tensor():
-    assert Rows(torch.tensor([1, 2])).index_N.tolist() == [0, 1, 1]
+    assert Ragged(torch.tensor([1, 2])).index_N.tolist() == [0, 1, 1]
 
 
 def test_a_group_has_a_signal_where_two_scored_rewards_differ():
