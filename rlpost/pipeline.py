@@ -288,7 +288,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
             result = function_of(stage)(context, stage)
         if not isinstance(result, Path):
             what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"
-            raise RecipeError(f"{what} - return what context.finish(...) or context.finish_rows(...) gives")
+            raise RecipeError(f"{what} - return what context.finish(...) or context.finish_dataset(...) gives")
         # Accelerate holds on to every model it has prepared.
         context.accelerator.free_memory()
     if stage.leaves is Leaves.rows:

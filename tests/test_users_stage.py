@@ -198,7 +198,7 @@ class Doubled(Stage):
 
 def doubled(context, cfg: Doubled) -> Path:
     rows = [{"prompt": f"{n}+{n}=", "completion": str(cfg.times * n)} for n in range(4)]
-    return context.finish_rows(rows, cfg.kind)
+    return context.finish_dataset(rows, cfg.kind)
 """
 
 

@@ -23,7 +23,7 @@ from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.recipe.specs.guesses import Guesses
 from rlpost.stages.context import Context
-from rlpost.stages.lots import rows_by_lots
+from rlpost.stages.generate_dataset import generate_dataset
 from rlpost.types import Group
 
 AT_ONCE = 64
@@ -55,8 +55,8 @@ def guesses(context: Context, cfg: Guesses) -> Path:
     def make(some: Sequence[Group], _first: int) -> Iterator[dict[str, Any]]:
         return guessed(network, endings, some, cfg, codec, f"stages.{context.name}", draw)
 
-    rows = rows_by_lots(context, prompts, AT_ONCE, make)
-    return context.finish_rows(rows, cfg.kind)
+    rows = generate_dataset(context, prompts, AT_ONCE, make)
+    return context.finish_dataset(rows, cfg.kind)
 
 
 def guessed(

@@ -24,7 +24,7 @@ from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.guided import Guided
 from rlpost.stages.context import Context
-from rlpost.stages.lots import rows_by_lots
+from rlpost.stages.generate_dataset import generate_dataset
 from rlpost.types import Group
 
 AT_ONCE = 64
@@ -55,13 +55,13 @@ def guided(context: Context, cfg: Guided) -> Path:
 
         return guided_rows(led_by, policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
 
-    rows = rows_by_lots(context, prompts, AT_ONCE, make)
+    rows = generate_dataset(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
             f"stages.{context.name}: no sample ends as it should; train the network longer, or look at the goals"
         )
 
-    return context.finish_rows(rows, cfg.kind)
+    return context.finish_dataset(rows, cfg.kind)
 
 
 def guided_rows(

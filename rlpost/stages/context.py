@@ -260,7 +260,7 @@ class Context:
             write, {**self._about(kind, steps, policy.has_adapter), **(about or {})}, self._proof(steps)
         )
 
-    def finish_rows(self, rows: Sequence[Mapping[str, Any]], kind: str) -> Path:
+    def finish_dataset(self, rows: Sequence[Mapping[str, Any]], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""
 
         def write(folder: Path) -> None:

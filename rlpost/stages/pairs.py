@@ -48,7 +48,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
             )
     must_have_pairs(rows, prompts, cfg, context.name)
 
-    return context.finish_rows(rows, cfg.kind)
+    return context.finish_dataset(rows, cfg.kind)
 
 
 def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, name: str) -> None:

@@ -21,7 +21,7 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.step_labels import StepLabels
 from rlpost.rewards.score import Scorer
 from rlpost.stages.context import Context
-from rlpost.stages.lots import rows_by_lots
+from rlpost.stages.generate_dataset import generate_dataset
 from rlpost.stages.rollouts import scored
 from rlpost.types import Group, completions
 
@@ -48,14 +48,14 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
         engine.update_weights(policy, first // AT_ONCE)
         return labelled(engine, policy, some, scorer, cfg, context.seed_for("sample", first))
 
-    rows = rows_by_lots(context, prompts, AT_ONCE, make)
+    rows = generate_dataset(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
             f"stages.{context.name}: no completion has steps that could be labelled; "
             f"look at step_end={cfg.step_end!r}, and at the rewards"
         )
 
-    return context.finish_rows(rows, cfg.kind)
+    return context.finish_dataset(rows, cfg.kind)
 
 
 def labelled(

@@ -1,4 +1,4 @@
-"""Rows made lot by lot: with a bar that moves, and an ear for signals."""
+"""The loop of the stages that write a dataset: some prompts at a time, with a progress bar, until a signal arrives."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rlpost.types import Group
 Row = dict[str, Any]
 
 
-def rows_by_lots(
+def generate_dataset(
     context: Context, prompts: Sequence[Group], at_once: int, make: Callable[[Sequence[Group], int], Iterable[Row]]
 ) -> list[Row]:
-    """The rows of all prompts, made of `at_once` of them at a time; says how many there are.
+    """The rows made from all prompts, in order; prints how many there are.
 
     Args:
         context: of the stage.
         prompts: all of them.
-        at_once: prompts of a lot.
-        make: (prompts of a lot, number of its first) -> its rows.
+        at_once: prompts a call of `make` is given.
+        make: (some prompts, index of the first of them) -> their rows.
 
     Raises:
-        Interrupted: when a signal asked to stop.
+        Interrupted: a signal asked to stop.
     """
     rows: list[Row] = []
     with console.Progress(context.name, len(prompts)) as progress:
