@@ -27,7 +27,7 @@ from rlpost.policy.scalar import ScalarModel
 from rlpost.policy.score import logprobs
 from rlpost.recipe.functions import bind, functions_at
 from rlpost.recipe.specs.common import Stage
-from rlpost.rewards.score import Scores as Rewards
+from rlpost.rewards.score import RewardBatch
 from rlpost.stages import rollouts
 from rlpost.stages.rollouts import Rollout
 from rlpost.types import Completion, Group, completions
@@ -167,5 +167,5 @@ def rollout_of(groups: Sequence[Group], share: Sequence[int]) -> Rollout:
         for row in zip(right, brief, strict=True)
     ]
     by_step = [[0.25 * (k % 3) for k in range(len(c.steps))] for c in completions(own)]
-    rewards = Rewards(total, {"right": right, "brief": brief}, {"right": by_step})
+    rewards = RewardBatch(total, {"right": right, "brief": brief}, {"right": by_step})
     return rollouts.rollout_of(own, rewards, {"right": 1.0, "brief": 0.5}, mask_truncated=False)

@@ -20,7 +20,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
 from rlpost.policy.judge import AnyJudge
 from rlpost.policy.policy import Policy
-from rlpost.rewards.score import Nested, Scorer, Scores
+from rlpost.rewards.score import Nested, RewardBatch, Scorer
 from rlpost.types import Group
 from rlpost.usercode.bound import Bound
 
@@ -59,7 +59,7 @@ class Answers:
     mode: str
     """greedy or sampled."""
     groups: tuple[Group, ...]
-    scores: Scores
+    scores: RewardBatch
     judged: Nested | None = None
     """[P][G] the judge's scores, if there is one."""
 

@@ -1,6 +1,6 @@
 """From hidden states to numbers per action: logits exist at scored positions only, a tile at a time.
 
-A caller declares what it wants to know of every action (`LogitStats`) and is given it by name (`Scores`).
+A caller declares what it wants to know of every action (`LogitStats`) and is given it by name (`PolicyOutput`).
 
 Axes: N scored positions, n those of a tile, V vocabulary, D hidden width.
 """
@@ -76,7 +76,7 @@ LOGPROBS = LogitStats()
 """The log-probabilities alone, at temperature 1."""
 
 
-class Scores(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What was asked of each action; None where it was not."""
 
     logp_N: Tensor
@@ -98,7 +98,7 @@ def score(
     target_N: Tensor,
     stats: LogitStats = LOGPROBS,
     teacher: Distributions | None = None,
-) -> Scores:
+) -> PolicyOutput:
     """What `stats` asks for, of the actions `target_N` taken in the states `hidden_ND`.
 
     Args:
@@ -112,12 +112,12 @@ def score(
     n = hidden_ND.shape[0]
     tile = max(1, LOGITS_AT_ONCE // 4 // vocabulary) if n * vocabulary > LOGITS_AT_ONCE else max(n, 1)
 
-    def one(hidden_nD: Tensor, where: slice) -> Scores:
+    def one(hidden_nD: Tensor, where: slice) -> PolicyOutput:
         logits_nV = head(hidden_nD)
         logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
         return _tile(logits_nV, target_N[where], stats, None if teacher is None else teacher(where))
 
-    pieces: list[Scores] = []
+    pieces: list[PolicyOutput] = []
     for start in range(0, max(n, 1), tile):
         where = slice(start, min(start + tile, n))
         if n > tile and torch.is_grad_enabled():
@@ -126,18 +126,18 @@ def score(
             pieces.append(one(hidden_ND[where], where))
     if len(pieces) == 1:
         return pieces[0]
-    return Scores(
+    return PolicyOutput(
         torch.cat([p.logp_N for p in pieces]), *(_joined(c) for c in zip(*(p[1:] for p in pieces), strict=True))
     )
 
 
-def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Tensor | None) -> Scores:
+def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Tensor | None) -> PolicyOutput:
     scaled_nV = logits_nV if stats.temperature == 1.0 else logits_nV / stats.temperature
     if stats.only_logprobs:
-        return Scores(-F.cross_entropy(scaled_nV, target_n, reduction="none"))
+        return PolicyOutput(-F.cross_entropy(scaled_nV, target_n, reduction="none"))
     logp_nV = scaled_nV.log_softmax(-1)
     logp_n = logp_nV.gather(1, target_n[:, None])[:, 0]
-    return Scores(
+    return PolicyOutput(
         logp_n,
         entropy_N=-(logp_nV.exp() * logp_nV).sum(-1) if stats.entropy else None,
         collision_N=(2 * logp_nV).logsumexp(1) if stats.collision else None,

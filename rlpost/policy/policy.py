@@ -31,7 +31,7 @@ from rlpost.policy.batch import (
     switched_batch,
 )
 from rlpost.policy.heads import reproduced_head
-from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, Scores, score
+from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
 from rlpost.policy.vocabulary import Vocabulary
 from rlpost.types import Group
 
@@ -168,7 +168,7 @@ class Policy(nn.Module):
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
         return {n: p for n, p in named.items() if not self.has_adapter or adapters.belongs(n, adapters.POLICY)}
 
-    def forward(self, batch: Batch, stats: LogitStats = LOGPROBS) -> Scores:
+    def forward(self, batch: Batch, stats: LogitStats = LOGPROBS) -> PolicyOutput:
         """Score every action of the batch.
 
         Args:

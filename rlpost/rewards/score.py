@@ -12,18 +12,18 @@ from rlpost.rewards.call import ByStep, Given, caller
 from rlpost.rewards.tree import BoundReward, Reward, evaluate, leaves, names, weighted_sum
 from rlpost.types import FAILED, Completion, Group, completions
 
-__all__ = ["BoundReward", "Nested", "Scorer", "Scores", "joined", "mean", "rewarded"]
+__all__ = ["BoundReward", "Nested", "RewardBatch", "Scorer", "joined", "mean", "rewarded"]
 
 Nested = list[list[float | None]]
 """[P][G] one number a completion, None where it is unscored."""
 
 
 @dataclass(frozen=True)
-class Scores:
+class RewardBatch:
     """Rewards of P groups of G completions (groups may differ in size).
 
     Example: one prompt with two completions, rewards right (weight 1) and brief (weight 0.5):
-    ``Scores(total=[[1.5, None]], by_name={"right": [[1.0, None]], "brief": [[1.0, 0.0]]})``.
+    ``RewardBatch(total=[[1.5, None]], by_name={"right": [[1.0, None]], "brief": [[1.0, 0.0]]})``.
     """
 
     total: Nested
@@ -50,7 +50,7 @@ def mean(values: Nested) -> float | None:
     return math.fsum(scored) / len(scored) if scored else None
 
 
-def joined(scores: Sequence[Scores], order: Sequence[int]) -> Scores:
+def joined(scores: Sequence[RewardBatch], order: Sequence[int]) -> RewardBatch:
     """The groups of several scores one after the other, those of `order` alone and in that order."""
 
     def groups(parts: Sequence[Nested]) -> Nested:
@@ -64,7 +64,7 @@ def joined(scores: Sequence[Scores], order: Sequence[int]) -> Scores:
 
     first = scores[0]
     by_name = {name: groups([s.by_name[name] for s in scores]) for name in first.by_name}
-    return Scores(groups([s.total for s in scores]), by_name, {name: steps(name) for name in first.by_step})
+    return RewardBatch(groups([s.total for s in scores]), by_name, {name: steps(name) for name in first.by_step})
 
 
 def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
@@ -98,7 +98,7 @@ class Scorer:
         """Weight of each reward of the list, by name."""
         return {reward.name: reward.weight for reward in self.rewards}
 
-    def score(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None = None) -> Scores:
+    def score(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None = None) -> RewardBatch:
         """Reward every completion of every group.
 
         Args:
@@ -131,9 +131,9 @@ class Scorer:
         sums = [weighted_sum(column, weights) for column in zip(*columns, strict=True)]
         shape = [[None for _ in group.completions] for group in groups]
         named = {name: _nest(list(seen[name]), shape) for name in names(self.rewards)}
-        return Scores(_nest(sums, shape), named, by_step)
+        return RewardBatch(_nest(sums, shape), named, by_step)
 
-    def _without_failed(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None) -> Scores:
+    def _without_failed(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None) -> RewardBatch:
         """The rewards where some episodes failed: those are shown to no reward function, and have no reward."""
         failed = [c.finish == FAILED for c in completions(groups)]
         whole = [replace(g, completions=tuple(c for c in g.completions if c.finish != FAILED)) for g in groups]
@@ -148,7 +148,7 @@ class Scorer:
             return _nest(spread((x for row in values for x in row), None), [g.completions for g in groups])
 
         by_name = {name: nested(values) for name, values in scores.by_name.items()}
-        return Scores(nested(scores.total), by_name, {n: spread(rows, []) for n, rows in scores.by_step.items()})
+        return RewardBatch(nested(scores.total), by_name, {n: spread(rows, []) for n, rows in scores.by_step.items()})
 
 
 def _nest(flat: Sequence[Any], shape: Sequence[Sequence[Any]]) -> list[list[Any]]:

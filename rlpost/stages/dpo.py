@@ -19,7 +19,7 @@ from rlpost.data.formats import Need
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.following import Following
-from rlpost.policy.logprobs import Scores
+from rlpost.policy.logprobs import PolicyOutput
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
@@ -42,7 +42,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     following = Following(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
     reference = following or context.reference(policy, cfg.reference)
-    references = ReferenceScores(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
+    references = ReferenceLogprobs(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
     moving = {"reference": following} if following else {}
     loop = context.loop(cfg, {"data": data}, steps, moving, policy=learner)
@@ -60,10 +60,10 @@ def dpo(context: Context, cfg: Dpo) -> Path:
 def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
     """Σ loss·weight over groups whose completions have rewards."""
 
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        rows = part.rows.to(scores.logp_N.device)
+    def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(output.logp_N.device)
         groups = Ragged([len(g.completions) for g in part.groups]).to(rows.device)
-        delta_S = rows.sum(scores.logp_N) - rows.sum(part["reference"])
+        delta_S = rows.sum(output.logp_N) - rows.sum(part["reference"])
         reward_S = torch.tensor([_number(c.score) for c in completions(part.groups)], device=rows.device)
         # Groups may differ in size: what is padded is an absent completion.
         delta_PK, reward_PK = groups.pad(delta_S), groups.pad(reward_S.to(delta_S), fill=torch.nan)
@@ -79,7 +79,7 @@ def prepared_ranking(update: Experience, learner: Learner) -> Experience:
     return update.with_groups(pair_weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
-class Scorer(Protocol):
+class AnyReference(Protocol):
     """A reference, fixed or following."""
 
     def logprobs(self, groups: Iterable[Group]) -> Tensor:
@@ -87,17 +87,17 @@ class Scorer(Protocol):
         ...
 
 
-class ReferenceScores:
+class ReferenceLogprobs:
     """The reference's log-probabilities of pairs: all at once where pairs come again, else as they come.
 
     Either way they are computed from the same groups in the same order on every run, so that a resumed stage
-    sees the same digits. Kept of a group are its scores and a digest of its tokens.
+    sees the same digits. Kept of a group are its log-probabilities and a digest of its tokens.
     """
 
-    def __init__(self, reference: Scorer, data: Dataset, draws: int) -> None:
+    def __init__(self, reference: AnyReference, data: Dataset, draws: int) -> None:
         """Score the whole dataset now if it will be drawn from more often than it has rows."""
         self._reference = reference
-        self._scores_N: Tensor | None = None
+        self._logp_N: Tensor | None = None
         if data.is_presented or draws <= len(data):
             return
         keys: list[bytes] = []
@@ -109,17 +109,17 @@ class ReferenceScores:
                 ends.append(ends[-1] + sum(c.actions for c in group.completions))
                 yield group
 
-        self._scores_N = reference.logprobs(noted())
+        self._logp_N = reference.logprobs(noted())
         keys_P = np.array(keys)
         order_P = np.argsort(keys_P)
         self._keys_P, self._spans_P2 = keys_P[order_P], np.stack([ends[:-1], ends[1:]], 1)[order_P]
 
     def of(self, groups: tuple[Group, ...]) -> Tensor:
         """[N] for the actions of `groups`."""
-        if self._scores_N is None:
+        if self._logp_N is None:
             return self._reference.logprobs(groups)
         found = np.searchsorted(self._keys_P, np.array([_key(g) for g in groups]))
-        return torch.cat([self._scores_N[begin:end] for begin, end in self._spans_P2[found].tolist()])
+        return torch.cat([self._logp_N[begin:end] for begin, end in self._spans_P2[found].tolist()])
 
 
 def _key(group: Group) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator, corrected
@@ -75,16 +75,16 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -
 
     clip = clip_of(surrogate, cfg.loss)
 
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        rows = part.rows.to(scores.logp_N.device)
-        loss_N = surrogate(scores.logp_N, part["old_logp"], part["advantage"], rows)
+    def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(output.logp_N.device)
+        loss_N = surrogate(output.logp_N, part["old_logp"], part["advantage"], rows)
         if "correction" in part.per_action:
             loss_N = loss_N * part["correction"]
         if kl.in_loss:
-            loss_N = loss_N + kl.loss(scores.logp_N, part)
+            loss_N = loss_N + kl.loss(output.logp_N, part)
         total = (loss_N * part["weight"]).sum()
-        if scores.entropy_N is not None:
-            total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
-        return total, surrogate_metrics(scores, part, clip) | kl.metrics(scores.logp_N, part)
+        if output.entropy_N is not None:
+            total = total - cfg.entropy * (output.entropy_N * part["token_weight"]).sum()
+        return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
 
     return loss

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlpost.data.formats import Need
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.logprobs import Scores
+from rlpost.policy.logprobs import PolicyOutput
 from rlpost.recipe.specs.kto import Kto
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
@@ -59,8 +59,8 @@ def mismatched(groups: Sequence[Group], seed: int) -> list[Group]:
 def log_ratios(learner: Learner, update: Experience) -> Tensor:
     """[U of all ranks] Σ (logp − ref) of each completion, without gradient."""
 
-    def read(scores: Scores, part: Experience) -> Tensor:
-        return _delta(scores, part)
+    def read(output: PolicyOutput, part: Experience) -> Tensor:
+        return _delta(output, part)
 
     everyone, _ = learner.gather(learner.look(read, update))
     return everyone
@@ -76,8 +76,8 @@ def weighted(update: Experience, learner: Learner) -> Experience:
 def unpaired_loss(function: Callable[..., Tensor], mismatched_U: Tensor) -> LossFunction:
     """Σ loss·weight, given the log-ratios of the whole update's mismatched completions."""
 
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        delta_U, good_U = _delta(scores, part), part["desirable"]
+    def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        delta_U, good_U = _delta(output, part), part["desirable"]
         loss_U = function(Unpaired(delta_U, mismatched_U.to(delta_U), good_U))
         metrics = {
             "desirable_logratio": delta_U.detach()[good_U],
@@ -89,6 +89,6 @@ def unpaired_loss(function: Callable[..., Tensor], mismatched_U: Tensor) -> Loss
     return loss
 
 
-def _delta(scores: Scores, part: Experience) -> Tensor:
-    rows = part.rows.to(scores.logp_N.device)
-    return rows.sum(scores.logp_N) - rows.sum(part["reference"])
+def _delta(output: PolicyOutput, part: Experience) -> Tensor:
+    rows = part.rows.to(output.logp_N.device)
+    return rows.sum(output.logp_N) - rows.sum(part["reference"])

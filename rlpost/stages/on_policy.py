@@ -22,7 +22,7 @@ from rlpost.objectives import kl, metrics
 from rlpost.objectives.advantages import whiten
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.weights import token_mean, weigh
-from rlpost.policy.logprobs import Scores
+from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.common import Grouped, Rollouts
@@ -188,15 +188,15 @@ def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, fl
     return low, high
 
 
-def surrogate_metrics(scores: Scores, part: Experience, clip: tuple[float, float] | None) -> dict[str, Tensor]:
+def surrogate_metrics(output: PolicyOutput, part: Experience, clip: tuple[float, float] | None) -> dict[str, Tensor]:
     """What is logged of a surrogate with that clip: over the computed actions, of completions with an advantage."""
-    logp_N, old_N, advantage_N = scores.logp_N.detach(), part["old_logp"], part["advantage"]
+    logp_N, old_N, advantage_N = output.logp_N.detach(), part["old_logp"], part["advantage"]
     line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
     if "correction" in part.per_action:
         line |= metrics.effective_sample_parts(part["correction"])
     if clip is not None:
         line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=clip[0])
         line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=clip[1])
-    if scores.entropy_N is not None:
-        line["exact_entropy"] = scores.entropy_N.detach()
+    if output.entropy_N is not None:
+        line["exact_entropy"] = output.entropy_N.detach()
     return line

@@ -15,7 +15,7 @@ from rlpost.facts import fact
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import Pairs, pairs_of
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.usercode.bound import Bound
@@ -61,7 +61,7 @@ class PairObjective:
         if not self.couples:
             return update
         everyone, own = learner.gather(
-            learner.look(lambda scores, part: _pairs(scores, part).table_PC, update, self.stats)
+            learner.look(lambda output, part: _pairs(output, part).table_PC, update, self.stats)
         )
 
         def whole(table_PC: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ class PairObjective:
     def loss(self) -> LossFunction:
         """Σ loss·weight of a part."""
 
-        def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-            pairs = _pairs(scores, part)
+        def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+            pairs = _pairs(output, part)
             if self.couples:
                 loss_P = part["value"]
                 # Worth nothing, this has the slope of the whole update's loss.
@@ -85,14 +85,14 @@ class PairObjective:
                 loss_P = self.per_pair(pairs)
                 total = (loss_P * part["pair_weight"]).sum()
             if self.nll:
-                total = total - self.nll * (scores.logp_N * part["chosen_weight"]).sum()
+                total = total - self.nll * (output.logp_N * part["chosen_weight"]).sum()
             return total, _metrics(pairs, loss_P)
 
         return loss
 
 
-def _pairs(scores: Scores, part: Experience) -> Pairs:
-    return pairs_of(scores.logp_N, part["reference"], part.rows.to(scores.logp_N.device), scores.collision_N)
+def _pairs(output: PolicyOutput, part: Experience) -> Pairs:
+    return pairs_of(output.logp_N, part["reference"], part.rows.to(output.logp_N.device), output.collision_N)
 
 
 def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlpost.objectives import metrics
 from rlpost.objectives.credit import gae, place
 from rlpost.objectives.values import value_loss
-from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
@@ -34,8 +34,10 @@ from rlpost.types import Group, completions
 def ppo(context: Context, cfg: Ppo) -> Path:
     """Train policy and critic on sampled completions and their rewards; returns the policy's final checkpoint."""
     policy = context.policy()
-    scores = context.checkpoint(cfg.critic.start) if cfg.critic.start else None
-    critic = critic_beside(policy, context.start, scores, context.model, trains_trunk=cfg.critic.trunk is Trunk.own)
+    critic_start = context.checkpoint(cfg.critic.start) if cfg.critic.start else None
+    critic = critic_beside(
+        policy, context.start, critic_start, context.model, trains_trunk=cfg.critic.trunk is Trunk.own
+    )
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
     policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
@@ -92,13 +94,13 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
 
     clip = clip_of(surrogate, cfg.loss)
 
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        rows = part.rows.to(scores.logp_N.device)
-        loss_N = surrogate(scores.logp_N, part["old_logp"], part["advantage"], rows)
+    def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        rows = part.rows.to(output.logp_N.device)
+        loss_N = surrogate(output.logp_N, part["old_logp"], part["advantage"], rows)
         total = (loss_N * part["weight"]).sum()
-        if scores.entropy_N is not None:
-            total = total - cfg.entropy * (scores.entropy_N * part["token_weight"]).sum()
-        return total, surrogate_metrics(scores, part, clip) | kl.metrics(scores.logp_N, part)
+        if output.entropy_N is not None:
+            total = total - cfg.entropy * (output.entropy_N * part["token_weight"]).sum()
+        return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
 
     return loss
 

@@ -24,8 +24,7 @@ from rlpost.errors import DataError
 from rlpost.objectives.ragged import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.common import Grouped, Rollouts
-from rlpost.rewards.score import Scorer, joined, rewarded
-from rlpost.rewards.score import Scores as Rewards
+from rlpost.rewards.score import RewardBatch, Scorer, joined, rewarded
 from rlpost.stages.context import Context
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
@@ -41,7 +40,7 @@ class Rollout:
     """The same; a completion that nothing is learned from has no actions."""
     reward_PG: Tensor
     """[P, G] total rewards; NaN where nothing is learned from a completion."""
-    rewards: Rewards
+    rewards: RewardBatch
     drawn: int
     """Prompts sampled to get these."""
     weights: Mapping[str, float]
@@ -183,7 +182,7 @@ class Sampler:
             rounds.append(self._round(step, len(rounds) * prompts))
         return self.signal.look(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
 
-    def score(self, groups: Sequence[Group]) -> Rewards:
+    def score(self, groups: Sequence[Group]) -> RewardBatch:
         """The rewards of any completions, with their steps if the stage divides them."""
         return scored(self.scorer, groups, self.policy)
 
@@ -232,14 +231,14 @@ class Recorded:
         if self.cfg.step_end is not None:
             groups = [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
         if self.scorer is None:
-            rewards = Rewards(total=[[c.reward for c in g.completions] for g in groups], by_name={})
+            rewards = RewardBatch(total=[[c.reward for c in g.completions] for g in groups], by_name={})
         else:
             rewards = scored(self.scorer, groups, self.policy)
         weights = self.scorer.weights if self.scorer else {}
         return self.signal.look(rollout_of(groups, rewards, weights, self.cfg.mask_truncated), step)
 
 
-def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
+def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> RewardBatch:
     """The rewards of any completions, told of their steps if they are divided."""
     if not any(len(c.steps) for c in completions(groups)):
         return scorer.score(groups)
@@ -247,7 +246,7 @@ def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> Rewards:
 
 
 def rollout_of(
-    groups: Sequence[Group], rewards: Rewards, weights: Mapping[str, float], mask_truncated: bool
+    groups: Sequence[Group], rewards: RewardBatch, weights: Mapping[str, float], mask_truncated: bool
 ) -> Rollout:
     """The samples with their rewards."""
     groups = rewarded(groups, rewards.total)

@@ -19,7 +19,7 @@ from rlpost.data.params import Direction
 from rlpost.errors import ModelError, RecipeError
 from rlpost.objectives.weights import weigh
 from rlpost.policy.load import load_policy
-from rlpost.policy.logprobs import DistributionLoss, LogitStats, Scores
+from rlpost.policy.logprobs import DistributionLoss, LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.sft import Sft
@@ -73,13 +73,13 @@ def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
     """Σ loss·weight of a function of log-probabilities; one of whole distributions was computed with them."""
     by_label = "label_N" in inspect.signature(function).parameters
 
-    def loss(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        nll_N = -scores.logp_N.detach()
+    def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+        nll_N = -output.logp_N.detach()
         if by_label:
             label_N = part["label"]
-            loss_N = function(logp_N=scores.logp_N, label_N=label_N)
+            loss_N = function(logp_N=output.logp_N, label_N=label_N)
             return (loss_N * part["weight"]).sum(), {"nll": nll_N[label_N], "unsaid_nll": nll_N[~label_N]}
-        loss_N = function(logp_N=scores.logp_N) if scores.loss_N is None else scores.loss_N
+        loss_N = function(logp_N=output.logp_N) if output.loss_N is None else output.loss_N
         return (loss_N * part["weight"]).sum(), {"nll": nll_N}
 
     return loss

@@ -18,7 +18,7 @@ from rlpost.errors import ModelError
 from rlpost.objectives.kl import full_kl
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
-from rlpost.policy.logprobs import LogitStats, Scores
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.trpo import Trpo
 from rlpost.stages.advantage import AdvantageEstimator, corrected
@@ -117,22 +117,22 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
     }
 
 
-def surrogate(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+def surrogate(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
     """−Σ r·A·weight (eq. 14), and the divergence from the policy that sampled."""
-    loss_N = -ratio(scores.logp_N, part["old_logp"]) * part["advantage"]
+    loss_N = -ratio(output.logp_N, part["old_logp"]) * part["advantage"]
     if "correction" in part.per_action:
         loss_N = loss_N * part["correction"]
-    return (loss_N * part["weight"]).sum(), {"divergence": _divergence(scores, part).detach()}
+    return (loss_N * part["weight"]).sum(), {"divergence": _divergence(output, part).detach()}
 
 
-def divergence(scores: Scores, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
+def divergence(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
     """KL(old || new), averaged over the actions of the update."""
-    return (_divergence(scores, part) * part["token_weight"]).sum(), {}
+    return (_divergence(output, part) * part["token_weight"]).sum(), {}
 
 
-def _divergence(scores: Scores, part: Experience) -> Tensor:
-    assert scores.distribution_NV is not None
-    return full_kl(part["old_NV"], scores.distribution_NV)
+def _divergence(output: PolicyOutput, part: Experience) -> Tensor:
+    assert output.distribution_NV is not None
+    return full_kl(part["old_NV"], output.distribution_NV)
 
 
 def _distributions(learner: Learner, policy: Policy, update: Experience, stats: LogitStats) -> Tensor:
@@ -147,4 +147,4 @@ def _distributions(learner: Learner, policy: Policy, update: Experience, stats: 
             f"trpo keeps the whole distribution of every action of an update, {size:.2g} numbers here; "
             f"use fewer prompts or more updates, for at most {MOST_NUMBERS:.2g}"
         )
-    return learner.look(lambda scores, _: scores.distribution_NV, update, stats)
+    return learner.look(lambda output, _: output.distribution_NV, update, stats)

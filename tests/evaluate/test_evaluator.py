@@ -10,7 +10,7 @@ from rlpost.evaluate.evaluator import Answers, Result, estimate_from, percent, s
 from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, wilson
 from rlpost.evaluate.table import stage_table, telling_prompts
-from rlpost.rewards.score import Scores
+from rlpost.rewards.score import RewardBatch
 from rlpost.types import Completion, Group
 
 
@@ -26,7 +26,7 @@ def answers(right, brief=None, mode="sampled", **examples) -> Answers:
         [None if any(v is None for v in values) else sum(values) for values in zip(*rows, strict=True)]
         for rows in zip(*by_name.values(), strict=True)
     ]
-    return Answers(mode, tuple(groups), Scores(total, by_name))
+    return Answers(mode, tuple(groups), RewardBatch(total, by_name))
 
 
 def test_one_answer_a_prompt_has_wilsons_interval():

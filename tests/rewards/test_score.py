@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlpost.errors import DataError, RecipeError, RewardError
-from rlpost.rewards.score import BoundReward, Scorer, Scores
+from rlpost.rewards.score import BoundReward, RewardBatch, Scorer
 from rlpost.types import Completion, Group
 
 
@@ -72,12 +72,12 @@ def test_a_none_unscores_the_total_unless_its_weight_is_zero(weight: float, tota
 
 
 def test_means_leave_out_what_nothing_scored():
-    scores = Scores(total=[[None, None]], by_name={"a": [[None, None]], "b": [[1.0, None]]})
+    scores = RewardBatch(total=[[None, None]], by_name={"a": [[None, None]], "b": [[1.0, None]]})
     assert scores.means() == {"b": 1.0}
 
 
 def test_groups_may_be_empty_or_none():
-    assert one(right).score([]) == Scores(total=[], by_name={"mine": []})
+    assert one(right).score([]) == RewardBatch(total=[], by_name={"mine": []})
     assert one(partial(brief, limit=1)).score([group(answer="4")]).total == [[]]
 
 

@@ -11,7 +11,7 @@ from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, 
 from torch import Tensor
 
 from rlpost.objectives.preference import Pairs, ranking
-from rlpost.policy.logprobs import Scores
+from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
@@ -72,13 +72,13 @@ def test_the_reference_can_be_the_base_or_an_earlier_stage(tmp_path, lora, name,
 @LORA_OR_NOT
 def test_neither_the_reference_nor_the_base_moves(tmp_path, lora, monkeypatch):
     kept = {}
-    scores_of = stage.ReferenceScores
+    reference_logprobs = stage.ReferenceLogprobs
 
-    def remember(reference, data, draws):
+    def record(reference, data, draws):
         kept["reference"] = reference
-        return scores_of(reference, data, draws)
+        return reference_logprobs(reference, data, draws)
 
-    monkeypatch.setattr(stage, "ReferenceScores", remember)
+    monkeypatch.setattr(stage, "ReferenceLogprobs", record)
     run(tmp_path, {"sft": SFT, "dpo": {**ALL, "learning_rate": 1e-2}}, *lora)
     start = policy(tmp_path / "runs/run/sft/final")
     pairs = [group(start, r["prompt"], r["chosen"], r["rejected"]) for r in PREFERENCES]
@@ -147,7 +147,7 @@ def test_ranked_groups_of_unlike_sizes_by_hand():
     delta_N = torch.tensor([0.3, -0.4, 1.0, 7.0, 0.2])
     part = Experience(groups).with_actions(reference=torch.full((5,), -1.0))
     part = part.with_groups(pair_weight=torch.tensor([1.0, 10.0]))
-    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(Scores(delta_N - 1), part)
+    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(PolicyOutput(delta_N - 1), part)
     rivals = [math.log1p(math.exp(2 * 0.7)), math.log1p(math.exp(-2 * 0.8))]
     assert float(total) == pytest.approx(rivals[0] + 10 * rivals[1])
     assert line["preference_loss"].tolist() == pytest.approx(rivals)

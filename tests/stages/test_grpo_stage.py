@@ -12,7 +12,7 @@ from tiny_recipes import GRPO, LORA, SFT, base, metrics, policy, rollouts, run, 
 
 from rlpost.errors import RewardError
 from rlpost.objectives.surrogates import policy_gradient
-from rlpost.policy.logprobs import Scores
+from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.score import logprobs
 from rlpost.stages.grpo import surrogate_loss
 from rlpost.stages.on_policy import KlPenalty, weighted
@@ -238,5 +238,5 @@ def test_the_kl_that_is_logged_is_the_policys_from_the_reference():
         **{name: torch.tensor([-1.0]) for name in ("old_logp", "sampled_logp", "advantage", "weight")},
         reference=torch.tensor([-2.0]),
     )
-    _, line = surrogate_loss(policy_gradient, cfg, penalty)(Scores(torch.tensor([-1.0])), part)
+    _, line = surrogate_loss(policy_gradient, cfg, penalty)(PolicyOutput(torch.tensor([-1.0])), part)
     assert float(line["kl"]) == pytest.approx(math.exp(-1) - 1 + 1)

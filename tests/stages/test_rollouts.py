@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlpost.objectives import kl
-from rlpost.rewards.score import Scores, rewarded
+from rlpost.rewards.score import RewardBatch, rewarded
 from rlpost.stages.on_policy import KlPenalty
 from rlpost.stages.params import Kl, KlEstimator, KlPlacement
 from rlpost.stages.rollouts import Rollout, Sampler, learned_from, rollout_of
@@ -24,7 +24,7 @@ def said(n: int, finish: str = "stop") -> Completion:
 def rollout(*rewards: list[float], prompt: int = 1, **by_step: list[list[float]]) -> Rollout:
     """Groups of completions of one token, with these rewards."""
     groups = [Group((prompt + p,), (said(1),) * len(row)) for p, row in enumerate(rewards)]
-    scores = Scores([list(row) for row in rewards], {"mine": [list(row) for row in rewards]}, by_step)
+    scores = RewardBatch([list(row) for row in rewards], {"mine": [list(row) for row in rewards]}, by_step)
     reward_PG = torch.tensor(rewards, dtype=torch.float64)
     return Rollout(groups, groups, reward_PG, scores, len(groups), {"mine": 1.0, **dict.fromkeys(by_step, 0.5)})
 
@@ -37,7 +37,7 @@ def test_rewards_by_step_are_weighed():
 
 def test_what_is_logged_of_samples():
     groups = [Group((1,), (said(2, "length"), said(4))), Group((2,), (said(1), said(1)))]
-    scores = Scores([[0.0, 1.0], [1.0, None]], {})
+    scores = RewardBatch([[0.0, 1.0], [1.0, None]], {})
     reward_PG = torch.tensor([[0.0, 1.0], [1.0, torch.nan]])
     line = Rollout(groups, groups, reward_PG, scores, 2, {}).metrics
     expected = {"reward": 2 / 3, "unscored": 1, "zero_signal": 0.5, "truncated": 0.25, "length": 2.0, "entropy": 1.0}
@@ -119,7 +119,9 @@ def test_log_probabilities_are_those_of_the_actions_in_order():
 
     def logprobs(groups: list[Group]) -> list[float]:
         rewards = [[c.reward for c in g.completions] for g in groups]
-        return rollout_of(groups, Scores(rewards, {}), {}, mask_truncated=False).experience["sampled_logp"].tolist()
+        return (
+            rollout_of(groups, RewardBatch(rewards, {}), {}, mask_truncated=False).experience["sampled_logp"].tolist()
+        )
 
     found = logprobs([Group((1,), (one, other)), Group((2,), (one, one))])
     assert found == torch.tensor([-1.0, -2.0, -0.1, -1.0, -2.0, -1.0, -2.0]).tolist()
