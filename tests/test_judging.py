@@ -14,7 +14,7 @@ from rlpost.inference.evaluate import evaluate_checkpoint
 from rlpost.inference.pairs import write_pairs
 from rlpost.inference.sample import sample
 from rlpost.pipeline import train
-from rlpost.policy.judge import Judge
+from rlpost.policy.judge import RewardModelJudge
 from rlpost.run.lookup import find_checkpoint
 
 REWARD = {
@@ -82,7 +82,7 @@ def test_a_judge_by_path_judges_every_stage(folder):
 
 def test_sample_takes_the_best_of_several_by_a_judge(folder, monkeypatch):
     seen = {}
-    by_group = Judge.by_group
+    by_group = RewardModelJudge.by_group
 
     def remember(self, groups):
         (group,) = groups
@@ -90,7 +90,7 @@ def test_sample_takes_the_best_of_several_by_a_judge(folder, monkeypatch):
         seen.update(zip([c.text for c in group.completions], scores, strict=True))
         return found
 
-    monkeypatch.setattr(Judge, "by_group", remember)
+    monkeypatch.setattr(RewardModelJudge, "by_group", remember)
     final = str(folder / "runs/run/grpo/final")
     every = sample(final, "12+34=", sampling=FEW, n=8)
     best = sample(final, "12+34=", sampling=FEW, best_of=8, judge=str(folder / "runs/run/reward"))

@@ -18,7 +18,7 @@ from rlpost.goals.infill_text import infill_text
 from rlpost.inference import checkpoint
 from rlpost.inference.sample import sample
 from rlpost.pipeline import train
-from rlpost.policy.judge import Judge, ReverseJudge, load_judge
+from rlpost.policy.judge import ReverseJudge, RewardModelJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
@@ -150,7 +150,7 @@ def test_a_judge_with_another_tokenizer_reads_the_text(stages, tmp_path):
 
 def test_a_model_that_reads_forwards_is_refused():
     with pytest.raises(RecipeError, match="reverse_likelihood: asks a model of reversed text - name an sft stage"):
-        reverse_likelihood([], Judge.__new__(Judge))
+        reverse_likelihood([], RewardModelJudge.__new__(RewardModelJudge))
 
 
 def test_steps_are_none_of_its_business(stages):

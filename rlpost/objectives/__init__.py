@@ -48,7 +48,7 @@ from rlpost.objectives.metrics import (
     without_parts,
 )
 from rlpost.objectives.preference import (
-    Pairs,
+    PairBatch,
     aot,
     aot_unpaired,
     apo_down,
@@ -110,7 +110,7 @@ from rlpost.objectives.values import bellman_residual, contrastive_value, monte_
 from rlpost.objectives.weights import constant_length, pair_mean, sequence_mean, sequence_sum, token_mean, weigh
 
 __all__ = [
-    "Pairs",
+    "PairBatch",
     "Ragged",
     "Steps",
     "Unpaired",

@@ -21,7 +21,7 @@ from rlpost.objectives.supervised import log1mexp
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PairBatch:
     """Log-probabilities of P pairs, summed over each completion's actions."""
 
     logp_P2: Tensor
@@ -53,10 +53,10 @@ class Pairs:
         return torch.cat([x_P2 for x_P2 in columns if x_P2 is not None], 1)
 
     @staticmethod
-    def from_table(table_PC: Tensor) -> Pairs:
+    def from_table(table_PC: Tensor) -> PairBatch:
         """The pairs of such a table, as `pairs_of` made them."""
         logp_P2, reference_P2, length_P2, excess_P2, *collision_P2 = torch.split(table_PC, 2, 1)
-        return Pairs(
+        return PairBatch(
             logp_P2,
             reference_P2,
             length_P2,
@@ -80,7 +80,7 @@ class Pairs:
         return self.delta_P2 / self.length_P2.clamp(min=1)
 
 
-def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Ragged, collision_N: Tensor | None = None) -> Pairs:
+def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Ragged, collision_N: Tensor | None = None) -> PairBatch:
     """Pairs from per-action log-probabilities; completions lie chosen, rejected, chosen, rejected, …
 
     Args:
@@ -96,7 +96,7 @@ def pairs_of(logp_N: Tensor, reference_N: Tensor, rows: Ragged, collision_N: Ten
         raise ValueError(f"{rows.completions} completions are not pairs of chosen and rejected")
     logp_P2 = rows.sum(logp_N).view(-1, 2)
     excess_N = beyond_shorter(rows) * (widen(logp_N) - widen(reference_N))
-    return Pairs(
+    return PairBatch(
         logp_P2,
         rows.sum(reference_N).view(-1, 2),
         rows.lengths_S.view(-1, 2).to(logp_P2.dtype),
@@ -112,7 +112,7 @@ def beyond_shorter(rows: Ragged) -> Tensor:
     return place_N >= rows.spread(shorter_S)
 
 
-def dpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
+def dpo(pairs: PairBatch, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
     """[P] −(1−ε)·logσ(βh) − ε·logσ(−βh) (DPO, Rafailov et al. 2023, arXiv:2305.18290, eq. 7).
 
     With ε > 0, the probability that a label is flipped: conservative DPO (Mitchell 2023).
@@ -124,7 +124,7 @@ def dpo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.0) -> Tensor:
 declare(dpo, couples_pairs=False)
 
 
-def dpo_robust(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.1) -> Tensor:
+def dpo_robust(pairs: PairBatch, *, beta: float = 0.1, epsilon: float = 0.1) -> Tensor:
     """[P] [−(1−ε)·logσ(βh) + ε·logσ(−βh)]/(1−2ε): unbiased under flips of rate ε (arXiv:2403.00409, eq. 12).
 
     Raises:
@@ -139,7 +139,7 @@ def dpo_robust(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 0.1) -> Tens
 declare(dpo_robust, couples_pairs=False)
 
 
-def ipo(pairs: Pairs, *, beta: float = 0.1, summed: bool = False) -> Tensor:
+def ipo(pairs: PairBatch, *, beta: float = 0.1, summed: bool = False) -> Tensor:
     """[P] (h̄ − 1/(2β))², h̄ per action or, `summed`, whole (IPO, Azar et al. 2023, arXiv:2310.12036, eq. 17)."""
     h_P = pairs.margin_P if summed else pairs.mean_delta_P2[:, 0] - pairs.mean_delta_P2[:, 1]
     return (h_P - 1 / (2 * beta)) ** 2
@@ -148,7 +148,7 @@ def ipo(pairs: Pairs, *, beta: float = 0.1, summed: bool = False) -> Tensor:
 declare(ipo, couples_pairs=False)
 
 
-def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def hinge(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] relu(1 − βh) (SLiC, Zhao et al. 2023, arXiv:2305.10425, with DPO's implicit reward)."""
     return F.relu(1 - beta * pairs.margin_P)
 
@@ -156,7 +156,7 @@ def hinge(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 declare(hinge, couples_pairs=False)
 
 
-def length_normalised(pairs: Pairs, *, beta: float = 5.0) -> Tensor:
+def length_normalised(pairs: PairBatch, *, beta: float = 5.0) -> Tensor:
     """[P] −logσ(β(Δ_w/L_w − Δ_l/L_l)) (Tülu 3, Lambert et al. 2024, arXiv:2411.15124, eq. 6)."""
     return -F.logsigmoid(beta * (pairs.mean_delta_P2[:, 0] - pairs.mean_delta_P2[:, 1]))
 
@@ -164,7 +164,7 @@ def length_normalised(pairs: Pairs, *, beta: float = 5.0) -> Tensor:
 declare(length_normalised, couples_pairs=False)
 
 
-def simpo(pairs: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+def simpo(pairs: PairBatch, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     """[P] −logσ(β(mean logp_w − mean logp_l) − γ), without a reference (SimPO, Meng et al. 2024, arXiv:2405.14734)."""
     mean_P2 = pairs.mean_logp_P2
     return -F.logsigmoid(beta * (mean_P2[:, 0] - mean_P2[:, 1]) - gamma)
@@ -173,7 +173,7 @@ def simpo(pairs: Pairs, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
 declare(simpo, couples_pairs=False, needs_reference=False)
 
 
-def cpo(pairs: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
+def cpo(pairs: PairBatch, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     """[P] −logσ(β(logp_w − logp_l)) + α·NLL_w per action (CPO, Xu et al. 2024, arXiv:2401.08417, eq. 5)."""
     preference_P = -F.logsigmoid(beta * (pairs.logp_P2[:, 0] - pairs.logp_P2[:, 1]))
     return preference_P - alpha * pairs.mean_logp_P2[:, 0]
@@ -182,7 +182,7 @@ def cpo(pairs: Pairs, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
 declare(cpo, couples_pairs=False, needs_reference=False)
 
 
-def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
+def exo(pairs: PairBatch, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
     """[P] KL(softmax(βΔ_w, βΔ_l) || [1−ε, ε]) (EXO on pairs, Ji et al. 2024, arXiv:2402.00856, eq. 16).
 
     Raises:
@@ -198,7 +198,7 @@ def exo(pairs: Pairs, *, beta: float = 0.1, epsilon: float = 1e-3) -> Tensor:
 declare(exo, couples_pairs=False)
 
 
-def nca(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def nca(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(βΔ_w) − ½logσ(−βΔ_w) − ½logσ(−βΔ_l) (NCA on pairs, Chen et al. 2024, arXiv:2402.05369)."""
     chosen_P, rejected_P = (beta * pairs.delta_P2).unbind(1)
     return -F.logsigmoid(chosen_P) - 0.5 * F.logsigmoid(-chosen_P) - 0.5 * F.logsigmoid(-rejected_P)
@@ -207,7 +207,7 @@ def nca(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 declare(nca, couples_pairs=False)
 
 
-def bco(pairs: Pairs, *, beta: float = 0.1, delta: float | None = None) -> Tensor:
+def bco(pairs: PairBatch, *, beta: float = 0.1, delta: float | None = None) -> Tensor:
     """[P] −logσ(βΔ_w − δ) − logσ(−(βΔ_l − δ)) (BCO, Jung et al. 2024, arXiv:2404.04656).
 
     δ is given, or the mean of βΔ over both sides of all these pairs, without gradient. The paper's is a running mean
@@ -218,7 +218,7 @@ def bco(pairs: Pairs, *, beta: float = 0.1, delta: float | None = None) -> Tenso
     return -F.logsigmoid(reward_P2[:, 0] - shift) - F.logsigmoid(shift - reward_P2[:, 1])
 
 
-def sppo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def sppo(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] (Δ_w − 1/(2β))² + (Δ_l + 1/(2β))² (SPPO, Wu et al. 2024, arXiv:2405.00675, eq. 4.7; β = 1/η).
 
     The paper estimates how probable it is that the chosen one wins; here it is 1.
@@ -230,7 +230,7 @@ def sppo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 declare(sppo, couples_pairs=False)
 
 
-def aot(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def aot(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(β(policy margin − reference margin of the same rank)) (AOT paired, arXiv:2406.05882).
 
     A margin is logp_w − logp_l. The policy's are to dominate the reference's as a distribution, not pair by pair: each
@@ -241,7 +241,7 @@ def aot(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
     return -F.logsigmoid(beta * (policy_P - _of_same_rank(policy_P, reference_P)))
 
 
-def aot_unpaired(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def aot_unpaired(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(β(Δ_w − Δ_l of the same rank)) (AOT unpaired, Melnyk et al. 2024, arXiv:2406.05882).
 
     Who was compared with whom does not matter. An element of the result belongs to the pair of its chosen completion.
@@ -255,7 +255,7 @@ def _of_same_rank(x_P: Tensor, other_P: Tensor) -> Tensor:
     return other_P.sort().values[x_P.argsort(stable=True).argsort()]
 
 
-def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def apo_zero(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] 1 − σ(βΔ_w) + σ(βΔ_l): the chosen one up, the rejected one down (APO-zero, arXiv:2408.06266)."""
     chosen_P, rejected_P = (beta * pairs.delta_P2).unbind(1)
     return 1 - chosen_P.sigmoid() + rejected_P.sigmoid()
@@ -264,7 +264,7 @@ def apo_zero(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 declare(apo_zero, couples_pairs=False)
 
 
-def apo_down(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def apo_down(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] σ(βΔ_w) + 1 − σ(βh): both down, the rejected one more (APO-down, arXiv:2408.06266)."""
     return (beta * pairs.delta_P2[:, 0]).sigmoid() + 1 - (beta * pairs.margin_P).sigmoid()
 
@@ -272,7 +272,7 @@ def apo_down(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
 declare(apo_down, couples_pairs=False)
 
 
-def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> Tensor:
+def discopop(pairs: PairBatch, *, beta: float = 0.1, temperature: float = 0.05) -> Tensor:
     """[P] (1−s)·(−logσ(βh)) + s·e^{−βh}, s = σ(βh/τ), τ = `temperature` (DiscoPOP, arXiv:2406.08414)."""
     logit_P = beta * pairs.margin_P
     # Both factors in one exponent: apart, a hopeless pair would be 0·∞.
@@ -283,7 +283,7 @@ def discopop(pairs: Pairs, *, beta: float = 0.1, temperature: float = 0.05) -> T
 declare(discopop, couples_pairs=False)
 
 
-def orpo(pairs: Pairs, *, beta: float = 0.1) -> Tensor:
+def orpo(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] NLL_w − β·logσ(log-odds_w − log-odds_l), by mean logp (ORPO, Hong et al. 2024, arXiv:2403.07691, eq. 6).
 
     log-odds = logp − log(1 − p), p the geometric mean of a completion's probabilities. No reference.

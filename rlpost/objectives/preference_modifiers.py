@@ -18,16 +18,16 @@ from torch import Tensor
 
 from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
-from rlpost.objectives.preference import Pairs, beyond_shorter
+from rlpost.objectives.preference import PairBatch, beyond_shorter
 from rlpost.objectives.ragged import Ragged, widen
 
 
 def f_divergence(
-    pairs: Pairs,
+    pairs: PairBatch,
     *,
     kind: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl",
     alpha: float = 0.5,
-) -> Pairs:
+) -> PairBatch:
     """Pairs with f′(e^Δ) in the place of Δ: another divergence than reverse KL (Wang et al. 2023, arXiv:2309.16240).
 
     `reverse_kl`: Δ; `forward_kl`: 1 − e^{−Δ}; `jensen_shannon`: log(2e^Δ/(1 + e^Δ)); `alpha`: (1 − e^{−αΔ})/α, which is
@@ -61,7 +61,7 @@ def _alpha(delta_P2: Tensor, alpha: float) -> Tensor:
     return (-alpha * delta_P2.clamp(min=-LIMIT)).expm1() / -alpha
 
 
-def length_desensitised(pairs: Pairs, *, alpha: float = 0.5) -> Pairs:
+def length_desensitised(pairs: PairBatch, *, alpha: float = 0.5) -> PairBatch:
     """Pairs in whose Δ an action beyond the shorter one's length counts α (LD-DPO, Liu et al. 2024, arXiv:2409.06411).
 
     So a completion is not better for being longer. The reference is weighed like the policy, so that Δ is 0 where they
@@ -92,7 +92,7 @@ def _check_share(alpha: float) -> None:
         raise ValueError(f"alpha is what an action beyond the shorter one's length counts, in [0, 1], got {alpha}")
 
 
-def confidence(pairs: Pairs) -> Pairs:
+def confidence(pairs: PairBatch) -> PairBatch:
     """Pairs weighed by how likely the policy itself is to say both, detached (WPO, Zhou et al. 2024, arXiv:2406.11827).
 
     w = exp(mean logp_w + mean logp_l): the length-normalised probabilities, plain. Where the pairs know the chance

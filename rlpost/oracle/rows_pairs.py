@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlpost.objectives import preference
 from rlpost.objectives.coupled import linearised
-from rlpost.objectives.preference import Pairs, pairs_of
+from rlpost.objectives.preference import PairBatch, pairs_of
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.ranking import bradley_terry, process_reward, ranking
 from rlpost.objectives.unpaired import Unpaired, kto
@@ -51,10 +51,10 @@ class Drawn:
         self.mean_w, self.mean_l = (self.logp_P2 / self.length_P2).unbind(1)
         self.h_mean = self.delta_w / self.length_w - self.delta_l / self.length_l
 
-    def slopes(self, loss: Callable[[Pairs], Tensor]) -> Tensor:
+    def slopes(self, loss: Callable[[PairBatch], Tensor]) -> Tensor:
         """[P, 2] of the summed loss by the log-probabilities."""
         moving_P2 = self.logp_P2.clone().requires_grad_()
-        return torch.autograd.grad(loss(Pairs(moving_P2, self.reference_P2, self.length_P2)).sum(), moving_P2)[0]
+        return torch.autograd.grad(loss(PairBatch(moving_P2, self.reference_P2, self.length_P2)).sum(), moving_P2)[0]
 
 
 def pair_section(problem: Problem) -> Section:
@@ -68,7 +68,7 @@ def pair_section(problem: Problem) -> Section:
     return Section("losses of preferences: relative error of the gradient", tuple(rows))
 
 
-Claims = Iterator[tuple[str, Callable[[Pairs], Tensor], Slopes]]
+Claims = Iterator[tuple[str, Callable[[PairBatch], Tensor], Slopes]]
 
 
 def _of_margin(d: Drawn) -> Claims:
@@ -160,9 +160,9 @@ def _coupled_rows(d: Drawn) -> list[Row]:
         return torch.cat([slope_P2[:, 0], together_L])
 
     value, slope_P2 = linearised(
-        lambda x_P2: preference.bco(Pairs(x_P2, d.reference_P2, d.length_P2), beta=BETA).sum(), d.logp_P2
+        lambda x_P2: preference.bco(PairBatch(x_P2, d.reference_P2, d.length_P2), beta=BETA).sum(), d.logp_P2
     )
-    whole = preference.bco(Pairs(d.logp_P2, d.reference_P2, d.length_P2), beta=BETA).sum()
+    whole = preference.bco(PairBatch(d.logp_P2, d.reference_P2, d.length_P2), beta=BETA).sum()
     both = relative_error(slope_P2, d.slopes(partial(preference.bco, beta=BETA)))
     return [
         exact("gradient of aot", relative_error(found, torch.stack([pull, -pull], 1)), "by hand"),
@@ -197,7 +197,7 @@ def _scored_rows(d: Drawn) -> list[Row]:
     e_P3 = score_P3.exp()
     tied = -(e_P3[:, :2] / (e_P3[:, :2] + e_P3[:, 2:])).log().sum(1)
     absent_P3 = torch.where(torch.tensor([False, False, True]), torch.nan, rank_P3)
-    alone = preference.dpo(Pairs(d.logp_P2.flip(1), d.reference_P2.flip(1), d.length_P2), beta=1.0)
+    alone = preference.dpo(PairBatch(d.logp_P2.flip(1), d.reference_P2.flip(1), d.length_P2), beta=1.0)
     lead = d.logp_P2[:, 0] - d.logp_P2[:, 1] - d.h.abs()
     scored = -lead.sigmoid().log() + 0.1 * (d.logp_P2[:, 0] + d.logp_P2[:, 1]) ** 2
     label = torch.frac(torch.arange(len(d.h)).double() * 0.37)
@@ -232,7 +232,7 @@ def _table_row(problem: Problem, d: Drawn) -> Row:
     index_N = torch.tensor([begin_L[leaf] + k for leaf in leaves for k in range(lengths[leaf])])
     rows = Ragged([lengths[leaf] for leaf in leaves])
     made = pairs_of(problem.old_N[index_N], problem.reference_N[index_N], rows, problem.old_N[index_N])
-    back = Pairs.from_table(made.table_PC)
+    back = PairBatch.from_table(made.table_PC)
     found = torch.cat([back.delta_P2, back.length_P2, back.margin_P[:, None], back.mean_delta_P2], 1)
     means = torch.stack([d.delta_w / d.length_w, d.delta_l / d.length_l], 1)
     true = torch.cat([torch.stack([d.delta_w, d.delta_l], 1), d.length_P2, d.h[:, None], means], 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlpost.objectives.preference import Pairs, dpo, dpo_robust
+from rlpost.objectives.preference import PairBatch, dpo, dpo_robust
 from rlpost.oracle import truth
 from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import EXACT, Row, Section, exact, holds, skipped
@@ -67,7 +67,7 @@ def _pair_rows(problem: Problem) -> list[Row]:
     are flipped at a known rate, `dpo_robust` has the gradient that `dpo` has on clean labels.
     """
     name, expected = "expected gradient of dpo at π*, Bradley–Terry labels", "0: the same optimum"
-    pairs = _Pairs.of(problem)
+    pairs = _LeafPairs.of(problem)
     if pairs is None:
         return [skipped(name, "too many pairs", expected)]
     optimum_XV = truth.soft_optimum(problem.tree, problem.reference_XV, problem.reward_L, BETA)
@@ -86,7 +86,7 @@ def _pair_rows(problem: Problem) -> list[Row]:
     ]
 
 
-class _Pairs:
+class _LeafPairs:
     """Every pair of different leaves, drawn from the reference; which one wins is a probability."""
 
     def __init__(self, problem: Problem, first_P: Tensor, second_P: Tensor) -> None:
@@ -99,18 +99,18 @@ class _Pairs:
         """Probability that the first of each pair is preferred, after Bradley and Terry."""
 
     @staticmethod
-    def of(problem: Problem) -> _Pairs | None:
+    def of(problem: Problem) -> _LeafPairs | None:
         """All pairs, or None where they are more than 200000."""
         leaves = problem.tree.leaves
         if leaves * (leaves - 1) // 2 > 200_000:
             return None
         first_P, second_P = torch.triu_indices(leaves, leaves, 1)
-        return _Pairs(problem, first_P, second_P)
+        return _LeafPairs(problem, first_P, second_P)
 
-    def without(self, leaf: int) -> _Pairs:
+    def without(self, leaf: int) -> _LeafPairs:
         """Those in which a completion does not occur."""
         kept = (self.first_P != leaf) & (self.second_P != leaf)
-        return _Pairs(self.problem, self.first_P[kept], self.second_P[kept])
+        return _LeafPairs(self.problem, self.first_P[kept], self.second_P[kept])
 
     def loss(self, logp_XV: Tensor, wins_P: Tensor, robust: bool = False) -> Tensor:
         """The expected loss of `dpo`, or `dpo_robust`, over pairs and labels."""
@@ -119,7 +119,7 @@ class _Pairs:
 
         def of(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
             index_P2 = torch.stack([chosen_P, rejected_P], 1)
-            pairs = Pairs(logp_L[index_P2], self.reference_L[index_P2], length_L[index_P2])
+            pairs = PairBatch(logp_L[index_P2], self.reference_L[index_P2], length_L[index_P2])
             return dpo_robust(pairs, beta=BETA, epsilon=FLIPS) if robust else dpo(pairs, beta=BETA)
 
         either_P = wins_P * of(self.first_P, self.second_P) + (1 - wins_P) * of(self.second_P, self.first_P)
@@ -133,13 +133,13 @@ class _Pairs:
 
 def _parting_rows(problem: Problem) -> list[Row]:
     """Two ways in which DPO stops being reinforcement learning, each with what it costs in regularised reward."""
-    pairs = _Pairs.of(problem)
+    pairs = _LeafPairs.of(problem)
     if pairs is None or problem.tree.leaves > MOST_FITTED:
         return [skipped("where DPO and RL part", f"more than {MOST_FITTED} completions")]
     return [*_support_rows(problem, pairs), *_intransitive_rows(problem, pairs)]
 
 
-def _support_rows(problem: Problem, pairs: _Pairs) -> list[Row]:
+def _support_rows(problem: Problem, pairs: _LeafPairs) -> list[Row]:
     """A completion that no pair contains: DPO's loss is blind to how much of the policy goes there, reward is not.
 
     Moving a share of π* onto it scales all others alike, and no margin between two of them changes.
@@ -160,7 +160,7 @@ def _support_rows(problem: Problem, pairs: _Pairs) -> list[Row]:
     ]
 
 
-def _intransitive_rows(problem: Problem, pairs: _Pairs) -> list[Row]:
+def _intransitive_rows(problem: Problem, pairs: _LeafPairs) -> list[Row]:
     """Preferences in a circle, which no Bradley–Terry score explains, against maximising the rate of wins.
 
     DPO finds the best scores there are; the best policy for the rate of wins over the reference, with the same KL, is
@@ -197,14 +197,14 @@ def _intransitive_rows(problem: Problem, pairs: _Pairs) -> list[Row]:
     ]
 
 
-def _in_a_circle(pairs: _Pairs) -> Tensor:
+def _in_a_circle(pairs: _LeafPairs) -> Tensor:
     """[P] each completion beats the half of the others that follow it, around a circle, nine times in ten."""
     leaves = pairs.problem.tree.leaves
     ahead_P = (pairs.second_P - pairs.first_P) % leaves
     return torch.where(ahead_P * 2 < leaves, 0.9, 0.1).double()
 
 
-def _win_rate(pairs: _Pairs, wins_P: Tensor) -> Tensor:
+def _win_rate(pairs: _LeafPairs, wins_P: Tensor) -> Tensor:
     """[L] probability of being preferred to a completion of the reference; a tie with itself is a half."""
     reference_L = pairs.reference_L.exp()
     wins_L = 0.5 * reference_L
@@ -212,7 +212,7 @@ def _win_rate(pairs: _Pairs, wins_P: Tensor) -> Tensor:
     return wins_L.index_add(0, pairs.second_P, (1 - wins_P) * reference_L[pairs.first_P])
 
 
-def _fitted(tree: Tree, pairs: _Pairs, wins_P: Tensor, steps: int = 30) -> Tensor:
+def _fitted(tree: Tree, pairs: _LeafPairs, wins_P: Tensor, steps: int = 30) -> Tensor:
     """[L] the scores, of mean 0, that minimise −Σ share·log-likelihood: DPO's implied rewards at its optimum."""
     first, second = pairs.first_P, pairs.second_P
     scores_L = torch.zeros(tree.leaves, dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlpost.objectives import preference_modifiers as modifiers
 from rlpost.objectives import supervised
-from rlpost.objectives.preference import Pairs, pairs_of
+from rlpost.objectives.preference import PairBatch, pairs_of
 from rlpost.objectives.ragged import Ragged
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import descent
@@ -119,7 +119,7 @@ def _modifier_rows(problem: Problem) -> list[Row]:
     return [*kinds, *_length_rows(pairs, rows, logp_N - reference_N), *_confidence_rows(pairs, rows, logp_N, agree_N)]
 
 
-def _length_rows(pairs: Pairs, rows: Ragged, gap_N: Tensor) -> list[Row]:
+def _length_rows(pairs: PairBatch, rows: Ragged, gap_N: Tensor) -> list[Row]:
     counted = []
     pieces = torch.split(gap_N, rows.lengths_S.tolist())
     for own, other in zip(pieces, [pieces[i ^ 1] for i in range(len(pieces))], strict=True):
@@ -133,10 +133,13 @@ def _length_rows(pairs: Pairs, rows: Ragged, gap_N: Tensor) -> list[Row]:
     ]
 
 
-def _confidence_rows(pairs: Pairs, rows: Ragged, logp_N: Tensor, agree_N: Tensor) -> list[Row]:
+def _confidence_rows(pairs: PairBatch, rows: Ragged, logp_N: Tensor, agree_N: Tensor) -> list[Row]:
     """A weight of each pair: how likely both are per action, plain and against a draw of the policy's own."""
     weights = []
-    for told, own_N in ((pairs, logp_N - agree_N), (Pairs(pairs.logp_P2, pairs.reference_P2, pairs.length_P2), logp_N)):
+    for told, own_N in (
+        (pairs, logp_N - agree_N),
+        (PairBatch(pairs.logp_P2, pairs.reference_P2, pairs.length_P2), logp_N),
+    ):
         found_P = modifiers.confidence(told).weight_P
         assert found_P is not None
         mean_P2 = (rows.sum(own_N) / rows.lengths_S).view(-1, 2)

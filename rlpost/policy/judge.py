@@ -29,7 +29,7 @@ from rlpost.policy.scalar import ScalarModel, Values, load_scalar
 from rlpost.types import Completion, Group, Ids, completions
 
 
-class Judge:
+class RewardModelJudge:
     """Scores completions that another model wrote.
 
     With that model's tokenizer it reads the very tokens; with one of its own it reads the prompt of the row and the
@@ -149,7 +149,7 @@ class ReverseJudge:
         return Group(ids[:cut], (Completion(ids[cut:], (True,) * (len(ids) - cut)),))
 
 
-AnyJudge = Judge | ReverseJudge
+AnyJudge = RewardModelJudge | ReverseJudge
 
 
 def load_judge(
@@ -162,7 +162,7 @@ def load_judge(
         settings: the recipe's `model` section.
         policy: who writes.
         name: of its adapter on the shared base.
-        step_end: see `Judge`.
+        step_end: see `RewardModelJudge`.
 
     Raises:
         ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
@@ -177,7 +177,7 @@ def load_judge(
         reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
         return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
     scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
-    return Judge(scalar, policy.tokenizer, step_end)
+    return RewardModelJudge(scalar, policy.tokenizer, step_end)
 
 
 def _nested(scores: Sequence[float], groups: Sequence[Group]) -> list[list[float | None]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlpost.facts import fact
 from rlpost.objectives.coupled import linearised
-from rlpost.objectives.preference import Pairs, pairs_of
+from rlpost.objectives.preference import PairBatch, pairs_of
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.train.experience import Experience
@@ -26,7 +26,7 @@ class PairObjective:
     """A loss of pairs, with what a recipe puts before and beside it."""
 
     function: Bound
-    modifiers: Sequence[Callable[[Pairs], Pairs]] = ()
+    modifiers: Sequence[Callable[[PairBatch], PairBatch]] = ()
     nll: float = 0.0
     """Weight of the chosen completions' negative log-likelihood, per token."""
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class PairObjective:
         """A pair's loss may depend on other pairs: so it is for all losses that do not say otherwise."""
         return fact(self.function, "couples_pairs")
 
-    def per_pair(self, pairs: Pairs) -> Tensor:
+    def per_pair(self, pairs: PairBatch) -> Tensor:
         """[P] the loss, modifiers applied."""
         for modify in self.modifiers:
             pairs = modify(pairs)
@@ -65,7 +65,7 @@ class PairObjective:
         )
 
         def whole(table_PC: Tensor) -> Tensor:
-            return self.per_pair(Pairs.from_table(table_PC)).sum() / count
+            return self.per_pair(PairBatch.from_table(table_PC)).sum() / count
 
         value, slope_PC = linearised(whole, everyone)
         # Each pair carries an equal share of the value, so that parts and ranks add up to it.
@@ -91,11 +91,11 @@ class PairObjective:
         return loss
 
 
-def _pairs(output: PolicyOutput, part: Experience) -> Pairs:
+def _pairs(output: PolicyOutput, part: Experience) -> PairBatch:
     return pairs_of(output.logp_N, part["reference"], part.rows.to(output.logp_N.device), output.collision_N)
 
 
-def _metrics(pairs: Pairs, loss_P: Tensor) -> dict[str, Tensor]:
+def _metrics(pairs: PairBatch, loss_P: Tensor) -> dict[str, Tensor]:
     margin_P, delta_P2 = pairs.margin_P.detach(), pairs.delta_P2.detach()
     return {
         "preference_loss": loss_P.detach(),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlpost.facts import fact
-from rlpost.objectives import Pairs, Ragged
+from rlpost.objectives import PairBatch, Ragged
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import aot, aot_unpaired, bco, dpo, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
@@ -49,10 +49,13 @@ def test_the_slope_of_a_known_function():
 
 def test_aot_cut_in_two_is_another_loss():
     # Whole, Δ_w = 2, −2 meets Δ_l = 1, −3 as 2 − 1 and −2 + 3; cut, 2 + 3 and −2 − 1.
-    pairs = Pairs(torch.tensor([[2.0, -3.0], [-2.0, 1.0]], dtype=torch.float64), torch.zeros(2, 2), torch.ones(2, 2))
+    pairs = PairBatch(
+        torch.tensor([[2.0, -3.0], [-2.0, 1.0]], dtype=torch.float64), torch.zeros(2, 2), torch.ones(2, 2)
+    )
     whole = aot_unpaired(pairs, beta=1.0).mean().item()
     cut = [
-        aot_unpaired(Pairs(pairs.logp_P2[p], torch.zeros(1, 2), torch.ones(1, 2)), beta=1.0).item() for p in ([0], [1])
+        aot_unpaired(PairBatch(pairs.logp_P2[p], torch.zeros(1, 2), torch.ones(1, 2)), beta=1.0).item()
+        for p in ([0], [1])
     ]
     assert whole == pytest.approx(-math.log(sigmoid(1.0)))
     assert sum(cut) / 2 == pytest.approx(-(math.log(sigmoid(5.0)) + math.log(sigmoid(-3.0))) / 2)
@@ -66,7 +69,7 @@ def test_aot_cut_in_two_is_another_loss():
 def test_the_second_pass_at_one_pair_a_part_has_the_gradient_of_the_whole(loss, modifiers):
     logp, reference = numbers()
 
-    def mean_loss(pairs: Pairs) -> torch.Tensor:
+    def mean_loss(pairs: PairBatch) -> torch.Tensor:
         for modify in modifiers:
             pairs = modify(pairs, kind="jensen_shannon") if modify is f_divergence else modify(pairs)
         loss_P = loss(pairs, beta=0.5)
@@ -75,7 +78,7 @@ def test_the_second_pass_at_one_pair_a_part_has_the_gradient_of_the_whole(loss, 
     value = mean_loss(pairs_of(logp, reference, ROWS))
     (whole,) = torch.autograd.grad(value, logp)
     table_PC = torch.cat([pairs_of(logp[at].detach(), reference[at], rows).table_PC for at, rows in parts()])
-    said, slope_PC = linearised(lambda table: mean_loss(Pairs.from_table(table)), table_PC)
+    said, slope_PC = linearised(lambda table: mean_loss(PairBatch.from_table(table)), table_PC)
     assert said.item() == pytest.approx(value.item(), abs=1e-14)
     followed, naive = torch.zeros_like(whole), torch.zeros_like(whole)
     for p, (at, rows) in enumerate(parts()):

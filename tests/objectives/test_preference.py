@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlpost.objectives import Pairs, Ragged, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
+from rlpost.objectives import PairBatch, Ragged, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
 from rlpost.objectives.preference import (
     aot,
     aot_unpaired,
@@ -34,9 +34,9 @@ def softplus(x: float) -> float:
 
 
 @pytest.fixture
-def pair() -> Pairs:
+def pair() -> PairBatch:
     """Δ_w = 1 over 2 actions, Δ_l = −3 over 4: h = 4, per action ½ and −¾."""
-    return Pairs(
+    return PairBatch(
         torch.tensor([[-2.0, -8.0]], dtype=torch.float64),
         torch.tensor([[-3.0, -5.0]], dtype=torch.float64),
         torch.tensor([[2.0, 4.0]], dtype=torch.float64),
@@ -90,7 +90,7 @@ def test_losses_of_the_margin_by_hand(pair):
 
 def test_exo_is_zero_where_the_margin_says_what_the_labels_do():
     h = math.log(0.8 / 0.2) / 0.1
-    pairs = Pairs(torch.tensor([[h, 0.0]], dtype=torch.float64), torch.zeros(1, 2), torch.ones(1, 2))
+    pairs = PairBatch(torch.tensor([[h, 0.0]], dtype=torch.float64), torch.zeros(1, 2), torch.ones(1, 2))
     assert exo(pairs, beta=0.1, epsilon=0.2).item() == pytest.approx(0, abs=1e-15)
     for epsilon in (0.0, 1e-4, 0.5):
         with pytest.raises(ValueError, match=r"from 1e-3"):
@@ -102,7 +102,7 @@ def test_orpo_by_hand_and_close_to_certainty(pair):
     odds = math.log((math.e**2 - 1) / (math.e - 1))
     assert orpo(pair, beta=0.25).item() == pytest.approx(1 + 0.25 * softplus(-odds))
     sure = torch.tensor([[-1e-30, -3.0]], dtype=torch.float64, requires_grad=True)
-    value = orpo(Pairs(sure, torch.zeros(1, 2), torch.ones(1, 2)))
+    value = orpo(PairBatch(sure, torch.zeros(1, 2), torch.ones(1, 2)))
     value.sum().backward()
     assert 0 <= value.item() < 1e-10
     assert sure.grad.isfinite().all()
@@ -112,10 +112,10 @@ def test_aot_compares_what_has_the_same_rank():
     # Policy margins 3, 1, 2 and reference margins 0, 5, 4: ranks 2, 0, 1 meet 5, 0, 4.
     policy = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.0]], dtype=torch.float64)
     reference = torch.tensor([[0.0, 0.0], [5.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
-    pairs = Pairs(policy, reference, torch.ones(3, 2))
+    pairs = PairBatch(policy, reference, torch.ones(3, 2))
     assert aot(pairs, beta=1.0).tolist() == pytest.approx([softplus(2.0), softplus(-1.0), softplus(2.0)])
     # Δ_w = 3, −4, −2 and Δ_l = 1, 0, −1 (say): the same ranks meet 1, −1, 0.
-    pairs = Pairs(policy + torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, -1.0]]), reference, torch.ones(3, 2))
+    pairs = PairBatch(policy + torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, -1.0]]), reference, torch.ones(3, 2))
     assert aot_unpaired(pairs, beta=1.0).tolist() == pytest.approx([softplus(-2.0), softplus(3.0), softplus(2.0)])
 
 
@@ -123,8 +123,8 @@ def test_aot_compares_what_has_the_same_rank():
 def test_aot_of_one_pair_is_dpo_and_does_not_depend_on_the_order(pair, loss):
     assert loss(pair).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
     torch.manual_seed(0)
-    many = Pairs(*torch.randn(2, 6, 2, dtype=torch.float64), torch.ones(6, 2))
-    turned = Pairs(many.logp_P2.flip(0), many.reference_P2.flip(0), many.length_P2)
+    many = PairBatch(*torch.randn(2, 6, 2, dtype=torch.float64), torch.ones(6, 2))
+    turned = PairBatch(many.logp_P2.flip(0), many.reference_P2.flip(0), many.length_P2)
     assert loss(turned).tolist() == pytest.approx(loss(many).flip(0).tolist(), abs=1e-15)
 
 
@@ -132,16 +132,16 @@ def test_aot_of_one_pair_is_dpo_and_does_not_depend_on_the_order(pair, loss):
 def test_who_belongs_to_whom_does_not_matter_to_losses_of_distributions(loss):
     torch.manual_seed(1)
     logp, reference = torch.randn(2, 5, 2, dtype=torch.float64)
-    pairs = Pairs(logp, reference, torch.ones(5, 2))
+    pairs = PairBatch(logp, reference, torch.ones(5, 2))
     if loss is aot:  # the reference's margins are a distribution of their own
-        other = Pairs((logp - reference) + reference.roll(1, 0), reference.roll(1, 0), torch.ones(5, 2))
-        back = aot(Pairs(logp, reference.roll(1, 0), torch.ones(5, 2)))
+        other = PairBatch((logp - reference) + reference.roll(1, 0), reference.roll(1, 0), torch.ones(5, 2))
+        back = aot(PairBatch(logp, reference.roll(1, 0), torch.ones(5, 2)))
         assert back.sum().item() == pytest.approx(aot(pairs).sum().item(), abs=1e-14)
         assert aot(other).sum().item() != pytest.approx(aot(pairs).sum().item(), abs=1e-3)
         return
     delta = logp - reference
     mixed = torch.stack([delta[:, 0], delta[:, 1].roll(2)], 1)
-    rearranged = Pairs(mixed, torch.zeros(5, 2), torch.ones(5, 2))
+    rearranged = PairBatch(mixed, torch.zeros(5, 2), torch.ones(5, 2))
     assert loss(rearranged).sum().item() == pytest.approx(loss(pairs).sum().item(), abs=1e-14)
 
 
@@ -153,23 +153,23 @@ def test_gradients_are_those_of_finite_differences(loss):
     lengths = torch.tensor([[2.0, 3.0], [1.0, 1.0], [4.0, 2.0], [5.0, 1.0]], dtype=torch.float64)
     given = {"delta": 0.1} if loss is bco else {}  # its own delta is without gradient
     assert torch.autograd.gradcheck(
-        lambda x: loss(Pairs(x, reference, lengths), beta=0.7, **given), logp.requires_grad_(True)
+        lambda x: loss(PairBatch(x, reference, lengths), beta=0.7, **given), logp.requires_grad_(True)
     )
 
 
 def test_the_shift_of_bco_has_no_gradient(pair):
     logp = pair.logp_P2.clone().requires_grad_(True)
-    bco(Pairs(logp, pair.reference_P2, pair.length_P2), beta=0.5).sum().backward()
+    bco(PairBatch(logp, pair.reference_P2, pair.length_P2), beta=0.5).sum().backward()
     assert logp.grad[0].tolist() == pytest.approx([-0.5 * sigmoid(-1.0), 0.5 * sigmoid(-1.0)])
     apart = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64, requires_grad=True)  # δ = 1 at β = 1
-    bco(Pairs(apart, torch.zeros(2, 2), torch.ones(2, 2)), beta=1.0).sum().backward()
+    bco(PairBatch(apart, torch.zeros(2, 2), torch.ones(2, 2)), beta=1.0).sum().backward()
     assert apart.grad[0].tolist() == pytest.approx([-sigmoid(-2.0), sigmoid(-1.0)])
     assert apart.grad[1].tolist() == pytest.approx([-sigmoid(1.0), sigmoid(0.0)])
 
 
 def test_discopop_stays_finite_at_any_temperature():
     logp = torch.tensor([[-9000.0, 0.0]], requires_grad=True)
-    value = discopop(Pairs(logp, torch.zeros(1, 2), torch.ones(1, 2)), beta=1.0, temperature=3.0)
+    value = discopop(PairBatch(logp, torch.zeros(1, 2), torch.ones(1, 2)), beta=1.0, temperature=3.0)
     value.sum().backward()
     assert value.isfinite().all()
     assert logp.grad.isfinite().all()
@@ -178,18 +178,18 @@ def test_discopop_stays_finite_at_any_temperature():
 def test_the_directions_of_the_anchored_losses():
     logp = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     for loss, signs in ((apo_zero, [-1, 1]), (apo_down, [0, 1]), (nca, [-1, 1])):
-        (grad,) = torch.autograd.grad(loss(Pairs(logp, torch.zeros(1, 2), torch.ones(1, 2))).sum(), logp)
+        (grad,) = torch.autograd.grad(loss(PairBatch(logp, torch.zeros(1, 2), torch.ones(1, 2))).sum(), logp)
         assert grad[0].sign().tolist() == signs, loss
     # Once the margin is won, APO-down lowers the chosen one too.
     won = torch.tensor([[0.0, -50.0]], dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(apo_down(Pairs(won, torch.zeros(1, 2), torch.ones(1, 2))).sum(), won)
+    (grad,) = torch.autograd.grad(apo_down(PairBatch(won, torch.zeros(1, 2), torch.ones(1, 2))).sum(), won)
     assert grad[0, 0] > 0
 
 
 def test_ranking_of_two_is_dpo(pair):
     torch.manual_seed(3)
     delta = torch.randn(4, 2, dtype=torch.float64)
-    pairs = Pairs(delta, torch.zeros(4, 2), torch.ones(4, 2))
+    pairs = PairBatch(delta, torch.zeros(4, 2), torch.ones(4, 2))
     reward = torch.tensor([[1.0, 0.0]]).expand(4, 2)
     assert ranking(delta, reward, beta=0.3).tolist() == pytest.approx(dpo(pairs, beta=0.3).tolist(), abs=1e-15)
     assert ranking(pair.delta_P2, reward[:1]).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
@@ -197,7 +197,7 @@ def test_ranking_of_two_is_dpo(pair):
 
 def test_at_the_reference_dpo_is_log_two():
     logp = torch.tensor([[-2.0, -7.0], [-4.0, -1.0]], dtype=torch.float64, requires_grad=True)
-    pairs = Pairs(logp, logp.detach(), torch.ones(2, 2))
+    pairs = PairBatch(logp, logp.detach(), torch.ones(2, 2))
     for epsilon in (0.0, 0.3):
         assert dpo(pairs, epsilon=epsilon).tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
     assert length_normalised(pairs).tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
@@ -207,7 +207,7 @@ def test_at_the_reference_dpo_is_log_two():
 
 
 def test_the_robust_loss_is_unbiased_under_flipped_labels(pair):
-    swapped = Pairs(pair.logp_P2.flip(1), pair.reference_P2.flip(1), pair.length_P2.flip(1))
+    swapped = PairBatch(pair.logp_P2.flip(1), pair.reference_P2.flip(1), pair.length_P2.flip(1))
     mixed = 0.8 * dpo_robust(pair, epsilon=0.2) + 0.2 * dpo_robust(swapped, epsilon=0.2)
     assert mixed.item() == pytest.approx(dpo(pair).item(), abs=1e-15)
 
@@ -222,13 +222,13 @@ def test_the_robust_loss_refuses_a_flip_rate_of_one_half(pair):
     [dpo, length_normalised, ipo, hinge, exo, nca, bco, sppo, aot, aot_unpaired, apo_zero, apo_down, discopop],
 )
 def test_only_differences_to_the_reference_matter(pair, loss):
-    shifted = Pairs(pair.logp_P2 - 3, pair.reference_P2 - 3, pair.length_P2)
+    shifted = PairBatch(pair.logp_P2 - 3, pair.reference_P2 - 3, pair.length_P2)
     assert loss(shifted).item() == pytest.approx(loss(pair).item(), abs=1e-14)
 
 
 @pytest.mark.parametrize("loss", [simpo, cpo, orpo])
 def test_some_need_no_reference(pair, loss):
-    assert loss(Pairs(pair.logp_P2, pair.reference_P2 + 9, pair.length_P2)).item() == loss(pair).item()
+    assert loss(PairBatch(pair.logp_P2, pair.reference_P2 + 9, pair.length_P2)).item() == loss(pair).item()
 
 
 def test_pairs_of_sums_actions_chosen_first():
@@ -279,7 +279,7 @@ def test_a_table_holds_all_of_the_pairs():
     logp, reference, collision = -torch.rand(3, 6, dtype=torch.float64)
     for extra in (None, collision):
         pairs = pairs_of(logp, reference, rows, extra)
-        back = Pairs.from_table(pairs.table_PC)
+        back = PairBatch.from_table(pairs.table_PC)
         for name in ("logp_P2", "reference_P2", "length_P2", "excess_P2"):
             assert torch.equal(getattr(back, name), getattr(pairs, name)), name
         assert (back.collision_P2 is None) == (extra is None)
@@ -288,7 +288,7 @@ def test_a_table_holds_all_of_the_pairs():
 
 def test_extreme_margins_stay_finite():
     logp = torch.tensor([[-5000.0, 0.0], [0.0, -5000.0]], requires_grad=True)
-    total = torch.stack([loss(Pairs(logp, torch.zeros(2, 2), torch.ones(2, 2))).sum() for loss in ALL]).sum()
+    total = torch.stack([loss(PairBatch(logp, torch.zeros(2, 2), torch.ones(2, 2))).sum() for loss in ALL]).sum()
     total.backward()
     assert total.isfinite()
     assert logp.grad.isfinite().all()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlpost.objectives import Pairs, Ragged, cpo, dpo, simpo
+from rlpost.objectives import PairBatch, Ragged, cpo, dpo, simpo
 from rlpost.objectives.preference import apo_zero, ipo, nca, pairs_of, sppo
 from rlpost.objectives.preference_modifiers import (
     confidence,
@@ -22,10 +22,12 @@ KINDS = ["reverse_kl", "forward_kl", "jensen_shannon", "alpha"]
 
 
 @pytest.fixture
-def pair() -> Pairs:
+def pair() -> PairBatch:
     """Δ_w = log 2 and Δ_l = −log 2, of two actions and of one."""
     delta = math.log(2)
-    return Pairs(*(torch.tensor([x], dtype=torch.float64) for x in ([delta - 3, -delta - 2], [-3.0, -2.0], [2.0, 1.0])))
+    return PairBatch(
+        *(torch.tensor([x], dtype=torch.float64) for x in ([delta - 3, -delta - 2], [-3.0, -2.0], [2.0, 1.0]))
+    )
 
 
 def f(kind: str, u: float, alpha: float) -> float:
@@ -58,7 +60,7 @@ def test_ratios_by_hand(pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_reference_nothing_has_changed(kind):
-    same = Pairs(torch.full((1, 2), -3.0), torch.full((1, 2), -3.0), torch.ones(1, 2))
+    same = PairBatch(torch.full((1, 2), -3.0), torch.full((1, 2), -3.0), torch.ones(1, 2))
     assert f_divergence(same, kind=kind).delta_P2.tolist() == [[0.0, 0.0]]
     for loss in (dpo, nca, apo_zero, sppo, ipo):
         assert loss(f_divergence(same, kind=kind)).item() == loss(same).item()
@@ -79,9 +81,11 @@ def test_alpha_lies_between_the_two_kl(pair):
 def test_divergences_have_gradients_and_stay_finite(kind):
     logp = torch.tensor([[-1.0, -2.0], [0.5, 3.0]], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(2, 2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: dpo(f_divergence(Pairs(x, zero, zero + 1), kind=kind), beta=0.5), logp)
+    assert torch.autograd.gradcheck(
+        lambda x: dpo(f_divergence(PairBatch(x, zero, zero + 1), kind=kind), beta=0.5), logp
+    )
     far = torch.tensor([[-5000.0, 5000.0], [5000.0, -5000.0]], requires_grad=True)
-    value = dpo(f_divergence(Pairs(far, torch.zeros(2, 2), torch.ones(2, 2)), kind=kind))
+    value = dpo(f_divergence(PairBatch(far, torch.zeros(2, 2), torch.ones(2, 2)), kind=kind))
     value.sum().backward()
     assert value.isfinite().all()
     assert far.grad.isfinite().all()

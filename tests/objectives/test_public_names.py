@@ -21,7 +21,7 @@ METHODS = {
     "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
         divergence_masked""",
     "correction": "correction off_policy_ratio",
-    "preference": """Pairs dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
+    "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
         apo_down discopop simpo orpo cpo ranking""",
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
     "ranking": "bradley_terry process_reward",

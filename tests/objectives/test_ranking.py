@@ -6,7 +6,7 @@ from itertools import permutations
 import pytest
 import torch
 
-from rlpost.objectives import Pairs, dpo
+from rlpost.objectives import PairBatch, dpo
 from rlpost.objectives.ranking import bradley_terry, process_reward, ranking
 
 NAN = math.nan
@@ -45,7 +45,7 @@ def test_the_centre_fixes_the_level_that_pairs_leave_free():
 def test_dpo_is_bradley_terry_on_log_ratios():
     torch.manual_seed(0)
     logp, reference = torch.randn(2, 5, 2, dtype=torch.float64)
-    expected = dpo(Pairs(logp, reference, torch.ones(5, 2)), beta=0.3)
+    expected = dpo(PairBatch(logp, reference, torch.ones(5, 2)), beta=0.3)
     assert bradley_terry(0.3 * (logp - reference)).tolist() == pytest.approx(expected.tolist(), abs=1e-15)
 
 

@@ -14,7 +14,7 @@ from rlpost.data.params import Tokenizer, TokenizerKind
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import ModelError, RecipeError, RewardError
 from rlpost.policy.attention import FLAT, use_attention
-from rlpost.policy.judge import Judge, reread, same_tokens
+from rlpost.policy.judge import RewardModelJudge, reread, same_tokens
 from rlpost.policy.policy import Policy
 from rlpost.policy.scalar import ScalarModel
 from rlpost.rewards import process_reward_model, process_steps, reward_model
@@ -101,12 +101,12 @@ def test_with_the_same_tokenizer_it_reads_the_very_tokens():
     model = scalar(DIGITS)
     # No text would be encoded to these ids: 2 ends it twice.
     odd = Group((5, 6), (Completion((7, 2, 2), (True, True, True), "", "stop"),))
-    assert Judge(model, DIGITS).scores([odd]) == model.score([odd]).final_S.tolist()
+    assert RewardModelJudge(model, DIGITS).scores([odd]) == model.score([odd]).final_S.tolist()
 
 
 def test_with_another_tokenizer_it_reads_the_text():
     model = scalar(LETTERS)
-    judged = Judge(model, DIGITS)
+    judged = RewardModelJudge(model, DIGITS)
     groups = [written("2", "3;4"), written("12", prompt="9=")]
     expected = model.score([written("2", "3;4", tokenizer=LETTERS), written("12", prompt="9=", tokenizer=LETTERS)])
     assert judged.scores(groups) == pytest.approx(expected.final_S.tolist(), abs=1e-12)
@@ -154,7 +154,7 @@ def test_tokenizers_are_told_apart_by_vocabulary_end_and_template():
 
 def test_a_completion_longer_than_the_judge_reads():
     with pytest.raises(ModelError, match="has 9 tokens and the reward model reads 8"):
-        Judge(scalar(DIGITS, longest=8), DIGITS).scores([written("1234")])
+        RewardModelJudge(scalar(DIGITS, longest=8), DIGITS).scores([written("1234")])
 
 
 def by_hand(model: ScalarModel, group: Group, ends: list[list[int]]) -> list[list[float]]:
@@ -165,31 +165,35 @@ def by_hand(model: ScalarModel, group: Group, ends: list[list[int]]) -> list[lis
 def test_steps_are_judged_at_their_last_action():
     model = scalar(DIGITS)
     group = written("12;3;", "4", "5;67")
-    found = Judge(model, DIGITS).step_scores([group], ";")
+    found = RewardModelJudge(model, DIGITS).step_scores([group], ";")
     # The end token belongs to the last step, and is not read.
     assert found == by_hand(model, group, [[2, 4], [0], [1, 3]])
-    assert found == Judge(model, DIGITS).step_scores([divide(group, DIGITS, ";", (DIGITS.eos_token_id,))], "unused")
+    assert found == RewardModelJudge(model, DIGITS).step_scores(
+        [divide(group, DIGITS, ";", (DIGITS.eos_token_id,))], "unused"
+    )
     assert all(0 < x < 1 for row in found for x in row)
 
 
 def test_the_stages_step_end_goes_before_the_rewards():
     model = scalar(DIGITS)
     group = written("12;3;")
-    assert Judge(model, DIGITS, ";").step_scores([group], "+") == Judge(model, DIGITS).step_scores([group], ";")
-    assert [len(row) for row in Judge(model, DIGITS).step_scores([group], "+")] == [1]
+    assert RewardModelJudge(model, DIGITS, ";").step_scores([group], "+") == RewardModelJudge(
+        model, DIGITS
+    ).step_scores([group], ";")
+    assert [len(row) for row in RewardModelJudge(model, DIGITS).step_scores([group], "+")] == [1]
 
 
 def test_steps_of_another_tokenizer_are_divided_anew():
     model = scalar(LETTERS)
     group = divide(written("12;3;"), DIGITS, "", (DIGITS.eos_token_id,))
-    found = Judge(model, DIGITS).step_scores([group], ";")
+    found = RewardModelJudge(model, DIGITS).step_scores([group], ";")
     assert found == by_hand(model, written("12;3;", tokenizer=LETTERS), [[2, 4]])
 
 
 def test_a_completion_without_actions_has_no_steps():
     model = scalar(DIGITS)
     silent = Group((5, 6), (Completion((7, 8), (False, False), "34"), *written("1;2").completions))
-    judged = Judge(model, DIGITS)
+    judged = RewardModelJudge(model, DIGITS)
     assert [len(row) for row in judged.step_scores([silent], ";")] == [0, 2]
     assert process_reward_model([silent], judged, step_end=";")[0] is None
     assert all(math.isfinite(x) for x in judged.scores([silent]))

@@ -10,7 +10,7 @@ import torch
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, metrics, policy, run, weights
 from torch import Tensor
 
-from rlpost.objectives.preference import Pairs, ranking
+from rlpost.objectives.preference import PairBatch, ranking
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -136,7 +136,7 @@ def test_a_margin_of_nothing_is_no_win():
     """Before its first step a policy is its reference, and prefers neither."""
     logp_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]])
     reference_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
-    found = pairwise._metrics(Pairs(logp_P2, reference_P2, torch.ones(3, 2)), torch.zeros(3))
+    found = pairwise._metrics(PairBatch(logp_P2, reference_P2, torch.ones(3, 2)), torch.zeros(3))
     assert found["accuracy"].tolist() == [0.0, 0.0, 1.0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlpost.facts import fact
 from rlpost.objectives import preference
-from rlpost.objectives.preference import Pairs, pairs_of
+from rlpost.objectives.preference import PairBatch, pairs_of
 from rlpost.objectives.preference_modifiers import confidence, f_divergence, length_desensitised
 from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT, use_attention
@@ -186,7 +186,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
         line = learner.gradient(objective.loss(), objective.prepared(update, learner), objective.stats)
         assert line["loss"] == pytest.approx(float(expected), abs=1e-9)
         assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-9, budget
-    alone = torch.cat([function(Pairs.from_table(row[None])) for row in plain.table_PC])
+    alone = torch.cat([function(PairBatch.from_table(row[None])) for row in plain.table_PC])
     assert not torch.allclose(alone, function(plain), atol=1e-3), "it couples nothing"
 
 

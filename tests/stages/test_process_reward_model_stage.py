@@ -10,7 +10,7 @@ from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradi
 from tiny_recipes import GRPO, LORA, base, jsonl, metrics, run, sha256
 
 from rlpost.objectives.ranking import process_reward
-from rlpost.policy.judge import Judge
+from rlpost.policy.judge import RewardModelJudge
 from rlpost.policy.scalar import Values
 from rlpost.stages.process_reward_model import step_loss, weighted
 from rlpost.train.experience import Experience
@@ -121,7 +121,7 @@ def test_a_judge_says_what_it_has_learned(tmp_path):
     ids = [(*tokenizer.encode(text), tokenizer.eos_token_id) for text in texts]
     divided = [Completion(i, (True,) * len(i), t, "stop", steps=(2, 2, 2)) for i, t in zip(ids, texts, strict=True)]
     group = Group(tuple(tokenizer.encode(ROWS[0]["prompt"])), tuple(divided))
-    right, wrong = Judge(model, tokenizer).step_scores([group], "=")
+    right, wrong = RewardModelJudge(model, tokenizer).step_scores([group], "=")
     assert min(right) > 0.6
     assert wrong[0] > 0.6
     assert max(wrong[1:]) < 0.4

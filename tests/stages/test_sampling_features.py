@@ -15,7 +15,7 @@ from tiny_recipes import GRPO, MODEL, PREFERENCES, SFT, base, jsonl, metrics, po
 from rlpost.data.divide import divide
 from rlpost.data.visible import visible
 from rlpost.errors import DataError, RecipeError
-from rlpost.policy.judge import Judge
+from rlpost.policy.judge import RewardModelJudge
 from rlpost.policy.params import Model
 from rlpost.policy.scalar import load_scalar
 from rlpost.policy.score import logprobs
@@ -276,10 +276,10 @@ def test_a_tree_of_rewards_is_logged_by_node(tmp_path):
 JUDGES: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "max_length": 16}
 
 
-def judge(folder: Path, stage: str) -> Judge:
+def judge(folder: Path, stage: str) -> RewardModelJudge:
     final = folder / "runs/run" / stage / "final"
     scalar = load_scalar(final, Model(), bfloat16=False, device="cpu")
-    return Judge(scalar, scalar.trunk.tokenizer)
+    return RewardModelJudge(scalar, scalar.trunk.tokenizer)
 
 
 def test_a_trained_reward_model_rewards(tmp_path):
