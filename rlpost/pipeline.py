@@ -39,7 +39,7 @@ from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents, difference
-from rlpost.run.files import place
+from rlpost.run.files import write_folder_atomically
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
@@ -214,7 +214,7 @@ def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     if wrong is not None:
         console.warn(f"{folder}: {wrong}; it is made anew")
     tokenizer = scratch_tokenizer(resolved)
-    place(folder, lambda into: make_model(model.config, tokenizer, resolved.config.seed, into), about)
+    write_folder_atomically(folder, lambda into: make_model(model.config, tokenizer, resolved.config.seed, into), about)
     return folder
 
 
@@ -349,16 +349,16 @@ def _look_at(stage: Any, where: str, need: Need, folder: Path, rows: bool) -> No
     """Find the stage's sources and read their first rows, with `rows` all; and what its rewards will read of them."""
     check = readable_references(stage, where, need)
     for name, source in own_sources(stage).items():
-        place = f"{where}.data.{name}"
-        reading = open_source(source, stages=_no_stage, where=place, bind=bind, base=folder)
+        key = f"{where}.data.{name}"
+        reading = open_source(source, stages=_no_stage, where=key, bind=bind, base=folder)
         if not rows and (source.fold or source.map):
             continue  # its first rows come of more than the file's first
         chunks = reading.chunks()
         first = next(chunks)
         if source.present is None:
-            recognise(first.rows[:1], label(source, place), need)
+            recognise(first.rows[:1], label(source, key), need)
         found = chain([first], chunks if rows else ())
-        for _ in found if check is None or source.present is not None else check(found, reading.place):
+        for _ in found if check is None or source.present is not None else check(found, reading.location):
             pass
 
 

@@ -33,7 +33,16 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
-SHARED_BY_STAGES = ("advantage", "context", "generate_dataset", "on_policy", "pairwise", "params", "references", "rollouts")
+SHARED_BY_STAGES = (
+    "advantage",
+    "context",
+    "generate_dataset",
+    "on_policy",
+    "pairwise",
+    "params",
+    "references",
+    "rollouts",
+)
 """Modules of stages/ that are no stage."""
 READS_RECIPES = ("cli", "inference", "pipeline", "recipe", "smoke", "stage_evaluation", "stage_rows", "stages")
 GOALS_OF_RECIPES = tuple(f"goals/{name}.py" for name in ("guided", "guesses", "maze_escapes", "maze_run", "value"))

@@ -44,7 +44,7 @@ class Segment:
     trained: bool
 
 
-def text_of(rendered: Rendered, place: str, error: type[RlpostError] = DataError) -> str:
+def text_of(rendered: Rendered, location: str, error: type[RlpostError] = DataError) -> str:
     """What was rendered.
 
     Raises:
@@ -52,7 +52,7 @@ def text_of(rendered: Rendered, place: str, error: type[RlpostError] = DataError
     """
     if rendered.error:
         remedy = f"change the row, or {REMEDY}" if error is DataError else REMEDY
-        raise error(f"{place}: {'it' if error is ModelError else 'the chat template'} {rendered.error}: {remedy}")
+        raise error(f"{location}: {'it' if error is ModelError else 'the chat template'} {rendered.error}: {remedy}")
     return rendered.text
 
 
@@ -63,47 +63,49 @@ def probe(tokenizer: Any) -> Template:
         ModelError: the template has no generation prompt, or ends an assistant's turn without a token of
         its own.
     """
-    place = "chat template"
+    location = "chat template"
     asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     talk = Talk([asked, answer])
     jobs = [Job(talk, 1), Job(talk, 1, generation=True), Job(talk, 2)]
-    bare, start, turn = (text_of(r, place, ModelError) for r in render_all(tokenizer, jobs, place))
+    bare, start, turn = (text_of(r, location, ModelError) for r in render_all(tokenizer, jobs, location))
     if not turn.startswith(start):
         raise ModelError(
-            f"{place}: its generation prompt does not begin an assistant's turn as it renders one, "
+            f"{location}: its generation prompt does not begin an assistant's turn as it renders one, "
             f"so training and generation would differ: {REMEDY}"
         )
     lead, found, after = turn[len(start) :].partition("b")
     if not found:
-        raise ModelError(f"{place}: the assistant's content is not in its turn: {REMEDY}")
+        raise ModelError(f"{location}: the assistant's content is not in its turn: {REMEDY}")
     if lead.strip() and bare == start:
         raise ModelError(
-            f"{place}: it ignores add_generation_prompt, so its header {lead!r} would be trained: {REMEDY}"
+            f"{location}: it ignores add_generation_prompt, so its header {lead!r} would be trained: {REMEDY}"
         )
     tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     stops = [token for token in tokens if after.lstrip().startswith(token)]
     if not stops:
         raise ModelError(
-            f"{place}: it ends an assistant's turn with {after!r} and no special token, "
+            f"{location}: it ends an assistant's turn with {after!r} and no special token, "
             f"so generation would never stop there: {REMEDY}"
         )
     stop = max(stops, key=len)
     return Template(stop, tokenizer.convert_tokens_to_ids(stop))
 
 
-def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Any, place: str, strict: bool = True) -> str:
+def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Any, location: str, strict: bool = True) -> str:
     """The conversation up to where the assistant would go on.
 
     Raises:
         Unrendered: the template leaves out something of it, and `strict`. DataError: it refuses it.
     """
     talk = Talk(shown(messages), tools)
-    form = wanted_form(tokenizer, talk, place)
+    form = wanted_form(tokenizer, talk, location)
     proof = Proof(talk, form, generation=True)
-    plain, marked = render_all(tokenizer, [Job(formed(talk, form), len(messages), generation=True), proof.job], place)
-    text = text_of(plain, place)
+    plain, marked = render_all(
+        tokenizer, [Job(formed(talk, form), len(messages), generation=True), proof.job], location
+    )
+    text = text_of(plain, location)
     if strict:
-        _refuse(proof.left_out(tokenizer, plain, marked, place), place)
+        _refuse(proof.left_out(tokenizer, plain, marked, location), location)
     return text
 
 
@@ -111,7 +113,7 @@ def segments(
     tokenizer: Any,
     template: Template,
     messages: Sequence[Message],
-    place: str,
+    location: str,
     *,
     first: int = 0,
     tools: Any = None,
@@ -130,42 +132,44 @@ def segments(
     """
     turns = [i for i in range(max(first, 1), len(messages)) if is_trained(messages[i])]
     if not turns:
-        raise DataError(f"{place} has no assistant turn after a prompt that is to be trained")
+        raise DataError(f"{location} has no assistant turn after a prompt that is to be trained")
     for i in turns:
         if template.stop in messages[i]["content"]:
-            raise DataError(f"{place}: message {i + 1} holds the stop token {template.stop!r}: take it out")
+            raise DataError(f"{location}: message {i + 1} holds the stop token {template.stop!r}: take it out")
     # What follows the last trained turn is no context of anything.
     talk = Talk(shown(messages[: turns[-1] + 1]), tools)
-    form = wanted_form(tokenizer, talk, place)
+    form = wanted_form(tokenizer, talk, location)
     told = formed(talk, form)
     proof = Proof(talk, form, generation=False)
     jobs = [Job(told, n, generation) for i in turns for n, generation in ((i, True), (i + 1, False))]
-    *plain, marked = render_all(tokenizer, [*jobs, proof.job], place)
-    texts = [text_of(r, place) for r in plain]
+    *plain, marked = render_all(tokenizer, [*jobs, proof.job], location)
+    texts = [text_of(r, location) for r in plain]
     full = texts[-1]
     spans = [_span(template, start, turn, full) for start, turn in zip(texts[::2], texts[1::2], strict=True)]
     last = spans[-1]
     if last is None:
-        raise DataError(f"{place}: the chat template does not begin the last turn with its generation prompt: {REMEDY}")
+        raise DataError(
+            f"{location}: the chat template does not begin the last turn with its generation prompt: {REMEDY}"
+        )
     if strict:
         for i, span in zip(turns, spans, strict=True):
-            _refuse(_missing(talk, i, full, span), place)
-        _refuse(proof.left_out(tokenizer, plain[-1], marked, place), place)
+            _refuse(_missing(talk, i, full, span), location)
+        _refuse(proof.left_out(tokenizer, plain[-1], marked, location), location)
     if None in spans:
-        found = _marked(tokenizer, template, told, turns, full, last, place)
+        found = _marked(tokenizer, template, told, turns, full, last, location)
         whole = [span if not _missing(talk, i, full, span) else None for i, span in zip(turns, found, strict=True)]
         spans = [*whole[:-1], last]
     proved = [span for span in spans if span is not None]
     for begin, end in proved:
         if full[begin:end].strip() == template.stop:
-            raise DataError(f"{place}: the chat template renders nothing of a turn but its end: {REMEDY}")
+            raise DataError(f"{location}: the chat template renders nothing of a turn but its end: {REMEDY}")
     return _cut(full, proved)
 
 
-def _refuse(left_out: str | None, place: str) -> None:
+def _refuse(left_out: str | None, location: str) -> None:
     if left_out is not None:
         raise Unrendered(
-            place, f"the chat template leaves out {left_out}", f"{REMEDY} that renders it, take it out of the row"
+            location, f"the chat template leaves out {left_out}", f"{REMEDY} that renders it, take it out of the row"
         )
 
 
@@ -202,13 +206,13 @@ def _marked(
     turns: Sequence[int],
     full: str,
     last: tuple[int, int],
-    place: str,
+    location: str,
 ) -> list[tuple[int, int] | None]:
     """The spans of `turns` by the template's generation markers; the last alone when there are none that fit."""
     alone: list[tuple[int, int] | None] = [*[None] * (len(turns) - 1), last]
     if not _MARKER.search(tokenizer.get_chat_template(tools=told.tools)):
         return alone
-    (rendered,) = render_all(tokenizer, [Job(told, len(told.messages), marks=True)], place)
+    (rendered,) = render_all(tokenizer, [Job(told, len(told.messages), marks=True)], location)
     assistants = [i for i, message in enumerate(told.messages) if message["role"] == "assistant"]
     if rendered.text != full or len(rendered.generated) != len(assistants):
         return alone

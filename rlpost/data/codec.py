@@ -39,7 +39,7 @@ class Codec:
         chat = () if self.template is None else (self.template.stop_id,)
         return tuple(dict.fromkeys((self.end, *chat)))
 
-    def ids(self, text: str, place: str) -> tuple[int, ...]:
+    def ids(self, text: str, location: str) -> tuple[int, ...]:
         """Token ids of `text`, nothing added.
 
         Raises:
@@ -52,7 +52,7 @@ class Codec:
         # A text may name the unknown token: rows of samples do where a model wrote it.
         if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
             raise DataError(
-                f"{place}: the tokenizer has no token for {self._first_unknown(text)!r}: "
+                f"{location}: the tokenizer has no token for {self._first_unknown(text)!r}: "
                 "add it to model.tokenizer.alphabet, or change the rows"
             )
         return ids

@@ -23,13 +23,13 @@ class Naming:
         self._where = where
         self._roles = [(role, value, _parse(value, f"{where}.{role}")) for role, value in columns.items()]
 
-    def __call__(self, row: Row, place: str) -> Row:
-        """The row with its roles, a new one; `place` names it.
+    def __call__(self, row: Row, location: str) -> Row:
+        """The row with its roles, a new one; `location` names it.
 
         Raises:
             DataError: it lacks a column.
         """
-        made = {r: _fill(row, value, parts, f"{self._where}.{r}: {place}") for r, value, parts in self._roles}
+        made = {r: _fill(row, value, parts, f"{self._where}.{r}: {location}") for r, value, parts in self._roles}
         return {**row, **made}
 
 
@@ -56,10 +56,10 @@ def _parse(value: str, where: str) -> list[tuple[str, str | None]]:
     return parts
 
 
-def _fill(row: Mapping[str, Any], value: str, parts: list[tuple[str, str | None]], place: str) -> Any:
+def _fill(row: Mapping[str, Any], value: str, parts: list[tuple[str, str | None]], location: str) -> Any:
     if all(column is None for _, column in parts):
         if value not in row:
-            raise DataError(f"{place} {missing(value, row)}")
+            raise DataError(f"{location} {missing(value, row)}")
         return row[value]
     filled = ""
     for text, column in parts:
@@ -67,8 +67,8 @@ def _fill(row: Mapping[str, Any], value: str, parts: list[tuple[str, str | None]
         if column is None:
             continue
         if column not in row:
-            raise DataError(f"{place} {missing(column, row)}")
+            raise DataError(f"{location} {missing(column, row)}")
         if not isinstance(row[column], str | int | float):
-            raise DataError(f"{place}: column {column!r} is neither text nor a number: it cannot go into a template")
+            raise DataError(f"{location}: column {column!r} is neither text nor a number: it cannot go into a template")
         filled += str(row[column])
     return filled

@@ -21,137 +21,139 @@ from rlpost.types import Completion, Group
 Row = Mapping[str, Any]
 
 
-def encode_text(row: Row, codec: Codec, place: str) -> Group:
+def encode_text(row: Row, codec: Codec, location: str) -> Group:
     """The begin token, or else the first token, is the prompt: what comes first is never predicted."""
-    text = as_text(value_of(row, "text", place), "text", place)
-    whole, said = _ended(text, codec, place)
+    text = as_text(value_of(row, "text", location), "text", location)
+    whole, said = _ended(text, codec, location)
     begin = codec.begin or begin_token(codec)
     if begin:
         prompt, ids = begin, whole[len(begin) :] if whole[: len(begin)] == begin else whole
     else:
         prompt, ids = whole[:1], whole[1:]
     if not ids:
-        raise DataError(f"{place}: 'text' is empty")
+        raise DataError(f"{location}: 'text' is empty")
     return Group(prompt, (Completion(ids, (True,) * len(ids), said),), row)
 
 
-def encode_answered(row: Row, codec: Codec, place: str) -> Group:
+def encode_answered(row: Row, codec: Codec, location: str) -> Group:
     """A prompt with its answer."""
-    prompt, answer = value_of(row, "prompt", place), value_of(row, "completion", place)
+    prompt, answer = value_of(row, "prompt", location), value_of(row, "completion", location)
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
-            raise DataError(f"{place}: 'completion' is empty")
-        return Group(plain_prompt(prompt, codec, place), (plain_completion(answer, codec, place),), row)
-    asked = as_messages(prompt, "user", f"{place}, prompt")
-    answered = as_messages(answer, "assistant", f"{place}, completion")
-    ids, completion = conversation(row, asked + answered, len(asked), codec, place)
+            raise DataError(f"{location}: 'completion' is empty")
+        return Group(plain_prompt(prompt, codec, location), (plain_completion(answer, codec, location),), row)
+    asked = as_messages(prompt, "user", f"{location}, prompt")
+    answered = as_messages(answer, "assistant", f"{location}, completion")
+    ids, completion = conversation(row, asked + answered, len(asked), codec, location)
     return Group(ids, (completion,), row)
 
 
-def encode_pair(row: Row, codec: Codec, place: str) -> Group:
+def encode_pair(row: Row, codec: Codec, location: str) -> Group:
     """A prompt with a chosen and a rejected answer, in this order."""
-    chosen, rejected = value_of(row, "chosen", place), value_of(row, "rejected", place)
+    chosen, rejected = value_of(row, "chosen", location), value_of(row, "rejected", location)
     plain = isinstance(chosen, str) and isinstance(rejected, str)
-    if plain and isinstance(value_of(row, "prompt", place), str):
-        prompt = plain_prompt(row["prompt"], codec, place)
-        return Group(prompt, tuple(plain_completion(text, codec, place) for text in (chosen, rejected)), row)
-    good = as_messages(chosen, "assistant", f"{place}, chosen")
-    bad = as_messages(rejected, "assistant", f"{place}, rejected")
+    if plain and isinstance(value_of(row, "prompt", location), str):
+        prompt = plain_prompt(row["prompt"], codec, location)
+        return Group(prompt, tuple(plain_completion(text, codec, location) for text in (chosen, rejected)), row)
+    good = as_messages(chosen, "assistant", f"{location}, chosen")
+    bad = as_messages(rejected, "assistant", f"{location}, rejected")
     if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":
         # Whole conversations carry their prompt with them: what they have in common.
-        first = common(good, bad, place)
-        _check_said(row.get("prompt"), good[:first], place)
+        first = common(good, bad, location)
+        _check_said(row.get("prompt"), good[:first], location)
     else:
-        asked = as_messages(value_of(row, "prompt", place), "user", f"{place}, prompt")
+        asked = as_messages(value_of(row, "prompt", location), "user", f"{location}, prompt")
         first, good, bad = len(asked), asked + good, asked + bad
-    prompt, better = conversation(row, good, first, codec, f"{place}, chosen")
-    other, worse = conversation(row, bad, first, codec, f"{place}, rejected")
+    prompt, better = conversation(row, good, first, codec, f"{location}, chosen")
+    other, worse = conversation(row, bad, first, codec, f"{location}, rejected")
     if prompt != other:
         raise DataError(
-            f"{place}: the chat template gives chosen and rejected different prompts: "
+            f"{location}: the chat template gives chosen and rejected different prompts: "
             "give each a single assistant turn, or set model.chat_template=FILE.jinja"
         )
     return Group(prompt, (better, worse), row)
 
 
-def common(good: Sequence[Message], bad: Sequence[Message], place: str) -> int:
+def common(good: Sequence[Message], bad: Sequence[Message], location: str) -> int:
     """How many messages two conversations share, up to where an assistant answers."""
     shared = 0
     while shared < min(len(good), len(bad)) and good[shared] == bad[shared]:
         shared += 1
     if shared == 0 or shared in (len(good), len(bad)):
         what = "nothing in common to be the prompt" if shared == 0 else "no difference after their common part"
-        raise DataError(f"{place}: chosen and rejected have {what}")
+        raise DataError(f"{location}: chosen and rejected have {what}")
     if good[shared]["role"] != "assistant" or bad[shared]["role"] != "assistant":
-        raise DataError(f"{place}: chosen and rejected first differ in message {shared + 1}, which is no assistant's")
+        raise DataError(
+            f"{location}: chosen and rejected first differ in message {shared + 1}, which is no assistant's"
+        )
     return shared
 
 
 def conversation(
-    row: Row, messages: list[Message], first: int, codec: Codec, place: str
+    row: Row, messages: list[Message], first: int, codec: Codec, location: str
 ) -> tuple[tuple[int, ...], Completion]:
     """Prompt ids and completion of a conversation whose assistant turns from `first` on are trained."""
-    template = template_of(codec, place)
-    _check_answer(messages, first, place)
-    tools = tools_of(row, place)
-    cut = chat.segments(codec.tokenizer, template, messages, place, first=first, tools=tools, strict=codec.strict)
-    _check_columns(row, "".join(segment.text for segment in cut), codec, place)
+    template = template_of(codec, location)
+    _check_answer(messages, first, location)
+    tools = tools_of(row, location)
+    cut = chat.segments(codec.tokenizer, template, messages, location, first=first, tools=tools, strict=codec.strict)
+    _check_columns(row, "".join(segment.text for segment in cut), codec, location)
     ids: list[int] = []
     action: list[bool] = []
     for segment in cut[1:]:
-        piece = codec.ids(segment.text, place)
+        piece = codec.ids(segment.text, location)
         if segment.trained and (piece[-1] != template.stop_id or template.stop_id in piece[:-1]):
-            raise DataError(f"{place}: a turn does not end with its one stop token {template.stop!r}")
+            raise DataError(f"{location}: a turn does not end with its one stop token {template.stop!r}")
         ids += piece
         action += [segment.trained] * len(piece)
     last = next(m for m in reversed(messages) if m["role"] == "assistant")
-    prompt = codec.ids(cut[0].text, place)
+    prompt = codec.ids(cut[0].text, location)
     return prompt, Completion(ids, action, last["content"])
 
 
-def plain_completion(text: str, codec: Codec, place: str) -> Completion:
+def plain_completion(text: str, codec: Codec, location: str) -> Completion:
     """A plain completion: its tokens and the end token."""
-    ids, said = _ended(text, codec, place)
+    ids, said = _ended(text, codec, location)
     return Completion(ids, (True,) * len(ids), said)
 
 
-def _ended(text: str, codec: Codec, place: str) -> tuple[tuple[int, ...], str]:
+def _ended(text: str, codec: Codec, location: str) -> tuple[tuple[int, ...], str]:
     """The tokens of a text with the end token, and the text without it."""
-    ids = codec.ids(text, place)
+    ids = codec.ids(text, location)
     if codec.end in ids[:-1]:
-        raise DataError(f"{place}: the end token stands inside a completion: take it out")
+        raise DataError(f"{location}: the end token stands inside a completion: take it out")
     if ids[-1:] != (codec.end,):
         ids = (*ids, codec.end)
     return ids, text.removesuffix(codec.tokenizer.eos_token)
 
 
-def prompt_ids(row: Row, codec: Codec, place: str) -> tuple[int, ...]:
+def prompt_ids(row: Row, codec: Codec, location: str) -> tuple[int, ...]:
     """The ids of a row's prompt."""
-    prompt = value_of(row, "prompt", place)
+    prompt = value_of(row, "prompt", location)
     if isinstance(prompt, str):
-        return plain_prompt(prompt, codec, place)
-    messages = as_messages(prompt, "user", f"{place}, prompt")
-    return conversation_prompt(row, messages, codec, place)
+        return plain_prompt(prompt, codec, location)
+    messages = as_messages(prompt, "user", f"{location}, prompt")
+    return conversation_prompt(row, messages, codec, location)
 
 
-def conversation_prompt(row: Row, messages: list[Message], codec: Codec, place: str) -> tuple[int, ...]:
+def conversation_prompt(row: Row, messages: list[Message], codec: Codec, location: str) -> tuple[int, ...]:
     """The ids of a conversation that is to be answered."""
     if not messages or messages[-1]["role"] == "assistant":
-        raise DataError(f"{place}: the prompt ends with an assistant turn: there is nothing to answer")
-    template_of(codec, place)
-    text = chat.prompt_text(codec.tokenizer, messages, tools_of(row, place), place, codec.strict)
-    _check_columns(row, text, codec, place)
-    return codec.ids(text, place)
+        raise DataError(f"{location}: the prompt ends with an assistant turn: there is nothing to answer")
+    template_of(codec, location)
+    text = chat.prompt_text(codec.tokenizer, messages, tools_of(row, location), location, codec.strict)
+    _check_columns(row, text, codec, location)
+    return codec.ids(text, location)
 
 
-def plain_prompt(prompt: str, codec: Codec, place: str) -> tuple[int, ...]:
+def plain_prompt(prompt: str, codec: Codec, location: str) -> tuple[int, ...]:
     """The ids of a plain prompt, never empty."""
-    ids = codec.ids(prompt, place)
+    ids = codec.ids(prompt, location)
     if ids[: len(codec.begin)] != codec.begin:
         ids = (*codec.begin, *ids)
     ids = ids or begin_token(codec)
     if not ids:
-        raise DataError(f"{place}: 'prompt' is empty, and the tokenizer has no begin token to stand for it")
+        raise DataError(f"{location}: 'prompt' is empty, and the tokenizer has no begin token to stand for it")
     return ids
 
 
@@ -161,23 +163,23 @@ def begin_token(codec: Codec) -> tuple[int, ...]:
     return () if begin is None else (begin,)
 
 
-def template_of(codec: Codec, place: str) -> chat.Template:
+def template_of(codec: Codec, location: str) -> chat.Template:
     """The chat template, which must be there."""
     if codec.template is None:
-        raise ModelError(f"{place}: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
+        raise ModelError(f"{location}: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
     return codec.template
 
 
-def as_messages(value: Any, role: str, place: str) -> list[Message]:
+def as_messages(value: Any, role: str, location: str) -> list[Message]:
     """Messages as they are, text as the one message of `role`."""
-    return validate([{"role": role, "content": value}] if isinstance(value, str) else value, place)
+    return validate([{"role": role, "content": value}] if isinstance(value, str) else value, location)
 
 
 _SAID = ("system", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
 """Columns that in data sets of conversations say more of the conversation, and that no template is given here."""
 
 
-def _check_columns(row: Row, text: str, codec: Codec, place: str) -> None:
+def _check_columns(row: Row, text: str, codec: Codec, location: str) -> None:
     """A conversation may not be said by more columns than are read.
 
     Raises:
@@ -188,54 +190,56 @@ def _check_columns(row: Row, text: str, codec: Codec, place: str) -> None:
         if not value or not codec.strict or (isinstance(value, str) and holds(squeezed(text), value)):
             continue
         raise Unrendered(
-            place,
+            location,
             f"its column {column!r} is not read, though it belongs to the conversation",
             "put what it says into the messages, rename it (with `map`)",
         )
 
 
-def _check_said(prompt: Any, shared: Sequence[Message], place: str) -> None:
+def _check_said(prompt: Any, shared: Sequence[Message], location: str) -> None:
     """The prompt beside whole conversations may say again what they begin with, and no more.
 
     Raises:
         DataError: it says something else.
     """
-    asked = [] if not prompt else as_messages(prompt, "user", f"{place}, prompt")
+    asked = [] if not prompt else as_messages(prompt, "user", f"{location}, prompt")
     said = [(m["role"], squeezed(m["content"])) for m in shared]
     for number, message in enumerate(asked, start=1):
         if (message["role"], squeezed(message["content"])) not in said:
             raise DataError(
-                f"{place}: message {number} of its prompt ({message['role']}) is not in chosen and rejected, which are "
-                "whole conversations: put it at the beginning of both, or give only the answers there"
+                f"{location}: message {number} of its prompt ({message['role']}) is not in chosen and rejected, which "
+                "are whole conversations: put it at the beginning of both, or give only the answers there"
             )
 
 
-def _check_answer(messages: Sequence[Message], first: int, place: str) -> None:
+def _check_answer(messages: Sequence[Message], first: int, location: str) -> None:
     """An answer that begins with its prompt again would be asked twice.
 
     Raises:
         DataError: it does.
     """
     if first and messages[first]["role"] != "assistant" and list(messages[:first]) == list(messages[first : 2 * first]):
-        raise DataError(f"{place}: the answer repeats the prompt, and is a whole conversation: give it as `messages`")
+        raise DataError(
+            f"{location}: the answer repeats the prompt, and is a whole conversation: give it as `messages`"
+        )
 
 
-def value_of(row: Row, column: str, place: str) -> Any:
+def value_of(row: Row, column: str, location: str) -> Any:
     """The text or messages in a column."""
     if column not in row:
-        raise DataError(f"{place} {missing(column, row)}")
+        raise DataError(f"{location} {missing(column, row)}")
     value = row[column]
     if not isinstance(value, str | list | tuple):
         kind = "null" if value is None else f"{type(value).__name__} ({value!r:.40})"
         raise DataError(
-            f"{place}: {column!r} is {kind}, not text or messages: "
+            f"{location}: {column!r} is {kind}, not text or messages: "
             f'a template makes text of it, columns: {{{column}: "{{{column}}}"}}'
         )
     return value
 
 
-def as_text(value: Any, column: str, place: str) -> str:
+def as_text(value: Any, column: str, location: str) -> str:
     """The value, which must be text."""
     if not isinstance(value, str):
-        raise DataError(f"{place}: {column!r} must be text")
+        raise DataError(f"{location}: {column!r} must be text")
     return value

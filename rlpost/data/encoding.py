@@ -41,30 +41,32 @@ class Encoder:
     direction: Direction = Direction.forward
     unrendered: params.Unrendered = params.Unrendered.refuse
 
-    def __call__(self, row: Row, place: str, became: Found) -> Group | None:
+    def __call__(self, row: Row, location: str, became: Found) -> Group | None:
         """The row as a group, or None where it is dropped; `became` is added to.
 
         Raises:
             DataError: it is malformed or too long.
         """
         try:
-            group = encode(row, self.form, self.codec, place)
+            group = encode(row, self.form, self.codec, location)
         except Unrendered as error:
             if self.unrendered is params.Unrendered.refuse:
                 raise
             kind = "unrendered" if self.unrendered is params.Unrendered.drop else "ignored"
             became.counts[kind] += 1
-            became.first.setdefault(kind, f"{place}: {error.left_out}")
+            became.first.setdefault(kind, f"{location}: {error.left_out}")
             if self.unrendered is params.Unrendered.drop:
                 return None
-            group = encode(row, self.form, replace(self.codec, strict=False), place)
+            group = encode(row, self.form, replace(self.codec, strict=False), location)
         if self.form is Format.messages:
             became.counts["turns"] += untrained_turns(row, group)
         if self.direction is Direction.reverse:
             if len(group.completions) != 1:
-                raise DataError(f"{place}: several completions of a prompt are no one text to reverse; give each a row")
+                raise DataError(
+                    f"{location}: several completions of a prompt are no one text to reverse; give each a row"
+                )
             group = backwards(group, self.codec)
-        fitting = fit(group, self.limit, self.codec, place, became.counts)
+        fitting = fit(group, self.limit, self.codec, location, became.counts)
         if fitting is not None and self.form in _COMPARED and _is_equal(fitting, self.form):
             became.counts["equal"] += 1
             return None
@@ -88,7 +90,7 @@ class Rows:
     encoder: Encoder
     about: str
     """The source, for messages."""
-    place: Callable[[int], str]
+    location: Callable[[int], str]
     """A row's number -> where it comes from, for messages."""
     present: Present | None
     seed: int
@@ -133,31 +135,31 @@ class Rows:
         if len(chunk.rows) > 1 and form is not Format.recorded:
             given = [text for row in chunk.rows for text in said(row, form) if type(text) is str]
             encoder = replace(encoder, codec=encoder.codec.knowing(given))
-        found = [encoder(row, self.place(n), self.became) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+        found = [encoder(row, self.location(n), self.became) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
         kept = [i for i, group in enumerate(found) if group is not None]
         groups = [group for group in found if group is not None]
         self._count_groups(groups)
         lines = self._lines(chunk)
         # Of what was recorded, the row that it is about is kept.
         own = [
-            lines[i] if g.example is chunk.rows[i] else written(g.example, self.place(chunk.numbers[i]))
+            lines[i] if g.example is chunk.rows[i] else written(g.example, self.location(chunk.numbers[i]))
             for i, g in zip(kept, groups, strict=True)
         ]
         return block_of(groups, own, [chunk.numbers[i] for i in kept])
 
     def _presented(self, chunk: Chunk, present: Present) -> Block:
         first = self.became.counts["read"]
-        places = [self.place(n) for n in chunk.numbers]
-        rows = shown(present, chunk.rows, range(self.seed + first, self.seed + first + len(places)), places)
-        groups = [self.encoder(row, place, self.became) for row, place in zip(rows, places, strict=True)]
+        locations = [self.location(n) for n in chunk.numbers]
+        rows = shown(present, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
+        groups = [self.encoder(row, location, self.became) for row, location in zip(rows, locations, strict=True)]
         self._count_groups([group for group in groups if group is not None])
         nothing = Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
-        return Block(self._lines(chunk), chunk.numbers, np.zeros(len(places), np.int64), nothing)
+        return Block(self._lines(chunk), chunk.numbers, np.zeros(len(locations), np.int64), nothing)
 
     def _lines(self, chunk: Chunk) -> Sequence[bytes]:
         if chunk.lines is not None:
             return chunk.lines
-        return [written(row, self.place(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+        return [written(row, self.location(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
 
     def _count_groups(self, groups: Sequence[Group]) -> None:
         template, form = self.encoder.codec.template, self.encoder.form
@@ -170,7 +172,7 @@ class Rows:
             self.became.plain[self.about] = self.became.plain.get(self.about, 0) + plain
 
 
-def shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], places: Sequence[str]) -> list[Row]:
+def shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
     """The rows as they are presented this time.
 
     Raises:
@@ -178,9 +180,9 @@ def shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], places: S
     """
     calls = [{"row": dict(row), "random": Seeded(seed)} for row, seed in zip(rows, seeds, strict=True)]
     made = []
-    for found, place in zip(each(present, calls, [f"{p}: present" for p in places]), places, strict=True):
+    for found, location in zip(each(present, calls, [f"{p}: present" for p in locations]), locations, strict=True):
         if not isinstance(found, Mapping):
-            raise DataError(f"{place}: present returned {type(found).__name__}: return a row (a dict)")
+            raise DataError(f"{location}: present returned {type(found).__name__}: return a row (a dict)")
         made.append(dict(found))
     return made
 

@@ -83,34 +83,34 @@ def _plainly(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     return rows
 
 
-def _row(line: bytes, place: str) -> dict[str, Any]:
+def _row(line: bytes, location: str) -> dict[str, Any]:
     try:
         text = line.decode("utf-8")
         row = json.loads(text)
     except UnicodeDecodeError as error:
         byte = line[error.start]
         raise DataError(
-            f"{place}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}): "
+            f"{location}: not UTF-8 (byte 0x{byte:02x} at column {error.start + 1}): "
             "save the file as UTF-8 (from latin-1: iconv -f latin-1 -t utf-8)"
         ) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not JSON: {error.msg} at column {error.colno}: one object a line") from error
+        raise DataError(f"{location}: not JSON: {error.msg} at column {error.colno}: one object a line") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not usable JSON: {error}") from error
+        raise DataError(f"{location}: not usable JSON: {error}") from error
     if not isinstance(row, dict):
         kind = _TYPES.get(type(row), "null")
-        raise DataError(f"{place}: a row must be an object with columns, this is {kind}")
+        raise DataError(f"{location}: a row must be an object with columns, this is {kind}")
     if b"\\ud" in line.lower():
-        _refuse_lone_surrogates(row, place)
+        _refuse_lone_surrogates(row, location)
     return row
 
 
-def _refuse_lone_surrogates(row: dict[str, Any], place: str) -> None:
+def _refuse_lone_surrogates(row: dict[str, Any], location: str) -> None:
     """JSON can spell half a character (`\\ud83d` alone), which no tokenizer can read."""
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: half a character (a lone surrogate \\ud...): write it in full") from error
+        raise DataError(f"{location}: half a character (a lone surrogate \\ud...): write it in full") from error
 
 
 def read_parquet(path: Path) -> Iterator[Chunk]:

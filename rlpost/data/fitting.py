@@ -95,7 +95,7 @@ _SAID = {
 """Kinds of rows, and what is said of them."""
 
 
-def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[str]) -> Group | None:
+def fit(group: Group, limit: Limit, codec: Codec, location: str, counts: Counter[str]) -> Group | None:
     """The group within its limit, or None when it is dropped; `counts` is added to.
 
     A prompt is never cut. A cut completion loses its end token with its end, so nothing is taught to stop
@@ -110,7 +110,7 @@ def fit(group: Group, limit: Limit, codec: Codec, place: str, counts: Counter[st
     if limit.too_long is TooLong.refuse:
         what = "has" if group.completions else "has a prompt of"
         raise DataError(
-            f"{place} {what} {length} tokens, the limit is {limit.max_length}"
+            f"{location} {what} {length} tokens, the limit is {limit.max_length}"
             f"{', the positions of the model: ' if limit.of_model else ': raise max_length, or '}"
             "set too_long=drop or too_long=cut"
         )

@@ -105,40 +105,40 @@ def recognise(rows: Sequence[Row], where: str, need: Need | None = None) -> Form
     )
 
 
-def encode(row: Row, form: Format, codec: Codec, place: str) -> Group:
+def encode(row: Row, form: Format, codec: Codec, location: str) -> Group:
     """The row as a group: one completion or several, two of a pair (chosen first), or none of a prompt.
 
     Raises:
-        DataError: beginning with `place`, what the row lacks.
+        DataError: beginning with `location`, what the row lacks.
     """
     plain = form is not Format.recorded and all(isinstance(text, str) for text in said(row, form))
     if plain and codec.strict and row.get("tools"):
         raise Unrendered(
-            place,
+            location,
             "its column 'tools' is not read, for it is plain text and has no chat template",
             "give its prompt as messages, rename the column (with `map`)",
         )
-    return _ENCODERS[form](row, codec, place)
+    return _ENCODERS[form](row, codec, location)
 
 
-def _pair(row: Row, codec: Codec, place: str) -> Group:
-    check_margin(row, place)
-    return encode_pair(row, codec, place)
+def _pair(row: Row, codec: Codec, location: str) -> Group:
+    check_margin(row, location)
+    return encode_pair(row, codec, location)
 
 
-def _messages(row: Row, codec: Codec, place: str) -> Group:
-    messages = validate(value_of(row, "messages", place), f"{place}, messages")
-    prompt, completion = conversation(row, messages, 0, codec, place)
+def _messages(row: Row, codec: Codec, location: str) -> Group:
+    messages = validate(value_of(row, "messages", location), f"{location}, messages")
+    prompt, completion = conversation(row, messages, 0, codec, location)
     return Group(prompt, (completion,), row)
 
 
-def _opening(row: Row, codec: Codec, place: str) -> Group:
-    messages = validate(value_of(row, "messages", place), f"{place}, messages")
-    return Group(conversation_prompt(row, list(opening(messages)), codec, place), (), row)
+def _opening(row: Row, codec: Codec, location: str) -> Group:
+    messages = validate(value_of(row, "messages", location), f"{location}, messages")
+    return Group(conversation_prompt(row, list(opening(messages)), codec, location), (), row)
 
 
-def _prompt(row: Row, codec: Codec, place: str) -> Group:
-    return Group(prompt_ids(row, codec, place), (), row)
+def _prompt(row: Row, codec: Codec, location: str) -> Group:
+    return Group(prompt_ids(row, codec, location), (), row)
 
 
 _ENCODERS: dict[Format, Callable[[Row, Codec, str], Group]] = {

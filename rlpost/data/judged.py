@@ -25,37 +25,37 @@ from rlpost.types import Completion, Group
 _TRUE, _FALSE = ("true", "1", "yes", "good"), ("false", "0", "no", "bad")
 
 
-def encode_labelled(row: Row, codec: Codec, place: str) -> Group:
+def encode_labelled(row: Row, codec: Codec, location: str) -> Group:
     """`prompt, completion, label`: one completion with its `label`.
 
     Raises:
         DataError: the label is neither true nor false.
     """
     if "label" not in row:
-        raise DataError(f"{place} {missing('label', row)}")
+        raise DataError(f"{location} {missing('label', row)}")
     given = row["label"]
     word = str(given).strip().lower()
     if isinstance(given, float) or word not in (*_TRUE, *_FALSE):
-        raise DataError(f"{place}: 'label' is {given!r:.40}, neither true (desirable) nor false")
-    group = encode_answered(row, codec, place)
+        raise DataError(f"{location}: 'label' is {given!r:.40}, neither true (desirable) nor false")
+    group = encode_answered(row, codec, location)
     return replace(group, completions=tuple(replace(c, label=word in _TRUE) for c in group.completions))
 
 
-def encode_ranked(row: Row, codec: Codec, place: str) -> Group:
+def encode_ranked(row: Row, codec: Codec, location: str) -> Group:
     """`prompt, completions, scores`: K completions, each with its `score`; of a pair, 1 (chosen) and 0 (rejected).
 
     Raises:
         DataError: the lists do not fit together, or all scores are equal.
     """
     if "completions" not in row:
-        return _ranked(encode_pair(row, codec, place), (1.0, 0.0))
-    answers, scores = _list(row, "completions", place), _list(row, "scores", place)
+        return _ranked(encode_pair(row, codec, location), (1.0, 0.0))
+    answers, scores = _list(row, "completions", location), _list(row, "scores", location)
     if len(answers) != len(scores):
-        raise DataError(f"{place}: {len(answers)} completions have {len(scores)} scores; give one for each")
-    numbers = [None if s is None else _number(s, f"scores[{i}]", place) for i, s in enumerate(scores)]
+        raise DataError(f"{location}: {len(answers)} completions have {len(scores)} scores; give one for each")
+    numbers = [None if s is None else _number(s, f"scores[{i}]", location) for i, s in enumerate(scores)]
     if len({s for s in numbers if s is not None}) < 2:
-        raise DataError(f"{place}: a ranking needs two completions of different scores; leave the row out")
-    return _ranked(encode_several(row, codec, place), numbers)
+        raise DataError(f"{location}: a ranking needs two completions of different scores; leave the row out")
+    return _ranked(encode_several(row, codec, location), numbers)
 
 
 def _ranked(group: Group, scores: Sequence[float | None]) -> Group:
@@ -63,62 +63,64 @@ def _ranked(group: Group, scores: Sequence[float | None]) -> Group:
     return replace(group, completions=scored)
 
 
-def encode_several(row: Row, codec: Codec, place: str) -> Group:
+def encode_several(row: Row, codec: Codec, location: str) -> Group:
     """`prompt, completions`: K completions that share their prompt.
 
     Raises:
         DataError: there is none, or their prompts are not one.
     """
-    answers = _list(row, "completions", place)
-    encoded = [_answer(row, answer, codec, f"{place}, completions[{i}]") for i, answer in enumerate(answers)]
+    answers = _list(row, "completions", location)
+    encoded = [_answer(row, answer, codec, f"{location}, completions[{i}]") for i, answer in enumerate(answers)]
     prompts = {prompt for prompt, _ in encoded}
     if len(prompts) != 1:
         what = "the chat template gives its completions different prompts" if prompts else "it has no completions"
-        raise DataError(f"{place}: {what}")
+        raise DataError(f"{location}: {what}")
     return Group(encoded[0][0], tuple(c for _, c in encoded), row)
 
 
-def encode_steps(row: Row, codec: Codec, place: str) -> Group:
+def encode_steps(row: Row, codec: Codec, location: str) -> Group:
     """`prompt, steps, labels`: one completion of these steps, each tokenised apart, with `step_labels`; no end token.
 
     Raises:
         DataError: the lists do not fit together, a step is empty, or a label is not from 0 to 1.
     """
-    texts, labels = _list(row, "steps", place), _list(row, "labels", place)
+    texts, labels = _list(row, "steps", location), _list(row, "labels", location)
     if len(texts) != len(labels) or not texts:
-        raise DataError(f"{place}: {len(texts)} steps have {len(labels)} labels; give at least one step, and each one")
-    numbers = [_number(x, f"labels[{i}]", place) for i, x in enumerate(labels)]
+        raise DataError(
+            f"{location}: {len(texts)} steps have {len(labels)} labels; give at least one step, and each one"
+        )
+    numbers = [_number(x, f"labels[{i}]", location) for i, x in enumerate(labels)]
     for i, x in enumerate(numbers):
         if not 0 <= x <= 1:
-            raise DataError(f"{place}: labels[{i}] is {x:g}; a step is wrong (0) or right (1), or something between")
+            raise DataError(f"{location}: labels[{i}] is {x:g}; a step is wrong (0) or right (1), or something between")
     ids: list[int] = []
     lengths = []
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text:
-            raise DataError(f"{place}: steps[{i}] is {text!r:.40}, not text")
-        piece = codec.ids(text, f"{place}, steps[{i}]")
+            raise DataError(f"{location}: steps[{i}] is {text!r:.40}, not text")
+        piece = codec.ids(text, f"{location}, steps[{i}]")
         ids += piece
         lengths.append(len(piece))
     completion = Completion(ids, (True,) * len(ids), "".join(texts), steps=lengths, step_labels=numbers)
-    return Group(prompt_ids(row, codec, place), (completion,), row)
+    return Group(prompt_ids(row, codec, location), (completion,), row)
 
 
-def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
+def encode_recorded(row: Row, codec: Codec, location: str) -> Group:
     """A line of rollouts/*.jsonl as it was sampled, each completion with its `reward`.
 
     Raises:
         DataError: it does not fit together, or speaks another vocabulary.
     """
-    prompt = _ids(_list(row, "prompt", place), codec, f"{place}, prompt")
+    prompt = _ids(_list(row, "prompt", location), codec, f"{location}, prompt")
     example = row.get("example") or {}
-    given = _list(row, "completions", place)
+    given = _list(row, "completions", location)
     if not prompt or not given or not isinstance(example, Mapping):
         raise DataError(
-            f"{place}: a recorded rollout has a prompt, completions, and the row they are about as `example`"
+            f"{location}: a recorded rollout has a prompt, completions, and the row they are about as `example`"
         )
     completions = []
     for i, c in enumerate(given):
-        where = f"{place}, completions[{i}]"
+        where = f"{location}, completions[{i}]"
         if not isinstance(c, Mapping) or not {"ids", "action", "logprobs"} <= set(c):
             raise DataError(f"{where} needs ids, action and logprobs, as rollouts/*.jsonl has them")
         ids = _ids(_list(c, "ids", where), codec, where)
@@ -135,57 +137,57 @@ def encode_recorded(row: Row, codec: Codec, place: str) -> Group:
     return Group(prompt, completions, example)
 
 
-def check_margin(row: Row, place: str) -> None:
+def check_margin(row: Row, location: str) -> None:
     """A pair may say by how much its chosen answer is better.
 
     Raises:
         DataError: its `margin` is no number.
     """
     if row.get("margin") is not None:
-        _number(row["margin"], "margin", place)
+        _number(row["margin"], "margin", location)
 
 
-def _answer(row: Row, answer: Any, codec: Codec, place: str) -> tuple[tuple[int, ...], Completion]:
+def _answer(row: Row, answer: Any, codec: Codec, location: str) -> tuple[tuple[int, ...], Completion]:
     if isinstance(answer, str) and isinstance(row.get("prompt"), str):
-        return plain_prompt(row["prompt"], codec, place), plain_completion(answer, codec, place)
-    asked = as_messages(row.get("prompt"), "user", f"{place}, prompt")
-    answered = as_messages(answer, "assistant", place)
-    return conversation(row, asked + answered, len(asked), codec, place)
+        return plain_prompt(row["prompt"], codec, location), plain_completion(answer, codec, location)
+    asked = as_messages(row.get("prompt"), "user", f"{location}, prompt")
+    answered = as_messages(answer, "assistant", location)
+    return conversation(row, asked + answered, len(asked), codec, location)
 
 
-def _list(row: Row, column: str, place: str) -> Sequence[Any]:
+def _list(row: Row, column: str, location: str) -> Sequence[Any]:
     value = row.get(column)
     if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {column!r} is {type(value).__name__}, not a list")
+        raise DataError(f"{location}: {column!r} is {type(value).__name__}, not a list")
     return value
 
 
-def _number(value: Any, what: str, place: str) -> float:
+def _number(value: Any, what: str, location: str) -> float:
     if isinstance(value, bool):
         return float(value)
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{place}: {what} is {value!r:.40}, not a finite number")
+        raise DataError(f"{location}: {what} is {value!r:.40}, not a finite number")
     return float(value)
 
 
-def _flag(value: Any, place: str) -> bool:
+def _flag(value: Any, location: str) -> bool:
     if not isinstance(value, bool | int) or value not in (0, 1):
-        raise DataError(f"{place}: action has {value!r:.40}, neither 1 (the policy chose the token) nor 0")
+        raise DataError(f"{location}: action has {value!r:.40}, neither 1 (the policy chose the token) nor 0")
     return bool(value)
 
 
-def _text(row: Row, column: str, place: str) -> str:
+def _text(row: Row, column: str, location: str) -> str:
     value = row.get(column)
     if not isinstance(value, str | None):
-        raise DataError(f"{place}: {column!r} is {type(value).__name__}, not text")
+        raise DataError(f"{location}: {column!r} is {type(value).__name__}, not text")
     return value or ""
 
 
-def _ids(value: Sequence[Any], codec: Codec, place: str) -> tuple[int, ...]:
+def _ids(value: Sequence[Any], codec: Codec, location: str) -> tuple[int, ...]:
     vocabulary = len(codec.tokenizer)
     for i in value:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary:
             raise DataError(
-                f"{place}: token {i!r:.20} is none of the tokenizer's {vocabulary}; record with this model's"
+                f"{location}: token {i!r:.20} is none of the tokenizer's {vocabulary}; record with this model's"
             )
     return tuple(value)

@@ -43,7 +43,7 @@ def shown(messages: Sequence[Message]) -> list[Message]:
     return [{k: v for k, v in message.items() if k not in MARKS} for message in messages]
 
 
-def validate(messages: Any, place: str) -> list[Message]:
+def validate(messages: Any, location: str) -> list[Message]:
     """The messages with their roles, contents and tool calls checked; keys that are null are left out.
 
     The arguments of a tool call are objects; a text of JSON is read.
@@ -53,10 +53,10 @@ def validate(messages: Any, place: str) -> list[Message]:
             a name or with unreadable arguments.
     """
     if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"{place}: messages must be a list of at least one {{role, content}}")
+        raise DataError(f"{location}: messages must be a list of at least one {{role, content}}")
     checked = []
     for number, message in enumerate(messages, start=1):
-        where = f"{place}: message {number}"
+        where = f"{location}: message {number}"
         if not isinstance(message, Mapping) or "role" not in message:
             raise DataError(f"{where} has no role: a message is {{role, content}}")
         role = message["role"]
@@ -77,7 +77,7 @@ def validate(messages: Any, place: str) -> list[Message]:
     return checked
 
 
-def tools_of(row: Mapping[str, Any], place: str) -> list[Any] | None:
+def tools_of(row: Mapping[str, Any], location: str) -> list[Any] | None:
     """The row's tools: objects, or texts of JSON; None where it has none.
 
     Raises:
@@ -85,16 +85,18 @@ def tools_of(row: Mapping[str, Any], place: str) -> list[Any] | None:
     """
     given = row.get("tools")
     if isinstance(given, str):
-        given = _json(given, f"{place}: 'tools'") if given.strip() else None
+        given = _json(given, f"{location}: 'tools'") if given.strip() else None
     given = [given] if isinstance(given, Mapping) else given
     if given is None:
         return None
     if not isinstance(given, list | tuple):
-        raise DataError(f"{place}: 'tools' is {_type(given)}; give a list of objects, or the same as JSON")
-    read = [_json(tool, f"{place}: tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(given)]
+        raise DataError(f"{location}: 'tools' is {_type(given)}; give a list of objects, or the same as JSON")
+    read = [_json(tool, f"{location}: tools[{i}]") if isinstance(tool, str) else tool for i, tool in enumerate(given)]
     for i, tool in enumerate(read):
         if not isinstance(tool, Mapping):
-            raise DataError(f"{place}: tools[{i}] is {_type(tool)}, not an object with name, description, parameters")
+            raise DataError(
+                f"{location}: tools[{i}] is {_type(tool)}, not an object with name, description, parameters"
+            )
     return read or None
 
 
@@ -134,16 +136,16 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         raise DataError(f"{where}: its tool_calls are {_type(calls)}, not a list")
     read = []
     for i, call in enumerate(calls):
-        place = f"{where}: tool_calls[{i}]"
+        location = f"{where}: tool_calls[{i}]"
         call = {str(k): v for k, v in call.items() if v is not None} if isinstance(call, Mapping) else {}
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise DataError(f"{place} names no function: a call is {{function: {{name, arguments}}}}")
+            raise DataError(f"{location} names no function: a call is {{function: {{name, arguments}}}}")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = _json(arguments, f"{place}: its arguments")
+            arguments = _json(arguments, f"{location}: its arguments")
         if not isinstance(arguments, Mapping | None):
-            raise DataError(f"{place}: its arguments are {_type(arguments)}, not an object")
+            raise DataError(f"{location}: its arguments are {_type(arguments)}, not an object")
         named = dict(function) if arguments is None else {**function, "arguments": dict(arguments)}
         read.append({**call, "function": named} if "function" in call else named)
     return read

@@ -36,7 +36,7 @@ class Reading:
 
     chunks: Callable[[], Iterator[Chunk]]
     """Reads them. Raises DataError or RecipeError, also in the middle of them."""
-    place: Callable[[int], str]
+    location: Callable[[int], str]
     """A row's number -> `rows.jsonl:4`, or `row 4` of what has no lines."""
     identity: Callable[[], Json]
     """What is the same where the rows are: digests of files, options, functions. Raises as `chunks` does."""
@@ -87,8 +87,8 @@ def _of_path(path: str, config: str | None, split: str, where: str, base: Path) 
     raise DataError(f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format")
 
 
-def _file(path: Path, read: Callable[[Path], Iterator[Chunk]], place: Callable[[int], str]) -> Reading:
-    return Reading(lambda: read(path), place, lambda: [path.suffix, _sha256(path)])
+def _file(path: Path, read: Callable[[Path], Iterator[Chunk]], location: Callable[[int], str]) -> Reading:
+    return Reading(lambda: read(path), location, lambda: [path.suffix, _sha256(path)])
 
 
 def _folder(path: Path, options: Json, rows: Callable[[], Sequence[Row]]) -> Reading:
@@ -132,12 +132,12 @@ def _numbered(number: int) -> str:
     return f"row {number}"
 
 
-def written(row: Mapping[str, Any], place: str) -> bytes:
+def written(row: Mapping[str, Any], location: str) -> bytes:
     """A row as a line from which `read_back` makes it again; raises DataError where it holds what has no such form."""
     try:
         return json.dumps([wire.encode(row)]).encode("utf-8")
     except wire.CannotCrossError as error:
-        raise DataError(f"{place}: it holds {error}, which cannot be kept; make text of it with a `map`") from error
+        raise DataError(f"{location}: it holds {error}, which cannot be kept; make text of it with a `map`") from error
 
 
 def read_back(line: bytes) -> tuple[Row, bool]:
@@ -146,13 +146,13 @@ def read_back(line: bytes) -> tuple[Row, bool]:
     return (value, True) if isinstance(value, dict) else (wire.decode(value[0]), False)
 
 
-def checked_rows(rows: Any, place: str) -> list[Row]:
+def checked_rows(rows: Any, location: str) -> list[Row]:
     """What a function returned, which must be rows; raises DataError."""
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise DataError(f"{place} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
+        raise DataError(f"{location} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
     checked = []
     for row in rows:
         if not isinstance(row, Mapping):
-            raise DataError(f"{place} returned a list with {type(row).__name__} in it: rows are dicts")
+            raise DataError(f"{location} returned a list with {type(row).__name__} in it: rows are dicts")
         checked.append(dict(row))
     return checked

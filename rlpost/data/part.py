@@ -41,7 +41,7 @@ class Check(Protocol):
         """What is the same where the same is checked."""
         ...
 
-    def __call__(self, chunks: Iterator[Chunk], place: Callable[[int], str]) -> Iterator[Chunk]:
+    def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
         """Hand the rows on; raises DataError where one is wrong."""
         ...
 
@@ -55,7 +55,7 @@ class Part:
     weight: float
     flat: Flat
     encoder: Encoder
-    place: Callable[[int], str]
+    location: Callable[[int], str]
     """The number of a row -> where it comes from, for messages."""
     present: Present | None
     became: Found
@@ -73,9 +73,9 @@ class Part:
         """
         if self.present is None:
             return [self.flat.group(i) for i in rows]
-        places = [self.place(self.flat.number(i)) for i in rows]
-        presented = shown(self.present, [self.flat.row(i) for i in rows], seeds, places)
-        return [self.encoder(row, place, Found()) for row, place in zip(presented, places, strict=True)]
+        locations = [self.location(self.flat.number(i)) for i in rows]
+        presented = shown(self.present, [self.flat.row(i) for i in rows], seeds, locations)
+        return [self.encoder(row, location, Found()) for row, location in zip(presented, locations, strict=True)]
 
 
 def open_part(
@@ -98,8 +98,8 @@ def open_part(
     about = label(source, key)
     naming = Naming(source.columns, f"{key}.columns")
 
-    def place(number: int) -> str:
-        where = reading.place(number)
+    def location(number: int) -> str:
+        where = reading.location(number)
         return f"{key} ({where})" if source.path and where.startswith(source.path) else f"{about} {where}"
 
     def read(line: bytes) -> Row:
@@ -111,12 +111,14 @@ def open_part(
         first = next(chunks)  # a source without rows is refused before
         sample = first.rows[:1]
         if present is not None:
-            sample = shown(present, sample, [seed], [place(first.numbers[0])])
+            sample = shown(present, sample, [seed], [location(first.numbers[0])])
         form = recognise(sample, about, need)
         encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
         became = Found()
         rows = chain([first], chunks)
-        Rows(encoder, about, place, present, seed, became).write(check(rows, reading.place) if check else rows, writer)
+        Rows(encoder, about, location, present, seed, became).write(
+            check(rows, reading.location) if check else rows, writer
+        )
         if not became.counts["kept"]:
             raise DataError(became.nothing_left(about, limit.max_length))
         writer.finish({"format": form.name, "became": became.to_json()})
@@ -134,7 +136,7 @@ def open_part(
     form = Format[flat.about["format"]]
     encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
     became = Found.from_json(flat.about["became"])
-    return Part(about, source.weight, flat, encoder, place, present, became, source.columns)
+    return Part(about, source.weight, flat, encoder, location, present, became, source.columns)
 
 
 def _fill(folder: Path, write: Callable[[Writer], None]) -> None:

@@ -27,7 +27,7 @@ class Rows:
     """The rows of a source, and where each of them comes from."""
 
     rows: list[Row]
-    places: list[str]
+    locations: list[str]
     """Of each row: `rows.jsonl:4`, or `row 4` of what has no lines."""
 
 
@@ -48,7 +48,7 @@ def read(
     found = Rows([], [])
     for chunk in reading.chunks():
         found.rows += chunk.rows
-        found.places += [reading.place(n) for n in chunk.numbers]
+        found.locations += [reading.location(n) for n in chunk.numbers]
     return found
 
 
@@ -77,18 +77,18 @@ def open_source(
     def chunks() -> Iterator[Chunk]:
         stream = _some(found.chunks(), label(source, where))
         if source.fold is not None:
-            stream = _fold(stream, found.chunks, source.fold, f"{where}.fold", found.place)
+            stream = _fold(stream, found.chunks, source.fold, f"{where}.fold", found.location)
         if source.map is not None and function is not None:
-            stream = _map(stream, function, f"{where}.map: {source.map.fn}", where, found.place)
+            stream = _map(stream, function, f"{where}.map: {source.map.fn}", where, found.location)
         if naming is not None:
-            stream = _named(stream, naming, found.place)
+            stream = _named(stream, naming, found.location)
         return stream if source.limit is None else _first(stream, source.limit)
 
     def identity() -> Any:
         options = [source.fold and asdict(source.fold), source.columns, source.limit]
         return [found.identity(), options, source.map and function and identity_of(source.map, function)]
 
-    return Reading(chunks, found.place, identity)
+    return Reading(chunks, found.location, identity)
 
 
 def _check(source: Source, where: str) -> None:
@@ -111,21 +111,25 @@ def _some(chunks: Iterator[Chunk], about: str) -> Iterator[Chunk]:
 
 
 def _fold(
-    chunks: Iterator[Chunk], again: Callable[[], Iterator[Chunk]], fold: Fold, where: str, place: Callable[[int], str]
+    chunks: Iterator[Chunk],
+    again: Callable[[], Iterator[Chunk]],
+    fold: Fold,
+    where: str,
+    location: Callable[[int], str],
 ) -> Iterator[Chunk]:
     """One side of a split by the values of `fold.by`; the rows are gone through twice, `again` being the second time.
 
     The distinct values are sorted, shuffled by a fixed seed and dealt out to `of` parts; so the split
     depends on the set of values alone, not on the order of the rows.
     """
-    distinct = {key for chunk in chunks for key in _keys(chunk, fold, where, place)}
+    distinct = {key for chunk in chunks for key in _keys(chunk, fold, where, location)}
     values = sorted(distinct)
     random.Random(_FOLD_SEED).shuffle(values)
     held_out = set(values[fold.hold_out :: fold.of])
     wanted = fold.part is FoldPart.held_out
     left = False
     for chunk in again():
-        kept = [i for i, key in enumerate(_keys(chunk, fold, where, place)) if (key in held_out) is wanted]
+        kept = [i for i, key in enumerate(_keys(chunk, fold, where, location)) if (key in held_out) is wanted]
         left = left or bool(kept)
         if kept:
             lines = chunk.lines and [chunk.lines[i] for i in kept]
@@ -134,27 +138,27 @@ def _fold(
         raise DataError(f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts")
 
 
-def _keys(chunk: Chunk, fold: Fold, where: str, place: Callable[[int], str]) -> Iterator[str]:
+def _keys(chunk: Chunk, fold: Fold, where: str, location: Callable[[int], str]) -> Iterator[str]:
     """The value of each row that says which side it is on."""
     for row, number in zip(chunk.rows, chunk.numbers, strict=True):
         if fold.by not in row:
-            raise DataError(f"{where}.by: {place(number)} {missing(fold.by, row)}")
+            raise DataError(f"{where}.by: {location(number)} {missing(fold.by, row)}")
         yield json.dumps(row[fold.by], sort_keys=True, default=str)
 
 
 def _map(
-    chunks: Iterator[Chunk], function: Callable[..., Any], name: str, where: str, place: Callable[[int], str]
+    chunks: Iterator[Chunk], function: Callable[..., Any], name: str, where: str, location: Callable[[int], str]
 ) -> Iterator[Chunk]:
     """What the function makes of each row, which keeps its number."""
     seen = made = 0
     for chunk in chunks:
         calls = [{"row": dict(row)} for row in chunk.rows]
         mapped = Chunk([], [])
-        results = each(function, calls, [f"{name}: {place(n)}" for n in chunk.numbers])
+        results = each(function, calls, [f"{name}: {location(n)}" for n in chunk.numbers])
         for result, number in zip(results, chunk.numbers, strict=True):
             if result is None:
                 continue
-            rows = checked_rows([result] if isinstance(result, Mapping) else result, f"{name}: {place(number)}")
+            rows = checked_rows([result] if isinstance(result, Mapping) else result, f"{name}: {location(number)}")
             mapped.rows.extend(rows)
             mapped.numbers.extend([number] * len(rows))
         seen += len(chunk.rows)
@@ -165,10 +169,10 @@ def _map(
         raise DataError(f"{name} left no row of {seen}: check what it returns, and {where}")
 
 
-def _named(chunks: Iterator[Chunk], naming: Naming, place: Callable[[int], str]) -> Iterator[Chunk]:
+def _named(chunks: Iterator[Chunk], naming: Naming, location: Callable[[int], str]) -> Iterator[Chunk]:
     """The rows with their columns; the lines stay those of the file."""
     for chunk in chunks:
-        named = [naming(row, place(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+        named = [naming(row, location(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
         yield replace(chunk, rows=named)
 
 

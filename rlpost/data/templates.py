@@ -55,19 +55,19 @@ class Rendered:
     """Ranges of the text that the template's generation markers enclose."""
 
 
-def render_all(tokenizer: Any, jobs: Sequence[Job], place: str) -> list[Rendered]:
+def render_all(tokenizer: Any, jobs: Sequence[Job], location: str) -> list[Rendered]:
     """Render with the tokenizer's chat template, as its `apply_chat_template` does.
 
     Raises:
         ModelError: there is no template, or no process to render it.
     """
     if not tokenizer.chat_template:
-        raise ModelError(f"{place}: the tokenizer has no chat template: {REMEDY}")
+        raise ModelError(f"{location}: the tokenizer has no chat template: {REMEDY}")
     try:
         # A model may have a second template for conversations with tools.
         sources = [tokenizer.get_chat_template(tools=job.talk.tools) for job in jobs]
     except ValueError as error:
-        raise ModelError(f"{place}: the chat template is none: {_line(error)}: {REMEDY}") from error
+        raise ModelError(f"{location}: the chat template is none: {_line(error)}: {REMEDY}") from error
     special = {k: v if isinstance(v, list) else str(v) for k, v in tokenizer.special_tokens_map.items()}
     rendered: dict[int, Rendered] = {}
     for source in dict.fromkeys(sources):

@@ -28,7 +28,7 @@ def formed(talk: Talk, form: Arguments) -> Talk:
     return Talk([_as_text(message) for message in talk.messages], talk.tools)
 
 
-def wanted_form(tokenizer: Any, talk: Talk, place: str) -> Arguments:
+def wanted_form(tokenizer: Any, talk: Talk, location: str) -> Arguments:
     """The form that the template renders as JSON, found by rendering a sample; objects where both will do.
 
     Raises:
@@ -39,11 +39,11 @@ def wanted_form(tokenizer: Any, talk: Talk, place: str) -> Arguments:
     source = tokenizer.get_chat_template(tools=talk.tools) if tokenizer.chat_template else ""
     key = (source, talk.tools is not None)
     if key not in _FOUND:
-        _FOUND[key] = _probe(tokenizer, talk.tools is not None, place)
+        _FOUND[key] = _probe(tokenizer, talk.tools is not None, location)
     found = _FOUND[key]
     if found is None:
         raise DataError(
-            f"{place}: the chat template writes the arguments of a tool call neither from an object nor from text "
+            f"{location}: the chat template writes the arguments of a tool call neither from an object nor from text "
             f"as JSON: {REMEDY}"
         )
     return found
@@ -52,7 +52,7 @@ def wanted_form(tokenizer: Any, talk: Talk, place: str) -> Arguments:
 _FOUND: dict[tuple[str, bool], Arguments | None] = {}
 
 
-def _probe(tokenizer: Any, with_tools: bool, place: str) -> Arguments | None:
+def _probe(tokenizer: Any, with_tools: bool, location: str) -> Arguments | None:
     asked = {"role": "user", "content": "a"}
     call = {"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -60,7 +60,7 @@ def _probe(tokenizer: Any, with_tools: bool, place: str) -> Arguments | None:
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
     talk = Talk([asked, turn], [tool] if with_tools else None)
     jobs = [Job(formed(talk, form), 2) for form in Arguments]
-    as_object, as_text = render_all(tokenizer, jobs, place)
+    as_object, as_text = render_all(tokenizer, jobs, location)
     if not as_object.error and "{'key'" not in as_object.text:
         return Arguments.object
     if not as_text.error and '\\"key' not in as_text.text:

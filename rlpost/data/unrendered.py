@@ -23,8 +23,8 @@ from rlpost.errors import DataError
 class Unrendered(DataError):
     """A row says what the text made of it does not."""
 
-    def __init__(self, place: str, left_out: str, remedy: str) -> None:
-        super().__init__(f"{place}: {left_out}: {remedy}, or set its source's unrendered=drop")
+    def __init__(self, location: str, left_out: str, remedy: str) -> None:
+        super().__init__(f"{location}: {left_out}: {remedy}, or set its source's unrendered=drop")
         self.left_out = left_out
 
 
@@ -53,7 +53,7 @@ class Proof:
         """The rendering that shows most of it."""
         return Job(self._marked, len(self._talk.messages), self._generation)
 
-    def left_out(self, tokenizer: Any, plain: Rendered, marked: Rendered, place: str) -> str | None:
+    def left_out(self, tokenizer: Any, plain: Rendered, marked: Rendered, location: str) -> str | None:
         """What the template leaves out, in words, or None.
 
         Args:
@@ -64,15 +64,15 @@ class Proof:
         """
         unsure = [leaf for leaf in self._leaves if leaf not in self._word or self._word[leaf] not in marked.text]
         unsure = [leaf for leaf in unsure if not self._is_said_by_calls(leaf)]
-        for leaf in self._not_when_last(tokenizer, unsure, place):
-            if not self._matters(tokenizer, leaf, plain, place):
+        for leaf in self._not_when_last(tokenizer, unsure, location):
+            if not self._matters(tokenizer, leaf, plain, location):
                 return place_of(leaf, self._talk.messages)
         squeezed_text = squeezed(plain.text)
         for leaf in self._leaves:
             if self._is_heard(leaf) and not holds(squeezed_text, leaf.value):
                 half = len(leaf.value) // 2
                 for other in (f"{_WORD}{leaf.value}", f"{leaf.value[:half]}{_WORD}{leaf.value[half:]}"):
-                    if not self._differs(tokenizer, changed(self._talk, {leaf.path: other}, {}), plain, place):
+                    if not self._differs(tokenizer, changed(self._talk, {leaf.path: other}, {}), plain, location):
                         return f"a part of {place_of(leaf, self._talk.messages)}"
         return None
 
@@ -91,11 +91,11 @@ class Proof:
         calls = [call for m in messages[: int(rest[0])] for call in m.get("tool_calls") or ()]
         return leaf.value in [call.get("function", call)["name"] for call in calls]
 
-    def _not_when_last(self, tokenizer: Any, unsure: Sequence[Leaf], place: str) -> Iterator[Leaf]:
+    def _not_when_last(self, tokenizer: Any, unsure: Sequence[Leaf], location: str) -> Iterator[Leaf]:
         """Without those of an assistant's earlier turns that show when the turn is the last."""
         turn_of = {leaf: self._earlier_turn(leaf) for leaf in unsure if leaf in self._word}
         turns = sorted({turn for turn in turn_of.values() if turn is not None})
-        rendered = render_all(tokenizer, [Job(self._marked, i + 1) for i in turns], place) if turns else []
+        rendered = render_all(tokenizer, [Job(self._marked, i + 1) for i in turns], location) if turns else []
         text = dict(zip(turns, (r.text for r in rendered), strict=True))
         for leaf in unsure:
             turn = turn_of.get(leaf)
@@ -108,26 +108,26 @@ class Proof:
         i, messages = int(leaf.path[1]), self._talk.messages
         return i if messages[i]["role"] == "assistant" and i + 1 < len(messages) else None
 
-    def _matters(self, tokenizer: Any, leaf: Leaf, plain: Rendered, place: str) -> bool:
+    def _matters(self, tokenizer: Any, leaf: Leaf, plain: Rendered, location: str) -> bool:
         """Whether another value makes another text; found once for values that a template treats alike."""
         alike = leaf.sort is not Sort.words or leaf.path[0] == "tools"
         key = (str(tokenizer.chat_template), kind_of(leaf, self._talk.messages)) if alike else None
         if key is not None and key in _MATTERS:
             return _MATTERS[key]
         other = self._with_another(leaf)
-        matters = self._differs(tokenizer, other, plain, place)
+        matters = self._differs(tokenizer, other, plain, location)
         turn = self._earlier_turn(leaf)
         if not matters and turn is not None:
             jobs = [Job(formed(talk, self._form), turn + 1) for talk in (self._talk, other)]
-            before, after = render_all(tokenizer, jobs, place)
+            before, after = render_all(tokenizer, jobs, location)
             matters = before != after
         if key is not None:
             _MATTERS[key] = matters
         return matters
 
-    def _differs(self, tokenizer: Any, other: Talk, plain: Rendered, place: str) -> bool:
+    def _differs(self, tokenizer: Any, other: Talk, plain: Rendered, location: str) -> bool:
         job = Job(formed(other, self._form), len(self._talk.messages), self._generation)
-        (found,) = render_all(tokenizer, [job], place)
+        (found,) = render_all(tokenizer, [job], location)
         return found != plain
 
     def _with_another(self, leaf: Leaf) -> Talk:

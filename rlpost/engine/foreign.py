@@ -65,8 +65,8 @@ class ForeignEngine:
         given = self._call(lambda: self._engine.generate(list(requests)), f"{what} {_shown(requests[0], self._policy)}")
         many = f"{len(given)} groups of completions" if isinstance(given, Sequence) else f"a {type(given).__name__}"
         if not isinstance(given, Sequence) or len(given) < len(requests):
-            place = self._place(requests, len(given) if isinstance(given, Sequence) else 0)
-            raise self._error(f"returned {many} for {len(requests)} requests, none for {place}; return one for each")
+            location = self._location(requests, len(given) if isinstance(given, Sequence) else 0)
+            raise self._error(f"returned {many} for {len(requests)} requests, none for {location}; return one for each")
         if len(given) > len(requests):
             raise self._error(f"returned {many} for {what} {_shown(requests[0], self._policy)}; return one for each")
         return [self._looked_at(requests, number, given[number]) for number in range(len(requests))]
@@ -94,7 +94,7 @@ class ForeignEngine:
                 fault = f"gave completion {at + 1} of {request.n} {wrong}"
                 break
         if fault:
-            raise self._error(f"{self._place(requests, number)}: it {fault}")
+            raise self._error(f"{self._location(requests, number)}: it {fault}")
         stops = StopStrings(self._policy.tokenizer, request.sampling.stop)
         return tuple(self._finished(completion, stops) for completion in given)
 
@@ -108,7 +108,7 @@ class ForeignEngine:
         logprobs = completion.logprobs.astype(np.float64 if wide else np.float32)
         return finished(ids, logprobs, ended, ends, stops, self._version)
 
-    def _place(self, requests: Sequence[Request], number: int) -> str:
+    def _location(self, requests: Sequence[Request], number: int) -> str:
         return f"request {number + 1} of {len(requests)} {_shown(requests[number], self._policy)}"
 
     def _call(self, function: Callable[[], Any], what: str) -> Any:

@@ -43,8 +43,8 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
     """
     rewards, where = rewards_of(resolved)
     probe = Group((0,), (Completion((0,), (True,), text=str(row.get("prompt", ""))),), row)
-    for leaf, place in reward_leaves(rewards, where):
-        bound = bind(leaf, REWARD, place, resolved.folder)
+    for leaf, location in reward_leaves(rewards, where):
+        bound = bind(leaf, REWARD, location, resolved.folder)
         if leaf.model is not None or not _ROW & set(inspect.signature(bound.call).parameters):
             continue
         try:
@@ -55,6 +55,6 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
             asked = _COLUMN.search(str(error))
             reads = f"{bound.name} reads the column {asked[1]!r} of a row" if asked else str(error)
             raise RecipeError(
-                f"{place}: {reads}, and a prompt on the command line has none - give it as "
+                f"{location}: {reads}, and a prompt on the command line has none - give it as "
                 f"--example {asked[1] if asked else 'COLUMN'}=TEXT"
             ) from error

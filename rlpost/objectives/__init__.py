@@ -30,11 +30,11 @@ from rlpost.objectives.credit import (
     least,
     monte_carlo_values,
     on_last,
-    place,
     potential_shaping,
     process,
     process_normalised,
     return_to_go,
+    reward_on_last_action,
     spread_evenly,
 )
 from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, kl_in_reward
@@ -190,7 +190,6 @@ __all__ = [
     "pairs_of",
     "pass_at_k",
     "per_reward_normalised",
-    "place",
     "policy_gradient",
     "potential_shaping",
     "process",
@@ -203,6 +202,7 @@ __all__ = [
     "return_to_go",
     "reverse_kl",
     "reward",
+    "reward_on_last_action",
     "sequence_clipped",
     "sequence_mean",
     "sequence_sum",

@@ -52,7 +52,7 @@ class Steps:
         return x_K[self.step_N]
 
 
-def place(reward_S: Tensor, rows: Ragged) -> Tensor:
+def reward_on_last_action(reward_S: Tensor, rows: Ragged) -> Tensor:
     """[N] each completion's reward on its last action, 0 elsewhere; a completion without actions places nothing."""
     wide_S = widen(reward_S)
     acted = rows.last >= 0
@@ -108,7 +108,7 @@ def spread_evenly(reward_K: Tensor, steps: Steps) -> Tensor:
 
 def on_last(reward_K: Tensor, steps: Steps) -> Tensor:
     """[N] each step's reward on its last action."""
-    return place(reward_K, steps.rows_K)
+    return reward_on_last_action(reward_K, steps.rows_K)
 
 
 def least(reward_K: Tensor, steps: Steps) -> Tensor:

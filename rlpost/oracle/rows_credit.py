@@ -44,7 +44,7 @@ def _gae_rows(problem: Problem) -> list[Row]:
     """
     tree = problem.tree
     values = {"true": problem.value_X[tree.state_N], "wrong": torch.full_like(problem.old_N, WRONG)}
-    placed_N = credit.place(problem.reward_L, tree.rows)
+    placed_N = credit.reward_on_last_action(problem.reward_L, tree.rows)
 
     def found(value: str, lam: float) -> Tensor:
         advantage_N, _ = credit.gae(placed_N, values[value], tree.rows, gamma=1.0, lam=lam)
@@ -69,7 +69,7 @@ def _gae_rows(problem: Problem) -> list[Row]:
 def _return_rows(problem: Problem) -> list[Row]:
     """GAE(1, 1) + V is the return, whatever V says; a value after the limit is a reward paid there."""
     tree = problem.tree
-    placed_N = credit.place(problem.reward_L, tree.rows)
+    placed_N = credit.reward_on_last_action(problem.reward_L, tree.rows)
     value_N = problem.value_X[tree.state_N].sin()
     _, return_N = credit.gae(placed_N, value_N, tree.rows, gamma=1.0, lam=1.0)
     beyond_L = torch.where(tree.cut_L, problem.reward_L.cos(), 0.0)

@@ -35,7 +35,7 @@ def _rows(problem: Problem, potential_X: Tensor) -> list[Row]:
     # Of several best actions, rounding picks one: so its worth is compared, not its number.
     chosen_X = plain_XV.gather(1, shaped_XV.argmax(1, keepdim=True))[:, 0]
     same = bool((plain_XV.amax(1) - chosen_X <= EXACT).all())
-    to_go_N = credit.return_to_go(credit.place(reward_L, tree.rows) + shaped_N, tree.rows)
+    to_go_N = credit.return_to_go(credit.reward_on_last_action(reward_L, tree.rows) + shaped_N, tree.rows)
     error = relative_error(gradient(problem, to_go_N), problem.reward_gradient)
     moved_XV = _best(problem, shaping(problem, potential_X, -2 * reward_L))
     gap = float(reward_L.max() - reward_L[tree.following(moved_XV.argmax(1))])

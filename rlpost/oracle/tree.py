@@ -34,11 +34,11 @@ class Tree:
         Raises:
             RecipeError: the tree is too small to prove anything, or too large to enumerate.
         """
-        place = f"vocabulary {vocabulary}, depth {depth}"
+        location = f"vocabulary {vocabulary}, depth {depth}"
         if vocabulary < 2 or depth < 2:
-            raise RecipeError(f"{place}: a tree needs at least vocabulary 2 (an end token and another) and depth 2")
+            raise RecipeError(f"{location}: a tree needs at least vocabulary 2 (an end token and another) and depth 2")
         if depth > DEEPEST:
-            raise RecipeError(f"{place}: a depth of more than {DEEPEST}; take a smaller one")
+            raise RecipeError(f"{location}: a depth of more than {DEEPEST}; take a smaller one")
         go_on = vocabulary - 1
         leaves, actions, width = 0, 0, 1
         for t in range(depth):
@@ -46,7 +46,7 @@ class Tree:
             leaves, actions, width = leaves + here, actions + here * (t + 1), width * go_on
             if leaves > MOST_LEAVES or actions > MOST_ACTIONS:
                 limit = f"more than {MOST_LEAVES} completions or {MOST_ACTIONS} actions"
-                raise RecipeError(f"{place}: {limit}; take a smaller vocabulary or depth")
+                raise RecipeError(f"{location}: {limit}; take a smaller vocabulary or depth")
         self.vocabulary, self.depth = vocabulary, depth
         self.first_T: list[int] = [sum(go_on**k for k in range(t)) for t in range(depth + 1)]
         """The number of the first state of each length, and of all states."""

@@ -168,7 +168,7 @@ def _settle(model: PeftModel, name: str, trainable: bool, before: Mapping[str, b
 
 
 @contextmanager
-def _fitting(place: Path | str) -> Iterator[None]:
+def _fitting(location: Path | str) -> Iterator[None]:
     """What peft cannot do inside is told as an adapter that does not fit.
 
     Raises:
@@ -177,11 +177,11 @@ def _fitting(place: Path | str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{place}: this adapter does not fit its base model: {first_line(error)}") from error
+        raise ModelError(f"{location}: this adapter does not fit its base model: {first_line(error)}") from error
 
 
 @torch.no_grad()
-def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], place: Path | str) -> None:
+def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: Path | str) -> None:
     """Give adapter `name` the weights of a file: each of them, and no other.
 
     Raises:
@@ -196,10 +196,10 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], place: Pat
     for key, x in known.items():
         if x.shape != state[key].shape or not torch.equal(x.to(state[key]), state[key]):
             raise ModelError(
-                f"{place}: it brings {key} of its own, other than that of its base model; "
+                f"{location}: it brings {key} of its own, other than that of its base model; "
                 "merge it into that model with peft's merge_and_unload and name the merged folder"
             )
-    with _fitting(place):
+    with _fitting(location):
         outcome = set_peft_model_state_dict(
             model, {key: x for key, x in weights.items() if key not in known}, adapter_name=name
         )
@@ -213,7 +213,7 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], place: Pat
     ):
         if keys:
             raise ModelError(
-                f"{place}: this adapter does not fit its base model: it {what}: {keys[0]} and {len(keys) - 1} more; "
+                f"{location}: this adapter does not fit its base model: it {what}: {keys[0]} and {len(keys) - 1} more; "
                 "take the file and the configuration from one training"
             )
 

@@ -145,9 +145,9 @@ def balance_of(model: Any, coefficient: float) -> Balance | None:
     for owner in model.modules():
         recorded = (getattr(owner, "_can_record_outputs", None) or {}).get(RECORDED)
         for recorder in recorded if isinstance(recorded, list | tuple) else [recorded] if recorded else []:
-            kind, place = getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or ""
+            kind, where = getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None) or ""
             for name, module in owner.named_modules():
-                if isinstance(kind, type) and isinstance(module, kind) and place in name:
+                if isinstance(kind, type) and isinstance(module, kind) and where in name:
                     routers[id(module)] = (owner.get_submodule(name), getattr(recorder, "index", 0))
     if not routers or chosen is None:
         return None

@@ -220,7 +220,7 @@ def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
 
 
 def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
-    place = "what the reward model reads"
+    location = "what the reward model reads"
     text = completion.text
     for stop in codec.tokenizer.convert_ids_to_tokens(list(codec.stops)):
         text = text.replace(stop, "")  # here it would end the answer; its writer went on
@@ -228,9 +228,9 @@ def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], code
     if not text.strip():
         # Formats know no empty turn; a policy that answers nothing has ended its turn all the same.
         end = codec.stops[-1]
-        read = replace(encode(row, Format.prompt, codec, place), completions=(Completion((end,), (True,)),))
+        read = replace(encode(row, Format.prompt, codec, location), completions=(Completion((end,), (True,)),))
     else:
-        read = encode(row, Format.completion, codec, place)
+        read = encode(row, Format.completion, codec, location)
     if completion.finish != "length":
         return read
     return replace(read, completions=(_left_open(read.completions[0], codec.stops),))

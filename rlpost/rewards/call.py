@@ -132,8 +132,8 @@ def _each_here(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]])
             raise
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
-            place = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
-            yield Failed(f"raised {type(error).__name__}: {_clip(str(error))}{place}", error)
+            location = f" at {frames[1].filename}:{frames[1].lineno}" if len(frames) > 1 else ""
+            yield Failed(f"raised {type(error).__name__}: {_clip(str(error))}{location}", error)
             return
 
 

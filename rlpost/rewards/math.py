@@ -125,14 +125,14 @@ class References:
         self._rows = 0
         self._wrong: list[tuple[str, DataError]] = []
 
-    def read(self, examples: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
-        """Read those of some rows; `places` names them."""
+    def read(self, examples: Sequence[Mapping[str, Any]], locations: Sequence[str]) -> None:
+        """Read those of some rows; `locations` names them."""
         self._rows += len(examples)
-        for example, place in zip(examples, places, strict=True):
+        for example, location in zip(examples, locations, strict=True):
             try:
                 read_reference(example, self._column)
             except DataError as error:
-                self._wrong.append((place, error))
+                self._wrong.append((location, error))
 
     def refuse(self) -> None:
         """Refuse the rows if one was wrong.
@@ -141,9 +141,9 @@ class References:
             DataError: as of `read_reference`, of the first such row, with the number of others.
         """
         if self._wrong:
-            place, first = self._wrong[0]
+            location, first = self._wrong[0]
             others = f" (and {len(self._wrong) - 1} more of {self._rows} rows)" if len(self._wrong) > 1 else ""
-            raise DataError(f"{place}: {first}{others}") from first
+            raise DataError(f"{location}: {first}{others}") from first
 
 
 def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Verdict]:

@@ -70,7 +70,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def place(folder: Path, fill: Callable[[Path], None], about: Mapping[str, Json]) -> None:
+def write_folder_atomically(folder: Path, fill: Callable[[Path], None], about: Mapping[str, Json]) -> None:
     """Write the folder whole or not at all: `fill` writes into a temporary one, which gets a manifest.
 
     A folder of that name is replaced, or left as it is when it holds the same files.

@@ -46,7 +46,7 @@ class RunDirectory:
 
     @property
     def base(self) -> Path:
-        """Where a model made from scratch is kept; write it with `files.place`."""
+        """Where a model made from scratch is kept; write it with `files.write_folder_atomically`."""
         return self.path / names.BASE
 
     @property

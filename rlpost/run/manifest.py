@@ -74,8 +74,8 @@ def fault(folder: Path, about: Mapping[str, Any] | None = None) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
     except OSError as error:
-        place = error.filename or folder
-        raise DiskError(f"{place}: {error.strerror}; make it readable, or remove {folder}") from error
+        location = error.filename or folder
+        raise DiskError(f"{location}: {error.strerror}; make it readable, or remove {folder}") from error
 
 
 def stranger(folder: Path, about: Mapping[str, Any]) -> str | None:

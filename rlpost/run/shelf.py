@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlpost import console
 from rlpost.run import names
-from rlpost.run.files import clear_leftovers, disk_errors, place, remove_folder
+from rlpost.run.files import clear_leftovers, disk_errors, remove_folder, write_folder_atomically
 from rlpost.run.manifest import fault, read_manifest
 from rlpost.run.record import run_id
 
@@ -42,7 +42,7 @@ class Shelf:
             if path.exists():
                 console.warn(f"{path}: {wrong}; its rows are encoded again")
                 remove_folder(path)
-            place(path, fill, about)
+            write_folder_atomically(path, fill, about)
             self._tidy(path, whose)
         self._whole.add(path)
         return path

@@ -21,10 +21,10 @@ from rlpost.run.files import (
     clear_leftovers,
     disk_errors,
     encode_line,
-    place,
     read_json,
     remove_folder,
     write_atomic,
+    write_folder_atomically,
     write_json,
 )
 from rlpost.run.manifest import fault, stranger
@@ -230,7 +230,7 @@ class StageDirectory:
                 _save_tensors(folder / f"{name}.safetensors", named)
             write_json(folder / names.STATE, full)
 
-        place(path, fill, self._about(step) | {"versions": versions()})
+        write_folder_atomically(path, fill, self._about(step) | {"versions": versions()})
         self._prune(step, keep)
         return Checkpoint(path, step, read_json(path / names.STATE))
 
@@ -271,7 +271,7 @@ class StageDirectory:
 
         with disk_errors(done):
             done.unlink(missing_ok=True)
-        place(self.final, fill, self._about(None) | {"versions": versions()})
+        write_folder_atomically(self.final, fill, self._about(None) | {"versions": versions()})
         full = {
             **(proof or {}),
             "run": run_id(self.path.parent),

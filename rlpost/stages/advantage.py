@@ -20,7 +20,7 @@ from rlpost.data.divide import ends_of, step_starts
 from rlpost.engine.continue_from import as_answers, fresh_rollouts
 from rlpost.objectives.advantages import ema
 from rlpost.objectives.correction import correction
-from rlpost.objectives.credit import Steps, place
+from rlpost.objectives.credit import Steps, reward_on_last_action
 from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -143,7 +143,7 @@ class _Known:
             "weight_K": lambda: self.rollout.weight_K,
             "running_mean": lambda: self.estimator.running_mean,
             "reward_S": lambda: self.rollout.reward_S,
-            "reward_N": lambda: place(self.rollout.reward_S, self.rows),
+            "reward_N": lambda: reward_on_last_action(self.rollout.reward_S, self.rows),
             "rows": lambda: self.rows,
             "steps": lambda: self.steps,
             "step_reward_K": lambda: self.step_reward_K,

@@ -290,10 +290,10 @@ class Context:
         """Where a model lies, by path or name; inside this run, which may be moved, also by the way from its result."""
         if not Path(model).is_dir():
             return {key: model}
-        place = Path(model).resolve()
-        if not place.is_relative_to(self.out.path.parent.resolve()):
-            return {key: str(place)}
-        return {key: str(place), f"{key}{FROM_HERE}": os.path.relpath(place, self.out.final.resolve())}
+        location = Path(model).resolve()
+        if not location.is_relative_to(self.out.path.parent.resolve()):
+            return {key: str(location)}
+        return {key: str(location), f"{key}{FROM_HERE}": os.path.relpath(location, self.out.final.resolve())}
 
 
 def make_engine(
@@ -305,8 +305,8 @@ def make_engine(
         RecipeError: it names a function that is not there.
         EngineError: that function fails, or cannot be guided.
     """
-    chosen, place = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
-    return engine_for(policy, chosen, bind_engine(chosen, place, folder), guide)
+    chosen, location = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
+    return engine_for(policy, chosen, bind_engine(chosen, location, folder), guide)
 
 
 def stage_seed(seed: int, stage: str, purpose: str, number: int = 0) -> int:
@@ -326,11 +326,11 @@ def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Call
     """
     judges: dict[str, AnyJudge] = {}
 
-    def bound(reward: Reward, place: str) -> tree.Reward:
+    def bound(reward: Reward, location: str) -> tree.Reward:
         if reward.of:
-            of = [bound(child, f"{place}.of[{i}]") for i, child in enumerate(reward.of)]
+            of = [bound(child, f"{location}.of[{i}]") for i, child in enumerate(reward.of)]
             return tree.Node(reward.name or reward.fn, reward.weight, reward.fn, of, reward.args)
-        function = bind(reward, REWARD, place, folder)
+        function = bind(reward, REWARD, location, folder)
         name = reward.model
         if name is not None and name not in judges:
             judges[name] = judge(name, f"reward_{len(judges)}")

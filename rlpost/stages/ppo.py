@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import metrics
-from rlpost.objectives.credit import gae, place
+from rlpost.objectives.credit import gae, reward_on_last_action
 from rlpost.objectives.values import value_loss
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.scalar import ScalarModel, Values, critic_beside
@@ -72,7 +72,7 @@ def assemble(rollout: Rollout, cfg: Ppo, critic: ScalarModel, kl: KlPenalty, lea
     """The samples with advantages and returns under the critic as it is."""
     experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
     rows, values = experience.rows, critic.score(experience.groups)
-    reward_N = place(rollout.reward_S, rows) - kl.per_action(experience)
+    reward_N = reward_on_last_action(rollout.reward_S, rows) - kl.per_action(experience)
     advantage_N, return_N = gae(
         reward_N,
         values.before_N.to(reward_N.dtype),

@@ -25,13 +25,13 @@ class ReadableReferences:
         """What is looked at."""
         return [self.columns, self.recorded]
 
-    def __call__(self, chunks: Iterator[Chunk], place: Callable[[int], str]) -> Iterator[Chunk]:
+    def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
         """Hand the rows on; raises DataError at their end, about all that cannot be read."""
         references = [References(column) for column in self.columns]
         for chunk in chunks:
             examples = [row.get("example") or {} for row in chunk.rows] if self.recorded else chunk.rows
             for column in references:
-                column.read(examples, [place(n) for n in chunk.numbers])
+                column.read(examples, [location(n) for n in chunk.numbers])
             yield chunk
         for column in references:
             column.refuse()

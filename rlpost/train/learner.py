@@ -121,7 +121,7 @@ class Learner:
         self.model = model
         self.accelerator = accelerator
         self.updates = 0
-        self.place = ""
+        self.location = ""
         """Where training stands, for messages: `sft: step 5 (policy)`; empty outside a stage's steps."""
         self._peak = learning_rate
         self._factor = factor
@@ -297,7 +297,7 @@ class Learner:
 
     @property
     def _here(self) -> str:
-        return ", ".join(filter(None, [self.place, f"update {self.updates + 1}"]))
+        return ", ".join(filter(None, [self.location, f"update {self.updates + 1}"]))
 
     def _clip(self) -> float:
         norm = self.gradient_norm()

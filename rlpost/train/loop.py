@@ -195,7 +195,7 @@ class Loop:
     def _say_where(self, step: int) -> None:
         for name, learner in self._learners.items():
             whose = "" if name == POLICY else f" ({name})"
-            learner.place = f"{self._title}: step {step}{whose}"
+            learner.location = f"{self._title}: step {step}{whose}"
 
     def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """What training moves, by file of a checkpoint."""

@@ -204,7 +204,7 @@ class _Rows:
 
     def __init__(self) -> None:
         self.encoded: list[Any] = []
-        self._place: dict[int, int] = {}
+        self._index_of: dict[int, int] = {}
 
     def put(self, name: str, value: Any) -> Any:
         """An argument as it stands in its call's line."""
@@ -215,10 +215,10 @@ class _Rows:
         return {"value": wire.encode(value, name)}
 
     def _row(self, name: str, row: Mapping[str, Any]) -> int:
-        if id(row) not in self._place:
-            self._place[id(row)] = len(self.encoded)
+        if id(row) not in self._index_of:
+            self._index_of[id(row)] = len(self.encoded)
             self.encoded.append(wire.encode(row, name))
-        return self._place[id(row)]
+        return self._index_of[id(row)]
 
 
 def _result(reply: Mapping[str, Any]) -> Any:

@@ -48,14 +48,14 @@ def public_functions(module: ModuleType) -> dict[str, Any]:
 
 def raised(error: BaseException, file: Path) -> str:
     """`raised ValueError: no digits at my.py:3`: an exception of a user's code, and the line of their file."""
-    message, place = _told(error, file)
-    return f"raised {message}" + (f" at {place}" if place else "")
+    message, location = _told(error, file)
+    return f"raised {message}" + (f" at {location}" if location else "")
 
 
 def not_loaded(error: BaseException, file: Path) -> str:
     """`my.py:3: ValueError: no digits`: why a user's file does not load."""
-    message, place = _told(error, file)
-    return f"{place or file}: {message}"
+    message, location = _told(error, file)
+    return f"{location or file}: {message}"
 
 
 def _told(error: BaseException, file: Path) -> tuple[str, str]:

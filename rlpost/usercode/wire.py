@@ -87,8 +87,8 @@ def _rarer(value: Any, path: str) -> Any:
     pandas: Any = sys.modules.get("pandas")
     if pandas is not None and isinstance(value, pandas.Timestamp):
         return _tagged("timestamp", [value.tz_localize(None).isoformat(), value.fold, _zone(value.tzinfo, path)])
-    place = f" at {path.lstrip('.')}" if path else ""
-    raise CannotCrossError(f"a {kind.__module__}.{kind.__qualname__}{place}".replace("builtins.", ""))
+    location = f" at {path.lstrip('.')}" if path else ""
+    raise CannotCrossError(f"a {kind.__module__}.{kind.__qualname__}{location}".replace("builtins.", ""))
 
 
 def decode(value: Any) -> Any:

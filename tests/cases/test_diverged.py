@@ -12,7 +12,7 @@ from tiny_recipes import DPO, GRPO, LORA, PPO, PREFERENCES, SFT, TRPO, jsonl, me
 from tiny_world import Ran, rlpost
 
 from rlpost.policy.following import Following
-from rlpost.run.files import place
+from rlpost.run.files import write_folder_atomically
 from rlpost.run.manifest import read_manifest
 from rlpost.stages import trpo
 
@@ -193,5 +193,5 @@ def rewrite(checkpoint: Path, name: str) -> None:
                 shutil.copy(path, folder)
         save_file(tensors, folder / f"{name}.safetensors")
 
-    place(checkpoint, fill, about)
+    write_folder_atomically(checkpoint, fill, about)
     shutil.rmtree(kept)

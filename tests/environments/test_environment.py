@@ -13,13 +13,13 @@ from rlpost.engine.params import Sampling
 from rlpost.environments.loop import collect_turns
 from rlpost.errors import RewardError
 from rlpost.objectives import Ragged
-from rlpost.objectives.credit import gae, place, return_to_go
+from rlpost.objectives.credit import gae, return_to_go, reward_on_last_action
 from rlpost.policy.score import logprobs
 from rlpost.train.experience import Experience
 from rlpost.types import Group, completions
 from rlpost.usercode.bound import Bound
 
-CODEC = SimpleNamespace(ids=lambda text, place: tuple(LETTERS.index(c) for c in text))
+CODEC = SimpleNamespace(ids=lambda text, reward_on_last_action: tuple(LETTERS.index(c) for c in text))
 PROMPTS = [Group((1, 2, 3), (), {"n": 1}), Group((4, 5), (), {"n": 2})]
 
 
@@ -134,7 +134,7 @@ def test_credit_crosses_the_gap():
     groups, _ = episodes()
     rows = Experience(tuple(groups)).rows
     assert rows.lengths_S.tolist() == [c.actions for c in completions(groups)]
-    reward_N = place(torch.arange(8.0, dtype=torch.float64), rows)
+    reward_N = reward_on_last_action(torch.arange(8.0, dtype=torch.float64), rows)
     value_N = torch.linspace(-1, 1, rows.actions, dtype=torch.float64)
     advantage_N, _ = gae(reward_N, value_N, rows, gamma=1.0, lam=1.0)
     assert torch.allclose(advantage_N + value_N, return_to_go(reward_N, rows))

@@ -9,11 +9,11 @@ from rlpost.objectives.credit import (
     least,
     monte_carlo_values,
     on_last,
-    place,
     potential_shaping,
     process,
     process_normalised,
     return_to_go,
+    reward_on_last_action,
     spread_evenly,
 )
 from rlpost.objectives.ragged import Ragged
@@ -47,7 +47,7 @@ def test_steps_leave_what_they_were_told_as_it_was():
 
 
 def test_a_reward_sits_on_the_last_action():
-    assert place(numbers(5, 6, 7), Ragged([3, 0, 2])).tolist() == [0, 0, 5, 0, 7]
+    assert reward_on_last_action(numbers(5, 6, 7), Ragged([3, 0, 2])).tolist() == [0, 0, 5, 0, 7]
 
 
 def test_return_to_go_by_hand():

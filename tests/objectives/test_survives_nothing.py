@@ -43,7 +43,7 @@ SURROGATES = {
 tensor for it is exact in half precision too, so that the functions' own rounding can be seen."""
 CLIPPED_TWICE = {"clipped_surrogate": partial(SURROGATES["clipped_surrogate"], dual=1.7, delta=9.0)}
 CREDIT = {
-    "place": lambda x, rows: credit.place(rows.sum(x).to(x.dtype), rows),
+    "reward_on_last_action": lambda x, rows: credit.reward_on_last_action(rows.sum(x).to(x.dtype), rows),
     "return_to_go": lambda x, rows: credit.return_to_go(x, rows, gamma=0.9),
     "gae": lambda x, rows: credit.gae(x, x / 2, rows, bootstrap_S=rows.sum(x))[0],
     "potential_shaping": lambda x, rows: credit.potential_shaping(x, rows, gamma=0.9),

@@ -42,7 +42,7 @@ def test_arguments_are_applied(tmp_path: Path) -> None:
 def test_helpers_are_not_offered_and_a_function_for_something_else_is_refused(tmp_path: Path) -> None:
     offered = refusal("zzzzzz", ADVANTAGE, tmp_path)
     assert "leave_one_out" in offered
-    for helper in ("ema,", "ema)", "gae", "whiten", "place", "least", "on_last", "spread_evenly"):
+    for helper in ("ema,", "ema)", "gae", "whiten", "reward_on_last_action", "least", "on_last", "spread_evenly"):
         assert helper not in offered
     assert "no function 'gae'" in refusal("gae", ADVANTAGE, tmp_path)
     # As many arguments as a loss of steps has, and for other things.

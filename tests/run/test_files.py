@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlpost.errors import DiskError, ModelError
-from rlpost.run.files import clear_leftovers, disk_errors, encode_line, place, read_json, write_atomic
+from rlpost.run.files import clear_leftovers, disk_errors, encode_line, read_json, write_atomic, write_folder_atomically
 from rlpost.run.manifest import fault, read_manifest
 
 
@@ -39,14 +39,14 @@ CALLS = ["fsync", "rename", "replace", "mkdir", *REMOVING]
 @pytest.mark.parametrize("call", CALLS)
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call, error):
     folder = tmp_path / "final"
-    place(folder, lambda f: (f / "a").write_bytes(b"old") and None, {})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"old") and None, {})
     told: set[str] = set()
     for at in range(1, 50):
         failing = Failing(getattr(os, call), at, error)
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing)
             try:
-                place(folder, lambda f, at=at: (f / "a").write_bytes(b"new%d" % at) and None, {})
+                write_folder_atomically(folder, lambda f, at=at: (f / "a").write_bytes(b"new%d" % at) and None, {})
             except (DiskError, KeyboardInterrupt) as raised:
                 told.add(str(raised))
         if call in REMOVING:
@@ -85,29 +85,29 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call):
 
 def test_the_same_files_are_not_written_again(tmp_path):
     folder = tmp_path / "final"
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
     before = (folder / "a").stat().st_ino
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 1})
     assert (folder / "a").stat().st_ino == before
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 2})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {"when": 2})
     assert read_manifest(folder)["about"] == {"when": 2}
-    place(folder, lambda f: (f / "a").write_bytes(b"2") and None, {})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"2") and None, {})
     assert (folder / "a").read_bytes() == b"2"
 
 
 def test_a_damaged_folder_is_replaced_though_its_manifest_says_the_same(tmp_path):
     folder = tmp_path / "final"
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {})
     (folder / "a").write_bytes(b"2")
-    place(folder, lambda f: (f / "a").write_bytes(b"1") and None, {})
+    write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {})
     assert (folder / "a").read_bytes() == b"1"
     assert fault(folder) is None
 
 
 def test_leftovers_go_and_what_was_being_replaced_comes_back(tmp_path):
-    place(tmp_path / "step-000001", lambda f: (f / "a").write_bytes(b"1") and None, {})
+    write_folder_atomically(tmp_path / "step-000001", lambda f: (f / "a").write_bytes(b"1") and None, {})
     (tmp_path / "step-000001").rename(tmp_path / "step-000001.old.tmp-77")
-    place(tmp_path / "step-000002", lambda f: (f / "a").write_bytes(b"2") and None, {})
+    write_folder_atomically(tmp_path / "step-000002", lambda f: (f / "a").write_bytes(b"2") and None, {})
     (tmp_path / "step-000002.old.tmp-77").mkdir()
     (tmp_path / "step-000003.tmp-77" / "deep").mkdir(parents=True)
     (tmp_path / "state.json.tmp-77").write_text("half")
@@ -123,7 +123,7 @@ def test_nothing_is_left_behind_when_descriptors_run_out(tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
     try:
         with pytest.raises(DiskError, match=r"Too many open files; raise the limit on open files"):
-            place(tmp_path / "final", lambda f: (f / "a").write_bytes(b"1") and None, {})
+            write_folder_atomically(tmp_path / "final", lambda f: (f / "a").write_bytes(b"1") and None, {})
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert everything(tmp_path) == []
