@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
-from rlpost.engine.seeds import prompt_streams
+from rlpost.engine.seeds import prompt_seeds
 from rlpost.types import Group, Request
 
 
@@ -27,7 +27,7 @@ def collect(
         groups: prompts with their examples.
         n: completions a prompt.
         sampling: how tokens are drawn.
-        seed: of this call's random streams.
+        seed: of this call; each prompt gets its own from it.
         first: number of the first prompt when a larger set is collected in parts; parts then give what the
             whole would.
         keep: prompts to come go on from these completions.
@@ -35,8 +35,8 @@ def collect(
     Raises:
         EngineError: see `Engine.generate`.
     """
-    streams = prompt_streams(seed, first, len(groups))
-    requests = [Request(g.prompt, n, sampling, s, keep=keep) for g, s in zip(groups, streams, strict=True)]
+    seeds = prompt_seeds(seed, first, len(groups))
+    requests = [Request(g.prompt, n, sampling, s, keep=keep) for g, s in zip(groups, seeds, strict=True)]
     return [replace(g, completions=c) for g, c in zip(groups, engine.generate(requests), strict=True)]
 
 

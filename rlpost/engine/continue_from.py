@@ -11,7 +11,7 @@ import numpy as np
 from rlpost.data.visible import visible
 from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
-from rlpost.engine.seeds import prompt_streams
+from rlpost.engine.seeds import prompt_seeds
 from rlpost.types import Completion, Group, Request, completions
 
 State = tuple[int, tuple[int, ...]]
@@ -39,7 +39,7 @@ def fresh_rollouts(
         starts: for each of the S completions, indices into its ids where states are.
         k: rollouts a state.
         sampling: how tokens are drawn; a rollout may be as long as its completion might have been.
-        seed: of the random streams.
+        seed: of this call; each state gets its own from it.
 
     Returns:
         Groups in the order of completions and of their starts.
@@ -56,10 +56,10 @@ def fresh_rollouts(
             np.concatenate([groups[g].prompt, np.array(prefix, np.int32)]),
             k,
             sampling,
-            stream,
+            state_seed,
             limit=sampling.max_new_tokens - len(prefix),
         )
-        for (g, prefix), stream in zip(distinct, prompt_streams(seed, 0, len(distinct)), strict=True)
+        for (g, prefix), state_seed in zip(distinct, prompt_seeds(seed, 0, len(distinct)), strict=True)
     ]
     found: dict[State, Group] = {}
     for (g, prefix), tails in zip(distinct, engine.generate(requests), strict=True):

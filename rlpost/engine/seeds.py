@@ -1,4 +1,4 @@
-"""Random numbers by counting: what a row draws at a step is a hash of its stream, its index and the step.
+"""Counter-based random numbers: what a row draws at a step is a hash of its prompt's seed, its index and the step.
 
 No generator is advanced, so a row's numbers do not depend on which rows run beside it, or in which order.
 The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014) applied once per coordinate.
@@ -15,26 +15,26 @@ _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def uniforms(streams: Sequence[int], index: Sequence[int], steps: int) -> NDArray[np.float64]:
+def uniforms(seeds: Sequence[int], index: Sequence[int], steps: int) -> NDArray[np.float64]:
     """[B, steps] numbers strictly between 0 and 1.
 
     Args:
-        streams: [B] the 64-bit seed of each row's prompt.
+        seeds: [B] the 64-bit seed of each row's prompt.
         index: [B] which of its prompt's completions the row is.
         steps: numbers a row.
     """
-    row_B = _hash(_hash(_words(streams)) + _GOLDEN * _words(index))
+    row_B = _hash(_hash(_words(seeds)) + _GOLDEN * _words(index))
     bits = _hash(row_B[:, None] + _GOLDEN * np.arange(1, steps + 1, dtype=np.uint64))
     # 52 bits and a half: with 53 the largest would round to 1.
     result: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return result
 
 
-def prompt_streams(seed: int, first: int, count: int) -> list[int]:
-    """The streams of prompts number `first` to `first + count` of a run (or step) with this seed."""
+def prompt_seeds(seed: int, first: int, count: int) -> list[int]:
+    """The seeds of prompts number `first` to `first + count` of a run (or step) with this seed."""
     number = np.arange(first, first + count, dtype=np.uint64)
-    streams: list[int] = _hash(_hash(_words([seed])) ^ _hash(number)).tolist()
-    return streams
+    seeds: list[int] = _hash(_hash(_words([seed])) ^ _hash(number)).tolist()
+    return seeds
 
 
 def _words(numbers: Sequence[int]) -> NDArray[np.uint64]:

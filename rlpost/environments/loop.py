@@ -19,7 +19,7 @@ from rlpost.data.codec import Codec, make_codec
 from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
 from rlpost.engine.params import Sampling
-from rlpost.engine.seeds import prompt_streams
+from rlpost.engine.seeds import prompt_seeds
 from rlpost.errors import RewardError, RlpostError
 from rlpost.policy.policy import Policy
 from rlpost.types import FAILED, Completion, Group, Request
@@ -32,7 +32,7 @@ class _Episode:
     """One completion as it grows."""
 
     group: Group
-    stream: int
+    seed: int
     ids: list[int] = field(default_factory=list)
     action: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ class _Episode:
         """What the engine is asked for the model's next turn, which may fill what room there is."""
         prompt = np.concatenate([self.group.prompt, np.array(self.ids, np.int32)])
         room = min(sampling.max_new_tokens - len(self.ids), longest - len(prompt))
-        return Request(prompt, 1, sampling, prompt_streams(self.stream, turn, 1)[0], limit=room, keep=keep)
+        return Request(prompt, 1, sampling, prompt_seeds(self.seed, turn, 1)[0], limit=room, keep=keep)
 
     def say(self, turn: Completion) -> None:
         """The model's turn."""
@@ -86,7 +86,7 @@ def collect_turns(
         groups: prompts with their rows.
         n: episodes a prompt.
         sampling: how tokens are drawn; `max_new_tokens` holds for a whole episode, replies included.
-        seed: of this call's random streams. An episode depends on its prompt's stream, its index and its turns.
+        seed: of this call's random numbers. An episode depends on its prompt's seed, its index and its turns.
         first: number of the first prompt when a larger set is collected in parts.
         environment: the function that replies.
         turns: most turns of the model.
@@ -95,11 +95,11 @@ def collect_turns(
     Raises:
         RewardError: the environment failed, or did not reply with text.
     """
-    streams = prompt_streams(seed, first, len(groups))
+    seeds = prompt_seeds(seed, first, len(groups))
     episodes = [
-        _Episode(group, stream)
-        for group, stream in zip(groups, streams, strict=True)
-        for stream in prompt_streams(stream, 0, n)
+        _Episode(group, episode_seed)
+        for group, prompt_seed in zip(groups, seeds, strict=True)
+        for episode_seed in prompt_seeds(prompt_seed, 0, n)
     ]
     for turn in range(turns):
         going = [e for e in episodes if not e.finish]

@@ -17,7 +17,7 @@ from itertools import chain
 from rlpost.data.direction import before_what
 from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
-from rlpost.engine.seeds import prompt_streams
+from rlpost.engine.seeds import prompt_seeds
 from rlpost.errors import ModelError
 from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
@@ -125,10 +125,10 @@ def propose(
     token (the forward piece ends with what the reverse model said next). Arguments and errors as of `infill`.
     """
     assert not sampling.stop, "stop strings are read forwards"
-    streams = prompt_streams(seed, 0, 2)
-    (heads,) = frozen_engine(forward).generate([Request(before, n, sampling, streams[0])])
+    seeds = prompt_seeds(seed, 0, 2)
+    (heads,) = frozen_engine(forward).generate([Request(before, n, sampling, seeds[0])])
     asked = before_what(after, reverse.tokenizer)
-    (tails,) = frozen_engine(reverse).generate([Request(asked, n, sampling, streams[1])])
+    (tails,) = frozen_engine(reverse).generate([Request(asked, n, sampling, seeds[1])])
     sampled = sum(len(c.ids) for c in (*heads, *tails))
     found: dict[Ids, None] = {}
     for middle in _joined(_written(heads, forward), _written(tails, reverse)):

@@ -1,6 +1,6 @@
 import numpy as np
 
-from rlpost.engine.seeds import prompt_streams, uniforms
+from rlpost.engine.seeds import prompt_seeds, uniforms
 
 
 def test_a_number_depends_on_stream_index_and_step_alone():
@@ -10,8 +10,8 @@ def test_a_number_depends_on_stream_index_and_step_alone():
 
 
 def test_all_numbers_differ():
-    streams = [s for s in range(20) for _ in range(10)]
-    u = uniforms(streams, list(range(10)) * 20, 50)
+    seeds = [s for s in range(20) for _ in range(10)]
+    u = uniforms(seeds, list(range(10)) * 20, 50)
     assert len(np.unique(u)) == u.size
     # Swapping coordinates gives other numbers: they are not merely added up.
     assert uniforms([3], [4], 1) != uniforms([4], [3], 1)
@@ -39,7 +39,7 @@ def test_largest_hash_stays_below_one():
 
 
 def test_prompt_streams_of_parts_are_those_of_the_whole():
-    whole = prompt_streams(5, 0, 6)
-    assert prompt_streams(5, 0, 2) + prompt_streams(5, 2, 4) == whole
-    assert len({*whole, *prompt_streams(6, 0, 6)}) == 12
-    assert prompt_streams(-1, 0, 1) == prompt_streams((1 << 64) - 1, 0, 1)
+    whole = prompt_seeds(5, 0, 6)
+    assert prompt_seeds(5, 0, 2) + prompt_seeds(5, 2, 4) == whole
+    assert len({*whole, *prompt_seeds(6, 0, 6)}) == 12
+    assert prompt_seeds(-1, 0, 1) == prompt_seeds((1 << 64) - 1, 0, 1)
