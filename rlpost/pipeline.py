@@ -43,7 +43,7 @@ from rlpost.run.files import write_folder_atomically
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
-from rlpost.run.manifest import fault, measure
+from rlpost.run.manifest import measure, verify
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stage_rows import open_rows, own_sources, positions_of
@@ -208,7 +208,7 @@ def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     made_from = {"config": model.config, "tokenizer": asdict(model.tokenizer) if model.tokenizer else None}
     digest = hashlib.sha256(json.dumps([made_from, resolved.config.seed], default=str).encode()).hexdigest()
     about = {"run": run.record.run, "stage": "base", "made_from": digest}
-    wrong = fault(folder, about) if folder.exists() else None
+    wrong = verify(folder, about) if folder.exists() else None
     if folder.is_dir() and wrong is None:
         return folder
     if wrong is not None:
@@ -233,7 +233,7 @@ def prove_base(run: RunDirectory, base: Path, revision: str | None) -> dict[str,
             "restore it or choose another run=NAME"
         )
     if now["files"] and now != before:
-        run.remember_base(now)
+        run.record_base(now)
     return {str(base): now}
 
 
@@ -266,14 +266,14 @@ def recipe_hash(resolved: Resolved) -> str:
 
 def _beginning(run: RunDirectory) -> str:
     """When the run began, to the minute, for chat templates that ask for the time."""
-    return str(run.remember("now", lambda: datetime.now().isoformat(timespec="minutes")))
+    return str(run.decide_once("now", lambda: datetime.now().isoformat(timespec="minutes")))
 
 
 def _bfloat16(run: RunDirectory, wish: Precision, device: torch.device) -> bool:
     """What the recipe says; what it leaves open is measured once and kept."""
     if wish is not Precision.auto:
         return decide_bfloat16(wish, device)
-    return bool(run.remember("bfloat16", lambda: decide_bfloat16(wish, device)))
+    return bool(run.decide_once("bfloat16", lambda: decide_bfloat16(wish, device)))
 
 
 def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: StageEvaluations) -> None:

@@ -146,10 +146,12 @@ def goals_reached(world: World, target: ValueTarget) -> Case:
     cfg = Value(learning_rate=1.0, group_size=GROUP_SIZE, target=target)
     groups = world.groups
     one_hot = torch.eye(GROUP_SIZE)
-    lessons = [value.Lesson(g, one_hot[i].tolist(), (one_hot[i - 1] == 0).tolist()) for i, g in enumerate(groups)]
+    examples = [
+        value.ValueExample(g, one_hot[i].tolist(), (one_hot[i - 1] == 0).tolist()) for i, g in enumerate(groups)
+    ]
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
-        return Update(value.value_loss(cfg), value.weighted([lessons[i] for i in share], learner))
+        return Update(value.goal_value_loss(cfg), value.weighted([examples[i] for i in share], learner))
 
     return Case(groups, prepare, scalar=True)
 
@@ -233,7 +235,7 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
         estimator = AdvantageEstimator(world, cfg, policy, None)
         experience = trpo.assemble(rollout, 0, cfg, policy, estimator, penalty, learner)
         experience = weighted(experience, cfg, learner)
-        old_NV = learner.look(lambda scores, _part: scores.distribution_NV, experience, stats)
+        old_NV = learner.evaluate_no_grad(lambda output, _part: output.distribution_NV, experience, stats)
         return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), stats)
 
     return Case(groups, prepare, measure=measure)

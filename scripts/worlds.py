@@ -23,8 +23,8 @@ from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
-from rlpost.policy.scalar import ScalarModel
 from rlpost.policy.score import logprobs
+from rlpost.policy.value_head import ValueHeadModel
 from rlpost.recipe.functions import bind, functions_at
 from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.score import RewardBatch
@@ -81,8 +81,8 @@ class World:
         kind = Apart if layout == "apart" else Policy
         return kind(model, EndTokenOnly(), flat=layout != "padded").eval()
 
-    def _scalar(self, layout: str = "shared", step: float = 0.0) -> ScalarModel:
-        model = ScalarModel(self.policy(layout, step))
+    def _scalar(self, layout: str = "shared", step: float = 0.0) -> ValueHeadModel:
+        model = ValueHeadModel(self.policy(layout, step))
         with torch.no_grad():
             model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
         return model

@@ -84,13 +84,13 @@ def test_sample_takes_the_best_of_several_by_a_judge(folder, monkeypatch):
     seen = {}
     by_group = RewardModelJudge.by_group
 
-    def remember(self, groups):
+    def record(self, groups):
         (group,) = groups
         (scores,) = found = by_group(self, groups)
         seen.update(zip([c.text for c in group.completions], scores, strict=True))
         return found
 
-    monkeypatch.setattr(RewardModelJudge, "by_group", remember)
+    monkeypatch.setattr(RewardModelJudge, "by_group", record)
     final = str(folder / "runs/run/grpo/final")
     every = sample(final, "12+34=", sampling=FEW, n=8)
     best = sample(final, "12+34=", sampling=FEW, best_of=8, judge=str(folder / "runs/run/reward"))

@@ -18,7 +18,7 @@ from rlpost.data.encoders import (
     prompt_ids,
     value_of,
 )
-from rlpost.data.judged import (
+from rlpost.data.labelled_formats import (
     check_margin,
     encode_labelled,
     encode_ranked,

@@ -93,7 +93,7 @@ class Batch:
             if self._steering is not None:
                 self._steering.append(token_left)
             logits = self._decoder.step(token_left)
-        self._remember(torch.ones_like(self._ended))
+        self._store(torch.ones_like(self._ended))
         ended_RT = self._ended_RT.cpu().numpy()
         length_R, stopped_R = _lengths(ended_RT, self._limit_R.cpu().numpy())
         return Drawn(self._ids_RT.cpu().numpy(), logp_RT.cpu().numpy(), length_R, stopped_R, stops)
@@ -127,7 +127,7 @@ class Batch:
             return None
         if len(going) > LEAVE_AT * len(over) and not must_leave:
             return token
-        self._remember(over)
+        self._store(over)
         self._decoder.keep(going)
         if self._steering is not None:
             self._steering.keep(going)
@@ -135,7 +135,7 @@ class Batch:
         self._live, self._ended = self._live[going], self._ended[going]
         return token[going]
 
-    def _remember(self, leaving: Tensor) -> None:
+    def _store(self, leaving: Tensor) -> None:
         """Keep what was computed of rows that leave, for prompts to come."""
         if not self._keeps:
             return
@@ -145,7 +145,7 @@ class Batch:
         which = self._live[torch.tensor(rows, dtype=torch.long, device=leaving.device)]
         ids, ended, limits = (x[which].cpu().numpy() for x in (self._ids_RT, self._ended_RT, self._limit_R))
         lengths, _ = _lengths(ended, limits)
-        self._decoder.remember(rows, [x[:n] for x, n in zip(ids, lengths, strict=True)])
+        self._decoder.store_rows(rows, [x[:n] for x, n in zip(ids, lengths, strict=True)])
 
 
 class _Choices:

@@ -84,17 +84,17 @@ class ForeignEngine:
 
     def _looked_at(self, requests: Sequence[Request], number: int, given: Any) -> tuple[Completion, ...]:
         request = requests[number]
-        fault = ""
+        problem = ""
         if not isinstance(given, Sequence):
-            fault = f"gave a {type(given).__name__}; return a tuple of its {request.n} completions"
+            problem = f"gave a {type(given).__name__}; return a tuple of its {request.n} completions"
         elif len(given) != request.n:
-            fault = f"gave {_count(len(given), 'completion')}, not {request.n}; return as many as its n says"
-        for at, completion in enumerate(given if not fault else ()):
-            if wrong := _fault(completion, request, self._policy, self._version):
-                fault = f"gave completion {at + 1} of {request.n} {wrong}"
+            problem = f"gave {_count(len(given), 'completion')}, not {request.n}; return as many as its n says"
+        for at, completion in enumerate(given if not problem else ()):
+            if wrong := _problem(completion, request, self._policy, self._version):
+                problem = f"gave completion {at + 1} of {request.n} {wrong}"
                 break
-        if fault:
-            raise self._error(f"{self._location(requests, number)}: it {fault}")
+        if problem:
+            raise self._error(f"{self._location(requests, number)}: it {problem}")
         stops = StopStrings(self._policy.tokenizer, request.sampling.stop)
         return tuple(self._finished(completion, stops) for completion in given)
 
@@ -130,7 +130,7 @@ class ForeignEngine:
         return EngineError(f"{self._where}: engine {self._name}: {what}")
 
 
-def _fault(completion: Any, request: Request, policy: Policy, version: int | None) -> str:
+def _problem(completion: Any, request: Request, policy: Policy, version: int | None) -> str:
     """What is wrong with a completion, and what to do; empty if nothing is."""
     if not isinstance(completion, Completion):
         return f"as a {type(completion).__name__}; return rlpost.types.Completion"

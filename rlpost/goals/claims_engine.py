@@ -23,7 +23,7 @@ from rlpost.oracle import truth
 from rlpost.oracle.policies import TinyModel
 from rlpost.oracle.report import Row, Section, exact, holds
 from rlpost.oracle.tree import END, Tree
-from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.value_head import ValueHeadModel
 from rlpost.types import Request
 
 SAMPLES = 200
@@ -56,14 +56,14 @@ def _rows(tree: Tree, model: TinyModel, guide: Guide, posterior_L: Tensor, wante
 
 def _network_row(tree: Tree, model: TinyModel, logp_XV: Tensor, goal: GoalSet, seed: int) -> Row:
     """A network that follows the rows in a cache of its own, against its values by plain passes over whole prefixes."""
-    scalar = ScalarModel(model.policy, trains_trunk=False)
+    critic = ValueHeadModel(model.policy, trains_trunk=False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        scalar.head.weight.copy_(torch.randn(scalar.head.weight.shape, generator=generator, dtype=torch.float64))
-        log_X = F.logsigmoid(scalar.head(model.hidden_XD())[:, 0])
+        critic.head.weight.copy_(torch.randn(critic.head.weight.shape, generator=generator, dtype=torch.float64))
+        log_X = F.logsigmoid(critic.head(model.hidden_XD())[:, 0])
 
     def follow(prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> NetworkRows:
-        return NetworkRows(scalar, F.logsigmoid, prompts, prompt_of_row, limit)
+        return NetworkRows(critic, F.logsigmoid, prompts, prompt_of_row, limit)
 
     guide = Guide(from_table(tree, log_X), goal, {END}, truncated_counts=True)
     expected_L = truth.leaf_logp(tree, guided(tree, logp_XV, guide))

@@ -18,7 +18,7 @@ from rlpost.data.encoders import plain_prompt
 from rlpost.data.formats import Need
 from rlpost.data.params import TooLong
 from rlpost.errors import DataError, ModelError
-from rlpost.goals.endings import Endings
+from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.recipe.specs.guesses import Guesses
@@ -47,13 +47,13 @@ def guesses(context: Context, cfg: Guesses) -> Path:
             "train one with target monte_carlo or bootstrap"
         )
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
-    endings = Endings(cfg.goals, codec, context)
+    goal_sampler = GoalSampler(cfg.goals, codec, context)
     data = context.data(policy, cfg.data, Need.prompts, policy.longest, TooLong.refuse)
     prompts = data.all()
     draw = random.Random(context.seed_for("goals"))
 
     def make(some: Sequence[Group], _first: int) -> Iterator[dict[str, Any]]:
-        return guessed(network, endings, some, cfg, codec, f"stages.{context.name}", draw)
+        return guessed(network, goal_sampler, some, cfg, codec, f"stages.{context.name}", draw)
 
     rows = generate_dataset(context, prompts, AT_ONCE, make)
     return context.finish_dataset(rows, cfg.kind)
@@ -61,7 +61,7 @@ def guesses(context: Context, cfg: Guesses) -> Path:
 
 def guessed(
     network: ValueNetwork,
-    endings: Endings,
+    goal_sampler: GoalSampler,
     prompts: Sequence[Group],
     cfg: Guesses,
     codec: Codec,
@@ -75,7 +75,7 @@ def guessed(
             raise DataError(
                 f"{where}.about: a row has no list of texts in {cfg.about!r}; give each row what to ask about"
             )
-        _, named = endings.of(group, network.settings.condition, draw)
+        _, named = goal_sampler.of(group, network.settings.condition, draw)
         states = [(plain_prompt(place, codec, f"{where}, {cfg.about}"), ()) for place in places]
         value = torch.sigmoid(network.about(named).logits(states)).tolist() if states else []
         yield {**group.example, "guesses": "".join(str(min(int(v * 10), 9)) for v in value)}

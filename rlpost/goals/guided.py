@@ -18,7 +18,7 @@ from rlpost.data.params import TooLong
 from rlpost.engine.api import Engine, Guide
 from rlpost.engine.collect import collect
 from rlpost.errors import DataError
-from rlpost.goals.endings import Endings
+from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.goal_set import Goal, ends_in
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
 from rlpost.policy.policy import Policy
@@ -43,7 +43,7 @@ def guided(context: Context, cfg: Guided) -> Path:
     codec = make_codec(policy.tokenizer)
     folder = context.checkpoint(cfg.network)
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
-    endings = Endings(cfg.goals, codec, context)
+    goal_sampler = GoalSampler(cfg.goals, codec, context)
     data = context.data(policy, cfg.data, Need.prompts, policy.longest - cfg.sampling.max_new_tokens, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
 
@@ -53,7 +53,7 @@ def guided(context: Context, cfg: Guided) -> Path:
             engine.update_weights(policy, first // AT_ONCE)
             return engine
 
-        return guided_rows(led_by, policy, network, endings, some, cfg, codec, context.seed_for("sample", first))
+        return guided_rows(led_by, policy, network, goal_sampler, some, cfg, codec, context.seed_for("sample", first))
 
     rows = generate_dataset(context, prompts, AT_ONCE, make)
     if not rows:
@@ -68,7 +68,7 @@ def guided_rows(
     led_by: Callable[[Guide], Engine],
     policy: Policy,
     network: ValueNetwork,
-    endings: Endings,
+    goal_sampler: GoalSampler,
     prompts: Sequence[Group],
     cfg: Guided,
     codec: Codec,
@@ -78,7 +78,7 @@ def guided_rows(
     draw = random.Random(seed)
     by_goal: dict[tuple[int, ...], tuple[Goal, list[Group]]] = {}
     for group in prompts:
-        goal, named = endings.of(group, network.settings.condition, draw)
+        goal, named = goal_sampler.of(group, network.settings.condition, draw)
         by_goal.setdefault(named, (goal, []))[1].append(group)
     avoid, cut = network.settings.avoid, network.settings.truncated_counts
     for number, (named, (goal, some)) in enumerate(by_goal.items()):

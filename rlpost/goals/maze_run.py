@@ -15,7 +15,7 @@ from rlpost.errors import DataError, ModelError
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import load_scalar
+from rlpost.policy.value_head import load_value_head_model
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
@@ -140,8 +140,8 @@ def finished(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool]) -> Path
 
 def _values(network: Path, groups: Sequence[Group]) -> list[float]:
     """What a value network says of the groups' prompts."""
-    scalar = load_scalar(network, Model(), bfloat16=False, device="cpu")
-    value: list[float] = torch.sigmoid(scalar.score(groups).before_N).tolist()
+    model = load_value_head_model(network, Model(), bfloat16=False, device="cpu")
+    value: list[float] = torch.sigmoid(model.score(groups).before_N).tolist()
     return value
 
 

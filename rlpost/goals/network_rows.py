@@ -17,7 +17,7 @@ from torch import Tensor
 from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.branches import BranchDecoder
-from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.value_head import ValueHeadModel
 
 
 class NetworkRows:
@@ -25,18 +25,18 @@ class NetworkRows:
 
     def __init__(
         self,
-        scalar: ScalarModel,
+        network: ValueHeadModel,
         log_value: Callable[[Tensor], Tensor],
         prompts: Sequence[Sequence[int]],
         prompt_of_row: Sequence[int],
         limit: int,
     ) -> None:
         """Read the prompts; `log_value` is of a logit."""
-        self._scalar = scalar
+        self._network = network
         self._log_value = log_value
         self._rows = len(prompt_of_row)
         with self._acting():
-            self._decoder = BranchDecoder(scalar.trunk, prompts, prompt_of_row, limit)
+            self._decoder = BranchDecoder(network.trunk, prompts, prompt_of_row, limit)
 
     def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
         """[G, K] log of the value of the states that the candidates lead to, in float64."""
@@ -59,15 +59,15 @@ class NetworkRows:
     @contextmanager
     def _acting(self) -> Iterator[None]:
         """The network's adapter acts, in the network's precision."""
-        trunk = self._scalar.trunk
-        adapter = adapters.acting(trunk.model, self._scalar.adapter) if trunk.has_adapter else nullcontext()
+        trunk = self._network.trunk
+        adapter = adapters.acting(trunk.model, self._network.adapter) if trunk.has_adapter else nullcontext()
         with torch.no_grad(), trunk.precision(), adapter:
             yield
 
     def _head(self, hidden_BKD: Tensor) -> Tensor:
         """[B, K] logits."""
         with full_precision(hidden_BKD.device):
-            logit: Tensor = self._scalar.head(widen(hidden_BKD))[..., 0]
+            logit: Tensor = self._network.head(widen(hidden_BKD))[..., 0]
         return logit
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.formats import Need
 from rlpost.engine.collect import collect
-from rlpost.goals.endings import Endings
+from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.goal_set import GoalSet, ends_in
 from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueSettings, conditioned
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value
-from rlpost.policy.scalar import Values, critic_beside
+from rlpost.policy.value_head import Values, make_critic
 from rlpost.recipe.specs.value import Value
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.on_policy import mean_of
@@ -37,13 +37,13 @@ from rlpost.types import Completion, Group
 def value(context: Context, cfg: Value) -> Path:
     """Train a value network beside the policy it is of; returns the network's final checkpoint."""
     policy = context.policy()
-    model = critic_beside(policy, context.start, None, context.model, trains_trunk=True)
+    model = make_critic(policy, context.start, None, context.model, trains_trunk=True)
     codec = make_codec(policy.tokenizer)
-    endings = Endings(cfg.goals, codec, context)
-    room = cfg.max_length - cfg.sampling.max_new_tokens - endings.longest(cfg.condition, cfg.hindsight_tokens)
+    goal_sampler = GoalSampler(cfg.goals, codec, context)
+    room = cfg.max_length - cfg.sampling.max_new_tokens - goal_sampler.longest(cfg.condition, cfg.hindsight_tokens)
     data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
     engine = context.engine(policy, cfg.rollouts)
-    loss = value_loss(cfg)
+    loss = goal_value_loss(cfg)
     steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps * cfg.updates)
     loop = context.loop(cfg, {"data": data}, steps, policy=learner)
@@ -53,20 +53,20 @@ def value(context: Context, cfg: Value) -> Path:
         engine.update_weights(policy, step)
         groups = collect(engine, data.next(cfg.prompts), cfg.group_size, cfg.sampling, seed=seed)
         draw = random.Random(context.seed_for("goal", step))
-        shares = split([lesson(g, endings, cfg, codec, draw) for g in groups], cfg.updates, draw)
+        shares = split([value_example(g, goal_sampler, cfg, codec, draw) for g in groups], cfg.updates, draw)
         metrics = mean_of([learner.update(loss, weighted(share, learner)) for share in shares])
         loop.log(step, metrics, live=("loss", "predicted", "reached"))
     settings = ValueSettings(cfg.condition, cfg.avoid, cfg.target.value, cfg.goals.truncated_counts)
 
-    def beside(folder: Path) -> None:
+    def extra(folder: Path) -> None:
         model.save(folder)
         settings.save(folder)
 
-    return context.finish(model.trunk, cfg.kind, steps, adapter=model.adapter, beside=beside)
+    return context.finish(model.trunk, cfg.kind, steps, adapter=model.adapter, extra=extra)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class ValueExample:
     """A group as the network reads it, and what became of its completions."""
 
     group: Group
@@ -76,15 +76,17 @@ class Lesson:
     """False for a completion that the goal was taken from."""
 
 
-def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: random.Random) -> Lesson:
+def value_example(
+    group: Group, goal_sampler: GoalSampler, cfg: Value, codec: Codec, draw: random.Random
+) -> ValueExample:
     """A group with a goal: the recipe's, or an ending that one of its completions reached."""
     own = draw.random() < cfg.hindsight or cfg.target is ValueTarget.contrastive
     taken = _taken(group.completions, cfg, codec, draw) if own else None
-    if taken is None and endings.all is None and endings.column is None:
+    if taken is None and goal_sampler.all is None and goal_sampler.column is None:
         # Every completion was cut off, and the recipe has no other goal: nothing to learn from these.
-        return Lesson(group, (0.0,) * len(group.completions), (False,) * len(group.completions))
+        return ValueExample(group, (0.0,) * len(group.completions), (False,) * len(group.completions))
     if taken is None:
-        goal, named = endings.of(group, cfg.condition, draw)
+        goal, named = goal_sampler.of(group, cfg.condition, draw)
         at = None
     else:
         at, named = taken
@@ -98,28 +100,28 @@ def lesson(group: Group, endings: Endings, cfg: Value, codec: Codec, draw: rando
         label = tuple(float(r != cfg.avoid) for r in reached)
         counts = tuple(i != at for i in range(len(reached)))
     prompt = conditioned(cfg.condition, named, group.prompt.tolist(), codec)
-    return Lesson(Group(prompt, group.completions, group.example), label, counts)
+    return ValueExample(Group(prompt, group.completions, group.example), label, counts)
 
 
-def split(lessons: Sequence[Lesson], updates: int, draw: random.Random) -> list[list[Lesson]]:
-    """The step's lessons, shuffled, in shares of about equal size for its updates."""
-    order = draw.sample(lessons, len(lessons))
+def split(examples: Sequence[ValueExample], updates: int, draw: random.Random) -> list[list[ValueExample]]:
+    """The step's examples, shuffled, in shares of about equal size for its updates."""
+    order = draw.sample(examples, len(examples))
     return [order[i::updates] for i in range(min(updates, len(order)))]
 
 
-def weighted(lessons: Sequence[Lesson], learner: Learner) -> Experience:
+def weighted(examples: Sequence[ValueExample], learner: Learner) -> Experience:
     """What an update learns from: labels, and a mean over all actions of completions that count."""
-    experience = Experience(tuple(x.group for x in lessons))
+    experience = Experience(tuple(x.group for x in examples))
     rows = experience.rows
-    label_S = torch.tensor([y for x in lessons for y in x.label], dtype=torch.float64)
-    counts_S = torch.tensor([c for x in lessons for c in x.counts])
+    label_S = torch.tensor([y for x in examples for y in x.label], dtype=torch.float64)
+    counts_S = torch.tensor([c for x in examples for c in x.counts])
     counts_N = rows.spread(counts_S.double())
     total = max(learner.total(float(counts_N.sum())), 1)
     experience = experience.with_actions(label=rows.spread(label_S), weight=counts_N / total)
     return replace(experience, needed_S=tuple(counts_S.tolist()))
 
 
-def value_loss(cfg: Value) -> LossFunction:
+def goal_value_loss(cfg: Value) -> LossFunction:
     """Σ loss·weight of the states in which actions were taken; the first of them is the prompt itself."""
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -25,7 +25,7 @@ from rlpost.policy.branches import branches_well
 from rlpost.policy.judge import same_tokens
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import ScalarModel, load_scalar
+from rlpost.policy.value_head import ValueHeadModel, load_value_head_model
 from rlpost.types import Completion, Group
 
 SETTINGS_FILE = "value.json"
@@ -72,16 +72,16 @@ def conditioned(condition: str | None, goal: Sequence[int], prompt: Sequence[int
 class ValueNetwork:
     """Values of the states that candidates lead to, all in one pass."""
 
-    def __init__(self, scalar: ScalarModel, settings: ValueSettings, goal: Sequence[int]) -> None:
-        """Ask `scalar` about `goal`, which it is told if it was trained to be."""
-        self._scalar = scalar
+    def __init__(self, network: ValueHeadModel, settings: ValueSettings, goal: Sequence[int]) -> None:
+        """Ask `network` about `goal`, which it is told if it was trained to be."""
+        self._network = network
         self.settings = settings
         self._goal = tuple(goal)
-        self._codec = make_codec(scalar.trunk.tokenizer)
+        self._codec = make_codec(network.trunk.tokenizer)
 
     def about(self, goal: Sequence[int]) -> ValueNetwork:
         """The same network, asked about another goal."""
-        return ValueNetwork(self._scalar, self.settings, goal)
+        return ValueNetwork(self._network, self.settings, goal)
 
     def logits(self, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
         """[X] what it says of states, each a prompt and what has been written after it, in float64."""
@@ -93,7 +93,7 @@ class ValueNetwork:
             )
             for prompt, written in states
         ]
-        return self._scalar.score(rows).before_N.double()
+        return self._network.score(rows).before_N.double()
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
         """[B, K] log of the value, in float64: what a `Guide` asks for, by one pass over whole texts."""
@@ -104,11 +104,11 @@ class ValueNetwork:
             )
             for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
         ]
-        trunk = self._scalar.trunk
+        trunk = self._network.trunk
         # An adapter on the base of a policy that is being decoded, by a cache that wants another attention.
         attention = flat_attention(trunk.causal_lm) if trunk.flat else nullcontext()
         with full_precision(trunk.device), attention:
-            logit_BK = self._scalar.score(groups).after_N.view(candidate_BK.shape)
+            logit_BK = self._network.score(groups).after_N.view(candidate_BK.shape)
         return self._log_value(logit_BK)
 
     def follow(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> NetworkRows | None:
@@ -118,7 +118,7 @@ class ValueNetwork:
             EngineError: they may become longer than the network reads.
         """
         whole = [self._read(prompt) for prompt in prompts]
-        trunk, longest = self._scalar.trunk, max(map(len, whole)) + limit
+        trunk, longest = self._network.trunk, max(map(len, whole)) + limit
         if longest > trunk.longest:
             raise EngineError(
                 f"a text of {longest} tokens, its goal among them, is beyond the {trunk.longest} that the value "
@@ -126,7 +126,7 @@ class ValueNetwork:
             )
         if not branches_well(trunk, longest, min(map(len, whole))):
             return None
-        return NetworkRows(self._scalar, self._log_value, whole, prompt_of_row, limit)
+        return NetworkRows(self._network, self._log_value, whole, prompt_of_row, limit)
 
     def guide(self, goal: Goal, end_ids: Collection[int], candidates: int) -> Guide:
         """Toward the goal or away from it, as the network was trained, by so many of the likeliest tokens (0: all)."""
@@ -168,7 +168,9 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
         trained, wanted = ("avoid", "--goal") if settings.avoid else ("reach", "--avoid")
         raise ModelError(f"{folder}: trained to {trained} its goals, and {wanted} asks for the other; train one for it")
     model = replace(Model(), chat_template=None)
-    scalar = load_scalar(folder, model, beside=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device)
-    if not same_tokens(scalar.trunk.tokenizer, policy.tokenizer):
+    network = load_value_head_model(
+        folder, model, share_with=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device
+    )
+    if not same_tokens(network.trunk.tokenizer, policy.tokenizer):
         raise ModelError(f"{folder}: another tokenizer than the model's it is to guide; values are of tokens")
-    return ValueNetwork(scalar, settings, goal)
+    return ValueNetwork(network, settings, goal)

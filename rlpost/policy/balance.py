@@ -36,7 +36,7 @@ class Load:
     tokens: Tensor
     """How many there were."""
 
-    def loss_beside(self, whole: Load) -> Tensor:
+    def loss_within(self, whole: Load) -> Tensor:
         """What these tokens add to the loss of the `whole` update that they belong to."""
         share_E = whole.chosen_E / whole.tokens
         return len(share_E) * (share_E * self.probability_E).sum() / whole.tokens

@@ -46,7 +46,7 @@ class Causality:
     """All of those in the same one, so that there are two sides; else each length has its own."""
 
 
-def look(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, longest: int) -> Causality:
+def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, longest: int) -> Causality:
     """Read one row, and again with other tokens at the beginning and the end of its completion, the last far away.
 
     Args:

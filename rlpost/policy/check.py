@@ -112,7 +112,7 @@ def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto
     with _short_windows(model):
         try:
             prompt, first = groups[0].prompt.tolist(), groups[0].completions[0].ids.tolist()
-            seen = causality.look(model, prompt, first, bare.vocabulary, limit)
+            seen = causality.examine(model, prompt, first, bare.vocabulary, limit)
         except FAILURES as error:
             return _refused(f"its forward pass does not run on token ids alone ({_brief(error)})")
         if not seen.logits_TV.isfinite().all():
@@ -170,9 +170,9 @@ class _Probe:
             whole[: self.switch] = causality.logits(self.model, row[: self.switch])
         return whole
 
-    def policy(self, **how: Any) -> Policy:
-        """The model scored and sampled in these ways."""
-        return Policy(self.model, self.tokenizer, switch=self.switch, known=self.known, **how)
+    def policy(self, **options: Any) -> Policy:
+        """The model as a policy with these options of scoring and sampling."""
+        return Policy(self.model, self.tokenizer, switch=self.switch, known=self.known, **options)
 
     def gap(self, found: Tensor, rows: slice = slice(None)) -> float:
         """Largest difference; 0 for half precision whose mean difference is that of rounding."""
@@ -282,7 +282,7 @@ def _decoded_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
         last, gone = t + 1 == steps, leaving.get(t)
         if isinstance(decoder, FlatDecoder):
             over = [at for at, row in enumerate(live) if row == gone or last]
-            decoder.remember(over, [rows[live[at]][1].ids[: t + 1] for at in over])
+            decoder.store_rows(over, [rows[live[at]][1].ids[: t + 1] for at in over])
         if last:
             break
         if gone is not None:

@@ -121,7 +121,7 @@ class FlatDecoder:
         self.position_B = self.position_B[rows]
         self._prompt_of_row = self._prompt_of_row[stay]
 
-    def remember(self, rows: Sequence[int], said: Sequence[Tokens]) -> None:
+    def store_rows(self, rows: Sequence[int], said: Sequence[Tokens]) -> None:
         """Some rows are about to leave, having said these ids: a prompt to come may begin as they do."""
         if self._keeps and self.keeping:
             self.keeping.keep_rows(self.cache.layers, rows, self._prompt_of_row[list(rows)].tolist(), said)

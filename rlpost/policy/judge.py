@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.direction import backwards
-from rlpost.data.divide import divide
 from rlpost.data.formats import Format, encode
+from rlpost.data.step_split import split_steps
 from rlpost.errors import ModelError
 from rlpost.objectives.ragged import Ragged
 from rlpost.policy import adapters
@@ -25,7 +25,7 @@ from rlpost.policy.load import is_backwards, load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, same_base
-from rlpost.policy.scalar import ScalarModel, Values, load_scalar
+from rlpost.policy.value_head import ValueHeadModel, Values, load_value_head_model
 from rlpost.types import Completion, Group, Ids, completions
 
 
@@ -38,18 +38,18 @@ class RewardModelJudge:
 
     backwards = False
 
-    def __init__(self, scalar: ScalarModel, tokenizer: Any, step_end: str | None = None) -> None:
-        """Judge by `scalar`.
+    def __init__(self, model: ValueHeadModel, tokenizer: Any, step_end: str | None = None) -> None:
+        """Judge by `model`.
 
         Args:
             scalar: the model.
             tokenizer: of whoever writes the completions.
             step_end: what a step ends with; None leaves it to the reward.
         """
-        self._scalar = scalar
+        self._model = model
         self._writer = tokenizer
         self._step_end = step_end
-        self._codec = None if same_tokens(scalar.trunk.tokenizer, tokenizer) else make_codec(scalar.trunk.tokenizer)
+        self._codec = None if same_tokens(model.trunk.tokenizer, tokenizer) else make_codec(model.trunk.tokenizer)
 
     def scores(self, groups: Sequence[Group]) -> list[float]:
         """[S] the score of the state after each completion."""
@@ -76,14 +76,14 @@ class RewardModelJudge:
         """[K] the action at which each step is read."""
         at = torch.tensor(completion.steps, dtype=torch.long).cumsum(0) - 1
         chosen = completion.ids[completion.action]
-        if len(at) and completion.steps[-1] > 1 and chosen[-1] in self._scalar.trunk.end_ids:
+        if len(at) and completion.steps[-1] > 1 and chosen[-1] in self._model.trunk.end_ids:
             at[-1] -= 1
         return at
 
     def _divided(self, group: Group, step_end: str) -> Group:
         if all(len(c.steps) or not c.actions for c in group.completions):
             return group
-        return divide(group, self._scalar.trunk.tokenizer, step_end, self._scalar.trunk.end_ids)
+        return split_steps(group, self._model.trunk.tokenizer, step_end, self._model.trunk.end_ids)
 
     def _own(self, groups: Sequence[Group]) -> list[Group]:
         """The groups in the model's own tokens."""
@@ -92,8 +92,8 @@ class RewardModelJudge:
         return [part for group in groups for part in reread(group, self._writer, self._codec)]
 
     def _read(self, groups: Sequence[Group]) -> Values:
-        _must_fit(groups, self._scalar.trunk)
-        return self._scalar.score(groups)
+        _must_fit(groups, self._model.trunk)
+        return self._model.score(groups)
 
 
 class ReverseJudge:
@@ -176,8 +176,10 @@ def load_judge(
         half, device = policy.in_bfloat16, policy.device
         reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
         return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
-    scalar = load_scalar(folder, settings, beside=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device)
-    return RewardModelJudge(scalar, policy.tokenizer, step_end)
+    model = load_value_head_model(
+        folder, settings, share_with=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device
+    )
+    return RewardModelJudge(model, policy.tokenizer, step_end)
 
 
 def _nested(scores: Sequence[float], groups: Sequence[Group]) -> list[list[float | None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import DiskError, RlpostError
-from rlpost.run.manifest import fault, read_manifest, sync, write_manifest
+from rlpost.run.manifest import read_manifest, sync, verify, write_manifest
 from rlpost.run.names import set_aside, unfinished
 
 Json = Any
@@ -93,13 +93,13 @@ def write_folder_atomically(folder: Path, fill: Callable[[Path], None], about: M
             discard(temporary)
             if folder.exists():
                 discard(set_aside(folder))
-        wrong = fault(folder)
+        wrong = verify(folder)
     if wrong:
         raise DiskError(f"{folder}: {wrong} right after it was written; check the disk")
 
 
 def _same(one: Path, other: Path) -> bool:
-    if not other.exists() or fault(other):
+    if not other.exists() or verify(other):
         return False
     first, second = read_manifest(one), read_manifest(other)
     return first is not None and first == second

@@ -65,7 +65,7 @@ class RunDirectory:
         """The directory of a stage; raises RecipeError for a name that cannot be one."""
         return StageDirectory(names.stage_path(self.path, name))
 
-    def remember(self, key: str, make: Callable[[], Json]) -> Json:
+    def decide_once(self, key: str, make: Callable[[], Json]) -> Json:
         """The saved answer to what is decided once in a run (precision); `make` decides it the first time."""
         decisions = self.record.decisions
         if key not in decisions:
@@ -74,7 +74,7 @@ class RunDirectory:
             write_copies(self.path, self.record)
         return decisions[key]
 
-    def remember_base(self, contents: Mapping[str, Json]) -> None:
+    def record_base(self, contents: Mapping[str, Json]) -> None:
         """Record what the model is that everything starts from."""
         write_record(self.path, replace(self.record, base=dict(contents)))
 

@@ -13,7 +13,7 @@ from rlpost import console
 from rlpost.errors import DiskError, ModelError
 from rlpost.run import names
 from rlpost.run.files import disk_errors
-from rlpost.run.manifest import fault
+from rlpost.run.manifest import verify
 from rlpost.run.record import read_record, run_id
 from rlpost.run.stage import StageDirectory
 
@@ -179,7 +179,7 @@ def _finished(stage: Path) -> Path:
 
 
 def _verified(folder: Path) -> Path:
-    wrong = fault(folder, _place(folder))
+    wrong = verify(folder, _place(folder))
     if wrong:
         raise DiskError(f"{folder}: {wrong}; {_REPAIR}")
     return folder

@@ -50,7 +50,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     sync(folder)
 
 
-def fault(folder: Path, about: Mapping[str, Any] | None = None) -> str | None:
+def verify(folder: Path, about: Mapping[str, Any] | None = None) -> str | None:
     """What is wrong with the folder by its manifest; None when every file is as it was written, and no other there.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlpost import console
 from rlpost.run import names
 from rlpost.run.files import clear_leftovers, disk_errors, remove_folder, write_folder_atomically
-from rlpost.run.manifest import fault, read_manifest
+from rlpost.run.manifest import read_manifest, verify
 from rlpost.run.record import run_id
 
 
@@ -37,7 +37,7 @@ class Shelf:
         if path in self._whole and path.is_dir():
             return path
         about = {"run": self._run, "whose": whose}
-        wrong = fault(path, about) if path.exists() else "missing"
+        wrong = verify(path, about) if path.exists() else "missing"
         if wrong is not None:
             if path.exists():
                 console.warn(f"{path}: {wrong}; its rows are encoded again")

@@ -27,7 +27,7 @@ from rlpost.run.files import (
     write_folder_atomically,
     write_json,
 )
-from rlpost.run.manifest import fault, stranger
+from rlpost.run.manifest import stranger, verify
 from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
 
@@ -120,7 +120,7 @@ class StageDirectory:
 
     def wrong_result(self) -> str | None:
         """What is wrong with the finished stage's result or with DONE; None when all is as it was written."""
-        wrong = fault(self.final, self._about(None))
+        wrong = verify(self.final, self._about(None))
         if wrong:
             return f"{self.final}: {wrong}"
         # A folder that is no run's has no identity to compare with.
@@ -145,7 +145,7 @@ class StageDirectory:
         damaged: list[tuple[Path, str]] = []
         found = None
         for path in reversed(self.checkpoints()):
-            wrong = fault(path, self._about(_step(path))) or _not_finite(path)
+            wrong = verify(path, self._about(_step(path))) or _not_finite(path)
             if wrong is None:
                 found = Checkpoint(path, _step(path), read_json(path / names.STATE))
                 break

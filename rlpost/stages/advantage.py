@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.data.divide import ends_of, step_starts
-from rlpost.engine.continue_from import as_answers, fresh_rollouts
+from rlpost.data.step_split import ends_of, step_starts
+from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
 from rlpost.objectives.advantages import ema
 from rlpost.objectives.correction import correction
 from rlpost.objectives.credit import Steps, reward_on_last_action
@@ -41,18 +41,18 @@ def corrected(experience: Experience, cfg: Grouped, policy: Policy) -> Experienc
 
     Without a correction in the recipe, as it is.
     """
-    how = cfg.correction
-    if how.mode is CorrectionMode.none:
+    wanted = cfg.correction
+    if wanted.mode is CorrectionMode.none:
         return experience
     old_N = logprobs(policy, experience.groups, temperature=cfg.sampling.temperature)
     weight_N = correction(
         old_N,
         experience["sampled_logp"],
         experience.rows,
-        per=how.per.value,
-        cap=how.cap,
-        mode=how.mode.value,
-        floor=how.floor,
+        per=wanted.per.value,
+        cap=wanted.cap,
+        mode=wanted.mode.value,
+        floor=wanted.floor,
     )
     return experience.with_actions(old_logp=old_N, correction=weight_N)
 
@@ -103,7 +103,7 @@ class AdvantageEstimator:
         """[K] mean reward of fresh rollouts from the start of every step."""
         assert isinstance(self._samples, Sampler), "validated: recorded rollouts give no new ones"
         cfg = self._cfg
-        fresh = fresh_rollouts(
+        fresh = mc_rollouts(
             self._samples.engine,
             self._policy.tokenizer,
             groups,

@@ -38,7 +38,7 @@ from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
-from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.value_head import ValueHeadModel
 from rlpost.recipe.functions import bind, bind_engine, functions_at
 from rlpost.recipe.specs.common import Stage, Training
 from rlpost.rewards import tree
@@ -184,7 +184,7 @@ class Context:
     def _balance(self, model: Trainable, cfg: Training) -> Balance | None:
         """What keeps a mixture of experts balanced while it trains; says so where nothing does."""
         trunk = model if isinstance(model, Policy) else None
-        if isinstance(model, ScalarModel) and model.trains_trunk:
+        if isinstance(model, ValueHeadModel) and model.trains_trunk:
             trunk = model.trunk
         if trunk is None or not is_mixture(trunk.causal_lm):
             return None
@@ -243,18 +243,18 @@ class Context:
         steps: int,
         *,
         adapter: str | None = POLICY,
-        beside: Callable[[Path], None] | None = None,
+        extra: Callable[[Path], None] | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write the stage's result, with LoRA the given adapter of it; returns its folder.
 
-        `beside` writes more into it: a head, say; `about` is what else checkpoint.json is to say.
+        `extra` writes more files into it, such as a head; `about` is added to checkpoint.json.
         """
 
         def write(folder: Path) -> None:
             save_policy(policy, folder, adapter or POLICY)
-            if beside is not None:
-                beside(folder)
+            if extra is not None:
+                extra(folder)
 
         return self.out.finish(
             write, {**self._about(kind, steps, policy.has_adapter), **(about or {})}, self._proof(steps)

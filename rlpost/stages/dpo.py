@@ -18,8 +18,8 @@ from rlpost.data.dataset import Dataset
 from rlpost.data.formats import Need
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.following import Following
 from rlpost.policy.logprobs import PolicyOutput
+from rlpost.policy.moving_reference import MovingReference
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.pairwise import PairObjective
@@ -40,19 +40,18 @@ def dpo(context: Context, cfg: Dpo) -> Path:
         (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)
     )
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
-    following = Following(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
-    reference = following or context.reference(policy, cfg.reference)
+    moving = MovingReference(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
+    reference = moving or context.reference(policy, cfg.reference)
     references = ReferenceLogprobs(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
-    moving = {"reference": following} if following else {}
-    loop = context.loop(cfg, {"data": data}, steps, moving, policy=learner)
+    loop = context.loop(cfg, {"data": data}, steps, {"reference": moving} if moving else {}, policy=learner)
 
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))
         experience = experience.with_actions(reference=references.of(experience.groups))
         metrics = learner.update(loss, prepared(experience, learner), objective.stats)
-        if following and cfg.refresh and (step + 1) % cfg.refresh.every == 0:
-            metrics["cut_off"] = following.follow(cfg.refresh.share)
+        if moving and cfg.refresh and (step + 1) % cfg.refresh.every == 0:
+            metrics["cut_off"] = moving.move(cfg.refresh.share)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))
     return context.finish(policy, cfg.kind, steps)
 
@@ -80,7 +79,7 @@ def prepared_ranking(update: Experience, learner: Learner) -> Experience:
 
 
 class AnyReference(Protocol):
-    """A reference, fixed or following."""
+    """A reference model, frozen or moving."""
 
     def logprobs(self, groups: Iterable[Group]) -> Tensor:
         """[N] log-probability of every action."""

@@ -62,7 +62,7 @@ def log_ratios(learner: Learner, update: Experience) -> Tensor:
     def read(output: PolicyOutput, part: Experience) -> Tensor:
         return _delta(output, part)
 
-    everyone, _ = learner.gather(learner.look(read, update))
+    everyone, _ = learner.gather(learner.evaluate_no_grad(read, update))
     return everyone
 
 

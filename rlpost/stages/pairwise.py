@@ -61,7 +61,7 @@ class PairObjective:
         if not self.couples:
             return update
         everyone, own = learner.gather(
-            learner.look(lambda output, part: _pairs(output, part).table_PC, update, self.stats)
+            learner.evaluate_no_grad(lambda output, part: _pairs(output, part).table_PC, update, self.stats)
         )
 
         def whole(table_PC: Tensor) -> Tensor:

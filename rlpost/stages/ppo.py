@@ -20,7 +20,7 @@ from rlpost.objectives import metrics
 from rlpost.objectives.credit import gae, reward_on_last_action
 from rlpost.objectives.values import value_loss
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
-from rlpost.policy.scalar import ScalarModel, Values, critic_beside
+from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
@@ -35,9 +35,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     """Train policy and critic on sampled completions and their rewards; returns the policy's final checkpoint."""
     policy = context.policy()
     critic_start = context.checkpoint(cfg.critic.start) if cfg.critic.start else None
-    critic = critic_beside(
-        policy, context.start, critic_start, context.model, trains_trunk=cfg.critic.trunk is Trunk.own
-    )
+    critic = make_critic(policy, context.start, critic_start, context.model, trains_trunk=cfg.critic.trunk is Trunk.own)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
     policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
@@ -68,7 +66,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     )
 
 
-def assemble(rollout: Rollout, cfg: Ppo, critic: ScalarModel, kl: KlPenalty, learner: Learner) -> Experience:
+def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, learner: Learner) -> Experience:
     """The samples with advantages and returns under the critic as it is."""
     experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
     rows, values = experience.rows, critic.score(experience.groups)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.data.divide import ends_of
 from rlpost.data.formats import Need
-from rlpost.policy.scalar import ScalarModel, Values
+from rlpost.data.step_split import ends_of
+from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
@@ -26,7 +26,7 @@ from rlpost.types import Group
 
 def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
     """Train a model of steps that begins as the policy and a new head; returns the final checkpoint."""
-    model = ScalarModel(context.policy())
+    model = ValueHeadModel(context.policy())
     data = context.data(model.trunk, cfg.data, Need.steps, cfg.max_length, cfg.too_long)
     loss = step_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
@@ -37,7 +37,7 @@ def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)
         metrics = learner.update(loss, experience)
         loop.log(step, metrics, live=("loss", "accuracy"))
-    return context.finish(model.trunk, cfg.kind, steps, beside=model.save)
+    return context.finish(model.trunk, cfg.kind, steps, extra=model.save)
 
 
 def weighted(update: Experience, learner: Learner) -> Experience:

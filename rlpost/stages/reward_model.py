@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.scalar import ScalarModel, Values
+from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
@@ -27,7 +27,7 @@ from rlpost.types import Group
 
 def reward_model(context: Context, cfg: RewardModel) -> Path:
     """Train a model of scores that begins as the policy and a new head; returns the final checkpoint."""
-    model = ScalarModel(context.policy())
+    model = ValueHeadModel(context.policy())
     data = context.data(model.trunk, cfg.data, cfg.rows(), cfg.max_length, cfg.too_long)
     loss = score_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
@@ -38,7 +38,7 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)
         metrics = learner.update(loss, experience)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))
-    return context.finish(model.trunk, cfg.kind, steps, beside=model.save)
+    return context.finish(model.trunk, cfg.kind, steps, extra=model.save)
 
 
 def weighted(update: Experience, learner: Learner) -> Experience:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
-from rlpost.data.divide import divide, step_texts
 from rlpost.data.formats import Need
+from rlpost.data.step_split import split_steps, step_texts
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import collector
 from rlpost.errors import DataError
@@ -113,7 +113,7 @@ class Signal:
         self._nothing = isinstance(cfg, Grouped) and cfg.compares_completions
         self._spell = Spell()
 
-    def look(self, rollout: Rollout, step: int) -> Rollout:
+    def report(self, rollout: Rollout, step: int) -> Rollout:
         """Look at the samples of a step, and pass them on."""
         learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
         if has_signal(rollout.reward_PG).any():
@@ -180,7 +180,7 @@ class Sampler:
         rounds = [self._round(step, 0)]
         while len(rounds) <= self.resample and _with_signal(rounds) < prompts:
             rounds.append(self._round(step, len(rounds) * prompts))
-        return self.signal.look(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
+        return self.signal.report(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
 
     def score(self, groups: Sequence[Group]) -> RewardBatch:
         """The rewards of any completions, with their steps if the stage divides them."""
@@ -201,7 +201,7 @@ class Sampler:
         """The groups, their completions divided into steps if the recipe says how."""
         if self.cfg.step_end is None:
             return list(groups)
-        return [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
+        return [split_steps(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
 
 
 class Recorded:
@@ -229,13 +229,13 @@ class Recorded:
                     "set group_size to what was recorded"
                 )
         if self.cfg.step_end is not None:
-            groups = [divide(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
+            groups = [split_steps(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
         if self.scorer is None:
             rewards = RewardBatch(total=[[c.reward for c in g.completions] for g in groups], by_name={})
         else:
             rewards = scored(self.scorer, groups, self.policy)
         weights = self.scorer.weights if self.scorer else {}
-        return self.signal.look(rollout_of(groups, rewards, weights, self.cfg.mask_truncated), step)
+        return self.signal.report(rollout_of(groups, rewards, weights, self.cfg.mask_truncated), step)
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> RewardBatch:

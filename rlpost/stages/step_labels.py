@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost.data.divide import divide, step_starts, step_texts
 from rlpost.data.formats import Need
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
+from rlpost.data.step_split import split_steps, step_starts, step_texts
 from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
-from rlpost.engine.continue_from import as_answers, fresh_rollouts
+from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
 from rlpost.errors import DataError
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.step_labels import StepLabels
@@ -68,11 +68,11 @@ def labelled(
     """
     tokenizer, over = policy.tokenizer, policy.end_ids
     answered = collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed, keep=True)
-    groups = [divide(g, tokenizer, cfg.step_end, over) for g in answered]
+    groups = [split_steps(g, tokenizer, cfg.step_end, over) for g in answered]
     sampled = completions(groups)
     ends = [step_starts(c)[1:] for c in sampled]
-    fresh = fresh_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
-    divided = [divide(g, tokenizer, cfg.step_end, over) for g in as_answers(fresh)]
+    fresh = mc_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
+    divided = [split_steps(g, tokenizer, cfg.step_end, over) for g in as_answers(fresh)]
     tried = iter([_mean(row) for row in scored(scorer, divided, policy).total])
     own = iter([reward for row in scored(scorer, groups, policy).total for reward in row])
     for group in groups:

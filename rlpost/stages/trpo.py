@@ -147,4 +147,4 @@ def _distributions(learner: Learner, policy: Policy, update: Experience, stats: 
             f"trpo keeps the whole distribution of every action of an update, {size:.2g} numbers here; "
             f"use fewer prompts or more updates, for at most {MOST_NUMBERS:.2g}"
         )
-    return learner.look(lambda output, _: output.distribution_NV, update, stats)
+    return learner.evaluate_no_grad(lambda output, _: output.distribution_NV, update, stats)

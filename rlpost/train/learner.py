@@ -203,11 +203,11 @@ class Learner:
         for part in parts:
             batch = self.model.batch(part.groups)
             with balance.listening() if balance is not None else nullcontext() as heard:
-                said = self._say(batch, stats)
-            total, metrics = loss(said, part.to(self.model.device))
+                output = self._output(batch, stats)
+            total, metrics = loss(output, part.to(self.model.device))
             if balance is not None and heard is not None:
                 load = balance.load(heard, batch)
-                extra = load.loss_beside(whole or load)
+                extra = load.loss_within(whole or load)
                 meter.add({BALANCE: extra[None]})
                 (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
             else:
@@ -227,7 +227,7 @@ class Learner:
         for part in parts:
             batch = self.model.batch(part.groups)
             with balance.listening() as heard:
-                self._say(batch, stats)
+                self._output(batch, stats)
             load = add(load, balance.load(heard, batch))
         if self.accelerator.num_processes == 1:
             return load
@@ -236,14 +236,14 @@ class Learner:
         return Load(chosen_E.to(self.model.device), load.probability_E, tokens.to(self.model.device))
 
     @torch.no_grad()
-    def look(
+    def evaluate_no_grad(
         self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: LogitStats | None = None
     ) -> Tensor:
         """What `take` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
         pieces = []
         for part in self._parts(experience):
-            said = self._say(self.model.batch(part.groups), stats)
-            pieces.append(take(said, part.to(self.model.device)).cpu())
+            output = self._output(self.model.batch(part.groups), stats)
+            pieces.append(take(output, part.to(self.model.device)).cpu())
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
@@ -251,12 +251,12 @@ class Learner:
         meter = Meter()
         with torch.no_grad():
             for part in self._parts(experience):
-                said = self._say(self.model.batch(part.groups), stats)
-                total, metrics = loss(said, part.to(self.model.device))
+                output = self._output(self.model.batch(part.groups), stats)
+                total, metrics = loss(output, part.to(self.model.device))
                 meter.add_part(total, metrics)
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
 
-    def _say(self, batch: Batch, stats: LogitStats | None) -> Any:
+    def _output(self, batch: Batch, stats: LogitStats | None) -> Any:
         """What the model says of a batch; a model of scalars is asked for nothing."""
         return self.model(batch) if stats is None else self.model(batch, stats)
 

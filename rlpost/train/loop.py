@@ -175,9 +175,9 @@ class Loop:
             return 0
         changed = first_difference(before, now)
         if changed is not None:
-            name, how = changed
+            name, difference = changed
             raise ModelError(
-                f"{self._title}: {self._inputs.path(name)} is not what training began beside: {how}; restore it, "
+                f"{self._title}: {self._inputs.path(name)} is not the one training began with: {difference}; restore it, "
                 f"remove {self._out.path} to train it again, or choose another run=NAME"
             )
         for name, learner in self._learners.items():
@@ -185,8 +185,8 @@ class Loop:
             updates = int(checkpoint.state["updates"][name])
             learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
         _set_random(checkpoint.tensors("random"))
-        for name, moving in self._weights.items():
-            moving.load_weights(checkpoint.tensors(name))
+        for name, extra in self._weights.items():
+            extra.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
         self._saved = checkpoint.step
@@ -202,7 +202,7 @@ class Loop:
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for name, learner in self._learners.items():
             tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
-        return tensors | {name: moving.weights() for name, moving in self._weights.items()}
+        return tensors | {name: extra.weights() for name, extra in self._weights.items()}
 
     def _must_be_finite(self, done: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         found = not_finite(tensors)

@@ -162,7 +162,7 @@ def test_a_stage_whose_start_came_out_different_is_refused(here, tally):
     file.with_name("pairs.jsonl").write_text("".join(rows[::-1]), "utf-8")
     ran = rlpost("train", file, "--allow-change")
     assert ran.refused(
-        4, "more: ", "runs/run/dpo/final is not what training began beside: model.safetensors has changed"
+        4, "more: ", "runs/run/dpo/final is not the one training began with: model.safetensors has changed"
     )
     tally("runs under another hand", refused=1)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_recipes import DPO, GRPO, LORA, PPO, PREFERENCES, SFT, TRPO, jsonl, metrics, write
 from tiny_world import Ran, rlpost
 
-from rlpost.policy.following import Following
+from rlpost.policy.moving_reference import MovingReference
 from rlpost.run.files import write_folder_atomically
 from rlpost.run.manifest import read_manifest
 from rlpost.stages import trpo
@@ -104,14 +104,14 @@ def poison_critic(monkeypatch) -> None:
 
 
 def poison_reference(monkeypatch) -> None:
-    follow = Following.follow
+    follow = MovingReference.follow
 
     def poisoned(self, share):
         lost = follow(self, share)
         next(iter(self.weights().values())).flatten()[0] = torch.nan
         return lost
 
-    monkeypatch.setattr(Following, "follow", poisoned)
+    monkeypatch.setattr(MovingReference, "follow", poisoned)
 
 
 def poison_search(monkeypatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_world import byte_tokenizer, rlpost, save_model, save_recipe, save_rows
 
-from rlpost.data.divide import divide, step_texts
+from rlpost.data.step_split import split_steps, step_texts
 from rlpost.engine.stopping import StopStrings, finished
 from rlpost.types import Completion, Group
 
@@ -65,7 +65,7 @@ def test_steps_end_at_markers_and_hold_them(tally):
     ends = ids_of("<|im_end|>")
     ids = ids_of(ANSWER + "<|im_end|>")
     group = Group((1,), (Completion(ids, (True,) * len(ids), ANSWER, "stop"),))
-    (divided,) = divide(group, TOKENIZER, "</think>", ends).completions
+    (divided,) = split_steps(group, TOKENIZER, "</think>", ends).completions
     assert tuple(divided.steps) == (3, 2)
     assert step_texts(divided, TOKENIZER, ends) == ["<think>a</think>", "4"]
     tally("special tokens", right=1)

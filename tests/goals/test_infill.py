@@ -91,12 +91,12 @@ def test_candidates_are_pieces_of_both_sides_and_all_tokens_are_counted(monkeypa
     said = []
     generate = LocalEngine.generate
 
-    def remember(self, requests):
+    def record(self, requests):
         (found,) = generate(self, requests)
         said.append(([tuple(r.prompt.tolist()) for r in requests], found))
         return [found]
 
-    monkeypatch.setattr(LocalEngine, "generate", remember)
+    monkeypatch.setattr(LocalEngine, "generate", record)
     proposals = propose(ahead, back, (BEGIN, *X), GOAL, n=3, sampling=Sampling(max_new_tokens=4), seed=1, most=10**6)
     ((asked, heads), (asked_back, tails)) = said
     assert asked == [(BEGIN, *X)]

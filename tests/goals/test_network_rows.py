@@ -18,7 +18,7 @@ from rlpost.policy import adapters
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Decoding, Policy
-from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.value_head import ValueHeadModel
 
 PROMPTS = [(5, 9, 3, 8, 30, 31, 2, 7, 7, 12, 1), (4,), (3, 1, 2, 7, 5, 6, 44, 9)]
 PROMPT_OF_ROW = [0, 0, 1, 2, 2]
@@ -56,10 +56,12 @@ def policy_of(family: str, dtype: torch.dtype, *, lora: bool, seed: int = 0) -> 
 
 
 def network_of(trunk: Policy, adapter: str = adapters.POLICY, settings: ValueSettings = SETTINGS) -> ValueNetwork:
-    scalar = ScalarModel(trunk, adapter, trains_trunk=False)
+    network = ValueHeadModel(trunk, adapter, trains_trunk=False)
     generator = torch.Generator().manual_seed(3)
-    scalar.head.weight.data = torch.randn(scalar.head.weight.shape, generator=generator, dtype=scalar.head.weight.dtype)
-    return ValueNetwork(scalar.requires_grad_(False).eval(), settings, GOAL)
+    network.head.weight.data = torch.randn(
+        network.head.weight.shape, generator=generator, dtype=network.head.weight.dtype
+    )
+    return ValueNetwork(network.requires_grad_(False).eval(), settings, GOAL)
 
 
 def pair(

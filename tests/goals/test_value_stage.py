@@ -15,16 +15,16 @@ from tiny_recipes import LORA, SFT, base, group, jsonl, metrics, policy, run, we
 from rlpost.data.codec import make_codec
 from rlpost.engine.params import Sampling
 from rlpost.errors import DataError, ModelError
-from rlpost.goals.endings import Endings
+from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.goal_set import GoalSet, ends_in
 from rlpost.goals.params import Goals, ValueTarget
 from rlpost.goals.sample import guided_sample
-from rlpost.goals.value import Lesson, _taken, lesson, value_loss, weighted
+from rlpost.goals.value import ValueExample, _taken, goal_value_loss, value_example, weighted
 from rlpost.goals.value_network import conditioned
 from rlpost.inference.sample import sample
 from rlpost.policy.params import Model
-from rlpost.policy.scalar import HEAD_FILE, Values, load_scalar
 from rlpost.policy.score import logprobs
+from rlpost.policy.value_head import HEAD_FILE, Values, load_value_head_model
 from rlpost.recipe.specs.value import Value
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group
@@ -67,9 +67,9 @@ def exact(model, prompts, goal: GoalSet, length: int) -> list[float]:
 
 def said(folder, model, prompts) -> list[float]:
     """V of each prompt as the saved network has it."""
-    scalar = load_scalar(final(folder), Model(), bfloat16=False, device="cpu")
+    network = load_value_head_model(final(folder), Model(), bfloat16=False, device="cpu")
     groups = [Group(tuple(model.tokenizer.encode(p)), (Completion((0,), (True,)),)) for p in prompts]
-    return torch.sigmoid(scalar.score(groups).before_N).tolist()
+    return torch.sigmoid(network.score(groups).before_N).tolist()
 
 
 @pytest.mark.parametrize("target", ["monte_carlo", "bootstrap"])
@@ -142,18 +142,18 @@ def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path, lora, monkeypatch):
 
     stages = {"value": {**VALUE, "steps": 6, "checkpoint_every": 3, "condition": "{goal}+", "hindsight": 0.5}}
     whole = weights_beside_head(run_in(tmp_path / "whole", stages, *lora))
-    lessons = module.lesson
+    examples = module.value_example
 
     def stop_at_the_fifth_step(*given):
         if next(calls) == 4 * VALUE["prompts"]:
             raise KeyboardInterrupt
-        return lessons(*given)
+        return examples(*given)
 
     calls = itertools.count()
-    monkeypatch.setattr(module, "lesson", stop_at_the_fifth_step)
+    monkeypatch.setattr(module, "value_example", stop_at_the_fifth_step)
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path / "parts", stages, *lora)
-    monkeypatch.setattr(module, "lesson", lessons)
+    monkeypatch.setattr(module, "value_example", examples)
     parts = weights_beside_head(run_in(tmp_path / "parts", stages, *lora))
     assert all(torch.equal(x, parts[n]) for n, x in whole.items())
     assert metrics(tmp_path / "whole", "value") == metrics(tmp_path / "parts", "value")
@@ -166,7 +166,7 @@ def run_in(folder, stages, *overrides):
 
 
 class Surroundings:
-    """What `Endings` asks of a context."""
+    """What `GoalSampler` asks of a context."""
 
     name = "value"
 
@@ -190,7 +190,7 @@ def test_an_ending_that_was_reached_is_the_goal_of_the_others(codec):
     cfg = Value(goals=Goals(), condition="{goal}+", hindsight=1.0, hindsight_tokens=2, group_size=3)
     seen = set()
     for seed in range(20):
-        found = lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(seed))
+        found = value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(seed))
         at = found.counts.index(False)
         goal = tuple(group.completions[at].ids[:-1])
         assert found.label == tuple(float(tuple(c.ids[:-1]) == goal) for c in group.completions)
@@ -199,11 +199,11 @@ def test_an_ending_that_was_reached_is_the_goal_of_the_others(codec):
     assert seen == {0, 1, 2}
 
 
-def test_a_contrastive_lesson_knows_its_own(codec):
+def test_a_contrastive_example_knows_its_own(codec):
     one, stop = codec.ids("41", ""), codec.end
     group = Group((9,), tuple(Completion((*one, stop), (True,) * 3, finish="stop") for _ in range(3)))
     cfg = Value(condition="{goal}+", target=ValueTarget.contrastive, group_size=3)
-    found = lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
+    found = value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
     assert sorted(found.label) == [0, 0, 1]
     assert found.counts == (True,) * 3
 
@@ -211,7 +211,10 @@ def test_a_contrastive_lesson_knows_its_own(codec):
 def test_without_an_ending_there_is_nothing_to_learn(codec):
     group = Group((9,), (Completion((3, 4), (True, True), finish="length"),) * 2)
     cfg = Value(goals=Goals(), condition="{goal}+", hindsight=1.0, group_size=2)
-    assert lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0)).counts == (False,) * 2
+    assert (
+        value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0)).counts
+        == (False,) * 2
+    )
 
 
 def test_a_column_holds_each_prompts_goal(codec):
@@ -219,7 +222,7 @@ def test_a_column_holds_each_prompts_goal(codec):
     ids, stop = codec.ids("41", ""), codec.end
     done = Completion((*ids, stop), (True,) * 3, finish="stop")
     group = Group((9,), (done, Completion((stop,), (True,), finish="stop")), {"answer": "1"})
-    found = lesson(group, Endings(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
+    found = value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
     assert (found.label, found.counts) == ((1.0, 0.0), (True, True))
 
 
@@ -257,7 +260,7 @@ def test_guesses_are_the_networks_values_in_tenths(tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "runs/run/guesses/final/rows.jsonl").read_text().splitlines()]
     assert [(r["prompt"], r["parts"], r["n"]) for r in rows] == [("1+1=", parts, i) for i, parts in enumerate(asked)]
     start = policy(tmp_path / "runs/run/sft/final")
-    network = load_scalar(tmp_path / "runs/run/value/final", Model(), bfloat16=False, device="cpu")
+    network = load_value_head_model(tmp_path / "runs/run/value/final", Model(), bfloat16=False, device="cpu")
     for row in rows:
         value = [float(torch.sigmoid(network.score([group(start, text, "1")]).before_N[0])) for text in row["parts"]]
         assert row["guesses"] == "".join(str(int(v * 10)) for v in value)
@@ -271,7 +274,7 @@ def test_own_endings_stand_against_those_of_the_others_of_a_group():
     part = Experience((Group((1,), (Completion((5, 6), (True, True)),)),))
     part = part.with_actions(label=torch.tensor([1.0, 0.0]), weight=torch.tensor([1.0, 10.0]))
     logit_N = torch.full((2,), math.log(3))
-    total, _ = value_loss(cfg)(Values(logit_N, logit_N, logit_N[:1]), part)
+    total, _ = goal_value_loss(cfg)(Values(logit_N, logit_N, logit_N[:1]), part)
     assert float(total) == pytest.approx(11 * math.log(2))
 
 
@@ -285,6 +288,6 @@ def test_hindsight_takes_the_last_tokens_of_a_completion():
 
 def test_a_completion_that_gave_the_goal_has_no_weight():
     both = Group((1,), (Completion((5, 6), (True,) * 2), Completion((7,), (True,))))
-    update = weighted([Lesson(both, (1.0, 0.0), (False, True))] * 2, SimpleNamespace(total=lambda own: own))
+    update = weighted([ValueExample(both, (1.0, 0.0), (False, True))] * 2, SimpleNamespace(total=lambda own: own))
     assert update["weight"].tolist() == [0.0, 0.0, 0.5] * 2
     assert update["label"].tolist() == [1.0, 1.0, 0.0] * 2

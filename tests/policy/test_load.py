@@ -17,7 +17,7 @@ from rlpost.policy.load import decide_bfloat16, load_policy, remove_dropout
 from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Policy, end_ids
 from rlpost.policy.reference import reference_policy
-from rlpost.policy.scalar import ScalarModel, load_scalar
+from rlpost.policy.value_head import ValueHeadModel, load_value_head_model
 
 
 @torch.no_grad()
@@ -105,13 +105,13 @@ def test_a_model_of_scalars_is_no_policy(llama_folder, adapter_folder, tmp_path)
     """Its trunk would load, and sample what nobody taught it to say."""
     for number, folder in enumerate((llama_folder, adapter_folder)):
         path = shutil.copytree(folder, tmp_path / str(number))
-        ScalarModel(load_policy(folder, Model())).save(path)
+        ValueHeadModel(load_policy(folder, Model())).save(path)
         message = refusal(path)
         assert message == (
             f"{path}: a model that scores (scalar_head.safetensors), not a policy; name the stage it was trained from"
         )
         assert message == refusal(path, trainable=False) == refusal(path, Model(lora=Lora(r=2, alpha=4.0)))
-        assert load_scalar(path, Model(), bfloat16=False, device="cpu").head.in_features == 32
+        assert load_value_head_model(path, Model(), bfloat16=False, device="cpu").head.in_features == 32
     with pytest.raises(ModelError, match=r"a model that scores"):
         reference_policy(load_policy(llama_folder, Model()), tmp_path / "0", llama_folder, Model())
 

@@ -9,14 +9,14 @@ import torch
 from families import tiny
 
 from rlpost.data.codec import make_codec
-from rlpost.data.divide import divide
 from rlpost.data.params import Tokenizer, TokenizerKind
+from rlpost.data.step_split import split_steps
 from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import ModelError, RecipeError, RewardError
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.judge import RewardModelJudge, reread, same_tokens
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import ScalarModel
+from rlpost.policy.value_head import ValueHeadModel
 from rlpost.rewards import process_reward_model, process_steps, reward_model
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
@@ -80,11 +80,11 @@ LETTERS = make_tokenizer(Tokenizer(TokenizerKind.characters, alphabet="=+;987654
 """The same characters under other ids."""
 
 
-def scalar(tokenizer, longest: int = 128) -> ScalarModel:
+def scalar(tokenizer, longest: int = 128) -> ValueHeadModel:
     model = tiny("gpt2", torch.float64)
     use_attention(model, FLAT)
     model.config.max_position_embeddings = longest
-    head = ScalarModel(Policy(model, tokenizer, flat=True).eval())
+    head = ValueHeadModel(Policy(model, tokenizer, flat=True).eval())
     with torch.no_grad():
         head.head.weight.copy_(torch.randn(head.head.weight.shape, generator=torch.Generator().manual_seed(3)))
     return head
@@ -157,7 +157,7 @@ def test_a_completion_longer_than_the_judge_reads():
         RewardModelJudge(scalar(DIGITS, longest=8), DIGITS).scores([written("1234")])
 
 
-def by_hand(model: ScalarModel, group: Group, ends: list[list[int]]) -> list[list[float]]:
+def by_hand(model: ValueHeadModel, group: Group, ends: list[list[int]]) -> list[list[float]]:
     after = torch.sigmoid(model.score([group]).after_N).split([c.actions for c in group.completions])
     return [[float(x[at]) for at in found] for x, found in zip(after, ends, strict=True)]
 
@@ -169,7 +169,7 @@ def test_steps_are_judged_at_their_last_action():
     # The end token belongs to the last step, and is not read.
     assert found == by_hand(model, group, [[2, 4], [0], [1, 3]])
     assert found == RewardModelJudge(model, DIGITS).step_scores(
-        [divide(group, DIGITS, ";", (DIGITS.eos_token_id,))], "unused"
+        [split_steps(group, DIGITS, ";", (DIGITS.eos_token_id,))], "unused"
     )
     assert all(0 < x < 1 for row in found for x in row)
 
@@ -185,7 +185,7 @@ def test_the_stages_step_end_goes_before_the_rewards():
 
 def test_steps_of_another_tokenizer_are_divided_anew():
     model = scalar(LETTERS)
-    group = divide(written("12;3;"), DIGITS, "", (DIGITS.eos_token_id,))
+    group = split_steps(written("12;3;"), DIGITS, "", (DIGITS.eos_token_id,))
     found = RewardModelJudge(model, DIGITS).step_scores([group], ";")
     assert found == by_hand(model, written("12;3;", tokenizer=LETTERS), [[2, 4]])
 

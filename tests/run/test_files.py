@@ -9,7 +9,7 @@ import pytest
 
 from rlpost.errors import DiskError, ModelError
 from rlpost.run.files import clear_leftovers, disk_errors, encode_line, read_json, write_atomic, write_folder_atomically
-from rlpost.run.manifest import fault, read_manifest
+from rlpost.run.manifest import read_manifest, verify
 
 
 def everything(folder: Path) -> list[str]:
@@ -52,7 +52,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, call, e
         if call in REMOVING:
             clear_leftovers(tmp_path)
         assert everything(tmp_path) == ["final", "final/MANIFEST.json", "final/a"], (call, at)
-        assert fault(folder) is None
+        assert verify(folder) is None
         if failing.calls < at:
             break
     assert failing.calls < at, "every call was made to fail once"
@@ -101,7 +101,7 @@ def test_a_damaged_folder_is_replaced_though_its_manifest_says_the_same(tmp_path
     (folder / "a").write_bytes(b"2")
     write_folder_atomically(folder, lambda f: (f / "a").write_bytes(b"1") and None, {})
     assert (folder / "a").read_bytes() == b"1"
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 def test_leftovers_go_and_what_was_being_replaced_comes_back(tmp_path):
@@ -113,7 +113,7 @@ def test_leftovers_go_and_what_was_being_replaced_comes_back(tmp_path):
     (tmp_path / "state.json.tmp-77").write_text("half")
     clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
-    assert fault(tmp_path / "step-000001") is None
+    assert verify(tmp_path / "step-000001") is None
 
 
 def test_nothing_is_left_behind_when_descriptors_run_out(tmp_path):

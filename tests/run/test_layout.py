@@ -353,7 +353,7 @@ def test_places_that_cannot_be_written(runs, tmp_path):
 @pytest.mark.parametrize("name", ["config.resolved.yaml", "environment.json", "decisions.json"])
 def test_a_damaged_copy_is_written_anew_aloud(runs, heard, name):
     run = reopen(recipe(runs))
-    run.remember("bfloat16", lambda: True)
+    run.decide_once("bfloat16", lambda: True)
     begun(run.path)
     whole = (run.path / name).read_bytes()
     for data in (b"", b"a: [", b"\xff\xfe", b"[" * 5000, b"just text", whole.replace(b"true", b"false"), None):
@@ -408,10 +408,10 @@ def test_a_run_of_another_format_is_not_gone_on_with(runs, form):
 
 def test_a_decision_is_taken_once(runs):
     run = reopen(recipe(runs))
-    assert run.remember("precision", lambda: ("bfloat16", 1)) == ["bfloat16", 1]
-    assert reopen(recipe(runs)).remember("precision", lambda: "float32") == ["bfloat16", 1]
-    assert run.remember("nothing", lambda: None) is None
-    assert run.remember("nothing", lambda: 3) is None
+    assert run.decide_once("precision", lambda: ("bfloat16", 1)) == ["bfloat16", 1]
+    assert reopen(recipe(runs)).decide_once("precision", lambda: "float32") == ["bfloat16", 1]
+    assert run.decide_once("nothing", lambda: None) is None
+    assert run.decide_once("nothing", lambda: 3) is None
 
 
 HOLD = """

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlpost.errors import DiskError
-from rlpost.run.manifest import fault, read_manifest, write_manifest
+from rlpost.run.manifest import read_manifest, verify, write_manifest
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def cuts(data: bytes) -> Iterator[bytes]:
 
 
 def test_a_whole_folder_has_no_fault(folder):
-    assert fault(folder) is None
+    assert verify(folder) is None
     manifest = read_manifest(folder)
     assert manifest["about"] == {"step": 3}
     assert manifest["files"]["tokenizer/vocab.json"] == {
@@ -45,20 +45,20 @@ def test_every_cut_of_every_file_is_found(folder):
         whole = path.read_bytes()
         for data in cuts(whole):
             path.write_bytes(data)
-            assert path.name in fault(folder), (path.name, len(data))
+            assert path.name in verify(folder), (path.name, len(data))
         path.write_bytes(whole + b"\n")
-        assert path.name in fault(folder)
+        assert path.name in verify(folder)
         path.write_bytes(whole)
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 def test_every_removed_file_is_found(folder):
     for path in files(folder):
         whole = path.read_bytes()
         path.unlink()
-        assert fault(folder) == f"{path.relative_to(folder)} is missing"
+        assert verify(folder) == f"{path.relative_to(folder)} is missing"
         path.write_bytes(whole)
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 def test_a_flipped_bit_is_found_in_every_byte(folder):
@@ -69,51 +69,51 @@ def test_a_flipped_bit_is_found_in_every_byte(folder):
             data = bytearray(whole)
             data[position] ^= 1 << (position * 5 + 3) % 8
             path.write_bytes(data)
-            assert fault(folder), (path.name, position)
+            assert verify(folder), (path.name, position)
             flips += 1
         path.write_bytes(whole)
     assert flips > 700
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "1", '"x"', "{}", '{"check": 1, "files": {}}', "\xff", "[" * 9])
 def test_a_manifest_of_something_else_is_damaged(folder, text):
     (folder / "MANIFEST.json").write_bytes(text.encode("latin-1"))
-    assert fault(folder) == "MANIFEST.json is damaged"
+    assert verify(folder) == "MANIFEST.json is damaged"
 
 
 def test_a_folder_that_is_not_there_is_a_fault_too(tmp_path):
-    assert fault(tmp_path / "none") == "MANIFEST.json is missing"
+    assert verify(tmp_path / "none") == "MANIFEST.json is missing"
 
 
 @pytest.mark.parametrize("name", ["README.md", ".gitattributes", "LICENSE", "notes.txt", "loss.png", "eval.json"])
 def test_notes_that_people_add_do_no_harm(folder, name):
     (folder / name).write_text("a note")
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 def test_a_model_card_may_be_filled_in(folder):
     (folder / "README.md").write_text("# Model card\n[More Information Needed]")
     write_manifest(folder, {"step": 3})
     (folder / "README.md").write_text("# A model that adds")
-    assert fault(folder) is None
+    assert verify(folder) is None
     (folder / "README.md").unlink()
-    assert fault(folder) is None
+    assert verify(folder) is None
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "other.safetensors", "chat_template.jinja", "merges.txt"])
 def test_a_file_that_a_library_would_read_is_no_note(folder, name):
     (folder / name).write_text("{}")
-    assert fault(folder) == f"{name} was not written with it"
+    assert verify(folder) == f"{name} was not written with it"
 
 
 def test_a_folder_that_belongs_elsewhere(folder):
     write_manifest(folder, {"run": "a", "stage": "sft", "step": 3})
-    assert fault(folder, {"run": "a", "stage": "sft", "step": 3}) is None
-    assert fault(folder, {"run": None, "stage": "sft"}) is None
-    assert fault(folder, {"run": "b", "stage": "sft"}) == "it is of another run"
-    assert fault(folder, {"run": "a", "stage": "dpo"}) == "it is of stage sft, not dpo"
-    assert fault(folder, {"run": "a", "step": 6}) == "it is of step 3, not 6"
+    assert verify(folder, {"run": "a", "stage": "sft", "step": 3}) is None
+    assert verify(folder, {"run": None, "stage": "sft"}) is None
+    assert verify(folder, {"run": "b", "stage": "sft"}) == "it is of another run"
+    assert verify(folder, {"run": "a", "stage": "dpo"}) == "it is of stage sft, not dpo"
+    assert verify(folder, {"run": "a", "step": 6}) == "it is of step 3, not 6"
 
 
 def test_what_cannot_be_read_is_no_damage(folder, monkeypatch):
@@ -122,4 +122,4 @@ def test_what_cannot_be_read_is_no_damage(folder, monkeypatch):
 
     monkeypatch.setattr("rlpost.run.manifest.hashlib.file_digest", refuse)
     with pytest.raises(DiskError, match=r"state.json: Too many open files; make it readable, or remove"):
-        fault(folder)
+        verify(folder)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlpost.errors import DiskError
-from rlpost.run.manifest import fault
+from rlpost.run.manifest import verify
 from rlpost.run.stage import StageDirectory
 
 
@@ -106,7 +106,7 @@ def test_the_newest_are_kept(stage):
 
 
 def damages(path: Path):
-    """(what is done, does it) for one file, as in a fault trial."""
+    """(what is done, does it) for one file, as in a verify trial."""
     data = path.read_bytes()
 
     def cut(length):
@@ -251,7 +251,7 @@ def test_a_refusal_at_any_call_leaves_whole_checkpoints_only(stage, monkeypatch,
             except DiskError as error:
                 told.add(str(error))
         left = [name for name in steps(stage) if ".tmp-" not in name]
-        assert all(fault(stage.path / "checkpoints" / name) is None for name in left), (call, at, left)
+        assert all(verify(stage.path / "checkpoints" / name) is None for name in left), (call, at, left)
         assert {"step-000002"} <= set(left)
         # Removing the oldest comes last; only a refusal there leaves something, which resume clears.
         if steps(stage) != left:

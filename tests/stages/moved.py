@@ -34,11 +34,11 @@ def keep_references(monkeypatch: pytest.MonkeyPatch) -> list[Reference]:
     kept: list[Reference] = []
     make = Context.reference
 
-    def remember(self: Context, *args) -> Reference:
+    def record(self: Context, *args) -> Reference:
         kept.append(make(self, *args))
         return kept[-1]
 
-    monkeypatch.setattr(Context, "reference", remember)
+    monkeypatch.setattr(Context, "reference", record)
     return kept
 
 
@@ -46,10 +46,10 @@ def fail_after(updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a run stops when so many updates are done."""
     update = Learner.update
 
-    def failing(self: Learner, *args, **how) -> dict[str, float]:
+    def failing(self: Learner, *args, **options) -> dict[str, float]:
         if self.updates == updates:
             raise KeyboardInterrupt
-        return update(self, *args, **how)
+        return update(self, *args, **options)
 
     monkeypatch.setattr(Learner, "update", failing)
 

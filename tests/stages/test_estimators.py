@@ -13,7 +13,7 @@ import torch
 from moved import assert_same_result, fail_after
 from tiny_recipes import GRPO, base, greedy, metrics, policy, rollouts, run, weights
 
-from rlpost.data.divide import divide, step_texts
+from rlpost.data.step_split import split_steps, step_texts
 from rlpost.types import Completion, Group
 
 OWN = '''\
@@ -229,7 +229,7 @@ def divided(rows: Rows, tokenizer: Any, end: str) -> list[list[Completion]]:
         )
         for row in rows
     ]
-    return [list(divide(group, tokenizer, end, (tokenizer.eos_token_id,)).completions) for group in groups]
+    return [list(split_steps(group, tokenizer, end, (tokenizer.eos_token_id,)).completions) for group in groups]
 
 
 def placed(how: str, given: list[float], lengths: tuple[int, ...]) -> list[float]:

@@ -55,11 +55,11 @@ def keep_updates(monkeypatch) -> list[Experience]:
     kept: list[Experience] = []
     update = Learner.update
 
-    def remember(self, loss, experience, stats=None):
+    def record(self, loss, experience, stats=None):
         kept.append(experience)
         return update(self, loss, experience, stats)
 
-    monkeypatch.setattr(Learner, "update", remember)
+    monkeypatch.setattr(Learner, "update", record)
     return kept
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from moved import assert_only_the_policy_moved, assert_same_result, fail_after, keep_references
-from scalar_models import saved
 from tiny_recipes import (
     LORA,
     MODEL,
@@ -27,11 +26,12 @@ from tiny_recipes import (
     weights,
 )
 from torch import Tensor
+from value_head_models import saved
 
 from rlpost.policy.attention import use_attention
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import ScalarModel, Values
 from rlpost.policy.score import logprobs
+from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages import ppo
 from rlpost.stages.params import Critic
@@ -51,7 +51,7 @@ class Beginning(NamedTuple):
     """A stage's models before its first step."""
 
     policy: Policy
-    critic: ScalarModel
+    critic: ValueHeadModel
     weights: dict[str, Tensor]
     """Copies."""
 
@@ -71,15 +71,15 @@ class Beginning(NamedTuple):
 def beginnings(monkeypatch) -> list[Beginning]:
     """The models of every ppo stage from now on."""
     kept: list[Beginning] = []
-    make = ppo.critic_beside
+    make = ppo.make_critic
 
-    def remember(policy: Policy, *args, **how) -> ScalarModel:
-        critic = make(policy, *args, **how)
+    def record(policy: Policy, *args, **options) -> ValueHeadModel:
+        critic = make(policy, *args, **options)
         kept.append(Beginning(policy, critic, {}))
         kept[-1].weights.update({n: p.detach().clone() for n, p in kept[-1].now().items()})
         return critic
 
-    monkeypatch.setattr(ppo, "critic_beside", remember)
+    monkeypatch.setattr(ppo, "make_critic", record)
     return kept
 
 
@@ -89,11 +89,11 @@ def experiences(monkeypatch) -> list[Experience]:
     kept: list[Experience] = []
     make = ppo.assemble
 
-    def remember(*args) -> Experience:
+    def record(*args) -> Experience:
         kept.append(make(*args))
         return kept[-1]
 
-    monkeypatch.setattr(ppo, "assemble", remember)
+    monkeypatch.setattr(ppo, "assemble", record)
     return kept
 
 
@@ -287,14 +287,14 @@ def test_every_update_of_a_step_takes_its_share_for_both(tmp_path, monkeypatch):
     taken: list[tuple[str, list[tuple[int, ...]], float]] = []
     update = Learner.update
 
-    def remember(self, loss, experience, stats=None):
+    def record(self, loss, experience, stats=None):
         ids = [tuple(c.ids) for g in experience.groups for c in g.completions]
         taken.append((type(self.model).__name__, ids, float(experience["weight"].sum())))
         return update(self, loss, experience, stats)
 
-    monkeypatch.setattr(Learner, "update", remember)
+    monkeypatch.setattr(Learner, "update", record)
     run(tmp_path, {"ppo": {**PPO, "steps": 2, "updates": 2, "passes": 2, "schedule": "linear"}})
-    assert [model for model, *_ in taken] == 8 * ["ScalarModel", "Policy"]
+    assert [model for model, *_ in taken] == 8 * ["ValueHeadModel", "Policy"]
     assert [ids for _, ids, _ in taken[::2]] == [ids for _, ids, _ in taken[1::2]]
     # Weights are counted over each update by itself.
     assert [total for *_, total in taken] == pytest.approx(16 * [1.0])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from families import EndTokenOnly, tiny
 from moved import assert_only_the_policy_moved
-from scalar_models import EVERYTHING
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, policy, run
 from torch import Tensor
+from value_head_models import EVERYTHING
 
 from rlpost.facts import fact
 from rlpost.objectives import preference

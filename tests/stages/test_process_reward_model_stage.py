@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 from tiny_recipes import GRPO, LORA, base, jsonl, metrics, run, sha256
+from value_head_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 
 from rlpost.objectives.ranking import process_reward
 from rlpost.policy.judge import RewardModelJudge
-from rlpost.policy.scalar import Values
+from rlpost.policy.value_head import Values
 from rlpost.stages.process_reward_model import step_loss, weighted
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, metrics, policy, run, weights
 from torch import Tensor
 
-from rlpost.policy.following import Following
+from rlpost.policy.moving_reference import MovingReference
 from rlpost.policy.score import logprobs
 from rlpost.stages import dpo as stage
 
@@ -21,15 +21,15 @@ ALL = {**DPO, "batch_size": len(PREFERENCES), "learning_rate": 1e-2}
 
 
 @pytest.fixture
-def followings(monkeypatch) -> list[Following]:
+def followings(monkeypatch) -> list[MovingReference]:
     """The references that stages made."""
-    kept: list[Following] = []
+    kept: list[MovingReference] = []
 
-    def remember(*args) -> Following:
-        kept.append(Following(*args))
+    def record(*args) -> MovingReference:
+        kept.append(MovingReference(*args))
         return kept[-1]
 
-    monkeypatch.setattr(stage, "Following", remember)
+    monkeypatch.setattr(stage, "MovingReference", record)
     return kept
 
 

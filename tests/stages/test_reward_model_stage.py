@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
-from scalar_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 from tiny_recipes import GRPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, run, sha256, weights
 from torch import Tensor
+from value_head_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 
 from rlpost.objectives.ranking import bradley_terry, ranking
 from rlpost.objectives.weights import pair_mean
-from rlpost.policy.scalar import Values
+from rlpost.policy.value_head import Values
 from rlpost.stages.reward_model import pair_rewards, ranked_rewards, score_loss, weighted
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
@@ -91,11 +91,11 @@ def test_a_function_is_told_what_it_asks_for_by_name():
 def test_groups_of_different_sizes_are_filled_up_with_unscored():
     seen = {}
 
-    def remember(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
+    def record(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
         seen.update(score=score_PK, reward=reward_PK)
         return score_PK.sum(1)
 
-    score_loss(remember)(values(0, 1, 2, 3, 4), as_update(RANKED[:2]))
+    score_loss(record)(values(0, 1, 2, 3, 4), as_update(RANKED[:2]))
     assert seen["score"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 0.0]]
     assert seen["reward"].nan_to_num(9.0).tolist() == [[0.5, 2.0, -1.0], [0.0, 1.0, 9.0]]
 

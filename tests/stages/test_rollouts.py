@@ -57,7 +57,7 @@ def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout
     sampler.policy = None
     sampler.cfg = SimpleNamespace(prompts=prompts)
     sampler.resample = resample
-    sampler.signal = SimpleNamespace(look=lambda found, _: found)
+    sampler.signal = SimpleNamespace(report=lambda found, _: found)
     sampler._round = one
     return sampler.sample(0), firsts
 

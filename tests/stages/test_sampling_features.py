@@ -12,13 +12,13 @@ import torch
 from moved import assert_same_result, fail_after
 from tiny_recipes import GRPO, MODEL, PREFERENCES, SFT, base, jsonl, metrics, policy, prepared, rollouts, run, weights
 
-from rlpost.data.divide import divide
+from rlpost.data.step_split import split_steps
 from rlpost.data.visible import visible
 from rlpost.errors import DataError, RecipeError
 from rlpost.policy.judge import RewardModelJudge
 from rlpost.policy.params import Model
-from rlpost.policy.scalar import load_scalar
 from rlpost.policy.score import logprobs
+from rlpost.policy.value_head import load_value_head_model
 from rlpost.types import Completion, Group, completions
 
 STAGE: dict[str, Any] = {**GRPO, "steps": 1, "advantage": {"fn": "leave_one_out"}, "loss": {"fn": "policy_gradient"}}
@@ -278,7 +278,7 @@ JUDGES: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 1e-2, "m
 
 def judge(folder: Path, stage: str) -> RewardModelJudge:
     final = folder / "runs/run" / stage / "final"
-    scalar = load_scalar(final, Model(), bfloat16=False, device="cpu")
+    scalar = load_value_head_model(final, Model(), bfloat16=False, device="cpu")
     return RewardModelJudge(scalar, scalar.trunk.tokenizer)
 
 
@@ -311,7 +311,7 @@ def test_a_trained_process_reward_model_rewards_every_step(tmp_path):
     rows = rollouts(tmp_path, "grpo", 1)
     (line,) = metrics(tmp_path, "grpo")
     tokenizer = policy(base(tmp_path)).tokenizer
-    groups = [divide(group, tokenizer, "", (tokenizer.eos_token_id,)) for group in as_groups(rows)]
+    groups = [split_steps(group, tokenizer, "", (tokenizer.eos_token_id,)) for group in as_groups(rows)]
     right = judge(tmp_path, "judge").step_scores(groups, "")
     tokens, total = 0, 0.0
     for saved, c, own in zip(every(rows), completions(groups), right, strict=True):

@@ -171,11 +171,11 @@ def test_a_teacher_is_imitated_and_does_not_move(tmp_path, lora, monkeypatch):
     jsonl(tmp_path / "rows.jsonl", ROWS)
     teachers = []
 
-    def remember(*args, **how):
-        teachers.append(load_policy(*args, **how))
+    def record(*args, **options):
+        teachers.append(load_policy(*args, **options))
         return teachers[-1]
 
-    monkeypatch.setattr(stage, "load_policy", remember)
+    monkeypatch.setattr(stage, "load_policy", record)
     args = {"forward_kl": {}, "reverse_kl": {}, "jensen_shannon": {"mix": 0.25}}
     learns = {**MEMORISE, "start": "base", "teacher": "sft", "steps": 12, "schedule": "constant", "warmup": 0}
     learns["tokens_per_pass"] = 30

@@ -59,7 +59,7 @@ def labels_of(monkeypatch, texts: list[str], tried: list[list[str]], rewards: di
             return SimpleNamespace(total=[[rewards[c.text] for c in g.completions] for g in groups])
 
     monkeypatch.setattr(stage, "collect", lambda *_, **__: [Group((1,), tuple(map(said, texts)), asked.example)])
-    monkeypatch.setattr(stage, "fresh_rollouts", fresh)
+    monkeypatch.setattr(stage, "mc_rollouts", fresh)
     rows = list(
         stage.labelled(
             None, SimpleNamespace(tokenizer=TOKENIZER, end_ids=()), [asked], Table(), StepLabels(step_end="a"), 0

@@ -136,12 +136,12 @@ def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
     measured = []
     update = trpo.trust_region_update
 
-    def remember(learner: Learner, *args) -> dict[str, float]:
+    def record(learner: Learner, *args) -> dict[str, float]:
         rate = learner.rate
         measured.append((rate, update(learner, *args)))
         return measured[-1][1]
 
-    monkeypatch.setattr(trpo, "trust_region_update", remember)
+    monkeypatch.setattr(trpo, "trust_region_update", record)
     stage = {**TRPO, "steps": 2, "updates": 2, "passes": 2, "schedule": "linear"}
     stage |= {"prompts": 8, "group_size": 8, "iterations": 1}
     run(tmp_path, {"trpo": stage})

@@ -14,7 +14,7 @@ from rlpost.stages.context import Context
 from rlpost.types import Group
 
 
-class Endings:
+class GoalSampler:
     """The goals of a recipe."""
 
     def __init__(self, goals: Goals, codec: Codec, context: Context) -> None:

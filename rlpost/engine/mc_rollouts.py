@@ -18,7 +18,7 @@ State = tuple[int, tuple[int, ...]]
 """A group's number, and the completion's ids up to the state."""
 
 
-def fresh_rollouts(
+def mc_rollouts(
     engine: Engine,
     tokenizer: Any,
     groups: Sequence[Group],

@@ -16,7 +16,7 @@ from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import HEAD_FILE, ScalarModel, load_scalar
+from rlpost.policy.value_head import HEAD_FILE, ValueHeadModel, load_value_head_model
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Group
@@ -24,21 +24,21 @@ from rlpost.types import Group
 EVERYTHING = 10**6
 
 
-def make_model(lora: bool = False) -> ScalarModel:
+def make_model(lora: bool = False) -> ValueHeadModel:
     """A model in float64 whose head says something, on flat rows."""
     model = tiny("gpt2", torch.float64)
     remove_dropout(model)
     use_attention(model, FLAT)
     if lora:
         model = adapters.add_policy_adapter(model.requires_grad_(False), Lora(r=2, alpha=4.0)).double()
-    scalar = ScalarModel(Policy(model, EndTokenOnly(), flat=True).eval())
+    scalar = ValueHeadModel(Policy(model, EndTokenOnly(), flat=True).eval())
     with torch.no_grad():
         scalar.head.weight.copy_(torch.randn(scalar.head.weight.shape, generator=torch.Generator().manual_seed(3)))
     return scalar
 
 
 def gradient(
-    model: ScalarModel, groups: Sequence[Group], weighted, loss: LossFunction, budget: int, whole_groups: bool
+    model: ValueHeadModel, groups: Sequence[Group], weighted, loss: LossFunction, budget: int, whole_groups: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of an update cut by a budget, and its metrics."""
     learner = Learner(model, Accelerator(), learning_rate=1.0, tokens_per_pass=budget, whole_groups=whole_groups)
@@ -46,9 +46,9 @@ def gradient(
     return learner.flat_gradient(), metrics
 
 
-def saved(folder: Path) -> ScalarModel:
+def saved(folder: Path) -> ValueHeadModel:
     """The reward model of a checkpoint."""
-    return load_scalar(folder, Model(), bfloat16=False, device="cpu")
+    return load_value_head_model(folder, Model(), bfloat16=False, device="cpu")
 
 
 def assert_only_the_right_weights_moved(folder: Path, stage: str, lora: bool) -> None:

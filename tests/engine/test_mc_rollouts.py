@@ -6,8 +6,8 @@ import pytest
 from engines import local
 from stubs import Letters, tiny_policy
 
-from rlpost.data.divide import divide, ends_of, step_starts, step_texts
-from rlpost.engine.continue_from import fresh_rollouts
+from rlpost.data.step_split import ends_of, split_steps, step_starts, step_texts
+from rlpost.engine.mc_rollouts import mc_rollouts
 from rlpost.engine.params import Sampling
 from rlpost.policy.score import logprobs
 from rlpost.types import Completion, Group, completions
@@ -24,7 +24,7 @@ GROUP = Group((1, 2, 3), (whole((5, 6, 7, 0)), whole((5, 8, 0)), whole(())), {"r
 
 
 def test_every_token_may_be_a_step_and_the_end_belongs_to_the_last():
-    divided = divide(GROUP, TOKENIZER, "", ENDS)
+    divided = split_steps(GROUP, TOKENIZER, "", ENDS)
     assert [tuple(c.steps) for c in divided.completions] == [(1, 1, 2), (1, 2), ()]
     assert [step_texts(c, TOKENIZER, ENDS) for c in divided.completions] == [["f", "g", "h"], ["f", "i"], []]
     assert [step_starts(c) for c in divided.completions] == [[0, 1, 2], [0, 1], []]
@@ -32,17 +32,17 @@ def test_every_token_may_be_a_step_and_the_end_belongs_to_the_last():
 
 
 def test_a_text_ends_a_step():
-    divided = divide(GROUP, TOKENIZER, "g", ENDS).completions[0]
+    divided = split_steps(GROUP, TOKENIZER, "g", ENDS).completions[0]
     assert tuple(divided.steps) == (2, 2)
     assert step_texts(divided, TOKENIZER, ENDS) == ["fg", "h"]
     # Nothing but the end follows the last separator: no step of its own.
-    assert tuple(divide(GROUP, TOKENIZER, "h", ENDS).completions[0].steps) == (4,)
-    assert tuple(divide(GROUP, TOKENIZER, "zz", ENDS).completions[0].steps) == (4,)
+    assert tuple(split_steps(GROUP, TOKENIZER, "h", ENDS).completions[0].steps) == (4,)
+    assert tuple(split_steps(GROUP, TOKENIZER, "zz", ENDS).completions[0].steps) == (4,)
 
 
 def test_what_an_environment_wrote_belongs_to_no_step():
     turns = whole((5, 9, 9, 6, 0), (True, False, False, True, True))
-    divided = divide(Group((1,), (turns,)), TOKENIZER, "", ENDS).completions[0]
+    divided = split_steps(Group((1,), (turns,)), TOKENIZER, "", ENDS).completions[0]
     assert tuple(divided.steps) == (1, 2)
     assert step_starts(divided) == [0, 3]
     assert step_texts(divided, TOKENIZER, ENDS) == ["f", "g"]
@@ -53,7 +53,7 @@ def fresh():
     policy = tiny_policy(eos=0)
     groups = [GROUP, Group((4,), (whole((5, 0)), whole((9, 0))))]
     starts = [[0, 1, 2], [0, 1], [], [0], [0]]
-    found = fresh_rollouts(local(policy), TOKENIZER, groups, starts, 3, Sampling(max_new_tokens=6), seed=1)
+    found = mc_rollouts(local(policy), TOKENIZER, groups, starts, 3, Sampling(max_new_tokens=6), seed=1)
     return found, policy
 
 

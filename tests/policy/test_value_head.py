@@ -19,14 +19,14 @@ from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
-from rlpost.policy.scalar import HEAD_FILE, ScalarModel, Values, critic_beside, load_scalar
+from rlpost.policy.value_head import HEAD_FILE, ValueHeadModel, Values, load_value_head_model, make_critic
 from rlpost.stages.context import save_policy
 from rlpost.types import Completion, Group, completions
 
 LORA = Model(lora=Lora(r=2, alpha=4.0))
 
 
-def expected(model: ScalarModel, groups: list[Group]) -> Values:
+def expected(model: ValueHeadModel, groups: list[Group]) -> Values:
     """One unpadded row a completion, through transformers' own forward and the head by hand."""
     plain = model.trunk.causal_lm.base_model
     before, after, final = [], [], []
@@ -41,9 +41,9 @@ def expected(model: ScalarModel, groups: list[Group]) -> Values:
     return Values(torch.stack(before), torch.stack(after), torch.stack(final))
 
 
-def with_head(policy: Policy, adapter: str = POLICY, **how) -> ScalarModel:
+def with_head(policy: Policy, adapter: str = POLICY, **options) -> ValueHeadModel:
     """A model whose head says something."""
-    model = ScalarModel(policy, adapter, **how)
+    model = ValueHeadModel(policy, adapter, **options)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=torch.Generator().manual_seed(3)))
         model.head.bias.fill_(0.5)
@@ -55,7 +55,7 @@ def total(values: Values) -> Tensor:
     return values.before_N.square().sum() + values.after_N.sum() + (3 * values.final_S).sin().sum()
 
 
-def step(model: ScalarModel, groups: list[Group]) -> dict[str, Tensor]:
+def step(model: ValueHeadModel, groups: list[Group]) -> dict[str, Tensor]:
     """One step of gradient descent; returns the gradients."""
     trained = model.trained()
     total(model(model.batch(groups))).backward()
@@ -91,7 +91,7 @@ def test_scores_do_not_depend_on_the_budget_of_a_pass(groups):
 
 
 def test_a_new_head_says_next_to_nothing(groups):
-    scalar = ScalarModel(lora_policy())
+    scalar = ValueHeadModel(lora_policy())
     assert scalar.head.weight.dtype == torch.float64
     assert float(scalar.score(groups).final_S.abs().max()) < 3
     assert float(scalar.head.bias.detach()) == 0.0
@@ -107,7 +107,7 @@ def test_with_full_fine_tuning_all_but_the_layer_of_logits_trains(groups):
     assert all(bool(g.any()) for g in gradients.values())
     tied = tiny("gpt2")
     use_attention(tied, FLAT)
-    assert any("wte" in name for name in ScalarModel(Policy(tied, EndTokenOnly(), flat=True)).trained())
+    assert any("wte" in name for name in ValueHeadModel(Policy(tied, EndTokenOnly(), flat=True)).trained())
 
 
 def test_a_second_adapter_trains_without_the_policy_or_the_base_moving(groups):
@@ -176,8 +176,8 @@ def adapter_checkpoint(tmp_path, llama_folder) -> Path:
     return folder
 
 
-def load(folder: Path, settings: Model = LORA, beside: Policy | None = None) -> ScalarModel:
-    return load_scalar(folder, settings, beside=beside, bfloat16=False, device="cpu")
+def load(folder: Path, settings: Model = LORA, share_with: Policy | None = None) -> ValueHeadModel:
+    return load_value_head_model(folder, settings, share_with=share_with, bfloat16=False, device="cpu")
 
 
 def test_a_full_model_comes_back_as_it_was(groups, tmp_path):
@@ -193,7 +193,7 @@ def test_a_full_model_comes_back_as_it_was(groups, tmp_path):
 def test_on_a_shared_base_it_scores_as_by_itself(groups, llama_folder, adapter_checkpoint):
     policy = load_policy(llama_folder, LORA)
     trained = set(policy.trained())
-    apart, shared = load(adapter_checkpoint), load(adapter_checkpoint, beside=policy)
+    apart, shared = load(adapter_checkpoint), load(adapter_checkpoint, share_with=policy)
     assert apart.trunk is not policy
     assert shared.trunk is policy
     for one, other in zip(shared.score(groups), apart.score(groups), strict=True):
@@ -205,7 +205,7 @@ def test_on_a_shared_base_it_scores_as_by_itself(groups, llama_folder, adapter_c
 
 def test_the_policys_training_leaves_a_judge_on_its_base_alone(groups, llama_folder, adapter_checkpoint):
     policy = load_policy(llama_folder, LORA)
-    judge = load(adapter_checkpoint, beside=policy)
+    judge = load(adapter_checkpoint, share_with=policy)
     before = judge.score(groups).final_S
     policy(policy.batch(groups)).logp_N.sum().backward()
     policy.backward_done()
@@ -218,12 +218,12 @@ def test_the_policys_training_leaves_a_judge_on_its_base_alone(groups, llama_fol
 
 def test_on_another_base_it_is_loaded_by_itself(groups, gpt2_folder, adapter_checkpoint):
     policy = load_policy(gpt2_folder, LORA)
-    assert load(adapter_checkpoint, beside=policy).trunk is not policy
+    assert load(adapter_checkpoint, share_with=policy).trunk is not policy
 
 
 def test_a_critic_can_begin_as_a_reward_model(groups, llama_folder, adapter_checkpoint):
     policy = load_policy(llama_folder, LORA)
-    critic = critic_beside(policy, llama_folder, adapter_checkpoint, LORA, trains_trunk=True)
+    critic = make_critic(policy, llama_folder, adapter_checkpoint, LORA, trains_trunk=True)
     assert critic.trunk is policy
     assert torch.allclose(critic.score(groups).final_S, load(adapter_checkpoint).score(groups).final_S, atol=1e-6)
     assert len(critic.trained()) == len(policy.trained()) + 2
@@ -233,7 +233,7 @@ def test_a_folder_without_a_head_is_no_reward_model(llama_folder, adapter_folder
     with pytest.raises(ModelError, match=rf"{llama_folder}: no reward model or critic.*{HEAD_FILE}"):
         load(llama_folder, Model())
     with pytest.raises(ModelError, match=rf"{adapter_folder}: no reward model"):
-        load(adapter_folder, beside=load_policy(llama_folder, LORA))
+        load(adapter_folder, share_with=load_policy(llama_folder, LORA))
 
 
 def test_a_head_of_another_width_is_refused(tmp_path):

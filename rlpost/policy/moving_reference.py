@@ -30,7 +30,7 @@ ROOM = 4
 """Times the policy's rank that the reference's adapter may have."""
 
 
-class Following:
+class MovingReference:
     """A reference with weights of its own, in the shape that mixing needs."""
 
     def __init__(self, policy: Policy, checkpoint: Path, settings: Model) -> None:
@@ -65,7 +65,7 @@ class Following:
             return logprobs(self._policy, groups, temperature=temperature)
 
     @torch.no_grad()
-    def follow(self, share: float) -> float:
+    def move(self, share: float) -> float:
         """Move towards the policy; returns the largest relative error of a product that had to be cut to its room."""
         if self._frozen is not None:
             own = dict(self._policy.named_parameters())

@@ -40,7 +40,7 @@ class Values(NamedTuple):
     """[S] of the state after each completion's last token, whoever wrote it."""
 
 
-class ScalarModel(nn.Module):
+class ValueHeadModel(nn.Module):
     """A trunk and a linear head."""
 
     def __init__(self, trunk: Policy, adapter: str | None = adapters.POLICY, *, trains_trunk: bool = True) -> None:
@@ -108,7 +108,7 @@ class ScalarModel(nn.Module):
         """The backward pass of the last forward pass is over: the policy's adapter acts again."""
         self.trunk.backward_done()
 
-    def train(self, mode: bool = True) -> ScalarModel:
+    def train(self, mode: bool = True) -> ValueHeadModel:
         """Dropout of the trunk on or off."""
         self.trunk.train(mode)
         return super().train(mode)
@@ -155,9 +155,15 @@ def read_head(folder: Path, width: int) -> dict[str, Any]:
     return state
 
 
-def load_scalar(
-    folder: Path, settings: Model, *, beside: Policy | None = None, name: str = "reward", bfloat16: bool, device: Any
-) -> ScalarModel:
+def load_value_head_model(
+    folder: Path,
+    settings: Model,
+    *,
+    share_with: Policy | None = None,
+    name: str = "reward",
+    bfloat16: bool,
+    device: Any,
+) -> ValueHeadModel:
     """A saved model of scalars, frozen.
 
     Args:
@@ -171,19 +177,19 @@ def load_scalar(
     Raises:
         ModelError: it cannot be loaded, or is no model of scalars.
     """
-    if beside is not None and same_base(folder, beside):
-        adapters.add_saved_adapter(beside.model, name, folder)
-        model = ScalarModel(beside, name, trains_trunk=False)
+    if share_with is not None and same_base(folder, share_with):
+        adapters.add_saved_adapter(share_with.model, name, folder)
+        model = ValueHeadModel(share_with, name, trains_trunk=False)
     else:
         trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False, scores=True)
-        model = ScalarModel(trunk, adapters.POLICY, trains_trunk=False)
+        model = ValueHeadModel(trunk, adapters.POLICY, trains_trunk=False)
     model.load_head(folder)
     return model.requires_grad_(False).eval()
 
 
-def critic_beside(
+def make_critic(
     policy: Policy, start: Path, scores: Path | None, settings: Model, *, trains_trunk: bool
-) -> ScalarModel:
+) -> ValueHeadModel:
     """A critic for a policy that was just loaded from `start`.
 
     With LoRA it is a second adapter on the policy's base, at first a copy of the policy's; with full fine-tuning, a
@@ -213,12 +219,12 @@ def critic_beside(
             trainable=trains_trunk,
             scores=scores is not None,
         )
-        critic = ScalarModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
+        critic = ValueHeadModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
         return _with_head(critic, scores)
-    return _with_head(ScalarModel(policy, adapters.CRITIC, trains_trunk=trains_trunk), scores)
+    return _with_head(ValueHeadModel(policy, adapters.CRITIC, trains_trunk=trains_trunk), scores)
 
 
-def _with_head(critic: ScalarModel, scores: Path | None) -> ScalarModel:
+def _with_head(critic: ValueHeadModel, scores: Path | None) -> ValueHeadModel:
     if scores is not None:
         critic.load_head(scores)
     return critic.eval()

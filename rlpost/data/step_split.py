@@ -15,7 +15,7 @@ from rlpost.data.visible import visible
 from rlpost.types import Completion, Group
 
 
-def divide(group: Group, tokenizer: Any, step_end: str, ends: Collection[int]) -> Group:
+def split_steps(group: Group, tokenizer: Any, step_end: str, ends: Collection[int]) -> Group:
     """The group with `steps` of every completion filled in: its actions' counts, step by step.
 
     A step ends with the token that completes `step_end`; with an empty text every token is a step. The token that
