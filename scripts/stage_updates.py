@@ -203,7 +203,7 @@ def with_critic(world: World, critic: bool) -> Case:
         # The values are those of a critic that has moved since.
         experience = ppo.assemble(rollout_of(groups, share), cfg, world.scalar(step=SAMPLER), penalty, learner)
         experience = weighted(experience, cfg, learner)
-        return Update(ppo.value_of(cfg), experience) if critic else Update(loss, experience, stats)
+        return Update(ppo.critic_loss_of(cfg), experience) if critic else Update(loss, experience, stats)
 
     return Case(groups, prepare, scalar=critic)
 

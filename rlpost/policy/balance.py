@@ -27,36 +27,36 @@ RECORDED = "router_logits"
 
 @dataclass
 class Load:
-    """What the routers of some tokens did; tokens count once for each completion and each layer."""
+    """Expert load of some tokens; a token counts once for each completion and each layer."""
 
     chosen_E: Tensor
-    """How many of them chose each expert."""
+    """[E] tokens that chose each expert."""
     probability_E: Tensor
-    """The sum of their probabilities of it, with gradient."""
+    """[E] sum of the routers' probabilities, with gradient."""
     tokens: Tensor
-    """How many there were."""
+    """Number of tokens."""
 
     def loss_within(self, whole: Load) -> Tensor:
-        """What these tokens add to the loss of the `whole` update that they belong to."""
+        """These tokens' part of the balance loss of the `whole` update."""
         share_E = whole.chosen_E / whole.tokens
         return len(share_E) * (share_E * self.probability_E).sum() / whole.tokens
 
 
 @dataclass
-class Heard:
+class RouterLogits:
     """The routers' logits of one forward pass, one tensor a layer and pass of the model."""
 
     layers: list[list[Tensor]] = field(default_factory=list)
 
 
 class Balance:
-    """Listens to a model's routers."""
+    """The balance loss of one model."""
 
     def __init__(self, routers: list[tuple[nn.Module, int]], chosen: int, coefficient: float) -> None:
         """Use `balance_of` to make one.
 
         Args:
-            routers: each module whose output has the logits, and where in it.
+            routers: each module whose output holds router logits, and their index in it.
             chosen: experts a token is sent to.
             coefficient: of the loss.
         """
@@ -65,27 +65,27 @@ class Balance:
         self._chosen = chosen
 
     @contextmanager
-    def listening(self) -> Iterator[Heard]:
-        """Inside, forward passes of the model leave their routers' logits."""
-        heard = Heard([[] for _ in self._routers])
+    def recording(self) -> Iterator[RouterLogits]:
+        """Record the router logits of the model's forward passes inside."""
+        recorded = RouterLogits([[] for _ in self._routers])
 
         def hook(layer: int, index: int) -> Any:
             def keep(_: nn.Module, __: Any, output: Any) -> None:
-                heard.layers[layer].append(output[index] if isinstance(output, tuple | list) else output)
+                recorded.layers[layer].append(output[index] if isinstance(output, tuple | list) else output)
 
             return keep
 
         hooks = [m.register_forward_hook(hook(at, index)) for at, (m, index) in enumerate(self._routers)]
         try:
-            yield heard
+            yield recorded
         finally:
             for one in hooks:
                 one.remove()
 
-    def load(self, heard: Heard, batch: Batch) -> Load:
-        """What the routers did with a batch."""
+    def load(self, recorded: RouterLogits, batch: Batch) -> Load:
+        """The expert load of a batch."""
         total: Load | None = None
-        for layer in heard.layers:
+        for layer in recorded.layers:
             # A layer that is skipped, or shared, would not fit the passes.
             assert len(layer) == len(batch.passes), (len(layer), len(batch.passes))
             for logits, p in zip(layer, batch.passes, strict=True):
@@ -94,7 +94,7 @@ class Balance:
         assert total is not None
         return total
 
-    def nothing(self, device: torch.device) -> Load:
+    def empty(self, device: torch.device) -> Load:
         """The load of no tokens."""
         zero = torch.zeros((), device=device)
         return Load(zero, zero, zero)
@@ -133,10 +133,10 @@ def own_coefficient(model: Any) -> float | None:
 
 
 def balance_of(model: Any, coefficient: float) -> Balance | None:
-    """What listens to the model's routers; None where their logits cannot be had.
+    """The balance loss of the model; None where its router logits cannot be read.
 
     Args:
-        model: a transformers causal language model, its layers dressed with adapters or not.
+        model: a transformers causal language model, with or without adapters.
         coefficient: above 0.
     """
     config = model.config.get_text_config()

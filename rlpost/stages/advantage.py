@@ -1,7 +1,7 @@
-"""What the stages with a baseline from groups share: every action's advantage, by the estimator the recipe names.
+"""The advantage of every action, by the estimator that the recipe names.
 
-An estimator is told what it needs by its parameters' names: rewards of groups, lengths, a greedy completion's
-reward, steps and their rewards, values from fresh rollouts.
+An estimator is given what its parameters are named after: rewards of groups, lengths, a greedy completion's reward,
+steps and their rewards, values by Monte-Carlo rollouts.
 
 Axes: N action tokens, S completions, P prompts of a step, G completions a prompt, K steps of all completions.
 """
@@ -37,9 +37,9 @@ DECAY = 0.9
 
 
 def corrected(experience: Experience, cfg: Grouped, policy: Policy) -> Experience:
-    """The experience with the trainer's own `old_logp`, and the `correction` of what the sampler's was beside it.
+    """The experience with `old_logp` recomputed by the trainer, and its importance weight `correction` to the sampler.
 
-    Without a correction in the recipe, as it is.
+    Unchanged if the recipe has no correction.
     """
     wanted = cfg.correction
     if wanted.mode is CorrectionMode.none:
@@ -58,10 +58,10 @@ def corrected(experience: Experience, cfg: Grouped, policy: Policy) -> Experienc
 
 
 class AdvantageEstimator:
-    """The advantage of a stage, with what it needs to know; its running mean is saved with checkpoints."""
+    """A stage's advantage estimator; checkpoints hold its running mean of rewards."""
 
     def __init__(self, context: Context, cfg: Grouped, policy: Policy, samples: Samples) -> None:
-        """Bind the recipe's estimator, for samples that come from `samples`: some estimators draw more."""
+        """Bind the recipe's estimator; some draw more completions from `samples`."""
         self._context = context
         self._cfg = cfg
         self._policy = policy
@@ -76,7 +76,7 @@ class AdvantageEstimator:
         return {"running_mean": self._mean}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from that mean."""
+        """Restore that mean."""
         self._mean = state["running_mean"]
 
     def advantage(self, rollout: Rollout, experience: Experience, step: int, learner: Learner) -> Tensor:
@@ -84,7 +84,7 @@ class AdvantageEstimator:
         self._step = step
         known = _Known(rollout, experience.groups, experience.rows, self)
         given = {name: make() for name, make in known.by_name().items() if name in self._asked}
-        # Statistics of a batch are over all ranks, which gather in the same order: a set's differs by process.
+        # Batch statistics are over all ranks. Ranks must gather in one order, and that of a set differs by process.
         own = slice(None)
         for name in (n for n in given if n in _PER_PROMPT):
             given[name], own = learner.gather(given[name])
@@ -96,7 +96,7 @@ class AdvantageEstimator:
 
     @property
     def running_mean(self) -> float:
-        """Of the rewards so far; 0 before the first."""
+        """Mean of the rewards so far; 0 before the first."""
         return self._mean or 0.0
 
     def values_of_steps(self, groups: Sequence[Group]) -> Tensor:
@@ -126,7 +126,7 @@ _PER_PROMPT = {"reward_PG", "length_PG", "greedy_P", "reward_PGK"}
 
 @dataclass(frozen=True)
 class _Known:
-    """What can be told to an estimator of one step's samples; computed only when it asks."""
+    """All that an estimator may ask about a step's samples, computed on demand."""
 
     rollout: Rollout
     groups: Sequence[Group]
@@ -159,7 +159,7 @@ class _Known:
 
     @property
     def step_reward_K(self) -> Tensor:
-        """[K] rewards by step; what a completion was not given by step sits on its last one, so that totals agree."""
+        """[K] rewards by step; the rest of a completion's reward is on its last step, so that totals agree."""
         by_step: list[float] = []
         for s, c in enumerate(completions(self.groups)):
             if c.actions:

@@ -77,21 +77,21 @@ class Context:
     accelerator: Accelerator
     interrupts: Interrupts
     lineage: Mapping[str, Any]
-    """What checkpoint.json says beside what the stage knows: the recipe's hash."""
+    """Further fields of checkpoint.json: the recipe's hash."""
     inputs: Inputs = field(default_factory=Inputs)
-    """Takes note of what the stage reads beside its data."""
+    """Records the models and rows that the stage reads besides its data."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The stage's part of the resolved recipe, for DONE."""
     rollouts: EngineChoice = field(default_factory=EngineChoice)
-    """What samples, unless the stage says otherwise."""
+    """The recipe's engine; a stage may have its own."""
     opened: ExitStack = field(default_factory=ExitStack)
     """Closes what the stage has opened."""
     allow_change: bool = False
-    """Go on from a checkpoint although the data has changed."""
+    """Resume from a checkpoint although the data has changed."""
     shelf: Shelf | None = None
     """Where its rows are kept once they are encoded."""
     check: Check | None = None
-    """What else its rows have to be."""
+    """A further check of its rows."""
 
     def seed_for(self, purpose: str, number: int = 0) -> int:
         """A seed of this stage's own for one purpose, the same in every process and every run."""
@@ -101,7 +101,7 @@ class Context:
         """The model to train, loaded from where the stage starts."""
         seed = self.seed_for("model")
         torch.manual_seed(seed)
-        # Nothing of ours draws from these two; a user's reward may.
+        # rlpost draws from neither; a user's reward may.
         random.seed(seed)
         np.random.seed(seed)
         self.inputs.note("start", self.start)
@@ -114,7 +114,7 @@ class Context:
     def data(
         self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
     ) -> Dataset:
-        """The stage's data; says what was recognised and what did not fit. No row is longer than the model's reach."""
+        """The stage's dataset, no row longer than the model reads; prints what was recognised and what did not fit."""
         if max_length > policy.longest:
             console.say(f"{self.name}: rows are limited by the model's {policy.longest} positions, not by max_length")
         dataset = open_dataset(
@@ -141,11 +141,11 @@ class Context:
         return found
 
     def functions(self, cfg: Stage, key: str) -> list[Bound]:
-        """The same of a key that may name several, or none."""
+        """The functions of a key that may name several, or none."""
         return [bind(*named, self.folder) for named in functions_at(cfg, key, f"stages.{self.name}")]
 
     def scorer(self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None) -> Scorer:
-        """The stage's rewards, those of models to judge what `policy` writes in steps that end with `step_end`."""
+        """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`."""
 
         def judge(name: str, adapter: str) -> AnyJudge:
             return load_judge(self.checkpoint(name), self.model, policy, name=adapter, step_end=step_end)
@@ -153,7 +153,7 @@ class Context:
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
 
     def engine(self, policy: Policy, own: EngineChoice | None, guide: Guide | None = None) -> Engine:
-        """What samples for this stage, by its own choice or the recipe's; it is closed when the stage is over."""
+        """The stage's engine, by its own choice or the recipe's; it is closed when the stage ends."""
         made = make_engine(policy, own, self.rollouts, f"stages.{self.name}", self.folder, guide)
         self.opened.callback(made.close)
         return made
@@ -182,7 +182,7 @@ class Context:
         )
 
     def _balance(self, model: Trainable, cfg: Training) -> Balance | None:
-        """What keeps a mixture of experts balanced while it trains; says so where nothing does."""
+        """The balance loss, if the model is a mixture of experts; prints why where such a model has none."""
         trunk = model if isinstance(model, Policy) else None
         if isinstance(model, ValueHeadModel) and model.trains_trunk:
             trunk = model.trunk
@@ -199,7 +199,7 @@ class Context:
         found = balance_of(trunk.causal_lm, wish)
         if found is None:
             kind = type(trunk.causal_lm).__name__
-            console.warn(f"{self.name}: {kind} trains without a balance loss: its routers' logits cannot be had")
+            console.warn(f"{self.name}: {kind} trains without a balance loss: its router logits cannot be read")
         return found
 
     def loop(
@@ -210,7 +210,7 @@ class Context:
         weights: Mapping[str, Weights] | None = None,
         **learners: Learner,
     ) -> Loop:
-        """The stage's steps, resumed where they stopped; learners by name, `policy` the one of the stage's result."""
+        """The stage's training loop. Learners by name; the stage's result is the model of `policy`."""
         return Loop(
             self.name,
             self.out,
@@ -226,7 +226,7 @@ class Context:
         )
 
     def checkpoint(self, name: str) -> Path:
-        """What `name` stands for: `start`, `base`, a stage before this one, a run, stage or checkpoint, or a model."""
+        """The model that `name` means: `start`, `base`, an earlier stage, or a run, stage, checkpoint or model."""
         if name == "start":
             return self.start
         return self.inputs.note(name, self.checkpoints.get(name) or find_checkpoint(name) or Path(name))
@@ -287,7 +287,7 @@ class Context:
         return {**about, **self._where("base", base)}
 
     def _where(self, key: str, model: str) -> dict[str, str]:
-        """Where a model lies, by path or name; inside this run, which may be moved, also by the way from its result."""
+        """A model's path or hub name; inside this run, which may be moved, also its path relative to the result."""
         if not Path(model).is_dir():
             return {key: model}
         location = Path(model).resolve()
@@ -299,29 +299,29 @@ class Context:
 def make_engine(
     policy: Policy, own: EngineChoice | None, top: EngineChoice, where: str, folder: Path, guide: Guide | None = None
 ) -> Engine:
-    """The engine for the part of a recipe of `folder` that stands at `where`: its own choice, or the recipe's.
+    """The engine for the section at key path `where`: the section's own choice, or the recipe's.
 
     Raises:
         RecipeError: it names a function that is not there.
-        EngineError: that function fails, or cannot be guided.
+        EngineError: that function fails, or its engine cannot be guided.
     """
     chosen, location = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
     return engine_for(policy, chosen, bind_engine(chosen, location, folder), guide)
 
 
 def stage_seed(seed: int, stage: str, purpose: str, number: int = 0) -> int:
-    """A seed of a stage's own for one purpose, from the recipe's."""
+    """The seed of a stage for one purpose, made from the recipe's."""
     return zlib.crc32(f"{seed}/{stage}/{purpose}/{number}".encode())
 
 
 def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Callable[[str, str], AnyJudge]) -> Scorer:
-    """Bind the tree of rewards that stands at `where` in a recipe of `folder`.
+    """Bind a tree of rewards to its functions and models.
 
     Args:
         rewards: the recipe's.
-        where: the key path of what has them.
-        folder: what files of functions are looked up in.
-        judge: (name, adapter) -> the reward model of that name, under that adapter where it shares a base; asked
+        where: key path of the section that has them.
+        folder: the recipe's, which files of functions are relative to.
+        judge: (name, adapter) -> the reward model of that name, loaded as that adapter where it shares a base; called
             once a name.
     """
     judges: dict[str, AnyJudge] = {}

@@ -74,7 +74,7 @@ def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
 
 
 def prepared_ranking(update: Experience, learner: Learner) -> Experience:
-    """The update with its weights, counted over all of it."""
+    """The update with its weights, normalised over all of it."""
     return update.with_groups(pair_weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
@@ -87,14 +87,14 @@ class AnyReference(Protocol):
 
 
 class ReferenceLogprobs:
-    """The reference's log-probabilities of pairs: all at once where pairs come again, else as they come.
+    """The reference's log-probabilities: of the whole dataset at once if its rows come again, else as rows come.
 
     Either way they are computed from the same groups in the same order on every run, so that a resumed stage
-    sees the same digits. Kept of a group are its log-probabilities and a digest of its tokens.
+    sees the same digits. A group is found again by a digest of its tokens.
     """
 
     def __init__(self, reference: AnyReference, data: Dataset, draws: int) -> None:
-        """Score the whole dataset now if it will be drawn from more often than it has rows."""
+        """Compute the whole dataset's now, if more rows will be drawn than it has."""
         self._reference = reference
         self._logp_N: Tensor | None = None
         if data.is_presented or draws <= len(data):

@@ -57,7 +57,7 @@ def assemble(
     kl: KlPenalty,
     learner: Learner,
 ) -> Experience:
-    """The samples with the advantage of every action, the KL to come taken off it."""
+    """The samples with the advantage of every action, less the KL penalty."""
     experience = corrected(rollout.experience, cfg, policy)
     experience = kl.with_reference(experience, cfg.sampling.temperature)
     advantage_N = estimator.advantage(rollout, experience, step, learner) - kl.to_go(experience, cfg.group_size)

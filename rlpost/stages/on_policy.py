@@ -1,7 +1,7 @@
-"""The loop around every algorithm that learns from its own samples, and what several of them minimise.
+"""The on-policy training loop, and terms of the loss that several algorithms share.
 
-An algorithm is two functions: how a step's samples become experience, and one update on a minibatch of it. What the
-KL to a reference has to do with either is in `KlPenalty`.
+An algorithm gives two functions: `assemble` makes experience of a step's samples, `minimise` does one update on a
+minibatch of it. `KlPenalty` is the KL to the reference, in the reward or in the loss.
 
 Axes: N action tokens, S completions.
 """
@@ -52,16 +52,16 @@ def on_policy(
     """Sample, assemble, minimise, step after step; returns the policy's final checkpoint.
 
     Args:
-        context: of the stage.
-        cfg: of the stage.
-        policy: what samples, and is trained.
-        samples: where a step's rollouts come from.
+        context: the stage's surroundings.
+        cfg: its section of the recipe.
+        policy: samples, and is trained.
+        samples: gives a step's rollouts.
         assemble: (scored samples, step) -> experience.
         minimise: (minibatch of it, step) -> metrics, after one update.
-        observe: what else is logged of a step's experience; called once, after its updates.
-        learners: what is trained, by name: `policy`, and what a stage trains beside it.
-        states: what a checkpoint holds beside them and the data's position, by name.
-        live: the metrics that go to the progress line.
+        observe: experience -> further metrics of the step; called once, after its updates.
+        learners: by name: `policy`, and others such as `critic`.
+        states: further state that checkpoints hold, by name.
+        live: metrics shown on the progress line.
     """
     steps = _steps(context, cfg, samples)
     loop = context.loop(cfg, {"data": samples.data, **states}, steps, weights=None, **learners)
@@ -91,20 +91,20 @@ def _steps(context: Context, cfg: Rollouts, samples: Samples) -> int:
 
 
 def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's mean over a step's updates; the sampler's gap is the first's, before the policy moved."""
+    """Each metric's mean over a step's updates; `sampler_gap` is the first update's, before the policy changed."""
     names = dict.fromkeys(name for line in updates for name in line)
     means = {n: fmean(line[n] for line in updates if n in line) for n in names}
     return means | {n: x for n, x in updates[0].items() if n == "sampler_gap"}
 
 
 class KlPenalty:
-    """β·KL(policy || reference): its coefficient, its estimator, its place, and what is logged of it.
+    """β·KL(policy || reference), in the reward or in the loss, and its metrics.
 
-    β is fixed, or moved towards a target; it is saved with checkpoints. Without a reference there is no penalty.
+    β is fixed, or adapted so that the KL reaches a target; checkpoints hold it. Without a reference it is 0.
     """
 
     def __init__(self, cfg: Kl, reference: Reference | None) -> None:
-        """Begin at the recipe's β."""
+        """Start from the recipe's β."""
         self.beta = cfg.beta
         self._cfg = cfg
         self._reference = reference
@@ -112,7 +112,7 @@ class KlPenalty:
 
     @property
     def in_loss(self) -> bool:
-        """Whether it is a term of the loss, and of no action's reward."""
+        """Whether it is a term of the loss, rather than of the rewards."""
         return self._reference is not None and self._cfg.placement is KlPlacement.loss
 
     def with_reference(self, experience: Experience, temperature: float) -> Experience:
@@ -122,13 +122,13 @@ class KlPenalty:
         return experience.with_actions(reference=self._reference.logprobs(experience.groups, temperature))
 
     def per_action(self, experience: Experience) -> Tensor:
-        """[N] what each action's own reward loses (Ziegler et al. 2019, arXiv:1909.08593)."""
+        """[N] the penalty on each action's own reward (Ziegler et al. 2019, arXiv:1909.08593)."""
         if self._reference is None or self.in_loss:
             return torch.zeros_like(experience["old_logp"])
         return self.beta * self._estimate(experience["old_logp"], experience["reference"])
 
     def to_go(self, experience: Experience, group_size: int) -> Tensor:
-        """[N] what each action's advantage loses: the KL from it on, less a baseline of the group's others."""
+        """[N] the penalty on each action's advantage: the KL from it on, less a leave-one-out baseline of its group."""
         if self._reference is None or self.in_loss:
             return torch.zeros_like(experience["old_logp"])
         old_N, reference_N = experience["old_logp"], experience["reference"]
@@ -139,11 +139,11 @@ class KlPenalty:
         return self.beta * self._estimate(logp_N, part["reference"])
 
     def metrics(self, logp_N: Tensor, part: Experience) -> dict[str, Tensor]:
-        """The KL per action of the policy as it is, while it is updated."""
+        """k3 of each action, under the policy being updated."""
         return {"kl": kl.k3(logp_N.detach(), part["reference"])} if self._reference is not None else {}
 
     def observe(self, experience: Experience) -> dict[str, float]:
-        """The KL a completion of the policy that sampled, in nats, and the β it was weighed by; β moves afterwards."""
+        """Mean KL of a sampled completion, in nats, and the β it was weighed by; then β is adapted."""
         if self._reference is None:
             return {}
         rows = experience.rows
@@ -157,17 +157,17 @@ class KlPenalty:
         return line
 
     def state(self) -> dict[str, Any]:
-        """β, and the recipe's that it began at."""
+        """β, and the recipe's β that it started from."""
         return {"beta": self.beta, "began": self._cfg.beta}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from that β; begin anew where the recipe has another one by now."""
+        """Restore β, unless the recipe's own has changed since."""
         if state["began"] == self._cfg.beta:
             self.beta = float(state["beta"])
 
 
 def weighted(minibatch: Experience, cfg: Grouped | Ppo, learner: Learner) -> Experience:
-    """The minibatch with the `weight` of every action, and its `token_weight` in a mean over all, of all ranks."""
+    """The minibatch with each action's `weight` in the loss, and its `token_weight` in a mean over all actions."""
     rows, totals = minibatch.rows, learner.totals(minibatch)
     weight_N = weigh(cfg.weight, rows, totals.actions, totals.completions, cfg.sampling.max_new_tokens)
     return minibatch.with_actions(weight=weight_N, token_weight=token_mean(rows, totals.actions))
@@ -180,7 +180,7 @@ def whitened(x_N: Tensor, learner: Learner) -> Tensor:
 
 
 def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, float] | None:
-    """How far below and above 1 a surrogate lets the ratio move: by the recipe's arguments or its own; None: anyhow."""
+    """A surrogate's clip range (low, high), by the recipe's arguments or its defaults; None if it does not clip."""
     if not fact(surrogate, "clips_ratio"):
         return None
     given = inspect.signature(surrogate).parameters
@@ -189,7 +189,7 @@ def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, fl
 
 
 def surrogate_metrics(output: PolicyOutput, part: Experience, clip: tuple[float, float] | None) -> dict[str, Tensor]:
-    """What is logged of a surrogate with that clip: over the computed actions, of completions with an advantage."""
+    """Metrics of a surrogate with that clip range, over the actions that were computed."""
     logp_N, old_N, advantage_N = output.logp_N.detach(), part["old_logp"], part["advantage"]
     line = {"ratio": ratio(logp_N, old_N), "sampler_gap": (logp_N - part["sampled_logp"]).abs()}
     if "correction" in part.per_action:

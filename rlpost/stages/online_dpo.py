@@ -54,7 +54,7 @@ def assemble(rollout: Rollout, cfg: OnlineDpo, reference: Reference) -> Experien
 def best_and_worst(groups: Sequence[Group], reward_PG: Tensor, min_gap: float) -> list[Group]:
     """A pair of each group, the best first; groups whose best and worst differ by no more than `min_gap` give none.
 
-    Nor do groups whose best and worst are the same tokens: what a reward finds to choose in them is noise.
+    Nor do groups whose best and worst are the same tokens: a difference of their rewards is noise.
     """
     pairs = []
     for group, reward_G in zip(groups, reward_PG.tolist(), strict=True):

@@ -22,7 +22,7 @@ from rlpost.stages.params import PairChoice
 from rlpost.types import Group
 
 AT_ONCE = 64
-"""Prompts sampled between two moves of the progress bar."""
+"""Prompts sampled at a time."""
 
 
 def pairs(context: Context, cfg: Pairs) -> Path:
@@ -101,9 +101,9 @@ def rows_of_group(
         yield {**row, "completions": list(scored), "scores": list(scored.values())}
     elif choice is PairChoice.labelled:
         mean = sum(scored.values()) / len(scored)
-        # A row of a prompt and a completion has something to say.
-        said = {text: reward for text, reward in scored.items() if text.strip()}
-        yield from ({**row, "completion": text, "label": reward > mean} for text, reward in said.items())
+        # The labelled format has no empty completions.
+        answers = {text: reward for text, reward in scored.items() if text.strip()}
+        yield from ({**row, "completion": text, "label": reward > mean} for text, reward in answers.items())
     else:
         yield from ({**row, **pair} for pair in _pairs(scored, choice, min_gap))
 

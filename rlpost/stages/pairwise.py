@@ -1,4 +1,4 @@
-"""What the stages that compare two completions share: from log-probabilities to the loss of pairs.
+"""The loss of pairs that `dpo` and `online_dpo` share: from log-probabilities to Σ loss·weight.
 
 Axes: N action tokens, P pairs of an update, 2 = (chosen, rejected).
 """
@@ -23,7 +23,7 @@ from rlpost.usercode.bound import Bound
 
 @dataclass(frozen=True)
 class PairObjective:
-    """A loss of pairs, with what a recipe puts before and beside it."""
+    """A loss of pairs, with the recipe's modifiers and its NLL term."""
 
     function: Bound
     modifiers: Sequence[Callable[[PairBatch], PairBatch]] = ()
@@ -34,13 +34,13 @@ class PairObjective:
 
     @property
     def stats(self) -> LogitStats:
-        """What the forward pass is asked for: a modifier may compare an action with the average draw in its state."""
+        """What the forward pass computes: some modifiers need the collision probability too."""
         collision = any(fact(m, "needs_collision") for m in self.modifiers)
         return LogitStats(temperature=self.temperature, collision=collision)
 
     @property
     def couples(self) -> bool:
-        """A pair's loss may depend on other pairs: so it is for all losses that do not say otherwise."""
+        """Whether a pair's loss may depend on other pairs; True unless the loss declares otherwise."""
         return fact(self.function, "couples_pairs")
 
     def per_pair(self, pairs: PairBatch) -> Tensor:
@@ -51,9 +51,9 @@ class PairObjective:
         return loss_P if pairs.weight_P is None else loss_P * pairs.weight_P
 
     def prepared(self, update: Experience, learner: Learner) -> Experience:
-        """The update, with `reference` known, and its weights counted over all of it.
+        """The update with its weights, normalised over all of it; it has `reference` already.
 
-        A loss that couples pairs takes a pass without gradient over the whole update first, for its slope.
+        For a loss that couples pairs, a first pass without gradient computes the slope of the whole update's loss.
         """
         count = learner.totals(update).groups
         update = update.with_actions(chosen_weight=_chosen_mean(update, learner))
@@ -78,7 +78,7 @@ class PairObjective:
             pairs = _pairs(output, part)
             if self.couples:
                 loss_P = part["value"]
-                # Worth nothing, this has the slope of the whole update's loss.
+                # This term is 0, and its gradient is that of the whole update's loss.
                 total = (part["slope"] * (pairs.table_PC - pairs.table_PC.detach())).sum()
                 total = total + (loss_P * part["pair_weight"]).sum()
             else:

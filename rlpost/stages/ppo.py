@@ -2,8 +2,8 @@
 
 The state of a token is everything before it; the critic gives its value, generalised advantage estimation the
 advantage, and KL to the reference is part of each action's reward (Ziegler et al. 2019, arXiv:1909.08593). Policy
-and critic are trained at the same time, each by its own learner. What an environment writes is no action: time
-steps over it, so that credit is carried across turns.
+and critic are trained at the same time, each by its own learner. Tokens that an environment writes are not actions:
+the estimator skips them, so credit passes across turns.
 
 Axes: N action tokens, S completions.
 """
@@ -39,7 +39,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
     policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
-    critic_loss = value_of(cfg)
+    critic_loss = critic_loss_of(cfg)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0)
     updates = updates_of(context, cfg, samples)
     learner = context.learner(policy, cfg, updates)
@@ -67,7 +67,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
 
 
 def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, learner: Learner) -> Experience:
-    """The samples with advantages and returns under the critic as it is."""
+    """The samples with advantages and returns under the current critic."""
     experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
     rows, values = experience.rows, critic.score(experience.groups)
     reward_N = reward_on_last_action(rollout.reward_S, rows) - kl.per_action(experience)
@@ -77,7 +77,7 @@ def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, 
         rows,
         gamma=cfg.gamma,
         lam=cfg.lam,
-        bootstrap_S=_beyond(values, experience.groups, cfg),
+        bootstrap_S=_bootstrap_values(values, experience.groups, cfg),
     )
     if cfg.whiten:
         advantage_N = whitened(advantage_N, learner)
@@ -103,8 +103,8 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
     return loss
 
 
-def value_of(cfg: Ppo) -> LossFunction:
-    """Σ value loss·weight, with the policy's weights; and what explained variance is made of."""
+def critic_loss_of(cfg: Ppo) -> LossFunction:
+    """Σ value loss·weight, with the policy's weights; its metrics hold the parts of the explained variance."""
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         loss_N = value_loss(values.before_N, part["returns"], part["old_value"], clip=cfg.critic.clip)
@@ -115,8 +115,8 @@ def value_of(cfg: Ppo) -> LossFunction:
     return loss
 
 
-def _beyond(values: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
-    """[S] what the critic expects after the end of completions that were cut off; None if a cut is an end."""
+def _bootstrap_values(values: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
+    """[S] the critic's value after truncated completions, 0 after others; None where truncation counts as an end."""
     if cfg.at_limit is AtLimit.terminate:
         return None
     cut_S = torch.tensor([c.finish == "length" for c in completions(groups)])
@@ -124,6 +124,6 @@ def _beyond(values: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
 
 
 def _critic_metrics(line: dict[str, float]) -> dict[str, float]:
-    """The critic's metrics by names that do not meet the policy's, what is made of several put together."""
+    """The critic's metrics, by names that do not collide with the policy's."""
     own = {"loss": "value_loss", "grad_norm": "critic_grad_norm", "learning_rate": "critic_learning_rate"}
     return {own.get(name, name): x for name, x in metrics.without_parts(line).items()}

@@ -61,10 +61,10 @@ def step_loss(function: Callable[..., Tensor]) -> LossFunction:
         logit_K = values.after_N[ends_N]
         label_K = part["label"][ends_N].to(logit_K.dtype)
         loss_K = function(logit_K, label_K)
-        said_K = logit_K.detach()
+        detached_K = logit_K.detach()
         metrics = {
-            "accuracy": ((said_K > 0) == (label_K > 0.5)).double(),
-            "predicted": torch.sigmoid(said_K),
+            "accuracy": ((detached_K > 0) == (label_K > 0.5)).double(),
+            "predicted": torch.sigmoid(detached_K),
             "label": label_K,
         }
         return (loss_K * part["weight"][ends_N]).sum(), metrics

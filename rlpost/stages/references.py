@@ -1,4 +1,4 @@
-"""Reference answers that a stage's rewards will read, looked at while its rows are read."""
+"""Checks, while a stage's rows are read, that its rewards can read their reference answers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rlpost.rewards.params import reward_leaves
 
 @dataclass(frozen=True)
 class ReadableReferences:
-    """Every row has a reference answer that can be read, in each of some columns."""
+    """Checks that every row has a readable reference answer in each of `columns`."""
 
     columns: tuple[str, ...]
     recorded: bool
-    """Rows are recorded rollouts, and the row they are about stands in `example`."""
+    """Rows are recorded rollouts; the data row of each is its `example`."""
 
     @property
     def identity(self) -> Any:
-        """What is looked at."""
+        """What is checked, as a key of cached rows."""
         return [self.columns, self.recorded]
 
     def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
-        """Hand the rows on; raises DataError at their end, about all that cannot be read."""
+        """Pass the rows through; raises DataError after the last one if some answers cannot be read."""
         references = [References(column) for column in self.columns]
         for chunk in chunks:
             examples = [row.get("example") or {} for row in chunk.rows] if self.recorded else chunk.rows
@@ -38,7 +38,7 @@ class ReadableReferences:
 
 
 def readable_references(stage: Any, where: str, need: Need) -> ReadableReferences | None:
-    """What the rewards of a stage, or of the evaluation, at key path `where` need of its rows."""
+    """The check for the rewards at key path `where`, of a stage or the evaluation; None if they read no answer."""
     leaves = reward_leaves(getattr(stage, "rewards", []), where)
     columns = dict.fromkeys(leaf.args.get("column", "answer") for leaf, _ in leaves if leaf.fn == "math_answer")
     return ReadableReferences(tuple(columns), need is Need.recorded) if columns else None

@@ -42,12 +42,12 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
 
 
 def weighted(update: Experience, learner: Learner) -> Experience:
-    """The update with its weights, counted over all of it."""
+    """The update with its weights, normalised over all of it."""
     return update.with_groups(weight=pair_mean(len(update.groups), learner.totals(update).groups))
 
 
 def score_loss(function: Callable[..., Tensor]) -> LossFunction:
-    """Σ loss·weight of a function of scores, which is told what it asks for by name.
+    """Σ loss·weight of a function of scores, which is given what its parameters name.
 
     `accuracy` and `margin` are over all couples of completions of which one is known to be better: in a ranked group
     each with each.
@@ -72,13 +72,13 @@ def score_loss(function: Callable[..., Tensor]) -> LossFunction:
 
 
 def pair_rewards(group: Group) -> list[float]:
-    """Of the chosen and the rejected completion."""
+    """1 for the chosen completion, 0 for the rejected one."""
     assert len(group.completions) == 2, "a pair"
     return [1.0, 0.0]
 
 
 def ranked_rewards(group: Group) -> list[float]:
-    """Of each completion of a ranked row, NaN where it has none; or of a pair's."""
+    """The score of each completion of a ranked row, NaN where it has none; of a pair, as `pair_rewards`."""
     scores = [c.score for c in group.completions]
     if all(score is None for score in scores):
         return pair_rewards(group)

@@ -37,9 +37,9 @@ class Rollout:
     groups: Sequence[Group]
     """P groups of G completions, with their rewards."""
     learned: Sequence[Group]
-    """The same; a completion that nothing is learned from has no actions."""
+    """The same groups; a completion that is excluded from learning has no actions in them."""
     reward_PG: Tensor
-    """[P, G] total rewards; NaN where nothing is learned from a completion."""
+    """[P, G] total rewards; NaN where a completion is excluded."""
     rewards: RewardBatch
     drawn: int
     """Prompts sampled to get these."""
@@ -50,14 +50,14 @@ class Rollout:
 
     @property
     def experience(self) -> Experience:
-        """What is learned from, with the actions' log-probabilities when they were sampled."""
+        """The learned groups, with the actions' log-probabilities when they were sampled."""
         logprobs = [c.logprobs for c in completions(self.learned)]
         sampled_N = torch.tensor(np.concatenate(logprobs) if logprobs else [], dtype=torch.get_default_dtype())
         return Experience(tuple(self.learned)).with_actions(sampled_logp=sampled_N, old_logp=sampled_N)
 
     @property
     def reward_S(self) -> Tensor:
-        """[S] total rewards, 0 where nothing is learned from a completion."""
+        """[S] total rewards, 0 where a completion is excluded."""
         return self.reward_PG.flatten().nan_to_num()
 
     @property
@@ -84,7 +84,7 @@ class Rollout:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the samples say by themselves: rewards by name, lengths, how many groups teach anything."""
+        """Metrics of the samples: rewards by name, lengths, the share of groups without a signal."""
         sampled = completions(self.groups)
         scored = [r for total in self.rewards.total for r in total if r is not None]
         logprobs = [x for c in sampled for x in c.logprobs.tolist()]
@@ -106,15 +106,15 @@ class Rollout:
 
 
 class Signal:
-    """Whether a stage's rewards tell completions apart: what is said when they do not, and when they do again."""
+    """Warns when a stage's rewards stop telling completions apart, and says when they do again."""
 
     def __init__(self, name: str, cfg: Rollouts) -> None:
         self._name = name
-        self._nothing = isinstance(cfg, Grouped) and cfg.compares_completions
+        self._no_gradient = isinstance(cfg, Grouped) and cfg.compares_completions
         self._spell = Spell()
 
     def report(self, rollout: Rollout, step: int) -> Rollout:
-        """Look at the samples of a step, and pass them on."""
+        """Warn about a step's samples if need be, and return them."""
         learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
         if has_signal(rollout.reward_PG).any():
             self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
@@ -123,7 +123,7 @@ class Signal:
         else:
             all_of = f"every reward of step {step + 1} is {learned[0]:g}"
             equal = all_of if len(learned) == 1 else f"in step {step + 1} each prompt's rewards are equal"
-            follows = "no gradient from them" if self._nothing else "they do not tell completions apart"
+            follows = "no gradient from them" if self._no_gradient else "they do not tell completions apart"
             self._spell.begins(f"{self._name}: {equal}; {follows}")
         return rollout
 
@@ -151,7 +151,7 @@ def samples_of(context: Context, cfg: Rollouts, policy: Policy) -> Samples:
 
 
 class Sampler:
-    """Samples of the policy as it is, from the stage's prompts, scored by the stage's rewards."""
+    """Completions of the current policy to the stage's prompts, scored by the stage's rewards."""
 
     def __init__(self, context: Context, cfg: Rollouts, policy: Policy) -> None:
         """Open the stage's prompts; nothing is sampled yet."""
@@ -165,7 +165,7 @@ class Sampler:
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = context.engine(policy, cfg.rollouts)
         environment = context.function(cfg, "environment") if cfg.environment else None
-        # What an advantage by fresh rollouts goes on from is kept.
+        # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
         self._collect = collector(self.engine, policy, environment, cfg.turns, keep=keep)
 
@@ -183,7 +183,7 @@ class Sampler:
         return self.signal.report(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
 
     def score(self, groups: Sequence[Group]) -> RewardBatch:
-        """The rewards of any completions, with their steps if the stage divides them."""
+        """The rewards of any completions, by step too if they are split into steps."""
         return scored(self.scorer, groups, self.policy)
 
     def greedy(self, prompts: Sequence[Group]) -> Tensor:
@@ -198,14 +198,14 @@ class Sampler:
         return rollout_of(groups, self.score(groups), self.scorer.weights, self.cfg.mask_truncated)
 
     def divided(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups, their completions divided into steps if the recipe says how."""
+        """The groups with their completions split into steps, if the recipe has `step_end`."""
         if self.cfg.step_end is None:
             return list(groups)
         return [split_steps(g, self.policy.tokenizer, self.cfg.step_end, self.policy.end_ids) for g in groups]
 
 
 class Recorded:
-    """Rollouts that another policy made, in the place of samples."""
+    """Recorded rollouts of another policy, instead of samples."""
 
     def __init__(self, cfg: Rollouts, policy: Policy, data: Dataset, signal: Signal, scorer: Scorer | None) -> None:
         """Score with `scorer`, or take the recorded rewards."""
@@ -216,7 +216,7 @@ class Recorded:
         self.scorer = scorer
 
     def sample(self, step: int) -> Rollout:
-        """The next prompts with what was sampled of them.
+        """The next recorded groups.
 
         Raises:
             DataError: a group has another number of completions than `group_size`.
@@ -239,7 +239,7 @@ class Recorded:
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> RewardBatch:
-    """The rewards of any completions, told of their steps if they are divided."""
+    """The rewards of any completions, by step too if they are split into steps."""
     if not any(len(c.steps) for c in completions(groups)):
         return scorer.score(groups)
     return scorer.score(groups, steps=[step_texts(c, policy.tokenizer, policy.end_ids) for c in completions(groups)])

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: raise the likelihood of given completions, or imitate a teacher's distributions on them.
 
-A loss that asks for `label_N` reads labelled rows, of which some are to be said and the others not.
+A loss with a parameter `label_N` reads labelled rows: completions to imitate, and completions to avoid.
 
 Axes: N action tokens of an update, V vocabulary.
 """
@@ -29,7 +29,7 @@ from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import labels
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
-"""What a loss may ask for that needs the whole vocabulary's log-probabilities."""
+"""Parameters of a loss that need the whole vocabulary's log-probabilities."""
 
 
 def sft(context: Context, cfg: Sft) -> Path:
@@ -56,7 +56,7 @@ def sft(context: Context, cfg: Sft) -> Path:
 
 
 def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:
-    """The update with its weights, counted over all of it."""
+    """The update with its weights, normalised over all of it."""
     totals = learner.totals(update)
     return update.with_actions(
         weight=weigh(cfg.weight, update.rows, totals.actions, totals.completions, cfg.max_length)
@@ -64,13 +64,13 @@ def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:
 
 
 def labelled(update: Experience) -> Experience:
-    """The update with its rows' labels, at every action: true where the completion is to be said."""
+    """The update with its rows' labels, at every action: True where the completion is to be imitated."""
     label_S = torch.tensor(labels(update.groups))
     return update.with_actions(label=label_S.repeat_interleave(update.rows.lengths_S))
 
 
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
-    """Σ loss·weight of a function of log-probabilities; one of whole distributions was computed with them."""
+    """Σ loss·weight of a function of log-probabilities; one of whole distributions was computed in the forward pass."""
     by_label = "label_N" in inspect.signature(function).parameters
 
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -86,7 +86,7 @@ def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
 
 
 def stats_of(function: Callable[..., Tensor], teacher: Policy | None) -> LogitStats:
-    """What the forward pass is asked for: a loss of whole distributions is computed there, tile by tile.
+    """What the forward pass computes: also a loss of whole distributions, tile by tile.
 
     Raises:
         ModelError: the loss asks for a teacher, and there is none.
@@ -106,7 +106,7 @@ def stats_of(function: Callable[..., Tensor], teacher: Policy | None) -> LogitSt
 
 
 def _teacher(context: Context, policy: Policy, name: str) -> Policy:
-    """The model that is imitated, frozen.
+    """The teacher, frozen.
 
     Raises:
         ModelError: it cannot be loaded, or its vocabulary is another one.

@@ -1,4 +1,4 @@
-"""Rows for a process reward model without people: a step is as right as rollouts from its end turn out.
+"""A dataset for process reward models without human labels: a step's is the mean reward of rollouts from its end.
 
 Math-Shepherd (Wang et al. 2023, arXiv:2312.08935, §3.3), with soft labels.
 """
@@ -26,11 +26,11 @@ from rlpost.stages.rollouts import scored
 from rlpost.types import Group, completions
 
 AT_ONCE = 64
-"""Prompts sampled between two moves of the progress bar."""
+"""Prompts sampled at a time."""
 
 
 def step_labels(context: Context, cfg: StepLabels) -> Path:
-    """Sample, divide, try every step again and again; returns the folder with the rows `prompt, steps, labels`.
+    """Sample, split into steps, roll out from each one's end; returns the folder with the rows `prompt, steps, labels`.
 
     Raises:
         DataError: no completion has steps that could be labelled.
@@ -63,22 +63,22 @@ def labelled(
 ) -> Iterator[dict[str, Any]]:
     """Rows of sampled completions: the label of a step is the mean reward of fresh rollouts from its end.
 
-    After its last step a completion is what it is, so that step's label is the completion's own reward. Unscored
+    The label of its last step is the completion's own reward. Unscored
     rollouts are left out; a completion with a step that has none of them left gives no row, nor does one without text.
     """
-    tokenizer, over = policy.tokenizer, policy.end_ids
+    tokenizer, end_ids = policy.tokenizer, policy.end_ids
     answered = collect(engine, prompts, cfg.group_size, cfg.sampling, seed=seed, keep=True)
-    groups = [split_steps(g, tokenizer, cfg.step_end, over) for g in answered]
+    groups = [split_steps(g, tokenizer, cfg.step_end, end_ids) for g in answered]
     sampled = completions(groups)
     ends = [step_starts(c)[1:] for c in sampled]
     fresh = mc_rollouts(engine, tokenizer, groups, ends, cfg.fresh_rollouts, cfg.sampling, seed + 1)
-    divided = [split_steps(g, tokenizer, cfg.step_end, over) for g in as_answers(fresh)]
-    tried = iter([_mean(row) for row in scored(scorer, divided, policy).total])
-    own = iter([reward for row in scored(scorer, groups, policy).total for reward in row])
+    divided = [split_steps(g, tokenizer, cfg.step_end, end_ids) for g in as_answers(fresh)]
+    rollout_means = iter([_mean(row) for row in scored(scorer, divided, policy).total])
+    own_rewards = iter([reward for row in scored(scorer, groups, policy).total for reward in row])
     for group in groups:
         for completion in group.completions:
-            labels = [next(tried) for _ in completion.steps[1:]] + [next(own)]
-            steps = step_texts(completion, tokenizer, over)
+            labels = [next(rollout_means) for _ in completion.steps[1:]] + [next(own_rewards)]
+            steps = step_texts(completion, tokenizer, end_ids)
             if any(steps) and None not in labels:
                 yield _row(group, steps, labels)
 

@@ -62,7 +62,7 @@ def assemble(
     kl: KlPenalty,
     learner: Learner,
 ) -> Experience:
-    """The samples with the advantage of every action, the KL to come taken off it.
+    """The samples with the advantage of every action, less the KL penalty.
 
     Actions without an advantage count too: the trust region is over all states visited.
     """
@@ -75,7 +75,7 @@ def assemble(
 
 
 def trust_region_update(learner: Learner, policy: Policy, update: Experience, cfg: Trpo) -> dict[str, float]:
-    """One step within the trust region, or none if no share of it improves; returns what was measured.
+    """One step within the trust region, or none if no fraction of it improves; returns its metrics.
 
     Raises:
         DivergedError: if the gradient or a metric is not finite; nothing was changed then.

@@ -25,7 +25,7 @@ from rlpost.train.experience import Experience
 from rlpost.types import Group
 
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
-"""(what the model says of a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
+"""(the model's output on a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
 
 
 _REMEDY = (
@@ -41,7 +41,7 @@ SUMMED = (LOSS, BALANCE)
 
 
 class Trainable(Protocol):
-    """What a learner trains: a policy, or a model of scalars (a critic, a reward model)."""
+    """What a learner trains: a policy, or a model with a value head (a critic, a reward model)."""
 
     @property
     def device(self) -> torch.device:
@@ -54,15 +54,15 @@ class Trainable(Protocol):
         ...
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that training moves, by name."""
+        """The trainable parameters by name."""
         ...
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """Groups as its forward pass takes them."""
+        """The batch that its forward pass takes."""
         ...
 
     def __call__(self, batch: Batch, *stats: LogitStats) -> Any:
-        """What it says of the batch; a policy is told what to say."""
+        """Its output on the batch; a policy also takes the statistics to compute."""
         ...
 
     def backward_done(self) -> None:
@@ -76,7 +76,7 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Totals:
-    """What an update holds on all ranks together."""
+    """Sizes of an update, summed over all ranks."""
 
     actions: int
     completions: int
@@ -87,7 +87,7 @@ class Totals:
 class Learner:
     """A model, its optimiser and its learning rate.
 
-    Ranks are brought together by one sum of gradients an update, after the last part (docs/adr/0007).
+    Gradients are summed over ranks once an update, after its last part (docs/adr/0007).
     """
 
     def __init__(
@@ -108,15 +108,15 @@ class Learner:
 
         Args:
             model: what is trained.
-            accelerator: of the whole program.
-            learning_rate: its peak.
-            factor: update number -> factor on it.
+            accelerator: of this process.
+            learning_rate: the peak.
+            factor: update number -> factor on the peak.
             betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
             weight_decay: on matrices only; gains and biases are left alone.
             max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
             tokens_per_pass: budget of one forward and backward pass; it never changes a gradient.
             whole_groups: groups are not cut (losses that compare completions).
-            balance: of a mixture of experts, which every update then minimises too.
+            balance: the balance loss of a mixture of experts, added to every update.
         """
         self.model = model
         self.accelerator = accelerator
@@ -171,7 +171,7 @@ class Learner:
         Args:
             loss: of a part of the experience; see `LossFunction`.
             experience: this rank's share of the update.
-            stats: what the forward pass of a policy is to tell of each action; without, the log-probability alone.
+            stats: what a policy's forward pass computes for each action; by default the log-probability alone.
 
         Raises:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
@@ -197,16 +197,16 @@ class Learner:
         self.model.train()
         self._zero_gradients()
         parts = self._parts(experience)
-        # A part that is the whole update says itself how its experts were chosen.
+        # A single part is the whole update, so its own expert load is enough.
         alone = len(parts) == 1 and self.accelerator.num_processes == 1
         whole = None if balance is None or alone else self._whole_load(balance, parts, stats)
         for part in parts:
             batch = self.model.batch(part.groups)
-            with balance.listening() if balance is not None else nullcontext() as heard:
+            with balance.recording() if balance is not None else nullcontext() as recorded:
                 output = self._output(batch, stats)
             total, metrics = loss(output, part.to(self.model.device))
-            if balance is not None and heard is not None:
-                load = balance.load(heard, batch)
+            if balance is not None and recorded is not None:
+                load = balance.load(recorded, batch)
                 extra = load.loss_within(whole or load)
                 meter.add({BALANCE: extra[None]})
                 (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
@@ -222,13 +222,13 @@ class Learner:
 
     @torch.no_grad()
     def _whole_load(self, balance: Balance, parts: Sequence[Experience], stats: LogitStats | None) -> Load:
-        """How the update's tokens, on all ranks, chose their experts."""
-        load = balance.nothing(self.model.device)
+        """The expert load of the whole update, over all ranks."""
+        load = balance.empty(self.model.device)
         for part in parts:
             batch = self.model.batch(part.groups)
-            with balance.listening() as heard:
+            with balance.recording() as recorded:
                 self._output(batch, stats)
-            load = add(load, balance.load(heard, batch))
+            load = add(load, balance.load(recorded, batch))
         if self.accelerator.num_processes == 1:
             return load
         every = gather_object([(load.chosen_E.cpu(), load.tokens.cpu())])
@@ -239,7 +239,7 @@ class Learner:
     def evaluate_no_grad(
         self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: LogitStats | None = None
     ) -> Tensor:
-        """What `take` makes of every part, one after the other along its first axis, without gradient, on the CPU."""
+        """`take(output, part)` of every part, concatenated along the first axis; no gradient, on the CPU."""
         pieces = []
         for part in self._parts(experience):
             output = self._output(self.model.batch(part.groups), stats)
@@ -257,15 +257,15 @@ class Learner:
         return {LOSS: 0.0, **meter.averages(self.accelerator)}
 
     def _output(self, batch: Batch, stats: LogitStats | None) -> Any:
-        """What the model says of a batch; a model of scalars is asked for nothing."""
+        """The model's output on a batch; a model with a value head takes no statistics."""
         return self.model(batch) if stats is None else self.model(batch, stats)
 
     def _parts(self, experience: Experience) -> list[Experience]:
         return experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
 
     def _zero_gradients(self) -> None:
-        # Never None, which the optimiser would pass over: a parameter that no action reaches this time (an expert)
-        # follows its momentum, in a resumed process as in one that went on.
+        # Zeros, not None: the optimiser skips None, but a parameter without gradient this time (an unused expert)
+        # must follow its momentum, in a resumed process as in an uninterrupted one.
         for p in self._named.values():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -285,10 +285,10 @@ class Learner:
         return norm
 
     def must_be_finite(self, metrics: Mapping[str, float]) -> None:
-        """Look at what an update measured, before it changes anything.
+        """Check an update's metrics before any weight changes.
 
         Raises:
-            DivergedError: a number is not finite. A finite gradient proves nothing: a clamp hides what it clamps.
+            DivergedError: a metric is not finite. The gradient may be finite all the same, where a clamp cut it off.
         """
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -330,7 +330,7 @@ class Learner:
         return {f"{n}/{key}": v for n, p in self._named.items() for key, v in state.get(p, {}).items()}
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], updates: int) -> None:
-        """Take up where `weights()` and `optimizer_state()` were read, after that many updates."""
+        """Restore what `weights()` and `optimizer_state()` returned after `updates` updates."""
         assert weights.keys() == self._named.keys(), weights.keys() ^ self._named.keys()
         with torch.no_grad():
             for name, p in self._named.items():
@@ -339,7 +339,7 @@ class Learner:
         for key, value in optimizer.items():
             name, what = key.rsplit("/", 1)
             p = self._named[name]
-            # The step count too: a fused optimiser wants it where the parameter is.
+            # The step count too: a fused optimiser needs it on the parameter's device.
             state.setdefault(p, {})[what] = value.to(p.device).clone()
         self._optimizer.state.clear()
         self._optimizer.state.update(state)
@@ -367,7 +367,7 @@ class Meter:
         self.add({LOSS: total[None], **metrics})
 
     def averages(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over what all ranks added, and the sum of the losses; a rank may have added nothing."""
+        """Means over the elements of all ranks, and sums for `SUMMED`; a rank may have added nothing."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         own = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
         everyone = [own] if accelerator.num_processes == 1 else gather_object([own])

@@ -25,30 +25,30 @@ from rlpost.types import Group
 from rlpost.usercode.calls import in_use
 
 POLICY = "policy"
-"""The learner of what the stage's result is."""
+"""Name of the learner whose model is the stage's result."""
 
 
 class Stateful(Protocol):
-    """Something whose position is saved with a checkpoint and taken up again."""
+    """Something whose state is saved with a checkpoint and restored from it."""
 
     def state(self) -> dict[str, Any]:
         """Its state as JSON."""
         ...
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from that state."""
+        """Restore that state."""
         ...
 
 
 class Weights(Protocol):
-    """Weights that move beside those of the learners, and are saved with a checkpoint too."""
+    """Weights that change without a learner (a moving reference); checkpoints hold them too."""
 
     def weights(self) -> dict[str, Tensor]:
         """By name."""
         ...
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Go on from those."""
+        """Restore them."""
         ...
 
 
@@ -79,12 +79,12 @@ class Loop:
         Args:
             title: the stage's name.
             out: its directory.
-            learners: what is trained, by name: `policy`, and what a stage trains beside it.
-            states: what else is saved with a checkpoint, by name.
-            weights: likewise, of tensors.
+            learners: by name: `policy`, and others such as `critic`.
+            states: further state that checkpoints hold, by name.
+            weights: further tensors that checkpoints hold, by name.
             interrupts: signals that ask to stop.
-            inputs: what the stage reads beside its data.
-            steps: how many.
+            inputs: the models and rows that the stage reads besides its data.
+            steps: how many in all.
             checkpoint_every: steps between checkpoints; there is one after the last step in any case.
             keep: checkpoints kept.
             log_every: steps between lines of the log.
@@ -106,14 +106,14 @@ class Loop:
         self._main = self._accelerator.is_main_process
 
     def steps(self) -> Iterator[int]:
-        """Step numbers from where the stage stands; a checkpoint is due after a step, never inside one.
+        """Step numbers from the last checkpoint on; checkpoints are written between steps.
 
-        The state after the last step is saved too: the result can be made from it again, and more steps can follow.
+        The state after the last step is saved too: the result can be made from it again, or more steps added.
 
         Raises:
             Interrupted: after a checkpoint, when a signal asked to stop.
             DivergedError: what a checkpoint or the result would hold is not finite; it is not written.
-            ModelError: a model or rows that the stage stands on are not those of its checkpoint.
+            ModelError: a model or rows that the stage depends on have changed since its checkpoint.
             RecipeError: more steps are done than the recipe asks for.
         """
         first = self._resume()
@@ -128,7 +128,7 @@ class Loop:
         with console.Progress(self._title, self._steps, start=first) as progress:
             for step in range(first, self._steps):
                 began = time.perf_counter()
-                self._say_where(step + 1)
+                self._set_location(step + 1)
                 if in_use():
                     self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
                 yield step
@@ -177,8 +177,8 @@ class Loop:
         if changed is not None:
             name, difference = changed
             raise ModelError(
-                f"{self._title}: {self._inputs.path(name)} is not the one training began with: {difference}; restore it, "
-                f"remove {self._out.path} to train it again, or choose another run=NAME"
+                f"{self._title}: {self._inputs.path(name)} is not the one training began with: {difference}; restore "
+                f"it, remove {self._out.path} to train it again, or choose another run=NAME"
             )
         for name, learner in self._learners.items():
             weights, optimizer = _files(name)
@@ -192,13 +192,13 @@ class Loop:
         self._saved = checkpoint.step
         return checkpoint.step
 
-    def _say_where(self, step: int) -> None:
+    def _set_location(self, step: int) -> None:
         for name, learner in self._learners.items():
             whose = "" if name == POLICY else f" ({name})"
             learner.location = f"{self._title}: step {step}{whose}"
 
     def _tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """What training moves, by file of a checkpoint."""
+        """The tensors that training changes, by checkpoint file."""
         tensors: dict[str, Mapping[str, Tensor]] = {}
         for name, learner in self._learners.items():
             tensors |= zip(_files(name), (learner.weights(), learner.optimizer_state()), strict=True)
@@ -218,16 +218,15 @@ class Loop:
         )
 
     def _position(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Where everything but the weights stands: random generators, and what a checkpoint says as JSON."""
+        """All state but the weights: that of random generators, and the JSON of a checkpoint."""
         return _random(), {
             "updates": {name: learner.updates for name, learner in self._learners.items()},
             "states": {name: stateful.state() for name, stateful in self._states.items()},
         }
 
     def _rescue(self, step: int, position: tuple[dict[str, Tensor], dict[str, Any]]) -> str:
-        """Save how it all stood before a step that was cut off, if its weights have not moved; says what was saved."""
-        moved = any(position[1]["updates"][name] != learner.updates for name, learner in self._learners.items())
-        if moved:
+        """Save the state from before an interrupted step, unless its weights have changed; returns what was saved."""
+        if any(position[1]["updates"][name] != learner.updates for name, learner in self._learners.items()):
             return f"{self._title} stopped within step {step + 1}, without a checkpoint of it"
         if step and step != self._saved:
             self._save(step, position)
@@ -236,10 +235,10 @@ class Loop:
     def _save(self, done: int, position: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> None:
         if self._main:
             random_state, state = position or self._position()
-            moved = self._tensors()
-            self._must_be_finite(done, moved)
-            told = {**state, "inputs": self._inputs.identities()}
-            self._out.save(done, {"random": random_state, **moved}, told, self._keep)
+            tensors = self._tensors()
+            self._must_be_finite(done, tensors)
+            state = {**state, "inputs": self._inputs.identities()}
+            self._out.save(done, {"random": random_state, **tensors}, state, self._keep)
         self._saved = done
         self._accelerator.wait_for_everyone()
 
@@ -247,7 +246,7 @@ class Loop:
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """The first tensor that holds a NaN or an infinity, as `FILE/TENSOR`; None if all are finite."""
     for file, named in tensors.items():
-        # Fetched from the device at once.
+        # One transfer from the device for all of them.
         names = [name for name, x in named.items() if x.is_floating_point()]
         if not names:
             continue
@@ -258,7 +257,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 
 def _files(learner: str) -> tuple[str, str]:
-    """Names of a learner's weights and optimiser in a checkpoint."""
+    """Names of the files that hold a learner's weights and optimiser in a checkpoint."""
     return ("weights", "optimizer") if learner == POLICY else (f"{learner}_weights", f"{learner}_optimizer")
 
 
