@@ -1,4 +1,4 @@
-"""Attention that follows a layout instead of a mask, inside any transformers model.
+"""Attention by a layout instead of a mask, inside any transformers model.
 
 A model loaded with `attn_implementation=FLAT` calls `attention` in every layer and hands through the keyword
 argument `layout`: the tiles of a flat batch (policy/layout.py) or the rows of a decoding cache (policy/cache.py).
@@ -27,7 +27,7 @@ PLAIN = "eager"
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """What a layer asks of its attention."""
+    """Options of a layer's attention."""
 
     scaling: float | None = None
     """Factor on the scores; 1/√D by default."""
@@ -62,7 +62,7 @@ def attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function registered with transformers; what else a family passes is proven harmless at load."""
+    """The attention function registered with transformers; the check at load covers other arguments of families."""
     assert attention_mask is None, "a layout replaces the mask"
     assert dropout == 0.0, "attention dropout is switched off at load"
     window = sliding_window if sliding_window is not None else getattr(module, "sliding_window", None)
@@ -72,8 +72,8 @@ def attention(
 def visible(query_position: Tensor, key_position: Tensor, window: int | None) -> Tensor:
     """[B, 1, Q, K] bool from positions [B, Q] and [B, K]; keys at a padding position are beyond every query."""
     distance = query_position[:, None, :, None] - key_position[:, None, None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
 
 
 def scaled_attention(
@@ -116,7 +116,7 @@ def use_attention(model: Any, name: str) -> None:
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """A model on flat rows attends by a mask inside, and by a layout again afterwards."""
+    """Switch a model of flat rows to attention by a mask inside, and back afterwards."""
     use_attention(model, PLAIN)
     try:
         yield
@@ -126,7 +126,7 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 @contextmanager
 def flat_attention(model: Any) -> Iterator[None]:
-    """A model that attends by a mask for the time being does so by a layout inside."""
+    """Switch a model to attention by a layout inside, and back to what it had."""
     before = model.config._attn_implementation
     if before != FLAT:
         use_attention(model, FLAT)

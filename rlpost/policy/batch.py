@@ -1,7 +1,7 @@
 """Groups as tensors for the model's forward pass: one flat row with shared prompts, or plain padded rows.
 
-All say where the state before each action is (for logits and values) and where the state after each completion is
-(for rewards and bootstrapping), so nothing downstream knows how the rows were laid out.
+Each gives the index of the state before every action (for logits and values) and of the state after every completion
+(for rewards and bootstrapping), so nothing downstream depends on the layout.
 
 Axes: B rows, T tokens a row, N action tokens, S completions.
 """
@@ -24,14 +24,14 @@ from rlpost.types import Completion, Group, Ids, completions
 
 @dataclass(frozen=True)
 class Pass:
-    """What the model reads at once."""
+    """Input of one forward pass of the model."""
 
     ids_BT: Tensor
     position_BT: Tensor
     mask_BT: Tensor | None
     """[B, T] 1 on tokens, 0 on padding; None where there is none."""
     layout: FlatLayout | None
-    """Of a flat row; None for plain rows."""
+    """The layout of a flat row; None for plain rows."""
     copies_BT: Tensor
     """[B, T] completions that each token belongs to: several in a shared prompt, none on padding."""
 
@@ -48,7 +48,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass of a policy: usually one of the model, else several whose states stand one after the other.
+    """Input of one forward pass of a policy: usually one pass of the model, else several, their states concatenated.
 
     Example: prompt (5, 6) with completions (7, 8) and (9,), all actions, prompt shared: ids 5 6 7 8 9, positions
     0 1 2 3 2, `before_N` 1 2 1, `after_N` 2 3 4, `target_N` 7 8 9, `after_S` 3 4.
@@ -56,13 +56,13 @@ class Batch:
 
     passes: tuple[Pass, ...]
     before_N: Tensor
-    """Index into the passes' B·T of the state in which each action was taken."""
+    """[N] index into the passes' B·T of the state in which each action was taken."""
     after_N: Tensor
-    """Index into B·T of the state after each action: where the action itself stands."""
+    """[N] index into B·T of the state after each action, which is at the action's own position."""
     after_S: Tensor
-    """Index into B·T of the state after each completion's last token."""
+    """[S] index into B·T of the state after each completion's last token."""
     target_N: Tensor
-    """The actions' token ids."""
+    """[N] the actions' token ids."""
     rows: Ragged
 
     def to(self, device: torch.device | str) -> Batch:
@@ -81,7 +81,7 @@ class Batch:
 
 
 Start = tuple[int, int]
-"""Of a completion, among the states of a pass: its first token's, and its prompt's last."""
+"""Two indices of a completion among a pass's states: of its first token, and of its prompt's last one."""
 Build = Callable[[Sequence[Group]], tuple[tuple[Pass, ...], list[Start]]]
 """Groups -> the passes that read them, and each completion's start among the states of all of them."""
 
@@ -95,7 +95,7 @@ def laid_out(groups: Sequence[Group], build: Build) -> Batch:
 def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass, ...], list[Start]]:
     """A `Build`: all groups as one row without padding; with `share`, each prompt stands once before its completions.
 
-    Prompts are shared only among completions that follow it exactly, which is what a Group says by its type.
+    A prompt is shared only by the completions of its group, which all follow it exactly.
     """
     pieces: list[Ids] = []
     position: list[NDArray[np.int64]] = []
@@ -136,7 +136,7 @@ def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass
 
 
 def padded_passes(groups: Sequence[Group], pad_id: int = 0) -> tuple[tuple[Pass, ...], list[Start]]:
-    """A `Build`: a right-padded row a completion, its prompt repeated: what almost any transformers model takes."""
+    """A `Build`: a right-padded row a completion, its prompt repeated; almost every transformers model takes this."""
     lines = [(g.prompt, c.ids) for g in groups for c in g.completions]
     width = max((len(p) + len(c) for p, c in lines), default=1)
     ids = np.full((len(lines), width), pad_id, np.int64)
@@ -168,9 +168,9 @@ def single_passes(groups: Sequence[Group]) -> tuple[tuple[Pass, ...], list[Start
 
 
 def switched_batch(groups: Sequence[Group], build: Build, switch: int) -> Batch:
-    """For a model that reads rows of more than `switch` tokens in another way: every action as its own prefix reads.
+    """For a model that reads rows of more than `switch` tokens in another way: every action scored as its prefix is.
 
-    An action is taken after the tokens before it, so that is how long the row was. The first `switch` states of a row
+    When an action was sampled, its row ended there. So the first `switch` states of a row
     come from a pass that reads no more of it; the others, of rows that go on, from a pass over the whole row.
     """
     short, long = _up_to(groups, switch), _beyond(groups, switch)
@@ -193,13 +193,13 @@ def switched_batch(groups: Sequence[Group], build: Build, switch: int) -> Batch:
 
 
 def _states(start: Start | None, at: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of a completion's tokens `at` among the states of a pass, −1: of the prompt's last; anything without a start."""
+    """Indices of a completion's tokens `at` (−1: its prompt's last) among a pass's states; any without a start."""
     first, prompt_end = start or (0, 0)
     return np.where(at < 0, prompt_end, first + at)
 
 
 def _up_to(groups: Sequence[Group], switch: int) -> list[Group]:
-    """The groups' first `switch` tokens, as far as states after them are asked for."""
+    """The groups cut to their first `switch` tokens, without those whose prompts are longer."""
     return [
         Group(g.prompt, tuple(Completion(c.ids[:room], c.action[:room]) for c in g.completions))
         for g in groups
@@ -234,5 +234,5 @@ def _scored(all_completions: Sequence[Completion], starts: Sequence[tuple[int, i
 
 
 def _joined(pieces: Sequence[NDArray[np.integer[Any]]]) -> Tensor:
-    """All pieces one after the other, in the type that torch indexes with."""
+    """All pieces concatenated, as int64, which torch indexes with."""
     return torch.from_numpy(np.concatenate(pieces, dtype=np.int64) if pieces else np.zeros(0, np.int64))

@@ -69,24 +69,24 @@ class BranchedLayout(PromptedLayout):
         q = query.to(key.dtype).reshape(rows * key_heads, -1, width)
         # As of a row's own token, and one further on.
         first = 0 if options.window is None else max(0, self.width + self.length + 1 - options.window)
-        seen, written = max(0, self.width - first), slice(max(0, first - self.width), self.length)
+        prompt_columns, written = max(0, self.width - first), slice(max(0, first - self.width), self.length)
         # The parts of what is seen: the prompt, what the row has written, the candidate itself.
         scores = [widen(q.view(*by_head, width)).mul(widen(key)).sum(-1).flatten(1)[..., None]]
         if self.length > written.start:
             assert layer.own is not None
             own_key, own_value = (x.flatten(0, 1)[: rows * key_heads, written] for x in layer.own)
             scores.insert(0, product(q, own_key.transpose(1, 2)))
-        if seen:
+        if prompt_columns:
             prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
             shared = product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
             scores.insert(0, self._to_rows(shared, key_heads))
-        weights = self._weights(torch.cat(scores, -1), seen, width, options).to(value.dtype)
-        end = seen + max(0, self.length - written.start)
+        weights = self._weights(torch.cat(scores, -1), prompt_columns, width, options).to(value.dtype)
+        end = prompt_columns + max(0, self.length - written.start)
         result = (weights[..., end].view(*by_head, 1) * value).flatten(1, 2)
-        if end > seen:
-            result = result + torch.bmm(weights[..., seen:end], own_value)
-        if seen:
-            shared = torch.bmm(self._to_slots(weights[..., :seen], key_heads), prompt_value)
+        if end > prompt_columns:
+            result = result + torch.bmm(weights[..., prompt_columns:end], own_value)
+        if prompt_columns:
+            shared = torch.bmm(self._to_slots(weights[..., :prompt_columns], key_heads), prompt_value)
             result = result + self._to_rows(shared, key_heads)
         return result.view(rows, heads, candidates, -1).transpose(1, 2).to(query.dtype)
 

@@ -1,4 +1,4 @@
-"""The key/value cache of decoding: every prompt once, and what each of its completions has added so far.
+"""The key/value cache of decoding: every prompt once, and the tokens of each of its completions.
 
 All rows are at the same step, and prompts are stored with their ends aligned. So a key's distance from the
 query is the same in every row: a sliding window is a slice, and the one mask there is (the padding before
@@ -32,7 +32,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         super().__init__()
         self.layout = layout
         self.number = layout.layers
-        """Which layer it is."""
+        """Index of the layer."""
         layout.layers += 1
         self.is_initialized = True
         self.passes: list[tuple[Tensor, Tensor]] = []
@@ -59,7 +59,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Columns a row has filled."""
+        """Columns of the cache: the widest prompt and the tokens so far."""
         return self.layout.width + self.layout.length
 
     def read(self) -> tuple[Tensor, Tensor]:
@@ -73,14 +73,14 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         Args:
             keys: [n, K, D] of all tokens of prompts.
             values: the same.
-            index_PW: which of these are each prompt's; padding points anywhere.
+            index_PW: index of each prompt's tokens among them; padding may point anywhere.
         """
         keys, values = keys[index_PW], values[index_PW]
         self.prompt = keys.permute(0, 2, 3, 1).contiguous().mT, values.transpose(1, 2).contiguous()
         self.passes, self.latest = [], None
 
     def own_tokens(self, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, K, D] keys and values of tokens that some rows were given: `which` numbers them through these rows."""
+        """[n, K, D] keys and values of tokens of some rows: `which` indexes the rows' tokens, concatenated."""
         assert self.own is not None
         length = self.layout.length
         keys, values = (x[rows, :, :length].transpose(1, 2).flatten(0, 1).index_select(0, which) for x in self.own)
@@ -133,7 +133,7 @@ class PromptedLayout:
         short = column < self.width - np.array(widths)[:, None]
         self._padding = torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
         self.device = device
-        self._place(np.asarray(prompt_of_row, np.int64))
+        self._assign_slots(np.asarray(prompt_of_row, np.int64))
 
     def keep(self, rows: NDArray[np.int64]) -> Tensor | None:
         """Only these rows (ascending) stay; returns the prompts that do, or None if all of them do."""
@@ -142,7 +142,7 @@ class PromptedLayout:
         prompts = None if everyone else torch.from_numpy(staying).to(self.device)
         if prompts is not None and self._padding is not None:
             self._padding = self._padding[prompts]
-        self._place(prompt_of_row)
+        self._assign_slots(prompt_of_row)
         return prompts
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
@@ -164,33 +164,33 @@ class PromptedLayout:
         key_heads = layer.own[0].shape[1]
         # Columns before `first` are further back than the window; the row's own tokens begin at column W.
         first = 0 if options.window is None else max(0, self.width + self.length - options.window)
-        seen = max(0, self.width - first)
+        prompt_columns = max(0, self.width - first)
         own_key, own_value = (
             x.flatten(0, 1)[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
         )
         q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
         scores = product(q, own_key.transpose(1, 2))
-        if seen:
+        if prompt_columns:
             prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
             shared = product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
             scores = torch.cat([self._to_rows(shared, key_heads), scores], -1)
-        weights = self._weights(scores, seen, width, options).to(own_value.dtype)
+        weights = self._weights(scores, prompt_columns, width, options).to(own_value.dtype)
         # The sink's column, if there is one, comes last and has no value.
-        end = seen + own_key.shape[1]
-        result = torch.bmm(weights[..., seen:end], own_value)
-        if seen:
-            shared = torch.bmm(self._to_slots(weights[..., :seen], key_heads), prompt_value)
+        end = prompt_columns + own_key.shape[1]
+        result = torch.bmm(weights[..., prompt_columns:end], own_value)
+        if prompt_columns:
+            shared = torch.bmm(self._to_slots(weights[..., :prompt_columns], key_heads), prompt_value)
             result = result + self._to_rows(shared, key_heads)
         return result.reshape(rows, 1, heads, -1).to(query.dtype)
 
-    def _weights(self, scores: Tensor, seen: int, width: int, options: AttentionOptions) -> Tensor:
-        """Softmax of scores [B·K, R, columns], of which the first `seen` belong to prompts."""
+    def _weights(self, scores: Tensor, prompt_columns: int, width: int, options: AttentionOptions) -> Tensor:
+        """Softmax of scores [B·K, R, columns], of which the first `prompt_columns` belong to prompts."""
         scores.mul_(width**-0.5 if options.scaling is None else options.scaling)
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
-        if seen and self._row_padding is not None:
+        if prompt_columns and self._row_padding is not None:
             by_row = scores.view(len(self._prompt_of_row), -1, scores.shape[-1])
-            by_row[..., :seen] += self._row_padding[:, None, -seen:]
+            by_row[..., :prompt_columns] += self._row_padding[:, None, -prompt_columns:]
         if options.sinks is not None:
             # Of several queries a head, each has the head's sink.
             queries = scores.shape[0] * scores.shape[1] // (len(self._prompt_of_row) * len(options.sinks))
@@ -198,7 +198,7 @@ class PromptedLayout:
             scores = torch.cat([scores, sink.view(*scores.shape[:2], 1)], -1)
         return scores.softmax(-1)
 
-    def _place(self, prompt_of_row: NDArray[np.int64]) -> None:
+    def _assign_slots(self, prompt_of_row: NDArray[np.int64]) -> None:
         """Give every row a slot of its prompt."""
         self._prompt_of_row = prompt_of_row
         counts = np.bincount(prompt_of_row)
@@ -208,7 +208,7 @@ class PromptedLayout:
         row_of_slot = begin[:, None] + np.where(number < counts[:, None], number, 0)
         slot_of_row = prompt_of_row * self._slots + np.arange(len(prompt_of_row)) - begin[prompt_of_row]
         self._full = bool((counts == self._slots).all())
-        """Every slot has a row, in order."""
+        """Whether every slot has a row, in order."""
         self._row_of_slot = torch.from_numpy(row_of_slot.flatten()).to(self.device)
         self._slot_of_row = torch.from_numpy(slot_of_row).to(self.device)
         on_device = torch.from_numpy(prompt_of_row).to(self.device)
@@ -232,7 +232,7 @@ class PromptedLayout:
 
 
 def storable(x: Tensor) -> Tensor:
-    """Half precision is widened on a CPU, which has no half-precision product with a float32 result."""
+    """`x`, on a CPU in at least float32: a CPU has no half-precision product with a float32 result."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
 

@@ -1,4 +1,4 @@
-"""Proof that a later token cannot change an earlier score, and where the length of a row does.
+"""Checks at load that later tokens change no earlier score, and finds the row length that does.
 
 Training reads a whole row and takes each score as if only the tokens before it had been there. A model that looks
 ahead would learn to copy the answer; one whose rotary frequencies follow the length of the row (LongRoPE) scores the
@@ -19,31 +19,31 @@ from torch import Tensor
 from rlpost.policy.balance import is_mixture
 
 LEAK = 1e-3
-"""Of the effect that an earlier token has: what a later one may seem to have, by rounding."""
+"""Share of an earlier token's effect that rounding may give a later one."""
 LEAK_HALF = 0.05
 """The same for half-precision weights."""
 ROUNDING = 2e-6
-"""Of the largest logit: what rounding may do where shapes are the same."""
+"""Share of the largest logit that rounding may change, where shapes are the same."""
 RESHAPED = 1e-4
-"""The same where experts are given other tokens."""
+"""The same, where experts get other tokens."""
 RESHAPED_HALF = 0.02
 """The same for half-precision weights."""
 ORIGINAL = "original_max_position_embeddings"
-"""What rotary parameters call the length at which the factors switch."""
+"""Name of the length at which rotary factors switch, in rotary parameters."""
 
 
 @dataclass(frozen=True)
 class Causality:
-    """What was found."""
+    """Result of `examine`."""
 
     causal: bool
     """Later tokens change no earlier score."""
     logits_TV: Tensor
-    """Of prompt and completion, as the model alone gives them."""
+    """Logits of prompt and completion by a plain forward pass."""
     length: int | None = None
-    """Rows of more tokens are read in another way."""
+    """Longer rows are read with other rotary factors; None if length does not matter."""
     step: bool = True
-    """All of those in the same one, so that there are two sides; else each length has its own."""
+    """True if all longer rows are read alike; False if every length is read in its own way."""
 
 
 def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, longest: int) -> Causality:
@@ -64,7 +64,7 @@ def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabu
     n = len(prompt)
     alone = logits(model, row)
     far = longest - 1 if _takes_positions(model) and len(row) < longest < 1 << 30 else None
-    # At once, since it is almost always clean; only otherwise is it asked which of the two it was.
+    # Both changes at once, since a model almost always passes; they are told apart only if it does not.
     share = LEAK_HALF if model.dtype in (torch.bfloat16, torch.float16) else LEAK
     # Shapes are the same, so rounding is too, unless other tokens went to an expert.
     if _is_clean(alone, logits(model, other, far), n, share if is_mixture(model) else 0.0):
@@ -77,7 +77,7 @@ def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabu
 
 
 def _is_clean(alone_TV: Tensor, other_TV: Tensor, n: int, share: float) -> bool:
-    """Whether the first `n` tokens were read alike, by the measure of what the changed token after them did."""
+    """Whether the first `n` logits agree, compared with how much the changed token moved those after it."""
     effect = _gap(alone_TV[n + 1 : -1], other_TV[n + 1 : -1])
     return _gap(alone_TV[:n], other_TV[:n]) <= max(share * effect, ROUNDING * float(alone_TV.abs().max()))
 
@@ -95,14 +95,14 @@ def logits(model: Any, row: Sequence[int], last_at: int | None = None) -> Tensor
 
 
 def _switch(model: Any, row: Sequence[int], far: int) -> tuple[int | None, bool]:
-    """The longest row that is read as its beginnings are, and whether all longer ones are read alike."""
+    """The longest row whose logits agree with its prefixes', and whether all longer ones are read alike."""
     n = len(row) - 1
-    # Given positions may be counted otherwise than a model's own (RoBERTa's begin at 2): both sides are given them.
+    # A model's own positions may start elsewhere (RoBERTa's at 2), so positions are passed on both sides.
     near = logits(model, row, n)[:n]
     allowed = _allowed(near, model)
     if _gap(near, logits(model, row, far)[:n]) <= allowed:
         return None, True
-    low, high = n, far  # positions of the last token: the same at the first, another way at the second
+    low, high = n, far  # positions of the last token: the prefix agrees at `low`, and not at `high`
     while high - low > 1:
         middle = (low + high) // 2
         if _gap(near, logits(model, row, middle)[:n]) > allowed:
@@ -110,13 +110,13 @@ def _switch(model: Any, row: Sequence[int], far: int) -> tuple[int | None, bool]
         else:
             low = middle
     step = _gap(logits(model, row, high)[:n], logits(model, row, far)[:n]) <= allowed
-    logits(model, row)  # frequencies that are kept between passes are those of short rows again
+    logits(model, row)  # resets frequencies that the model caches between passes to those of short rows
     return high, step
 
 
 @contextmanager
 def early_switch(model: Any, at: int) -> Iterator[bool]:
-    """Rotary factors switch at `at` tokens inside, if this model can be told so; and where they did afterwards."""
+    """Make rotary factors switch at `at` tokens inside; yields whether the model has such a setting."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     tables: dict[int, dict[str, Any]] = {}
     for config in configs.values():
@@ -134,7 +134,7 @@ def early_switch(model: Any, at: int) -> Iterator[bool]:
 
 
 def switches_at(model: Any, row: Sequence[int], at: int) -> bool:
-    """Whether a row that ends at token `at` is read like its beginning, and one that ends a token later is not."""
+    """Whether a row of `at` tokens is read like its prefix, and one of a token more is not."""
     short = row[: at - 3]
     alone, near, far = (logits(model, short, last)[:-1] for last in (None, at - 1, at))
     allowed = _allowed(alone, model)

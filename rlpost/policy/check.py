@@ -1,8 +1,8 @@
-"""Proof at load of how a model may be scored and sampled: the fastest way that is exact, or an honest fallback.
+"""The check at load: the fastest way to score and sample a model that is exact for it.
 
-Families differ in what their attention, cache and head do (windows, soft caps, sinks, position biases, states);
-rather than keep a list, one small batch of random tokens is scored and decoded in each way and compared with the
-model's own forward pass on each row alone.
+Families differ in their attention, cache and head (windows, soft caps, sinks, position biases, states). Instead of a
+list of families, one small batch of random tokens is scored and decoded in each way and compared with the model's own
+forward pass on each row alone.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from rlpost.policy.policy import Decoding, Policy
 from rlpost.types import Completion, Group, Ids
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
-"""What families call the reach of their local layers, in the configuration and in the layers."""
+"""Names of the window size of local layers, in configurations and in layers."""
 WINDOW = 5
-"""Its value during the check: shorter than the small batch, or ignoring a window of 4096 would go unseen."""
+"""The window during the check: shorter than the rows, or code that ignores a window of 4096 would pass."""
 SWITCH = 15
-"""Tokens at which LongRoPE's factors switch during the check: beyond the prompts, within the rows."""
+"""Row length at which LongRoPE's factors switch during the check: longer than the prompts, shorter than the rows."""
 STEPS = 5
 """Tokens that are decoded."""
 EXACT = 1e-4
-"""Largest difference of a log-probability that is rounding."""
+"""Largest difference of a log-probability that counts as rounding."""
 FAILURES = (
     TypeError,
     ValueError,
@@ -43,12 +43,12 @@ FAILURES = (
     LookupError,
     ImportError,
 )
-"""How families say that they do not run in some way: each in its own."""
+"""Exceptions of families that do not run in some way."""
 
 
 @dataclass(frozen=True)
 class Exactness:
-    """What was found."""
+    """Result of the check."""
 
     flat: bool
     """Flat rows with shared prompts give what each completion gives alone."""
@@ -59,23 +59,23 @@ class Exactness:
     reason: str
     """Why flat rows are not used, or empty."""
     single: bool = False
-    """Padded rows are not exact either: each row has a pass of its own."""
+    """Padded rows are not exact either: each row is read in a pass of its own."""
     decoding: Decoding = Decoding.flat
     decoding_reason: str = ""
     """Why decoding is not as fast as scoring would allow, or empty."""
     extends: bool = False
-    """Decoding may go on from what was kept of earlier rows."""
+    """Decoding may continue from the cache of earlier rows."""
     extends_reason: str = ""
     """Why it may not, where it decodes flat rows, or empty."""
     switch: int | None = None
-    """Rows of more tokens are read in another way."""
+    """Longer rows are read with other rotary factors."""
     reach: int | None = None
     """Longer rows cannot be scored exactly."""
     refused: str = ""
     """Why the model cannot be trained at all, or empty."""
 
     def ways(self) -> dict[str, Any]:
-        """What a policy is told of it, beside whether its rows are flat."""
+        """Keyword arguments of `Policy`, without `flat`."""
         return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "extends", "switch", "reach")}
 
 
@@ -96,7 +96,7 @@ def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
 
 @torch.no_grad()
 def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto) -> Exactness:
-    """Score and decode one small batch in every way, until one is exact; the model is left ready for what was found.
+    """Score and decode one small batch in one way after another until one is exact; the model is left set up for it.
 
     Args:
         model: a transformers causal language model without adapters.
@@ -112,14 +112,14 @@ def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto
     with _short_windows(model):
         try:
             prompt, first = groups[0].prompt.tolist(), groups[0].completions[0].ids.tolist()
-            seen = causality.examine(model, prompt, first, bare.vocabulary, limit)
+            reads = causality.examine(model, prompt, first, bare.vocabulary, limit)
         except FAILURES as error:
             return _refused(f"its forward pass does not run on token ids alone ({_brief(error)})")
-        if not seen.logits_TV.isfinite().all():
+        if not reads.logits_TV.isfinite().all():
             return _refused("its logits are not numbers (nan or inf)")
-        if not seen.causal:
-            return _refused("its attention sees later tokens, so what it says of a token knows the answer")
-        found = _with_lengths(model, bare, groups, seen, wish)
+        if not reads.causal:
+            return _refused("its attention sees later tokens, so a token's score would depend on the token itself")
+        found = _with_lengths(model, bare, groups, reads, wish)
     model.train(was_training)
     return found
 
@@ -129,22 +129,22 @@ def _refused(reason: str) -> Exactness:
 
 
 def _with_lengths(
-    model: Any, bare: Policy, groups: list[Group], seen: causality.Causality, wish: Attention
+    model: Any, bare: Policy, groups: list[Group], found: causality.Causality, wish: Attention
 ) -> Exactness:
     """Check a causal model on both sides of the length at which it reads rows in another way, if it has one."""
-    probe = _Probe(model, bare, groups, seen.logits_TV, None)
-    if seen.length is None:
+    probe = _Probe(model, bare, groups, found.logits_TV, None)
+    if found.length is None:
         return _ways(probe, wish)
-    if seen.step:
+    if found.step:
         row = np.concatenate([groups[0].prompt, groups[0].completions[0].ids]).tolist()
         with causality.early_switch(model, SWITCH) as told:
             if told and causality.switches_at(model, row, SWITCH):
-                return replace(_ways(_Probe(model, bare, groups, None, SWITCH), wish), switch=seen.length)
-    return replace(_ways(probe, wish), reach=seen.length)
+                return replace(_ways(_Probe(model, bare, groups, None, SWITCH), wish), switch=found.length)
+    return replace(_ways(probe, wish), reach=found.length)
 
 
 class _Probe:
-    """The small batch, and what the model alone says of it."""
+    """The small batch, and its log-probabilities by plain forward passes."""
 
     def __init__(
         self, model: Any, bare: Policy, groups: list[Group], first_TV: Tensor | None, switch: int | None
@@ -161,7 +161,7 @@ class _Probe:
             _chosen(self.known.cut(logits_TV), g.prompt, g.completions[0].ids)
             for logits_TV, g in zip(read, self.alone, strict=True)
         ]
-        """Of each row: [actions] their log-probabilities."""
+        """[actions] log-probabilities, for each row."""
 
     def _prefixes(self, row: Sequence[int]) -> Tensor:
         """[T, V] logits after each token of a row, as a row that ends there is read."""
@@ -175,7 +175,7 @@ class _Probe:
         return Policy(self.model, self.tokenizer, switch=self.switch, known=self.known, **options)
 
     def gap(self, found: Tensor, rows: slice = slice(None)) -> float:
-        """Largest difference; 0 for half precision whose mean difference is that of rounding."""
+        """Largest difference; 0 in half precision where the mean difference is no more than rounding."""
         difference = (found.double() - torch.cat(self.plain[rows]).double()).abs()
         if self.model.dtype in (torch.bfloat16, torch.float16):
             # Single tokens may differ by more.
@@ -194,7 +194,7 @@ def _ways(probe: _Probe, wish: Attention) -> Exactness:
     flat = tiled = single = False
     gap, reason = float("inf"), ""
     if wish is not Attention.padded:
-        # Both at once, since both are right in almost every family; only otherwise is it asked which of them was.
+        # Both at once, since both are exact in almost every family; they are told apart only if that fails.
         gap, reason = _flat_gap(probe, tiled=True)
         flat = tiled = not reason
         if not flat:
@@ -218,7 +218,7 @@ def _tiled(probe: _Probe, flat: bool) -> bool:
         policy = probe.policy(flat=flat, single=not flat, tiled=True)
         return probe.gap(policy(policy.batch(probe.alone[:1])).logp_N, slice(1)) < EXACT
     except FAILURES:
-        # Its trunk or head is not where they usually are: the model's own forward gives the logits.
+        # Its trunk or head has another name: the model's own forward computes the logits.
         return False
 
 
@@ -228,13 +228,13 @@ def _flat_gap(probe: _Probe, tiled: bool) -> tuple[float, str]:
         policy = probe.policy(flat=True, tiled=tiled)
         gap = probe.gap(policy(policy.batch(probe.groups)).logp_N)
     except FAILURES as error:
-        # A family that takes no layout says so in many ways; each of them means padded rows.
+        # Families that take no layout fail in many ways; all of them mean padded rows.
         return float("inf"), f"it does not run on flat rows ({type(error).__name__})"
     return (gap, "") if gap < EXACT else (gap, f"flat rows differ from plain rows by {gap:.1e}")
 
 
 def _padded_is_exact(probe: _Probe) -> bool:
-    """Find an attention under which padded rows are exact, and leave it selected; else the plain one is."""
+    """Whether padded rows are exact under some attention, which is left selected; else the plain one is."""
     quick = ["sdpa"] if getattr(probe.model, "_supports_sdpa", False) else []
     for name in (*quick, PLAIN):
         use_attention(probe.model, name)
@@ -248,7 +248,7 @@ def _padded_is_exact(probe: _Probe) -> bool:
 
 
 def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool, kept: KeptRows) -> tuple[Decoding, str]:
-    """The first way of decoding that is exact, and what the first one that is not did; flat rows are kept."""
+    """The first way of decoding that is exact, and why the faster ones are not; flat rows are kept for `_extending`."""
     why = ""
     for decoding in (Decoding.flat, Decoding.padded) if flat else (Decoding.padded,):
         policy = probe.policy(flat=flat, single=single, tiled=tiled, decoding=decoding)
@@ -265,7 +265,7 @@ def _decoding(probe: _Probe, flat: bool, single: bool, tiled: bool, kept: KeptRo
 
 
 def _decoded_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
-    """Decode the first tokens of every row; rows leave on the way, one of them with its prompt."""
+    """Decode the first tokens of every row; some rows leave early, one of them with its prompt."""
     groups = probe.groups
     rows = [(number, c) for number, g in enumerate(groups) for c in g.completions]
     steps = min(STEPS, *(len(c.ids) for _, c in rows))
@@ -296,18 +296,18 @@ def _decoded_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
 
 
 def _extending(probe: _Probe, tiled: bool, kept: KeptRows) -> tuple[bool, str]:
-    """Whether decoding may go on from the rows that were kept, and why it may not."""
+    """Whether decoding may continue from the rows that were kept, or why not."""
     if probe.switch is not None:
         return False, "it reads long rows in another way"
     try:
         gap = _extended_gap(probe, probe.policy(flat=True, tiled=tiled, decoding=Decoding.flat), kept)
     except FAILURES as error:
         return False, f"its attention does not run on kept rows ({type(error).__name__})"
-    return (True, "") if gap < EXACT else (False, f"going on from kept rows differs from scoring by {gap:.1e}")
+    return (True, "") if gap < EXACT else (False, f"decoding from kept rows differs from scoring by {gap:.1e}")
 
 
 def _extended_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
-    """Go on from the first tokens of every row: from beyond them, from inside, and from their end."""
+    """Continue every row after its cached tokens: some tokens later, some earlier, and right at their end."""
     rows = [(g.prompt, c.ids) for g in probe.groups for c in g.completions]
     shortest = min(len(ids) for _, ids in rows)
     if shortest < 3:
@@ -330,7 +330,7 @@ def _extended_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
 
 
 def _largest_gap(probe: _Probe, found: Mapping[tuple[int, int], Tensor]) -> float:
-    """Of log-probabilities by row and token."""
+    """Largest difference of log-probabilities by (row, token); in half precision by their mean."""
     expected = torch.stack([probe.plain[row][t] for row, t in found]).double()
     difference = (torch.stack(list(found.values())) - expected).abs()
     half = probe.model.dtype in (torch.bfloat16, torch.float16)
@@ -339,7 +339,7 @@ def _largest_gap(probe: _Probe, found: Mapping[tuple[int, int], Tensor]) -> floa
 
 @contextmanager
 def _short_windows(model: Any) -> Iterator[None]:
-    """Every window of the model is WINDOW tokens inside, and as it was afterwards."""
+    """Set every window of the model to WINDOW tokens inside, and restore it afterwards."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     owners = [model.config.get_text_config(), *configs.values(), *model.modules()]
     found = [(o, name, getattr(o, name, None)) for o in owners for name in WINDOWS]
@@ -354,5 +354,5 @@ def _short_windows(model: Any) -> Iterator[None]:
 
 
 def _brief(error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {said[:120]}" if said else type(error).__name__
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:120]}" if line else type(error).__name__

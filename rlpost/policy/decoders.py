@@ -1,6 +1,6 @@
-"""One token a row at a time through the model: with shared prompts, on padded rows, or without any cache.
+"""Decoders: one token a row at a time, with shared prompts, on padded rows, or without a cache.
 
-Which of them is exact for a model is proven at load (check.py).
+The check at load finds which of them is exact for a model (check.py).
 
 Axes: P prompts, B rows (live completions), W prompt columns, V vocabulary.
 """
@@ -32,7 +32,7 @@ RECOMPUTED_TOKENS = 16384
 PREFILL_TOKENS = 8192
 """Prompt tokens of one flat prefill pass; a longer prompt has a pass of its own."""
 NOWHERE: Places = np.zeros(0, np.int64)
-"""Where the beginning of a prompt is kept of which nothing is."""
+"""Cache slots of a prompt of which nothing is kept."""
 
 
 class Decoder(Protocol):
@@ -47,14 +47,14 @@ class Decoder(Protocol):
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         ...
 
 
 class FlatDecoder:
-    """Prompts run as one flat row, and stay in the cache once, however many rows continue them.
+    """Prompts run as one flat row and are cached once, however many rows continue them.
 
-    What a prompt begins with is not read again where it was kept of rows before.
+    The beginning of a prompt is not read again if an earlier row left it in the cache.
     """
 
     LAYOUT, LAYER = PromptedLayout, PromptedLayer
@@ -76,8 +76,8 @@ class FlatDecoder:
             prompts: token ids.
             prompt_of_row: [B] the prompt each row continues, ascending, none left out.
             limit: tokens.
-            kept: of rows before; by default there is nothing.
-            keeps: what is read now is to be kept too.
+            kept: cache of earlier rows; None for no such cache.
+            keeps: add this decoder's rows to it.
         """
         self.model = model
         self.device = model.get_input_embeddings().weight.device
@@ -113,7 +113,7 @@ class FlatDecoder:
         return logits
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         stay = rows.cpu().numpy()
         prompts = self.layout.keep(stay)
         for layer in self.cache.layers:
@@ -121,29 +121,29 @@ class FlatDecoder:
         self.position_B = self.position_B[rows]
         self._prompt_of_row = self._prompt_of_row[stay]
 
-    def store_rows(self, rows: Sequence[int], said: Sequence[Tokens]) -> None:
-        """Some rows are about to leave, having said these ids: a prompt to come may begin as they do."""
+    def store_rows(self, rows: Sequence[int], ids: Sequence[Tokens]) -> None:
+        """Keep the cache of rows that are about to leave, with these ids: a later prompt may begin with them."""
         if self._keeps and self.keeping:
-            self.keeping.keep_rows(self.cache.layers, rows, self._prompt_of_row[list(rows)].tolist(), said)
+            self.keeping.keep_rows(self.cache.layers, rows, self._prompt_of_row[list(rows)].tolist(), ids)
 
     def close(self) -> None:
-        """No row goes on."""
+        """Release what is held of the kept rows."""
         if self.keeping:
             self.keeping.close()
 
     def _columns(self, before: Sequence[Places]) -> NDArray[np.int64]:
-        """[P, W] where the tokens of each prompt lie: kept beginnings, in order, come after all that was read."""
+        """[P, W] index of each prompt's tokens among those that were read, followed by the kept beginnings in order."""
         kept = np.array([len(b) for b in before])[:, None]
         own = np.array([len(p) for p in self.prompts])[:, None] - kept
         column = np.arange(self.layout.width) - self.layout.width + kept + own
         kept_at = own.sum() + np.cumsum(kept)[:, None] - kept + column
         read_at = np.cumsum(own)[:, None] - own + column - kept
-        # Padding points anywhere.
+        # Padding may point anywhere.
         found: NDArray[np.int64] = np.maximum(np.where(column < kept, kept_at, read_at), 0)
         return found
 
     def _prefill(self, rests: Sequence[tuple[Tokens, Places]]) -> Tensor:
-        """[P, V] logits after prompts whose beginnings are kept; the cache takes the keys and values of the rest."""
+        """[P, V] logits after the prompts; keys and values of what was not kept go into the cache."""
         lengths = [len(rest) for rest, _ in rests]
         ids = np.concatenate([np.asarray(rest, np.int64) for rest, _ in rests])
         position = np.concatenate([np.arange(len(b), len(b) + len(rest)) for rest, b in rests])
@@ -179,7 +179,7 @@ class PaddedDecoder:
         self.device = model.get_input_embeddings().weight.device
         self.takes = frozenset(inspect.signature(model.forward).parameters)
         self.cache = DynamicCache(config=model.config)
-        # Models without attention name theirs otherwise, and pass over a cache by another name without a word.
+        # Models without attention have another name for their cache, and silently ignore one by the usual name.
         self.cache_name = "cache_params" if "cache_params" in self.takes else "past_key_values"
         self.width = max(len(p) for p in prompts)
         ids = np.zeros((len(prompts), self.width), np.int64)
@@ -188,7 +188,7 @@ class PaddedDecoder:
             ids[row, self.width - len(prompt) :] = prompt
             mask[row, : self.width - len(prompt)] = 0
         self.ids_PW = torch.from_numpy(ids).to(self.device)
-        # One mask for all steps, each of which sees a slice of it.
+        # One mask for all steps; each takes a slice of it.
         self.mask = torch.from_numpy(mask).to(self.device)
         self.position_B = torch.zeros(0)
         self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
@@ -208,8 +208,8 @@ class PaddedDecoder:
         return self._forward(ids_B[:, None], self.position_B[:, None])
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows go on."""
-        # Unlike `batch_select_indices`, every kind of cache layer in transformers has this.
+        """Continue with these rows only."""
+        # Unlike `batch_select_indices`, every cache layer of transformers has this.
         self.cache.reorder_cache(rows)
         self.mask, self.position_B = self.mask[rows], self.position_B[rows]
 
@@ -226,7 +226,7 @@ class PaddedDecoder:
 
 
 class RecomputingDecoder:
-    """No cache: every step scores the whole rows again, as training does."""
+    """No cache: every step reads the whole rows again, as training does."""
 
     def __init__(self, policy: Policy, prompts: Sequence[Tokens], prompt_of_row: Sequence[int]) -> None:
         """Prepare to decode; arguments as of `FlatDecoder`."""
@@ -250,7 +250,7 @@ class RecomputingDecoder:
         return self.start()
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         self.rows = [self.rows[i] for i in rows.tolist()]
 
 
@@ -259,19 +259,19 @@ Start = Callable[[Sequence[Tokens], Sequence[int], int], Decoder]
 
 
 class SwitchingDecoder:
-    """For models that read rows of more than `switch` tokens in another way: rows that grow beyond it start anew."""
+    """For models that read rows of more than `switch` tokens in another way: a row that passes it is read anew."""
 
     def __init__(
         self, begin: Start, switch: int, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int
     ) -> None:
-        """Prepare to decode; `begin` makes a decoder of rows that lie on one side."""
+        """Prepare to decode; `begin` makes a decoder of rows on one side of the switch."""
         self._begin = begin
         self._switch = switch
         self._rows = [[int(i) for i in prompts[p]] for p in prompt_of_row]
         """All tokens of each row."""
         self._end = max(map(len, prompts)) + limit
         self._parts: list[tuple[bool, list[int], Decoder]] = []
-        """Whether its rows are beyond the switch, which rows they are (ascending), and what decodes them."""
+        """(rows are beyond the switch, their numbers (ascending), their decoder) each."""
 
     def start(self) -> Tensor:
         """[B, V] logits of each row's first token."""
@@ -299,7 +299,7 @@ class SwitchingDecoder:
         return self._in_order(pieces)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         number = {old: new for new, old in enumerate(rows.tolist())}
         for _, own, decoder in self._parts:
             stay = [i for i, r in enumerate(own) if r in number]
@@ -310,9 +310,9 @@ class SwitchingDecoder:
         self._rows = [self._rows[i] for i in rows.tolist()]
 
     def _add(self, beyond: bool, rows: list[int]) -> Tensor:
-        """A decoder of these rows, as far as they are; [rows, V] its first logits."""
+        """Add a decoder that continues these rows; [rows, V] its first logits."""
         whole = [tuple(self._rows[r]) for r in rows]
-        # Rows of one prompt stay side by side, however their numbers lie.
+        # A decoder wants the rows of one prompt side by side.
         distinct = list(dict.fromkeys(whole))
         order = sorted(range(len(rows)), key=lambda i: distinct.index(whole[i]))
         ordered = [rows[i] for i in order]
@@ -336,9 +336,9 @@ def make_decoder(
     *,
     keeps: bool = False,
 ) -> Decoder:
-    """What continues the prompts in the way that is exact for this policy; arguments as of `FlatDecoder`.
+    """A decoder that is exact for this policy; arguments as of `FlatDecoder`.
 
-    Only flat rows are kept and read on from, where that was proven exact, too; other decoders read whole prompts.
+    Only flat decoding uses `kept`, and only if that is exact for the model; other decoders read whole prompts.
     """
     if policy.decoding is Decoding.recomputed:
         return RecomputingDecoder(policy, prompts, prompt_of_row)
@@ -356,14 +356,14 @@ def make_decoder(
 
 
 def decoding_attention(policy: Policy) -> AbstractContextManager[None]:
-    """Inside, the model's attention is that of its decoder, where that is not the one it scores with."""
+    """Switch to the decoder's attention inside, where it is not the one used for scoring."""
     if policy.flat and policy.decoding is Decoding.padded:
         return plain_attention(policy.causal_lm)
     return nullcontext()
 
 
 def _passes(rests: Sequence[tuple[Tokens, Places]]) -> Iterator[list[tuple[Tokens, Places]]]:
-    """Neighbouring prompts, of which the rest has to be read, within the token budget of a pass."""
+    """(rest to read, kept slots) of prompts, in order, in lists within the token budget of a pass."""
     bunch: list[tuple[Tokens, Places]] = []
     tokens = 0
     for rest in rests:

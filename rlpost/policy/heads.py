@@ -1,7 +1,7 @@
 """The output head of a model, reproduced so that it can run on tiles of hidden states.
 
-A head is more than `lm_head`: Gemma 2 soft-caps its logits, Granite divides them, Cohere multiplies. Whether the
-reproduction is complete is proven at load (check.py); where it is not, the model's own forward gives the logits.
+A head is more than `lm_head`: Gemma 2 soft-caps its logits, Granite divides them, Cohere multiplies. The check at load
+(check.py) compares the reproduction with the model; if they differ, the model's own forward computes the logits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What models and rows are, byte for byte, by the names they are used under: a stage goes on beside the same ones."""
+"""The contents of the models and datasets that a stage reads, by name: on resume they must be the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlpost.run.contents import Contents, contents, difference
 
 
 class Inputs:
-    """Whatever a stage reads beside its own data: where it starts, references, judges, rows of earlier stages."""
+    """What a stage reads besides its own data: its start, references, judges, rows of earlier stages."""
 
     def __init__(self, revision: str | None = None, memo: dict[str, Contents] | None = None) -> None:
         """Nothing is read yet.
@@ -27,16 +27,16 @@ class Inputs:
         self._found: dict[str, Contents] = {}
 
     def note(self, name: str, path: Path) -> Path:
-        """Take note that the stage reads `path` as `name`; returns the path."""
+        """Record that the stage reads `path` as `name`; returns the path."""
         self._paths[name] = path
         return path
 
     def path(self, name: str) -> Path:
-        """Where it was read."""
+        """The path that was recorded as `name`."""
         return self._paths[name]
 
     def identities(self, known: Mapping[str, Contents] | None = None) -> dict[str, Contents]:
-        """What each held when this was first asked, by name, which is to be when it has been loaded.
+        """The contents of each by name, as of the first call, which should follow loading.
 
         Files in `known` that were not touched since are not read again.
         """
@@ -50,7 +50,7 @@ class Inputs:
 def identity(path: Path, known: Contents | None = None, revision: str | None = None) -> Contents:
     """The contents of a model's folder, and of the base that an adapter in it stands on.
 
-    Of a model on the hub that has not been fetched yet nothing is known.
+    A model on the hub that has not been downloaded yet has no files here.
 
     Raises:
         DiskError: a file cannot be read.
@@ -65,11 +65,11 @@ def identity(path: Path, known: Contents | None = None, revision: str | None = N
 
 
 def first_difference(before: Mapping[str, Contents], now: Mapping[str, Contents]) -> tuple[str, str] | None:
-    """(name, how it differs) of the first input that is another now; those that only one of them has are left out."""
+    """(name, difference) of the first input that has changed; inputs that only one side has are ignored."""
     for name in before.keys() & now.keys():
-        how = difference(before[name], now[name])
-        if how is not None:
-            return name, how
+        found = difference(before[name], now[name])
+        if found is not None:
+            return name, found
     return None
 
 

@@ -1,6 +1,6 @@
 """From hidden states to numbers per action: logits exist at scored positions only, a tile at a time.
 
-A caller declares what it wants to know of every action (`LogitStats`) and is given it by name (`PolicyOutput`).
+A caller declares what to compute for every action (`LogitStats`) and reads it by name (`PolicyOutput`).
 
 Axes: N scored positions, n those of a tile, V vocabulary, D hidden width.
 """
@@ -24,23 +24,23 @@ LOGITS_AT_ONCE = 1 << 26
 Head = Callable[[Tensor], Tensor]
 """[n, D] hidden states -> [n, V] logits, with all that the model does to them."""
 Distributions = Callable[[slice], Tensor]
-"""Some of the N positions -> [n, V] log-probabilities of the whole vocabulary."""
+"""A slice of the N positions -> [n, V] log-probabilities of the whole vocabulary."""
 
 
 class Teacher(Protocol):
-    """A model that is imitated."""
+    """A model to imitate."""
 
     def distributions(self, batch: Batch) -> Distributions:
-        """What it gives of the batch's actions, without gradient."""
+        """Its distributions at the batch's actions, without gradient."""
         ...
 
 
 @dataclass(frozen=True)
 class DistributionLoss:
-    """A loss of whole distributions, which are gone again after each tile."""
+    """A loss of whole distributions, computed tile by tile so that they never exist all at once."""
 
     function: Callable[..., Tensor]
-    """[n] the loss; takes by name what `asks` says: `logp_N`, `logp_NV`, `teacher_NV`, `target_N`."""
+    """Returns [n] the loss; takes those of `logp_N`, `logp_NV`, `teacher_NV`, `target_N` that `asks` names."""
     asks: frozenset[str]
     teacher: Teacher | None = None
     """Where `teacher_NV` comes from."""
@@ -53,22 +53,22 @@ class DistributionLoss:
 
 @dataclass(frozen=True)
 class LogitStats:
-    """What a forward pass tells of every action, beside its log-probability."""
+    """What a forward pass computes for every action, besides its log-probability."""
 
     temperature: float = 1.0
     """The one the actions were sampled at; logits are divided by it."""
     entropy: bool = False
     """The entropy of the distribution that the action was drawn from."""
     collision: bool = False
-    """How likely two draws from it are the same token."""
+    """The probability that two draws from it are the same token."""
     distribution: bool = False
-    """All of it: N·V numbers, so only where they fit."""
+    """The whole distribution: N·V numbers, so only where they fit."""
     loss: DistributionLoss | None = None
     """A loss that is computed from it."""
 
     @property
     def only_logprobs(self) -> bool:
-        """Nothing else is asked for, so that the vocabulary's log-probabilities need not exist."""
+        """Whether nothing else is wanted, so that the vocabulary's log-probabilities need not be computed."""
         return not (self.entropy or self.collision or self.distribution or self.loss)
 
 
@@ -77,7 +77,7 @@ LOGPROBS = LogitStats()
 
 
 class PolicyOutput(NamedTuple):
-    """What was asked of each action; None where it was not."""
+    """What was computed for each action; None for what was not asked for."""
 
     logp_N: Tensor
     """[N] its log-probability at the temperature asked for."""
@@ -99,15 +99,15 @@ def score(
     stats: LogitStats = LOGPROBS,
     teacher: Distributions | None = None,
 ) -> PolicyOutput:
-    """What `stats` asks for, of the actions `target_N` taken in the states `hidden_ND`.
+    """Compute what `stats` asks for, of the actions `target_N` taken in the states `hidden_ND`.
 
     Args:
         hidden_ND: hidden states, or logits if `head` is only to cut them.
-        head: from some of them to logits, which are computed on in at least float32.
+        head: hidden states -> logits, which are computed on in at least float32.
         vocabulary: V.
         target_N: the actions.
-        stats: what is asked.
-        teacher: of the same actions, if the loss asks for one.
+        stats: what to compute.
+        teacher: its distributions at the same actions, if the loss needs them.
     """
     n = hidden_ND.shape[0]
     tile = max(1, LOGITS_AT_ONCE // 4 // vocabulary) if n * vocabulary > LOGITS_AT_ONCE else max(n, 1)

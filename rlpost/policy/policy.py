@@ -1,7 +1,7 @@
 """The policy as one module whose forward takes a batch: the only thing that calls into the model it holds.
 
-Calling the inner model of a wrapped module would skip gradient synchronisation without a word; so stages, the
-learner and the engine see this class alone.
+Calling the inner model of a wrapped module would silently skip gradient synchronisation, so stages, the learner and
+the engine only see this class.
 
 Axes: N action tokens, T tokens, D hidden width.
 """
@@ -44,7 +44,7 @@ class Decoding(StrEnum):
     padded = "padded"
     """On left-padded rows, with the model's own cache."""
     recomputed = "recomputed"
-    """Without a cache: every token reads its whole row again, as scoring does."""
+    """Without a cache: every step reads the whole row again, as scoring does."""
 
 
 class Policy(nn.Module):
@@ -73,14 +73,14 @@ class Policy(nn.Module):
             tokenizer: its tokenizer.
             flat: batches are flat rows with shared prompts, else plain padded rows.
             bfloat16: run under autocast.
-            tiled: the head may run on tiles of hidden states; else the model's own forward gives all logits.
+            tiled: the head may run on tiles of hidden states; else the model's own forward computes all logits.
             base: the folder or hub name of the model without adapters.
-            single: plain rows run in a pass of their own each, since padding changes them.
+            single: each row is read in a pass of its own, since padding changes its logits.
             decoding: by default flat where rows are, else padded.
-            extends: where it decodes flat rows, it may go on from what was kept of earlier ones.
-            switch: rows of more tokens are read in another way (LongRoPE's long factors).
-            reach: the longest row that reads as its beginnings do, if the model has positions for longer ones.
-            known: the tokenizer's tokens, if they have been looked at.
+            extends: flat decoding may continue from the cache of earlier rows.
+            switch: longer rows are read with other rotary factors (LongRoPE's long ones).
+            reach: the longest row whose logits agree with those of its prefixes, if the model has more positions.
+            known: the tokenizer's tokens; by default they are read from it.
         """
         super().__init__()
         self.model = model
@@ -99,7 +99,7 @@ class Policy(nn.Module):
         self._awaiting_backward = False
 
     def around(self, model: Any, *, bfloat16: bool) -> Policy:
-        """The same ways of scoring and sampling, with another model of this one's family."""
+        """A policy of another model of the same family, with the same settings."""
         return Policy(
             model,
             self.tokenizer,
@@ -133,7 +133,7 @@ class Policy(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that can be written: those the tokenizer knows."""
+        """Number of tokens the policy can write: those of the tokenizer."""
         return self.known.size
 
     @property
@@ -144,13 +144,13 @@ class Policy(nn.Module):
 
     @property
     def shares_prompts(self) -> bool:
-        """Computing a prompt once is the same as computing it per completion only without dropout."""
+        """Whether a prompt is computed once for its completions; under dropout that would not be the same."""
         return self.flat and not (
             self.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
         )
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """Groups as the batch this policy's forward takes, on its device."""
+        """The batch that `forward` takes, on the policy's device."""
         build: Build = single_passes if self.single else padded_passes
         if self.flat:
             build = partial(flat_passes, share=self.shares_prompts)
@@ -164,7 +164,7 @@ class Policy(nn.Module):
         return laid_out(groups, build).to(self.device)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that training this policy moves; a critic's adapter on the same base is not among them."""
+        """The policy's trainable parameters by name, without those of a critic's adapter on the same base."""
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
         return {n: p for n, p in named.items() if not self.has_adapter or adapters.belongs(n, adapters.POLICY)}
 
@@ -173,9 +173,9 @@ class Policy(nn.Module):
 
         Args:
             batch: from `self.batch`.
-            stats: what to tell of an action beside its log-probability, and the temperature it was sampled at.
+            stats: what to compute for an action besides its log-probability, and the temperature it was sampled at.
         """
-        # A pass without gradient in between does not end the wait for an earlier one's backward.
+        # A pass without gradient does not clear the flag of an earlier pass whose backward is still to come.
         self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
         hidden_ND, head = self._scored_states(batch, batch.before_N)
         with self.precision():
@@ -195,9 +195,9 @@ class Policy(nn.Module):
         return some
 
     def states(self, batch: Batch, adapter: str | None = adapters.POLICY) -> Tensor:
-        """[all passes' B·T, D] the last hidden state after every token, in at least float32, while `adapter` acts.
+        """[all passes' B·T, D] the last hidden state after every token, in at least float32, with `adapter` active.
 
-        With a gradient, the adapter goes on acting until `backward_done`: checkpointing runs parts of this again.
+        With gradients on, the adapter stays active until `backward_done`: checkpointing runs parts of this again.
         """
         assert not (self._awaiting_backward and torch.is_grad_enabled()), "a forward pass still waits for its backward"
         if torch.is_grad_enabled():
@@ -229,10 +229,10 @@ class Policy(nn.Module):
 
     @contextmanager
     def acting_as(self, adapter: str | None) -> Iterator[None]:
-        """Another adapter acts inside (None: the bare base), the policy's again afterwards.
+        """Another adapter is active inside (None: the bare base), the policy's again afterwards.
 
-        Under gradient checkpointing, backward runs parts of forward again and must find the same adapter acting;
-        so a switch between a forward pass and its backward is a mistake of ours.
+        Under gradient checkpointing, backward runs parts of forward again and must find the same adapter active;
+        so a switch between a forward pass and its backward is a bug.
         """
         assert self.has_adapter, "a fully fine-tuned model has no adapter to switch"
         assert not self._awaiting_backward, "an adapter switched between a forward pass and its backward"
@@ -247,7 +247,7 @@ class Policy(nn.Module):
             adapters.select(self.model, adapters.POLICY)
 
     def _scored_states(self, batch: Batch, where_N: Tensor) -> tuple[Tensor, Head]:
-        """Hidden states at some positions and the head for them; or logits, and what cuts them."""
+        """Hidden states at some positions and the head for them; or logits, and a head that only cuts them."""
         with self.precision():
             if self.tiled:
                 whole = reproduced_head(self.causal_lm)

@@ -1,4 +1,4 @@
-"""A number for every state: what a critic, a reward model and a process reward model are.
+"""A value head: one number for every state, as critics, reward models and process reward models give.
 
 The trunk is a policy's model; with LoRA it may share the base with that policy, under an adapter of its own. The
 head is one linear layer on the last hidden state.
@@ -30,26 +30,26 @@ from rlpost.types import Group
 
 
 class Values(NamedTuple):
-    """What a model of scalars says of a batch."""
+    """Values of a batch's states."""
 
     before_N: Tensor
-    """[N] of the state in which each action was taken."""
+    """[N] the value of the state in which each action was taken."""
     after_N: Tensor
-    """[N] of the state after each action."""
+    """[N] the value of the state after each action."""
     final_S: Tensor
-    """[S] of the state after each completion's last token, whoever wrote it."""
+    """[S] the value of the state after each completion's last token, an action or not."""
 
 
 class ValueHeadModel(nn.Module):
-    """A trunk and a linear head."""
+    """A trunk with a linear value head."""
 
     def __init__(self, trunk: Policy, adapter: str | None = adapters.POLICY, *, trains_trunk: bool = True) -> None:
         """Put a new head on `trunk`.
 
         Args:
-            trunk: whose hidden states are read; it may be a policy that is trained at the same time, if `adapter`
-                is another one than the policy's.
-            adapter: the adapter that acts (with LoRA).
+            trunk: gives the hidden states; it may be a policy that is trained at the same time, if `adapter` is
+                not the policy's.
+            adapter: the active adapter (with LoRA).
             trains_trunk: False trains the head alone.
         """
         super().__init__()
@@ -68,7 +68,7 @@ class ValueHeadModel(nn.Module):
 
     @property
     def trunk(self) -> Policy:
-        """Whose hidden states are read."""
+        """The policy that gives the hidden states."""
         return self._trunk[0]
 
     @property
@@ -78,15 +78,15 @@ class ValueHeadModel(nn.Module):
 
     @property
     def shares_prompts(self) -> bool:
-        """As of the trunk."""
+        """Whether the trunk computes a prompt once for its completions."""
         return self.trunk.shares_prompts
 
     def batch(self, groups: Sequence[Group]) -> Batch:
-        """Groups as the batch that the forward pass takes."""
+        """The batch that the forward pass takes."""
         return self.trunk.batch(groups)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The head, and the trunk's adapter or weights; the layer that makes logits takes no part in it."""
+        """The head, and the trunk's adapter or weights without the layer that makes logits."""
         head = {f"head.{n}": p for n, p in self.head.named_parameters()}
         if not self.trains_trunk:
             return head
@@ -98,14 +98,14 @@ class ValueHeadModel(nn.Module):
         return {n: p for n, p in named.items() if id(p) not in unused} | head
 
     def forward(self, batch: Batch) -> Values:
-        """A number for every state of the batch that an action, or the end, makes one."""
+        """The values of the states before and after every action, and at every end."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_trunk):
             hidden_TD = self.trunk.states(batch, self.adapter)
         value_T = self.head(hidden_TD)[:, 0]
         return Values(value_T[batch.before_N], value_T[batch.after_N], value_T[batch.after_S])
 
     def backward_done(self) -> None:
-        """The backward pass of the last forward pass is over: the policy's adapter acts again."""
+        """The backward pass of the last forward pass is over: the policy's adapter is active again."""
         self.trunk.backward_done()
 
     def train(self, mode: bool = True) -> ValueHeadModel:
@@ -134,7 +134,7 @@ class ValueHeadModel(nn.Module):
 
 
 def read_head(folder: Path, width: int) -> dict[str, Any]:
-    """The saved head of a model of scalars.
+    """A saved value head.
 
     Raises:
         ModelError: the folder holds none, or one of another width.
@@ -164,18 +164,18 @@ def load_value_head_model(
     bfloat16: bool,
     device: Any,
 ) -> ValueHeadModel:
-    """A saved model of scalars, frozen.
+    """A saved model with a value head, frozen.
 
     Args:
         folder: its checkpoint.
         settings: the recipe's `model` section.
         beside: a policy whose base it may share, if both are adapters of one model.
-        name: of its adapter there.
+        name: of its adapter on that base.
         bfloat16: run under autocast.
         device: where to put it.
 
     Raises:
-        ModelError: it cannot be loaded, or is no model of scalars.
+        ModelError: it cannot be loaded, or has no value head.
     """
     if share_with is not None and same_base(folder, share_with):
         adapters.add_saved_adapter(share_with.model, name, folder)
@@ -188,7 +188,7 @@ def load_value_head_model(
 
 
 def make_critic(
-    policy: Policy, start: Path, scores: Path | None, settings: Model, *, trains_trunk: bool
+    policy: Policy, start: Path, reward_model: Path | None, settings: Model, *, trains_trunk: bool
 ) -> ValueHeadModel:
     """A critic for a policy that was just loaded from `start`.
 
@@ -198,33 +198,33 @@ def make_critic(
     Args:
         policy: as loaded.
         start: the checkpoint it came from.
-        scores: a reward model to begin from instead, its head included.
+        reward_model: to start from instead, its head included.
         settings: the recipe's `model` section.
-        trains_trunk: False trains the head alone, on the features of where it begins.
+        trains_trunk: False trains the head alone, on frozen features.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    if policy.has_adapter and scores is None:
+    if policy.has_adapter and reward_model is None:
         state = adapters.adapter_state(policy.model, adapters.POLICY)
         adapters.add_adapter(policy.model, adapters.CRITIC, state, trainable=trains_trunk)
-    elif policy.has_adapter and scores is not None and same_base(scores, policy):
-        adapters.add_saved_adapter(policy.model, adapters.CRITIC, scores, trainable=trains_trunk)
+    elif policy.has_adapter and reward_model is not None and same_base(reward_model, policy):
+        adapters.add_saved_adapter(policy.model, adapters.CRITIC, reward_model, trainable=trains_trunk)
     else:
         trunk = load_policy(
-            scores or start,
+            reward_model or start,
             settings,
             bfloat16=policy.in_bfloat16,
             device=policy.device,
             trainable=trains_trunk,
-            scores=scores is not None,
+            scores=reward_model is not None,
         )
         critic = ValueHeadModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
-        return _with_head(critic, scores)
-    return _with_head(ValueHeadModel(policy, adapters.CRITIC, trains_trunk=trains_trunk), scores)
+        return _with_head(critic, reward_model)
+    return _with_head(ValueHeadModel(policy, adapters.CRITIC, trains_trunk=trains_trunk), reward_model)
 
 
-def _with_head(critic: ValueHeadModel, scores: Path | None) -> ValueHeadModel:
-    if scores is not None:
-        critic.load_head(scores)
+def _with_head(critic: ValueHeadModel, reward_model: Path | None) -> ValueHeadModel:
+    if reward_model is not None:
+        critic.load_head(reward_model)
     return critic.eval()

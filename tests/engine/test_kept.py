@@ -203,7 +203,7 @@ def test_going_on_that_is_not_exact_is_found_and_left(monkeypatch, capsys):
     monkeypatch.setattr(FlatLayout, "attend", blind)
     exact = check_exactness(model, EndTokenOnly())
     assert (exact.flat, str(exact.decoding), exact.extends) == (True, "flat", False)
-    assert "going on from kept rows differs from scoring by" in exact.extends_reason
+    assert "decoding from kept rows differs from scoring by" in exact.extends_reason
     choose_rows(exact, Attention.auto, "Mistral")
     assert "Mistral reads every turn of an episode from its beginning: going on" in capsys.readouterr().err
     policy = policy_of(model)
