@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from rlpost.cli import evaluate, exits, lists, pairs, sample, show, train, verify
+from rlpost.cli import completion, copy, evaluate, exits, lists, pairs, sample, show, train, verify
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "sample": sample.sample,
     "pairs": pairs.pairs,
+    "copy": copy.copy,
     "show": show.show,
     "verify": verify.verify,
     "list": lists.list_,
@@ -51,10 +52,11 @@ app.add_typer(goals, name="goals")
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    if context.invoked_subcommand not in ("list", "show", "verify"):
+    if context.invoked_subcommand not in ("copy", "list", "show", "verify"):
         refuse_several_processes(os.environ)
 
 
 def main() -> None:
     """Run the command line; whatever goes wrong is one line on stderr and an exit code."""
+    completion.prepare(os.environ)
     exits.run(app)

@@ -9,7 +9,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from rlpost.results import kept_for_results
 
 SECTIONS = {
-    "Train": ("train",),
+    "Train": ("train", "copy"),
     "Look": ("show", "list", "verify"),
     "Use": ("eval", "sample", "pairs"),
     "Goals": ("goals",),

@@ -10,12 +10,19 @@ import typer
 
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import figures, print_result
+from rlpost.cli.completion import checkpoint_or_setting
 from rlpost.cli.options import OtherRecipe, Overrides
 
 
 def evaluate(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="By default the newest finished run.", callback=home)
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="By default the newest finished run.",
+            callback=home,
+            autocompletion=checkpoint_or_setting,
+        ),
     ] = None,
     overrides: Overrides = None,
     recipe: OtherRecipe = None,

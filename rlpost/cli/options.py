@@ -8,18 +8,32 @@ from typing import Annotated
 import typer
 
 from rlpost.cli.arguments import home
+from rlpost.cli.completion import checkpoints, recipes, settings
 from rlpost.engine.params import Sampling
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A .yaml file, or the name of a packaged recipe.", autocompletion=recipes),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, like stages.grpo.group_size=16.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings, like stages.grpo.group_size=16.", autocompletion=settings),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A run, a stage or checkpoint in it, or a model.", callback=home)
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run, a stage or checkpoint in it, or a model.",
+        callback=home,
+        autocompletion=checkpoints,
+    ),
 ]
 Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="By default read from stdin.")]
 OtherRecipe = Annotated[
-    str | None, typer.Option("--recipe", metavar="RECIPE", help="Recipe to take settings from.", callback=home)
+    str | None,
+    typer.Option(
+        "--recipe", metavar="RECIPE", help="Recipe to take settings from.", callback=home, autocompletion=recipes
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON.")]
 Many = Annotated[int, typer.Option("--n", "-n", metavar="N", min=1, help="How many completions.")]

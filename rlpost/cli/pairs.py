@@ -8,6 +8,7 @@ import typer
 
 from rlpost.cli.arguments import home, target
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import recipes
 from rlpost.cli.options import Checkpoint, Overrides
 
 
@@ -15,7 +16,13 @@ def pairs(
     checkpoint: Checkpoint,
     recipe: Annotated[
         str,
-        typer.Option("--recipe", metavar="RECIPE", help="Recipe with the prompts and the rewards.", callback=home),
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="Recipe with the prompts and the rewards.",
+            callback=home,
+            autocompletion=recipes,
+        ),
     ],
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="The .jsonl file to write.", callback=target)],
     overrides: Overrides = None,

@@ -9,6 +9,7 @@ import typer
 from rlpost.cli import options
 from rlpost.cli.arguments import columns, home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import checkpoints
 from rlpost.engine.params import Sampling
 from rlpost.streams import from_stdin
 
@@ -31,7 +32,9 @@ _Example = Annotated[
 ]
 _Judge = Annotated[
     str | None,
-    typer.Option("--judge", metavar="MODEL", help="A reward model or a reverse model.", callback=home),
+    typer.Option(
+        "--judge", metavar="MODEL", help="A reward model or a reverse model.", callback=home, autocompletion=checkpoints
+    ),
 ]
 _Engine = Annotated[
     str | None,

@@ -9,12 +9,19 @@ import typer
 
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import checkpoints
 from rlpost.cli.options import Json
 
 
 def calibrate(
     network: Annotated[
-        str, typer.Argument(metavar="NETWORK", help="A value network: its run's stage, or a checkpoint.", callback=home)
+        str,
+        typer.Argument(
+            metavar="NETWORK",
+            help="A value network: its run's stage, or a checkpoint.",
+            callback=home,
+            autocompletion=checkpoints,
+        ),
     ],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Whose completions are enumerated.")],
     goal: Annotated[
@@ -25,7 +32,13 @@ def calibrate(
     ],
     policy: Annotated[
         str | None,
-        typer.Option("--policy", metavar="MODEL", help="By default the model it was trained beside.", callback=home),
+        typer.Option(
+            "--policy",
+            metavar="MODEL",
+            help="By default the model it was trained beside.",
+            callback=home,
+            autocompletion=checkpoints,
+        ),
     ] = None,
     least: Annotated[float, typer.Option("--least", metavar="P", min=0, help="Rarer states are not followed.")] = 1e-5,
     as_json: Json = False,

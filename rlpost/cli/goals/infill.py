@@ -9,15 +9,28 @@ import typer
 from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import checkpoints
 from rlpost.engine.params import Sampling
 
 
 def infill(
     forward: Annotated[
-        str, typer.Argument(metavar="FORWARD", help="A run, a stage or checkpoint in it, or a model.", callback=home)
+        str,
+        typer.Argument(
+            metavar="FORWARD",
+            help="A run, a stage or checkpoint in it, or a model.",
+            callback=home,
+            autocompletion=checkpoints,
+        ),
     ],
     reverse: Annotated[
-        str, typer.Argument(metavar="REVERSE", help="A stage with direction: reverse, or its result.", callback=home)
+        str,
+        typer.Argument(
+            metavar="REVERSE",
+            help="A stage with direction: reverse, or its result.",
+            callback=home,
+            autocompletion=checkpoints,
+        ),
     ],
     before: Annotated[str, typer.Argument(metavar="BEFORE", help="How the text begins.")],
     after: Annotated[str, typer.Argument(metavar="AFTER", help="How it ends.")],

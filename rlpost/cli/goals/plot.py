@@ -10,6 +10,7 @@ import typer
 
 from rlpost.cli.arguments import home, picture
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import checkpoints
 
 
 class Picture(StrEnum):
@@ -20,7 +21,10 @@ class Picture(StrEnum):
 
 def plot(
     what: Annotated[Picture, typer.Argument(metavar="maze", help="The kind of picture.")],  # noqa: ARG001 - there is one so far
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.", callback=home)],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="The folder of a finished run.", callback=home, autocompletion=checkpoints),
+    ],
     out: Annotated[
         str | None,
         typer.Option("--out", metavar="FILE", help="The .png file; RUN/maze.png by default.", callback=picture),

@@ -9,6 +9,7 @@ import typer
 from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.completion import checkpoints
 from rlpost.engine.params import Sampling
 from rlpost.streams import from_stdin
 
@@ -17,7 +18,13 @@ def sample(
     checkpoint: options.Checkpoint,
     network: Annotated[
         str,
-        typer.Option("--network", metavar="V", help="A value network's stage or checkpoint.", callback=home),
+        typer.Option(
+            "--network",
+            metavar="V",
+            help="A value network's stage or checkpoint.",
+            callback=home,
+            autocompletion=checkpoints,
+        ),
     ],
     prompt: options.Prompt = None,
     goal: Annotated[

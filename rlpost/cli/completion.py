@@ -1,0 +1,178 @@
+"""What the shell offers at TAB: recipes, checkpoints, keys and their choices; nothing where the recipe is broken.
+
+A shell adds a space after the only candidate. So what is no whole word yet (`stages.`, `methods/`, `seed=`) is never
+offered alone, but with what may follow it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from rlpost.errors import RlpostError
+from rlpost.run.names import CONFIG, DONE, FINAL
+
+if TYPE_CHECKING:
+    from rlpost.cli.keys import Keys
+
+Candidates = list[tuple[str, str]]
+"""Words, each with what it means."""
+_BREAK = re.compile(r"[=:]+")
+_PLAIN = re.compile(r"[\w./~+@%,-]+")
+"""Names that a shell takes as they are."""
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """Put together the words of the line that bash took apart at `=` and `:`, where it asks for candidates."""
+    if environment.get("_RLPOST_COMPLETE") != "complete_bash":
+        return
+    words, at = environment.get("COMP_WORDS", "").split("\n"), environment.get("COMP_CWORD", "")
+    if at.isdecimal() and int(at) < len(words):
+        whole = rejoined(words[: int(at) + 1])
+        environment["COMP_WORDS"], environment["COMP_CWORD"] = "\n".join(whole), str(len(whole) - 1)
+
+
+def rejoined(words: list[str]) -> list[str]:
+    """The words of a line up to the cursor, whole; of the last one, what bash completes is a word of its own.
+
+    Example: ``["a", "=", "b", "c", ":", "d"]`` is ``["a=b", "c:", "d"]``.
+    """
+    whole: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if whole and (_BREAK.fullmatch(word) or _BREAK.fullmatch(before)):
+            whole[-1] += word
+        else:
+            whole.append(word)
+    current = "" if _BREAK.fullmatch(words[-1]) else words[-1]
+    head = whole[-1].removesuffix(current)
+    if not head:
+        return whole
+    option = head.startswith("-") and head.endswith("=")
+    return [*whole[:-1], head.removesuffix("=") if option else head, current]
+
+
+def _quiet(find: Callable[..., Candidates]) -> Callable[..., Candidates]:
+    """A broken recipe or an unreadable folder has no candidates."""
+
+    @wraps(find)
+    def found(*args: Any, **kwargs: Any) -> Candidates:
+        try:
+            return find(*args, **kwargs)
+        except (RlpostError, OSError):
+            return []
+
+    return found
+
+
+@_quiet
+def recipes(incomplete: str) -> Candidates:
+    """Packaged recipes and .yaml files."""
+    from rlpost.recipe.files import listing
+
+    names = {r.name: r.description for r in listing() if r.name.startswith(incomplete) and not _shared(r.description)}
+    tops = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in names)
+    if "/" not in incomplete and len(tops) > 1:
+        names = {top: names.get(top, "a folder of recipes") for top in tops}
+    return [*names.items(), *_files(incomplete, (".yaml", ".yml"), folders=bool(incomplete))]
+
+
+def _shared(description: str) -> bool:
+    """Whether a packaged recipe is there for others to inherit from."""
+    return description.startswith("(shared")
+
+
+@_quiet
+def settings(ctx: typer.Context, incomplete: str) -> Candidates:
+    """`KEY=VALUE` of the recipe that the line names; of what bash took apart, the last part."""
+    given = [*(ctx.params.get("overrides") or [])]
+    first = ctx.params.get("checkpoint")
+    if first and "=" in first:  # `rlpost eval KEY=VALUE`
+        given.insert(0, first)
+    head = given.pop() if given and given[-1][-1:] in ("=", ":") else ""
+    found = _keys(ctx.params).candidates(head + incomplete)
+    return [(word.removeprefix(head), text) for word, text in found]
+
+
+@_quiet
+def checkpoint_or_setting(ctx: typer.Context, incomplete: str) -> Candidates:
+    """What may stand after `rlpost eval`."""
+    return checkpoints(incomplete) or settings(ctx, incomplete)
+
+
+def _keys(params: Mapping[str, Any]) -> Keys:
+    """The keys of the recipe that a command is about: given by itself, or that of a run."""
+    from rlpost.cli.keys import Keys, merged
+    from rlpost.recipe.files import chain, find
+
+    recipe = params.get("recipe") or str(_run_of(params.get("checkpoint")) / CONFIG)
+    return Keys(_schema(), merged([part.keys for part in chain(find(recipe))]))
+
+
+def _schema() -> dict[str, Any]:
+    from rlpost.cli.copy import schema_file
+
+    try:
+        return dict(json.loads(schema_file().read_text("utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def _run_of(checkpoint: str | None) -> Path:
+    """The folder of the run that a checkpoint is of; of the newest run that is finished, if none is given."""
+    if checkpoint and "=" not in checkpoint:
+        folder = Path(checkpoint)
+        return next((f for f in (folder, *folder.parents) if (f / CONFIG).is_file()), folder)
+    done = {file.stat().st_mtime: file.parents[1] for file in Path("runs").glob(f"*/*/{DONE}")}
+    return done[max(done)] if done else Path("runs")
+
+
+@_quiet
+def checkpoints(incomplete: str) -> Candidates:
+    """Runs, their stages, and other folders."""
+    if not incomplete and Path("runs").is_dir():
+        incomplete = "runs/"
+    return _files(incomplete, (), folders=True)
+
+
+def _files(incomplete: str, endings: tuple[str, ...], folders: bool) -> Candidates:
+    """Files with these endings, and folders; a folder that is the only one with what it holds."""
+    found: Candidates = []
+    within = Path(incomplete.rpartition("/")[0] or ".").expanduser()
+    of_run = (within / CONFIG).is_file() or (within / FINAL).is_dir()
+    for name, path in _entries(incomplete):
+        if path.is_dir() and folders:
+            what = _of_run(path)
+            if of_run and not what:
+                continue  # logs and the like
+            found.append((name, what) if what else (f"{name}/", "folder"))
+        elif path.suffix in endings and path.is_file():
+            found.append((name, "file"))
+    if len(found) == 1 and Path(found[0][0]).expanduser().is_dir():
+        name = found[0][0].rstrip("/")
+        inside = _files(f"{name}/", endings, folders)
+        return [*found, *inside] if found[0][0] == name else inside or found
+    return found
+
+
+def _entries(incomplete: str) -> Iterator[tuple[str, Path]]:
+    folder, slash, start = incomplete.rpartition("/")
+    base = Path(folder + slash or ".").expanduser()
+    for path in sorted(base.iterdir()) if base.is_dir() else ():
+        hidden = path.name.startswith(".") and not start.startswith(".")
+        if path.name.startswith(start) and not hidden and _PLAIN.fullmatch(path.name):
+            yield f"{folder}{slash}{path.name}", path
+
+
+def _of_run(folder: Path) -> str:
+    """What part of a run a folder is; nothing for any other folder."""
+    if (folder / CONFIG).is_file():
+        return "run"
+    if (folder / FINAL).is_dir():
+        return "stage"
+    return "model" if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file() else ""

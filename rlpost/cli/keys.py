@@ -1,0 +1,165 @@
+"""Keys of a recipe and what they may be set to, for completion: from the JSON Schema that ships and the recipe's files.
+
+Nothing is composed or validated, so that it is quick and works while the recipe is not complete yet.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+Node = dict[str, Any]
+"""A part of the JSON Schema."""
+
+
+class Keys:
+    """The keys that a recipe has or may have."""
+
+    def __init__(self, schema: Node, tree: Mapping[str, Any]) -> None:
+        """Of a recipe with the contents `tree`, not yet resolved, under `schema`."""
+        self._schema = schema
+        self._tree = tree
+
+    def candidates(self, word: str) -> list[tuple[str, str]]:
+        """What `word`, a key by half or `key=` and a value by half, may go on to, each with what it means.
+
+        One that is no whole word (`stages.`, `seed=`) never comes alone: what may follow it comes too.
+        """
+        key, equals, start = word.partition("=")
+        if equals:
+            return [(f"{key}={value}", text) for value, text in self.values(key) if value.startswith(start)]
+        found = [(name, text) for name, text in self._keys(word) if name.startswith(word)]
+        if len(found) != 1:
+            return found
+        inside = self.candidates(found[0][0])
+        return [*found, *inside] if found[0][0].endswith("=") else inside or found
+
+    def values(self, key: str) -> list[tuple[str, str]]:
+        """What a key may be set to: its choices, or the value that it has."""
+        nodes, value = self._at(_parts(key))
+        choices = dict(_choices(nodes))
+        if not choices and value is not None and not isinstance(value, dict | list) and _TYPED.fullmatch(str(value)):
+            choices = {_text(value): "as it is"}
+        return list(choices.items())
+
+    def _keys(self, word: str) -> list[tuple[str, str]]:
+        """Every key of the section that `word` is in, as it is written."""
+        head = word[: word.rfind(".") + 1]
+        nodes, value = self._at(_parts(head))
+        found: dict[str, str] = {}
+        for name, inner in self._below(nodes, value):
+            said = self._at([*_parts(head), name])
+            about = next((str(n["description"]) for n in inner if "description" in n), "")
+            for ending in _endings(*said):
+                found.setdefault(f"{head}{name}{ending}", about.partition("\n")[0])
+        return list(found.items())
+
+    def _below(self, nodes: Sequence[Node], value: Any) -> Iterator[tuple[str, list[Node]]]:
+        """The keys of a section: those that the recipe has first."""
+        known = {name: child for node in nodes for name, child in node.get("properties", {}).items()}
+        given = [str(name) for name in value] if isinstance(value, dict) else []
+        for name in dict.fromkeys([*given, *known]):
+            if _NAME.fullmatch(name):
+                yield name, [known[name]] if name in known else []
+
+    def _at(self, parts: Sequence[str]) -> tuple[list[Node], Any]:
+        """What the schema says of a key, in alternatives, and what the recipe has there."""
+        nodes, value = self._alternatives(self._schema, self._tree), self._tree
+        for part in parts:
+            inside = _inside(value, part)
+            below = [child for node in nodes for child in _children(node, part, inside is not None)]
+            value = inside
+            nodes = [found for child in below for found in self._alternatives(child, value)]
+        return nodes, value
+
+    def _alternatives(self, node: Node, value: Any) -> list[Node]:
+        """The node and all that it may be instead, or is besides, for a section with the contents `value`."""
+        if not isinstance(node, dict):
+            return []
+        found = [node]
+        if isinstance(ref := node.get("$ref"), str):
+            found += self._alternatives(self._schema["$defs"][ref.rpartition("/")[2]], value)
+        for choice in ("anyOf", "oneOf", "allOf"):
+            fitting = [inner for inner in node.get(choice, []) if self._fits(inner, value)]
+            for inner in fitting:
+                found += self._alternatives(inner, value)
+        if "if" in node:
+            found += self._alternatives(node.get("then" if self._fits(node["if"], value) else "else", {}), value)
+        return found
+
+    def _fits(self, node: Node, value: Any) -> bool:
+        """Whether a section of that kind can be meant: what it says of single values, the recipe does not deny."""
+        if isinstance(ref := node.get("$ref"), str):
+            node = self._schema["$defs"][ref.rpartition("/")[2]]
+        for name, wanted in node.get("properties", {}).items():
+            given = value.get(name) if isinstance(value, dict) else None
+            if "const" in wanted and given is not None and given != wanted["const"]:
+                return False
+        return True
+
+
+_NAME = re.compile(r"[\w-]+")
+_TYPED = re.compile(r"[\w./+-]+")
+"""Values that can be typed without quotes."""
+
+
+@cache
+def _split(key: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[.\[\]]+", key) if part)
+
+
+def _parts(key: str) -> list[str]:
+    return list(_split(key))
+
+
+def _inside(value: Any, part: str) -> Any:
+    if isinstance(value, dict):
+        return value.get(part)
+    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        return value[int(part)]
+    return None
+
+
+def _children(node: Node, part: str, given: bool) -> Iterator[Node]:
+    """What a node says of one of its keys, or of an entry that is `given`: an override makes no stage or source."""
+    if part in node.get("properties", {}):
+        yield node["properties"][part]
+    elif given and isinstance(node.get("additionalProperties"), dict):
+        yield node["additionalProperties"]
+    elif given and part.isdecimal() and isinstance(node.get("items"), dict):
+        yield node["items"]
+
+
+def _endings(nodes: Sequence[Node], value: Any) -> list[str]:
+    """What follows a key: `.` for a section, `.0.` for the first entry of a list of sections, `=` for a value."""
+    if isinstance(value, str) and "${" in value:
+        return ["="]  # what is a reference is replaced as a whole
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [f".{i}." for i in range(len(value))]
+    section = isinstance(value, dict) or any(node.get("properties") for node in nodes)
+    return ["."] if section else ["="]
+
+
+def _choices(nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
+    for node in nodes:
+        for value in [*node.get("enum", []), *([node["const"]] if "const" in node else [])]:
+            yield _text(value), str(node.get("description", "")) if "const" in node else ""
+        if node.get("type") == "boolean":
+            yield from (("true", ""), ("false", ""))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The contents of files that inherit from each other, later ones over earlier ones; references stay as they are."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            old = found.get(key)
+            found[key] = merged([old, value]) if isinstance(old, dict) and isinstance(value, dict) else value
+    return found
