@@ -1,7 +1,7 @@
-"""An adapter as it lies in a folder: read whole, judged whole, before a model is touched.
+"""Reads an adapter's folder and checks all of it before a model is touched.
 
-peft passes over what it does not know, fills what is missing with fresh weights and unpickles `adapter_model.bin`.
-Here an adapter is a LoRA of the kinds that are proven right beside others on one base, or it is refused.
+peft ignores what it does not know, fills missing weights with fresh ones and unpickles `adapter_model.bin`. Here an
+adapter is a LoRA of a kind that is known to work next to others on one base, or it is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MERGE = "merge it into its base with peft's merge_and_unload and name the merged
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """What a folder holds."""
+    """The content of an adapter's folder."""
 
     folder: Path
     config: LoraConfig
@@ -47,13 +47,13 @@ def read_adapter(folder: Path) -> SavedAdapter:
     """The adapter in `folder`.
 
     Raises:
-        ModelError: it is none, it is damaged, or it is of a kind that is not known to stand beside others.
+        ModelError: there is none, it is damaged, or of a kind that is not supported next to others.
     """
     return SavedAdapter(folder, read_adapter_config(folder), _weights(folder))
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The configuration in `folder`, every field of it looked at.
+    """The configuration in `folder`; every field is checked.
 
     Raises:
         ModelError: it is no LoRA, or one with a field that is wrong or not supported.
@@ -69,7 +69,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         if name in given and not allowed(given[name]):
             raise ModelError(f"{folder}: {name}={_short(given[name])} in {ADAPTER_FILE} is not supported; {MERGE}")
     defaults = {f.name: getattr(LoraConfig(), f.name) for f in fields(LoraConfig)}
-    for name in given.keys() - _FIELDS.keys() - _PASSED_OVER:
+    for name in given.keys() - _FIELDS.keys() - _IGNORED:
         value = given[name]
         if value not in (None, False, "", [], {}) and (name not in defaults or value != defaults[name]):
             raise ModelError(f"{folder}: {name}={_short(value)} in {ADAPTER_FILE} is not supported; {MERGE}")
@@ -80,7 +80,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def base_of(adapter: Path) -> str:
-    """The base model that an adapter folder names: inside its own run wherever that lies now, or by path or name.
+    """The base model that an adapter folder names: relative to its own run, or by path or hub name.
 
     Raises:
         ModelError: if it names none.
@@ -124,7 +124,7 @@ def _no_number(name: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -191,12 +191,12 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "fan_in_fan_out": lambda x: isinstance(x, bool),
     "modules_to_save": lambda x: x is None or _texts(x),
     "trainable_token_indices": lambda x: x is None or _wholes(x) or _by_name(_wholes)(x),
-    # Others change the base's own weights when the adapter is made, and again for every further adapter.
+    # Other ways to initialise change the base's own weights, and again for every further adapter.
     "init_lora_weights": lambda x: isinstance(x, bool) or x in ("gaussian", "orthogonal"),
-    # Biases are trained in place: nothing on the same base would stand still.
+    # Trained biases are the base's own: other adapters on that base would change too.
     "bias": lambda x: x == "none",
     "task_type": lambda x: x in (None, "CAUSAL_LM"),
 }
-"""Fields that may be other than their default, and what they may be."""
-_PASSED_OVER = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
-"""Fields that change no number."""
+"""Fields that may differ from their default, and their allowed values."""
+_IGNORED = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+"""Fields that change no result."""

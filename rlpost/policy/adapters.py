@@ -1,4 +1,4 @@
-"""LoRA adapters on one base model: which one acts, without ever touching which one trains.
+"""LoRA adapters on one base model: which one is active, independently of which one trains.
 
 peft's `set_adapter` also makes the adapter it selects trainable and freezes the others, so selecting the
 reference would train it. Here selection is the layers' active name alone.
@@ -49,7 +49,7 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or ALL_LINEAR,
         task_type="CAUSAL_LM",
-        # GPT-2 keeps its weights transposed; told so, peft does not have to guess (and warn).
+        # GPT-2 stores its weights transposed; without this peft guesses, and warns.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
     odd = _odd_linear(model)
@@ -70,7 +70,7 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
 
 
 def _odd_linear(model: nn.Module) -> list[str]:
-    """The linear layers that return something else than their product: Llama 4's routers."""
+    """Linear layers that return more than their product: Llama 4's routers."""
     own = [
         (n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and type(m).forward != nn.Linear.forward
     ]
@@ -113,7 +113,7 @@ def asked_for(model: PeftModel, targets: Any) -> set[str]:
 
 
 def set_dropout(model: PeftModel, rate: float) -> None:
-    """The policy's adapter drops this share of its inputs while training, whatever it was saved with."""
+    """Set the dropout rate of the policy's adapter, whatever it was saved with."""
     model.peft_config[POLICY].lora_dropout = rate
     for module in model.modules():
         if isinstance(module, LoraLayer) and _has(module, POLICY):
@@ -125,7 +125,7 @@ def _has(layer: BaseTunerLayer, name: str) -> bool:
 
 
 def add_adapter(model: PeftModel, name: str, state: dict[str, Tensor], *, trainable: bool = False) -> None:
-    """A further adapter of the policy's shape with weights `state`."""
+    """Add another adapter of the policy's shape, with weights `state`."""
     flags = trained_now(model)
     if name not in model.peft_config:
         model.add_adapter(name, copy.deepcopy(model.peft_config[POLICY]))
@@ -134,7 +134,7 @@ def add_adapter(model: PeftModel, name: str, state: dict[str, Tensor], *, traina
 
 
 def add_saved_adapter(model: PeftModel, name: str, folder: Path, *, trainable: bool = False) -> None:
-    """A further adapter as it was saved in `folder`, of whatever shape.
+    """Add the adapter saved in `folder`, of whatever shape.
 
     Raises:
         ModelError: it cannot be read, or does not fit the model.
@@ -153,12 +153,12 @@ def belongs(parameter: str, name: str) -> bool:
 
 
 def trained_now(model: nn.Module) -> dict[str, bool]:
-    """What trains, by parameter."""
+    """`requires_grad` by parameter."""
     return {n: p.requires_grad for n, p in model.named_parameters()}
 
 
 def _settle(model: PeftModel, name: str, trainable: bool, before: Mapping[str, bool]) -> None:
-    """The adapter trains or not, and others as before, whatever peft made of them; the policy's goes on acting."""
+    """Set whether the adapter trains, restore the others' flags (peft changes them), and activate the policy's."""
     for parameter_name, parameter in model.named_parameters():
         if belongs(parameter_name, name):
             parameter.requires_grad_(trainable)
@@ -169,10 +169,10 @@ def _settle(model: PeftModel, name: str, trainable: bool, before: Mapping[str, b
 
 @contextmanager
 def _fitting(location: Path | str) -> Iterator[None]:
-    """What peft cannot do inside is told as an adapter that does not fit.
+    """Turn errors of peft inside into a ModelError: the adapter does not fit.
 
     Raises:
-        ModelError: always then.
+        ModelError: peft failed.
     """
     try:
         yield
@@ -182,14 +182,14 @@ def _fitting(location: Path | str) -> Iterator[None]:
 
 @torch.no_grad()
 def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: Path | str) -> None:
-    """Give adapter `name` the weights of a file: each of them, and no other.
+    """Load a file's weights into adapter `name`: all of them and no others.
 
     Raises:
-        ModelError: the file lacks some, has others, or others than the base has itself.
+        ModelError: the file lacks weights, has more, or has other weights of the base than the base itself.
     """
     for parameter_name, p in model.named_parameters():
         if belongs(parameter_name, name) and p.dtype in (torch.float16, torch.bfloat16):
-            p.data = p.data.float()  # as peft makes low ranks: what trains is float32 on whatever base
+            p.data = p.data.float()  # as peft does for low ranks: trained weights are float32 on any base
     state = model.state_dict()
     # A file may hold weights of the base too: peft saves embeddings that an adapter targets.
     known = {key: x for key, x in weights.items() if key in state}
@@ -204,7 +204,7 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
             model, {key: x for key, x in weights.items() if key not in known}, adapter_name=name
         )
     lacking = set(outcome.missing_keys)
-    # What is trained of a tied head's tokens is the embedding's, and stands in the file once.
+    # Trained tokens of a tied head are those of the embedding, and are in the file once.
     filled = {x.data_ptr() for key, x in state.items() if belongs(key, name) and key not in lacking}
     missing = [key for key in outcome.missing_keys if belongs(key, name) and state[key].data_ptr() not in filled]
     for keys, what in (
@@ -220,21 +220,21 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """A copy of one adapter's weights, names as in its file."""
-    # Left to itself, peft asks the hub whether the vocabulary has grown; here it never does.
+    # By default peft asks the hub whether the vocabulary has grown; here it never has.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().clone() for key, value in state.items()}
 
 
 def select(model: nn.Module, name: str | None) -> None:
-    """Make adapter `name` act (None: the bare base) and leave every `requires_grad` as it is."""
+    """Activate adapter `name` (None: the bare base) and leave every `requires_grad` as it is."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = name is None
             if name is not None:
                 module._active_adapter = [name]
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            # A whole module or some tokens that an adapter keeps for itself. Such a wrapper may be another adapter's
-            # alone, and then the base's own module acts.
+            # A wrapper of a module or of tokens that an adapter has its own copy of. If `name` has none, the base's
+            # own is active.
             module._disable_adapters = name is None
             if name is not None:
                 module._active_adapter = [name] if name in module._adapters else []
@@ -242,7 +242,7 @@ def select(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def acting(model: nn.Module, name: str | None) -> Iterator[None]:
-    """`name` acts inside, the policy's adapter again afterwards."""
+    """Activate `name` inside, and the policy's adapter again afterwards."""
     select(model, name)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Tokens tried out: the states after several next tokens of every row, none of which enters the cache.
+"""Candidate tokens: the states after several next tokens of every row, none of which enters the cache.
 
-A candidate attends to all that is in its row's cache, and to itself. Which token a row then takes is said
-afterwards, and joins the cache in the pass that tries out the next candidates.
+A candidate attends to its row's cache and to itself. The token that a row then takes is given afterwards, and enters
+the cache in the pass that reads the next candidates.
 
 Axes: B rows, K candidates a row, H query heads, H' key heads, R = H/H', D head width or hidden width.
 """
@@ -23,18 +23,18 @@ from rlpost.policy.policy import Decoding, Policy
 CANDIDATES_AT_ONCE = 16384
 """Candidates of one pass, over all rows."""
 PAIRS_AT_ONCE = 1 << 22
-"""Pairs of a candidate and a token that it sees, in one pass; every head has a score for each."""
+"""(candidate, token it attends to) pairs of one pass; every head computes a score for each."""
 
 
 class BranchedLayer(PromptedLayer):
-    """One layer's keys and values, and for the length of a pass those of its candidates."""
+    """One layer's keys and values, and during a pass those of the candidates."""
 
     layout: BranchedLayout
     branches: tuple[Tensor, Tensor] | None = None
     """[B, H', K, D]"""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep the new keys and values: the first of each row for good, if it joins, the others for this pass."""
+        """Keep the new keys and values: those of joining tokens in the cache, the others for this pass only."""
         if self.layout.prefilling:
             return super().update(key_states, value_states)
         joining = self.layout.joining
@@ -46,7 +46,7 @@ class BranchedLayer(PromptedLayer):
 
 
 class BranchedLayout(PromptedLayout):
-    """Attention of every row's newest token, if it has one, and of what may come after it."""
+    """Attention of every row's newest token, if it has one, and of the candidates after it."""
 
     joining = 0
     """Tokens of each row that enter the cache in this pass, before its candidates: none or one."""
@@ -67,10 +67,10 @@ class BranchedLayout(PromptedLayout):
         by_head = (rows * key_heads, heads // key_heads, candidates)
         key, value = (x.flatten(0, 1)[:, None] for x in layer.branches)
         q = query.to(key.dtype).reshape(rows * key_heads, -1, width)
-        # As of a row's own token, and one further on.
+        # As for a row's own token, one position further.
         first = 0 if options.window is None else max(0, self.width + self.length + 1 - options.window)
         prompt_columns, written = max(0, self.width - first), slice(max(0, first - self.width), self.length)
-        # The parts of what is seen: the prompt, what the row has written, the candidate itself.
+        # Three parts of the keys: the prompt, the row's own tokens, the candidate itself.
         scores = [widen(q.view(*by_head, width)).mul(widen(key)).sum(-1).flatten(1)[..., None]]
         if self.length > written.start:
             assert layer.own is not None
@@ -98,20 +98,20 @@ class BranchDecoder(FlatDecoder):
     layout: BranchedLayout
 
     def __init__(self, trunk: Policy, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int):
-        """Prepare to follow at most `limit` tokens a row; arguments as of `FlatDecoder`.
+        """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`.
 
         Args:
-            trunk: a policy that decodes flat; its hidden states are what is looked at.
+            trunk: a policy that decodes flat; gives the hidden states.
         """
         super().__init__(trunk.causal_lm.base_model, prompts, prompt_of_row, limit)
         self._waiting: Tensor | None = None
-        """[B] tokens that were taken and are not in the cache yet."""
+        """[B] taken tokens that are not in the cache yet."""
         self.start()
 
     def branch(self, candidate_BK: Tensor) -> Iterator[Tensor]:
         """The last hidden state after each candidate, in the model's precision, as pieces [B, some of K, D].
 
-        All pieces are to be taken, before anything else is asked.
+        Consume all pieces before the next call.
         """
         columns = self.layout.width + self.layout.length + 1
         at_once = min(CANDIDATES_AT_ONCE, PAIRS_AT_ONCE // columns)
@@ -120,7 +120,7 @@ class BranchDecoder(FlatDecoder):
     def take(self, ids_B: Tensor) -> None:
         """The token that each row goes on with."""
         if self._waiting is not None:
-            self._branch(ids_B[:, None])  # nobody looked; what is tried out does not matter
+            self._branch(ids_B[:, None])  # moves the waiting tokens into the cache; the candidates are ignored
         self._waiting = ids_B
 
     def keep(self, rows: Tensor) -> None:
@@ -130,7 +130,7 @@ class BranchDecoder(FlatDecoder):
             self._waiting = self._waiting[rows]
 
     def _branch(self, candidate_BK: Tensor) -> Tensor:
-        """The waiting tokens join the cache, and the candidates are looked at; [B, K, D]."""
+        """[B, K, D] states after the candidates; waiting tokens enter the cache first."""
         joining = int(self._waiting is not None)
         position = self.position_B[:, None] + joining
         ids, positions = candidate_BK, position.expand_as(candidate_BK)
@@ -152,6 +152,6 @@ class BranchDecoder(FlatDecoder):
 
 
 def branches_well(trunk: Policy, longest: int, shortest: int) -> bool:
-    """Whether rows that grow from `shortest` to `longest` tokens can be followed so: flat, and read in one way."""
+    """Whether `BranchDecoder` works for rows of `shortest` to `longest` tokens: flat, on one side of the switch."""
     one_way = trunk.switch is None or longest <= trunk.switch or shortest > trunk.switch
     return trunk.flat and trunk.decoding is Decoding.flat and one_way

@@ -1,4 +1,4 @@
-"""A saved reward model, process reward model or model of reversed text, as rewards and best-of-n ask it.
+"""Judges: saved reward models, process reward models and models of reversed text, for rewards and best-of-n.
 
 Axes: N action tokens, S completions.
 """
@@ -30,10 +30,10 @@ from rlpost.types import Completion, Group, Ids, completions
 
 
 class RewardModelJudge:
-    """Scores completions that another model wrote.
+    """A reward model that scores completions of a policy.
 
-    With that model's tokenizer it reads the very tokens; with one of its own it reads the prompt of the row and the
-    text of the completion.
+    With the policy's tokenizer it reads the same tokens; with another one it reads the row's prompt and the
+    completion's text.
     """
 
     backwards = False
@@ -42,8 +42,8 @@ class RewardModelJudge:
         """Judge by `model`.
 
         Args:
-            scalar: the model.
-            tokenizer: of whoever writes the completions.
+            model: the reward model.
+            tokenizer: the policy's.
             step_end: what a step ends with; None leaves it to the reward.
         """
         self._model = model
@@ -57,7 +57,7 @@ class RewardModelJudge:
         return scores
 
     def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """[P][G] the same, a list a group."""
+        """[P][G] the scores by group."""
         return _nested(self.scores(groups), groups)
 
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
@@ -86,7 +86,7 @@ class RewardModelJudge:
         return split_steps(group, self._model.trunk.tokenizer, step_end, self._model.trunk.end_ids)
 
     def _own(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups in the model's own tokens."""
+        """The groups in the reward model's tokens."""
         if self._codec is None:
             return list(groups)
         return [part for group in groups for part in reread(group, self._writer, self._codec)]
@@ -97,10 +97,10 @@ class RewardModelJudge:
 
 
 class ReverseJudge:
-    """Scores completions by how well they tell their prompt: log p_reverse(prompt, end | completion).
+    """Scores completions by how well they predict their prompt: log p_reverse(prompt, end | completion).
 
-    By Bayes' rule that is log p(completion | prompt) − log p(completion) and a number that a prompt's completions
-    share: an answer that would do for any prompt gains nothing. What was cut off is read as if the text ended there.
+    By Bayes' rule that is log p(completion | prompt) − log p(completion) + a constant of the prompt: an answer that
+    suits any prompt gains nothing. A truncated completion is read as if the text ended there.
     """
 
     backwards = True
@@ -110,8 +110,8 @@ class ReverseJudge:
 
         Args:
             reverse: the model, or one with the same base.
-            adapter: the adapter of it that reads backwards, if it has any.
-            tokenizer: of whoever writes the completions; with another than the model's own, texts are read.
+            adapter: its adapter that reads backwards, if it has one.
+            tokenizer: the policy's; if it is not the model's own, texts are read instead of tokens.
         """
         self._reverse = reverse
         self._adapter = adapter
@@ -129,11 +129,11 @@ class ReverseJudge:
         return scores
 
     def by_group(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        """[P][G] the same, a list a group."""
+        """[P][G] the scores by group."""
         return _nested(self.scores(groups), groups)
 
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:  # noqa: ARG002
-        """It knows no steps.
+        """Not supported.
 
         Raises:
             ModelError: always.
@@ -141,10 +141,10 @@ class ReverseJudge:
         raise ModelError("a model of reversed text scores whole completions; name a process reward model for steps")
 
     def _asked(self, group: Group) -> Group:
-        """The text backwards, with the completion as the prompt of the prompt."""
+        """The reversed text as a group: the completion is its prompt, the prompt its completion."""
         turned = backwards(group, self._codec)
         ids = np.concatenate([turned.prompt, turned.completions[0].ids])
-        # Without a begin token, an empty completion leaves nothing to begin with but the prompt's own last token.
+        # Without a begin token, an empty completion leaves only the prompt's last token to start from.
         cut = max(1, len(ids) - 1 - len(_without(group.prompt, self._codec.tokenizer.bos_token_id)))
         return Group(ids[:cut], (Completion(ids[cut:], (True,) * (len(ids) - cut)),))
 
@@ -155,19 +155,19 @@ AnyJudge = RewardModelJudge | ReverseJudge
 def load_judge(
     folder: Path, settings: Model, policy: Policy, *, name: str = "reward", step_end: str | None = None
 ) -> AnyJudge:
-    """The model saved in `folder`, to judge what `policy` writes; it shares the policy's base if it can.
+    """The judge saved in `folder`, for completions of `policy`; it shares the policy's base if it can.
 
     Args:
         folder: its checkpoint.
         settings: the recipe's `model` section.
-        policy: who writes.
+        policy: writes the completions.
         name: of its adapter on the shared base.
         step_end: see `RewardModelJudge`.
 
     Raises:
         ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
     """
-    # Its chat template, like all of its tokenizer, is its own; fully trained, it keeps its float32 weights.
+    # It keeps its own chat template, and its float32 weights if it was fully trained.
     settings = replace(settings, chat_template=None, lora=None)
     if is_backwards(folder):
         if policy.has_adapter and same_base(folder, policy):
@@ -201,7 +201,7 @@ def _must_fit(groups: Sequence[Group], model: Policy) -> None:
 
 
 def same_tokens(one: Any, other: Any) -> bool:
-    """Whether the ids of one tokenizer mean the same to the other, conversations included."""
+    """Whether two tokenizers have the same ids and render conversations alike."""
     return one is other or (
         one.get_vocab() == other.get_vocab()
         and one.eos_token_id == other.eos_token_id
@@ -210,9 +210,9 @@ def same_tokens(one: Any, other: Any) -> bool:
 
 
 def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
-    """The completions of a group by their text, in another tokenizer's ids; one group, if the prompt stays one.
+    """A group re-encoded from text with another tokenizer; one group, if all completions get the same prompt.
 
-    Of a completion that was cut off at the length limit, the end is left open.
+    A completion that was truncated gets no end token.
     """
     asked = _asked(group, writer)
     alone = [_reread(asked, c, group.example, codec) for c in group.completions]
@@ -225,10 +225,10 @@ def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], code
     location = "what the reward model reads"
     text = completion.text
     for stop in codec.tokenizer.convert_ids_to_tokens(list(codec.stops)):
-        text = text.replace(stop, "")  # here it would end the answer; its writer went on
+        text = text.replace(stop, "")  # for this tokenizer it would end the answer
     row = {**example, "prompt": asked, "completion": text}
     if not text.strip():
-        # Formats know no empty turn; a policy that answers nothing has ended its turn all the same.
+        # Formats have no empty turn: an empty answer is its end token alone.
         end = codec.stops[-1]
         read = replace(encode(row, Format.prompt, codec, location), completions=(Completion((end,), (True,)),))
     else:

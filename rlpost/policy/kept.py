@@ -1,7 +1,7 @@
-"""Keys and values of rows that were read before, for prompts that begin as those rows do.
+"""A prefix cache: keys and values of earlier rows, for prompts that begin as those rows do.
 
-They hold for one state of the weights. Every layer has one pool of tokens; a row knows where in it its tokens lie, and
-rows with a common beginning share its places. Where memory runs out, the oldest rows go.
+It is valid for one version of the weights. Every layer has one pool of tokens; a row is a list of places in the pool,
+and rows with a common prefix share its places. When memory runs out, the oldest rows are dropped.
 
 Axes: K key heads, D head width, C places of the pool, n some tokens.
 """
@@ -22,9 +22,9 @@ from rlpost.policy.layout import FlatLayout, Segment, flat_layout
 from rlpost.types import Tokens
 
 Places = NDArray[np.int64]
-"""Where in the pools the tokens of a row lie, in order."""
+"""Indices of a row's tokens in the pools, in order."""
 FIRST_PLACES = 1024
-"""Tokens for which there is room at first; doubled when they run out."""
+"""Size of a pool at first, in tokens; doubled when it is full."""
 
 
 @dataclass(frozen=True)
@@ -35,38 +35,38 @@ class _Row:
 
 
 class KeptRows:
-    """Rows by their tokens, and what the layers computed of them."""
+    """The prefix cache: rows by their tokens, with keys and values of all layers."""
 
     def __init__(self, limit: int) -> None:
         """Keep at most `limit` bytes of keys and values."""
         self.limit = limit
         self.reused = 0
-        """Tokens of prompts that were found here."""
+        """Prompt tokens that were found here."""
         self.missed = 0
-        """Tokens of prompts that were not."""
+        """Prompt tokens that were not."""
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows, and give their memory back."""
+        """Drop all rows and free their memory."""
         self._pools: list[tuple[Tensor, Tensor]] = []
-        """Of each layer, [C, K·D] keys and values."""
+        """[C, K·D] keys and values of each layer."""
         self._rows: dict[bytes, _Row] = {}
-        """By key, the oldest first."""
+        """Rows by key, the oldest first."""
         self._keys: list[bytes] = []
-        """The same keys in order: the row that begins most like a prompt stands beside it."""
+        """The same keys, sorted: the row with the longest common prefix is next to a prompt's key."""
         self._uses: NDArray[np.int32] = np.zeros(0, np.int32)
-        """[C] rows that contain each place, and holders of it."""
+        """[C] reference count of each place: rows that contain it, and holders."""
         self._free: list[int] = []
         self._token_bytes = 0
         self._batch = 0
 
     @property
     def bytes(self) -> int:
-        """Memory of the places that are taken."""
+        """Memory of the places in use."""
         return (len(self._uses) - len(self._free)) * self._token_bytes
 
     def find(self, prompt: Tokens) -> Places:
-        """Places of the longest beginning of the prompt that is kept, held until `release`; never the whole prompt."""
+        """Places of the longest kept prefix of the prompt, held until `release`; never the whole prompt."""
         wanted = _key(prompt[:-1])
         at = bisect_left(self._keys, wanted)
         near = self._keys[max(0, at - 1) : at + 1]
@@ -79,14 +79,14 @@ class KeptRows:
         return found
 
     def begin(self, token_bytes: int) -> None:
-        """Rows are about to be added, of so many bytes a token: older ones go for them, but none of their own."""
+        """Begin to add a batch of rows of `token_bytes` a token; only rows of earlier batches may be dropped for it."""
         self._token_bytes = token_bytes
         self._batch += 1
 
     def add(self, ids: Tokens, before: Places) -> Places | None:
-        """Places for a row whose first tokens lie at `before`, held until `release`; None where there is no memory.
+        """Places for a row whose first tokens are at `before`, held until `release`; None if memory is short.
 
-        The caller writes the others.
+        The caller writes the keys and values of the other tokens.
         """
         key = _key(ids)
         if key not in self._rows:
@@ -101,13 +101,13 @@ class KeptRows:
         return held
 
     def release(self, held: Sequence[Places]) -> None:
-        """What `find` and `add` gave is needed no more, unless rows that are kept contain it."""
+        """Release places from `find` or `add`; those of no kept row become free."""
         for places in held:
             self._uses[places] -= 1
             self._free += places[self._uses[places] == 0].tolist()
 
     def write(self, layer: int, places: Places, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values [n, K, D] into places of a layer; the first time, layers come in order."""
+        """Write keys and values [n, K, D] to places of a layer; the first calls go through the layers in order."""
         capacity = len(self._uses)
         keys, values = keys.flatten(1), values.flatten(1)
         if layer == len(self._pools):
@@ -127,7 +127,7 @@ class KeptRows:
     def _with_room(self, before: Places, more: int) -> Places | None:
         """`before` and `more` free places."""
         most = self.limit // self._token_bytes
-        self._uses[before] += 1  # nothing that is asked for may go for it
+        self._uses[before] += 1  # so that `before` is not freed below
         while len(self._free) < more and len(self._uses) < most:
             capacity = len(self._uses)
             larger = min(most, max(2 * capacity, FIRST_PLACES))
@@ -152,21 +152,21 @@ class KeptRows:
 
 
 class Keeping:
-    """What one decoder finds among the kept rows, and what it leaves there."""
+    """One decoder's use of the prefix cache: what it finds there, and what it adds."""
 
     def __init__(self, kept: KeptRows, prompts: Sequence[Tokens]) -> None:
-        """Look for the beginnings of its prompts."""
+        """Look up the prefixes of its prompts."""
         self.kept = kept
         self._prompts = [np.asarray(p) for p in prompts]
         self.before = [kept.find(p) for p in prompts]
-        """Where the beginning of each prompt is."""
+        """Places of each prompt's kept prefix."""
         self._held = list(self.before)
         self._places: list[Places | None] = []
-        """Where each prompt is, once it is kept."""
+        """Places of each prompt once it is kept; None if memory was short."""
         self._token_bytes = 0
 
     def with_kept(self, layer: PromptedLayer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, K, D] of the tokens that were read, and after them of the beginnings that were not."""
+        """[n, K, D] keys and values of the tokens that were read, followed by those of the kept prefixes."""
         places = np.concatenate(self.before)
         if not len(places):
             return keys, values
@@ -175,7 +175,7 @@ class Keeping:
         return keys, values
 
     def keep_prompts(self, layers: Sequence[PromptedLayer]) -> None:
-        """Keep what the prefill passes of the layers have read, as far as there is memory."""
+        """Add the prompts that the prefill passes have read, as far as memory allows."""
         shapes = [x for layer in layers for x in layer.passes[0]]
         self._token_bytes = sum(x.shape[0] * x.shape[2] * x.element_size() for x in shapes)
         self.kept.begin(self._token_bytes)
@@ -194,22 +194,22 @@ class Keeping:
                 self.kept.write(layer.number, np.concatenate(to), keys[index], values[index])
 
     def keep_rows(
-        self, layers: Sequence[PromptedLayer], rows: Sequence[int], prompts: Sequence[int], said: Sequence[Tokens]
+        self, layers: Sequence[PromptedLayer], rows: Sequence[int], prompts: Sequence[int], ids: Sequence[Tokens]
     ) -> None:
-        """Keep what rows were given, as far as there is memory.
+        """Add the tokens of some rows, as far as memory allows.
 
         Args:
             layers: of the decoder.
-            rows: which of its rows.
-            prompts: which prompt each continues.
-            said: the tokens of each, of which the last may not have been read yet.
+            rows: numbers of the decoder's rows.
+            prompts: the prompt each continues.
+            ids: the tokens of each; the last may not have been read yet.
         """
         if not layers or not (length := layers[0].layout.length):
             return
         self.kept.begin(self._token_bytes)
         to, which = [], []
-        for number, (prompt, ids) in enumerate(zip(prompts, said, strict=True)):
-            before, read = self._places[prompt], np.asarray(ids)[:length]
+        for number, (prompt, own) in enumerate(zip(prompts, ids, strict=True)):
+            before, read = self._places[prompt], np.asarray(own)[:length]
             places = None if before is None else self._add(np.concatenate([self._prompts[prompt], read]), before)
             if before is not None and places is not None:
                 to.append(places[len(before) :])
@@ -222,7 +222,7 @@ class Keeping:
                 self.kept.write(layer.number, np.concatenate(to), keys, values)
 
     def close(self) -> None:
-        """The decoder is done."""
+        """Release everything the decoder holds."""
         self.kept.release(self._held)
         self._held = []
 
@@ -233,10 +233,10 @@ class Keeping:
 
 
 class KeptLayout(FlatLayout):
-    """A flat row of what follows kept beginnings: each segment attends to its own beginning, then to itself."""
+    """A flat row of segments that continue kept prefixes: each attends to its prefix, then to itself."""
 
     def __init__(self, flat: FlatLayout, kept: KeptRows, rows: PromptedLayout) -> None:
-        """The tiles of `flat` name their prompts by places in the pool of the layer that `rows` is at."""
+        """`prompt_PK` of the tiles of `flat` are places in the pool of the layer that `rows` is at."""
         super().__init__(flat.tiles, flat.token_M, flat.place_T)
         self._kept = kept
         self._rows = rows
@@ -268,12 +268,12 @@ def kept_layout(
 
 
 def _key(ids: Tokens) -> bytes:
-    """Equal beginnings of rows are equal beginnings of their keys."""
+    """A key such that rows with a common prefix have keys with a common prefix."""
     return np.asarray(ids).astype(">i4").tobytes()
 
 
 def _common(a: bytes, b: bytes) -> int:
-    """Tokens that two keys begin with."""
+    """Tokens of the common prefix of two keys."""
     shorter = min(len(a), len(b)) // 4
     x, y = (np.frombuffer(key, ">i4", shorter) for key in (a, b))
     different = np.flatnonzero(x != y)

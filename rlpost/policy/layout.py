@@ -42,7 +42,7 @@ class Tile:
     first: int
     """Where its queries begin among all tiles' queries."""
     query_position_BQ: Tensor
-    """Positions within the sequence; a padding query stands where its row's last real one does."""
+    """Positions within the sequence; a padding query has that of its row's last real one."""
     key_position_BK: Tensor
     """Positions of the row's prompt (none for whole segments) and of its own tokens; FAR for padding."""
     prompt_PK: Tensor | None = None
@@ -73,13 +73,13 @@ class Tile:
 
 
 class FlatLayout:
-    """The tiles of a flat batch, and where each token lies in them."""
+    """The tiles of a flat batch, and the index of each token in them."""
 
     def __init__(self, tiles: Sequence[Tile], token_M: Tensor, place_T: Tensor) -> None:
         """Hold the tiles.
 
         Args:
-            tiles: their queries, padding counted, are numbered 0 to M − 1 through all tiles.
+            tiles: their queries, padding included, are numbered 0 to M − 1 through all tiles.
             token_M: the token of each query; T for padding.
             place_T: the query of each token: the inverse of `token_M`.
         """
@@ -135,7 +135,7 @@ class _ToTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Each token lies in exactly one place."""
+        """A gather: each token is one query."""
         _, place_T = ctx.saved_tensors
         return grads[0].index_select(0, place_T), None, None
 

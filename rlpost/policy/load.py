@@ -1,4 +1,4 @@
-"""From a folder, a checkpoint or a hub name to a policy that has been checked."""
+"""Loads a policy from a folder, a checkpoint or a hub name, and checks it."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from rlpost.policy.score import logprobs
 from rlpost.run.names import ABOUT
 
 MERGED_GAP = 1e-2
-"""Nats that a log-probability may change by when an adapter is merged: rounding, and no more."""
+"""Largest change of a log-probability, in nats, when an adapter is merged; more is no rounding."""
 BEYOND_RECIPES = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "trainable_token_indices"),
 )
-"""What a saved adapter may have of which `model.lora` says nothing."""
+"""Options of a saved adapter that `model.lora` does not have."""
 HEAD_FILE = "scalar_head.safetensors"
-"""Beside the weights or the adapter of a model of scalars: the head's weight [1, D] and bias [1]."""
+"""File of a value head, next to the weights or the adapter of its trunk: weight [1, D] and bias [1]."""
 
 
 def load_policy(
@@ -48,10 +48,10 @@ def load_policy(
     bfloat16: bool = False,
     device: torch.device | str = "cpu",
     trainable: bool = True,
-    scores: bool = False,
+    value_head: bool = False,
     backwards: bool = False,
 ) -> Policy:
-    """Load, check, and dress a model as the recipe says.
+    """Load a model, check it, and add adapters as the recipe says.
 
     Args:
         path: a model folder, a checkpoint of rlpost (full or adapter), or a hub name.
@@ -59,21 +59,21 @@ def load_policy(
         bfloat16: the precision already decided (see `decide_bfloat16`).
         device: where to put it.
         trainable: False freezes every weight.
-        scores: it is to be the trunk of a model of scalars, which is no policy.
-        backwards: it is to be a model of reversed text, which is no policy either.
+        value_head: it has a value head, so it is no policy.
+        backwards: it is a model of reversed text, so it is no policy either.
 
     Raises:
         ModelError: if it cannot be loaded, is something else, or adapter, tokenizer and model do not fit together.
     """
     folder = Path(path)
-    _must_be(folder, scores, backwards)
+    _must_be(folder, value_head, backwards)
     adapter = folder if is_adapter(folder) else None
     base = base_of(adapter) if adapter else str(path)
     if adapter is not None:
         read_adapter_config(adapter)  # before the base, which takes longer
     wants_lora = settings.lora is not None
-    # A base under adapters needs no float32 weights; weights that train do, and so does a frozen copy of them, which
-    # must score what they scored.
+    # Trained weights are float32, and so is a frozen copy of them, whose scores must be the same. A base under adapters
+    # may be in half precision.
     half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
     model = load_model(base, settings.revision, torch.bfloat16 if half else torch.float32).to(device)
     if adapter is not None:
@@ -85,10 +85,10 @@ def load_policy(
         exact = check_exactness(model, tokenizer, settings.attention)
     flat = choose_rows(exact, settings.attention, type(model).__name__, base)
     policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, **exact.ways())
-    policy.model = _dress(policy, adapter, settings.lora, trainable)
+    policy.model = _with_adapters(policy, adapter, settings.lora, trainable)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
     codec = make_codec(tokenizer)
-    # Read backwards, a turn has its stop token first: only the end token ends the text.
+    # In reversed text a turn begins with its stop token: only the end token ends the text.
     policy.end_ids = (codec.end,) if backwards else tuple(dict.fromkeys((*policy.end_ids, *codec.stops)))
     name_ends(policy)
     if settings.gradient_checkpointing:
@@ -97,7 +97,7 @@ def load_policy(
     if not trainable:
         policy.requires_grad_(False)
     with told_as_model_error(f"{path}: the model cannot be run"):
-        _must_say_numbers(policy.eval(), path)
+        _must_be_finite(policy.eval(), path)
     return policy
 
 
@@ -107,8 +107,8 @@ def is_backwards(folder: str | Path) -> bool:
     return about.is_file() and read_json_object(about).get("direction") == Direction.reverse
 
 
-def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
-    if not scores and (folder / HEAD_FILE).is_file():
+def _must_be(folder: Path, value_head: bool, backwards: bool) -> None:
+    if not value_head and (folder / HEAD_FILE).is_file():
         raise ModelError(
             f"{folder}: a model that scores ({HEAD_FILE}), not a policy; name the stage it was trained from"
         )
@@ -118,16 +118,16 @@ def _must_be(folder: Path, scores: bool, backwards: bool) -> None:
         raise ModelError(f"{folder}: it reads backwards (direction: reverse), so it is no policy; name another stage")
 
 
-def _must_say_numbers(policy: Policy, path: str | Path) -> None:
-    said = logprobs(policy, probe_groups(policy.vocabulary, policy.longest))
-    if not bool(torch.isfinite(said).all()):
+def _must_be_finite(policy: Policy, path: str | Path) -> None:
+    logp_N = logprobs(policy, probe_groups(policy.vocabulary, policy.longest))
+    if not bool(torch.isfinite(logp_N).all()):
         raise ModelError(
-            f"{path}: what the model says of a few tokens is no finite number; its weights or config.json are damaged"
+            f"{path}: the model's log-probabilities are not finite; its weights or config.json are damaged"
         )
 
 
 def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "model") -> bool:
-    """True for flat rows; says so when a model has to do with slower ways of scoring or sampling.
+    """True for flat rows; warns when a model can only be scored or sampled in a slower way.
 
     Raises:
         ModelError: if it cannot be trained, or if the recipe insists on flat rows and they are not exact.
@@ -140,7 +140,7 @@ def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "mod
     if wish is Attention.flat and not exact.flat:
         raise ModelError(f"model.attention=flat: not exact for {family}: {exact.reason}; use model.attention=auto")
     if exact.single:
-        console.warn(f"{family} scores each row in a pass of its own, since padding changes what it says: slower")
+        console.warn(f"{family} scores each row in a pass of its own, which is slow: padding changes its logits")
     elif not exact.flat and wish is not Attention.padded:
         console.warn(f"{family} runs on padded rows, without shared prompts: {exact.reason}")
     if exact.decoding is Decoding.recomputed:
@@ -164,7 +164,7 @@ def decide_bfloat16(wish: Precision, device: torch.device | str) -> bool:
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set every dropout to zero: the log-probabilities of sampling and training must be those of one model."""
+    """Set every dropout to zero: sampling and training must compute the same log-probabilities."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -184,8 +184,8 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return best
 
 
-def _dress(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: bool) -> Any:
-    """The model with adapters on as needed: a saved one, a new one, or a saved one merged for full fine-tuning."""
+def _with_adapters(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: bool) -> Any:
+    """The model with the adapter that is needed: a saved one, a new one, or a saved one merged for full fine-tuning."""
     model = bare.model
     if adapter is None:
         if lora is None or not trainable:
@@ -206,24 +206,24 @@ def _dress(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: boo
 
 
 def proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
-    """The adapter merged, and shown to say what it said before."""
+    """The model with the adapter merged; its log-probabilities are compared with those before."""
     result = merged(loaded)
     groups = probe_groups(bare.vocabulary, bare.longest)
     before, after = (logprobs(bare.around(m.eval(), bfloat16=False), groups) for m in (loaded, result))
     gap = float((before - after).abs().max())
     if not gap < MERGED_GAP:
         raise ModelError(
-            f"{adapter}: merging this adapter changes what the model says, by {gap:.2g} nats; "
+            f"{adapter}: merging this adapter changes log-probabilities by {gap:.2g} nats; "
             "set model.lora to go on training it, or merge it with peft and name the merged folder"
         )
     return result
 
 
 def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
-    """The saved adapter is what the recipe asks for; its dropout is made so.
+    """Check the saved adapter against `model.lora`, and set its dropout.
 
     Raises:
-        ModelError: it is not.
+        ModelError: they differ.
     """
     config = loaded.peft_config[adapters.POLICY]
     r, alpha = config.r, float(config.lora_alpha)

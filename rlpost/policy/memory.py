@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process, where the C library would give it back."""
+"""Keeps freed memory in the process instead of giving it back to the system."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     at the start of a process; decoding, whose buffers are small and stay, does not gain by it.
 
     Returns:
-        False where it does not apply: another C library or system, which are left as they are.
+        False with another C library or system, where nothing is changed.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

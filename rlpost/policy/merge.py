@@ -1,4 +1,4 @@
-"""An adapter merged into the weights of its base: a new model, proven to say what the two said together."""
+"""Merges an adapter into the weights of its base, as a new model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def merged(model: PeftModel) -> nn.Module:
         select(own, POLICY)
         for module in own.modules():
             if isinstance(module, ModulesToSaveWrapper) and module._active_adapter:
-                # Merging looks its module up by this name, and not by a list of one.
+                # peft's merging looks the module up by this name, not by a list of one.
                 module._active_adapter = POLICY
         result: nn.Module = own.merge_and_unload(adapter_names=[POLICY])
     return result
 
 
 def _untie(model: Any) -> None:
-    """Give a head that shares its matrix with the embedding one of its own, if the adapter changes the two apart."""
+    """Untie the head from the embedding if the adapter changes them differently."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     inner, outer = _bare(embedding), _bare(head)
     if inner is outer or inner.weight is not outer.weight or not (_changed(embedding) or _changed(head)):
@@ -42,7 +42,7 @@ def _untie(model: Any) -> None:
 
 
 def _bare(module: Any) -> Any:
-    """The layer itself, without what adapters put around it."""
+    """The layer without adapters around it."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _bare(module.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

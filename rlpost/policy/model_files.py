@@ -1,4 +1,4 @@
-"""Models and tokenizers as transformers reads them, with what it would pass over or unpickle refused first."""
+"""Loads models and tokenizers with transformers; refuses first what it would ignore or unpickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlpost.errors import ModelError, RlpostError
 from rlpost.policy.adapter_files import ADAPTER_FILE, first_line, read_json_object
 from rlpost.policy.params import Model
 
-# Its bars for loading and saving would break up ours, and tell nothing that console.py does not.
+# Its progress bars for loading and saving would break up those of console.py.
 logging.disable_progress_bar()
 
 INDEX = "model.safetensors.index.json"
@@ -30,31 +30,31 @@ _REFUSED = {
 }
 _NUMBERED = re.compile(r"\.\d+(?=\.|$)")
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|\.version)$")
-"""What old checkpoints hold that no training has made."""
+"""Buffers in old checkpoints that are not trained weights."""
 
 
 @contextmanager
 def told_as_model_error(what: str) -> Iterator[None]:
-    """Whatever transformers, tokenizers or peft make of a file inside becomes one line.
+    """Turn any error of transformers, tokenizers or peft inside into one line.
 
     Raises:
-        ModelError: then.
+        ModelError: one was raised.
     """
     try:
         yield
     except (RlpostError, torch.OutOfMemoryError):  # a full GPU is no fault of the model's files
         raise
-    except Exception as error:  # a damaged file shows as an error of any kind, so none can be named
+    except Exception as error:  # a damaged file may raise anything
         raise ModelError(f"{what}: {_reason(error)}") from error
     except BaseException as error:
-        # What the Rust of tokenizers raises when it panics is no Exception.
+        # A panic in the Rust code of tokenizers raises what is no Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{what}: {_reason(error)}") from error
 
 
 def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
-    """A causal language model with the very weights of its files, all of them.
+    """A causal language model with all weights of its files.
 
     Args:
         base: a folder or a hub name.
@@ -62,7 +62,7 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
         dtype: of the weights.
 
     Raises:
-        ModelError: it cannot be loaded so.
+        ModelError: it cannot be loaded, or weights are missing or do not fit.
     """
     if (Path(base) / ADAPTER_FILE).is_file():
         raise ModelError(f"{base}: an adapter where its base model is expected; merge it into its own base first")
@@ -72,11 +72,11 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
     config = _config(base, revision)
     _must_be_safe(base, revision, config)
     if (Path(base) / "generation_config.json").is_file():
-        # transformers would take a damaged one for none.
+        # transformers would ignore a damaged one.
         read_json_object(Path(base) / "generation_config.json")
     with _loading(base):
-        # The configuration is given, not named: a key of config.json that is called like an argument here would
-        # replace it (`use_safetensors: false`).
+        # Pass the configuration as an object: by name, a key of config.json such as `use_safetensors: false` would
+        # replace the argument below.
         model, found = AutoModelForCausalLM.from_pretrained(
             base,
             config=config,
@@ -98,7 +98,7 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
 
 
 def load_generation_config(folder: Path, model: Any) -> None:
-    """The generation configuration beside an adapter, if there is one, in place of its base's.
+    """Use the generation configuration in an adapter's folder, if there is one, instead of its base's.
 
     Raises:
         ModelError: it is damaged.
@@ -152,10 +152,10 @@ def with_chat_template(tokenizer: Any, settings: Model) -> Any:
 
 
 def must_fit(model: Any, tokenizer: Any, path: str) -> None:
-    """The tokenizer is this model's, as far as its ids show.
+    """Check that the tokenizer fits the model, by its ids.
 
     Raises:
-        ModelError: it is not, or has no end token.
+        ModelError: it does not, or has no end token.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{path}: its tokenizer has no end token, so a completion could never end; set eos_token")
@@ -190,7 +190,7 @@ def _config(base: str, revision: str | None) -> Any:
 
 
 def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
-    """Nothing that is no safetensors file is opened for weights, and no adapter is put on behind our back."""
+    """Refuse weights that are no safetensors files, and adapters that transformers would add by itself."""
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise ModelError(f"{base}: config.json names its weights ({named!r}), which is not supported; remove the key")
@@ -215,7 +215,7 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
 
 
 def _on_hub(base: str, name: str, revision: str | None) -> str | None:
-    """Where a file of a hub repository lies on this disk; None where there is none."""
+    """The local path of a file of a hub repository; None if there is none."""
     found: str | None = cached_file(
         base,
         name,
@@ -228,7 +228,7 @@ def _on_hub(base: str, name: str, revision: str | None) -> str | None:
 
 
 def _must_have_read_all(base: str, model: Any, unexpected: list[str]) -> None:
-    """Weights in the files that would be part of a layer, of the model's or one further, are of another model."""
+    """Refuse files with weights of a layer that the model does not have: they are another model's."""
     modules = dict(model.named_modules())
     weights = [name for name in unexpected if not _BUFFERS.search(name)]
     further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None)
@@ -246,7 +246,7 @@ def _must_have_read_all(base: str, model: Any, unexpected: list[str]) -> None:
 
 
 def _must_be_floats(base: str, model: Any) -> None:
-    """A weight stored as whole numbers would be converted without a word."""
+    """Refuse weights stored as integers, which transformers would silently convert."""
     folder = Path(base)
     if not folder.is_dir():
         return
@@ -279,5 +279,5 @@ def _load_failure(base: str, error: Exception) -> str:
 
 def _reason(error: BaseException) -> str:
     text = first_line(error)
-    # A bare key or attribute says little without what it is an error of.
+    # A bare key or attribute name says little without the type of the error.
     return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"

@@ -1,8 +1,8 @@
-"""A reference that follows the policy: every so often share·policy + (1 − share)·reference (TR-DPO, arXiv:2404.09656).
+"""A moving reference: every so often share·policy + (1 − share)·reference (TR-DPO, arXiv:2404.09656).
 
 With full fine-tuning it is a second model whose weights are mixed; with LoRA, an adapter on the policy's base whose
-products are. The adapter has room for several times the policy's rank, since mixing stacks ranks; what does not fit
-is cut off, and how much that was is said.
+products are. The adapter has several times the policy's rank, since mixing adds ranks up; what exceeds it is cut off,
+and the error of that is returned.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ ROOM = 4
 
 
 class MovingReference:
-    """A reference with weights of its own, in the shape that mixing needs."""
+    """A reference whose weights can be mixed with the policy's."""
 
     def __init__(self, policy: Policy, checkpoint: Path, settings: Model) -> None:
-        """Begin as what `checkpoint` holds; with LoRA, that is the policy's base or an adapter on it.
+        """Start from `checkpoint`; with LoRA, that is the policy's base or an adapter on it.
 
         Raises:
             ModelError: it holds another kind of model or adapter than the policy, or one that cannot be mixed.
@@ -42,7 +42,7 @@ class MovingReference:
         self._policy = policy
         self._frozen: Policy | None = None
         if not policy.has_adapter:
-            # As if to be trained: an adapter is merged into the weights then, as it was in the policy's.
+            # Loaded as trainable, so that an adapter is merged into its weights as it was into the policy's.
             self._frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device)
             self._frozen.requires_grad_(False)
             if _shapes(self._frozen) != _shapes(policy):
@@ -66,7 +66,7 @@ class MovingReference:
 
     @torch.no_grad()
     def move(self, share: float) -> float:
-        """Move towards the policy; returns the largest relative error of a product that had to be cut to its room."""
+        """Move towards the policy; returns the largest relative error of cutting a product to the adapter's rank."""
         if self._frozen is not None:
             own = dict(self._policy.named_parameters())
             for name, p in self._frozen.named_parameters():
@@ -84,14 +84,14 @@ class MovingReference:
         return lost
 
     def weights(self) -> dict[str, Tensor]:
-        """What it consists of, by name."""
+        """Its weights by name."""
         if self._frozen is not None:
             return {name: p.detach() for name, p in self._frozen.named_parameters()}
         return adapters.adapter_state(self._policy.model, adapters.REFERENCE)
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Go on from `weights()`."""
+        """Restore what `weights()` returned."""
         if self._frozen is None:
             self._write(weights)
             return
@@ -102,7 +102,7 @@ class MovingReference:
         adapters.add_adapter(self._policy.model, adapters.REFERENCE, state)
 
     def _padded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Factors of fewer ranks than there is room for, filled up with zeros."""
+        """Factors padded with zeros to the adapter's rank."""
         full = {}
         for name, x in state.items():
             axis = 0 if "lora_A" in name else 1
@@ -137,7 +137,7 @@ def _adapter_of(checkpoint: Path, policy: Policy) -> dict[str, Tensor]:
 
 
 def _scale(config: LoraConfig) -> float | None:
-    """What every product of an adapter is multiplied by; None where it is more than such products."""
+    """The factor on an adapter's products; None if it has more than plain low ranks."""
     more = (config.use_dora, config.use_rslora, config.rank_pattern, config.alpha_pattern)
     if any((*more, config.modules_to_save, config.trainable_token_indices)):
         return None

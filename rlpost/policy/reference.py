@@ -1,4 +1,4 @@
-"""The reference policy: the checkpoint a stage started from (or an earlier one), never the bare base by accident."""
+"""The reference policy: the checkpoint a stage started from, or the one that the recipe names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlpost.types import Group
 
 
 class Reference:
-    """Log-probabilities under a policy that does not move.
+    """Log-probabilities under a frozen policy.
 
     With LoRA it is another adapter (or none) on the same base; with full fine-tuning, a frozen second model.
     """
@@ -69,16 +69,16 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
 
 
 def _proven_copy(policy: Policy, checkpoint: Path) -> Reference:
-    """The reference that is a copy of the policy's adapter, shown to say what the policy says.
+    """The reference that is a copy of the policy's adapter; its log-probabilities are compared with the policy's.
 
     Raises:
-        ModelError: it does not.
+        ModelError: they differ.
     """
     reference = Reference(policy, adapters.REFERENCE)
     groups = probe_groups(policy.vocabulary, policy.longest)
     if not torch.equal(reference.logprobs(groups), logprobs(policy, groups)):
         raise ModelError(
-            f"{checkpoint}: a copy of its adapter says other than the adapter itself, so it can be no reference; "
+            f"{checkpoint}: a copy of its adapter gives other log-probabilities, so it cannot be the reference; "
             "merge it into its base with peft's merge_and_unload and name the merged folder"
         )
     return reference
@@ -89,10 +89,10 @@ def _frozen(policy: Policy) -> Reference:
 
 
 def same_base(checkpoint: Path, policy: Policy) -> bool:
-    """True where `checkpoint` is an adapter that can stand beside the policy's, on the base they share.
+    """True if `checkpoint` is an adapter that can be added to the policy's base, next to the policy's own.
 
-    What else than low ranks an adapter keeps for itself (whole modules, tokens) has to be the same of both: two kinds
-    of wrapping do not fit around one module.
+    Copies of modules or tokens that an adapter has besides low ranks must be of the same ones in both: peft cannot wrap
+    one module in two ways.
     """
     if not (policy.has_adapter and is_adapter(checkpoint) and same_model(base_of(checkpoint), policy.base)):
         return False

@@ -1,4 +1,4 @@
-"""A policy written as transformers or peft load it, and read back: what lies there is what was trained."""
+"""Writes a policy as transformers or peft load it, and reads it back to compare."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from rlpost.policy.policy import Policy
 
 
 def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
-    """Write the whole model, or one adapter alone; its tokenizer; and the tokens that end what it writes.
+    """Write the whole model, or one adapter alone, with its tokenizer and generation configuration.
 
     Raises:
-        ModelError: what was written is not the policy.
+        ModelError: the files do not hold the policy's weights.
     """
     if policy.has_adapter:
         save_adapter(policy.model, folder, adapter)
@@ -33,9 +33,9 @@ def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
 
 
 def name_ends(policy: Policy) -> None:
-    """The model's generation configuration names every token that ends what the policy writes.
+    """Put every token that ends a completion into the model's generation configuration.
 
-    Whoever generates with a result (transformers, vLLM) stops at these, and its tokenizer names one of them alone.
+    transformers and vLLM stop at these; the tokenizer names only one of them.
     """
     config = policy.causal_lm.generation_config
     ends = list(policy.end_ids)
@@ -54,21 +54,21 @@ def _must_be_adapter(policy: Policy, folder: Path, adapter: str) -> None:
 
 
 def _must_be_model(model: Any, folder: Path) -> None:
-    """Every weight is there as it is in memory; where names are others in files, the numbers are in sum."""
+    """Compare every weight in the files with memory; weights saved by other names are compared by their sums."""
     state = model.state_dict()
-    seen: set[str] = set()
+    compared: set[str] = set()
     others: list[Tensor] = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 x = opened.get_tensor(name)
                 if name in state:
-                    seen.add(name)
+                    compared.add(name)
                     _must_equal(state, {name: x}, folder)
                 else:
                     others.append(_measure(x))
-    written = {state[name].data_ptr() for name in seen}
-    left = {name: x for name, x in state.items() if name not in seen and x.data_ptr() not in written}
+    written = {state[name].data_ptr() for name in compared}
+    left = {name: x for name, x in state.items() if name not in compared and x.data_ptr() not in written}
     nothing = torch.zeros(2, dtype=torch.float64)
     if not torch.allclose(sum(map(_measure, left.values()), nothing), sum(others, nothing), rtol=1e-6, atol=0):
         name = next(iter(left), "a weight")
@@ -82,5 +82,5 @@ def _must_equal(state: Mapping[str, Tensor], written: Mapping[str, Tensor], fold
 
 
 def _measure(x: Tensor) -> Tensor:
-    """[2] how many numbers, and the sum of their magnitudes: the same however they are cut and stacked."""
+    """[2] number of elements and sum of their magnitudes, which do not depend on how tensors are split or stacked."""
     return torch.tensor([x.numel(), float(x.double().abs().sum())], dtype=torch.float64)

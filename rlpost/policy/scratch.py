@@ -1,4 +1,4 @@
-"""A model made from nothing: a configuration, random weights, and a tokenizer made by the recipe."""
+"""A model from scratch: a configuration, random weights, and the recipe's tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) 
         folder: where to write; it exists.
 
     Raises:
-        RecipeError: if transformers knows no such model type, refuses the configuration, or makes what cannot run.
+        RecipeError: transformers does not know the model type, refuses the configuration, or the model cannot run.
     """
     fields = dict(config)
     kind = fields.pop("model_type", None)
@@ -44,7 +44,7 @@ def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) 
         _must_run(model)
     except RlpostError:
         raise
-    except Exception as error:  # what a wrong number in a configuration leads to is of any kind
+    except Exception as error:  # a wrong number in a configuration may raise anything
         raise RecipeError(f"model.config: {_reason(error, fields)}; correct it") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -52,14 +52,14 @@ def make_model(config: dict[str, Any], tokenizer: Any, seed: int, folder: Path) 
 
 @torch.no_grad()
 def _must_run(model: Any) -> None:
-    """A model that was made may still have parts that do not fit each other: heads that do not divide its width."""
+    """Run it once: parts may still not fit each other, such as heads that do not divide its width."""
     logits = model.eval()(torch.zeros(1, 2, dtype=torch.long)).logits
     if not bool(logits.isfinite().all()):
-        raise RecipeError("model.config: what the model says is no finite number; look at its numbers")
+        raise RecipeError("model.config: the model's logits are not finite; look at its numbers")
 
 
 def _reason(error: Exception, fields: dict[str, Any]) -> str:
-    """The line of an error that names one of the recipe's fields; else its first, with what is at hand."""
+    """The line of an error that names one of the recipe's fields; else its first line and all fields."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     named = next((line for line in lines if any(name in line for name in fields)), None)
     given = ", ".join(f"{name}={value}" for name, value in fields.items())

@@ -181,7 +181,7 @@ def load_value_head_model(
         adapters.add_saved_adapter(share_with.model, name, folder)
         model = ValueHeadModel(share_with, name, trains_trunk=False)
     else:
-        trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False, scores=True)
+        trunk = load_policy(folder, settings, bfloat16=bfloat16, device=device, trainable=False, value_head=True)
         model = ValueHeadModel(trunk, adapters.POLICY, trains_trunk=False)
     model.load_head(folder)
     return model.requires_grad_(False).eval()
@@ -217,7 +217,7 @@ def make_critic(
             bfloat16=policy.in_bfloat16,
             device=policy.device,
             trainable=trains_trunk,
-            scores=reward_model is not None,
+            value_head=reward_model is not None,
         )
         critic = ValueHeadModel(trunk, adapters.POLICY, trains_trunk=trains_trunk)
         return _with_head(critic, reward_model)

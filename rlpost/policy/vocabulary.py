@@ -1,7 +1,7 @@
-"""The tokens a policy can write: those its tokenizer knows.
+"""Restricts logits to the tokens that the tokenizer knows.
 
-Many models embed more rows than their tokenizer has tokens. What such a row would stand for is no text: it is never
-drawn, and since what is scored is the distribution that is drawn from, it has no part in any log-probability either.
+Many models embed more rows than their tokenizer has tokens. Such a row stands for no text, so it is never sampled, and
+it has no part in log-probabilities either: scores are of the distribution that is sampled from.
 
 Axes: V rows of the head, K tokens known.
 """
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 NEVER = -1e30
-"""The logit of an id between tokens that is none: its probability is 0 exactly, and 0 times its logarithm is 0."""
+"""The logit of an unused id: its probability is exactly 0, and so is 0 times its logarithm."""
 
 
 class Vocabulary:
-    """Cuts logits to the tokens that there are."""
+    """Cuts logits to the known tokens."""
 
     def __init__(self, tokenizer: Any, rows: int) -> None:
-        """Look at the tokenizer once.
+        """Read the tokenizer's ids.
 
         Args:
             tokenizer: of transformers; one that lists no tokens is taken to know every row.
@@ -34,7 +34,7 @@ class Vocabulary:
         self._gaps = torch.tensor([i for i in range(self.size) if i not in known], dtype=torch.long)
 
     def cut(self, logits: Tensor) -> Tensor:
-        """[…, V] logits -> [..., K], and `NEVER` at ids between tokens."""
+        """[..., V] logits -> [..., K], with `NEVER` at unused ids."""
         if self._cut:
             logits = logits[..., : self.size]
         if len(self._gaps):
