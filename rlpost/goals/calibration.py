@@ -111,7 +111,7 @@ def calibrations(
         prompts: whose completions are enumerated.
         goals: the endings that it is asked about.
         depth: tokens of the longest completion.
-        policy: whose completions; by default the model that the network was trained beside.
+        policy: whose completions; by default the one that the network was trained for.
         least: states that come by with a smaller probability are not followed.
 
     Raises:

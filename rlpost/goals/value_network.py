@@ -74,14 +74,14 @@ class ValueNetwork:
 
     def __init__(self, network: ValueHeadModel, settings: ValueSettings, goal: Sequence[int]) -> None:
         """Ask `network` about `goal`, which it is told if it was trained to be."""
-        self._network = network
+        self._model = network
         self.settings = settings
         self._goal = tuple(goal)
         self._codec = make_codec(network.trunk.tokenizer)
 
     def about(self, goal: Sequence[int]) -> ValueNetwork:
         """The same network, asked about another goal."""
-        return ValueNetwork(self._network, self.settings, goal)
+        return ValueNetwork(self._model, self.settings, goal)
 
     def logits(self, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
         """[X] what it says of states, each a prompt and what has been written after it, in float64."""
@@ -93,7 +93,7 @@ class ValueNetwork:
             )
             for prompt, written in states
         ]
-        return self._network.score(rows).before_N.double()
+        return self._model.score(rows).before_N.double()
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
         """[B, K] log of the value, in float64: what a `Guide` asks for, by one pass over whole texts."""
@@ -104,11 +104,11 @@ class ValueNetwork:
             )
             for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
         ]
-        trunk = self._network.trunk
+        trunk = self._model.trunk
         # An adapter on the base of a policy that is being decoded, by a cache that wants another attention.
         attention = flat_attention(trunk.causal_lm) if trunk.flat else nullcontext()
         with full_precision(trunk.device), attention:
-            logit_BK = self._network.score(groups).after_N.view(candidate_BK.shape)
+            logit_BK = self._model.score(groups).after_N.view(candidate_BK.shape)
         return self._log_value(logit_BK)
 
     def follow(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> NetworkRows | None:
@@ -118,7 +118,7 @@ class ValueNetwork:
             EngineError: they may become longer than the network reads.
         """
         whole = [self._read(prompt) for prompt in prompts]
-        trunk, longest = self._network.trunk, max(map(len, whole)) + limit
+        trunk, longest = self._model.trunk, max(map(len, whole)) + limit
         if longest > trunk.longest:
             raise EngineError(
                 f"a text of {longest} tokens, its goal among them, is beyond the {trunk.longest} that the value "
@@ -126,7 +126,7 @@ class ValueNetwork:
             )
         if not branches_well(trunk, longest, min(map(len, whole))):
             return None
-        return NetworkRows(self._network, self._log_value, whole, prompt_of_row, limit)
+        return NetworkRows(self._model, self._log_value, whole, prompt_of_row, limit)
 
     def guide(self, goal: Goal, end_ids: Collection[int], candidates: int) -> Guide:
         """Toward the goal or away from it, as the network was trained, by so many of the likeliest tokens (0: all)."""

@@ -1,7 +1,7 @@
-"""What changed between the recipe a run was started with and the one it is continued with, and what may change.
+"""Compares the recipe that a run was started with to the one it is resumed with, and says which changes are allowed.
 
-Three kinds of keys: FREE ones change no weight; those that take effect from here on may change with leave; and
-those that what was trained already stands on are refused, because the change could not be applied.
+Three kinds of keys: FREE ones change no weight; others take effect from now on, and may change with --allow-change;
+and those that earlier training depends on are refused, since the change could not be applied.
 """
 
 import json
@@ -17,13 +17,13 @@ LATER = (
     *("evaluation", "folder", "rollouts"),
     *("model.attention", "model.chat_template", "model.gradient_checkpointing", "model.precision"),
 )
-"""Keys outside the stages that take effect from here on; all others are refused once something was trained."""
+"""Keys outside the stages that take effect from now on; all others are refused once something was trained."""
 FIXED_IN_STAGES = ("kind", "start", "refresh", "recorded", "critic.start", "critic.trunk")
-"""Keys of a stage that a checkpoint of it stands on; the others take effect from its last checkpoint on."""
+"""Keys of a stage that its checkpoints depend on; the others take effect from its last checkpoint on."""
 LENGTHS = ("steps", "epochs")
-"""Keys by which a finished stage may be made longer."""
+"""Keys that may make a finished stage longer."""
 OF_FILES = ("code of ", "content of ")
-"""How changes of files that the recipe names begin; they too take effect from here on."""
+"""Prefixes of changes to files that the recipe names; they too take effect from now on."""
 _SHOWN = 5
 _WIDTH = 60
 _ABSENT = "(absent)"
@@ -50,14 +50,14 @@ class Trained:
     begun: bool
     """There is a checkpoint or a result."""
     extendable: bool
-    """The state after its last step is there."""
+    """There is a checkpoint of its last step."""
     step: int
     """Steps done by its newest checkpoint."""
     folder: str
 
 
 def refusal(changes: Sequence[Change], stages: Mapping[str, Trained]) -> tuple[Change, str] | None:
-    """The first change that cannot be applied, and why, with a remedy; None if all can be, from here on.
+    """The first change that cannot be applied, with its reason and remedy; None if all can be applied.
 
     Args:
         changes: all that differ and are not free.
@@ -98,7 +98,7 @@ def _refusal(change: Change, stages: Mapping[str, Trained]) -> str | None:
 
 
 def _longer(change: Change) -> bool:
-    """Whether a stage gets longer; where steps take the place of epochs, training itself will tell."""
+    """Whether a stage gets longer; a change from epochs to steps is checked when training starts."""
     old, new = json.loads(change.old), json.loads(change.new)
     return old is None or new is None or new > old
 
@@ -147,7 +147,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
 
 
 def _orders(old: Mapping[str, Any], new: Mapping[str, Any], key: str = "") -> Iterator[Change]:
-    """Changed order of what both have of stages, and of the sources of a mixture."""
+    """Changes in the order of stages, and of the sources of a mixture, that both recipes have."""
     common = [name for name in new if name in old]
     if key == "stages" or key.endswith(".data"):
         before, after = [name for name in old if name in new], common

@@ -1,9 +1,9 @@
-"""What a folder holds that a model is loaded from, so that another content is known for what it is.
+"""The contents of a model's folder by file, size and sha256, to tell when they change.
 
 Example: {"path": "/models/tiny", "files": {"config.json": {"sha256": "3c...", "size": 81, "inode": 7, "mtime_ns": 1}}}
 
-A folder with a manifest is taken at its manifest's word, which whoever uses it has verified. Any other is read once:
-a file whose size, inode and time of change are as they were is not read again.
+A folder with a manifest is described by it; whoever uses the folder has verified it. Other folders are read once: a
+file with unchanged size, inode and modification time is not read again.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ def contents(folder: Path, known: Mapping[str, Any] | None = None) -> Contents:
 
     Args:
         folder: a model, an adapter, or rows.
-        known: what this returned of it before: what has not been touched since is not read again.
+        known: an earlier result; files not modified since are not read again.
 
     Raises:
         DiskError: a file cannot be read.
     """
     with disk_errors(folder):
         if (folder / MANIFEST).is_file() and (manifest := read_manifest(folder)) is not None:
-            # Where it came from may be said in other words; what it is may not.
+            # ABOUT may differ, since it only says where the model came from.
             files = {name: dict(of) for name, of in manifest["files"].items() if name != ABOUT}
         else:
             before = (known or {}).get("files", {})
@@ -38,7 +38,7 @@ def contents(folder: Path, known: Mapping[str, Any] | None = None) -> Contents:
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first file by which they differ, and how; None if they hold the same, or nothing is known of one of them."""
+    """The first file that differs, and how; None if none does, or the files of one side are not known."""
     old, new = before.get("files", {}), now.get("files", {})
     if not old or not new:
         return None
@@ -58,7 +58,7 @@ def _counts(path: Path) -> bool:
 
 def _file(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     stat = path.stat()
-    seen = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
-    if known is not None and all(known.get(key) == value for key, value in seen.items()):
+    current = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    if known is not None and all(known.get(key) == value for key, value in current.items()):
         return dict(known)
-    return {**measure(path), **seen}
+    return {**measure(path), **current}

@@ -1,4 +1,4 @@
-"""What a run ran on: versions and counts; no names of hosts or users, no environment variables."""
+"""The environment of a run: versions and counts; no names of hosts or users, no environment variables."""
 
 import os
 import platform

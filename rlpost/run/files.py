@@ -35,7 +35,7 @@ _REMEDIES = {
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into a DiskError of one line about `path`."""
+    """Turn errors of the operating system into a DiskError of one line about `path`."""
     try:
         yield
     except RlpostError:
@@ -44,7 +44,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         name = error.filename if isinstance(error.filename, str) else str(path)
         raise _disk_error(name, error.errno or errno.EIO) from error
     except Exception as error:
-        # safetensors and tokenizers hand on what the system said as text in an exception of their own.
+        # safetensors and tokenizers put the system's error into the text of an exception of their own.
         match = _RUST_ERROR.search(str(error))
         if match is None:
             raise
@@ -77,7 +77,7 @@ def write_folder_atomically(folder: Path, fill: Callable[[Path], None], about: M
 
     Raises:
         DiskError: it could not be written: then nothing is left behind, or all of it when only the very last
-            flush failed. Or it does not read back as it was written, which every reader will find out.
+            flush failed. Or it reads back differently, which every reader will detect.
     """
     temporary = unfinished(folder)
     with disk_errors(folder):
@@ -120,11 +120,11 @@ def _swap(temporary: Path, folder: Path) -> None:
 def discard(path: Path) -> None:
     """Remove a temporary file or folder if it is there.
 
-    What cannot be removed stays until the next resume: an error here would hide the one that brought us here.
+    What cannot be removed stays until the next resume: an error here would hide the original one.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-        # rmtree needs descriptors, which may be what has run out; an empty folder can go without.
+        # rmtree needs file descriptors, which may have run out; rmdir of an empty folder does not.
         with suppress(OSError):
             path.rmdir()
     else:
@@ -151,7 +151,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def encode_line(row: Mapping[str, Json]) -> bytes:
-    """One line of JSON, its numbers that are not finite as null: NaN and infinity are no JSON."""
+    """One line of JSON, with null for numbers that are not finite."""
     text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
     # Half a surrogate pair cannot be written as UTF-8; its backslash form is the JSON escape for it.
     return text.encode("utf-8", "backslashreplace") + b"\n"

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, save, leave."""
+"""Signals that ask a run to stop: finish the step, save, exit."""
 
 import signal
 import threading
@@ -24,8 +24,7 @@ class Interrupts:
     requested: int | None
     """Number of the first signal; None while there was none."""
     rescue: Callable[[], str] | None
-    """What is done when a call of a user's function was ended after a signal: it saves where the work stood, and says
-    what was saved."""
+    """Called after a signal ended a call of a user's function: saves the state before the step; returns a message."""
 
     def __init__(self) -> None:
         self.requested = None

@@ -1,4 +1,4 @@
-"""The run directory: opened by one process at a time, for the recipe it was made for."""
+"""The run directory: one process at a time opens it, for the recipe it was made for."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class RunDirectory:
 
     @property
     def base(self) -> Path:
-        """Where a model made from scratch is kept; write it with `files.write_folder_atomically`."""
+        """Folder of a model made from scratch; write it with `files.write_folder_atomically`."""
         return self.path / names.BASE
 
     @property
     def record(self) -> Record:
-        """What the run is, as run.json says."""
+        """The content of run.json."""
         record = read_record(self.path)
         assert record is not None, "open"
         return record
 
     @property
     def trained(self) -> bool:
-        """Whether there is anything that would be lost: a checkpoint or a result of a stage."""
+        """Whether a stage has a checkpoint or a result, which would be lost."""
         return something_trained(self.path)
 
     def stage(self, name: str) -> StageDirectory:
@@ -66,7 +66,7 @@ class RunDirectory:
         return StageDirectory(names.stage_path(self.path, name))
 
     def decide_once(self, key: str, make: Callable[[], Json]) -> Json:
-        """The saved answer to what is decided once in a run (precision); `make` decides it the first time."""
+        """A decision that is taken once in a run (its precision); `make` takes it the first time."""
         decisions = self.record.decisions
         if key not in decisions:
             decisions = json.loads(json.dumps({**decisions, key: make()}))
@@ -75,7 +75,7 @@ class RunDirectory:
         return decisions[key]
 
     def record_base(self, contents: Mapping[str, Json]) -> None:
-        """Record what the model is that everything starts from."""
+        """Record the contents of the model that the first stage starts from."""
         write_record(self.path, replace(self.record, base=dict(contents)))
 
 
@@ -88,7 +88,7 @@ def open_run(
     functions: Mapping[str, str] | None = None,
     leaves: Mapping[str, str] | None = None,
 ) -> Iterator[RunDirectory]:
-    """Make or take up runs/NAME, hold its lock, and record the recipe and what it runs on.
+    """Make or reopen runs/NAME, hold its lock, and record the recipe and the environment.
 
     Args:
         recipe: resolved and valid; its `runs` and `run` name the directory.
@@ -96,7 +96,7 @@ def open_run(
         overrides: `key=value` as given on the command line.
         allow_change: go on although the recipe differs from the one the run was started with.
         functions: name -> sha256 of the file, for functions from the user's own files.
-        leaves: what each stage leaves that is no policy.
+        leaves: stage -> its kind of result, for stages whose result is no policy.
 
     Raises:
         RecipeError: the name is malformed, or the run was trained with other settings (key: old -> new).
@@ -137,14 +137,14 @@ def something_trained(run: Path) -> bool:
 
 @contextmanager
 def _taken_back_unless_used(path: Path, record: Record) -> Iterator[None]:
-    """Leave the records as they were when a change was allowed but an error came before anything was trained by it."""
+    """Restore the records if an error came before anything was trained with an allowed change."""
     before, reached = _records(path), _marks(path)
     try:
         yield
     except RlpostError:
         now = read_record(path)
         if now is not None and len(now.changes) > len(record.changes) and _marks(path) == reached:
-            # run.json first: a copy that does not say what it does is written anew.
+            # run.json first: copies that differ from it are rewritten.
             for name in sorted(before, key=lambda name: name != names.RECORD):
                 write_atomic(path / name, before[name])
             for name in _records(path).keys() - before.keys():
@@ -160,7 +160,7 @@ def _records(path: Path) -> dict[str, bytes]:
 
 
 def _marks(path: Path) -> dict[str, tuple[bool, int]]:
-    """How far each stage is, by name."""
+    """(done, newest step) of each stage."""
     with disk_errors(path):
         stages = {p.name: _trained(p) for p in path.iterdir() if p.is_dir() and p.name != names.CACHE}
     return {name: (stage.done, stage.step) for name, stage in stages.items()}
@@ -182,7 +182,7 @@ def _locked(path: Path) -> Iterator[None]:
         write_atomic(holder, f"{os.getpid()}\n".encode())
         yield
     finally:
-        # Left behind on a disk that refuses writes it misleads nobody: it is read while the lock is held.
+        # If it cannot be removed it does no harm: it is only read while the lock is held.
         with suppress(OSError):
             holder.unlink(missing_ok=True)
         lock.release()
@@ -193,7 +193,7 @@ def _begin(path: Path, record: Record, files: Mapping[str, str]) -> None:
         strangers = sorted(p.name for p in path.iterdir() if p.name not in _OURS)
     if strangers:
         raise RecipeError(
-            f"run: {path} holds {strangers[0]} but no {names.RECORD}: not a run that can be proven and gone on with; "
+            f"run: {path} holds {strangers[0]} but no {names.RECORD}, so it is no run that can be resumed; "
             "move it away, restore the file, or choose another run=NAME"
         )
     for name, content in files.items():
@@ -203,7 +203,7 @@ def _begin(path: Path, record: Record, files: Mapping[str, str]) -> None:
 
 
 def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], allow_change: bool) -> None:
-    """Compare the run with what is asked for now, and record what is to be done from here on."""
+    """Compare the run with the recipe given now, and record the recipe from now on."""
     same = record.recipe == now.recipe
     old, new = ({}, {}) if same else (record.config, now.config)
     changes = [c for c in differences(old, new) if not _stage_may_come_or_go(path, c, old, new)]
@@ -225,16 +225,16 @@ def _take_up(path: Path, record: Record, now: Record, files: Mapping[str, str], 
     newer = [change for change in newer if change.old != change.new]
     if newer:
         console.warn(f"{path}: {one_line(newer)}; results may differ in the last digits")
-    # A function that this recipe leaves out stays known, in case it comes back.
+    # A function that this recipe no longer uses stays recorded, in case it comes back.
     surroundings = {**now.environment, "functions": {**before, **functions}}
     _rewrite(path, record, replace(now, environment=surroundings, changes=history), files)
 
 
 def _rewrite(path: Path, record: Record, now: Record, files: Mapping[str, str]) -> None:
-    """Record the new recipe and surroundings where they differ, and keep what people could read of the old."""
+    """Record the new recipe and environment where they differ, and keep copies of the old ones."""
     damaged = changed_given(path, record)
     for name in damaged:
-        console.warn(f"{path / name}: has changed since it was written, and is written anew as given now")
+        console.warn(f"{path / name}: has changed since it was written; it is rewritten as given now")
     recipe, surroundings = record.recipe != now.recipe, record.environment != now.environment
     kept = {name: digest for name, digest in record.given.items() if name not in files}
     given = now.given | kept if recipe or damaged else record.given
@@ -243,7 +243,7 @@ def _rewrite(path: Path, record: Record, now: Record, files: Mapping[str, str]) 
         return
     for name in [names.ENVIRONMENT] * surroundings + [names.CONFIG] * recipe:
         _keep_old(path / name)
-    # The record first: a copy that does not say what it does is written anew.
+    # The record first: copies that differ from it are rewritten.
     write_record(path, full)
     if recipe or damaged:
         for name, content in files.items():
@@ -254,7 +254,7 @@ def _rewrite(path: Path, record: Record, now: Record, files: Mapping[str, str]) 
 def _refuse_or_warn(path: Path, changes: Sequence[Change], stages: Mapping[str, Trained], allow_change: bool) -> None:
     reason = refusal(changes, stages)
     if not allow_change:
-        # Leave to change is no remedy where it would not be given.
+        # --allow-change is no remedy for a change that would be refused all the same.
         remedy = _REMEDY if reason is None else f"{reason[0].key}: {reason[1]}"
         raise RecipeError(f"{path}: this run was started with other settings: {one_line(changes)}; {remedy}")
     if reason:
@@ -263,7 +263,7 @@ def _refuse_or_warn(path: Path, changes: Sequence[Change], stages: Mapping[str, 
 
 
 def _progress(path: Path, old: Json, new: Json) -> dict[str, Trained]:
-    """How far every stage of either recipe has come, in the new one's order; what it leaves out, where that was."""
+    """How far every stage of either recipe has come, in the new recipe's order; removed stages where they were."""
     order, before = list(new["stages"]), list(old["stages"])
     for at, name in enumerate(before):
         if name not in order:
@@ -285,7 +285,7 @@ def _trained(folder: Path) -> Trained:
 
 
 def _reached(path: Path, stages: Mapping[str, Trained]) -> dict[str, Json]:
-    """The stage that goes on from here, and its step."""
+    """The stage that is resumed, and its step."""
     for name, stage in stages.items():
         if not stage.done:
             checkpoints = StageDirectory(path / name).checkpoints()

@@ -1,6 +1,6 @@
-"""The logs of a stage and their proof: size and sha256 of what was written, by name within the stage's folder.
+"""The logs of a stage and their proof: size and sha256 of each file, by name within the stage's folder.
 
-A checkpoint holds the proof of what was logged until then, DONE that of the whole stage.
+A checkpoint holds the proof of the logs until then, DONE that of the whole stage's.
 """
 
 import os
@@ -18,7 +18,7 @@ LOGS = (names.METRICS, names.TIMINGS)
 Proof = dict[str, dict[str, Any]]
 """Name -> {"size": bytes, "sha256": ...}."""
 Known = MutableMapping[tuple[str, int, int, int], dict[str, Any]]
-"""(name, size, time of change, inode) -> what was measured: rollouts never change, and are read once."""
+"""(name, size, modification time, inode) -> measurement: rollouts never change, so they are read once."""
 
 
 def prove(stage: Path, known: Known) -> Proof:
@@ -41,7 +41,7 @@ def prove(stage: Path, known: Known) -> Proof:
 
 
 def take_back(stage: Path, proof: Proof, step: int) -> None:
-    """Cut the logs to what the proof is of and remove rollouts of steps after `step`; what is amiss before is told.
+    """Cut the logs to the length in the proof and remove rollouts after `step`; warns about damage before that.
 
     Raises:
         DiskError: the disk refused.
@@ -53,11 +53,11 @@ def take_back(stage: Path, proof: Proof, step: int) -> None:
             with disk_errors(path):
                 path.unlink()
     for line in amiss(stage, proof):
-        console.warn(f"{stage}/{line}; going on with it as it is")
+        console.warn(f"{stage}/{line}; it is kept as it is")
 
 
 def amiss(stage: Path, proof: Proof) -> list[str]:
-    """What is not as the proof says, a line each: `metrics.jsonl: has changed since it was written`."""
+    """Differences from the proof, a line each: `metrics.jsonl: has changed since it was written`."""
     lines = []
     for name, written in proof.items():
         path = stage / name
@@ -80,7 +80,7 @@ def _rollouts(stage: Path) -> list[Path]:
 
 
 def _cut(path: Path, length: int) -> None:
-    """Take back what was logged after the checkpoint."""
+    """Cut off what was logged after the checkpoint."""
     with disk_errors(path):
         if path.exists() and path.stat().st_size > length:
             os.truncate(path, length)

@@ -1,4 +1,4 @@
-"""Finding runs and checkpoints by what a user types."""
+"""Finds runs and checkpoints by what a user types."""
 
 import json
 import re
@@ -25,7 +25,7 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run at a glance; nothing of it is verified."""
+    """A run in short; nothing is verified."""
 
     path: Path
     description: str
@@ -56,11 +56,11 @@ def find_checkpoint(path: str | Path) -> Path | None:
     """The checkpoint a user means by a path: a final one, that of a stage or a run, or a step's.
 
     Returns:
-        The folder, verified; None when the path is a plain model folder or, not being here, may be a name on
-        the hub: for the caller to load as a model.
+        The folder, verified; None for a plain model folder, or a name that may be on the hub: the caller loads it as
+        a model.
 
     Raises:
-        ModelError: no finished checkpoint is meant by it.
+        ModelError: it names no finished checkpoint.
         DiskError: the checkpoint is not as it was written.
     """
     folder = Path(path)
@@ -91,15 +91,15 @@ def parent_of(checkpoint: Path) -> Path:
         ModelError: the checkpoint does not say, or that model is gone.
     """
     about = checkpoint / names.ABOUT
-    said: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
-    inside = said.get(f"parent{names.FROM_HERE}")
+    known: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
+    inside = known.get(f"parent{names.FROM_HERE}")
     if isinstance(inside, str) and (checkpoint / inside).is_dir():
         return (checkpoint / inside).resolve()
-    parent = said.get("parent")
+    parent = known.get("parent")
     if parent is None:
-        raise ModelError(f"{checkpoint}: it does not say which model it was trained beside; name it with --policy")
+        raise ModelError(f"{checkpoint}: it does not say which policy it was trained for; name it with --policy")
     if not Path(parent).is_dir() and not _may_be_on_hub(parent):
-        raise ModelError(f"{checkpoint}: trained beside {parent}, which is gone; name that model with --policy")
+        raise ModelError(f"{checkpoint}: trained for {parent}, which is gone; name that model with --policy")
     return Path(parent)
 
 
@@ -122,7 +122,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def last_stage(run: Path) -> str | None:
-    """The last enabled stage of the run's recipe whose result is a policy, as its record says; None without one."""
+    """The last enabled stage of a run whose result is a policy, by its record; None without one."""
     record = read_record(run)
     others = record.leaves if record is not None else {}
     stages = read_config(run)["stages"].items()
@@ -168,7 +168,7 @@ def _of_stage(stage: Path) -> Path:
 
 
 def _finished(stage: Path) -> Path:
-    """The stage's result, verified as that stage's of that run; what is wrong with its logs is told."""
+    """The stage's result, verified to be that stage's of that run; warns about damaged logs."""
     directory = StageDirectory(stage)
     wrong = directory.wrong_result()
     if wrong:
@@ -179,14 +179,14 @@ def _finished(stage: Path) -> Path:
 
 
 def _verified(folder: Path) -> Path:
-    wrong = verify(folder, _place(folder))
+    wrong = verify(folder, _expected_about(folder))
     if wrong:
         raise DiskError(f"{folder}: {wrong}; {_REPAIR}")
     return folder
 
 
-def _place(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder that lies in a run must say of it; nothing for one that was copied elsewhere."""
+def _expected_about(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder in a run must say about it; nothing for a folder that was copied elsewhere."""
     inside = folder.resolve()
     step = names.step_of(inside)
     stage = inside.parent if step is None else inside.parent.parent
@@ -195,12 +195,12 @@ def _place(folder: Path) -> dict[str, Any]:
 
 
 def _may_be_on_hub(path: str) -> bool:
-    """`name` or `owner/name`, and not inside a folder that is here."""
+    """Whether it is `name` or `owner/name`, and not a path in an existing folder."""
     parts = Path(path).parts
     return bool(_HUB_NAME.fullmatch(path)) and not (len(parts) > 1 and Path(parts[0]).exists())
 
 
 def _did_you_mean(folder: Path) -> str:
-    beside = sorted(str(p) for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-    close = get_close_matches(str(folder), beside, n=1, cutoff=0.5)
+    siblings = sorted(str(p) for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+    close = get_close_matches(str(folder), siblings, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else "give a run, a stage, a checkpoint or a model"

@@ -2,7 +2,7 @@
 
 Example: {"about": {...}, "check": "9f...", "files": {"state.json": {"sha256": "3c...", "size": 81}}}
 
-Notes that people add or edit (README.md, .gitattributes) are no part of it; a file that a library would read is.
+Files that libraries read are part of it; notes that people add or edit (README.md, .gitattributes) are not.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     manifest = folder / MANIFEST
     manifest.write_bytes(seal({"about": dict(about), "files": files}))
     sync(manifest)
-    # safetensors writes its files for their owner alone, whatever the umask says.
+    # safetensors makes its files readable by their owner alone, whatever the umask.
     mode = manifest.stat().st_mode
     for name in files:
         (folder / name).chmod(mode)
@@ -51,14 +51,14 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def verify(folder: Path, about: Mapping[str, Any] | None = None) -> str | None:
-    """What is wrong with the folder by its manifest; None when every file is as it was written, and no other there.
+    """What is wrong with the folder by its manifest; None if every file is as it was written and there are no others.
 
     Args:
-        folder: that has the manifest.
-        about: what its manifest must say of it; what is None here is not compared.
+        folder: the folder with the manifest.
+        about: what its manifest must say about it; None values are not compared.
 
     Raises:
-        DiskError: a file is there but cannot be read, so that nothing is known: no reason to pass it over.
+        DiskError: a file is there but cannot be read.
     """
     try:
         manifest = read_manifest(folder)
@@ -79,7 +79,7 @@ def verify(folder: Path, about: Mapping[str, Any] | None = None) -> str | None:
 
 
 def stranger(folder: Path, about: Mapping[str, Any]) -> str | None:
-    """What shows that the folder, or a file in it, belongs elsewhere; None if nothing does, or it is damaged."""
+    """Why the folder, or a file in it, belongs elsewhere; None if it does not, or is damaged."""
     try:
         manifest = read_manifest(folder)
     except OSError:
@@ -88,11 +88,11 @@ def stranger(folder: Path, about: Mapping[str, Any]) -> str | None:
 
 
 def _stranger(folder: Path, manifest: Mapping[str, Any], about: Mapping[str, Any]) -> str | None:
-    said = manifest["about"]
+    found = manifest["about"]
     for key, value in about.items():
-        if value is not None and said.get(key) != value:
+        if value is not None and found.get(key) != value:
             other = {"run": "it is of another run", "made_from": "it was made from other settings"}
-            return other.get(key, f"it is of {key} {said.get(key)}, not {value}")
+            return other.get(key, f"it is of {key} {found.get(key)}, not {value}")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in manifest["files"] and is_loaded(name) and path.is_file():
@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_note(name: str) -> bool:
-    """Whether a file (its path in the folder) is for people alone: changed or added, it changes nothing."""
+    """Whether a file (its path in the folder) is for people only and may change."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
     return hidden or path.suffix.lower() in _NOTES or path.stem.upper() in ("LICENSE", "NOTICE")

@@ -1,11 +1,11 @@
-"""What files and folders of a run are called.
+"""Names of the files and folders of a run.
 
 runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
                        base/ (a model made from scratch), evaluation/, data.cache/ (encoded rows; may be deleted)
 runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
-*.tmp-PID              something being written; left behind only by a kill, and removed on resume
+*.tmp-PID              being written; left behind only by a kill, and removed on resume
 *.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
-step-000500.broken     a checkpoint that failed verification and was passed over on resume
+step-000500.broken     a checkpoint that failed verification and was skipped on resume
 """
 
 import os
@@ -25,7 +25,7 @@ HOLDER = ".pid"
 BASE = "base"
 EVALUATION = "evaluation"
 CACHE = "data.cache"
-"""No stage can be called so."""
+"""No stage can have this name."""
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"
@@ -36,7 +36,7 @@ DONE = "DONE"
 STATE = "state.json"
 ABOUT = "checkpoint.json"
 FROM_HERE = "_from_here"
-"""In ABOUT, after `base` or `parent`: the way there from the checkpoint's folder, if it lies in the same run."""
+"""In ABOUT, after `base` or `parent`: its path relative to the checkpoint's folder, if it is in the same run."""
 MANIFEST = "MANIFEST.json"
 BROKEN = ".broken"
 
@@ -57,12 +57,12 @@ def step_of(path: Path) -> int | None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where something is written before it is renamed to `path`."""
+    """The temporary path that is written before it is renamed to `path`."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
 def set_aside(path: Path) -> Path:
-    """Where `path` waits while what replaces it is renamed into its place."""
+    """The path that `path` is renamed to while its replacement is moved in."""
     return path.with_name(f"{path.name}.old.tmp-{os.getpid()}")
 
 

@@ -1,6 +1,6 @@
-"""run.json: what a run is, under a checksum of itself. The other records beside it are copies for people.
+"""run.json: the record of a run, with a checksum of itself. The files next to it are copies for people.
 
-`run` is a random identity that every folder of the run names too, so that a folder of another run is known as one.
+`run` is a random id that every folder of the run repeats, so that a folder of another run is recognised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlpost.run.sealed import seal, unseal
 
 Json = Any
 FORMAT = 2
-"""Goes up when what checkpoints and records hold changes; runs of another format are not gone on with."""
+"""Raised when the content of checkpoints or records changes; runs of another format cannot be resumed."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Record:
     """What run.json holds."""
 
     recipe: str
-    """The text of config.resolved.yaml: the recipe as it is trained by now."""
+    """The text of config.resolved.yaml: the current recipe."""
     environment: dict[str, Json]
     given: dict[str, str] = field(default_factory=dict)
     """sha256 of recipe.yaml and overrides.txt."""
     decisions: dict[str, Json] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)
-    """What each stage leaves that is no policy: rows, a reward model."""
+    """Stage -> its kind of result, for stages whose result is no policy: rows, a reward model."""
     base: dict[str, Json] | None = None
-    """The contents of the model that everything starts from; None until it is known."""
+    """The contents of the model that the first stage starts from; None until they are known."""
     changes: list[dict[str, Json]] = field(default_factory=list)
     """Changes that were allowed, in order: at which stage and step, and each key's old and new value."""
     run: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -78,7 +78,7 @@ def read_record(run: Path) -> Record | None:
 
 
 def run_id(run: Path) -> str | None:
-    """The identity of a run; None for a folder that is none. Raises DiskError as `read_record` does."""
+    """The id of a run; None for a folder that is no run. Raises DiskError as `read_record` does."""
     record = read_record(run)
     return record.run if record else None
 
@@ -89,13 +89,13 @@ def write_record(run: Path, record: Record) -> None:
 
 
 def write_copies(run: Path, record: Record) -> None:
-    """Write what people read; raises DiskError."""
+    """Write the copies for people; raises DiskError."""
     for name, data in _copies(record).items():
         write_atomic(run / name, data)
 
 
 def repair_copies(run: Path, record: Record, besides: Path | None) -> None:
-    """Write anew, aloud, what no longer says what run.json does; all but `besides`, which the user has just given.
+    """Rewrite copies that differ from run.json, with a warning; all but `besides`, which the user has just given.
 
     Raises:
         DiskError: it could not be written.
@@ -105,12 +105,12 @@ def repair_copies(run: Path, record: Record, besides: Path | None) -> None:
         with disk_errors(path):
             found = path.read_bytes() if path.is_file() else b""
         if found != data and (besides is None or path.resolve() != besides.resolve()):
-            console.warn(f"{path}: not as it was written; written anew from {names.RECORD}")
+            console.warn(f"{path}: not as it was written; rewritten from {names.RECORD}")
             write_atomic(path, data)
 
 
 def changed_given(run: Path, record: Record) -> list[str]:
-    """Those of recipe.yaml and overrides.txt that are not as they were written."""
+    """Which of recipe.yaml and overrides.txt have changed since they were written."""
     with disk_errors(run):
         return [
             name

@@ -1,4 +1,4 @@
-"""JSON that carries a checksum of itself: read back as it was written, or known to be damaged."""
+"""JSON with a checksum of itself, so that damage is detected."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ def seal(value: Mapping[str, Any]) -> bytes:
 
 
 def unseal(data: bytes) -> dict[str, Any] | None:
-    """What `seal` was given; None when this is not byte for byte what it returned."""
+    """The mapping that `seal` was given; None if the bytes are not what it returned."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""Encoded rows kept in the run directory, so that they are encoded once: RUN/data.cache/KEY/.
+"""The cache of encoded rows in a run directory: RUN/data.cache/KEY/.
 
-What lies there can be made again at any time: the folder may be deleted.
+Its folders can be made again at any time, so they may be deleted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlpost.run.record import run_id
 
 
 class Shelf:
-    """The folders of one run, each under the key of all that decides what is in it."""
+    """The cache of one run; a folder's key is a digest of all that its content depends on."""
 
     def __init__(self, run: Path) -> None:
         """Raises DiskError where the run cannot be read."""
@@ -28,7 +28,7 @@ class Shelf:
     def folder(self, key: str, whose: str, fill: Callable[[Path], None]) -> Path:
         """The folder of `key`, verified; where it is missing, damaged or of another run, `fill` writes it.
 
-        Folders that an earlier key had for the same source, `whose` key path is given, are removed.
+        `whose` is the key path of the source; its folders under earlier keys are removed.
 
         Raises:
             DiskError: it cannot be read or written.

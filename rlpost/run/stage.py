@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that verified: all that training goes on from."""
+    """A verified checkpoint to resume from."""
 
     path: Path
     step: int
     """Steps done when it was written."""
     state: dict[str, Any]
-    """What `save` was given, and `logs`: the proof of what was logged until then."""
+    """What `save` was given, and `logs`: the proof of the logs until then."""
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under this name, on the CPU; raises DiskError when they cannot be read."""
@@ -51,8 +51,8 @@ class Checkpoint:
 
         path = self.path / f"{name}.safetensors"
         with disk_errors(path):
-            # Copies, because what load_file returns is a view of the file: it would change, or end the
-            # process with a bus error, if the file did.
+            # Copies: load_file returns views of the file, which would change, or crash the process with a bus error,
+            # if the file changed.
             return {key: tensor.clone() for key, tensor in load_file(path).items()}
 
 
@@ -65,17 +65,17 @@ class StageDirectory:
 
     @property
     def final(self) -> Path:
-        """Where the stage's result is, once it is done."""
+        """Folder of the stage's result, once it is done."""
         return self.path / names.FINAL
 
     @property
     def rows(self) -> Path:
-        """Where the rows of a stage that makes rows are: `finish` is to write `rows.jsonl`."""
+        """Path of the dataset of a stage that makes one; `finish` writes it as `rows.jsonl`."""
         return self.final / names.ROWS
 
     @property
     def proof(self) -> dict[str, Json]:
-        """What DONE says of the finished stage: `inputs`, `settings` and `logs`; empty while there is no whole one."""
+        """The content of DONE: `inputs`, `settings` and `logs`; empty without a valid one."""
         path = self.path / names.DONE
         with disk_errors(path):
             data = path.read_bytes() if path.is_file() else b""
@@ -91,17 +91,17 @@ class StageDirectory:
 
     @property
     def done(self) -> Path | None:
-        """`final` when the stage is done and its result verifies (all of it is read); otherwise None.
+        """`final` if the stage is done and its result verifies (all of it is read); else None.
 
         Raises:
-            DiskError: the result is whole, but it is that of another stage or run.
+            DiskError: the result is undamaged, but of another stage or run.
         """
         if not self.says_done:
             return None
         foreign = stranger(self.final, self._about(None))
         if foreign:
             raise DiskError(
-                f"{self.final}: {foreign}; move it away and run the same command again: the stage is then finished "
+                f"{self.final}: {foreign}; move it away and run the same command again to finish the stage "
                 "from its last checkpoint"
             )
         wrong = self.wrong_result()
@@ -119,11 +119,11 @@ class StageDirectory:
         return [f"{self.path}/{line}; it no longer shows what happened, the result is not touched" for line in lines]
 
     def wrong_result(self) -> str | None:
-        """What is wrong with the finished stage's result or with DONE; None when all is as it was written."""
+        """What is wrong with the finished stage's result or with DONE; None if nothing is."""
         wrong = verify(self.final, self._about(None))
         if wrong:
             return f"{self.final}: {wrong}"
-        # A folder that is no run's has no identity to compare with.
+        # A folder outside a run has no id to compare with.
         if run_id(self.path.parent) is None:
             return None
         if not self.proof:
@@ -136,12 +136,12 @@ class StageDirectory:
         """Folders of checkpoints, oldest first, not verified."""
         folder = self.path / names.CHECKPOINTS
         with disk_errors(folder):
-            # Not glob, which takes a folder that may not be read for an empty one.
+            # Not glob, which treats an unreadable folder as an empty one.
             entries = list(folder.iterdir()) if folder.exists() else []
         return sorted((path for path in entries if not path.suffix and _step(path) >= 0), key=_step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies and is finite, naming aloud each newer one that does not."""
+        """The newest checkpoint that verifies and is finite; warns about each newer one that does not."""
         damaged: list[tuple[Path, str]] = []
         found = None
         for path in reversed(self.checkpoints()):
@@ -151,16 +151,16 @@ class StageDirectory:
                 break
             damaged.append((path, wrong))
         for path, wrong in damaged:
-            instead = f"going on from {found.path.name}" if found else "no other one is whole: beginning anew"
+            instead = f"going on from {found.path.name}" if found else "there is no other valid one: starting over"
             console.warn(f"{path}: {wrong}; {instead}")
         return found
 
     def resume(self) -> Checkpoint | None:
-        """The checkpoint to go on from, with everything that was written after it taken back.
+        """The checkpoint to resume from; everything written after it is undone.
 
-        The logs are cut to their length at that time (emptied without a checkpoint), later rollouts and the
-        leftovers of a kill are removed. Newer checkpoints that failed verification are renamed to
-        `step-000500.broken`, and removed once training has passed them with one that verifies.
+        Logs are cut to their length at that time (emptied without a checkpoint), later rollouts and leftovers of a
+        kill are removed. Newer checkpoints that failed verification are renamed to `step-000500.broken`, and removed
+        once a later checkpoint verifies.
         """
         for folder in (self.path, self.path / names.CHECKPOINTS, self.path / names.ROLLOUTS):
             clear_leftovers(folder)
@@ -177,20 +177,20 @@ class StageDirectory:
         return checkpoint
 
     def reopen(self) -> None:
-        """The finished stage, which has just been resumed, is trained on: it is no longer done."""
+        """Remove DONE: the finished stage was resumed and is trained further."""
         path = self.path / names.DONE
         with disk_errors(path):
             path.unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a line to metrics.jsonl: nothing of the clock, so that a run can be compared byte for byte.
+        """Append a line to metrics.jsonl; no times, so that runs can be compared byte for byte.
 
         Keys keep their order; a number that is not finite becomes null.
         """
         self._append(names.METRICS, step, metrics)
 
     def timing(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Append a line to timings.jsonl, the one place for wall-clock seconds."""
+        """Append a line to timings.jsonl, the only file with wall-clock seconds."""
         self._append(names.TIMINGS, step, seconds)
 
     def _append(self, log: str, step: int, numbers: Mapping[str, float]) -> None:
@@ -215,10 +215,10 @@ class StageDirectory:
     ) -> Checkpoint:
         """Write checkpoints/step-000500: NAME.safetensors for each name, state.json and the manifest.
 
-        Of the checkpoints only the newest `keep` stay; the others go after this one was verified.
+        Only the newest `keep` checkpoints stay; older ones are removed after this one was verified.
 
         Raises:
-            DiskError: it could not be written; nothing is left behind and the checkpoint before it is intact.
+            DiskError: it could not be written; nothing is left behind and earlier checkpoints are intact.
         """
         assert keep >= 1, keep
         assert "logs" not in state, "`logs` is added here"
@@ -258,7 +258,7 @@ class StageDirectory:
         Args:
             write: writes the model or rows into the folder it is given.
             meta: lineage (base model, parent checkpoint, stage, step, recipe hash), saved as checkpoint.json.
-            proof: what DONE is to say beside what it proves of the result and the logs: inputs and settings.
+            proof: further fields of DONE, besides those on the result and the logs: inputs and settings.
 
         Raises:
             DiskError: it could not be written; the stage is not done then.
@@ -304,14 +304,14 @@ def _not_finite(checkpoint: Path) -> str | None:
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors as one safetensors file, which holds each apart: views of one storage are copied."""
+    """Write the tensors to one safetensors file; views of one storage are copied, since it holds each apart."""
     from safetensors.torch import save_file
 
-    seen: set[int] = set()
+    storages: set[int] = set()
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
+        ready[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     save_file(ready, path)

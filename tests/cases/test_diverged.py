@@ -104,14 +104,14 @@ def poison_critic(monkeypatch) -> None:
 
 
 def poison_reference(monkeypatch) -> None:
-    follow = MovingReference.follow
+    move = MovingReference.move
 
     def poisoned(self, share):
-        lost = follow(self, share)
+        lost = move(self, share)
         next(iter(self.weights().values())).flatten()[0] = torch.nan
         return lost
 
-    monkeypatch.setattr(MovingReference, "follow", poisoned)
+    monkeypatch.setattr(MovingReference, "move", poisoned)
 
 
 def poison_search(monkeypatch) -> None:

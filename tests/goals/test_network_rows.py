@@ -141,7 +141,7 @@ def test_a_network_without_such_a_cache_is_asked_anew(kind):
     policy, network = pair(kind)
     requests = asked(PROMPTS, 2, Sampling(max_new_tokens=12), [1, 2, 3])
     expected = local(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(requests)
-    policy.decoding = network._scalar.trunk.decoding = Decoding.padded
+    policy.decoding = network._model.trunk.decoding = Decoding.padded
     assert network.follow(PROMPTS, [0, 1, 2], 12) is None
     found = local(policy, guide=network.guide(GoalSet([GOAL]), {END}, 8)).generate(requests)
     assert [[c.ids.tolist() for c in some] for some in found] == [[c.ids.tolist() for c in some] for some in expected]
@@ -150,7 +150,7 @@ def test_a_network_without_such_a_cache_is_asked_anew(kind):
 def test_bfloat16_values_are_read_in_float32():
     """The engine samples under autocast, where a head would say three digits."""
     policy, network = pair("own")
-    for trunk in (policy, network._scalar.trunk):
+    for trunk in (policy, network._model.trunk):
         trunk.in_bfloat16 = True
     guide = network.guide(GoalSet([GOAL]), {END}, 6)
     logits, going = torch.randn(5, 64), torch.ones(5, dtype=torch.bool)

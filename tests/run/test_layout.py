@@ -365,7 +365,7 @@ def test_a_damaged_copy_is_written_anew_aloud(runs, heard, name):
             (run.path / name).write_bytes(data)
         reopen(recipe(runs))
         assert (run.path / name).read_bytes() == whole
-        assert heard.pop() == f"{run.path / name}: not as it was written; written anew from run.json"
+        assert heard.pop() == f"{run.path / name}: not as it was written; rewritten from run.json"
         assert heard == []
 
 
@@ -377,7 +377,7 @@ def test_a_changed_record_of_what_was_given_is_written_anew_aloud(runs, heard, n
     with open_run(recipe(runs), Path(__file__), ["seed=0"]):
         pass
     assert (run.path / name).read_bytes() == whole
-    assert heard == [f"{run.path / name}: has changed since it was written, and is written anew as given now"]
+    assert heard == [f"{run.path / name}: has changed since it was written; it is rewritten as given now"]
     with open_run(recipe(runs), Path(__file__), ["seed=0"]):
         pass
     assert len(heard) == 1

@@ -207,7 +207,7 @@ def test_with_no_checkpoint_left_the_stage_begins_anew(stage, heard):
     assert stage.resume() is None
     assert heard == [
         f"{stage.path}/checkpoints/step-000001: model.safetensors has 0 bytes instead of 68; "
-        "no other one is whole: beginning anew"
+        "there is no other valid one: starting over"
     ]
     assert (stage.path / "metrics.jsonl").read_bytes() == b""
 
@@ -216,7 +216,7 @@ def test_a_log_that_lost_lines_is_told(stage, heard):
     save(stage, 1)
     (stage.path / "metrics.jsonl").write_bytes(b"")
     assert stage.resume().step == 1
-    assert heard == [f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; going on with it as it is"]
+    assert heard == [f"{stage.path}/metrics.jsonl: 0 bytes are left of the 25 logged before; it is kept as it is"]
 
 
 def test_saving_a_step_again_replaces_it_only_when_it_differs(stage):
@@ -338,7 +338,7 @@ def test_a_log_that_changed_is_told(stage, heard, log):
     path = stage.path / log
     path.write_bytes(path.read_bytes().replace(b"1", b"7", 1))
     assert stage.resume().step == 2
-    assert heard == [f"{path}: has changed since it was written; going on with it as it is"]
+    assert heard == [f"{path}: has changed since it was written; it is kept as it is"]
 
 
 def test_a_checkpoint_that_is_not_finite_is_passed_over(stage, heard):

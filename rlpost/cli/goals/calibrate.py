@@ -35,7 +35,7 @@ def calibrate(
         typer.Option(
             "--policy",
             metavar="MODEL",
-            help="By default the model it was trained beside.",
+            help="By default the model it was trained for.",
             callback=home,
             autocompletion=checkpoints,
         ),
