@@ -1,1 +1,1 @@
-"""Sampling completions: the door, the engine of this process, its random numbers."""
+"""Sampling completions: engines, the local one's decoding, random numbers."""

@@ -1,4 +1,4 @@
-"""What an engine is: requests in, completions out, from weights that have a version; and how it is steered."""
+"""The engine interface: requests in, completions out, from versioned weights; and guides, which steer sampling."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Engine(Protocol):
     """Samples completions from a policy."""
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Sample with the weights that `policy` has now, which are called `version` from here on.
+        """Sample from the current weights of `policy` from now on, as version `version`.
 
-        Who drives a stage counts versions, and calls this before the first request and whenever it begins a step. What
-        an engine has computed with other weights ends here.
+        A stage counts versions; it calls this before the first request and at the start of every step. Caches of
+        earlier weights end here.
         """
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         """The completions of each request, in order; requests may differ in everything.
 
-        A completion depends on the weights, on its request's prompt, sampling, seed and limit, and on its number among
-        the prompt's, and on nothing else: not on other requests, on n, or on how many rows run at once.
+        A completion depends only on the weights, on its request's prompt, sampling, seed and limit, and on its number
+        among the prompt's: not on other requests, on n, or on how many rows run at once.
 
         Returns:
             For each request its `n` completions: ids up to and with the token that ended it, all of them actions, their
@@ -38,12 +38,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more will be asked for."""
+        """Free what the engine holds; no request follows."""
         ...
 
 
 class Steering(Protocol):
-    """Beside the rows of one call: told every token, asked before each."""
+    """Steers the rows of one call: gives weights before each token, and is told every token."""
 
     def weigh(self, logits_BV: Tensor, going_B: Tensor) -> Tensor:
         """[B, V] what to add to the rows' log-probabilities before a token is drawn; −inf leaves a token out.
@@ -58,19 +58,19 @@ class Steering(Protocol):
         ...
 
     def append(self, ids_B: Tensor) -> None:
-        """The token that each row was given."""
+        """Take note of the token that each row was given."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         ...
 
 
 class Guide(Protocol):
-    """Leads completions somewhere; of an engine, it needs every token's logits."""
+    """Steers completions; it needs every token's logits, which only the local engine gives."""
 
     def begin(self, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limits: Sequence[int]) -> Steering:
-        """Follow rows that are about to continue their prompts.
+        """The steering of rows that are about to continue their prompts.
 
         Args:
             prompts: token ids.

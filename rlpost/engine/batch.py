@@ -1,4 +1,4 @@
-"""Rows drawn token by token, together, each until it has ended.
+"""Samples a batch of rows token by token, each until it ends.
 
 Axes: B rows (live completions), R rows of a batch, T tokens a row, V vocabulary.
 """
@@ -25,9 +25,9 @@ from rlpost.policy.policy import Policy
 from rlpost.types import Request
 
 LEAVE_AT = 0.75
-"""Rows that are over leave once at most this share of the batch still runs."""
+"""Rows that have ended leave once at most this share of the batch still runs."""
 LOOK_EVERY = 8
-"""On an accelerator, steps between looks at which rows are over: each look waits for the device."""
+"""On an accelerator, steps between checks for ended rows: each check waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -36,27 +36,27 @@ class Row:
 
     request: Request
     index: int
-    """Which of the completions of its prompt."""
+    """Number of the completion among its prompt's."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was drawn."""
+    """The sampled tokens of a batch."""
 
     ids_RT: NDArray[np.int64]
     logp_RT: NDArray[np.floating[Any]]
     length_R: NDArray[np.int64]
     stopped_R: NDArray[np.bool_]
-    """An end token or a stop string ended the row, and not its limit."""
+    """True where an end token or a stop string ended the row, False where its limit did."""
     stops_R: Sequence[StopStrings]
-    """Of each row's sampling."""
+    """The stop strings of each row."""
 
 
 class Batch:
     """The rows of one decoder."""
 
     def __init__(self, decoder: Decoder, rows: Sequence[Row], policy: Policy, steering: Steering | None) -> None:
-        """Prepare to draw; rows in the order of the decoder's."""
+        """Prepare to draw; `rows` are in the decoder's order."""
         self._decoder = decoder
         self._rows = rows
         self._policy = policy
@@ -73,7 +73,7 @@ class Batch:
         self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device)
         self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
         longest = policy.longest
-        self._last_looks = {r.request.limit for r in rows if len(r.request.prompt) + r.request.limit == longest}
+        self._must_leave_at = {r.request.limit for r in rows if len(r.request.prompt) + r.request.limit == longest}
         """Lengths at which some row has filled the model's positions, and must leave."""
         self._keeps = {i for i, r in enumerate(rows) if r.request.keep} if isinstance(decoder, FlatDecoder) else set()
         self._live = torch.arange(shape[0], device=device)
@@ -99,7 +99,7 @@ class Batch:
         return Drawn(self._ids_RT.cpu().numpy(), logp_RT.cpu().numpy(), length_R, stopped_R, stops)
 
     def _choose(self, logits_BV: Tensor, t: int) -> tuple[Tensor, Tensor]:
-        """[B] tokens number `t` and their log-probabilities; takes note of rows that end with them."""
+        """[B] the rows' tokens number `t` and their log-probabilities; records which rows end with them."""
         live = self._live
         logits_BV = self._policy.known.cut(logits_BV)
         if self._steering is not None:
@@ -117,8 +117,8 @@ class Batch:
         return self._ended | (self._limit_R[self._live] <= length)
 
     def _next(self, token: Tensor, t: int) -> Tensor | None:
-        """The tokens of rows that stay, after some may have left; None where every row is over."""
-        must_leave = t + 1 in self._last_looks
+        """The tokens of the rows that stay, after ended ones may have left; None if every row has ended."""
+        must_leave = t + 1 in self._must_leave_at
         if not must_leave and (t + 1) % self._look_every:
             return token
         over = self._over(t + 1)
@@ -136,7 +136,7 @@ class Batch:
         return token[going]
 
     def _store(self, leaving: Tensor) -> None:
-        """Keep what was computed of rows that leave, for prompts to come."""
+        """Keep the cache of rows that leave, for later prompts."""
         if not self._keeps:
             return
         assert isinstance(self._decoder, FlatDecoder)
@@ -149,7 +149,7 @@ class Batch:
 
 
 class _Choices:
-    """How each live row's token is chosen, and what ends it: rows of one sampling together."""
+    """Chooses tokens and applies stop strings, for rows of one sampling together."""
 
     def __init__(self, samplings: Sequence[Sampling], tokenizer: Any, device: torch.device) -> None:
         distinct: list[Sampling] = []
@@ -161,16 +161,16 @@ class _Choices:
         self._device = device
         self._number = np.array([0 if len(distinct) == 1 else distinct.index(s) for s in samplings])
         self.stops_of_rows = [self._stops[i] for i in self._number]
-        self._place()
+        self._group_rows()
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows go on."""
         self._number = self._number[rows.cpu().numpy()]
-        self._place()
+        self._group_rows()
 
     @property
     def scale(self) -> float | Tensor:
-        """Temperature, of each row where they differ: it divides weights too, which are of what it has shaped."""
+        """Temperature, by row where it differs: weights are multiplied by it, since `choose` divides by it again."""
         scales = [1.0 if is_greedy(s) else s.temperature for s in self._samplings]
         if len(scales) == 1:
             return scales[0]
@@ -193,8 +193,8 @@ class _Choices:
                 ended = ended.index_copy(0, rows, ended[rows] | hit)
         return ended
 
-    def _place(self) -> None:
-        """Which live rows have which sampling."""
+    def _group_rows(self) -> None:
+        """Group the live rows by sampling."""
         numbers = np.unique(self._number).tolist()
         self._parts = [
             (

@@ -1,4 +1,4 @@
-"""Groups filled with completions, and the best of each."""
+"""Samples completions of groups, and picks the best of each group."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def collect(
 
     Args:
         engine: what samples; the caller has given it its weights.
-        groups: prompts with their examples.
+        groups: prompts with their rows.
         n: completions a prompt.
         sampling: how tokens are drawn.
         seed: of this call; each prompt gets its own from it.
         first: number of the first prompt when a larger set is collected in parts; parts then give what the
             whole would.
-        keep: prompts to come go on from these completions.
+        keep: later prompts continue these completions, so their cache is kept.
 
     Raises:
         EngineError: see `Engine.generate`.

@@ -1,4 +1,4 @@
-"""The one place that makes engines: the recipe's choice becomes something that samples."""
+"""Makes the engine that a recipe chooses; nothing else constructs engines."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rlpost.usercode.bound import Bound
 def engine_for(
     policy: Policy, chosen: EngineChoice | None = None, function: Bound | None = None, guide: Guide | None = None
 ) -> Engine:
-    """What samples from `policy`; its weights have no version yet, so `update_weights` comes before the first request.
+    """An engine for `policy`; call `update_weights` before the first request.
 
     Args:
-        policy: what is sampled from.
-        chosen: as the recipe says; by default the local engine.
-        function: (policy) -> an engine: what `chosen` names, where that is a function of the user's.
-        guide: leads completions somewhere; only the local engine can be led.
+        policy: to sample from.
+        chosen: the recipe's choice; by default the local engine.
+        function: (policy) -> an engine: the user's function that `chosen` names, if it does.
+        guide: steers completions; only the local engine can be guided.
 
     Raises:
-        EngineError: the user's function fails, returns no engine, or is to be led.
+        EngineError: the user's function fails, returns no engine, or is to be guided.
     """
     chosen = chosen or EngineChoice()
     if chosen.engine == LOCAL:
@@ -31,13 +31,14 @@ def engine_for(
     assert function is not None, "a user's engine comes with its function"
     if guide is not None:
         raise EngineError(
-            f"{function.where}: a guide weighs every token, which {function.name} does not show; use the {LOCAL} engine"
+            f"{function.where}: a guide needs every token's logits, which {function.name} does not give; "
+            f"use the {LOCAL} engine"
         )
     return ForeignEngine(function, policy, chosen.deadline or DEADLINE)
 
 
 def frozen_engine(policy: Policy, guide: Guide | None = None) -> Engine:
-    """The local engine for a policy whose weights do not change: ready to sample with version 0 of them."""
+    """The local engine for a policy whose weights do not change, ready to sample."""
     engine = engine_for(policy, guide=guide)
     engine.update_weights(policy, 0)
     return engine

@@ -1,4 +1,4 @@
-"""Engines of the user's: all that they give is looked at before anything is learned from it."""
+"""Users' engines: everything they return is checked before it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlpost.types import Completion, Request
 from rlpost.usercode.bound import Bound
 
 ROUNDING = 1e-3
-"""A log-probability of a certain token may be above 0 by this much."""
+"""How far above 0 rounding may put a log-probability."""
 FINISHES = ("stop", "length", "")
 CLOSING = 30.0
 """Seconds that closing an engine may take."""
@@ -27,10 +27,10 @@ METHODS = ("generate", "update_weights", "close")
 
 
 class ForeignEngine:
-    """An engine of the user's. What is wrong with it is told in a line that names the request."""
+    """A user's engine. Its errors are one line that names the request."""
 
     def __init__(self, function: Bound, policy: Policy, deadline: float) -> None:
-        """Have `function` make the engine; no call of it may take more than `deadline` seconds.
+        """Make the engine by `function`; no call of it may take more than `deadline` seconds.
 
         Raises:
             EngineError: the function fails, or returns no engine.
@@ -56,7 +56,7 @@ class ForeignEngine:
         """The completions of each request; see `Engine.generate`.
 
         Raises:
-            EngineError: it fails, hangs, or gives something else than was asked for.
+            EngineError: it fails, hangs, or returns something invalid.
         """
         assert self._version is not None, "update_weights comes before generate"
         if not requests:
@@ -69,10 +69,10 @@ class ForeignEngine:
             raise self._error(f"returned {many} for {len(requests)} requests, none for {location}; return one for each")
         if len(given) > len(requests):
             raise self._error(f"returned {many} for {what} {_shown(requests[0], self._policy)}; return one for each")
-        return [self._looked_at(requests, number, given[number]) for number in range(len(requests))]
+        return [self._checked(requests, number, given[number]) for number in range(len(requests))]
 
     def close(self) -> None:
-        """Let it end, for which it has little time; one that hangs has been told of already."""
+        """Close it within `CLOSING` seconds; one that hangs has been reported already."""
         if self._thread.stuck:
             return
         self._deadline = min(self._deadline, CLOSING)
@@ -82,7 +82,7 @@ class ForeignEngine:
             console.warn(str(error))
         self._thread.end()
 
-    def _looked_at(self, requests: Sequence[Request], number: int, given: Any) -> tuple[Completion, ...]:
+    def _checked(self, requests: Sequence[Request], number: int, given: Any) -> tuple[Completion, ...]:
         request = requests[number]
         problem = ""
         if not isinstance(given, Sequence):
@@ -99,11 +99,11 @@ class ForeignEngine:
         return tuple(self._finished(completion, stops) for completion in given)
 
     def _finished(self, completion: Completion, stops: StopStrings) -> Completion:
-        """As the local engine says it: the text is what the ids stand for."""
+        """The completion as the local engine makes it: its text is decoded from its ids."""
         ids, ends = completion.ids, self._policy.end_ids
         ended = completion.finish == "stop" or int(ids[-1]) in ends
         ended = ended or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
-        # Of the type that the trainer computes with: a list of numbers has become float64.
+        # In the trainer's type: a list of numbers has become float64.
         wide = self._policy.model.dtype is torch.float64
         logprobs = completion.logprobs.astype(np.float64 if wide else np.float32)
         return finished(ids, logprobs, ended, ends, stops, self._version)
@@ -131,7 +131,7 @@ class ForeignEngine:
 
 
 def _problem(completion: Any, request: Request, policy: Policy, version: int | None) -> str:
-    """What is wrong with a completion, and what to do; empty if nothing is."""
+    """What is wrong with a completion, and the remedy; empty if nothing is."""
     if not isinstance(completion, Completion):
         return f"as a {type(completion).__name__}; return rlpost.types.Completion"
     ids, logprobs = completion.ids, completion.logprobs
@@ -175,13 +175,13 @@ class _Answer:
 
 
 class _Thread:
-    """Where all calls of an engine run, one after another: one that hangs is left behind, and ends with the process."""
+    """The thread that runs all calls of an engine; if one hangs, the thread is abandoned and ends with the process."""
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[_Answer]] | None] = SimpleQueue()
         self.stuck = False
-        """A call has not come back."""
-        # A thread has settings of its own.
+        """A call has not returned."""
+        # Threads have their own settings.
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         threading.Thread(target=self._run, args=(torch.get_num_threads(), device), daemon=True).start()
 
@@ -201,7 +201,7 @@ class _Thread:
         return answer.value
 
     def end(self) -> None:
-        """After the calls that were made, there are no more."""
+        """End the thread after the calls so far."""
         self._calls.put(None)
 
     def _run(self, threads: int, device: int | None) -> None:

@@ -1,8 +1,8 @@
-"""The local engine: the policy's own model, decoding in this process with its live weights.
+"""The local engine: decodes in this process with the policy's own model and current weights.
 
-Prompts are computed once, rows that are over leave the batch, and tokens are drawn where the model is. What was read
-for requests that ask to be kept is not read again by prompts that begin with it. It ends with the first call in which
-no request asks for that, and with every update of the weights.
+Prompts are computed once, ended rows leave the batch, and tokens are drawn on the model's device. Rows of requests with
+`keep` stay in a prefix cache for later prompts. The cache is cleared by the first call without such a request, and by
+every update of the weights.
 
 Axes: R rows of a batch.
 """
@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 512
 
 
 class LocalEngine:
-    """Samples from a policy in place."""
+    """Samples from a policy in this process."""
 
     def __init__(
         self,
@@ -41,10 +41,10 @@ class LocalEngine:
         """Sample from `policy` once its weights have a version.
 
         Args:
-            policy: what samples.
+            policy: samples.
             rows_at_once: completions that run together, at most; the result is the same.
-            guide: tokens are drawn from the distribution it guides, and their log-probabilities are under it.
-            cache_gib: memory for what is kept.
+            guide: steers sampling; log-probabilities are those of the guided distribution.
+            cache_gib: memory of the prefix cache.
         """
         assert rows_at_once >= 1
         self.policy = policy
@@ -54,20 +54,20 @@ class LocalEngine:
         self._version: int | None = None
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Sample from `policy`, whose weights are read as they are: nothing is copied, and nothing kept holds on."""
+        """Sample from `policy` from now on; its weights are not copied, and the cache is cleared."""
         self.policy = policy
         self._version = version
         self.kept.clear()
 
     def close(self) -> None:
-        """Let go of what is kept."""
+        """Clear the cache."""
         self.kept.clear()
         self._version = None
 
     def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         """The completions of each request; see `Engine.generate`."""
         if self._version is None:
-            raise EngineError("an engine samples with weights of a version: call update_weights first")
+            raise EngineError("the engine has no weights yet: call update_weights first")
         if not any(r.keep for r in requests):
             found = self._generate(requests)
             self.kept.clear()
@@ -78,7 +78,7 @@ class LocalEngine:
         if not requests:
             return []
         _must_fit(self.policy, requests)
-        # Prompts of similar length run together: less padding in the cache; equal ones are computed once.
+        # Prompts of similar length run together, for less padding; equal ones are computed once.
         prompts = [r.prompt.tobytes() for r in requests]
         first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
         order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), first[prompts[i]]))
@@ -94,7 +94,7 @@ class LocalEngine:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        """The policy decodes inside, and is left as it was."""
+        """Set the policy up for decoding inside."""
         policy, was_training = self.policy, self.policy.training
         policy.eval()
         try:

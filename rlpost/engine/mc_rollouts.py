@@ -1,4 +1,4 @@
-"""Fresh rollouts from the middle of completions: what a state is worth, by trying (VinePPO, Math-Shepherd)."""
+"""Monte-Carlo rollouts from inside completions, to estimate the values of states (VinePPO, Math-Shepherd)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def mc_rollouts(
     sampling: Sampling,
     seed: int,
 ) -> list[Group]:
-    """For every given state, a group of `k` completions that share their beginning and go on afresh from there.
+    """For every given state, a group of `k` completions that begin as it does and are sampled anew from there.
 
-    Their prompt, row and text are those of the whole completion, so that rewards read them as any other. Equal
-    states of a group are tried once: the start of the first step is the prompt itself.
+    Prompt, row and text are those of the whole completion, so that rewards read them as any other. Equal states of a
+    group are sampled once: the start of the first step is the prompt itself.
 
     Args:
-        engine: what sampled the completions, with the same weights; what it kept of them is not read again.
-        tokenizer: the policy's, to put the texts together.
+        engine: sampled the completions, with the same weights; it continues from their cache.
+        tokenizer: the policy's, to join the texts.
         groups: with completions.
-        starts: for each of the S completions, indices into its ids where states are.
+        starts: for each of the S completions, the indices into its ids of its states.
         k: rollouts a state.
         sampling: how tokens are drawn; a rollout may be as long as its completion might have been.
         seed: of this call; each state gets its own from it.
@@ -69,7 +69,7 @@ def mc_rollouts(
 
 
 def as_answers(fresh: Sequence[Group]) -> list[Group]:
-    """The rollouts as rewards read them: what was said before the state is part of the answer and of its length."""
+    """The rollouts as rewards read them: tokens before the state are actions too, and count in the length."""
     return [
         replace(
             g,
@@ -82,7 +82,7 @@ def as_answers(fresh: Sequence[Group]) -> list[Group]:
 
 
 def _joined(prefix: tuple[int, ...], tail: Completion, tokenizer: Any) -> Completion:
-    """The completion from its beginning; only what is fresh are actions."""
+    """The whole completion; only the new tokens are actions."""
     text = visible(prefix, tokenizer, ()) + tail.text  # nothing ended before the state
     ids = np.concatenate([np.array(prefix, np.int32), tail.ids])
     action = np.concatenate([np.zeros(len(prefix), np.bool_), tail.action])

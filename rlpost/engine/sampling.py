@@ -1,8 +1,8 @@
-"""One token from each row's logits.
+"""Samples one token from each row's logits.
 
-The order is: temperature, top-k, top-p over what top-k left (renormalised), min-p. The log-probability
-returned is the one under the distribution that was drawn from: at the sampling temperature, renormalised over
-what the filters kept; greedy tokens get theirs at temperature 1 without filters.
+The order is: temperature, top-k, top-p over what top-k left (renormalised), min-p. Log-probabilities are those of the
+distribution that is drawn from: at the sampling temperature, renormalised over what the filters kept. Greedy tokens
+get theirs at temperature 1 without filters.
 
 Axes: B rows, V vocabulary.
 """
@@ -23,12 +23,12 @@ BLOCK = 64
 
 
 def greedy(sampling: Sampling) -> Sampling:
-    """The same, but for taking the most likely token each time: a temperature of 0 is the limit where it is certain."""
+    """The same sampling at temperature 0: the most likely token each time."""
     return replace(sampling, temperature=0.0)
 
 
 def is_greedy(sampling: Sampling) -> bool:
-    """Whether the most likely token is taken each time."""
+    """Whether it takes the most likely token each time."""
     return sampling.temperature == 0
 
 
@@ -49,7 +49,7 @@ def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Te
     kept = filtered(scaled, sampling)
     shifted = kept - kept.amax(-1, keepdim=True)
     chosen, total = _inverse_cdf(shifted.exp(), uniform_B)
-    # The cumulative distribution's end is the normaliser, so log_softmax need not be computed over again.
+    # The end of the cumulative sum is the normaliser, so log_softmax is not needed.
     logp = shifted.gather(1, chosen) - total.log()
     return chosen[:, 0], logp[:, 0].to(logits.dtype)
 
@@ -77,9 +77,9 @@ def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _inverse_cdf(mass_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, 1] the token in whose share of the cumulative mass the number falls, and [B, 1] the total mass.
+    """[B, 1] the token whose part of the cumulative mass contains the number, and [B, 1] the total mass.
 
-    A block of tokens is found first, then the token in it, since a cumulative sum over the whole vocabulary is slow.
+    Finds the block of tokens first, then the token in it: a cumulative sum over the whole vocabulary is slow.
     """
     missing = -mass_BV.shape[1] % BLOCK
     blocks = (F.pad(mass_BV, (0, missing)) if missing else mass_BV).view(len(mass_BV), -1, BLOCK)
@@ -94,8 +94,8 @@ def _inverse_cdf(mass_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_beyond(up_to: Tensor, at: Tensor) -> Tensor:
-    """[B, 1] the first entry of cumulative sums [B, n] beyond `at`; one with mass, whatever the rounding."""
+    """[B, 1] the first entry of cumulative sums [B, n] above `at`; never one without mass, even by rounding."""
     end = up_to[:, -1:]
     below = torch.minimum(at, torch.nextafter(end, torch.zeros_like(end)))
-    # The clamp is for nan, beyond which there is nothing.
+    # The clamp is for NaN, which has no entry above it.
     return torch.searchsorted(up_to, below, right=True).clamp_(max=up_to.shape[1] - 1)

@@ -1,6 +1,6 @@
 """Counter-based random numbers: what a row draws at a step is a hash of its prompt's seed, its index and the step.
 
-No generator is advanced, so a row's numbers do not depend on which rows run beside it, or in which order.
+No generator is advanced, so a row's numbers do not depend on which other rows run, or in which order.
 The hash is SplitMix64's finaliser (Steele, Lea, Flood 2014) applied once per coordinate.
 """
 

@@ -1,4 +1,4 @@
-"""Where completions end, and what their text is."""
+"""Stop strings, and the text of completions."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rlpost.data.visible import visible
 from rlpost.types import Completion, Tokens
 
 BYTES_A_CHARACTER = 4
-"""A character takes at most this many tokens: one a byte of its UTF-8 form."""
+"""Most tokens of a character: one for each byte of its UTF-8 form."""
 MARGIN = 8
-"""Tokens looked at beyond the longest stop string: decoding from the middle may lose the first piece."""
+"""Tokens decoded in front of the longest stop string: decoding from the middle may lose the first piece."""
 
 
 class StopStrings:
@@ -31,7 +31,7 @@ class StopStrings:
         return bool(self.stop)
 
     def hit(self, tail: Sequence[int]) -> bool:
-        """The last tokens of a completion contain a stop string; special tokens count by their names."""
+        """Whether the last tokens of a completion contain a stop string; special tokens are read by their names."""
         text = self.tokenizer.decode(list(tail), skip_special_tokens=False)
         return any(s in text for s in self.stop)
 

@@ -1,8 +1,8 @@
-"""Episodes of several turns: the model says something, an environment answers, until one of them is done.
+"""Episodes of several turns: the model writes, an environment replies, until one of them ends the episode.
 
-An environment is a function of what has been said: (text of the model's last turn, its turns so far, the row) ->
-its reply as text, or None when the episode is over. What it replies becomes part of the completion, as tokens that
-are no actions: they are read, and nothing is learned from having written them.
+An environment is a function (text of the model's last turn, its turns so far, the row) -> its reply as text, or None
+when the episode is over. Replies become part of the completion as tokens that are no actions: the model reads them,
+and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ class _Episode:
     weights_version: int | None = None
 
     def request(self, sampling: Sampling, turn: int, longest: int, keep: bool) -> Request:
-        """What the engine is asked for the model's next turn, which may fill what room there is."""
+        """The engine request for the model's next turn, which may use all remaining tokens."""
         prompt = np.concatenate([self.group.prompt, np.array(self.ids, np.int32)])
         room = min(sampling.max_new_tokens - len(self.ids), longest - len(prompt))
         return Request(prompt, 1, sampling, prompt_seeds(self.seed, turn, 1)[0], limit=room, keep=keep)
 
-    def say(self, turn: Completion) -> None:
-        """The model's turn."""
+    def add_turn(self, turn: Completion) -> None:
+        """Append the model's turn."""
         self.weights_version = turn.weights_version
         self.ids += turn.ids.tolist()
         self.action += turn.action.tolist()
         self.logprobs += turn.logprobs.tolist()
         self.turns.append(turn.text)
 
-    def hear(self, ids: Sequence[int]) -> None:
-        """The environment's."""
+    def add_reply(self, ids: Sequence[int]) -> None:
+        """Append the environment's reply."""
         self.ids += ids
         self.action += [False] * len(ids)
 
     def completion(self) -> Completion:
-        """What a reward reads: its text is the last turn's, the conclusion."""
+        """The whole episode as a completion; its text, which rewards read, is the last turn's."""
         text = self.turns[-1] if self.turns else ""
         return Completion(self.ids, self.action, text, self.finish, self.logprobs, weights_version=self.weights_version)
 
@@ -81,8 +81,8 @@ def collect_turns(
     """The groups with `n` episodes each, in place of what completions they had.
 
     Args:
-        engine: what samples; the caller has given it its weights.
-        codec: tokenises what the environment replies.
+        engine: samples; the caller has updated its weights.
+        codec: tokenises replies.
         groups: prompts with their rows.
         n: episodes a prompt.
         sampling: how tokens are drawn; `max_new_tokens` holds for a whole episode, replies included.
@@ -105,12 +105,12 @@ def collect_turns(
         going = [e for e in episodes if not e.finish]
         last = turn + 1 == turns
         requests = [e.request(sampling, turn, longest, keep=not last) for e in going]
-        said = engine.generate(requests)
-        for episode, (completion,) in zip(going, said, strict=True):
-            episode.say(completion)
-        going_on = [e for e, (c,) in zip(going, said, strict=True) if not _ended(e, c, last)]
-        for episode, reply in _replies(environment, going_on, episodes):
-            _hear(episode, reply, codec, sampling.max_new_tokens, longest)
+        sampled = engine.generate(requests)
+        for episode, (completion,) in zip(going, sampled, strict=True):
+            episode.add_turn(completion)
+        asking = [e for e, (c,) in zip(going, sampled, strict=True) if not _ended(e, c, last)]
+        for episode, reply in _replies(environment, asking, episodes):
+            _add_reply(episode, reply, codec, sampling.max_new_tokens, longest)
     found = iter(episodes)
     return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
 
@@ -126,7 +126,7 @@ class Collect(Protocol):
 def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: int, *, keep: bool = False) -> Collect:
     """How completions are collected: in one turn, or in several with an environment.
 
-    With `keep`, completions of one turn are gone on from later.
+    With `keep`, later prompts continue completions of one turn, so their cache is kept.
     """
     if environment is None:
         return partial(collect, engine, keep=keep)
@@ -140,33 +140,33 @@ def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: 
     )
 
 
-def _ended(episode: _Episode, said: Completion, last: bool) -> bool:
-    """Whether the model's turn was the last one."""
-    if said.finish == "length" or last:
-        episode.finish = said.finish
+def _ended(episode: _Episode, turn: Completion, last: bool) -> bool:
+    """Whether the model's turn ended the episode."""
+    if turn.finish == "length" or last:
+        episode.finish = turn.finish
     return bool(episode.finish)
 
 
-def _hear(episode: _Episode, reply: str | None, codec: Codec, limit: int, longest: int) -> None:
-    """The environment's answer to a turn, or the end of the episode."""
+def _add_reply(episode: _Episode, reply: str | None, codec: Codec, limit: int, longest: int) -> None:
+    """Append the environment's reply, or end the episode."""
     if reply is None:
         episode.finish = "stop"
         return
     ids = codec.ids(reply, "the environment's reply")
     used = len(episode.ids) + len(ids)
-    # A turn needs room for one token at least.
+    # The next turn needs room for at least one token.
     if used >= limit or len(episode.group.prompt) + used >= longest:
         episode.finish = "length"
         return
-    episode.hear(ids)
+    episode.add_reply(ids)
 
 
 def _replies(
     environment: Bound, asking: Sequence[_Episode], every: Sequence[_Episode]
 ) -> Iterator[tuple[_Episode, str | None]]:
-    """What the environment replies to each episode that is not lost with it.
+    """(episode, reply) for each episode whose environment did not fail.
 
-    An environment may keep what it knows of an episode: with its process go all episodes that it has replied to.
+    An environment may hold state of an episode: if its process dies, all episodes it has replied to fail.
 
     Raises:
         RewardError: it failed, or returned no text, and its failures stop the run.
@@ -191,7 +191,7 @@ def _replies(
 
 
 def _asked(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
-    """What the environment returned for each, or a Failed; where its failures stop the run, the first is the last."""
+    """What the environment returned for each, or a Failed; it stops at the first failure if failures stop the run."""
     names = inspect.signature(environment).parameters
     calls = []
     for e in asking:
