@@ -1,6 +1,6 @@
-"""Everything a person reads while the program works: messages, tables, progress. All of it goes to stderr.
+"""Messages, tables and progress for a person; all of it goes to stderr.
 
-The only user of rich, which is imported when a terminal is there to show what it can do.
+The only module that uses rich, which is imported when stderr is a terminal.
 """
 
 from __future__ import annotations
@@ -42,42 +42,42 @@ def clean(text: str, newline: str = "\n") -> str:
     """The text without escape sequences and control characters, fit for a terminal.
 
     Args:
-        text: anything, what a model wrote in particular.
-        newline: what stands for a line break, "⏎" for a cell of a table.
+        text: anything, such as a model's output.
+        newline: replaces line breaks, such as "⏎" in a cell of a table.
     """
     text = _CONTROLS.sub("", _SEQUENCES.sub("", text)).replace("\t", "    ")
     return text if newline == "\n" else text.replace("\n", newline)
 
 
 def say(text: str) -> None:
-    """A message."""
+    """Print a message."""
     _message("", "", clean(text))
 
 
 def warn(text: str) -> None:
-    """A message about something that is off."""
+    """Print a warning."""
     _message("warning: ", "yellow", clean(text))
 
 
 def fail(text: str) -> None:
-    """Why the program ends, in one line."""
+    """Print an error, in one line."""
     _message("error: ", "bold red", clean(text, newline=" "))
 
 
 def notice(text: str) -> None:
-    """A message from a signal handler, shown below the bar of a live Progress.
+    """Print a message from a signal handler; it appears below the bar of a live Progress.
 
-    It goes around sys.stderr and rich, which the signal may have interrupted in the middle of a write.
+    It avoids sys.stderr and rich, which the signal may have interrupted in a write.
     """
     if _live_consoles:
         _notices.append(clean(text))
         return
-    with suppress(OSError):  # the terminal may be gone: that is what SIGHUP says
+    with suppress(OSError):  # the terminal may be gone: SIGHUP
         os.write(2, f"{clean(text)}\n".encode())
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table; columns of numbers are aligned to the right."""
+    """Print a table; columns of numbers are right-aligned."""
     from rich.table import Table
     from rich.text import Text
 
@@ -91,7 +91,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def samples(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    """A table of (prompt, completion, reward), long texts cut in the middle; in a log, a line for each."""
+    """Print a table of (prompt, completion, reward), long texts shortened; in a log, a line for each."""
     cells = [[_shortened(clean(cell, "⏎")) for cell in row] for row in rows]
     if not _is_terminal(sys.stderr):
         lines = [f"  [{reward}] {prompt} -> {completion}" for prompt, completion, reward in cells]
@@ -110,7 +110,7 @@ def samples(title: str, rows: Sequence[tuple[str, str, str]]) -> None:
 
 
 def marked(text: str) -> str:
-    """The text set off for stdout: in colour on a terminal that wants it, between » and « elsewhere."""
+    """The text highlighted for stdout: in colour on a terminal, between » and « elsewhere."""
     if not _is_terminal(output()) or os.environ.get("NO_COLOR"):
         return f"»{text}«"
     return f"\x1b[32m{text}\x1b[0m"
@@ -130,29 +130,29 @@ def compact(number: float) -> str:
 
 
 class Spell:
-    """Something that is off for a while: said when it begins, and when it is over."""
+    """A problem that lasts for a while: a warning when it begins, a message when it ends."""
 
     def __init__(self) -> None:
         self._on = False
 
     def begins(self, text: str) -> None:
-        """It is off; `text` is said the first time."""
+        """The problem exists; warns with `text` if it is new."""
         if not self._on:
             warn(text)
         self._on = True
 
     def ends(self, text: str) -> None:
-        """It is not, or no longer: then `text` is said."""
+        """The problem does not exist; prints `text` if it just ended."""
         if self._on:
             say(text)
         self._on = False
 
 
 class Progress:
-    """Progress of long work: a bar with rate, remaining time and metrics; lines where no terminal is.
+    """Progress of long work: a bar with rate, remaining time and metrics; lines without a terminal.
 
     Example: ``with Progress("sft", total=500, start=100) as progress: ... progress.advance({"loss": 1.23})``.
-    One inside another shows its bar below for as long as it lasts.
+    A nested one shows its bar below while it lasts.
     """
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
@@ -216,7 +216,7 @@ class Progress:
         _write(" ".join([self._title, f"{self._done}/{self._total}", *filter(None, (rate, left)), *shown]) + "\n")
 
     def _pace(self) -> tuple[str, str]:
-        """Rate over the last quarter minute or more, and the time that is left at that rate."""
+        """Recent rate, and the remaining time at that rate."""
         (before, done_before), (after, done_after) = self._marks[0], self._marks[-1]
         if after <= before or done_after <= done_before:
             return "", ""
@@ -260,16 +260,16 @@ class Progress:
 
 
 _live_consoles: list[Console] = []
-"""The console of each Progress that is live: what is printed meanwhile must go through it."""
+"""The console of each live Progress: other output must go through it."""
 
 
 _notices: list[str] = []
 
 
 class _Stderr:
-    """stderr that goes quiet when it is gone.
+    """stderr, without errors once it is gone.
 
-    A closed terminal (SIGHUP) or reader (a pipe to `head`) must not end work that is only being told about.
+    A closed terminal (SIGHUP) or reader (a pipe to `head`) must not end the work.
     """
 
     def __init__(self, stream: TextIO) -> None:

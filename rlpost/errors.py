@@ -1,6 +1,6 @@
-"""What can go wrong for a user, each with the exit code the command line returns.
+"""Errors for users, each with the exit code of the command line.
 
-A message is one line: the place, what is wrong there, and what to do about it.
+A message is one line: where, what is wrong, and what to do about it.
 """
 
 
@@ -11,11 +11,11 @@ class RlpostError(Exception):
 
 
 class UnexpectedError(RlpostError):
-    """An error that nobody foresaw: a defect, with its traceback in a file."""
+    """A bug, with its traceback in a file."""
 
 
 class OutOfMemoryError(RlpostError):
-    """The memory of the GPU or of the machine is not enough."""
+    """The GPU or the machine is out of memory."""
 
 
 class RecipeError(RlpostError):

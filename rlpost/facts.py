@@ -1,6 +1,6 @@
-"""What a function's signature cannot say, in a line after it: `declare(leave_one_out, compares_completions=True)`.
+"""Properties of a function beyond its signature: `declare(leave_one_out, compares_completions=True)` after it.
 
-A recipe is checked before anything is imported, so these lines are also read as they stand: names and True or False.
+A recipe is checked before its functions are imported, so these lines are also parsed: only names, True and False.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FACTS = {
     "weighs_actions": False,  # by where they stand: before other changes of log-ratios, and once
     "needs_collision": True,  # it reads `pairs.collision_P2`
 }
-"""Every fact, with what holds of a function that does not say: what is right whatever it does."""
+"""Every fact with its default, which is safe for any function."""
 
 
 def declare(*functions: Callable[..., Any], **facts: bool) -> None:
-    """Say facts of functions.
+    """Declare facts of functions.
 
     Raises:
         TypeError: there is no such fact.
@@ -43,7 +43,7 @@ def declare(*functions: Callable[..., Any], **facts: bool) -> None:
 
 
 def fact(function: Any, name: str) -> bool:
-    """Whether a fact holds of a function, also of one whose arguments are applied."""
+    """Whether a fact holds for a function, or for the function below a partial or a `Bound`."""
     while not hasattr(function, "facts") and hasattr(function, "call" if hasattr(function, "call") else "func"):
         function = function.call if hasattr(function, "call") else function.func
     return bool(getattr(function, "facts", {}).get(name, FACTS[name]))

@@ -1,4 +1,4 @@
-"""The stages of a recipe in order: a fold from checkpoint to checkpoint that skips the finished ones."""
+"""Runs the stages of a recipe in order, each from the checkpoint of one before; finished ones are skipped."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ from rlpost.unexpected import traceback_kept
 
 @dataclass
 class Progress:
-    """How far the fold has come."""
+    """Results so far."""
 
     current: Path
     """The checkpoint the next stage starts from."""
     checkpoints: dict[str, Path]
     """Results by stage, and `base`."""
     rows: dict[str, Path] = field(default_factory=dict)
-    """What `pairs` stages wrote."""
+    """Datasets that stages wrote, by stage."""
 
 
 def train(resolved: Resolved, allow_change: bool = False) -> Path:
-    """Run the recipe's stages, resuming what is unfinished; returns the last checkpoint.
+    """Run the recipe's stages, resuming unfinished ones; returns the last checkpoint.
 
-    Everything that can be wrong is looked for first: functions and their arguments, data of all stages. Rows are read
-    and encoded once for it, and kept in the run.
+    Functions, their arguments, and the data of all stages are checked first. Rows are encoded once for that, and cached
+    in the run.
 
     Raises:
         RlpostError: any of its kinds, see errors.py.
@@ -119,14 +119,14 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 check=readable_references(stage, f"stages.{name}", stage.rows()),
             )
             _run_stage(context, stage, done, evaluations)
-            if not run.record.base:  # a model of the hub, which is here only now
+            if not run.record.base:  # a model of the hub, which has been downloaded only now
                 prove_base(run, base, recipe.model.revision)
         evaluations.print()
         return done.current
 
 
 def functions_of(resolved: Resolved) -> dict[str, str]:
-    """`FILE:NAME` -> sha256 of the file, for the user's own functions; also other files that decide what is trained."""
+    """`FILE:NAME` -> sha256 of the file, for the user's functions and other files that the recipe names."""
     found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
     found |= {stage.kind: stage.file[1] for stage in _enabled(resolved.config).values() if stage.file}
     return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
@@ -137,17 +137,17 @@ def _enabled(recipe: Recipe) -> dict[str, Stage]:
 
 
 def _leaves(recipe: Recipe) -> dict[str, str]:
-    """What each stage leaves that is no policy."""
+    """Stage -> its kind of result, for stages whose result is no policy."""
     return {name: str(s.leaves) for name, s in recipe.stages.items() if s.leaves is not Leaves.policy}
 
 
 def the_accelerator() -> Accelerator:
-    """Of this process.
+    """The Accelerator of this process.
 
     Raises:
-        RlpostError: it is one of several.
+        RlpostError: it is one of several processes.
     """
-    # What the environment might say of precision or accumulation is the recipe's and the learner's business.
+    # Set both, since environment variables could: precision is the recipe's, accumulation the learner's.
     accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     if accelerator.num_processes > 1:
         raise RlpostError(
@@ -158,9 +158,9 @@ def the_accelerator() -> Accelerator:
 
 
 def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
-    """Bind every function and look at every source before a model is loaded; returns what was found, in lines.
+    """Bind every function and read every source before a model is loaded; returns what was found, in lines.
 
-    Without `rows` the first rows are read of what will be encoded before anything is trained, and all of the rest.
+    With `rows` all rows are read. Without, only the first ones of sources that will be encoded before training.
 
     Raises:
         RecipeError: a function or an argument is wrong.
@@ -174,10 +174,10 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         if stage.file is not None:
             file, sha256 = stage.file
             lines.append(f"stages.{name}.kind: {stage.kind.rpartition(':')[2]} from {file} (sha256 {sha256[:12]})")
-        _look_at(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
+        _check_data(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:
-        _look_at(cfg, "evaluation", Need.prompts, resolved.folder, rows or not cfg.every_stage)
+        _check_data(cfg, "evaluation", Need.prompts, resolved.folder, rows or not cfg.every_stage)
     return lines
 
 
@@ -186,8 +186,8 @@ def dry_run(resolved: Resolved) -> list[str]:
     lines = preflight(resolved)
     recipe = resolved.config
     start = recipe.model.path or f"a new {recipe.model.config.get('model_type')} model"
-    how = "all weights" if recipe.model.lora is None else f"LoRA r={recipe.model.lora.r}"
-    lines.append(f"{Path(recipe.runs) / recipe.run}: from {start}, training {how}")
+    trained = "all weights" if recipe.model.lora is None else f"LoRA r={recipe.model.lora.r}"
+    lines.append(f"{Path(recipe.runs) / recipe.run}: from {start}, training {trained}")
     for name, stage in recipe.stages.items():
         lines.append(f"  {name}: {_plan(stage)}" if stage.enabled else f"  {name}: left out")
     if isinstance(recipe.evaluation, Evaluation):
@@ -196,7 +196,7 @@ def dry_run(resolved: Resolved) -> list[str]:
 
 
 def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
-    """The model that the first stage starts from: given by path, or made once and kept in the run directory.
+    """The model that the first stage starts from: by path, or made once and kept in the run directory.
 
     Raises:
         ModelError: it cannot be made.
@@ -212,24 +212,24 @@ def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     if folder.is_dir() and wrong is None:
         return folder
     if wrong is not None:
-        console.warn(f"{folder}: {wrong}; it is made anew")
+        console.warn(f"{folder}: {wrong}; it is made again")
     tokenizer = scratch_tokenizer(resolved)
     write_folder_atomically(folder, lambda into: make_model(model.config, tokenizer, resolved.config.seed, into), about)
     return folder
 
 
 def prove_base(run: RunDirectory, base: Path, revision: str | None) -> dict[str, Contents]:
-    """Compare the model that everything starts from with what the run began with, or record it; returns it by path.
+    """Compare the base model with the one the run began with, or record it; returns {path: contents}.
 
     Raises:
-        ModelError: it is another one, and something was trained from it.
+        ModelError: it has changed, and something was trained from it.
     """
     before = run.record.base or {}
     now = identity(base, before, revision)
-    how = difference(before, now)
-    if how is not None and run.trained:
+    changed = difference(before, now)
+    if changed is not None and run.trained:
         raise ModelError(
-            f"model.path: {base} is not the model that this run began with: {how}; "
+            f"model.path: {base} is not the model that this run began with: {changed}; "
             "restore it or choose another run=NAME"
         )
     if now["files"] and now != before:
@@ -238,7 +238,7 @@ def prove_base(run: RunDirectory, base: Path, revision: str | None) -> dict[str,
 
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:
-    """Files that the recipe names beside data, models and functions: a chat template, lists of endings."""
+    """Files that the recipe names besides data, models and functions: a chat template, lists of goals."""
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
     goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
     return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
@@ -260,7 +260,7 @@ def scratch_tokenizer(resolved: Resolved) -> Any:
 
 
 def recipe_hash(resolved: Resolved) -> str:
-    """Of the resolved recipe."""
+    """sha256 of the resolved recipe."""
     return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
 
 
@@ -270,7 +270,7 @@ def _beginning(run: RunDirectory) -> str:
 
 
 def _bfloat16(run: RunDirectory, wish: Precision, device: torch.device) -> bool:
-    """What the recipe says; what it leaves open is measured once and kept."""
+    """Whether to run in bfloat16; `auto` is measured once and recorded in the run."""
     if wish is not Precision.auto:
         return decide_bfloat16(wish, device)
     return bool(run.decide_once("bfloat16", lambda: decide_bfloat16(wish, device)))
@@ -280,7 +280,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     result = context.out.done
     longer = result is not None and _asks_for_more(context, stage)
     if result is not None and not longer:
-        _must_stand_on_the_same(context, done)
+        _inputs_must_be_the_same(context, done)
         console.say(f"{context.name}: done already")
     else:
         evaluations.forget(context.name)
@@ -289,7 +289,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         if not isinstance(result, Path):
             what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"
             raise RecipeError(f"{what} - return what context.finish(...) or context.finish_dataset(...) gives")
-        # Accelerate holds on to every model it has prepared.
+        # Accelerate keeps a reference to every model it has prepared.
         context.accelerator.free_memory()
     if stage.leaves is Leaves.rows:
         done.rows[context.name] = context.out.rows
@@ -301,16 +301,16 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
 
 
 def _asks_for_more(context: Context, stage: Stage) -> bool:
-    """Whether the recipe makes a finished stage longer than it was when it finished (which needs leave to change)."""
+    """Whether the recipe makes a finished stage longer (which needs --allow-change)."""
     before = context.out.proof.get("settings", {})
     return any(before.get(key, getattr(stage, key, None)) != getattr(stage, key, None) for key in LENGTHS)
 
 
-def _must_stand_on_the_same(context: Context, done: Progress) -> None:
-    """Compare what a finished stage was made from with what lies there now.
+def _inputs_must_be_the_same(context: Context, done: Progress) -> None:
+    """Compare the inputs of a finished stage with those there are now.
 
     Raises:
-        ModelError: another result of an earlier stage, another reference, other rows.
+        ModelError: a result of an earlier stage, a reference or a dataset has changed.
     """
     made_from: Mapping[str, Contents] = context.out.proof.get("inputs", {})
     inputs = Inputs(context.model.revision)
@@ -319,9 +319,9 @@ def _must_stand_on_the_same(context: Context, done: Progress) -> None:
         inputs.note(name, earlier[name])
     changed = first_difference(made_from, inputs.identities(made_from))
     if changed is not None:
-        name, how = changed
+        name, found = changed
         raise ModelError(
-            f"{context.out.path}: it was trained from another {inputs.path(name)} than lies there now: {how}; "
+            f"{context.out.path}: {inputs.path(name)} has changed since this stage was trained from it: {found}; "
             f"restore that, remove {context.out.path} to train it again, or choose another run=NAME"
         )
 
@@ -329,7 +329,7 @@ def _must_stand_on_the_same(context: Context, done: Progress) -> None:
 def _encode_rows(
     resolved: Resolved, run: RunDirectory, base: Path, shelf: Shelf, evaluations: StageEvaluations
 ) -> None:
-    """Encode the rows of all stages to come and of the evaluation: a wrong one is found before anything is trained.
+    """Encode the rows of all unfinished stages and of the evaluation, to find wrong ones before training.
 
     Raises:
         DataError: a row is malformed or too long. ModelError: the tokenizer or its chat template is wrong.
@@ -345,14 +345,14 @@ def _encode_rows(
     evaluations.open_rows(codec, positions)
 
 
-def _look_at(stage: Any, where: str, need: Need, folder: Path, rows: bool) -> None:
-    """Find the stage's sources and read their first rows, with `rows` all; and what its rewards will read of them."""
+def _check_data(stage: Any, where: str, need: Need, folder: Path, rows: bool) -> None:
+    """Check the first rows of the stage's sources, with `rows` all of them, and their reference answers."""
     check = readable_references(stage, where, need)
     for name, source in own_sources(stage).items():
         key = f"{where}.data.{name}"
         reading = open_source(source, stages=_no_stage, where=key, bind=bind, base=folder)
         if not rows and (source.fold or source.map):
-            continue  # its first rows come of more than the file's first
+            continue  # reading its first row may take more than the file's first rows
         chunks = reading.chunks()
         first = next(chunks)
         if source.present is None:

@@ -1,6 +1,6 @@
-"""stdout, kept for results: whatever else prints while a command runs is heard on stderr.
+"""Keeps stdout for results: whatever else is printed while a command runs goes to stderr.
 
-A shell reads a result from stdout, `sft=$(rlpost train sft.yaml)`. What a user's function prints, or a library in C
+A shell reads a result from stdout, `sft=$(rlpost train sft.yaml)`. Output of a user's function, or of a C library that
 writes to file descriptor 1, must not end up in it.
 """
 
@@ -16,14 +16,14 @@ from typing import TextIO
 from rlpost.errors import DiskError
 
 _streams: list[TextIO] = []
-"""Where results go, in commands that keep stdout for them."""
+"""The streams that results go to, in commands that keep stdout for them."""
 
 
 def emit(text: object, end: str = "\n") -> None:
     """Print a result.
 
     Raises:
-        DiskError: stdout does not take it.
+        DiskError: stdout cannot be written.
     """
     stream = output()
     if stream is not None:
@@ -35,8 +35,8 @@ def emit(text: object, end: str = "\n") -> None:
 
 
 def _refused(stream: TextIO, error: OSError) -> DiskError:
-    """What to raise; where nobody reads on (`rlpost list | head -1`), the program ends without a word."""
-    # What is left is dropped: the interpreter would try again at its end, and complain.
+    """The error to raise; if the reader is gone (`rlpost list | head -1`), exit silently."""
+    # Drop what is buffered: the interpreter would try to write it at exit, and fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
@@ -50,7 +50,7 @@ def output() -> TextIO | None:
 
 @contextmanager
 def kept_for_results() -> Iterator[None]:
-    """Context in which only `emit` writes to stdout; what else is written there goes to stderr."""
+    """Inside, only `emit` writes to stdout; all other output to it goes to stderr."""
     before = sys.stdout
     if before is None or before.closed:
         yield
@@ -73,7 +73,7 @@ def kept_for_results() -> Iterator[None]:
 
 
 def _descriptor_kept(stream: TextIO) -> int | None:
-    """A copy of file descriptor 1, which is stderr from here on; None if the stream is not what writes to it."""
+    """A copy of file descriptor 1, which is redirected to stderr; None if the stream does not write to it."""
     try:
         if stream.fileno() != 1:
             return None

@@ -1,4 +1,4 @@
-"""Evaluating the base model and every stage's result, once each, and the table at the end of a pipeline."""
+"""Evaluates the base model and every stage's result, once each, and prints the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ _PROVEN = ("json", "jsonl")
 class StageEvaluations:
     """The evaluations of one run, kept as evaluation/STAGE.json and evaluation/STAGE.jsonl (one line a sample).
 
-    STAGE.proof says what they are of, and holds their sha256: under other settings, of another model, or damaged, they
-    are made again, so that a table compares like with like.
+    STAGE.proof holds their sha256, settings and model. If one of these differs, or they are damaged, the evaluation is
+    repeated, so that a table compares like with like.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class StageEvaluations:
             bfloat16: the precision already decided.
             device: where models are put.
             functions: file and name -> sha256, of the user's own functions.
-            memo: path -> what a model's folder holds, as it is known by now; it is added to.
-            shelf: where encoded rows are kept.
+            memo: path -> contents of a model's folder, as far as known; added to.
+            shelf: the cache of encoded rows.
         """
         self._resolved = resolved
         self._cfg: Evaluation | None = resolved.config.evaluation
@@ -85,7 +85,7 @@ class StageEvaluations:
         self._names: list[str] = []
 
     def open_rows(self, codec: Codec, positions: int) -> None:
-        """Encode the prompts as for a model of so many positions, so that a wrong row shows before any stage runs.
+        """Encode the prompts for a model of so many positions, to find wrong rows before any stage runs.
 
         Raises:
             DataError: one is malformed or too long.
@@ -94,15 +94,15 @@ class StageEvaluations:
             evaluation_rows(self._resolved, self._cfg, codec, positions, self._shelf)
 
     def after(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> None:
-        """Evaluate `checkpoint` as the result of stage `name`, unless that is on disk already.
+        """Evaluate `checkpoint` as the result of stage `name`, unless that has been done.
 
-        `known` are the results so far by stage, for what the evaluation names.
+        `known` are the results so far by stage, which the evaluation may name as judges.
         """
         if self._cfg is None or not self._cfg.every_stage:
             return
         self._names.append(name)
         about = self._about(name, checkpoint, known)
-        if self._stands(name, about):
+        if self._is_done(name, about):
             return
         policy = load_policy(
             checkpoint,
@@ -120,18 +120,18 @@ class StageEvaluations:
         write_json(self._file(name), result.to_json())
         with disk_errors(self._folder):
             files = {ending: measure(self._file(name, ending)) for ending in _PROVEN}
-        # A model that has just been fetched is known only now.
+        # A model that was just downloaded has contents only now.
         about = self._about(name, checkpoint, known)
         write_atomic(self._file(name, "proof"), seal({**about, "files": files}))
 
     def forget(self, name: str) -> None:
-        """Remove what is on disk of stage `name`, which is about to be trained: it is of another result."""
+        """Remove the evaluation of stage `name`, which is about to be trained again."""
         with disk_errors(self._file(name)):
             for ending in ("proof", *_PROVEN):
                 self._file(name, ending).unlink(missing_ok=True)
 
     def _about(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> dict[str, Any]:
-        """What decides how an evaluation comes out: settings, code, model, and the models that judge."""
+        """Everything that an evaluation depends on: settings, code, model, and judges."""
         assert self._cfg is not None
         chosen = self._cfg.rollouts or self._resolved.config.rollouts
         decides = {**asdict(self._cfg), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
@@ -165,8 +165,8 @@ class StageEvaluations:
         self._memo[str(checkpoint)] = found
         return found
 
-    def _stands(self, name: str, about: Mapping[str, Any]) -> bool:
-        """Whether the evaluation on disk is whole and of this model under these settings; says so if it is not."""
+    def _is_done(self, name: str, about: Mapping[str, Any]) -> bool:
+        """Whether the evaluation on disk is undamaged and of this model and settings; warns if it is not."""
         if not any(self._file(name, ending).exists() for ending in ("proof", *_PROVEN)):
             return False
         wrong = self._wrong(name, about)
@@ -185,9 +185,9 @@ class StageEvaluations:
                 if not file.is_file() or measure(file) != written:
                     return f"{file.name} is missing or has changed since it was written"
         if (proof["run"], proof["stage"]) != (about["run"], about["stage"]):
-            return "they are of another stage or run"
+            return "they belong to another stage or run"
         if any(proof[key] != about[key] for key in ("settings", "code", "rows", "bfloat16")):
-            return "they were taken under other settings, code or rows"
+            return "they were made with other settings, code or rows"
         pairs = {"model": (proof["model"], about["model"])}
         pairs |= {name: (proof["judges"].get(name, {}), judge) for name, judge in about["judges"].items()}
         changed = next((key for key, (old, new) in pairs.items() if difference(old, new)), None)
@@ -204,7 +204,7 @@ class StageEvaluations:
 
     def _print_answers(self, n: int) -> None:
         rows = {name: self._greedy_rows(name) for name in self._names}
-        # An untrained model answers nothing right, so the first trained stage is the one to compare with.
+        # Compare with the first trained stage: an untrained model answers nothing right.
         before = self._names[1] if len(self._names) > 2 else self._names[0]
         scores = [[float(row["reward"] or 0) for row in rows[name]] for name in (before, self._names[-1])]
         chosen = telling_prompts(scores[0], scores[1], n)
@@ -224,7 +224,7 @@ class StageEvaluations:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in settings."""
+    """Every string in settings."""
     if isinstance(value, str):
         yield value
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -236,7 +236,7 @@ def evaluate_recipe(
 ) -> tuple[list[str], Result]:
     """Evaluate `policy` as the recipe says; returns the prompts as text, and the result.
 
-    A judge that is a stage which has not run yet is left out; `known` are the results that there are, by stage.
+    A judge that is a stage which has not run yet is left out; `known` are the results so far, by stage.
 
     Raises:
         ModelError: a reward's model is not there, or no reward model.
@@ -255,7 +255,7 @@ def evaluate_recipe(
 
 
 def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Callable[[str, str], AnyJudge]:
-    """How a reward model is found by name, a stage's among `known` or a checkpoint's, to judge what `policy` writes."""
+    """(name, adapter) -> the judge of that name for completions of `policy`: a stage in `known`, or a checkpoint."""
 
     def judge(name: str, adapter: str) -> AnyJudge:
         if name in resolved.config.stages and name not in known:

@@ -1,4 +1,4 @@
-"""The rows of a stage that needs no run to have them: to check and to show them before anything is trained."""
+"""Reads a stage's rows outside a run: to check and to show them before anything is trained."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlpost.stages.references import readable_references
 
 
 def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None) -> Dataset:
-    """The rows of stage `name` but for those that an earlier stage writes; it has some.
+    """The rows of stage `name`, without those that an earlier stage writes; there are some.
 
     Raises:
         DataError: a row is malformed or too long.
@@ -46,12 +46,12 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf
 
 
 def own_sources(stage: Any) -> dict[str, Source]:
-    """The sources that are not an earlier stage's."""
+    """The stage's sources, without those that an earlier stage writes."""
     return {key: source for key, source in stage.data.items() if source.stage is None}
 
 
 def _limit(stage: Any, need: Need, positions: int) -> Limit:
-    """How long the stage's rows may be; where it samples, prompts leave room for what is sampled."""
+    """The length limit of the stage's rows; a stage that samples leaves room for completions."""
     wanted = getattr(stage, "max_length", positions)
     sampling = getattr(stage, "sampling", None)
     if sampling is not None and need is Need.prompts:

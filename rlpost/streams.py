@@ -1,4 +1,4 @@
-"""The process's own streams where one is closed, is a terminal, or knows few letters."""
+"""stdin, stdout and stderr: closed ones, terminals, narrow encodings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlpost.errors import RecipeError
 
 
 def open_streams() -> None:
-    """See that stdin, stdout and stderr are there, and that stdout can write every character.
+    """Make sure that stdin, stdout and stderr are open, and that stdout can write every character.
 
-    A closed one (`>&-`) is replaced by the null device: otherwise a file that is opened later takes its number, and
-    messages are written into it.
+    A closed one (`>&-`) is replaced by the null device: otherwise a file opened later would get its number, and
+    messages would be written into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -28,7 +28,7 @@ def open_streams() -> None:
 
 
 def from_stdin(what: str) -> str:
-    """All of stdin, without a line break at its end; `what` it is, for errors.
+    """All of stdin, without a final line break; `what` names it in errors.
 
     Raises:
         RecipeError: it is a terminal, or not UTF-8.
@@ -39,21 +39,21 @@ def from_stdin(what: str) -> str:
         text = sys.stdin.read()
     except UnicodeDecodeError as error:
         raise RecipeError(f"{what}: stdin is not UTF-8 at byte {error.start} - save it as UTF-8") from error
-    if broken(text):  # in a C locale bytes that are no text come through as halves of characters
+    if broken(text):  # in a C locale, bytes that are not UTF-8 arrive as surrogates
         raise RecipeError(f"{what}: stdin is not UTF-8 - save it as UTF-8")
     return text.removesuffix("\n")
 
 
 def broken(text: str) -> bool:
-    """Whether it holds halves of characters, which cannot be encoded: bytes that were not UTF-8."""
+    """Whether it holds surrogates, which stand for bytes that were not UTF-8."""
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether a person may be reading it as it is written."""
+    """Whether it is an open terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def in_colour(stream: TextIO | None) -> bool:
-    """Whether colours are welcome there."""
+    """Whether to write colours to it."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

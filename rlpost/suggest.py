@@ -25,11 +25,11 @@ def edits(a: str, b: str) -> int:
 
 
 def closest(word: str, options: Iterable[str]) -> str | None:
-    """The option a typo of which `word` may be, or None."""
-    short = word[:100]  # a longer word is no typo of a key, and edits() is quadratic
+    """The option that `word` is probably a typo of, or None."""
+    short = word[:100]  # a longer word is no typo, and edits() is quadratic
     names = list(options)
     most = 1 + min(len(short) // 4, 2)
-    # Words whose lengths differ by more are further apart than that: a recipe may have thousands of keys.
+    # Skip words whose lengths differ by more: a recipe may have thousands of keys.
     ranked = ((edits(short.lower(), name.lower()), name) for name in names if abs(len(name) - len(short)) <= most)
     best = min(ranked, default=None)
     if best is not None and best[0] <= most:
@@ -44,6 +44,6 @@ def hint(word: str, options: Iterable[str]) -> str:
 
 
 def hint_or_list(word: str, options: Iterable[str], what: str) -> str:
-    """` - did you mean 'x'?`, or what there is to choose from."""
+    """` - did you mean 'x'?`, or the list of options."""
     names = list(options)
     return hint(word, names) or f" ({what}: {', '.join(names) or 'none'})"

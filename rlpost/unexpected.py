@@ -1,4 +1,4 @@
-"""What is said of an error that nobody foresaw: one line with its place, and its traceback in a file."""
+"""Reports an unexpected error: one line with its location, and its traceback in a file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlpost.errors import DiskError, OutOfMemoryError, RlpostError, UnexpectedEr
 LOG = "error.log"
 _PACKAGE = Path(__file__).parent
 _OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""What torch says when memory is short and its exception is a plain RuntimeError."""
+"""Texts of the plain RuntimeErrors that torch raises when memory is short."""
 
 
 @contextmanager
 def traceback_kept(folder: Path) -> Iterator[None]:
-    """Turn an unexpected error inside into one for the user, its traceback in `folder`/error.log.
+    """Turn an unexpected error inside into one line, with its traceback in `folder`/error.log.
 
     Raises:
         RlpostError: as `explained`.
@@ -35,9 +35,9 @@ def traceback_kept(folder: Path) -> Iterator[None]:
 
 
 def explained(error: Exception, log: Path | None = None) -> RlpostError:
-    """The error in one line for the user; its traceback goes to `log`, or to a file in the folder for temporary ones.
+    """The error in one line; its traceback goes to `log`, or to a temporary file.
 
-    What the system refused (a path too long, a folder that is locked, a full disk) is plain without a traceback.
+    An error of the operating system (a path too long, no permission, a full disk) needs no traceback.
     """
     if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
         name = error.filename if isinstance(error.filename, str) else place_of(error)
@@ -52,13 +52,13 @@ def explained(error: Exception, log: Path | None = None) -> RlpostError:
             f"a run goes on from its last checkpoint ({where})"
         )
     return UnexpectedError(
-        f"unexpected {type(error).__name__} at {place_of(error)}: {first} - a defect of rlpost or of a package below "
-        f"it: please report it with its traceback ({where})"
+        f"unexpected {type(error).__name__} at {place_of(error)}: {first} - a bug in rlpost or a package below it: "
+        f"please report it with its traceback ({where})"
     )
 
 
 def place_of(error: BaseException) -> str:
-    """`rlpost/train/loop.py:88`, the last line of this package that the error went through; else of any file."""
+    """`rlpost/train/loop.py:88`: the last line of this package that the error passed through; else of any file."""
     frames = [(Path(f.f_code.co_filename), line) for f, line in traceback.walk_tb(error.__traceback__)]
     own = [(file, line) for file, line in frames if file.is_relative_to(_PACKAGE)]
     if not own and not frames:
@@ -68,7 +68,7 @@ def place_of(error: BaseException) -> str:
 
 
 def was_interrupted(error: BaseException | None) -> bool:
-    """Whether it comes from Ctrl-C: within an import of a C extension it arrives as some other error."""
+    """Whether it comes from Ctrl-C, which an import of a C extension turns into another error."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -82,7 +82,7 @@ def _of_memory(error: Exception) -> bool:
 
 
 def _kept(error: Exception, log: Path | None) -> str:
-    """Write the traceback; says where it is, or why it is nowhere."""
+    """Write the traceback; returns where it is, or why it could not be written."""
     text = f"{shlex.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
     try:
         if log is None:

@@ -232,7 +232,7 @@ def test_a_damaged_evaluation_is_made_again(here, tally):
     assert_repaired(rlpost("train", file), folder, whole, "sft.json is missing or has changed", "base.jsonl is missing")
     for ending in ("json", "jsonl", "proof"):
         shutil.copy(folder / f"base.{ending}", folder / f"sft.{ending}")
-    assert_repaired(rlpost("train", file), folder, whole, "they are of another stage or run; sft is evaluated again")
+    assert_repaired(rlpost("train", file), folder, whole, "they belong to another stage or run; sft is evaluated again")
     (folder / "sft.proof").write_bytes(b"[")
     assert_repaired(rlpost("train", file), folder, whole, "sft.proof is missing or damaged; sft is evaluated again")
     tally("damaged run files", right=4)
