@@ -40,24 +40,24 @@ def explained(error: Exception, log: Path | None = None) -> RlpostError:
     An error of the operating system (a path too long, no permission, a full disk) needs no traceback.
     """
     if isinstance(error, OSError) and error.errno is not None and error.strerror is not None:
-        name = error.filename if isinstance(error.filename, str) else place_of(error)
+        name = error.filename if isinstance(error.filename, str) else location_of(error)
         shown = name if len(name) <= 200 else f"{name[:80]}...{name[-40:]}"
         return DiskError(f"{shown}: {error.strerror}; use another path, or make this one accessible")
     where = _kept(error, log)
     first = next(iter(str(error).splitlines()), "")[:300] or "no message"
     if _of_memory(error):
         return OutOfMemoryError(
-            f"out of memory at {place_of(error)}: {first} - lower the stage's tokens_per_pass or model.lora.r, set "
+            f"out of memory at {location_of(error)}: {first} - lower the stage's tokens_per_pass or model.lora.r, set "
             "model.gradient_checkpointing=true, or lower prompts, group_size, batch_size or max_new_tokens; "
             f"a run goes on from its last checkpoint ({where})"
         )
     return UnexpectedError(
-        f"unexpected {type(error).__name__} at {place_of(error)}: {first} - a bug in rlpost or a package below it: "
+        f"unexpected {type(error).__name__} at {location_of(error)}: {first} - a bug in rlpost or a package below it: "
         f"please report it with its traceback ({where})"
     )
 
 
-def place_of(error: BaseException) -> str:
+def location_of(error: BaseException) -> str:
     """`rlpost/train/loop.py:88`: the last line of this package that the error passed through; else of any file."""
     frames = [(Path(f.f_code.co_filename), line) for f, line in traceback.walk_tb(error.__traceback__)]
     own = [(file, line) for file, line in frames if file.is_relative_to(_PACKAGE)]

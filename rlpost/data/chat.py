@@ -1,8 +1,8 @@
-"""Conversations through a tokenizer's chat template, cut into segments of which some are trained.
+"""Conversations rendered by a tokenizer's chat template, cut into segments of which some are trained.
 
-A segment boundary is a place in the rendered text that generation would also know: an assistant's turn
-begins where the template's generation prompt ends, and ends with the template's stop token. Segments are
-tokenised apart, so a prompt has the same ids in training as in generation. Example in ChatML, with | for
+Segment boundaries are those of generation: an assistant's turn begins where the template's generation prompt
+ends, and ends with the template's stop token. Segments are tokenised separately, so a prompt has the same ids
+in training as in generation. Example in ChatML, with | for
 boundaries and the trained segment in quotes:
 
     <|im_start|>user⏎Hi<|im_end|>⏎<|im_start|>assistant⏎ | "Hello<|im_end|>" | ⏎<|im_start|>user⏎...
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlpost.data.leaves import Sort, leaves
-from rlpost.data.messages import Message, is_trained, shown
+from rlpost.data.messages import Message, is_trained, without_marks
 from rlpost.data.templates import REMEDY, Job, Rendered, Talk, render_all
 from rlpost.data.tool_calls import formed, wanted_form
 from rlpost.data.unrendered import Proof, Unrendered, holds, squeezed
@@ -29,7 +29,7 @@ _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(frozen=True)
 class Template:
-    """What a probe found out about a chat template."""
+    """What `probe` found in a chat template."""
 
     stop: str
     """The token that ends an assistant's turn, as text: "<|im_end|>"."""
@@ -45,7 +45,7 @@ class Segment:
 
 
 def text_of(rendered: Rendered, location: str, error: type[RlpostError] = DataError) -> str:
-    """What was rendered.
+    """The rendered text.
 
     Raises:
         RlpostError: of class `error`, the template failed.
@@ -92,12 +92,12 @@ def probe(tokenizer: Any) -> Template:
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Any, location: str, strict: bool = True) -> str:
-    """The conversation up to where the assistant would go on.
+    """The conversation with its generation prompt.
 
     Raises:
-        Unrendered: the template leaves out something of it, and `strict`. DataError: it refuses it.
+        Unrendered: the template leaves out a part of it, and `strict`. DataError: the template fails.
     """
-    talk = Talk(shown(messages), tools)
+    talk = Talk(without_marks(messages), tools)
     form = wanted_form(tokenizer, talk, location)
     proof = Proof(talk, form, generation=True)
     plain, marked = render_all(
@@ -121,14 +121,12 @@ def segments(
 ) -> list[Segment]:
     """The conversation from its prompt to its last trained turn: assistant turns from message `first` on.
 
-    Where the template renders an earlier turn otherwise once another follows it (reasoning taken out, say),
-    its generation markers tell the turns, and those it takes something out of are not trained; without markers
-    the last turn alone is.
+    If the template renders an earlier turn differently once another follows it (without its reasoning, say), turns are
+    found by its generation markers, and those that lose a part are not trained; without markers only the last one is.
 
     Raises:
-        Unrendered: the template leaves out something of the conversation, and `strict`.
-        DataError: no turn to train, one that holds the stop token, or not even the last turn can be told
-        apart.
+        Unrendered: the template leaves out a part of the conversation, and `strict`.
+        DataError: there is no turn to train, one holds the stop token, or not even the last turn can be found.
     """
     turns = [i for i in range(max(first, 1), len(messages)) if is_trained(messages[i])]
     if not turns:
@@ -136,8 +134,8 @@ def segments(
     for i in turns:
         if template.stop in messages[i]["content"]:
             raise DataError(f"{location}: message {i + 1} holds the stop token {template.stop!r}: take it out")
-    # What follows the last trained turn is no context of anything.
-    talk = Talk(shown(messages[: turns[-1] + 1]), tools)
+    # Turns after the last trained one are context of nothing.
+    talk = Talk(without_marks(messages[: turns[-1] + 1]), tools)
     form = wanted_form(tokenizer, talk, location)
     told = formed(talk, form)
     proof = Proof(talk, form, generation=False)
@@ -174,9 +172,9 @@ def _refuse(left_out: str | None, location: str) -> None:
 
 
 def _missing(talk: Talk, turn: int, full: str, span: tuple[int, int] | None) -> str | None:
-    """What of a turn is not in its span of the text, in words; None where there is no span.
+    """The part of a turn that is not in its span of the text, in words; None if all is, or there is no span.
 
-    A generation prompt may begin a content already, with <think>.
+    A generation prompt may already contain the beginning of the content: <think>.
     """
     if span is None:
         return None
@@ -191,7 +189,7 @@ def _missing(talk: Talk, turn: int, full: str, span: tuple[int, int] | None) -> 
 
 
 def _span(template: Template, start: str, rendered: str, full: str) -> tuple[int, int] | None:
-    """Where a turn stands in `full`, stop token included; None unless generation would begin it there."""
+    """The span of a turn in `full`, stop token included; None unless generation would begin it there."""
     at = rendered.find(template.stop, len(start))
     end = at + len(template.stop)
     if at < 0 or not rendered.startswith(start):
@@ -208,7 +206,7 @@ def _marked(
     last: tuple[int, int],
     location: str,
 ) -> list[tuple[int, int] | None]:
-    """The spans of `turns` by the template's generation markers; the last alone when there are none that fit."""
+    """The spans of `turns` by the template's generation markers; only the last one's if they do not fit."""
     alone: list[tuple[int, int] | None] = [*[None] * (len(turns) - 1), last]
     if not _MARKER.search(tokenizer.get_chat_template(tools=told.tools)):
         return alone
@@ -219,7 +217,7 @@ def _marked(
     spans: dict[int, tuple[int, int]] = {}
     for i, (begin, end) in zip(assistants, rendered.generated, strict=True):
         at = full.find(template.stop, begin)
-        # Markers may end before the stop token, which is trained all the same.
+        # Markers may end before the stop token, which is trained too.
         if at < 0 or full[end:at].strip():
             return alone
         spans[i] = (begin, at + len(template.stop))

@@ -1,4 +1,4 @@
-"""Text to token ids, with everything the model's tokenizer decides: begin, end and chat template."""
+"""Encodes text with the model's tokenizer: ids, begin and end tokens, chat template."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from rlpost.data.batch import Batched, Ragged
+from rlpost.data.batch import Batched, Pieces
 from rlpost.data.chat import Template, probe
 from rlpost.errors import DataError, ModelError
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A tokenizer and what rows need of it."""
+    """A tokenizer with what rows need from it."""
 
     tokenizer: Any
     """A tokenizer of transformers."""
     begin: tuple[int, ...]
-    """What the tokenizer itself puts before a text: the begin token, or nothing."""
+    """What the tokenizer itself adds before a text: the begin token, or nothing."""
     end: int
     """The end token, appended to every plain completion."""
     template: Template | None
     """The chat template's stop token; None without a chat template."""
     strict: bool = True
-    """Whether a row is refused that says what its chat template leaves out."""
+    """Whether rows are refused if their chat template leaves out a part of them."""
     batched: Batched | None = field(default=None, compare=False)
     """The tokenizer for many texts at once; None to ask it for one text at a time."""
     known: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
@@ -35,7 +35,7 @@ class Codec:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Tokens that end a completion: the end token, and the chat template's stop token if another."""
+        """Tokens that end a completion: the end token, and the chat template's stop token if it is another."""
         chat = () if self.template is None else (self.template.stop_id,)
         return tuple(dict.fromkeys((self.end, *chat)))
 
@@ -49,7 +49,7 @@ class Codec:
         if ids is None:
             ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         unknown = self.tokenizer.unk_token_id
-        # A text may name the unknown token: rows of samples do where a model wrote it.
+        # A text may contain the unknown token by name: a model may have written it.
         if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
             raise DataError(
                 f"{location}: the tokenizer has no token for {self._first_unknown(text)!r}: "
@@ -57,19 +57,19 @@ class Codec:
             )
         return ids
 
-    def all_ids(self, texts: Sequence[str]) -> Ragged:
+    def all_ids(self, texts: Sequence[str]) -> Pieces:
         """Token ids of many texts, nothing added and nothing checked."""
         return (self.batched or Batched(self.tokenizer))(texts)
 
     def knowing(self, texts: Sequence[str]) -> Codec:
-        """The same, with these texts tokenised."""
+        """The same codec with the ids of these texts cached."""
         texts = list(dict.fromkeys(texts))
-        return replace(self, known=dict(zip(texts, self.all_ids(texts).pieces(), strict=True)))
+        return replace(self, known=dict(zip(texts, self.all_ids(texts).split(), strict=True)))
 
     def identity(self) -> str:
-        """sha256 of all that decides which ids a text has: tokenizer, chat template, and the libraries' versions."""
+        """sha256 of all that a text's ids depend on: tokenizer, chat template, and versions of libraries."""
         tokenizer = self.tokenizer
-        tokenizer.encode("", add_special_tokens=False)  # takes back the padding and truncation of an earlier call
+        tokenizer.encode("", add_special_tokens=False)  # resets padding and truncation of an earlier call
         fast = getattr(tokenizer, "is_fast", False)
         rules = tokenizer.backend_tokenizer.to_str() if fast else [tokenizer.get_vocab(), tokenizer.init_kwargs]
         special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
@@ -84,10 +84,10 @@ class Codec:
 
 
 def make_codec(tokenizer: Any) -> Codec:
-    """The codec of a transformers tokenizer, its chat template (if any) probed for the stop token.
+    """The codec of a transformers tokenizer; its chat template, if any, is probed for the stop token.
 
     Raises:
-        ModelError: no end token, or a chat template whose assistant turns cannot be told apart.
+        ModelError: there is no end token, or assistant turns cannot be found in its chat template's text.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(

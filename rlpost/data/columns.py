@@ -1,4 +1,4 @@
-"""Naming the columns a format needs."""
+"""Maps columns to the roles that a format needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 class Naming:
     """Adds the roles of `columns` to a row: role -> a column, or a template with {column} in braces.
 
-    All roles are made from the row as it came; the other columns stay, rewards may read them.
+    All roles are made from the original row; the other columns stay, since rewards may read them.
     """
 
     def __init__(self, columns: Mapping[str, str], where: str) -> None:
@@ -24,7 +24,7 @@ class Naming:
         self._roles = [(role, value, _parse(value, f"{where}.{role}")) for role, value in columns.items()]
 
     def __call__(self, row: Row, location: str) -> Row:
-        """The row with its roles, a new one; `location` names it.
+        """A new row with the roles; `location` is for messages.
 
         Raises:
             DataError: it lacks a column.
@@ -34,13 +34,13 @@ class Naming:
 
 
 def missing(column: str, row: Mapping[str, Any]) -> str:
-    """The words for a column that is not there: "has no 'completion' (columns: prompt, answer)"."""
+    """The message about a missing column: "has no 'completion' (columns: prompt, answer)"."""
     columns = [str(c) for c in row]
     return f"has no {column!r} (columns: {', '.join(columns) or 'none'}){hint(column, columns)}"
 
 
 def _parse(value: str, where: str) -> list[tuple[str, str | None]]:
-    """[(text, column after it)] of a template; a column's name in braces is taken as it stands.
+    """[(text, column after it)] of a template; column names in braces are taken literally.
 
     Attributes, indices, conversions and formats are refused: a template names columns and does nothing else.
     """

@@ -1,4 +1,4 @@
-"""A stage's data: sources, read and tokenised once, in an endless order that can be resumed exactly."""
+"""A stage's dataset: sources, encoded once, in an endless order that can be resumed exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.data.codec import Codec
-from rlpost.data.fitting import Found, Limit
+from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.formats import Need, recognise, row_texts
 from rlpost.data.order import Draw, Order
 from rlpost.data.origins import Bind, label
@@ -21,7 +21,7 @@ from rlpost.errors import DataError, RecipeError
 from rlpost.types import Group
 
 _AT_ONCE = 512
-"""Rows that are presented together where all are gone through."""
+"""Rows that `every` reads at a time."""
 
 
 class Dataset:
@@ -40,22 +40,22 @@ class Dataset:
 
     @property
     def epoch_length(self) -> int:
-        """Rows of one epoch (of a mixture: of all sources together)."""
+        """Rows of one epoch: of all sources together."""
         return self._order.epoch_length
 
     @property
     def is_presented(self) -> bool:
-        """True where rows change every time they are drawn."""
+        """Whether rows change every time they are drawn."""
         return any(part.present is not None for part in self._parts)
 
     @property
     def notices(self) -> list[str]:
-        """What to say aloud: the formats recognised, and what became of rows that did not fit."""
+        """Messages for the user: the formats recognised, and rows dropped, cut or changed."""
         lines = [f"{p.label}: {len(p)} rows, read as {p.encoder.form.value}" for p in self._parts]
-        became = Found()
+        outcomes = RowOutcomes()
         for part in self._parts:
-            became.add(part.became)
-        return [*lines, *became.notices(self._limit.max_length)]
+            outcomes.add(part.outcomes)
+        return [*lines, *outcomes.notices(self._limit.max_length)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -70,19 +70,19 @@ class Dataset:
             DataError: a row as presented this time is malformed or too long.
         """
         drawn: list[Group] = []
-        passed_over = 0
+        dropped = 0
         while len(drawn) < n:
             draws = [self._order.next() for _ in range(n - len(drawn))]
             groups = self._drawn(draws)
             drawn += [group for group in groups if group is not None]
-            passed_over += groups.count(None)
-            if passed_over > 10 * max(len(self), n):
+            dropped += groups.count(None)
+            if dropped > 10 * max(len(self), n):
                 about = self._parts[draws[-1].source].label
                 raise DataError(f"{about}: rows as presented are all longer than {self._limit.max_length} tokens")
         return drawn
 
     def _drawn(self, draws: Sequence[Draw]) -> list[Group | None]:
-        """What was drawn, in that order; None where a row as presented this time is dropped."""
+        """The groups of the draws, in order; None for a row that is dropped as presented this time."""
         groups: dict[Draw, Group | None] = {}
         for source, part in enumerate(self._parts):
             own = [draw for draw in draws if draw.source == source]
@@ -91,7 +91,7 @@ class Dataset:
         return [groups[draw] for draw in draws]
 
     def every(self) -> Iterator[Group]:
-        """Every row once, in the order of the sources; the rows' turns in `next` are not touched."""
+        """Every row once, in the order of the sources; does not advance `next`."""
         for part in self._parts:
             for first in range(0, len(part), _AT_ONCE):
                 rows = range(first, min(first + _AT_ONCE, len(part)))
@@ -103,15 +103,15 @@ class Dataset:
         return list(self.every())
 
     def state(self) -> dict[str, Any]:
-        """Where the data stands, as JSON."""
+        """The position in the data, as JSON."""
         return {"order": self._order.state(), "fingerprint": self.fingerprint}
 
     def load(self, state: Mapping[str, Any], *, allow_change: bool = False) -> None:
-        """Continue from `state()`: the groups that follow are those that would have followed.
+        """Continue from `state()` with the same groups that would have followed.
 
         Raises:
-            DataError: the rows are not those of the state (`allow_change`, here or when it was opened, allows
-            it while their number is the same).
+            DataError: the rows have changed since (`allow_change`, here or when it was opened, allows that if
+            their number is the same).
         """
         if state["fingerprint"] != self.fingerprint and not (allow_change or self._allow_change):
             raise DataError(
@@ -136,14 +136,14 @@ def open_dataset(
     shelf: Shelf | None = None,
     check: Check | None = None,
 ) -> Dataset:
-    """Read and encode `sources`, which stand at the key path `where`, for what `need` says.
+    """Read and encode `sources`, at key path `where`, in a format for `need`.
 
-    Rows that lie encoded on the `shelf` are not read again; without one they are kept in memory. `check` sees those
-    that no stage wrote and no function presents.
+    Rows cached on the `shelf` are not read again; without a shelf they are kept in memory. `check` is applied to rows
+    that no stage wrote and that are not presented by a function.
 
     Raises:
         DataError: a source cannot be read, a row is malformed or too long, or none is left.
-        ModelError: conversations, and no chat template.
+        ModelError: rows are conversations and there is no chat template.
     """
     if not sources:
         raise RecipeError(f"{where} names no source: give at least one, like {where}: {{main: {{path: FILE.jsonl}}}}")
@@ -168,7 +168,7 @@ def texts(
     """All text of the sources' rows, for training a tokenizer.
 
     Raises:
-        DataError: a source cannot be read, or has no text in a column that a format knows.
+        DataError: a source cannot be read, or has no text in the columns of a format.
     """
     found: list[str] = []
     for name, source in sources.items():

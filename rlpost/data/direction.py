@@ -1,4 +1,4 @@
-"""Text read backwards, for a model that searches from the end: p(x) = Π p(x_t | x_>t)."""
+"""Reversed text, for models that predict from the end: p(x) = Π p(x_t | x_>t)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rlpost.types import Completion, Group
 
 
 def backwards(group: Group, codec: Codec) -> Group:
-    """A prompt and its completion as one reversed text, all of which is learned: begin and end change places.
+    """A prompt and its completion as one reversed text, all of which is learned.
 
-    The begin token stays what a text begins with and the end token what it ends with, so that the model is sampled,
-    saved and scored as any other. Without a begin token the text's own last token is the prompt.
+    The reversed text still begins with the begin token and ends with the end token, so that the model is sampled, saved
+    and scored as any other. Without a begin token the text's own last token is the prompt.
     Example: begin, "1+2=", "3", end becomes begin, "3=2+1", end.
     """
     (completion,) = group.completions
@@ -34,7 +34,7 @@ def backwards(group: Group, codec: Codec) -> Group:
 
 
 def before_what(after: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
-    """The prompt that asks a model of reversed text what comes before `after`: the begin token, and `after` backwards.
+    """The prompt for a model of reversed text to predict what comes before `after`: begin token, `after` reversed.
 
     Raises:
         DataError: `after` is empty, and the tokenizer has no begin token.
@@ -46,5 +46,5 @@ def before_what(after: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
 
 
 def in_reading_order(sampled: Sequence[int], end: int) -> tuple[int, ...]:
-    """What a model of reversed text said, turned around, without the end token."""
+    """The sample of a model of reversed text, in reading order, without the end token."""
     return tuple(reversed([token for token in sampled if token != end]))

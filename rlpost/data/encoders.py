@@ -1,8 +1,8 @@
-"""Rows of one kind each as groups: text, answers, conversations, pairs.
+"""Encoders of rows as groups: text, prompts with answers, conversations, pairs.
 
-A prompt is text or a list of messages; text goes to the model as it is, messages through the chat template.
-Prompt and completion are tokenised apart, so a prompt's ids are those that generation sees. The end of
-every completion is trained.
+A prompt is text or a list of messages; text is tokenised as it is, messages go through the chat template. Prompt and
+completion are tokenised separately, so a prompt has the ids that generation sees. The end of every completion is
+trained.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Row = Mapping[str, Any]
 
 
 def encode_text(row: Row, codec: Codec, location: str) -> Group:
-    """The begin token, or else the first token, is the prompt: what comes first is never predicted."""
+    """A text to learn; its prompt is the begin token, or else its first token, which cannot be predicted."""
     text = as_text(value_of(row, "text", location), "text", location)
-    whole, said = _ended(text, codec, location)
+    whole, shown = _ended(text, codec, location)
     begin = codec.begin or begin_token(codec)
     if begin:
         prompt, ids = begin, whole[len(begin) :] if whole[: len(begin)] == begin else whole
@@ -32,11 +32,11 @@ def encode_text(row: Row, codec: Codec, location: str) -> Group:
         prompt, ids = whole[:1], whole[1:]
     if not ids:
         raise DataError(f"{location}: 'text' is empty")
-    return Group(prompt, (Completion(ids, (True,) * len(ids), said),), row)
+    return Group(prompt, (Completion(ids, (True,) * len(ids), shown),), row)
 
 
 def encode_answered(row: Row, codec: Codec, location: str) -> Group:
-    """A prompt with its answer."""
+    """A prompt with one answer."""
     prompt, answer = value_of(row, "prompt", location), value_of(row, "completion", location)
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer:
@@ -58,9 +58,9 @@ def encode_pair(row: Row, codec: Codec, location: str) -> Group:
     good = as_messages(chosen, "assistant", f"{location}, chosen")
     bad = as_messages(rejected, "assistant", f"{location}, rejected")
     if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":
-        # Whole conversations carry their prompt with them: what they have in common.
+        # Whole conversations contain their prompt: the messages they have in common.
         first = common(good, bad, location)
-        _check_said(row.get("prompt"), good[:first], location)
+        _check_prompt_column(row.get("prompt"), good[:first], location)
     else:
         asked = as_messages(value_of(row, "prompt", location), "user", f"{location}, prompt")
         first, good, bad = len(asked), asked + good, asked + bad
@@ -75,7 +75,7 @@ def encode_pair(row: Row, codec: Codec, location: str) -> Group:
 
 
 def common(good: Sequence[Message], bad: Sequence[Message], location: str) -> int:
-    """How many messages two conversations share, up to where an assistant answers."""
+    """Number of messages that two conversations have in common, before an assistant's turn."""
     shared = 0
     while shared < min(len(good), len(bad)) and good[shared] == bad[shared]:
         shared += 1
@@ -113,8 +113,8 @@ def conversation(
 
 def plain_completion(text: str, codec: Codec, location: str) -> Completion:
     """A plain completion: its tokens and the end token."""
-    ids, said = _ended(text, codec, location)
-    return Completion(ids, (True,) * len(ids), said)
+    ids, shown = _ended(text, codec, location)
+    return Completion(ids, (True,) * len(ids), shown)
 
 
 def _ended(text: str, codec: Codec, location: str) -> tuple[tuple[int, ...], str]:
@@ -137,7 +137,7 @@ def prompt_ids(row: Row, codec: Codec, location: str) -> tuple[int, ...]:
 
 
 def conversation_prompt(row: Row, messages: list[Message], codec: Codec, location: str) -> tuple[int, ...]:
-    """The ids of a conversation that is to be answered."""
+    """The ids of a conversation with its generation prompt."""
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError(f"{location}: the prompt ends with an assistant turn: there is nothing to answer")
     template_of(codec, location)
@@ -158,13 +158,17 @@ def plain_prompt(prompt: str, codec: Codec, location: str) -> tuple[int, ...]:
 
 
 def begin_token(codec: Codec) -> tuple[int, ...]:
-    """What can stand for an empty prompt."""
+    """The ids of an empty prompt: the begin token, if there is one."""
     begin = codec.tokenizer.bos_token_id
     return () if begin is None else (begin,)
 
 
 def template_of(codec: Codec, location: str) -> chat.Template:
-    """The chat template, which must be there."""
+    """The chat template.
+
+    Raises:
+        ModelError: there is none.
+    """
     if codec.template is None:
         raise ModelError(f"{location}: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
     return codec.template
@@ -175,17 +179,17 @@ def as_messages(value: Any, role: str, location: str) -> list[Message]:
     return validate([{"role": role, "content": value}] if isinstance(value, str) else value, location)
 
 
-_SAID = ("system", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
-"""Columns that in data sets of conversations say more of the conversation, and that no template is given here."""
+_UNREAD = ("system", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
+"""Columns of conversation data sets that belong to the conversation but are not given to the template."""
 
 
 def _check_columns(row: Row, text: str, codec: Codec, location: str) -> None:
-    """A conversation may not be said by more columns than are read.
+    """Check that no other column belongs to the conversation.
 
     Raises:
-        Unrendered: it is.
+        Unrendered: one does.
     """
-    for column in _SAID:
+    for column in _UNREAD:
         value = row.get(column)
         if not value or not codec.strict or (isinstance(value, str) and holds(squeezed(text), value)):
             continue
@@ -196,16 +200,16 @@ def _check_columns(row: Row, text: str, codec: Codec, location: str) -> None:
         )
 
 
-def _check_said(prompt: Any, shared: Sequence[Message], location: str) -> None:
-    """The prompt beside whole conversations may say again what they begin with, and no more.
+def _check_prompt_column(prompt: Any, shared: Sequence[Message], location: str) -> None:
+    """Check that the prompt column only repeats messages that whole conversations begin with.
 
     Raises:
-        DataError: it says something else.
+        DataError: it has other messages.
     """
     asked = [] if not prompt else as_messages(prompt, "user", f"{location}, prompt")
-    said = [(m["role"], squeezed(m["content"])) for m in shared]
+    known = [(m["role"], squeezed(m["content"])) for m in shared]
     for number, message in enumerate(asked, start=1):
-        if (message["role"], squeezed(message["content"])) not in said:
+        if (message["role"], squeezed(message["content"])) not in known:
             raise DataError(
                 f"{location}: message {number} of its prompt ({message['role']}) is not in chosen and rejected, which "
                 "are whole conversations: put it at the beginning of both, or give only the answers there"
@@ -213,7 +217,7 @@ def _check_said(prompt: Any, shared: Sequence[Message], location: str) -> None:
 
 
 def _check_answer(messages: Sequence[Message], first: int, location: str) -> None:
-    """An answer that begins with its prompt again would be asked twice.
+    """Check that the answer does not begin with its prompt again.
 
     Raises:
         DataError: it does.
@@ -239,7 +243,11 @@ def value_of(row: Row, column: str, location: str) -> Any:
 
 
 def as_text(value: Any, column: str, location: str) -> str:
-    """The value, which must be text."""
+    """The value as text.
+
+    Raises:
+        DataError: it is not text.
+    """
     if not isinstance(value, str):
         raise DataError(f"{location}: {column!r} must be text")
     return value

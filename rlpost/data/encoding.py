@@ -1,4 +1,4 @@
-"""All rows of a source encoded, once, into flat arrays."""
+"""Encodes all rows of a source once, into flat arrays."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from rlpost.data import params
-from rlpost.data.batch import Ragged
+from rlpost.data.batch import Pieces
 from rlpost.data.codec import Codec
 from rlpost.data.direction import backwards
 from rlpost.data.files import Chunk
-from rlpost.data.fitting import Found, Limit, fit
+from rlpost.data.fitting import Limit, RowOutcomes, fit
 from rlpost.data.flat import Block, Writer, block_of
-from rlpost.data.formats import Format, encode, is_plain, said, untrained_turns
+from rlpost.data.formats import Format, encode, is_plain, texts_of, untrained_turns
 from rlpost.data.origins import Row, written
 from rlpost.data.params import Direction
-from rlpost.data.plain import Plain, is_done_here
+from rlpost.data.plain import Plain, is_supported
 from rlpost.data.unrendered import Unrendered
 from rlpost.data.users import each
 from rlpost.errors import DataError
@@ -28,12 +28,12 @@ from rlpost.usercode.wire import Seeded
 
 Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
 _FEW = 0.1
-"""Share of rows out of the ordinary up to which the others are encoded many at once."""
+"""Largest share of rows that need the single-row encoder; above it, all rows of a chunk use it."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows of one format become groups that fit."""
+    """Encodes rows of one format as groups within a length limit."""
 
     form: Format
     codec: Codec
@@ -41,8 +41,8 @@ class Encoder:
     direction: Direction = Direction.forward
     unrendered: params.Unrendered = params.Unrendered.refuse
 
-    def __call__(self, row: Row, location: str, became: Found) -> Group | None:
-        """The row as a group, or None where it is dropped; `became` is added to.
+    def __call__(self, row: Row, location: str, outcomes: RowOutcomes) -> Group | None:
+        """The row as a group, or None if it is dropped; adds to `outcomes`.
 
         Raises:
             DataError: it is malformed or too long.
@@ -53,22 +53,22 @@ class Encoder:
             if self.unrendered is params.Unrendered.refuse:
                 raise
             kind = "unrendered" if self.unrendered is params.Unrendered.drop else "ignored"
-            became.counts[kind] += 1
-            became.first.setdefault(kind, f"{location}: {error.left_out}")
+            outcomes.counts[kind] += 1
+            outcomes.first.setdefault(kind, f"{location}: {error.left_out}")
             if self.unrendered is params.Unrendered.drop:
                 return None
             group = encode(row, self.form, replace(self.codec, strict=False), location)
         if self.form is Format.messages:
-            became.counts["turns"] += untrained_turns(row, group)
+            outcomes.counts["turns"] += untrained_turns(row, group)
         if self.direction is Direction.reverse:
             if len(group.completions) != 1:
                 raise DataError(
                     f"{location}: several completions of a prompt are no one text to reverse; give each a row"
                 )
             group = backwards(group, self.codec)
-        fitting = fit(group, self.limit, self.codec, location, became.counts)
+        fitting = fit(group, self.limit, self.codec, location, outcomes.counts)
         if fitting is not None and self.form in _COMPARED and _is_equal(fitting, self.form):
-            became.counts["equal"] += 1
+            outcomes.counts["equal"] += 1
             return None
         return fitting
 
@@ -78,14 +78,14 @@ _COMPARED = (Format.pair, Format.ranked, Format.ranked_pair)
 
 
 def _is_equal(group: Group, form: Format) -> bool:
-    """Whether all completions that are compared are one: they differ by rounding alone, which Adam makes full steps."""
+    """Whether all compared completions are equal: their gradient is rounding, which Adam scales up to full steps."""
     compared = [c for c in group.completions if form is Format.pair or c.score is not None]
     return len({(c.ids.tobytes(), c.action.tobytes()) for c in compared}) == 1
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a source on their way into arrays."""
+class SourceEncoder:
+    """Encodes the rows of a source and writes them to arrays."""
 
     encoder: Encoder
     about: str
@@ -94,11 +94,11 @@ class Rows:
     """A row's number -> where it comes from, for messages."""
     present: Present | None
     seed: int
-    """Row i is presented with seed + i while it is looked at for the first time."""
-    became: Found
+    """Row i is presented with seed + i here."""
+    outcomes: RowOutcomes
 
     def write(self, chunks: Iterator[Chunk], writer: Writer) -> None:
-        """Encode them all, also those that are presented anew later: what is wrong shows before training.
+        """Encode all rows, also those that are presented anew later, to find errors before training.
 
         Raises:
             DataError: one is malformed or too long.
@@ -107,14 +107,14 @@ class Rows:
             for block in self._blocks(chunk):
                 if block.lines:
                     writer.add(block)
-            self.became.counts["read"] += len(chunk.rows)
+            self.outcomes.counts["read"] += len(chunk.rows)
 
     def _blocks(self, chunk: Chunk) -> Iterator[Block]:
         if self.present is not None:
             yield self._presented(chunk, self.present)
             return
         encoder = self.encoder
-        if not is_done_here(encoder.form) or encoder.direction is Direction.reverse:
+        if not is_supported(encoder.form) or encoder.direction is Direction.reverse:
             yield self._one_by_one(chunk)
             return
         plain = Plain(chunk.rows, encoder.form, encoder.codec, encoder.limit.max_length)
@@ -133,14 +133,16 @@ class Rows:
         form = self.encoder.form
         encoder = self.encoder
         if len(chunk.rows) > 1 and form is not Format.recorded:
-            given = [text for row in chunk.rows for text in said(row, form) if type(text) is str]
+            given = [text for row in chunk.rows for text in texts_of(row, form) if type(text) is str]
             encoder = replace(encoder, codec=encoder.codec.knowing(given))
-        found = [encoder(row, self.location(n), self.became) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
+        found = [
+            encoder(row, self.location(n), self.outcomes) for row, n in zip(chunk.rows, chunk.numbers, strict=True)
+        ]
         kept = [i for i, group in enumerate(found) if group is not None]
         groups = [group for group in found if group is not None]
         self._count_groups(groups)
         lines = self._lines(chunk)
-        # Of what was recorded, the row that it is about is kept.
+        # Of a recorded rollout, keep its example instead of its line.
         own = [
             lines[i] if g.example is chunk.rows[i] else written(g.example, self.location(chunk.numbers[i]))
             for i, g in zip(kept, groups, strict=True)
@@ -148,12 +150,12 @@ class Rows:
         return block_of(groups, own, [chunk.numbers[i] for i in kept])
 
     def _presented(self, chunk: Chunk, present: Present) -> Block:
-        first = self.became.counts["read"]
+        first = self.outcomes.counts["read"]
         locations = [self.location(n) for n in chunk.numbers]
-        rows = shown(present, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
-        groups = [self.encoder(row, location, self.became) for row, location in zip(rows, locations, strict=True)]
+        rows = presented(present, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
+        groups = [self.encoder(row, location, self.outcomes) for row, location in zip(rows, locations, strict=True)]
         self._count_groups([group for group in groups if group is not None])
-        nothing = Ragged(np.zeros(0, np.int32), np.zeros(0, np.int64))
+        nothing = Pieces(np.zeros(0, np.int32), np.zeros(0, np.int64))
         return Block(self._lines(chunk), chunk.numbers, np.zeros(len(locations), np.int64), nothing)
 
     def _lines(self, chunk: Chunk) -> Sequence[bytes]:
@@ -167,13 +169,13 @@ class Rows:
         self._count(len(groups), plain)
 
     def _count(self, kept: int, plain: int) -> None:
-        self.became.counts["kept"] += kept
+        self.outcomes.counts["kept"] += kept
         if plain and self.encoder.codec.template is not None:
-            self.became.plain[self.about] = self.became.plain.get(self.about, 0) + plain
+            self.outcomes.plain[self.about] = self.outcomes.plain.get(self.about, 0) + plain
 
 
-def shown(present: Present, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
-    """The rows as they are presented this time.
+def presented(present: Present, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
+    """What `present` makes of the rows this time.
 
     Raises:
         DataError: presenting one failed.
@@ -193,6 +195,6 @@ def _part(chunk: Chunk, first: int, last: int) -> Chunk:
 
 
 def _runs(flags: Any) -> Iterator[tuple[int, int]]:
-    """Where stretches of equal flags begin and end."""
+    """(begin, end) of runs of equal flags."""
     bounds = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
     return pairwise(bounds)

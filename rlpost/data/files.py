@@ -1,4 +1,4 @@
-"""Rows from one file, some at a time."""
+"""Reads rows from one file, in chunks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rlpost.errors import DataError
 AT_ONCE = 8192
 """Rows of a chunk."""
 _BYTES = 1 << 22
-"""Bytes of a chunk's lines: long rows come fewer at a time."""
+"""Bytes of a chunk's lines at most, so that chunks of long rows are shorter."""
 _TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows that follow each other."""
+    """Consecutive rows."""
 
     rows: list[dict[str, Any]]
     numbers: list[int]
-    """Of each row, from 1: its line, or its place among the rows."""
+    """The number of each row, from 1: its line, or its index among the rows."""
     lines: Sequence[bytes] | None = None
-    """The rows as their file has them, where nothing was changed since."""
+    """The rows' lines in the file, if the rows are unchanged."""
 
 
 def read_jsonl(path: Path) -> Iterator[Chunk]:
@@ -60,13 +60,13 @@ def read_jsonl(path: Path) -> Iterator[Chunk]:
 
 def _parsed(lines: list[bytes], numbers: list[int], path: Path) -> Chunk:
     rows = _plainly(lines)
-    if rows is None:  # one is malformed, or needs a closer look
+    if rows is None:  # one is malformed, or needs the slow path
         rows = [_row(line, f"{path}:{n}") for n, line in zip(numbers, lines, strict=True)]
     return Chunk(rows, numbers, lines)
 
 
 def _plainly(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """The rows of lines that are objects of JSON and nothing else; None where a line is not, or may not be."""
+    """The rows, if every line is plainly one JSON object; None if one is not, or may not be."""
     if any(b"\\u" in line and b"\\ud" in line.lower() for line in lines):
         return None
     read = json.JSONDecoder().raw_decode
@@ -106,7 +106,7 @@ def _row(line: bytes, location: str) -> dict[str, Any]:
 
 
 def _refuse_lone_surrogates(row: dict[str, Any], location: str) -> None:
-    """JSON can spell half a character (`\\ud83d` alone), which no tokenizer can read."""
+    """Refuse lone surrogates (`\\ud83d` alone), which JSON can spell but no tokenizer can read."""
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -114,7 +114,7 @@ def _refuse_lone_surrogates(row: dict[str, Any], location: str) -> None:
 
 
 def read_parquet(path: Path) -> Iterator[Chunk]:
-    """The rows of a parquet file; in messages and tools, what is null is absent.
+    """The rows of a parquet file; in messages and tools, nulls are left out.
 
     Raises:
         DataError: it cannot be read.
@@ -134,7 +134,7 @@ def read_parquet(path: Path) -> Iterator[Chunk]:
 
 
 def in_chunks(rows: Sequence[dict[str, Any]]) -> Iterator[Chunk]:
-    """Rows that are there already, some at a time, numbered from 1."""
+    """Rows in memory, in chunks, numbered from 1."""
     for first in range(0, len(rows), AT_ONCE):
         some = list(rows[first : first + AT_ONCE])
         yield Chunk(some, list(range(first + 1, first + 1 + len(some))))

@@ -1,4 +1,4 @@
-"""Groups brought within a number of tokens, and what became of the rows that are no part of the data."""
+"""Applies length limits to groups, and counts rows that are dropped, cut or changed."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from rlpost.types import Completion, Group
 
 @dataclass(frozen=True)
 class Limit:
-    """How long a row may be."""
+    """The length limit of rows."""
 
     max_length: int
     """Tokens of the prompt and its longest completion together (of the prompt, where rows are prompts)."""
     too_long: TooLong = TooLong.refuse
     of_model: bool = False
-    """The model has no more positions, so that no setting can make it longer."""
+    """The limit is the model's positions, so no setting can raise it."""
 
     @classmethod
     def within(cls, wanted: int, positions: int, too_long: TooLong) -> Limit:
-        """What a recipe wants, as far as the model has positions."""
+        """The recipe's limit, or the model's positions if those are fewer."""
         return cls(min(wanted, positions), too_long, of_model=wanted > positions)
 
 
 @dataclass
-class Found:
-    """What became of the rows of all sources, for the user."""
+class RowOutcomes:
+    """Counts of rows kept, dropped, cut and changed."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows read and kept, and those of every key of `_SAID`."""
+    """Rows `read` and `kept`, and those of every key of `_NOTICES`."""
     first: dict[str, str] = field(default_factory=dict)
-    """The first row of a kind, in words."""
+    """Kind -> its first row, in words."""
     plain: dict[str, int] = field(default_factory=dict)
-    """Label of a source -> rows that a chat model reads without its template."""
+    """Label of a source -> plain-text rows of a chat model, which skip its template."""
 
-    def add(self, other: Found) -> None:
-        """What became of more rows."""
+    def add(self, other: RowOutcomes) -> None:
+        """Add the counts of more rows."""
         self.counts += other.counts
         self.first = {**other.first, **self.first}
         self.plain |= other.plain
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """All counts as JSON."""
         return {"counts": dict(self.counts), "first": self.first, "plain": self.plain}
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> Found:
-        """What `to_json` said."""
+    def from_json(cls, saved: Mapping[str, Any]) -> RowOutcomes:
+        """The counts that `to_json` returned."""
         return cls(Counter(saved["counts"]), dict(saved["first"]), dict(saved["plain"]))
 
     def nothing_left(self, about: str, longest: int) -> str:
@@ -63,7 +63,7 @@ class Found:
             return f"{about}: none of {rows} rows fits {longest} tokens: raise max_length"
         reasons = [
             f"{self.counts[key]} {text.removeprefix('rows ').format(longest=longest)}"
-            for key, text in _SAID.items()
+            for key, text in _NOTICES.items()
             if self.counts[key]
         ]
         return f"{about}: none of {rows} rows is left: {'; '.join(reasons)}"
@@ -76,14 +76,14 @@ class Found:
                 f"{about}: {n} rows are plain text, which does not go through the model's chat template; to ask it in "
                 "its own format, give prompts as messages: [{role: user, content: ...}]"
             )
-        for key, text in _SAID.items():
+        for key, text in _NOTICES.items():
             if self.counts[key]:
                 first = f" (first: {self.first[key]})" if key in self.first else ""
                 lines.append(f"{self.counts[key]} of {self.counts['read']} {text.format(longest=longest)}{first}")
         return lines
 
 
-_SAID = {
+_NOTICES = {
     "dropped": "rows dropped: longer than {longest} tokens",
     "cut": "rows cut to {longest} tokens; what was cut is not taught to stop there",
     "emptied": "rows dropped: {longest} tokens leave nothing of the completion to train",
@@ -92,14 +92,13 @@ _SAID = {
     "ignored": "rows are read without what the chat template leaves out",
     "turns": "rows leave earlier turns untrained: the chat template changes them",
 }
-"""Kinds of rows, and what is said of them."""
+"""Kind of rows -> the notice about them."""
 
 
 def fit(group: Group, limit: Limit, codec: Codec, location: str, counts: Counter[str]) -> Group | None:
-    """The group within its limit, or None when it is dropped; `counts` is added to.
+    """The group within its limit, or None if it is dropped; adds to `counts`.
 
-    A prompt is never cut. A cut completion loses its end token with its end, so nothing is taught to stop
-    there.
+    A prompt is never cut. A cut completion loses its end token, so the model does not learn to stop there.
 
     Raises:
         DataError: it is too long and `too_long` is refuse.
@@ -114,7 +113,7 @@ def fit(group: Group, limit: Limit, codec: Codec, location: str, counts: Counter
             f"{', the positions of the model: ' if limit.of_model else ': raise max_length, or '}"
             "set too_long=drop or too_long=cut"
         )
-    # Labels of steps, and log-probabilities of what was sampled, are of whole completions.
+    # Step labels and recorded log-probabilities are those of whole completions, which cannot be cut.
     whole = any(len(c.steps) or len(c.logprobs) for c in group.completions)
     if limit.too_long is TooLong.drop or not group.completions or whole:
         counts["dropped"] += 1

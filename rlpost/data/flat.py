@@ -1,8 +1,8 @@
-"""Encoded rows as flat arrays: in memory, or in a folder whose files are mapped, not read.
+"""Encoded rows as flat arrays: in memory, or in a folder whose files are memory-mapped.
 
-A row is a line of JSON and, where its group is kept too, pieces of tokens: its prompt, then its completions.
-`X_ends` says where the pieces of X end. What all rows lack has no array: completions without `action` are
-actions from end to end.
+A row is a line of JSON and, if its group is kept too, pieces of tokens: its prompt, then its completions. `X_ends`
+holds the ends of the pieces of X. Fields that no row has have no array: without `action`, all tokens of completions are
+actions.
 
 Axes: R rows, P pieces, C completions, T tokens.
 """
@@ -20,42 +20,42 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from rlpost.data.batch import Ragged, ragged
+from rlpost.data.batch import Pieces, concatenated
 from rlpost.types import Completion, Group
 
 Json = Any
 Array = NDArray[Any]
 ABOUT = "about.json"
 _LARGE = 1 << 32
-"""Ends are kept in four bytes up to here."""
+"""Ends below this are stored in four bytes."""
 _PIECES = {"text": np.uint8, "finish": np.uint8, "logprobs": np.float64, "steps": np.int32, "step_labels": np.float64}
-"""What completions may have of their own, and its numbers: text as UTF-8."""
+"""Arrays that completions may have, with their types; text is UTF-8."""
 _NUMBERS = ("reward", "label", "score")
 """Numbers that a completion may have, NaN where it has none."""
 
 
 @dataclass
 class Block:
-    """Some encoded rows on their way into the arrays."""
+    """Some encoded rows, to be added to the arrays."""
 
     lines: Sequence[bytes]
     """[R] each row as JSON."""
     numbers: Sequence[int]
-    """[R] where each row comes from."""
+    """[R] number of each row in its source."""
     pieces_R: Array
     """Pieces of each row's group; 0 where only the row is kept."""
-    ids: Ragged
+    ids: Pieces
     """[P] pieces of [T] ids."""
     action_T: Array | None = None
-    """False where a token is no action; of prompts it says nothing."""
-    own: Mapping[str, Ragged] = field(default_factory=dict)
+    """False where a token is no action; arbitrary on prompts."""
+    own: Mapping[str, Pieces] = field(default_factory=dict)
     """Names of `_PIECES` -> [C] pieces."""
     values: Mapping[str, Array] = field(default_factory=dict)
     """Names of `_NUMBERS` -> [C]."""
 
 
 def block_of(groups: Sequence[Group], lines: Sequence[bytes], numbers: Sequence[int]) -> Block:
-    """Groups, the row of each as JSON, and where each comes from."""
+    """A block of groups, the row of each as JSON, and their numbers."""
     pieces = [ids for g in groups for ids in (g.prompt, *(c.ids for c in g.completions))]
     flags = [f for g in groups for f in (np.ones(len(g.prompt), np.bool_), *(c.action for c in g.completions))]
     action_T = np.concatenate(flags) if flags else np.ones(0, np.bool_)
@@ -64,7 +64,7 @@ def block_of(groups: Sequence[Group], lines: Sequence[bytes], numbers: Sequence[
     for name, kind in _PIECES.items():
         found = [getattr(c, name) for c in everyone]
         if any(len(x) for x in found):
-            own[name] = texts(found) if kind is np.uint8 else ragged([x.tolist() for x in found], kind)
+            own[name] = texts(found) if kind is np.uint8 else concatenated([x.tolist() for x in found], kind)
     values = {}
     for name in _NUMBERS:
         given = [getattr(c, name) for c in everyone]
@@ -73,18 +73,18 @@ def block_of(groups: Sequence[Group], lines: Sequence[bytes], numbers: Sequence[
     counts = np.fromiter((1 + len(g.completions) for g in groups), np.int64, len(groups))
     lengths = np.fromiter(map(len, pieces), np.int64, len(pieces))
     ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
-    return Block(lines, numbers, counts, Ragged(ids, lengths), None if action_T.all() else action_T, own, values)
+    return Block(lines, numbers, counts, Pieces(ids, lengths), None if action_T.all() else action_T, own, values)
 
 
-def texts(given: Sequence[str]) -> Ragged:
+def texts(given: Sequence[str]) -> Pieces:
     """Texts as pieces of UTF-8."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in given]
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    return Ragged(np.frombuffer(b"".join(encoded), np.uint8), lengths)
+    return Pieces(np.frombuffer(b"".join(encoded), np.uint8), lengths)
 
 
 class Writer:
-    """Puts blocks one after the other, into a folder or into memory."""
+    """Appends blocks to arrays, in a folder or in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -115,7 +115,7 @@ class Writer:
             self._extend("action", np.ones(len(block.ids.flat_T), np.bool_) if given is None else given)
         for name, kind in _PIECES.items():
             if name in block.own or f"{name}_ends" in self._files:
-                given_pieces = block.own.get(name) or Ragged(np.zeros(0, kind), np.zeros(count, np.int64))
+                given_pieces = block.own.get(name) or Pieces(np.zeros(0, kind), np.zeros(count, np.int64))
                 if f"{name}_ends" not in self._files:
                     self._extend_ends(name, np.zeros(self._completions, np.int64))
                 self._extend(name, given_pieces.flat_T.astype(kind, copy=False))
@@ -129,7 +129,7 @@ class Writer:
         self._longest = max(self._longest, int(block.ids.lengths_U.max()))
 
     def finish(self, about: Mapping[str, Json]) -> None:
-        """Write what else is known of the rows, with the digest of their lines and the tokens of the longest piece."""
+        """Write `about`, with the digest of the rows' lines and the length of the longest piece."""
         full = {**about, "rows": self._digest.hexdigest(), "longest": self._longest}
         self._extend(ABOUT, np.frombuffer(json.dumps(full).encode(), np.uint8))
         for file in self._files.values():
@@ -142,12 +142,12 @@ class Writer:
                 file.close()
 
     def arrays(self) -> dict[str, Array]:
-        """What was written into memory."""
+        """The arrays in memory."""
         buffers = {name: file.getbuffer() for name, file in self._files.items() if isinstance(file, io.BytesIO)}
         return {name: _read_only(np.frombuffer(data, self._kinds[name])) for name, data in buffers.items()}
 
     def _fill(self, name: str, values: Array) -> None:
-        """What was left out of an array until now."""
+        """Start an array with the values of the rows before, if there is none yet."""
         if name not in self._files:
             self._extend(name, values)
 
@@ -158,7 +158,7 @@ class Writer:
         self._extend(f"{name}_ends", ends, narrow=True)
 
     def _extend(self, name: str, values: Array, narrow: bool = False) -> None:
-        """Append; whole numbers that are `narrow` are kept in four bytes until one does not fit."""
+        """Append; `narrow` integers are stored in four bytes until one does not fit."""
         if narrow and (len(values) == 0 or values.max() < _LARGE) and self._kinds.get(name, np.uint32) == np.uint32:
             values = values.astype(np.uint32)
         if name not in self._files:
@@ -173,7 +173,7 @@ class Writer:
         self._files[name] = io.BytesIO() if self._folder is None else (self._folder / file_name).open("w+b")
 
     def _widen(self, name: str) -> None:
-        """Keep whole numbers in eight bytes from here on, and those before as well."""
+        """Convert an array of four-byte integers to eight bytes."""
         file = self._files[name]
         file.seek(0)
         before = np.frombuffer(file.read(), np.uint32).astype(np.int64)
@@ -185,10 +185,10 @@ class Writer:
 
 
 class Flat:
-    """Encoded rows, made into groups one at a time: views of the arrays."""
+    """Encoded rows as groups, which are views of the arrays."""
 
     def __init__(self, arrays: Mapping[str, Array], read: Callable[[bytes], dict[str, Any]]) -> None:
-        """Wrap what a `Writer` made; `read` makes a row of its line."""
+        """Wrap the arrays of a `Writer`; `read` parses a row's line."""
         self._arrays = arrays
         self._read = read
         self.about: dict[str, Json] = json.loads(arrays[ABOUT].tobytes())
@@ -196,7 +196,7 @@ class Flat:
 
     @classmethod
     def mapped(cls, folder: Path, read: Callable[[bytes], dict[str, Any]]) -> Flat:
-        """What a `Writer` put into a folder; its files stay on disk. Raises OSError."""
+        """Memory-map the folder of a `Writer`. Raises OSError."""
         arrays = {}
         for file in folder.iterdir():
             name, _, kind = file.name.partition(".")

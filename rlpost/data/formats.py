@@ -1,4 +1,4 @@
-"""Rows to groups: which format the columns are in, and how each is encoded."""
+"""Row formats: recognised by columns, encoded as groups."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 
 
 class Format(StrEnum):
-    """What the columns of a row mean; the value is how it is told to the user."""
+    """What the columns of a row mean; the value is its description for users."""
 
     pair = "prompt, chosen, rejected"
     ranked = "prompt, completions, scores"
@@ -50,7 +50,7 @@ class Format(StrEnum):
     text = "text"
     prompt = "prompt"
     opening = "messages up to the last answer"
-    """Only as prompts: the conversation without the assistant turn it ends with."""
+    """As a prompt: the conversation without the assistant turn it ends with."""
 
 
 _COLUMNS = {
@@ -90,7 +90,7 @@ _EXAMPLES = {
 
 
 def recognise(rows: Sequence[Row], where: str, need: Need | None = None) -> Format:
-    """The format of the rows by the columns of the first, among those that serve `need`.
+    """The format of the rows by the columns of the first, among those for `need`.
 
     Raises:
         DataError: none fits.
@@ -109,9 +109,9 @@ def encode(row: Row, form: Format, codec: Codec, location: str) -> Group:
     """The row as a group: one completion or several, two of a pair (chosen first), or none of a prompt.
 
     Raises:
-        DataError: beginning with `location`, what the row lacks.
+        DataError: the row is malformed; the message begins with `location`.
     """
-    plain = form is not Format.recorded and all(isinstance(text, str) for text in said(row, form))
+    plain = form is not Format.recorded and all(isinstance(text, str) for text in texts_of(row, form))
     if plain and codec.strict and row.get("tools"):
         raise Unrendered(
             location,
@@ -166,23 +166,25 @@ def untrained_turns(row: Row, group: Group) -> bool:
 
 
 def is_plain(row: Row, form: Format, stop: str) -> bool:
-    """Whether a row goes to the model as text, without its chat template and its stop token in the text."""
-    return form is not Format.recorded and all(isinstance(text, str) and stop not in text for text in said(row, form))
+    """Whether a row is plain text: no chat template is used, and its stop token is not in the text."""
+    return form is not Format.recorded and all(
+        isinstance(text, str) and stop not in text for text in texts_of(row, form)
+    )
 
 
-def said(row: Row, form: Format) -> list[Any]:
-    """The texts, or messages, of a row's own columns."""
+def texts_of(row: Row, form: Format) -> list[Any]:
+    """The texts, or messages, in the columns of a row's format."""
     columns = _COLUMNS[form] if form in (Format.text, Format.messages, Format.opening) else ("prompt", *_COLUMNS[form])
     values = [row.get(column) for column in columns if column in (*_TEXTS, "messages")]
-    said = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    return [item for item in said if item is not None]
+    items = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+    return [item for item in items if item is not None]
 
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected", "text", "steps", "completions")
 
 
 def row_texts(row: Row) -> list[str]:
-    """All text of a row that a model would see: what a tokenizer is trained on."""
+    """All text of a row that a model would read, to train a tokenizer on."""
     texts: list[str] = []
     for column in (*_TEXTS, "messages"):
         value = row.get(column)

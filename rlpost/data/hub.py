@@ -1,4 +1,4 @@
-"""Rows from a folder in hub format or from the hub."""
+"""Reads rows from a folder in hub format, or from the hub."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def read_hub(name: str, config: str | None, split: str, where: str) -> list[dict
 
 
 def refuse_missing_file(name: str, where: str, base: Path) -> None:
-    """A path that does not exist must not be asked of the hub: that would take half a minute to fail.
+    """Refuse a path that does not exist: asking the hub for it would take half a minute to fail.
 
     Raises:
-        DataError: it looks like one.
+        DataError: the name looks like a path.
     """
     path = Path(name)
     local = path.suffix in (".jsonl", ".parquet", ".json", ".csv") or not _HUB_NAME.fullmatch(name)
@@ -49,6 +49,6 @@ def refuse_missing_file(name: str, where: str, base: Path) -> None:
         return
     folder = path.expanduser().parent
     folder = folder if folder.exists() else base / path.parent
-    beside = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    near = hint(path.name, beside) or f": looked in {Path.cwd()} and {base.resolve()}"
+    siblings = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    near = hint(path.name, siblings) or f": looked in {Path.cwd()} and {base.resolve()}"
     raise DataError(f"{where}.path: {name} does not exist{near}")

@@ -1,4 +1,4 @@
-"""Rows that carry a judgement: a label, scores of several answers, labels of steps, or rollouts with their rewards."""
+"""Encoders of rows with labels, scores of several answers, step labels, or recorded rewards."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def encode_several(row: Row, codec: Codec, location: str) -> Group:
 
 
 def encode_steps(row: Row, codec: Codec, location: str) -> Group:
-    """`prompt, steps, labels`: one completion of these steps, each tokenised apart, with `step_labels`; no end token.
+    """`prompt, steps, labels`: one completion of these steps, tokenised separately, with `step_labels`; no end token.
 
     Raises:
         DataError: the lists do not fit together, a step is empty, or a label is not from 0 to 1.
@@ -109,7 +109,7 @@ def encode_recorded(row: Row, codec: Codec, location: str) -> Group:
     """A line of rollouts/*.jsonl as it was sampled, each completion with its `reward`.
 
     Raises:
-        DataError: it does not fit together, or speaks another vocabulary.
+        DataError: its parts do not fit together, or its ids are not in the vocabulary.
     """
     prompt = _ids(_list(row, "prompt", location), codec, f"{location}, prompt")
     example = row.get("example") or {}
@@ -138,10 +138,10 @@ def encode_recorded(row: Row, codec: Codec, location: str) -> Group:
 
 
 def check_margin(row: Row, location: str) -> None:
-    """A pair may say by how much its chosen answer is better.
+    """Check the optional `margin` of a pair.
 
     Raises:
-        DataError: its `margin` is no number.
+        DataError: it is no number.
     """
     if row.get("margin") is not None:
         _number(row["margin"], "margin", location)

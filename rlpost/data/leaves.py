@@ -1,7 +1,7 @@
-"""The values that a conversation consists of, and conversations in which some of them are changed.
+"""The values of a conversation that a template should render, and conversations with some of them changed.
 
-Example: {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]} says
-`tool_calls[0].function.name`, the name of the argument `x`, and its value.
+Example: {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]} has
+three: `tool_calls[0].function.name`, the name of the argument `x`, and its value.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Path = tuple[str | int, ...]
 
 
 class Sort(StrEnum):
-    """How a value can be marked."""
+    """How a value can be changed to find it in the rendered text."""
 
     words = auto()
-    """By words added to it."""
+    """Text: by a word appended to it."""
     chosen = auto()
-    """A name that the row chose: of an argument, or of a parameter. So, too."""
+    """A name that the row chose, of an argument or a parameter: likewise."""
     fixed = auto()
-    """A number, a truth value, or a word with a meaning of its own: only by being another."""
+    """A number, a boolean, or a keyword: only by another value."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One thing that a conversation says."""
+    """One value of a conversation."""
 
     path: Path
     value: Any
@@ -40,11 +40,11 @@ class Leaf:
 _OF_MESSAGES = {"role", "id", "tool_call_id"}
 _OF_CALLS = {"id", "type", "index"}
 _OF_TOOLS = {"strict", "additionalProperties", "$schema"}
-"""Keys that connect or regulate, and say nothing to a model."""
+"""Keys without content for a model."""
 
 
 def leaves(talk: Talk) -> list[Leaf]:
-    """All that it says."""
+    """All values of a conversation with content for a model."""
     return [*_leaves(talk.messages, ("messages",)), *_leaves(talk.tools, ("tools",))]
 
 
@@ -64,7 +64,7 @@ def changed(talk: Talk, changes: Mapping[Path, Any], names: Mapping[Path, str]) 
 
 
 def kind_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
-    """What leaves that a template treats alike have in common: the path without numbers and chosen names."""
+    """A key that leaves which a template treats alike share: the path without numbers and chosen names."""
     kind: list[Any] = []
     for i, step in enumerate(leaf.path):
         if kind and kind[-1] == "arguments":
@@ -74,7 +74,7 @@ def kind_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> tuple[Any, ...
     return (*kind, leaf.sort, type(leaf.value).__name__, leaf.value if isinstance(leaf.value, str) else None)
 
 
-def place_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> str:
+def location_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> str:
     """The leaf in words: "message 2's tool_calls[0].function.name"."""
     root, *rest = leaf.path
     head, steps = str(root), rest
@@ -90,7 +90,7 @@ def place_of(leaf: Leaf, messages: Sequence[Mapping[str, Any]]) -> str:
 def _leaves(value: Any, path: Path) -> Iterator[Leaf]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if _is_plumbing(path, key, item):
+            if _has_no_content(path, key, item):
                 continue
             if path[-1] in ("arguments", "properties"):
                 yield Leaf((*path, key), key, Sort.chosen)
@@ -100,13 +100,13 @@ def _leaves(value: Any, path: Path) -> Iterator[Leaf]:
             yield from _leaves(item, (*path, i))
     elif isinstance(value, str):
         if value.strip():
-            set_word = path[0] == "tools" and path[-1] in ("type", "$ref")
-            yield Leaf(path, value, Sort.fixed if set_word else Sort.words)
+            keyword = path[0] == "tools" and path[-1] in ("type", "$ref")
+            yield Leaf(path, value, Sort.fixed if keyword else Sort.words)
     elif value is not None:
         yield Leaf(path, value, Sort.fixed)
 
 
-def _is_plumbing(path: Path, key: str, value: Any) -> bool:
+def _has_no_content(path: Path, key: str, value: Any) -> bool:
     if path[0] == "messages":
         if len(path) == 2:
             return key in _OF_MESSAGES

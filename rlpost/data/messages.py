@@ -1,4 +1,4 @@
-"""What a row says as a conversation: messages, tool calls, tools; checked, and brought into one form."""
+"""Conversations in rows: messages, tool calls and tools, checked and normalised."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Message = dict[str, Any]
 
 
 def opening(messages: Sequence[Message]) -> Sequence[Message]:
-    """A conversation up to the answer it ends with, if it ends with one."""
+    """A conversation without the assistant turn it ends with, if any."""
     return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
 
 
 def question(row: Mapping[str, Any]) -> str | None:
-    """What a row's conversation asks: the content of its last user's message; None where it is no conversation."""
+    """The content of the last user message of a row's conversation; None if it has none."""
     for column in ("prompt", "messages"):
         messages = row.get(column)
         if not isinstance(messages, list | tuple):
@@ -33,20 +33,20 @@ def question(row: Mapping[str, Any]) -> str | None:
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether it is an assistant's, and not marked as one that is only read."""
+    """Whether it is an assistant's message that is not marked as untrained."""
     marks = (message.get(mark) for mark in MARKS)
     return message["role"] == "assistant" and all(mark is None or mark for mark in marks)
 
 
-def shown(messages: Sequence[Message]) -> list[Message]:
-    """The messages as a chat template is to see them: without the marks that say what is trained."""
+def without_marks(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the keys that say what is trained, as a chat template gets them."""
     return [{k: v for k, v in message.items() if k not in MARKS} for message in messages]
 
 
 def validate(messages: Any, location: str) -> list[Message]:
     """The messages with their roles, contents and tool calls checked; keys that are null are left out.
 
-    The arguments of a tool call are objects; a text of JSON is read.
+    Arguments of tool calls become objects; JSON text is parsed.
 
     Raises:
         DataError: not a list of messages, an unknown role, a content that is missing or no text, a tool call without
@@ -78,7 +78,7 @@ def validate(messages: Any, location: str) -> list[Message]:
 
 
 def tools_of(row: Mapping[str, Any], location: str) -> list[Any] | None:
-    """The row's tools: objects, or texts of JSON; None where it has none.
+    """The row's tools, from objects or JSON text; None if it has none.
 
     Raises:
         DataError: they are neither.
@@ -101,16 +101,16 @@ def tools_of(row: Mapping[str, Any], location: str) -> list[Any] | None:
 
 
 def without_nulls(value: Any) -> Any:
-    """Messages and tools as they were before Arrow: a column of structs has every key of any row, null where absent.
+    """Messages and tools without the nulls of Arrow, whose struct columns have every key of any row.
 
-    Only in lists of messages and of tools: in other values a null may mean something.
+    Only in lists of messages and of tools: in other values a null may have a meaning.
     """
-    if isinstance(value, list | tuple) and any(_is_said(item) for item in value):
+    if isinstance(value, list | tuple) and any(_is_message_or_tool(item) for item in value):
         return _stripped(value)
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_said(item: Any) -> bool:
+def _is_message_or_tool(item: Any) -> bool:
     return isinstance(item, Mapping) and ("role" in item or "function" in item or {"name", "parameters"} <= set(item))
 
 

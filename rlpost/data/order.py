@@ -1,4 +1,4 @@
-"""Which row comes next: an endless weighted mixture that a few numbers describe."""
+"""The order of rows: an endless weighted mixture whose state is a few numbers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from rlpost.errors import DataError
 
 
 class Draw(NamedTuple):
-    """One row's turn."""
+    """One draw of a row."""
 
     source: int
     row: int
     """Index within the source."""
     epoch: int
-    """How often the source was gone through before."""
+    """Number of earlier passes through the source."""
     seed: int
-    """Seeds whatever presents the row this time."""
+    """Seed for presenting the row this time."""
 
 
 class Order:
     """An endless order over sources: each epoch of a source is a permutation of its own.
 
-    The next source is the one furthest behind its share, so after t draws each has had its share of t to
-    within the number of sources, in an order that depends on nothing but the weights. The whole state is
-    how often each source was drawn.
+    The next source is the one furthest behind its share: after t draws, each has had its share of t to within the
+    number of sources. Which source comes next depends on the weights alone. The state is the number of draws of each
+    source.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -57,7 +57,7 @@ class Order:
         """The next draw."""
         total = sum(self._drawn) + 1
         behind = [share * total - drawn for share, drawn in zip(self._shares, self._drawn, strict=True)]
-        # Sources of weight 0 are never behind, but must not win a tie either.
+        # Sources of weight 0 are never behind, and must not win ties.
         source = max((i for i, share in enumerate(self._shares) if share > 0), key=lambda i: (behind[i], -i))
         epoch, position = divmod(self._drawn[source], self._counts[source])
         row = self._permutation(source, epoch)[position]
@@ -65,7 +65,7 @@ class Order:
         return Draw(source, row, epoch, _presentation_seed(self._seed, source, epoch, row))
 
     def state(self) -> dict[str, Any]:
-        """Where the order stands, as JSON."""
+        """The position in the order, as JSON."""
         return {"drawn": list(self._drawn), "counts": list(self._counts)}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a source's rows come from: a file, a folder, the hub, a task, or an earlier stage."""
+"""Origins of a source's rows: a file, a folder, the hub, a task, or an earlier stage."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ Json = Any
 
 
 class Bind(Protocol):
-    """What turns a function's name and arguments into a callable: `rlpost.recipe.functions.bind`."""
+    """Makes a callable of a function's name and arguments: `rlpost.recipe.functions.bind`."""
 
     def __call__(self, function: Function, lookup: Lookup, where: str, base: Path) -> Callable[..., Any]:
-        """The callable of `function`, which stands at key path `where` of a recipe in the folder `base`."""
+        """The callable of `function`, at key path `where` of a recipe in the folder `base`."""
         ...
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Rows that can be read, more than once."""
+    """Rows that can be read repeatedly."""
 
     chunks: Callable[[], Iterator[Chunk]]
-    """Reads them. Raises DataError or RecipeError, also in the middle of them."""
+    """Reads the rows in chunks. May raise DataError or RecipeError at any chunk."""
     location: Callable[[int], str]
     """A row's number -> `rows.jsonl:4`, or `row 4` of what has no lines."""
     identity: Callable[[], Json]
-    """What is the same where the rows are: digests of files, options, functions. Raises as `chunks` does."""
+    """JSON that changes when the rows do: digests of files, options, functions. Raises as `chunks` does."""
 
 
 def label(source: Source, where: str) -> str:
-    """How messages name the rows of `source`: key path and origin."""
+    """The name of a source in messages: key path and origin."""
     return f"{where} ({source.path or source.stage or (source.task.fn if source.task else '')})"
 
 
 def identity_of(function: Function, bound: Callable[..., Any]) -> Json:
-    """What decides what a function makes: its name, its arguments, the content of its file."""
+    """JSON that changes when a function does: its name, its arguments, the sha256 of its file."""
     return [asdict(function), getattr(bound, "sha256", None)]
 
 
 def origin(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> Reading:
-    """The rows of `source` as they lie there.
+    """The rows of `source`, unprocessed.
 
     Raises:
-        RecipeError: not one of path, stage and task is given. DataError: it is not there, or of no known kind.
+        RecipeError: not exactly one of path, stage and task is given. DataError: it is missing, or of unknown type.
     """
     given = [name for name in ("path", "stage", "task") if getattr(source, name) is not None]
     if len(given) != 1:
@@ -92,7 +92,7 @@ def _file(path: Path, read: Callable[[Path], Iterator[Chunk]], location: Callabl
 
 
 def _folder(path: Path, options: Json, rows: Callable[[], Sequence[Row]]) -> Reading:
-    """Rows of a folder, which is the same while all its files are."""
+    """Rows of a folder; its identity is that of its files."""
 
     def identity() -> Json:
         return [options, {str(file.relative_to(path)): _sha256(file) for file in _files_in(path)}]
@@ -101,7 +101,7 @@ def _folder(path: Path, options: Json, rows: Callable[[], Sequence[Row]]) -> Rea
 
 
 def _at_hand(make: Callable[[], Sequence[Row]]) -> Reading:
-    """Rows that have to be made to be known."""
+    """Rows from a function or the hub; their identity is a digest of all of them."""
     rows = cache(make)
     return Reading(lambda: in_chunks(rows()), _numbered, lambda: _digest(rows()))
 
@@ -133,7 +133,7 @@ def _numbered(number: int) -> str:
 
 
 def written(row: Mapping[str, Any], location: str) -> bytes:
-    """A row as a line from which `read_back` makes it again; raises DataError where it holds what has no such form."""
+    """A row as a line for `read_back`; raises DataError if it holds values that cannot be written so."""
     try:
         return json.dumps([wire.encode(row)]).encode("utf-8")
     except wire.CannotCrossError as error:
@@ -141,13 +141,13 @@ def written(row: Mapping[str, Any], location: str) -> bytes:
 
 
 def read_back(line: bytes) -> tuple[Row, bool]:
-    """The row of a line: of `written`, or as its file had it (then True)."""
+    """(the row of a line, whether it is a line of the original file rather than one of `written`)."""
     value = json.loads(line)
     return (value, True) if isinstance(value, dict) else (wire.decode(value[0]), False)
 
 
 def checked_rows(rows: Any, location: str) -> list[Row]:
-    """What a function returned, which must be rows; raises DataError."""
+    """The rows that a function returned; raises DataError if they are no rows."""
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise DataError(f"{location} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
     checked = []

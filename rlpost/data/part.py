@@ -1,4 +1,4 @@
-"""One source of a stage's data: its rows, encoded once and kept."""
+"""One source of a stage's data: its rows, encoded once and cached."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import rlpost.data
 from rlpost.data.codec import Codec
 from rlpost.data.columns import Naming
-from rlpost.data.encoding import Encoder, Present, Rows, shown
+from rlpost.data.encoding import Encoder, Present, SourceEncoder, presented
 from rlpost.data.files import Chunk
-from rlpost.data.fitting import Found, Limit
+from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.flat import Flat, Writer
 from rlpost.data.formats import Format, Need, recognise
 from rlpost.data.origins import Reading, Row, identity_of, label, read_back
@@ -26,23 +26,23 @@ from rlpost.types import Group
 
 
 class Shelf(Protocol):
-    """Where encoded rows are kept: `rlpost.run.shelf.Shelf`."""
+    """The cache of encoded rows: `rlpost.run.shelf.Shelf`."""
 
     def folder(self, key: str, whose: str, fill: Callable[[Path], None]) -> Path:
-        """The folder of that key; where there is none that is whole, `fill` writes it. `whose` names the source."""
+        """The folder of that key; if there is no valid one, `fill` writes it. `whose` names the source."""
         ...
 
 
 class Check(Protocol):
-    """What else has to be right with a source's rows, found out while they are read."""
+    """A further check of a source's rows while they are read."""
 
     @property
     def identity(self) -> Any:
-        """What is the same where the same is checked."""
+        """JSON that changes when the check does."""
         ...
 
     def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
-        """Hand the rows on; raises DataError where one is wrong."""
+        """Pass the rows through; raises DataError if one is wrong."""
         ...
 
 
@@ -56,17 +56,17 @@ class Part:
     flat: Flat
     encoder: Encoder
     location: Callable[[int], str]
-    """The number of a row -> where it comes from, for messages."""
+    """A row's number -> its location, for messages."""
     present: Present | None
-    became: Found
+    outcomes: RowOutcomes
     named: Mapping[str, str]
-    """The columns that were named."""
+    """The source's `columns`."""
 
     def __len__(self) -> int:
         return len(self.flat)
 
     def groups(self, rows: Sequence[int], seeds: Sequence[int]) -> list[Group | None]:
-        """Rows as groups, None where one as presented with its seed is dropped.
+        """Rows as groups; None for a row that is dropped as presented with its seed.
 
         Raises:
             DataError: a row as presented is malformed or too long.
@@ -74,8 +74,8 @@ class Part:
         if self.present is None:
             return [self.flat.group(i) for i in rows]
         locations = [self.location(self.flat.number(i)) for i in rows]
-        presented = shown(self.present, [self.flat.row(i) for i in rows], seeds, locations)
-        return [self.encoder(row, location, Found()) for row, location in zip(presented, locations, strict=True)]
+        rows_now = presented(self.present, [self.flat.row(i) for i in rows], seeds, locations)
+        return [self.encoder(row, location, RowOutcomes()) for row, location in zip(rows_now, locations, strict=True)]
 
 
 def open_part(
@@ -90,7 +90,7 @@ def open_part(
     shelf: Shelf | None,
     check: Check | None,
 ) -> Part:
-    """Read and encode the rows of `source`, which stands at key path `key`; or take them from the shelf.
+    """Read and encode the rows of `source`, at key path `key`; or take them from the shelf.
 
     Raises:
         DataError: a row is malformed or too long, or none is left.
@@ -111,32 +111,40 @@ def open_part(
         first = next(chunks)  # a source without rows is refused before
         sample = first.rows[:1]
         if present is not None:
-            sample = shown(present, sample, [seed], [location(first.numbers[0])])
+            sample = presented(present, sample, [seed], [location(first.numbers[0])])
         form = recognise(sample, about, need)
         encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
-        became = Found()
+        outcomes = RowOutcomes()
         rows = chain([first], chunks)
-        Rows(encoder, about, location, present, seed, became).write(
+        SourceEncoder(encoder, about, location, present, seed, outcomes).write(
             check(rows, reading.location) if check else rows, writer
         )
-        if not became.counts["kept"]:
-            raise DataError(became.nothing_left(about, limit.max_length))
-        writer.finish({"format": form.name, "became": became.to_json()})
+        if not outcomes.counts["kept"]:
+            raise DataError(outcomes.nothing_left(about, limit.max_length))
+        writer.finish({"format": form.name, "became": outcomes.to_json()})
 
     if shelf is None:
         in_memory = Writer()
         write(in_memory)
         flat = Flat(in_memory.arrays(), read)
     else:
-        presented = [identity_of(source.present, present), seed] if source.present and present else None
-        options = [about, need, asdict(limit), source.direction, source.unrendered, presented, check and check.identity]
+        present_identity = [identity_of(source.present, present), seed] if source.present and present else None
+        options = [
+            about,
+            need,
+            asdict(limit),
+            source.direction,
+            source.unrendered,
+            present_identity,
+            check and check.identity,
+        ]
         identity = [reading.identity(), options, codec.identity(), _code()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), read)
     form = Format[flat.about["format"]]
     encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
-    became = Found.from_json(flat.about["became"])
-    return Part(about, source.weight, flat, encoder, location, present, became, source.columns)
+    outcomes = RowOutcomes.from_json(flat.about["became"])
+    return Part(about, source.weight, flat, encoder, location, present, outcomes, source.columns)
 
 
 def _fill(folder: Path, write: Callable[[Writer], None]) -> None:
@@ -149,7 +157,7 @@ def _fill(folder: Path, write: Callable[[Writer], None]) -> None:
 
 @cache
 def _code() -> str:
-    """sha256 of the code that encodes: rows that other code encoded may be others."""
+    """sha256 of this package's code: other code may encode rows differently."""
     digest = hashlib.sha256()
     for file in sorted(Path(rlpost.data.__path__[0]).rglob("*.py")):
         digest.update(file.read_bytes())

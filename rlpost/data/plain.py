@@ -1,4 +1,4 @@
-"""Rows of plain texts encoded many at once; what is out of the ordinary in one is left to the encoder of single rows.
+"""Encodes many plain-text rows at once; unusual rows are left to the encoder of single rows.
 
 Axes: R rows, U different texts, K texts of a row: its prompt, then its completions.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlpost.data.batch import Ragged
+from rlpost.data.batch import Pieces
 from rlpost.data.codec import Codec
 from rlpost.data.flat import Block, texts
 from rlpost.data.formats import Format
@@ -26,48 +26,48 @@ _COLUMNS = {
     Format.completion: ("prompt", "completion"),
     Format.pair: ("prompt", "chosen", "rejected"),
 }
-"""Formats that are done here."""
+"""Formats that are encoded here."""
 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Different texts, tokenised."""
+    """Distinct texts, tokenised."""
 
     texts: list[str]
-    ids: Ragged
+    ids: Pieces
     odd_U: Flags
-    """True where there is more to decide than is decided here."""
+    """True for texts that need the encoder of single rows."""
 
 
 class Plain:
-    """Rows of plain texts, tokenised together."""
+    """Plain-text rows, tokenised together."""
 
     def __init__(self, rows: Sequence[Row], form: Format, codec: Codec, longest: int) -> None:
-        """Tokenise the rows of a format that `is_done_here`; those over `longest` tokens are not `clean`."""
+        """Tokenise the rows of an `is_supported` format; those over `longest` tokens are not `clean`."""
         columns = _COLUMNS[form]
         self._codes_RK = np.stack([np.zeros(len(rows), np.int64)] * len(columns), 1)
         prompts: dict[str, int] = {}
-        said: dict[str, int] = {}
+        completions: dict[str, int] = {}
         for k, column in enumerate(columns):
-            self._codes_RK[:, k] = _numbered(rows, column, prompts if k == 0 else said)
+            self._codes_RK[:, k] = _numbered(rows, column, prompts if k == 0 else completions)
         asked = _tokenised(list(prompts), codec, begin=codec.begin)
-        answers = _tokenised(list(said), codec, end=codec.end)
-        self._said = texts([text.removesuffix(codec.tokenizer.eos_token) for text in answers.texts])
+        answers = _tokenised(list(completions), codec, end=codec.end)
+        self._answer_texts = texts([text.removesuffix(codec.tokenizer.eos_token) for text in answers.texts])
         there_RK = self._codes_RK >= 0
         self._codes_RK[:, 1:] += len(prompts)
-        self._ids = Ragged(
+        self._ids = Pieces(
             np.concatenate([asked.ids.flat_T, answers.ids.flat_T]),
             np.concatenate([asked.ids.lengths_U, answers.ids.lengths_U]),
         )
         self._prompts = len(prompts)
-        odd_U = np.concatenate([asked.odd_U, answers.odd_U, [True]])  # the last stands for what is no text
+        odd_U = np.concatenate([asked.odd_U, answers.odd_U, [True]])  # the last one is for columns without text
         codes_RK = np.where(there_RK, self._codes_RK, -1)
         lengths_RK = np.concatenate([self._ids.lengths_U, [0]])[codes_RK]
         length_R = lengths_RK[:, 0] + (lengths_RK[:, 1:].max(1) if len(columns) > 1 else 0)
         more = ("tools", "margin") if form is Format.pair else ("tools",)
         no_more_R = np.array([not any(row.get(column) is not None for column in more) for row in rows], np.bool_)
         self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= longest) & no_more_R
-        """[R] True where the row is what it seems."""
+        """[R] True for rows that are encoded here."""
         if form is Format.pair:
             same_U = np.concatenate([_alike(self._ids), [-1]])
             self.clean &= same_U[codes_RK[:, 1]] != same_U[codes_RK[:, 2]]
@@ -77,31 +77,31 @@ class Plain:
         """[R] True where the chat template's stop token is in none of the texts."""
 
     def block(self, which: Ints, lines: Sequence[bytes], numbers: Sequence[int]) -> Block:
-        """Some of the rows, all of them clean."""
+        """A block of some rows, all of them clean."""
         codes = self._codes_RK[which]
         pieces = np.full(len(which), codes.shape[1], np.int64)
-        own = {"text": self._said.take(codes[:, 1:].ravel() - self._prompts)} if codes.shape[1] > 1 else {}
+        own = {"text": self._answer_texts.take(codes[:, 1:].ravel() - self._prompts)} if codes.shape[1] > 1 else {}
         return Block(lines, numbers, pieces, self._ids.take(codes.ravel()), own=own)
 
 
-def is_done_here(form: Format) -> bool:
-    """Whether rows of a format may be encoded many at once."""
+def is_supported(form: Format) -> bool:
+    """Whether rows of a format can be encoded here."""
     return form in _COLUMNS
 
 
 def _any(flags_RK: Flags) -> Flags:
-    """[R] whether one of a row's is true."""
+    """[R] whether any of a row's flags is true."""
     return np.asarray(flags_RK.any(axis=1))
 
 
 def _numbered(rows: Sequence[Row], column: str, known: dict[str, int]) -> list[int]:
-    """[R] the number of each row's text in that column, -1 where there is none; `known` is added to."""
+    """[R] the index of each row's text in `known`, -1 without text; adds to `known`."""
     found = [row.get(column) for row in rows]
     return [known.setdefault(text, len(known)) if type(text) is str and text else -1 for text in found]
 
 
 def _tokenised(given: list[str], codec: Codec, begin: tuple[int, ...] = (), end: int | None = None) -> _Texts:
-    """The texts with the begin token before, or the end token after each that has it not."""
+    """The texts, with the begin token before or the end token after each unless it is there already."""
     ids = codec.all_ids(given)
     count, lengths, flat = len(given), ids.lengths_U, ids.flat_T
     owner = np.repeat(np.arange(count), lengths)
@@ -119,11 +119,11 @@ def _tokenised(given: list[str], codec: Codec, begin: tuple[int, ...] = (), end:
         begun = np.zeros(count, np.bool_)
         begun[some] = flat[(ends - lengths)[some]] == begin[0]
         flat, lengths = np.insert(flat, (ends - lengths)[~begun], begin[0]), lengths + ~begun
-    return _Texts(given, Ragged(flat, lengths), odd)
+    return _Texts(given, Pieces(flat, lengths), odd)
 
 
-def _alike(ids: Ragged) -> Ints:
-    """[U] a number for each piece, the same for pieces of the same ids."""
+def _alike(ids: Pieces) -> Ints:
+    """[U] a number for each piece, the same for equal pieces."""
     known: dict[bytes, int] = {}
     flat, ends = ids.flat_T, ids.ends_U.tolist()
     pieces = (flat[end - n : end].tobytes() for end, n in zip(ends, ids.lengths_U.tolist(), strict=True))

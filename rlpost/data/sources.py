@@ -1,8 +1,8 @@
-"""Reading rows.
+"""Reads a source's rows.
 
-The order is always: read, fold, map, columns, limit. So a fold sees the rows as they lie in the file (two
-files with the same questions fold alike), a map sees one side of the fold, and `columns` may name what the
-map made. Rows go through in chunks: a file is never in memory as a whole.
+The order is always: read, fold, map, columns, limit. So a fold sees the rows of the file (two files with the same
+questions fold alike), a map sees one side of the fold, and `columns` may name columns that the map made. Rows are read
+in chunks: a file is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rlpost.errors import DataError, RecipeError
 
 
 @dataclass
-class Rows:
-    """The rows of a source, and where each of them comes from."""
+class SourceRows:
+    """The rows of a source, and their locations."""
 
     rows: list[Row]
     locations: list[str]
@@ -42,10 +42,10 @@ def read(
     where: str,
     bind: Bind,
     base: Path = Path(),
-) -> Rows:
-    """All rows of `source` at once, with the columns that it names; otherwise as `open_source`."""
+) -> SourceRows:
+    """All rows of `source` at once; arguments as of `open_source`."""
     reading = open_source(source, stages=stages, where=where, bind=bind, base=base)
-    found = Rows([], [])
+    found = SourceRows([], [])
     for chunk in reading.chunks():
         found.rows += chunk.rows
         found.locations += [reading.location(n) for n in chunk.numbers]
@@ -66,8 +66,8 @@ def open_source(
     for in the working directory, then in `base`, the recipe's folder.
 
     Raises:
-        DataError: nothing there; and when it is read a malformed row, a missing column, or no row left.
-        RecipeError: the source itself is wrong.
+        DataError: it is missing; or, while it is read, a row is malformed, a column missing, or no row left.
+        RecipeError: the source's keys are wrong.
     """
     found = origin(source, stages, where, bind, base)
     _check(source, where)
@@ -102,7 +102,7 @@ def _check(source: Source, where: str) -> None:
 
 
 def _some(chunks: Iterator[Chunk], about: str) -> Iterator[Chunk]:
-    """The chunks, of which there must be one."""
+    """The chunks; raises DataError if there are none."""
     first = next(chunks, None)
     if first is None:
         raise DataError(f"{about} has no rows: check the file or the split")
@@ -117,10 +117,10 @@ def _fold(
     where: str,
     location: Callable[[int], str],
 ) -> Iterator[Chunk]:
-    """One side of a split by the values of `fold.by`; the rows are gone through twice, `again` being the second time.
+    """One side of a split by the values of `fold.by`; `again` reads the rows a second time.
 
-    The distinct values are sorted, shuffled by a fixed seed and dealt out to `of` parts; so the split
-    depends on the set of values alone, not on the order of the rows.
+    The distinct values are sorted, shuffled with a fixed seed and dealt out to `of` parts, so the split depends on the
+    set of values alone, not on the order of the rows.
     """
     distinct = {key for chunk in chunks for key in _keys(chunk, fold, where, location)}
     values = sorted(distinct)
@@ -139,7 +139,7 @@ def _fold(
 
 
 def _keys(chunk: Chunk, fold: Fold, where: str, location: Callable[[int], str]) -> Iterator[str]:
-    """The value of each row that says which side it is on."""
+    """The value of `fold.by` in each row, as JSON."""
     for row, number in zip(chunk.rows, chunk.numbers, strict=True):
         if fold.by not in row:
             raise DataError(f"{where}.by: {location(number)} {missing(fold.by, row)}")
@@ -149,8 +149,8 @@ def _keys(chunk: Chunk, fold: Fold, where: str, location: Callable[[int], str]) 
 def _map(
     chunks: Iterator[Chunk], function: Callable[..., Any], name: str, where: str, location: Callable[[int], str]
 ) -> Iterator[Chunk]:
-    """What the function makes of each row, which keeps its number."""
-    seen = made = 0
+    """The rows that the function returns; each has the number of the row it was made from."""
+    read = made = 0
     for chunk in chunks:
         calls = [{"row": dict(row)} for row in chunk.rows]
         mapped = Chunk([], [])
@@ -161,23 +161,23 @@ def _map(
             rows = checked_rows([result] if isinstance(result, Mapping) else result, f"{name}: {location(number)}")
             mapped.rows.extend(rows)
             mapped.numbers.extend([number] * len(rows))
-        seen += len(chunk.rows)
+        read += len(chunk.rows)
         made += len(mapped.rows)
         if mapped.rows:
             yield mapped
     if not made:
-        raise DataError(f"{name} left no row of {seen}: check what it returns, and {where}")
+        raise DataError(f"{name} left no row of {read}: check what it returns, and {where}")
 
 
 def _named(chunks: Iterator[Chunk], naming: Naming, location: Callable[[int], str]) -> Iterator[Chunk]:
-    """The rows with their columns; the lines stay those of the file."""
+    """The rows with their roles; `lines` stay those of the file."""
     for chunk in chunks:
         named = [naming(row, location(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
         yield replace(chunk, rows=named)
 
 
 def _first(chunks: Iterator[Chunk], limit: int) -> Iterator[Chunk]:
-    """The first `limit` rows; the others are read all the same, for what may be wrong with them."""
+    """The first `limit` rows; the others are read too, to find errors."""
     for chunk in chunks:
         if limit > 0:
             yield Chunk(chunk.rows[:limit], chunk.numbers[:limit], chunk.lines and chunk.lines[:limit])

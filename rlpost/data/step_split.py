@@ -1,6 +1,6 @@
-"""Completions divided into steps by a text that ends one.
+"""Splits completions into steps by a text that ends each.
 
-A step is counted in actions: what an environment wrote belongs to no step.
+A step is counted in actions: tokens of an environment belong to no step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlpost.types import Completion, Group
 
 
 def split_steps(group: Group, tokenizer: Any, step_end: str, ends: Collection[int]) -> Group:
-    """The group with `steps` of every completion filled in: its actions' counts, step by step.
+    """The group with the `steps` of every completion: the number of actions of each.
 
     A step ends with the token that completes `step_end`; with an empty text every token is a step. The token that
     ends the completion, one of `ends`, belongs to the last step and has no text.
@@ -25,7 +25,7 @@ def split_steps(group: Group, tokenizer: Any, step_end: str, ends: Collection[in
 
 
 def step_texts(completion: Completion, tokenizer: Any, ends: Collection[int]) -> list[str]:
-    """The text of each step of a divided completion."""
+    """The text of each step of a completion."""
     ids = _actions(completion)
     texts, start = [], 0
     for length in completion.steps.tolist():

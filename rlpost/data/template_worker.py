@@ -1,8 +1,8 @@
-"""The process that renders chat templates: run as a script, bounded in time and memory.
+"""The process that renders chat templates: run as a script, limited in time and memory.
 
-A chat template is a program that came with a model. The sandbox of Jinja keeps it from the machine, but not from
-endless loops or from `'a' * 10**10`, which nothing inside a process can stop in the middle. So the kernel does it
-here, and the text is what transformers' own renderer makes.
+A chat template is a program that comes with a model. Jinja's sandbox isolates it from the machine, but does not stop
+endless loops or `'a' * 10**10`, which cannot be interrupted from inside the process. Here the kernel's limits do. The
+text is that of transformers' own renderer.
 
 It imports nothing of rlpost. Requests and replies are lines of JSON. A request has `template`, a number; with
 `source` and `special` (its text, its special tokens by name) the first time; `now`, what its clock is to show, or null;
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 2.0
-"""Processor time of one rendering, which takes a thousandth of it."""
+"""Limit on the processor time of one rendering, which normally takes a thousandth of it."""
 MEMORY = 1 << 30
-"""Bytes of address space beyond what the libraries take."""
+"""Limit on the address space, in bytes, beyond that of the libraries."""
 LONGEST = 1 << 26
-"""Characters of a rendered conversation."""
+"""Limit on the characters of a rendered conversation."""
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def _render(
 
 
 def _clock(now: str | None) -> Any:
-    """What stands for `datetime` in transformers' renderer, whose templates ask for `datetime.now()`."""
+    """The `datetime` class for transformers' renderer, whose templates call `datetime.now()`."""
     if now is None:
         return datetime
 

@@ -1,4 +1,4 @@
-"""Chat templates rendered in a process of their own, which is ended when one takes too long or too much memory."""
+"""Renders chat templates in a separate process, which is ended if one takes too much time or memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCRIPT = Path(__file__).with_name("template_worker.py")
 
 @dataclass(frozen=True)
 class Talk:
-    """A conversation, and the tools it may call."""
+    """A conversation and its tools."""
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
@@ -39,27 +39,27 @@ class Job:
     length: int
     """Only the first so many messages."""
     generation: bool = False
-    """Up to where the assistant would go on."""
+    """With the generation prompt."""
     marks: bool = False
-    """Tell what the template's generation markers enclose."""
+    """Also return the ranges inside the template's generation markers."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """What came of a job."""
+    """The result of a job."""
 
     text: str
     error: str = ""
-    """Why there is no text, else empty."""
+    """Why rendering failed, or empty."""
     generated: Sequence[tuple[int, int]] = ()
-    """Ranges of the text that the template's generation markers enclose."""
+    """Ranges of the text inside the template's generation markers."""
 
 
 def render_all(tokenizer: Any, jobs: Sequence[Job], location: str) -> list[Rendered]:
     """Render with the tokenizer's chat template, as its `apply_chat_template` does.
 
     Raises:
-        ModelError: there is no template, or no process to render it.
+        ModelError: there is no template, or the process did not start.
     """
     if not tokenizer.chat_template:
         raise ModelError(f"{location}: the tokenizer has no chat template: {REMEDY}")
@@ -78,10 +78,10 @@ def render_all(tokenizer: Any, jobs: Sequence[Job], location: str) -> list[Rende
 
 @contextmanager
 def clock_at(now: Callable[[], str]) -> Iterator[None]:
-    """Templates that ask for the time (`strftime_now`) are told what `now` says, in ISO format.
+    """Inside, templates that ask for the time (`strftime_now`) get `now()`, in ISO format.
 
-    Some write the day into every prompt: rows would differ from one day to the next, and a resumed run from one that
-    was not interrupted.
+    Some templates write the date into every prompt: rows would change from day to day, and a resumed run would differ
+    from an uninterrupted one.
     """
     before = _PROCESS.now
     _PROCESS.now = now
@@ -92,16 +92,16 @@ def clock_at(now: Callable[[], str]) -> Iterator[None]:
 
 
 class _Process:
-    """The process, started when first needed and again after it was ended."""
+    """The process; started when needed, and again after it was ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._known: dict[str, int] = {}
         self._lock = threading.Lock()
         self._ended = 0
-        """The exit status of the last process that ended over a job."""
+        """The exit status of the last process that a job ended."""
         self.now: Callable[[], str] | None = None
-        """What a template's clock shows, if not the time."""
+        """Gives the time to templates; None for the real time."""
 
     def render(self, source: str, special: Mapping[str, Any], jobs: Sequence[Job]) -> list[Rendered]:
         """The jobs, all of one template."""
@@ -116,7 +116,7 @@ class _Process:
             try:
                 answers = self._ask(source, special, request)
             except BaseException:
-                self._end()  # left in the middle, it would answer the next call with this one's reply
+                self._end()  # otherwise it would answer the next call with this one's reply
                 raise
         late = self._ended == -signal.SIGPROF
         reason = f"it takes more than {SECONDS:g} s of processor time" if late else "it ends its process, out of memory"
@@ -124,7 +124,7 @@ class _Process:
         return [_rendered(answer) for answer in answers] + [rest] * (len(jobs) - len(answers))
 
     def _ask(self, source: str, special: Mapping[str, Any], request: dict[str, Any]) -> list[dict[str, Any]]:
-        """The replies, up to the job that the process had to end over."""
+        """The replies, up to the job that ended the process."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         key = f"{special}{source}"
         request["template"] = self._known.get(key, len(self._known))

@@ -1,4 +1,4 @@
-"""Tokenizers made from scratch."""
+"""Makes tokenizers from scratch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ _BYTES = 256
 def make_tokenizer(spec: Spec, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A tokenizer as `spec` says; `texts` are what a bpe tokenizer is trained on.
 
-    It adds no token by itself, decodes to exactly the text it encoded, and its padding is never its end
-    token.
+    It adds no tokens itself, decodes to exactly the text that it encoded, and its padding token is not its end token.
 
     Raises:
         RecipeError: an empty alphabet or too small a vocabulary. DataError: nothing to train on.

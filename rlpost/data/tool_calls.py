@@ -1,6 +1,6 @@
-"""How a chat template wants the arguments of a tool call: as an object, or as text of JSON.
+"""The form that a chat template needs for the arguments of tool calls: an object, or JSON text.
 
-Given the other form, a template fails, quotes JSON inside JSON, or writes Python's `{'city': 'Oslo'}`.
+With the other form, a template fails, quotes JSON inside JSON, or writes Python's `{'city': 'Oslo'}`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ class Arguments(StrEnum):
 
 
 def formed(talk: Talk, form: Arguments) -> Talk:
-    """The conversation with its tool calls' arguments in this form; they come as objects."""
+    """The conversation with its tool calls' arguments, which are objects, in this form."""
     if form is Arguments.object or not _has_calls(talk.messages):
         return talk
     return Talk([_as_text(message) for message in talk.messages], talk.tools)
 
 
 def wanted_form(tokenizer: Any, talk: Talk, location: str) -> Arguments:
-    """The form that the template renders as JSON, found by rendering a sample; objects where both will do.
+    """The form that the template renders as JSON, found by rendering a sample; objects if both work.
 
     Raises:
-        DataError: it renders neither so.
+        DataError: neither works.
     """
     if not _has_calls(talk.messages):
         return Arguments.object
@@ -65,7 +65,7 @@ def _probe(tokenizer: Any, with_tools: bool, location: str) -> Arguments | None:
         return Arguments.object
     if not as_text.error and '\\"key' not in as_text.text:
         return Arguments.text
-    # What refuses both refuses tool calls altogether, and says so of the row itself.
+    # A template that fails on both refuses tool calls, which rendering the row itself reports.
     return Arguments.object if as_object.error and as_text.error else None
 
 

@@ -1,11 +1,11 @@
-"""Proof that all a conversation says is in the text that its chat template makes of it.
+"""Checks that a chat template renders all of a conversation.
 
-Every text in the conversation gets a word of its own added, and the words are looked for in what is rendered then.
-What cannot be marked so, or was not found, is changed by itself: if that changes nothing in the text, the template
-leaves it out. Nobody has to know the keys that a template knows.
+A unique word is appended to every text of the conversation, and the words are searched for in the rendered text. A
+value that cannot be marked so, or whose word is missing, is changed alone: if the rendered text stays the same, the
+template leaves the value out. This needs no list of the keys that a template knows.
 
-An earlier turn of the assistant counts as rendered if it was rendered when it was the last one: templates take out
-reasoning later on, in generation as in training.
+An earlier turn of the assistant counts as rendered if it was when it was the last one: templates remove reasoning from
+earlier turns, in generation as in training.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlpost.data.leaves import Leaf, Sort, changed, kind_of, leaves, place_of
+from rlpost.data.leaves import Leaf, Sort, changed, kind_of, leaves, location_of
 from rlpost.data.templates import Job, Rendered, Talk, render_all
 from rlpost.data.tool_calls import Arguments, formed
 from rlpost.errors import DataError
 
 
 class Unrendered(DataError):
-    """A row says what the text made of it does not."""
+    """The chat template leaves out a part of a row."""
 
     def __init__(self, location: str, left_out: str, remedy: str) -> None:
         super().__init__(f"{location}: {left_out}: {remedy}, or set its source's unrendered=drop")
@@ -29,15 +29,15 @@ class Unrendered(DataError):
 
 
 class Proof:
-    """The proof of one conversation, in two steps, so that its first rendering goes along with others."""
+    """The check of one conversation, in two steps, so that its first rendering can be batched with others."""
 
     def __init__(self, talk: Talk, form: Arguments, generation: bool) -> None:
         """Mark every text.
 
         Args:
-            talk: the conversation as it is.
+            talk: the conversation.
             form: of tool calls' arguments.
-            generation: it is rendered up to where the assistant would go on.
+            generation: it is rendered with its generation prompt.
         """
         self._talk = talk
         self._form = form
@@ -50,40 +50,40 @@ class Proof:
 
     @property
     def job(self) -> Job:
-        """The rendering that shows most of it."""
+        """The rendering of the marked conversation."""
         return Job(self._marked, len(self._talk.messages), self._generation)
 
     def left_out(self, tokenizer: Any, plain: Rendered, marked: Rendered, location: str) -> str | None:
         """What the template leaves out, in words, or None.
 
         Args:
-            tokenizer: whose template it is.
+            tokenizer: has the template.
             plain: the conversation rendered.
             marked: `job` rendered.
-            place: for messages.
+            location: for messages.
         """
         unsure = [leaf for leaf in self._leaves if leaf not in self._word or self._word[leaf] not in marked.text]
-        unsure = [leaf for leaf in unsure if not self._is_said_by_calls(leaf)]
+        unsure = [leaf for leaf in unsure if not self._repeats_a_call(leaf)]
         for leaf in self._not_when_last(tokenizer, unsure, location):
             if not self._matters(tokenizer, leaf, plain, location):
-                return place_of(leaf, self._talk.messages)
+                return location_of(leaf, self._talk.messages)
         squeezed_text = squeezed(plain.text)
         for leaf in self._leaves:
-            if self._is_heard(leaf) and not holds(squeezed_text, leaf.value):
+            if self._is_context(leaf) and not holds(squeezed_text, leaf.value):
                 half = len(leaf.value) // 2
                 for other in (f"{_WORD}{leaf.value}", f"{leaf.value[:half]}{_WORD}{leaf.value[half:]}"):
                     if not self._differs(tokenizer, changed(self._talk, {leaf.path: other}, {}), plain, location):
-                        return f"a part of {place_of(leaf, self._talk.messages)}"
+                        return f"a part of {location_of(leaf, self._talk.messages)}"
         return None
 
-    def _is_heard(self, leaf: Leaf) -> bool:
-        """The content of a turn that is not the assistant's: those are looked at one by one."""
+    def _is_context(self, leaf: Leaf) -> bool:
+        """Whether it is the content of a turn that is not the assistant's."""
         if leaf.path[0] != "messages" or leaf.path[2:] != ("content",):
             return False
         return bool(self._talk.messages[int(leaf.path[1])]["role"] != "assistant")
 
-    def _is_said_by_calls(self, leaf: Leaf) -> bool:
-        """The name on a tool's answer says again what the call said."""
+    def _repeats_a_call(self, leaf: Leaf) -> bool:
+        """Whether it is the name on a tool's answer, which repeats the call's."""
         root, *rest = leaf.path
         messages = self._talk.messages
         if root != "messages" or rest[1:] != ["name"] or messages[int(rest[0])]["role"] != "tool":
@@ -92,7 +92,7 @@ class Proof:
         return leaf.value in [call.get("function", call)["name"] for call in calls]
 
     def _not_when_last(self, tokenizer: Any, unsure: Sequence[Leaf], location: str) -> Iterator[Leaf]:
-        """Without those of an assistant's earlier turns that show when the turn is the last."""
+        """The leaves without those of earlier assistant turns that are rendered when the turn is the last."""
         turn_of = {leaf: self._earlier_turn(leaf) for leaf in unsure if leaf in self._word}
         turns = sorted({turn for turn in turn_of.values() if turn is not None})
         rendered = render_all(tokenizer, [Job(self._marked, i + 1) for i in turns], location) if turns else []
@@ -109,7 +109,7 @@ class Proof:
         return i if messages[i]["role"] == "assistant" and i + 1 < len(messages) else None
 
     def _matters(self, tokenizer: Any, leaf: Leaf, plain: Rendered, location: str) -> bool:
-        """Whether another value makes another text; found once for values that a template treats alike."""
+        """Whether another value changes the text; cached for values that a template treats alike."""
         alike = leaf.sort is not Sort.words or leaf.path[0] == "tools"
         key = (str(tokenizer.chat_template), kind_of(leaf, self._talk.messages)) if alike else None
         if key is not None and key in _MATTERS:
@@ -140,21 +140,21 @@ class Proof:
 
 
 def squeezed(text: str) -> str:
-    """Without white space: templates strip contents and set reasoning on lines of its own."""
+    """The text without white space: templates strip contents and put reasoning on separate lines."""
     return "".join(text.split())
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a squeezed text holds another text, as it stands or as JSON spells it."""
+    """Whether a squeezed text contains another text, literally or as JSON."""
     spelled = (json.dumps(part, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
     return any(squeezed(form) in text for form in (part, *spelled))
 
 
 _WORD = "zq7fe"
-"""What no text holds."""
+"""A word that no text contains."""
 _MATTERS: dict[tuple[Any, ...], bool] = {}
 
 
 def _is_markable(leaf: Leaf) -> bool:
-    """A parameter's name stands in `required` too, so it is not changed along with everything."""
+    """Whether a word can be appended to it; not to a parameter's name, which is in `required` too."""
     return leaf.sort is Sort.words or (leaf.sort is Sort.chosen and leaf.path[0] == "messages")

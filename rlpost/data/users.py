@@ -1,4 +1,4 @@
-"""Functions of data, rlpost's own and users': called for many rows, what goes wrong told in a line."""
+"""Calls functions of data, rlpost's own and users', for many rows; errors become one line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rlpost.errors import DataError, RlpostError
 from rlpost.usercode.calls import CallError, Failed, Remote
 
 BATCH = 512
-"""Calls that cross to a user's process together."""
+"""Calls sent to a user's process at a time."""
 
 
 def each(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[Any]:
-    """What the function returns for each call; `names` say which call it was.
+    """The function's result for each call; `names` are for messages.
 
     Raises:
         DataError: a call failed.

@@ -15,7 +15,7 @@ from rlpost.data.batch import Batched
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.encoding import Encoder
-from rlpost.data.fitting import Found, Limit
+from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.formats import Need, recognise
 from rlpost.data.params import Direction, Source, TokenizerKind, TooLong, Unrendered
 from rlpost.data.params import Tokenizer as Spec
@@ -130,12 +130,12 @@ def one_by_one(rows, path, need, codec, limit, options):
     """Digests of the groups of an encoder that knows no batches, and what became of the rows."""
     alone = replace(codec, batched=None)
     encoder = Encoder(recognise(rows, "", need), alone, limit, **options)
-    became = Found()
-    groups = [encoder(row, f"data.c ({path}:{n})", became) for n, row in enumerate(rows, start=1)]
+    outcomes = RowOutcomes()
+    groups = [encoder(row, f"data.c ({path}:{n})", outcomes) for n, row in enumerate(rows, start=1)]
     kept = [g.digest() for g in groups if g is not None]
     if not kept:
         raise DataError("nothing left")
-    return kept, {k: n for k, n in became.counts.items() if n}
+    return kept, {k: n for k, n in outcomes.counts.items() if n}
 
 
 def from_arrays(path, need, codec, limit, options, shelf):
@@ -150,8 +150,8 @@ def from_arrays(path, need, codec, limit, options, shelf):
         bind=None,
         shelf=shelf,
     )
-    became = data._parts[0].became.counts
-    return [g.digest() for g in data.all()], {k: n for k, n in became.items() if n and k not in ("read", "kept")}
+    outcomes = data._parts[0].outcomes.counts
+    return [g.digest() for g in data.all()], {k: n for k, n in outcomes.items() if n and k not in ("read", "kept")}
 
 
 LIMITS = [Limit(100), Limit(12, TooLong.cut), Limit(12, TooLong.drop), Limit(12)]
@@ -233,4 +233,4 @@ class Odd:
 
 
 def test_a_tokenizer_whose_batches_differ_is_asked_one_by_one():
-    assert Batched(Odd())(["a", "bc"]).pieces() == [(1,), (2,)]
+    assert Batched(Odd())(["a", "bc"]).split() == [(1,), (2,)]

@@ -1,4 +1,4 @@
-"""Who the model is: preference pairs, held-out questions, and the reward that hears whether it names itself.
+"""The model's identity: preference pairs, held-out questions, and a reward for naming itself.
 
 Questions of the pairs and of the evaluation differ, so that what is measured is the name and not the sentence.
 """
@@ -59,7 +59,7 @@ def pairs(*, name: str, maker: str, other: str, other_maker: str) -> list[dict[s
 
 
 def questions(*, name: str, maker: str, other: str) -> list[dict[str, Any]]:
-    """Questions that no pair asks, with the names to listen for."""
+    """Questions that no pair asks, with the names to look for."""
     return [
         {
             "prompt": _asked(question),

@@ -1,9 +1,9 @@
-"""Mazes as text: the field's hello world, in which values and policies can be looked at and solved exactly.
+"""Mazes as text, in which values and policies can be computed exactly.
 
 A maze of 5 × 5 cells is written row by row: `.` a cell, `#` a wall, `$` the exit, `!` a trap. The prompt is that,
 `>`, and the letter of the start; the completion is the letters of the cells walked through, and ends with `$`, with
 `!`, or with `?` where the walker gave up. The teacher walks at random and gives up with probability GIVES_UP before
-each step, so that what comes next depends on the cell alone.
+each step, so that its next step depends on the cell alone.
 Example: "...#.!.#...#.....#.$....#.>A" may be completed "BCHMNSS…".
 """
 
@@ -23,7 +23,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXY"
 OPEN, EXIT, TRAP, WALL, LOST = ".", "$", "!", "#", "?"
 GIVES_UP = 0.06
 HELD_OUT = 4
-"""Every so manyth start of a maze is never trained on, if walks from other starts come by it."""
+"""One in so many starts of a maze is never trained on, if walks from other starts pass it."""
 
 
 def train(*, mazes: int = 8, seed: int = 0) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def unseen(*, mazes: int = 20, seed: int = 1000) -> list[dict[str, Any]]:
 def part_way(row: Mapping[str, Any], random: randomness.Random, *, steps: int = 6) -> dict[str, Any]:
     """The row with up to `steps` random steps behind it, which are part of the prompt: exploring starts.
 
-    A policy that has become good no longer comes by the far corners, and would forget them.
+    A good policy no longer visits the far corners, and would forget them.
     """
     maze, cell, path = row["maze"], int(row["start"]), ""
     for _ in range(random.randrange(steps + 1)):
@@ -74,13 +74,13 @@ def with_places(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_guesses(row: Mapping[str, Any], *, part: Literal["train", "held_out", "unseen"]) -> list[dict[str, Any]]:
-    """The row with its guesses in the prompt, a digit in the place of every open cell; none of another part's rows."""
+    """The row with its guesses in the prompt, a digit for every open cell; no row of another part."""
     here = "unseen" if row["unseen"] else "held_out" if row["held_out"] else "train"
     if here != part:
         return []
     guesses = iter(row["guesses"])
-    seen = "".join(next(guesses) if sign == OPEN else sign for sign in row["maze"])
-    return [{**row, "prompt": prompt(seen, row["start"])}]
+    digits = "".join(next(guesses) if sign == OPEN else sign for sign in row["maze"])
+    return [{**row, "prompt": prompt(digits, row["start"])}]
 
 
 def random_walk(row: Mapping[str, Any], random: randomness.Random) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def optimal(completion: Completion, example: Mapping[str, Any]) -> float:
 
 
 def neighbours(maze: str, cell: int) -> list[int]:
-    """The cells that can be stepped on from one."""
+    """The cells that can be reached in one step."""
     row, column = divmod(cell, SIDE)
     around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
     inside = [r * SIDE + c for r, c in around if 0 <= r < SIDE and 0 <= c < SIDE]
@@ -167,7 +167,7 @@ def walk_values(maze: str, sweeps: int = 2000) -> Mapping[int, float]:
 
 
 def starts(maze: str) -> list[int]:
-    """Cells from which the exit can be reached, but for the exit."""
+    """Cells from which the exit can be reached, without the exit."""
     return sorted(c for c, steps in distances(maze).items() if steps)
 
 
@@ -194,7 +194,7 @@ def _rows(count: int, seed: int) -> list[dict[str, Any]]:
     for number in range(count):
         maze = _maze(randomness.Random(f"{seed}/{number}"))
         for i, start in enumerate(starts(maze)):
-            # Behind the exit no walk from elsewhere comes by: held out, such a cell would be in no text at all.
+            # No walk from elsewhere passes a cell behind the exit: held out, it would be in no text at all.
             passed = any(maze[n] == OPEN for n in neighbours(maze, start))
             rows.append(
                 {
@@ -210,7 +210,7 @@ def _rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def _maze(random: randomness.Random) -> str:
-    """Seven walls, an exit and a trap, all other cells in one piece and the exit some way from the middle of it."""
+    """Seven walls, an exit and a trap; all other cells are connected, and some are far from the exit."""
     while True:
         cells = [OPEN] * SIDE**2
         for cell, sign in zip(random.sample(range(SIDE**2), 9), f"{WALL * 7}{EXIT}{TRAP}", strict=True):
