@@ -128,16 +128,8 @@ def open_part(
         write(in_memory)
         flat = Flat(in_memory.arrays(), read)
     else:
-        present_identity = [identity_of(source.present, present), seed] if source.present and present else None
-        options = [
-            about,
-            need,
-            asdict(limit),
-            source.direction,
-            source.unrendered,
-            present_identity,
-            check and check.identity,
-        ]
+        augmented = [identity_of(source.present, present), seed] if source.present and present else None
+        options = [about, need, asdict(limit), source.direction, source.unrendered, augmented, check and check.identity]
         identity = [reading.identity(), options, codec.identity(), _code()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), read)
