@@ -27,6 +27,6 @@ def test_no_recipe_ends_in_a_traceback(first: int, count: int, names: tuple[str,
         told = outcome(case(number, names), here)
         assert told in ("resolved", "refused"), f"case {number}: {told}"
         found[told] += 1
-    assert found["resolved"] > count / 50
+    assert found["resolved"] > count / 100  # most are wrong in several ways
     assert found["refused"] > count / 2
     tally("recipes of any kind", right=found["resolved"], refused=found["refused"])
