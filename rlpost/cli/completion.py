@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rlpost.errors import RlpostError
-from rlpost.run.names import CONFIG, DONE, FINAL
+from rlpost.run.names import CHECKPOINTS, CONFIG, DONE, role
 
 if TYPE_CHECKING:
     from rlpost.cli.keys import Keys
@@ -144,11 +144,11 @@ def _files(incomplete: str, endings: tuple[str, ...], folders: bool) -> Candidat
     """Files with these endings, and folders; a folder that is the only one with what it holds."""
     found: Candidates = []
     within = Path(incomplete.rpartition("/")[0] or ".").expanduser()
-    of_run = (within / CONFIG).is_file() or (within / FINAL).is_dir()
+    of_run = role(within) in ("run", "stage")
     for name, path in _entries(incomplete):
         if path.is_dir() and folders:
-            what = _of_run(path)
-            if of_run and not what:
+            what = role(path)
+            if of_run and not what and path.name != CHECKPOINTS:
                 continue  # logs and the like
             found.append((name, what) if what else (f"{name}/", "folder"))
         elif path.suffix in endings and path.is_file():
@@ -167,12 +167,3 @@ def _entries(incomplete: str) -> Iterator[tuple[str, Path]]:
         hidden = path.name.startswith(".") and not start.startswith(".")
         if path.name.startswith(start) and not hidden and _PLAIN.fullmatch(path.name):
             yield f"{folder}{slash}{path.name}", path
-
-
-def _of_run(folder: Path) -> str:
-    """What part of a run a folder is; nothing for any other folder."""
-    if (folder / CONFIG).is_file():
-        return "run"
-    if (folder / FINAL).is_dir():
-        return "stage"
-    return "model" if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file() else ""

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from rlpost.run.files import disk_errors
 from rlpost.run.manifest import verify
 from rlpost.run.record import read_record, run_id
 from rlpost.run.stage import StageDirectory
+from rlpost.suggest import closest
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_STAGE_FILES = (names.DONE, names.METRICS, names.CHECKPOINTS)
 _REPAIR = "run its `rlpost train` again to repair it, or take another checkpoint"
-_MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,14 @@ def find_checkpoint(path: str | Path) -> Path | None:
         if _may_be_on_hub(str(path)):
             return None
         raise ModelError(f"{folder}: no such folder; {_did_you_mean(folder)}")
-    if (folder / names.ABOUT).exists() or (folder / names.STATE).exists():
+    role = names.role(folder)
+    if role == "checkpoint":
         return _verified(folder)
-    if (folder / names.CONFIG).exists():
+    if role == "run":
         return _of_run(folder)
-    if any((folder / name).exists() for name in _STAGE_FILES):
+    if role == "stage":
         return _of_stage(folder)
-    if any((folder / name).exists() for name in _MODEL_FILES):
+    if role == "model":
         if (folder / names.MANIFEST).exists():
             _verified(folder)
         return None
@@ -201,6 +200,7 @@ def _may_be_on_hub(path: str) -> bool:
 
 
 def _did_you_mean(folder: Path) -> str:
-    siblings = sorted(str(p) for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-    close = get_close_matches(str(folder), siblings, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "give a run, a stage, a checkpoint or a model"
+    """Which run, stage, checkpoint or model beside it may be meant."""
+    siblings = [path.name for path in folder.parent.iterdir() if names.role(path)] if folder.parent.is_dir() else []
+    near = closest(folder.name, sorted(siblings))
+    return f"did you mean {folder.parent / near}?" if near else "give a run, a stage, a checkpoint or a model"

@@ -56,6 +56,17 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def role(folder: Path) -> str:
+    """What a folder is to a command that takes a model: checkpoint, run, stage or model; empty if none of them."""
+    made_by: dict[str, tuple[str, ...]] = {
+        "checkpoint": (ABOUT, STATE),
+        "run": (CONFIG,),
+        "stage": (DONE, METRICS, CHECKPOINTS),
+        "model": ("config.json", "adapter_config.json"),
+    }
+    return next((what for what, files in made_by.items() if any((folder / name).exists() for name in files)), "")
+
+
 def unfinished(path: Path) -> Path:
     """The temporary path that is written before it is renamed to `path`."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")

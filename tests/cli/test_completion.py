@@ -99,11 +99,13 @@ def test_runs_stages_and_other_folders(ask: Ask) -> None:
     assert ask("eval", "") == []
     for name in ("one", "other"):
         Path(f"runs/{name}/sft/final").mkdir(parents=True)
+        Path(f"runs/{name}/sft/DONE").write_text("")
+        Path(f"runs/{name}/sft/rollouts").mkdir()
         Path(f"runs/{name}/evaluation").mkdir()
         Path(f"runs/{name}/config.resolved.yaml").write_text(RECIPE)
     assert ask("eval", "") == ["runs/one", "runs/other"]
     assert ask("sample", "runs/on") == ["runs/one", "runs/one/sft"]
-    Path("runs/one/sft/final/config.json").write_text("{}")
+    Path("runs/one/sft/final/checkpoint.json").write_text("{}")
     assert ask("goals", "sample", "runs/one", "--network", "runs/one/s") == ["runs/one/sft", "runs/one/sft/final"]
     Path("models/tiny").mkdir(parents=True)
     assert ask("sample", "mod") == ["models/tiny/"]

@@ -97,6 +97,7 @@ def test_models_that_are_not_ours_are_left_to_the_caller(runs, tmp_path):
     [
         ("runs/nwe", r"^runs/nwe: no such folder; did you mean runs/new\?$"),
         ("runs/new/dop", r"^runs/new/dop: no such folder; did you mean runs/new/dpo\?$"),
+        ("runs/new/evaluatio", r"^runs/new/evaluatio: no such folder; give a run"),  # what is near is no choice
         ("./gpt2", r"^gpt2: no such folder; give a run"),
         ("/nowhere/model", r"^/nowhere/model: no such folder"),
         ("a/b/c", r"no such folder"),
