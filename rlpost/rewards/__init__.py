@@ -1,8 +1,8 @@
-"""Reward functions: what a recipe can name under `rewards`.
+"""Reward functions that a recipe can name under `rewards`.
 
-A reward takes what the program supplies by name, `(completion, example)` or `(completions, examples)`, and
-keyword-only arguments that a recipe sets with `args`. It returns a number, or None for "cannot say"
-(unscored).
+A reward takes what the program supplies by parameter name, `(completion, example)` or `(completions, examples)`, and
+keyword-only arguments that a recipe sets with `args`. It returns a number, or None to leave the completion
+unscored.
 """
 
 from rlpost.rewards.math import math_answer

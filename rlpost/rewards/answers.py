@@ -1,4 +1,4 @@
-"""Finding the final answer in a text, and comparing plain numbers exactly. No computer algebra here."""
+"""Finds the final answer in a text, and compares plain numbers exactly; without computer algebra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlpost.rewards.math_text import without_dollars
 from rlpost.suggest import hint_or_list
 
 MARKED = ("hashes", "boxed", "phrase")
-"""Ways to find an answer that its writer has marked as final, in the order they are tried."""
+"""Ways to find an answer that is marked as final, in the order in which they are tried."""
 
 LONGEST = 1000
 """Characters; no answer we can compare is longer, and Python refuses to read numbers beyond 4,300 digits."""
@@ -50,7 +50,7 @@ class Number:
 
     value: Fraction
     percent: bool = False
-    """Written with a percent sign, which `value` does not take into account: 50% has the value 50."""
+    """Written with a percent sign, which `value` ignores: 50% has the value 50."""
 
     def equals(self, other: Number) -> bool:
         """Equal as written, or as percentage and share: 50% equals 50, 1/2 and 0.5; 50 does not equal 0.5."""
@@ -110,7 +110,7 @@ def _hashes(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-    """The inside of the last box, of the outermost where they are nested; of two joined by a comma, both."""
+    """The content of the last box: the outermost if they are nested, both of two joined by a comma."""
     if "boxed" not in text and "fbox" not in text:
         return None
     boxes, unclosed = _boxes(text)
@@ -136,7 +136,7 @@ def _unboxed(text: str) -> str:
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """(start, start of the inside, its end) of every box that is closed and in no other; starts of those unclosed."""
+    """(start, start of the content, its end) of every closed outermost box; starts of unclosed ones."""
     opened: list[tuple[int, int] | None] = []
     closed: list[tuple[int, int, int]] = []
     for match in _BOX.finditer(text):
@@ -155,18 +155,18 @@ def _boxes(text: str) -> tuple[list[tuple[int, int, int]], list[int]]:
 
 
 def _phrase(text: str) -> str | None:
-    """What follows the last announcement; "I hope the answer is correct" announces nothing."""
+    """The text after the last announcement; "I hope the answer is correct" is none."""
     found = None
     for match in _PHRASE.finditer(text):
         end = _SENTENCE_END.search(text, match.end())
-        told = text[match.end() : end.start() if end else len(text)].strip()
-        if told.casefold().rstrip(".!") != "correct":
-            found = told
+        rest = text[match.end() : end.start() if end else len(text)].strip()
+        if rest.casefold().rstrip(".!") != "correct":
+            found = rest
     if found is None:
         return None
     reason = _REASON.search(found, 1)
     found = found if reason is None else found[: reason.start()]
-    # "The answer is 5!": with joy, or 120? Inside of $ $ it is mathematics.
+    # "The answer is 5!" may mean 120, or just an exclamation; inside $ $ it is mathematics.
     return None if re.search(r"[\w)]!$", found) else found
 
 

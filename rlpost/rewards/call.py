@@ -1,4 +1,4 @@
-"""One reward function on all completions: it is given what it asks for, and what it returns is checked."""
+"""Calls one reward function for all completions, with the arguments its parameters name, and checks its results."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rlpost.usercode.calls import CallError, Failed, Remote
 from rlpost.usercode.wire import Odd
 
 LARGEST = 1e12
-"""Largest size of a reward: squares of larger ones, summed over a group, leave float32."""
+"""Largest magnitude of a reward: squares of larger ones, summed over a group, overflow float32."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What rewards may ask for."""
+    """Arguments that rewards may ask for."""
 
     groups: list[Group]
     completions: Sequence[Completion]
@@ -35,10 +35,10 @@ class Given:
     """[S] the texts of each completion's steps."""
 
     def steps_of(self, reward: BoundReward) -> Sequence[Sequence[str]]:
-        """The steps, which must be known.
+        """The steps.
 
         Raises:
-            RecipeError: nobody said what ends a step.
+            RecipeError: the stage has no `step_end`.
         """
         if self.steps is None:
             raise RecipeError(f"rewards: {reward.name} rewards steps; say what ends one with the stage's `step_end`")
@@ -47,9 +47,10 @@ class Given:
 
 @dataclass(frozen=True)
 class ByStep:
-    """[S] numbers for every step of every completion."""
+    """Rewards by step."""
 
     steps: list[list[float]]
+    """[S] a number for every step of each completion."""
 
 
 Call = Callable[[Given], "list[float | None] | ByStep"]
@@ -58,7 +59,7 @@ _ALL = {"completions", "examples", "all_steps", "groups"}
 
 
 def caller(reward: BoundReward) -> Call:
-    """A reward as a function of all completions, whether it takes them one by one or together."""
+    """A reward as a function of all completions, whether its function takes one completion or all."""
     asked = set(inspect.signature(reward.function).parameters)
     one, together = asked & {"completion", "steps"}, asked & {"completions", "groups", "all_steps"}
     if bool(one) == bool(together) or (asked & _ONE and asked & _ALL):
@@ -80,9 +81,9 @@ def _one_by_one(reward: BoundReward, wanted: set[str], given: Given) -> list[flo
         calls.append({name: supplied[name] for name in wanted})
     found = _each(reward, calls)
     if "steps" not in wanted:
-        return _judged(reward, found, given.completions, partial(_checked, reward), _where)
+        return _validated(reward, found, given.completions, partial(_checked, reward), _where)
     counted = [(c, len(call["steps"])) for c, call in zip(given.completions, calls, strict=True)]
-    by_step = _judged(
+    by_step = _validated(
         reward, found, counted, lambda v, one: _checked_steps(reward, v, *one), lambda one: _where(one[0])
     )
     return ByStep([own or [] for own in by_step])
@@ -102,14 +103,14 @@ def _together(reward: BoundReward, wanted: set[str], given: Given) -> list[float
         supplied["all_steps"] = [list(own) for own in given.steps_of(reward)]
     (found,) = _each(reward, [{name: supplied[name] for name in wanted}])
     steps = supplied.get("all_steps")
-    (values,) = _judged(reward, [found], [flat], lambda v, flat: _checked_list(reward, v, flat, steps), _where_all)
+    (values,) = _validated(reward, [found], [flat], lambda v, flat: _checked_list(reward, v, flat, steps), _where_all)
     if steps is not None:
         return ByStep(values or [[] for _ in flat])
     return values or [None for _ in flat]
 
 
 def _each(reward: BoundReward, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """What each call returned, or a Failed; where the reward's failures stop the run, the first one is the last."""
+    """What each call returned, or a Failed; ends at the first failure if failures stop the run."""
     if isinstance(reward.function, Remote):
         try:
             return reward.function.each(calls, read_only=True, numbers=True, keep_going=reward.unscored)
@@ -138,27 +139,27 @@ def _each_here(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]])
 
 
 def _protected(name: str, value: Any) -> Any:
-    """A row that a reward cannot change: writing to it fails, writing to what it holds changes a copy."""
+    """A row that a reward cannot change: read-only, with copies of its values."""
     if name == "example":
         return MappingProxyType(copy.deepcopy(dict(value)))
     return [_protected("example", row) for row in value] if name == "examples" else value
 
 
-def _judged(
+def _validated(
     reward: BoundReward,
     found: Sequence[Any],
     about: Sequence[Any],
     check: Callable[[Any, Any], Any],
     where: Callable[[Any], str],
 ) -> list[Any]:
-    """What was found, checked; where it failed, or is no number, None or a RewardError as the recipe says.
+    """The values, checked; for a failure or an invalid value, None or a RewardError as the recipe says.
 
     Args:
-        reward: whose values these are.
-        found: for each of `about`, a value or a Failed; a Failed that stops the run is the last.
-        about: what each call was about.
-        check: (value, what it is about) -> the value as numbers; raises RewardError.
-        where: how a message says what a call was about.
+        reward: returned the values.
+        found: a value or a Failed for each of `about`; ends at a Failed that stops the run.
+        about: the completion, or completions, of each call.
+        check: (value, its `about`) -> the value as numbers; raises RewardError.
+        where: `about` in words, for messages.
     """
     values: list[Any] = []
     failures: list[RewardError] = []

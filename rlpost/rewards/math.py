@@ -1,7 +1,7 @@
-"""Is the final answer of a completion mathematically the reference answer?
+"""Whether a completion's final answer equals the reference answer, mathematically.
 
-Both are read into values (`math_read`) and compared as such (`math_compare`). What is rational is decided here,
-exactly; what takes more computing goes to a worker process that is killed at its deadline.
+Both are parsed into values (`math_read`) and compared (`math_compare`). Rational values are compared here, exactly;
+harder comparisons run in a worker process that is killed at its deadline.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from rlpost.types import Completion
 
 
 class Verdict(StrEnum):
-    """What can be said of an answer."""
+    """The result of comparing an answer."""
 
     right = "right"
     wrong = "wrong"
     unparseable = "unparseable"
-    """No answer was found, or what was found is none, or can be read in two ways."""
+    """No answer was found, or it cannot be parsed, or can be read in two ways."""
     timeout = "timeout"
     """Undecided at the deadline."""
     error = "error"
@@ -49,8 +49,8 @@ def math_answer(
     """1.0 for a right final answer, 0.0 for a wrong or unparseable one, `undecided` for timeouts and errors.
 
     `column` holds the reference answer; `find` says how the completion's answer is found
-    (`answers.find_answer`); `deadline` is in seconds an answer. With `undecided` None, what could not be
-    decided is unscored.
+    (`answers.find_answer`); `deadline` is in seconds an answer. With `undecided` None, an undecided answer is
+    unscored.
 
     Raises:
         DataError: a row has no reference answer, or one that cannot be read.
@@ -86,7 +86,7 @@ def reference_answer(example: Mapping[str, Any], column: str) -> str:
     """The reference answer of a row: after ####, in \\boxed{}, or else the whole column.
 
     Raises:
-        DataError: the row has no such column, or there is nothing in it.
+        DataError: the row has no such column, or it is empty.
     """
     if column not in example:
         hint = hint_or_list(column, map(str, example), "it has")
@@ -118,7 +118,7 @@ def read_reference(example: Mapping[str, Any], column: str = "answer") -> Value:
 
 
 class References:
-    """The reference answers in one column of many rows, read before anything is trained."""
+    """Parses the reference answers in one column of many rows, before anything is trained."""
 
     def __init__(self, column: str) -> None:
         self._column = column
@@ -126,7 +126,7 @@ class References:
         self._wrong: list[tuple[str, DataError]] = []
 
     def read(self, examples: Sequence[Mapping[str, Any]], locations: Sequence[str]) -> None:
-        """Read those of some rows; `locations` names them."""
+        """Parse those of some rows; `locations` are for messages."""
         self._rows += len(examples)
         for example, location in zip(examples, locations, strict=True):
             try:
@@ -135,10 +135,10 @@ class References:
                 self._wrong.append((location, error))
 
     def refuse(self) -> None:
-        """Refuse the rows if one was wrong.
+        """Raise if one could not be parsed.
 
         Raises:
-            DataError: as of `read_reference`, of the first such row, with the number of others.
+            DataError: that of `read_reference` for the first such row, with the number of others.
         """
         if self._wrong:
             location, first = self._wrong[0]

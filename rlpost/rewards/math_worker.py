@@ -1,4 +1,4 @@
-"""The process that compares what takes computing: run as a script, killed when it takes too long.
+"""The process for comparisons that take time: run as a script, killed when one takes too long.
 
 Requests are lines on stdin, `["reference", "answer", seconds]`; for each it writes one line to stdout: right, wrong,
 unparseable or error. It says `ready` first, and ends when stdin does.
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 MEMORY = 2 << 30
-"""Bytes of address space; a comparison needs a hundredth of it."""
+"""Limit on the address space, in bytes; a comparison needs a hundredth of it."""
 
 
 def main() -> None:
@@ -26,9 +26,9 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard), hard))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not be read as a reply
-    # The very rlpost that this script belongs to, wherever the parent found it.
+    # Import the rlpost that this script belongs to.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    judge("\\sqrt{2}", "x")  # imports what it takes, outside anybody's deadline
+    judge("\\sqrt{2}", "x")  # does the imports before the first deadline
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         reference, answer, seconds = json.loads(line)

@@ -1,4 +1,4 @@
-"""Rewards from models: what a reward model, a process reward model or a model of reversed text says of completions.
+"""Rewards from reward models, process reward models and models of reversed text.
 
 They take whole groups and a `model`, which a recipe names by stage or checkpoint.
 """
@@ -26,7 +26,7 @@ class Judge(Protocol):
     def step_scores(self, groups: Sequence[Group], step_end: str) -> list[list[float]]:
         """[S] for every step of a completion, the probability that it is right.
 
-        `step_end` divides completions that are not divided into steps yet.
+        `step_end` splits completions that are not split into steps yet.
         """
         ...
 
@@ -41,15 +41,15 @@ _REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
 
 def process_steps(
     groups: Sequence[Group],
-    all_steps: Sequence[Sequence[str]],  # noqa: ARG001 - who asks for steps rewards each of them
+    all_steps: Sequence[Sequence[str]],  # noqa: ARG001 - marks it as a reward by step
     model: Judge,
 ) -> list[list[float]]:
-    """By step: a process reward model's probability for every step of a completion."""
+    """The probability of each step of a completion, by a process reward model: a reward by step."""
     return model.step_scores(groups, "\n")
 
 
 def reward_model(groups: Sequence[Group], model: Judge) -> list[float]:
-    """The score of a reward model."""
+    """The score of each completion, by a reward model."""
     return model.scores(groups)
 
 
@@ -60,13 +60,13 @@ def process_reward_model(
     reduce: Literal["min", "last", "product", "mean"] = "min",
     step_end: str = "\n",
 ) -> list[float | None]:
-    """One number of a process reward model's probabilities for the steps of a completion.
+    """A process reward model's probabilities for the steps of a completion, reduced to one number.
 
     The product is the probability that all are right if they were independent; the minimum is that of the worst
     step (Lightman et al. 2023, arXiv:2305.20050, compare the two). A completion without a step is unscored.
 
     Args:
-        groups: completions, divided into steps or not.
+        groups: completions, split into steps or not.
         model: the process reward model.
         reduce: `min`, `last`, `product` or `mean`.
         step_end: what a step ends with, where the stage does not say; empty: every token is a step.
@@ -80,7 +80,7 @@ def process_reward_model(
 
 
 def reverse_likelihood(groups: Sequence[Group], model: Judge) -> list[float]:
-    """log p_reverse(prompt | completion), in nats, under a model of reversed text: how well an answer tells its prompt.
+    """log p_reverse(prompt | completion), in nats, by a model of reversed text: how well an answer predicts its prompt.
 
     The second term of MMI-bidi (Li et al. 2016, arXiv:1510.03055), which reranks answers by mutual information.
 

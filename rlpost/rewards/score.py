@@ -50,21 +50,21 @@ def mean(values: Nested) -> float | None:
     return math.fsum(scored) / len(scored) if scored else None
 
 
-def joined(scores: Sequence[RewardBatch], order: Sequence[int]) -> RewardBatch:
-    """The groups of several scores one after the other, those of `order` alone and in that order."""
+def joined(batches: Sequence[RewardBatch], order: Sequence[int]) -> RewardBatch:
+    """The groups of several batches, concatenated and then taken in `order`."""
 
     def groups(parts: Sequence[Nested]) -> Nested:
         flat = [row for part in parts for row in part]
         return [flat[i] for i in order]
 
     def steps(name: str) -> list[list[float]]:
-        # They lie completion after completion: cut into groups, as the totals are, they can be put in order.
-        cut = [row for s in scores for row in _nest(s.by_step[name], s.total)]
+        # By completion; nest them by group, like the totals, to take groups in order.
+        cut = [row for s in batches for row in _nest(s.by_step[name], s.total)]
         return [step for i in order for step in cut[i]]
 
-    first = scores[0]
-    by_name = {name: groups([s.by_name[name] for s in scores]) for name in first.by_name}
-    return RewardBatch(groups([s.total for s in scores]), by_name, {name: steps(name) for name in first.by_step})
+    first = batches[0]
+    by_name = {name: groups([s.by_name[name] for s in batches]) for name in first.by_name}
+    return RewardBatch(groups([s.total for s in batches]), by_name, {name: steps(name) for name in first.by_step})
 
 
 def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
@@ -77,7 +77,7 @@ def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
 
 
 class Scorer:
-    """Calls reward functions and checks what they return. An error in one stops the run, by its name.
+    """Calls reward functions and combines their results.
 
     Raises:
         RecipeError: no rewards, two of one name, or a function that does not take what it is given.
@@ -125,16 +125,16 @@ class Scorer:
                 values[name] = [math.fsum(own) if own else None for own in found.steps]
             else:
                 values[name] = found
-        seen: dict[str, Sequence[float | None]] = {}
-        columns = [evaluate(reward, values, seen, by_step) for reward in self.rewards]
+        by_name: dict[str, Sequence[float | None]] = {}
+        columns = [evaluate(reward, values, by_name, by_step) for reward in self.rewards]
         weights = [reward.weight for reward in self.rewards]
         sums = [weighted_sum(column, weights) for column in zip(*columns, strict=True)]
         shape = [[None for _ in group.completions] for group in groups]
-        named = {name: _nest(list(seen[name]), shape) for name in names(self.rewards)}
+        named = {name: _nest(list(by_name[name]), shape) for name in names(self.rewards)}
         return RewardBatch(_nest(sums, shape), named, by_step)
 
     def _without_failed(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None) -> RewardBatch:
-        """The rewards where some episodes failed: those are shown to no reward function, and have no reward."""
+        """The rewards of groups with failed episodes, which reward functions do not see and which have no reward."""
         failed = [c.finish == FAILED for c in completions(groups)]
         whole = [replace(g, completions=tuple(c for c in g.completions if c.finish != FAILED)) for g in groups]
         told = None if steps is None else [own for own, out in zip(steps, failed, strict=True) if not out]

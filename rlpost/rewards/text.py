@@ -1,4 +1,4 @@
-"""Rewards that look at the form of a completion: its ending, length, format and repetition."""
+"""Rewards for the form of a completion: its ending, length, format and repetition."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from rlpost.types import Completion
 
 
 def ends(completion: Completion) -> float | None:
-    """1.0 for a completion that ended by itself, 0.0 for one cut off, None for one we did not sample."""
+    """1.0 for a completion that ended by itself, 0.0 for a truncated one, None for one that was not sampled."""
     return float(completion.finish == "stop") if completion.finish else None
 
 
 def pattern(completion: Completion, *, regex: str, whole: bool = False) -> float:
     """1.0 when `regex` is found in the completion's text, or matches all of it (`whole`); 0.0 otherwise.
 
-    A dot matches line breaks too. Python's `re` knows no deadline: a pattern with a repetition inside a
-    repetition, such as `(a+)+b`, can take for ever on some texts.
+    A dot matches line breaks too. Python's `re` has no timeout: a pattern with nested repetition, such as `(a+)+b`, can
+    take forever on some texts.
 
     Raises:
         RecipeError: `regex` is not a regular expression.

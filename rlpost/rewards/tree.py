@@ -1,7 +1,7 @@
-"""Rewards as a tree: leaves are functions of completions, nodes put other rewards together.
+"""Trees of rewards: leaves are functions of completions, nodes combine other rewards.
 
-A node's children have weights, which a sum takes as factors and the other nodes do not. None is a completion that
-could not be scored; what needs it cannot be either.
+Children have weights, which a sum uses as factors and most other nodes ignore. None is a completion that could not be
+scored; a node that needs its value is None too.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ class BoundReward:
     """A leaf: a reward function ready to be called."""
 
     name: str
-    """What it is logged under."""
+    """Its name in logs."""
     weight: float
     """Its weight in the sum above it."""
     function: Callable[..., Any]
     """The function with its arguments applied; what the program supplies remains."""
     model: Any = None
-    """What a function that asks for a `model` is given."""
+    """The argument `model` of a function that takes one."""
     unscored: bool = False
-    """What it fails on is unscored; else a failure stops the run."""
+    """Completions it fails on are unscored; else a failure stops the run."""
     failing: Spell = field(default_factory=Spell, compare=False)
-    """Whether it failed when it was called last."""
+    """Whether its last calls failed."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """Other rewards put together."""
+    """A combination of other rewards."""
 
     name: str
-    """What it is logged under."""
+    """Its name in logs."""
     weight: float
     """Its weight in the sum above it."""
     kind: str
@@ -55,7 +55,7 @@ SHAPING = "shaping"
 
 
 def leaves(rewards: Sequence[Reward]) -> Iterator[BoundReward]:
-    """All leaves below."""
+    """All leaves of the trees."""
     for reward in rewards:
         if isinstance(reward, BoundReward):
             yield reward
@@ -74,10 +74,10 @@ def names(rewards: Sequence[Reward]) -> Iterator[str]:
 def evaluate(
     reward: Reward,
     of_leaf: Mapping[str, Sequence[Value]],
-    seen: dict[str, Sequence[Value]],
+    by_name: dict[str, Sequence[Value]],
     by_step: dict[str, list[list[float]]],
 ) -> list[Value]:
-    """[S] the value of a node for every completion; what is found on the way is written into `seen` by name.
+    """[S] the value of a reward for every completion; writes those of its descendants into `by_name` too.
 
     Raises:
         RecipeError: a node of steps has a child that rewards whole completions.
@@ -86,17 +86,17 @@ def evaluate(
         found = list(of_leaf[reward.name])
     elif reward.kind == SHAPING:
         (child,) = reward.of
-        evaluate(child, of_leaf, seen, by_step)
+        evaluate(child, of_leaf, by_name, by_step)
         if child.name not in by_step:
             raise RecipeError(f"rewards: {reward.name} shapes by step and {child.name} rewards whole completions")
         by_step[reward.name] = [shaped(own, **reward.args) for own in by_step[child.name]]
         found = [math.fsum(own) if own else None for own in by_step[reward.name]]
     else:
-        columns = [evaluate(child, of_leaf, seen, by_step) for child in reward.of]
+        columns = [evaluate(child, of_leaf, by_name, by_step) for child in reward.of]
         weights = [child.weight for child in reward.of]
         combine = NODES[reward.kind]
         found = [combine(values, weights, **reward.args) for values in zip(*columns, strict=True)]
-    seen[reward.name] = found
+    by_name[reward.name] = found
     return found
 
 
@@ -112,19 +112,19 @@ def weighted_sum(values: Sequence[Value], weights: Sequence[float]) -> Value:
 
 
 def product(values: Sequence[Value], weights: Sequence[float]) -> Value:  # noqa: ARG001 - factors have no weights
-    """All of them together: with 0/1 rewards, "and"."""
+    """The product of the values: with 0/1 rewards, "and"."""
     known = _known(values)
     return None if known is None else math.prod(known)
 
 
-def least(values: Sequence[Value], weights: Sequence[float]) -> Value:  # noqa: ARG001 - so has a minimum
-    """The worst of them."""
+def least(values: Sequence[Value], weights: Sequence[float]) -> Value:  # noqa: ARG001 - neither has a minimum
+    """The smallest of the values."""
     known = _known(values)
     return None if known is None else min(known)
 
 
 def gate(values: Sequence[Value], weights: Sequence[float], *, above: float = 0.5) -> Value:
-    """(guard, then): then's value, weighted, if the guard is above a threshold; else 0, whatever then says."""
+    """(guard, then): the weighted value of `then` if the guard is above a threshold, else 0."""
     guard, then = values
     if guard is None:
         return None
@@ -148,7 +148,7 @@ def lexicographic(values: Sequence[Value], weights: Sequence[float], *, scale: f
     if any(abs(value) > scale for value in known):
         raise RecipeError(f"lexicographic: a value of {max(known, key=abs):g} is beyond scale={scale:g} - raise scale")
     step = 1 + 4 * scale * len(known)
-    return math.fsum(value / step**place for place, value in enumerate(known))
+    return math.fsum(value / step**i for i, value in enumerate(known))
 
 
 def shaped(potential_K: Sequence[float], *, gamma: float = 1.0) -> list[float]:
@@ -173,4 +173,4 @@ NODES: dict[str, Callable[..., Value]] = {
     "gate": gate,
     "lexicographic": lexicographic,
 }
-"""What a recipe may call a node, beside SHAPING."""
+"""Names of nodes in recipes, besides SHAPING."""

@@ -1,7 +1,7 @@
-"""Processes that judge one item at a time and are killed when one takes too long.
+"""Worker processes that compare one item at a time and are killed when one takes too long.
 
-Not `multiprocessing`: a plain script on a pipe imports no `__main__` again, pickles nothing, and ends when
-our end closes.
+Not `multiprocessing`: a plain script on a pipe does not import `__main__` again, pickles nothing, and ends when this
+end of the pipe closes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _STARTING = -1
 class _Worker:
     process: subprocess.Popen[bytes]
     item: int | None
-    """Index of the item it works on, None when idle, or that it is still starting."""
+    """Index of the item it works on; None when idle, `_STARTING` while it starts."""
     limit: float
     """Monotonic time at which it is killed."""
-    heard: bytes = b""
-    """What it wrote of an unfinished line."""
+    unfinished: bytes = b""
+    """Its output so far of an unfinished line."""
 
 
 class Workers:
@@ -48,7 +48,7 @@ class Workers:
         self._lock = threading.Lock()
 
     def judge(self, items: Sequence[tuple[str, str]], deadline: float) -> list[str]:
-        """The replies to each (reference, answer): `timeout` after `deadline` seconds, `error` for a crash.
+        """The reply to each (reference, answer): `timeout` after `deadline` seconds, `error` for a crash.
 
         Raises:
             RewardError: a worker does not start.
@@ -68,7 +68,7 @@ class Workers:
                         if reply in ("timeout", "died"):
                             self._end(worker)
             except BaseException:
-                self._close()  # a worker left in the middle would answer the next call with this one's reply
+                self._close()  # otherwise a busy worker would answer the next call with this one's reply
                 raise
         return ["error" if reply == "died" else reply for reply in replies]
 
@@ -90,7 +90,7 @@ class Workers:
             worker.item = waiting.popleft()
             worker.limit = time.monotonic() + deadline
             request = json.dumps([*items[worker.item], deadline]).encode() + b"\n"
-            with suppress(BrokenPipeError):  # it died just now: listening finds its end
+            with suppress(BrokenPipeError):  # it just died; `_listen` will notice
                 os.write(_descriptor(worker.process.stdin), request)
         for _ in range(min(len(waiting) - starting, self.size - len(self._workers))):
             self._start()
@@ -115,12 +115,12 @@ class Workers:
             readable: list[_Worker] = [key.data for key, _ in selector.select(max(0.0, patience))]
         news: list[tuple[_Worker, str]] = []
         for worker in readable:
-            heard = os.read(_descriptor(worker.process.stdout), 4096)
-            worker.heard += heard
-            if worker.heard.endswith(b"\n"):
-                news.append((worker, worker.heard.decode().strip()))
-                worker.heard = b""
-            elif not heard:
+            read = os.read(_descriptor(worker.process.stdout), 4096)
+            worker.unfinished += read
+            if worker.unfinished.endswith(b"\n"):
+                news.append((worker, worker.unfinished.decode().strip()))
+                worker.unfinished = b""
+            elif not read:
                 news.append((worker, "died"))
         late = [w for w in busy if w not in readable and time.monotonic() >= w.limit]
         return news + [(worker, "timeout") for worker in late]
@@ -134,9 +134,9 @@ class Workers:
             pipe.close()
 
     def _not_started(self, worker: _Worker, reply: str) -> str:
-        how = f"took over {START_LIMIT:g} s" if reply == "timeout" else f"ended with {worker.process.wait()}"
+        reason = f"took over {START_LIMIT:g} s" if reply == "timeout" else f"ended with {worker.process.wait()}"
         return (
-            f"math_answer: its worker process did not start ({how}); see why with: "
+            f"math_answer: its worker process did not start ({reason}); see why with: "
             f"{sys.executable} -P {self.script} < /dev/null"
         )
 

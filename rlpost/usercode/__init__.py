@@ -1,1 +1,1 @@
-"""Users' own functions, `file.py:function`, called where they can neither end nor hold up a run."""
+"""Users' functions, `file.py:function`, called in processes of their own so that they cannot end or block a run."""

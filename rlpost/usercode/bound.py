@@ -23,11 +23,11 @@ class Bound:
     file: Path | None = None
     """The user's file it comes from; None for functions of rlpost."""
     sha256: str | None = None
-    """Of that file as it was loaded."""
+    """sha256 of that file as it was loaded."""
     unscored: bool = False
-    """What it fails on is unscored; else a failure stops the run."""
+    """Completions it fails on are unscored; else a failure stops the run."""
     failing: Spell = field(default_factory=Spell, compare=False)
-    """Whether it failed when it was called last."""
+    """Whether its last calls failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function with what the program supplies."""
@@ -35,5 +35,5 @@ class Bound:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """What is left to supply, for `inspect.signature`: rewards are told apart by parameters' names."""
+        """The remaining parameters, for `inspect.signature`: their names say what a function takes."""
         return inspect.signature(self.call)

@@ -1,4 +1,4 @@
-"""Calling a user's function in its process, once or for a whole batch."""
+"""Calls a user's function in its process, once or for a whole batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rlpost.usercode import wire
 from rlpost.usercode.process import Gone, UserProcess
 
 DEADLINE = 60.0
-"""Seconds that a call may take where a recipe says nothing else."""
+"""Seconds that a call may take by default."""
 LOADING = 120.0
-"""Seconds that running a user's file may take, or its functions' deadline where that is longer."""
+"""Seconds that loading a user's file may take, or its functions' deadline if that is longer."""
 GIVE_UP = 8
-"""Calls in a row that lose the process, after which a batch's other calls are not tried."""
+"""Consecutive calls that lose the process, after which a batch's other calls are not tried."""
 
 
 class CallError(Exception):
@@ -33,14 +33,14 @@ class TheirTraceback(Exception):
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a call gave nothing."""
+    """A call that failed."""
 
     reason: str
     """`raised ValueError: no digits at /home/me/my.py:3`, `ran for over 60 s`."""
     error: BaseException | None = None
-    """What an error about it is raised from: it holds the user's traceback."""
+    """The cause to raise an error from: it holds the user's traceback."""
     gone: bool = False
-    """The process is gone, and with it what the function kept in it."""
+    """The process has ended, and the function's state with it."""
 
 
 _processes: dict[tuple[Path, str], UserProcess] = {}
@@ -48,7 +48,7 @@ _signatures: dict[tuple[Path, str], dict[str, inspect.Signature]] = {}
 
 
 def describe(file: Path, digest: str, limit: float) -> dict[str, inspect.Signature]:
-    """The functions of a user's file (sha256 `digest`) that a recipe may name, by name; the file is run elsewhere.
+    """Signatures of the public functions of a user's file (sha256 `digest`), by name; the file runs in its process.
 
     Raises:
         CallError: it fails to load, ends its process, or takes over `limit` seconds.
@@ -56,22 +56,22 @@ def describe(file: Path, digest: str, limit: float) -> dict[str, inspect.Signatu
     key = (file, digest)
     if key not in _signatures:
         try:
-            told = _process(key).start(limit)
+            reply = _process(key).start(limit)
         except Gone as gone:
             raise CallError(f"{file}: {gone}") from gone
-        if "failed" in told:
-            raise CallError(told["failed"]) from TheirTraceback(told["trace"])
-        _signatures[key] = {name: _signature(parameters) for name, parameters in told["functions"].items()}
+        if "failed" in reply:
+            raise CallError(reply["failed"]) from TheirTraceback(reply["trace"])
+        _signatures[key] = {name: _signature(parameters) for name, parameters in reply["functions"].items()}
     return _signatures[key]
 
 
 def in_use() -> bool:
-    """Whether there are files whose functions may be called in a process."""
+    """Whether functions of users' files may be called in processes."""
     return bool(_processes)
 
 
 def unneeded(file: Path, digest: str) -> None:
-    """End the process of a file whose functions are called elsewhere; it starts again if it is asked after all."""
+    """End the process of a file whose functions are not called in it; it starts again if one is called."""
     _process((file, digest)).end()
 
 
@@ -94,8 +94,8 @@ def _signature(parameters: Sequence[Sequence[Any]]) -> inspect.Signature:
 class Remote:
     """A function of a user's file with its recipe's arguments applied, called in the file's own process.
 
-    `each` reports failures; a call alone raises them. All functions of a file share one process and are called in
-    turn: what they keep in the module's globals is theirs until the process is lost.
+    `each` returns failures; a single call raises them. All functions of a file share one process and its module's
+    globals, which last until the process ends.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class Remote:
 
         Args:
             calls: arguments by name.
-            read_only: rows are given as mappings that cannot be written to; each call has its own copy either way.
-            numbers: it is to return numbers (or lists of them); anything else comes back as `wire.Odd`.
-            keep_going: ask on after a failure; else the first one is the last of what is returned.
+            read_only: pass rows as read-only mappings; each call gets its own copy either way.
+            numbers: results are numbers (or lists of them); anything else comes back as `wire.Odd`.
+            keep_going: continue after a failure; else the result ends with the first one.
 
         Raises:
-            CallError: an argument cannot go to another process.
+            CallError: an argument cannot be sent to another process.
         """
         found: list[Any] = []
         lost = 0
@@ -169,9 +169,9 @@ class Remote:
     def _ask(self, request: bytes, replies: int) -> Iterator[dict[str, Any]]:
         process = _process(self._key)
         if not process.running:
-            told = process.start(max(LOADING, self.deadline))
-            if "failed" in told:
-                raise Gone(f"ended its process, and its file no longer loads ({told['failed']})")
+            reply = process.start(max(LOADING, self.deadline))
+            if "failed" in reply:
+                raise Gone(f"ended its process, and its file no longer loads ({reply['failed']})")
         return process.ask(request, replies, self.deadline)
 
     def _requested(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool) -> bytes:
@@ -185,7 +185,7 @@ class Remote:
             raise CallError("it is given a row that is nested too deeply to go to its process") from error
 
     def _request(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool) -> bytes:
-        rows = _Rows()
+        rows = _RowTable()
         lines = [{name: rows.put(name, value) for name, value in call.items()} for call in calls]
         head = {
             "call": self._name,
@@ -199,15 +199,15 @@ class Remote:
         return b"".join(json.dumps(line).encode() + b"\n" for line in (head, *lines))
 
 
-class _Rows:
-    """The rows of a request, each encoded once however many calls are given it."""
+class _RowTable:
+    """The rows of a request, each encoded once even if several calls take it."""
 
     def __init__(self) -> None:
         self.encoded: list[Any] = []
         self._index_of: dict[int, int] = {}
 
     def put(self, name: str, value: Any) -> Any:
-        """An argument as it stands in its call's line."""
+        """An argument as it is encoded in its call's line."""
         if isinstance(value, Mapping):
             return {"row": self._row(name, value)}
         if type(value) is list and value and all(isinstance(item, Mapping) for item in value):

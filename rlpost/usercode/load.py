@@ -1,4 +1,4 @@
-"""The one place where a user's file is run."""
+"""Runs a user's file; nothing else does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def load(file: Path, digest: str) -> ModuleType:
-    """The user's file as a module, loaded once a content; `digest` is its sha256. Raises whatever the file raises."""
+    """The user's file as a module, loaded once per content; `digest` is its sha256. Raises what the file raises."""
     name = f"_rlpost_user_{hashlib.sha256(f'{file}{digest}'.encode()).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -21,8 +21,8 @@ def load(file: Path, digest: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it loads
-    # A cache may outlive an edit in its second.
+    sys.modules[name] = module  # dataclasses look up their module while it loads
+    # No bytecode cache: it has a resolution of a second, so it would hide a quick edit.
     caching, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
@@ -35,7 +35,7 @@ def load(file: Path, digest: str) -> ModuleType:
 
 
 def public_functions(module: ModuleType) -> dict[str, Any]:
-    """The functions that a recipe may name: defined in the module, or, where one of rlpost's says so, exported."""
+    """The functions that a recipe may name: those defined in the module, or in `__all__` of one of rlpost's."""
     exported = getattr(module, "__all__", None) if module.__name__.startswith("rlpost.") else None
     return {
         key: value
@@ -47,19 +47,19 @@ def public_functions(module: ModuleType) -> dict[str, Any]:
 
 
 def raised(error: BaseException, file: Path) -> str:
-    """`raised ValueError: no digits at my.py:3`: an exception of a user's code, and the line of their file."""
-    message, location = _told(error, file)
+    """`raised ValueError: no digits at my.py:3`: an exception of a user's code, with the line of their file."""
+    message, location = _described(error, file)
     return f"raised {message}" + (f" at {location}" if location else "")
 
 
 def not_loaded(error: BaseException, file: Path) -> str:
     """`my.py:3: ValueError: no digits`: why a user's file does not load."""
-    message, location = _told(error, file)
+    message, location = _described(error, file)
     return f"{location or file}: {message}"
 
 
-def _told(error: BaseException, file: Path) -> tuple[str, str]:
-    """Type and message in a line, and the last line of the user's file that the error went through."""
+def _described(error: BaseException, file: Path) -> tuple[str, str]:
+    """Type and message in one line, and the last line of the user's file in the traceback."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg}", f"{error.filename}:{error.lineno}"
     message = " ".join(str(error).split()) or "(no message)"

@@ -1,7 +1,7 @@
-"""The process of one user's file, from our side: started when needed, and ended when a call takes too long.
+"""The process of one user's file, seen from the parent: started when needed, ended when a call takes too long.
 
-Not `multiprocessing`: a plain script on a pipe imports no `__main__` again, pickles nothing, and ends when our end
-closes.
+Not `multiprocessing`: a plain script on a pipe does not import `__main__` again, pickles nothing, and ends when this
+end of the pipe closes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ START_LIMIT = 120.0
 _SCRIPT = Path(__file__).with_name("worker.py")
 _NAP = 0.002
 _PATIENCE = 0.25
-"""Seconds after which waiting looks around: for a signal to us, or a death that a grandchild hides."""
+"""Seconds between checks, while waiting, for a signal to us or a death that a grandchild hides."""
 
 
 class Gone(Exception):
-    """The process is gone; says why: `ran for over 60 s`, `ended by itself (exit code 0)`."""
+    """The process has ended; the message says why: `ran for over 60 s`, `ended its process (exit code 0)`."""
 
 
 class UserProcess:
@@ -42,7 +42,7 @@ class UserProcess:
         self._digest = digest
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0
-        self._heard = b""
+        self._unfinished = b""
         self._lines: deque[bytes] = deque()
 
     @property
@@ -51,13 +51,13 @@ class UserProcess:
         return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def start(self, deadline: float) -> dict[str, Any]:
-        """Start it and let it run the file for at most `deadline` seconds; returns what it says of the file.
+        """Start it and let it run the file for at most `deadline` seconds; returns its description of the file.
 
         Raises:
             Gone: it ended, or took too long.
         """
         self.end()
-        self._heard = b""
+        self._unfinished = b""
         self._lines.clear()
         self._owner = os.getpid()
         self._process = subprocess.Popen(
@@ -71,8 +71,8 @@ class UserProcess:
         hello = {"path": sys.path, "file": str(self._file), "digest": self._digest}
         (up,) = self.ask(json.dumps(hello).encode() + b"\n", 1, START_LIMIT)
         assert up == {"up": True}
-        (told,) = self.ask(b"", 1, deadline)
-        return told
+        (reply,) = self.ask(b"", 1, deadline)
+        return reply
 
     def ask(self, request: bytes, replies: int, deadline: float) -> Iterator[dict[str, Any]]:
         """The replies to a request, each of which may take `deadline` seconds.
@@ -92,7 +92,7 @@ class UserProcess:
                     limit = time.monotonic() + deadline
                     while not self._lines:
                         if left > 1 and not unsent:
-                            time.sleep(_NAP)  # woken for every reply of a batch, we would take turns with the process
+                            time.sleep(_NAP)  # otherwise each reply of a batch would wake us, and switch processes
                         ready = {key.fd for key, _ in self._wait(selector, limit, deadline)}
                         if _descriptor(self._process.stdin) in ready:
                             unsent = self._send(unsent, selector)
@@ -100,14 +100,14 @@ class UserProcess:
                             self._read()
                     yield json.loads(self._lines.popleft())
         except GeneratorExit:
-            self.end()  # whoever asked has heard enough; left in the middle, it would answer the next one
+            self.end()  # the caller wants no more replies; it would answer the next request with them
             raise
         except BaseException:
             self.end()
             raise
 
     def end(self) -> None:
-        """End it, with whatever it has started."""
+        """End it and the processes it has started."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
@@ -142,19 +142,19 @@ class UserProcess:
             unsent = unsent[os.write(stdin, unsent[: 1 << 16]) :]
         except BlockingIOError:
             return unsent
-        except BrokenPipeError:  # reading finds its end
+        except BrokenPipeError:  # `_read` will notice
             unsent = unsent[:0]
         if not unsent:
             selector.unregister(stdin)
         return unsent
 
     def _read(self) -> None:
-        """What there is to read."""
+        """Read available output."""
         assert self._process is not None
-        heard = os.read(_descriptor(self._process.stdout), 1 << 16)
-        if not heard:
+        read = os.read(_descriptor(self._process.stdout), 1 << 16)
+        if not read:
             raise Gone(self._ended())
-        *lines, self._heard = (self._heard + heard).split(b"\n")
+        *lines, self._unfinished = (self._unfinished + read).split(b"\n")
         self._lines += lines
 
     def _ended(self) -> str:

@@ -1,11 +1,11 @@
-"""A signal asked the program to stop: how long calls of users' functions may still take."""
+"""How long calls of users' functions may still take after a signal asked the program to stop."""
 
 from __future__ import annotations
 
 import time
 
 GRACE = 5.0
-"""Seconds that a call may go on after the signal. What it belongs to is done again when the run goes on."""
+"""Seconds that a call may go on after the signal. Its step is repeated when the run is resumed."""
 
 
 class Stopped(BaseException):
@@ -13,22 +13,22 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Whether a signal asked to stop, for whoever waits."""
+    """Whether a signal asked to stop."""
 
     _at: float | None = None
 
     @classmethod
     def asked(cls) -> None:
-        """A signal asks to stop; the first one counts."""
+        """Note that a signal asked to stop; only the first one counts."""
         if cls._at is None:
             cls._at = time.monotonic() + GRACE
 
     @classmethod
     def forget(cls) -> None:
-        """Nothing asks to stop any more."""
+        """Forget the signal."""
         cls._at = None
 
     @classmethod
     def over(cls, now: float) -> bool:
-        """Whether calls have had their time."""
+        """Whether calls have used up their time."""
         return cls._at is not None and now >= cls._at

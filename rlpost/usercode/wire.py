@@ -1,7 +1,7 @@
-"""What crosses the pipe to a user's process, as JSON: the same value on the other side, or a refusal.
+"""Encodes values as JSON for the pipe to a user's process: exactly, or not at all.
 
-JSON knows null, booleans, numbers, text, lists and objects with text for keys. Everything else is an object with the
-key `$`, which says what `v` stands for.
+JSON has null, booleans, numbers, text, lists and objects with text keys. Everything else is an object with the key `$`,
+which says what type `v` is.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _PLAIN = (bool, int, float, str)
 
 
 class CannotCrossError(Exception):
-    """A value of a type that has no faithful form as JSON."""
+    """A value of a type that cannot be encoded exactly."""
 
 
 class Seeded(random.Random):
-    """A generator that is told to the other side by the seed it was just made with."""
+    """A new random generator, encoded by its seed."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -34,17 +34,17 @@ class Seeded(random.Random):
 
 
 class Odd:
-    """Stands for a value that was returned and cannot cross; says what it was."""
+    """Stands for a returned value that cannot be encoded; `kind` describes it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
 
 def encode(value: Any, path: str = "") -> Any:
-    """What `json.dumps` writes for a value; `path` says where it stands, for messages.
+    """A value in a form for `json.dumps`; `path` is its location, for messages.
 
     Raises:
-        CannotCrossError: it has no faithful form.
+        CannotCrossError: it cannot be encoded exactly.
     """
     kind = type(value)
     if value is None or kind in _PLAIN:
@@ -92,7 +92,7 @@ def _rarer(value: Any, path: str) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` made this of; lists and objects are new ones each time."""
+    """The value that was encoded; lists and objects are new each time."""
     if type(value) is list:
         return [decode(item) for item in value]
     if type(value) is not dict:
@@ -111,7 +111,7 @@ def _base64(data: bytes | bytearray) -> str:
 
 
 _ARRAYS = {"ids": "<i4", "action": "?", "logprobs": "<f8", "steps": "<i4", "step_labels": "<f8"}
-"""A completion's arrays, and what their numbers cross as."""
+"""A completion's arrays, and the types they are encoded as."""
 _VALUES = ("text", "finish", "reward", "label", "score", "weights_version")
 """Its other fields."""
 
@@ -132,7 +132,7 @@ def _completion(packed: Sequence[Any]) -> Completion:
 
 
 def _zone(zone: Any, path: str) -> Any:
-    """A time zone: seconds from UTC, or a name of the zone database; None where there is none."""
+    """A time zone as seconds from UTC, or a name of the zone database; None without a zone."""
     if zone is None:
         return None
     if isinstance(zone, datetime.timezone):

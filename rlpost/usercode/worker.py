@@ -1,7 +1,7 @@
-"""The process that a user's functions run in: a script on a pipe, ended by the other side when a call takes too long.
+"""The process that runs a user's functions: a script on a pipe, ended by the parent when a call takes too long.
 
-Lines of JSON. It is told of one file, says `up`, runs the file, and says which functions it holds. A request is a line
-that names a function, then a line for each call; each call is answered by a line. It ends when its input does.
+It speaks lines of JSON: it reads the file's path, replies `up`, runs the file, and lists its functions. A request is a
+line that names a function, then a line for each call; each call is answered by a line. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     requests, replies = _own_pipes()
     _die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # The other side decides; a handler, unlike SIG_IGN, is not inherited by what the user's code starts.
+        # The parent decides; a handler, unlike SIG_IGN, is not inherited by processes of the user's code.
         signal.signal(number, lambda *_: None)
     _leave_memory_to_others()
     hello = json.loads(requests.readline())
@@ -74,7 +74,7 @@ def _answer(
 
 
 def _given(value: Any, request: dict[str, Any]) -> Any:
-    """An argument; a row that stands in the request for all its calls is a fresh copy each time."""
+    """An argument; a row of the request is a fresh copy for each call."""
     if type(value) is dict and "row" in value and "$" not in value:
         row = wire.decode(request["rows"][value["row"]])
         return MappingProxyType(row) if request["read_only"] else row
@@ -84,7 +84,7 @@ def _given(value: Any, request: dict[str, Any]) -> Any:
 
 
 def _returned(found: Any, numbers: bool) -> Any:
-    """What was returned, as it crosses; with `numbers`, any real number is one, and so in lists."""
+    """The result, encoded; with `numbers`, any real number becomes a float, also in lists."""
     if numbers and isinstance(found, list | tuple):
         return [_returned(item, numbers) for item in found]
     if numbers and isinstance(found, Real) and not isinstance(found, int):
@@ -121,7 +121,7 @@ def _parameters(function: Callable[..., Any]) -> list[list[Any]]:
 
 
 def _seed(seed: int) -> None:
-    """A call draws the same random numbers whenever it is asked the same: a run that is resumed goes on bit for bit."""
+    """Seed all generators, so that the same call draws the same numbers and a resumed run continues bit for bit."""
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and hasattr(numpy, "random"):
@@ -132,7 +132,7 @@ def _seed(seed: int) -> None:
 
 
 def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The two pipes, out of the user's reach: their stdin is empty, and what they print goes to stderr."""
+    """The two pipes; the user's code gets an empty stdin, and its prints go to stderr."""
     requests, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -142,14 +142,14 @@ def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _say(replies: BinaryIO, message: dict[str, Any]) -> None:
-    if not getattr(sys.stdout, "closed", True):  # it is the user's code's to replace
+    if not getattr(sys.stdout, "closed", True):  # the user's code may replace it
         sys.stdout.flush()
     replies.write(json.dumps(message).encode() + b"\n")
     replies.flush()
 
 
 def _die_with_parent() -> None:
-    """Linux ends this process when the other side is gone, even inside C."""
+    """Let Linux end this process when the parent ends, even inside C."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == 1:
@@ -157,13 +157,13 @@ def _die_with_parent() -> None:
 
 
 def _leave_memory_to_others() -> None:
-    """Of the memory that is free, no more: and if there is none left, this process goes first, not the trainer."""
+    """Limit this process to the free memory, and let it be killed before the trainer if memory runs out."""
     if sys.platform != "linux":
         return
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
-        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = sum(int(told[key].split()[0]) for key in ("MemAvailable", "SwapFree")) << 10
+        entries = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = sum(int(entries[key].split()[0]) for key in ("MemAvailable", "SwapFree")) << 10
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (free if hard < 0 else min(free, hard), hard))
     except (OSError, KeyError, ValueError):  # a container may hide or forbid any of it
