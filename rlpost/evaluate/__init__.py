@@ -1,1 +1,1 @@
-"""Evaluation: sampling, scoring, statistics that can be believed."""
+"""Evaluation: sampling, scoring, statistics."""

@@ -29,7 +29,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Summary:
-    """One way of answering (greedy or sampled) in numbers."""
+    """The numbers of one mode, greedy or sampled."""
 
     prompts: int
     samples: int
@@ -41,7 +41,7 @@ class Summary:
     finish: dict[str, int]
     """Answers by how they ended: stop, length."""
     unscored: int
-    """Answers the first reward gave no value; they count as wrong."""
+    """Answers that the first reward left unscored; they count as wrong."""
     length: float
     """Mean tokens an answer."""
     pass_at: dict[str, Estimate] = field(default_factory=dict)
@@ -107,14 +107,14 @@ def evaluate(
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
 
     Args:
-        engine: what samples.
-        policy: who answers.
+        engine: samples.
+        policy: answers.
         prompts: groups without completions.
         scorer: the evaluation's rewards; the first is the accuracy.
         cfg: the recipe's `evaluation`.
         seed: of the samples.
-        judge: a reward model that chooses among a prompt's samples.
-        environment: what answers the model's turns.
+        judge: chooses among a prompt's samples.
+        environment: replies to the model's turns.
     """
     engine.update_weights(policy, 0)
     collect = collector(engine, policy, environment, cfg.turns)
@@ -122,8 +122,8 @@ def evaluate(
     modes += [("sampled", cfg.samples)] if cfg.samples else []
     answers = []
     for mode, n in modes:
-        how = greedy(cfg.sampling) if mode == "greedy" else cfg.sampling
-        groups = _answer(collect, prompts, n, mode, how, cfg.batch, seed)
+        sampling = greedy(cfg.sampling) if mode == "greedy" else cfg.sampling
+        groups = _answer(collect, prompts, n, mode, sampling, cfg.batch, seed)
         judged = judge.by_group(groups) if judge is not None and n > 1 else None
         answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
@@ -150,7 +150,7 @@ def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
         accuracy: name of the reward that says right or wrong.
         cfg: slices, pass@k and best-of-n of the recipe.
     """
-    # An answer that its reward could not score is not right.
+    # Unscored answers count as wrong.
     correct_PG = [[0.0 if v is None else v for v in row] for row in answers.scores.by_name[accuracy]]
     completions = [c for g in answers.groups for c in g.completions]
     binary = {v for row in correct_PG for v in row} <= {0.0, 1.0}
@@ -171,7 +171,7 @@ def summarise(answers: Answers, accuracy: str, cfg: Evaluation) -> Summary:
 
 
 def _slices(answers: Answers, cfg: Evaluation) -> dict[str, list[int]]:
-    """Prompts by slice: everyone, and for each column those where it is true."""
+    """Prompts by slice: all of them, and for each column those where it is true."""
     chosen = {ALL: list(range(len(answers.groups)))}
     for column in cfg.slices:
         rows = [p for p, group in enumerate(answers.groups) if group.example.get(column)]
@@ -181,7 +181,7 @@ def _slices(answers: Answers, cfg: Evaluation) -> dict[str, list[int]]:
 
 
 def _estimate(scores: Sequence[Sequence[float]]) -> Estimate:
-    """Share of right answers, or mean of graded ones; a score outside [0, 1] has no scale that is known."""
+    """The share of right answers if all scores are in [0, 1], else the mean score."""
     known = all(0.0 <= v <= 1.0 for row in scores for v in row)
     return clustered_share(scores) if known else clustered_mean(scores)
 

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: intervals that know samples of one prompt belong together, pass@k, maj@k.
+"""Statistics of an evaluation: intervals that treat a prompt's samples as dependent, pass@k, maj@k.
 
 P prompts with n samples each; a score is a number, usually 1 for right and 0 for wrong.
 """
@@ -26,7 +26,7 @@ class Estimate:
 
     value: float
     low: float
-    """NaN when nothing can be said (one prompt alone); likewise `high`."""
+    """NaN if there is no interval (a single prompt); likewise `high`."""
     high: float
 
 
@@ -49,14 +49,14 @@ def _score_interval(p: float, n: float, z: float) -> Estimate:
     scale = 1 + z * z / n
     centre = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    # At the ends centre ± half is 0 or 1 but for rounding.
+    # At the ends centre ± half is 0 or 1 up to rounding.
     low = 0.0 if p == 0 else max(0.0, centre - half)
     high = 1.0 if p == 1 else min(1.0, centre + half)
     return Estimate(p, low, high)
 
 
 def upper_bound(successes: int, trials: int, level: float = 0.95) -> float:
-    """The largest probability that so few successes do not rule out: exact (Clopper & Pearson 1934, Biometrika 26).
+    """The largest probability consistent with so few successes: exact (Clopper & Pearson 1934, Biometrika 26).
 
     The p with P(X <= successes) = 1 − level for X ~ Binomial(trials, p). One-sided: of all experiments, at most a
     share of 1 − level finds a bound below the truth. After 0 of n it is 1 − (1 − level)^(1/n), about 3/n.
@@ -84,8 +84,8 @@ def clustered_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> Es
     Cluster-robust standard error, √(P/(P−1) · Σ_p (Σ_i (y_pi − mean))²)/N, and Student's t with P − 1 degrees
     of freedom (Liang & Zeger 1986, Biometrika 73; Cameron & Miller 2015, J. Human Resources 50; for model
     evaluations Miller 2024, arXiv:2411.00640). Prompts may have different numbers of samples; those with none
-    are left out. Equal scores throughout say nothing of how much others would differ: no interval then. For scores
-    between 0 and 1, `clustered_share` is the better one.
+    are left out. If all scores are equal there is no interval, since nothing is known of their spread. For scores
+    between 0 and 1, prefer `clustered_share`.
 
     Raises:
         ValueError: there are no scores, or `level` is out of range.
@@ -136,7 +136,7 @@ def clustered_share(scores: Sequence[Sequence[float]], level: float = 0.95) -> E
     if count == 1:
         return Estimate(value, math.nan, math.nan)
     if squares <= 1e-20 * total**2:
-        # Of prompts with unlike numbers of samples, as many as are worth the same (Kish 1965).
+        # The effective number of prompts, which have different numbers of samples (Kish 1965).
         return _score_interval(value, total**2 / sum(len(samples) ** 2 for samples in prompts), _normal(upper))
     trials = value * (1 - value) * total**2 / squares
     if binary:

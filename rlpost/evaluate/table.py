@@ -1,4 +1,4 @@
-"""The table of a pipeline: every stage's held-out accuracy, and some prompts answered before and after."""
+"""The table at the end of a run: held-out accuracy by stage, and answers to some prompts before and after."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlpost import console
 from rlpost.evaluate.evaluator import ALL, estimate_from, percent
 
 BEST = {"best_of": "rewards", "judged": "judge"}
-"""How the best of a prompt's samples can be chosen: by what field of a summary, and its name in the table."""
+"""Field of a summary -> what chooses the best of a prompt's samples, as named in the table."""
 
 
 def stage_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -61,11 +61,11 @@ def print_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], 
 
 
 def _ends(text: str, width: int = 60) -> str:
-    """Both ends of a long text: how an answer begins and, above all, how it ends."""
+    """A long text shortened to its beginning and, mostly, its end."""
     return text if len(text) <= width else f"{text[: width // 3]} … {text[-(2 * width) // 3 :]}"
 
 
 def telling_prompts(before: Sequence[float], after: Sequence[float], n: int) -> list[int]:
-    """Indices of `n` prompts worth showing: first those whose score rose the most."""
+    """Indices of the `n` prompts whose scores rose the most."""
     order = sorted(range(len(before)), key=lambda p: (before[p] - after[p], p))
     return order[:n]

@@ -1,1 +1,1 @@
-"""Goals: sets of final tokens, value networks of them, guiding, reverse models, infilling, and their proofs."""
+"""Goals: final texts that completions should reach or avoid, value networks, guided decoding, infilling."""

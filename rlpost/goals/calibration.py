@@ -1,4 +1,4 @@
-"""A learned value network against the truth, on the completions of a prompt, enumerated.
+"""Compares a learned value network with the exact values on a prompt's enumerated completions.
 
 Axes: X states, B bins.
 """
@@ -29,7 +29,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far a value network is off; means are over states as a completion comes through them."""
+    """Errors of a value network; means are over the states that completions pass through."""
 
     true_root: float
     learned_root: float
@@ -40,9 +40,9 @@ class Calibration:
     calibration_error: float
     """Expected calibration error: mean over bins of learned values of |mean learned − mean true|."""
     worth: float
-    """Completions sampled from a state whose share of reached goals is off as much: E[V(1 − V)] / E[error²]."""
+    """Number of sampled completions whose share of reached goals has the same error: E[V(1 − V)] / E[error²]."""
     states: int
-    """States that had to be looked at for the truth; the network looks at one."""
+    """States that were evaluated for the exact values; the network evaluates one."""
     left_out: float
     """Probability of completions that were not enumerated."""
 
@@ -68,16 +68,16 @@ def compare(true_X: Tensor, learned_X: Tensor, reach_X: Tensor, left_out: float 
 
 
 def calibrate(network: ValueNetwork, unfolded: Unfolded, goal: GoalSet) -> Calibration:
-    """Compare a network, asked about `goal`, with the truth on a prompt's completions.
+    """Compare a network's values for `goal` with the exact ones on a prompt's completions.
 
-    A contrastive network knows V but for a factor: it is given the true value of the root.
+    A contrastive network gives V up to a factor, which is set by the exact value of the root.
     """
-    told = network.settings
-    true_X = unfolded.values(goal, truncated_counts=told.truncated_counts)
-    if told.avoid:
+    settings = network.settings
+    true_X = unfolded.values(goal, truncated_counts=settings.truncated_counts)
+    if settings.avoid:
         true_X = 1 - true_X
     logit_X = network.logits([(unfolded.prompt, state) for state in unfolded.states])
-    if told.target == ValueTarget.contrastive:
+    if settings.target == ValueTarget.contrastive:
         learned_X = (true_X[0] * (logit_X - logit_X[0]).exp()).clamp(max=1)
     else:
         learned_X = torch.sigmoid(logit_X)
@@ -86,7 +86,7 @@ def calibrate(network: ValueNetwork, unfolded: Unfolded, goal: GoalSet) -> Calib
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt and a goal, and what a network knows of it."""
+    """A prompt and a goal, with a network's calibration on them."""
 
     prompt: str
     goal: str
@@ -102,17 +102,17 @@ def calibrations(
     policy: str | None = None,
     least: float = LEAST,
 ) -> Iterator[Asked]:
-    """A saved network against the truth, for every prompt and goal: what `rlpost goals calibrate` does.
+    """Calibrations of a saved network for every prompt and goal: `rlpost goals calibrate`.
 
-    A network that reads its goal is asked about one after the other; another about all of them as one set.
+    A network that reads its goal is tested on each goal; another one on all of them as one set.
 
     Args:
         network: a value network: its run's stage, or a checkpoint.
-        prompts: whose completions are enumerated.
-        goals: the endings that it is asked about.
+        prompts: their completions are enumerated.
+        goals: texts that completions end in.
         depth: tokens of the longest completion.
         policy: whose completions; by default the one that the network was trained for.
-        least: states that come by with a smaller probability are not followed.
+        least: states with a smaller probability are not followed.
 
     Raises:
         ModelError: the network or the policy cannot be loaded.
@@ -120,21 +120,21 @@ def calibrations(
         RecipeError: there are too many completions.
     """
     folder = Path(located(network))
-    told = read_settings(folder)  # which says so if it is no value network, before one asks whose it is
+    settings = read_settings(folder)  # first, since it raises if the folder has no value network
     model = located(policy) if policy else parent_of(folder)
     asked = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
     codec = make_codec(asked.tokenizer)
-    value = load_value(folder, asked, (), avoid=told.avoid)
+    value = load_value(folder, asked, (), avoid=settings.avoid)
     members = [codec.ids(goal, "--goal") for goal in goals]
     one_by_one = [(text, [ids], ids) for text, ids in zip(goals, members, strict=True)]
     for prompt in prompts:
         unfolded = unfold(asked, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
-        for text, some, named in one_by_one if told.condition else [(", ".join(goals), members, ())]:
+        for text, some, named in one_by_one if settings.condition else [(", ".join(goals), members, ())]:
             yield Asked(prompt, text, calibrate(value.about(named), unfolded, GoalSet(some)))
 
 
 def print_table(found: Sequence[Asked]) -> None:
-    """What was found, a line for each prompt and goal."""
+    """Print the table: a line for each prompt and goal."""
     columns = ["prompt", "goal", "true V", "learned", "mean error", "largest", "ECE", "worth"]
     columns += ["states", "not enumerated"]
     rows = []

@@ -1,4 +1,4 @@
-"""Exact truth about goals on a token tree: values, the posterior, unsafe mass, and the guided policies.
+"""Exact quantities of goals on a token tree: reached leaves, the posterior, guided policies.
 
 Axes: X states, V tokens, L leaves.
 """
@@ -32,7 +32,7 @@ def posterior(tree: Tree, logp_XV: Tensor, reached_L: Tensor) -> Tensor:
 
 
 def guided(tree: Tree, logp_XV: Tensor, guide: Guide) -> Tensor:
-    """[X, V] log-probabilities of the guided policy in every state that it can reach; elsewhere those of the policy."""
+    """[X, V] log-probabilities of the guided policy in every state it can reach; the policy's own elsewhere."""
     weight_XV = torch.zeros_like(logp_XV)
     states = positions(tree)
     alive_X = torch.zeros(tree.states, dtype=torch.bool)
@@ -49,13 +49,13 @@ def guided(tree: Tree, logp_XV: Tensor, guide: Guide) -> Tensor:
 
 
 def positions(tree: Tree) -> list[Position]:
-    """Every state as a decoder would come to it."""
+    """Every state as a decoder's position."""
     prefixes = [p for t in range(tree.depth) for p in tree.prefixes(t).tolist()]
     return [Position((), tuple(p), len(p) == tree.depth - 1) for p in prefixes]
 
 
 def from_table(tree: Tree, log_X: Tensor) -> Callable[[Sequence[Position], Tensor], Tensor]:
-    """What a `Guide` asks for, from a number of every state."""
+    """`LogWeights` for a `Guide`, from a table with a number for every state."""
     number = {p.ids: x for x, p in enumerate(positions(tree))}
 
     def ahead(rows: Sequence[Position], candidate_BK: Tensor) -> Tensor:

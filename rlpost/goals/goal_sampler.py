@@ -1,4 +1,4 @@
-"""The goals of a recipe, in tokens: what value networks are trained on, and what guided samples are led to."""
+"""Draws goals of a recipe, as tokens, for training value networks and for guided sampling."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class GoalSampler:
     """The goals of a recipe."""
 
     def __init__(self, goals: Goals, codec: Codec, context: Context) -> None:
-        """Read them.
+        """Read the goals.
 
         Raises:
-            DataError: the file cannot be read, or has no endings.
+            DataError: the file cannot be read, or is empty.
         """
         self._codec = codec
         self.column = goals.column
-        """The rows' column that holds each prompt's own goal, if it is there."""
+        """The column with each prompt's own goal, if the recipe has one."""
         where = f"stages.{context.name}.goals"
         texts = list(goals.texts) if goals.path is None else _lines(context.folder / goals.path, where)
         self.members = [codec.ids(text, where) for text in texts]
         self.all = GoalSet(self.members, where) if self.members else None
-        """Every ending of the recipe; None where each prompt has its own."""
+        """The set of all goals of the recipe; None if each prompt has its own."""
 
     def of(self, group: Group, condition: str | None, draw: random.Random) -> tuple[Goal, tuple[int, ...]]:
-        """A goal for the group, and the tokens that name it: one of the recipe's, or all if the network reads none.
+        """A goal for the group and the tokens that name it: a random one, or all if the network reads no goal.
 
         Raises:
             DataError: the row has no goal of its own.
@@ -51,7 +51,7 @@ class GoalSampler:
         return GoalSet([ids]), ids
 
     def longest(self, condition: str | None, other: int) -> int:
-        """Tokens that naming a goal takes, at most, if goals from elsewhere take at most `other`."""
+        """Most tokens that naming a goal takes, if goals of other sources have at most `other`."""
         goal = [0] * max([other, *map(len, self.members)])
         return len(conditioned(condition, goal, (), self._codec))
 

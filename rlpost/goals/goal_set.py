@@ -1,8 +1,8 @@
-"""Goals: where completions are to end, as a set of final token sequences or as a predicate.
+"""Goals of completions: a set of final token sequences, or a predicate.
 
-Whether a text ends in one of the set's members is found by walking back from its end, through a trie of the members
-reversed; how far along it is, by walking on from its last tokens through a trie of the members. Neither depends on
-how many members there are.
+Whether a text ends in a member is found by walking back from its end through a trie of the reversed members; how much
+of a member it has written, by walking from its last tokens through a trie of the members. The cost of either does not
+depend on the number of members.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlpost.types import Completion
 
 
 class Goal(Protocol):
-    """Something that a finished sequence of tokens reaches or not."""
+    """A predicate of finished completions."""
 
     def reached(self, ids: Sequence[int]) -> bool:
         """True if a completion of these tokens (without its end token) ends in the goal."""
@@ -28,7 +28,7 @@ class GoalSet:
     """A set of final token sequences."""
 
     def __init__(self, members: Sequence[Sequence[int]], where: str = "the goal set") -> None:
-        """Keep the members; `where` is said in errors.
+        """Build the tries; `where` is for messages.
 
         Raises:
             DataError: there are none, or one is empty (everything would end in it).
@@ -56,7 +56,7 @@ class GoalSet:
         return self._backward.matches(islice(reversed(ids), self.longest))
 
     def progress(self, ids: Sequence[int]) -> int:
-        """How far along a prefix is: the most of its last tokens with which some member begins."""
+        """How much of a member is written: the most of the last tokens that some member begins with."""
         for length in range(min(len(ids), self.longest), 0, -1):
             if self._forward.walks(ids[len(ids) - length :]):
                 return length
@@ -64,7 +64,7 @@ class GoalSet:
 
 
 def ends_in(goal: Goal, completion: Completion, end_ids: Sequence[int], *, truncated_counts: bool = False) -> bool:
-    """True if the completion ends in the goal: the last tokens before its end token, a cut-off one only if told so."""
+    """True if the completion reaches the goal, without its end token; a truncated one only with `truncated_counts`."""
     if completion.finish == "length" and not truncated_counts:
         return False
     ids = tuple(completion.ids.tolist())

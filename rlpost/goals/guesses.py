@@ -1,7 +1,7 @@
-"""Rows with what a value network guesses about them, for a policy that reads the guesses.
+"""Annotates rows with a value network's values, for a policy that reads them.
 
-Someone in a maze has guesses about its parts and knows where they stand: the policy network's input is the prompt
-and the network's values of places in it, as digits. It decodes without the network.
+The policy's input is the prompt and the network's values of some states, such as the cells of a maze, as digits. It
+decodes without the network.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rlpost.stages.generate_dataset import generate_dataset
 from rlpost.types import Group
 
 AT_ONCE = 64
-"""Rows between two moves of the progress bar."""
+"""Rows annotated at a time."""
 
 
 def guesses(context: Context, cfg: Guesses) -> Path:
-    """Ask the network about every row; returns the folder with the rows, each with a column `guesses`.
+    """Annotate every row; returns the folder with the rows, each with a column `guesses`.
 
     Raises:
-        DataError: a row does not list what to ask about.
-        ModelError: the network says no probabilities, or its tokens are not the model's.
+        DataError: a row does not list the texts to annotate.
+        ModelError: the network gives no probabilities, or its tokens are not the model's.
         Interrupted: when a signal asked to stop.
     """
     policy = context.policy()
@@ -68,7 +68,7 @@ def guessed(
     where: str,
     draw: random.Random,
 ) -> Iterator[dict[str, Any]]:
-    """Each row with its guesses: a digit for every text that it lists, as V lies in ten equal parts of [0, 1]."""
+    """Each row with its `guesses`: for every text that it lists, V in [0, 1] as one of ten digits."""
     for group in prompts:
         places = group.example.get(cfg.about)
         if not isinstance(places, list) or not all(isinstance(place, str) for place in places):

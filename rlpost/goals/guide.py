@@ -1,14 +1,14 @@
-"""Guided decoding: a policy's tokens weighed by where they lead.
+"""Guided decoding: a policy's tokens are weighed by the values of the states they lead to.
 
 With V(s) = P(a completion of s ends in the goal) the guided policy is π(v|s) ∝ π0(v|s)·w(s·v), where w is
 
 - toward: V(s·v). With the true V this samples π0's completions given that they end in the goal (FUDGE, Yang & Klein
   2021, arXiv:2104.05218).
-- away: S(s·v), the probability of not ending there, by a recursion or a model of its own: 1 − V has only rounding
-  errors left where V is near 1.
+- away: S(s·v), the probability of not ending there, by a recursion or model of its own: where V is near 1, 1 − V is
+  rounding error.
 - soft: exp(V_soft(s·v)/β), the optimum of E[r] − β·KL (controlled decoding, Mudgal et al. 2023, arXiv:2310.17022).
 
-Where a completion ends, the goal itself is asked: whether it was reached is a fact, also under a learned value.
+At the end of a completion the goal itself decides instead of the value, also if the value is learned.
 
 Axes: B rows, G of them that go on, K candidates a row, V vocabulary.
 """
@@ -31,7 +31,7 @@ from rlpost.types import Tokens
 
 
 class Mode(StrEnum):
-    """Which way a guide leads."""
+    """The direction of a guide."""
 
     toward = "toward"
     away = "away"
@@ -40,7 +40,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class Position:
-    """A row's state: what has been written, and whether the next token is the last that fits."""
+    """A row's state: its tokens, and whether the next one is the last within its limit."""
 
     prompt: tuple[int, ...]
     ids: tuple[int, ...]
@@ -52,42 +52,42 @@ LogWeights = Callable[[Sequence[Position], Tensor], Tensor]
 
 
 class RowValues(Protocol):
-    """What lies ahead of rows that are followed token by token."""
+    """Values of rows that are followed token by token, with a cache."""
 
     def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
-        """[G, K] as `LogWeights` says it of the rows number `going` [G]."""
+        """[G, K] the `LogWeights` of rows `going` [G]."""
         ...
 
     def append(self, ids_B: Tensor) -> None:
-        """The token that each row was given."""
+        """Take note of the token that each row was given."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         ...
 
 
 Follow = Callable[[Sequence[Sequence[int]], Sequence[int], int], RowValues | None]
-"""(prompts, [B] the prompt of each row, the most tokens a row is given) -> their values; None where it cannot."""
+"""(prompts, [B] the prompt of each row, most tokens of a row) -> their values; None if it cannot follow them."""
 
 
 @dataclass(frozen=True)
 class Guide:
-    """Weighs the likeliest candidates of every row by where they lead."""
+    """Weighs the likeliest next tokens of every row by the values of the states they lead to."""
 
     ahead: LogWeights
-    """Of states that go on; for `away`, of not ending in the goal."""
+    """Log-values of states that go on; for `away`, of not ending in the goal."""
     goal: Goal
     end_ids: Collection[int]
     mode: Mode = Mode.toward
     beta: float = 1.0
-    """For `soft`: nats that ending in the goal is worth are 1/β."""
+    """For `soft`: reaching the goal is worth 1/β nats."""
     candidates: int = 0
-    """Likeliest tokens that are weighed, all others are left out; 0 for the whole vocabulary."""
+    """Number of likeliest tokens that are weighed, others are excluded; 0 for the whole vocabulary."""
     truncated_counts: bool = False
-    """A completion that is cut off may have ended in the goal."""
+    """A truncated completion may reach the goal."""
     follow: Follow | None = None
-    """The same as `ahead`, quicker: what it knows of a row is carried on from token to token."""
+    """The same values as `ahead`, faster: with a cache of each row."""
 
     def begin(self, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limits: Sequence[int]) -> GuidedRows:
         """Follow rows that are about to continue their prompts; see `engine.Guide`."""
@@ -96,7 +96,7 @@ class Guide:
         return GuidedRows(self, values, [own[p] for p in prompt_of_row], limits)
 
     def log_weights(self, logits_BV: Tensor, positions: Sequence[Position]) -> Tensor:
-        """[B, V] what to add to log-probabilities before a token is drawn; −inf for tokens that are left out.
+        """[B, V] what to add to log-probabilities before a token is drawn; −inf excludes a token.
 
         Raises:
             EngineError: `away`, and every candidate leads to a forbidden ending.
@@ -114,7 +114,7 @@ class Guide:
     def spread(
         self, logits_BV: Tensor, positions: Sequence[Position], candidate_BK: Tensor, ahead_BK: Tensor
     ) -> Tensor:
-        """[B, V] `log_weights`, once it is known what lies ahead of the candidates if the completion goes on.
+        """[B, V] `log_weights`, given the log-values of the candidates if the completion goes on after them.
 
         Raises:
             EngineError: as there.
@@ -127,9 +127,9 @@ class Guide:
         nowhere_B = (weight_BK == -math.inf).all(1)
         if nowhere_B.any():
             self._refuse(positions[int(nowhere_B.nonzero()[0])])
-            # No candidate reaches the goal any more: the completion is lost, and goes on as it would have.
+            # No candidate can reach the goal any more: the completion continues without guidance.
             weight_BK[nowhere_B] = 0.0
-        # float64 weights stay such: the proofs are in it.
+        # float64 weights stay float64, for the exact tests.
         full_BV = weight_BK.new_full(logits_BV.shape, -math.inf)
         return full_BV.scatter(1, candidate_BK, weight_BK).to(logits_BV.device)
 
@@ -157,14 +157,12 @@ class Guide:
 
 
 class GuidedRows:
-    """The rows of one call, as a guide follows them."""
+    """The guided rows of one call."""
 
     def __init__(
         self, guide: Guide, values: RowValues | None, prompts: Sequence[tuple[int, ...]], limits: Sequence[int]
     ) -> None:
-        """Begin with nothing written; prompts and limits are of each row. Without `values`, whole prefixes are asked
-        about.
-        """
+        """Start with no tokens; prompts and limits are by row. Without `values`, whole prefixes are evaluated."""
         self._guide = guide
         self._values = values
         self._prompts = list(prompts)
@@ -189,13 +187,13 @@ class GuidedRows:
         return weight.new_zeros(logits_BV.shape).index_copy(0, going, weight)
 
     def append(self, ids_B: Tensor) -> None:
-        """The token that each row was given."""
+        """Take note of the token that each row was given."""
         self._ids = [(*ids, new) for ids, new in zip(self._ids, ids_B.tolist(), strict=True)]
         if self._values is not None:
             self._values.append(ids_B)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         if self._values is not None:
             self._values.keep(rows)
         stay = rows.tolist()

@@ -1,7 +1,7 @@
-"""Rows of guided samples: what the policy says when a value network leads it, for a policy that imitates them.
+"""A dataset of guided samples, for a policy that imitates them.
 
 Sampling from the guided distribution and maximising the samples' likelihood is distillation by cross-entropy: the
-policy that `sft` makes of these rows comes to decode as the guided one does, without a network beside it.
+policy that `sft` trains on these rows decodes like the guided one, without the value network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def guided(context: Context, cfg: Guided) -> Path:
     """Sample under guidance; returns the folder with the rows `prompt, completion`.
 
     Raises:
-        DataError: no sample ends as it should.
+        DataError: no sample reaches its goal.
         ModelError: the network cannot guide this policy.
         Interrupted: when a signal asked to stop.
     """
@@ -48,24 +48,26 @@ def guided(context: Context, cfg: Guided) -> Path:
     prompts = data.next(cfg.prompts or len(data))
 
     def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
-        def led_by(guide: Guide) -> Engine:
+        def guided_by(guide: Guide) -> Engine:
             engine = context.engine(policy, cfg.rollouts, guide)
             engine.update_weights(policy, first // AT_ONCE)
             return engine
 
-        return guided_rows(led_by, policy, network, goal_sampler, some, cfg, codec, context.seed_for("sample", first))
+        return guided_rows(
+            guided_by, policy, network, goal_sampler, some, cfg, codec, context.seed_for("sample", first)
+        )
 
     rows = generate_dataset(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
-            f"stages.{context.name}: no sample ends as it should; train the network longer, or look at the goals"
+            f"stages.{context.name}: no sample reaches its goal; train the network longer, or look at the goals"
         )
 
     return context.finish_dataset(rows, cfg.kind)
 
 
 def guided_rows(
-    led_by: Callable[[Guide], Engine],
+    guided_by: Callable[[Guide], Engine],
     policy: Policy,
     network: ValueNetwork,
     goal_sampler: GoalSampler,
@@ -74,7 +76,7 @@ def guided_rows(
     codec: Codec,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of finished samples, prompts of one goal sampled together."""
+    """Rows of finished samples; prompts with the same goal are sampled together."""
     draw = random.Random(seed)
     by_goal: dict[tuple[int, ...], tuple[Goal, list[Group]]] = {}
     for group in prompts:
@@ -83,10 +85,10 @@ def guided_rows(
     avoid, cut = network.settings.avoid, network.settings.truncated_counts
     for number, (named, (goal, some)) in enumerate(by_goal.items()):
         guide = network.about(named).guide(goal, policy.end_ids, cfg.candidates)
-        for group in collect(led_by(guide), some, cfg.group_size, cfg.sampling, seed=seed + number):
+        for group in collect(guided_by(guide), some, cfg.group_size, cfg.sampling, seed=seed + number):
             asked = group.example.get("prompt", opening(group.example.get("messages", [])))
             for c in group.completions:
                 right = ends_in(goal, c, codec.stops, truncated_counts=cut) != avoid
-                # What was cut off would be imitated as if it had ended there.
+                # A policy would imitate a truncated sample as if it had ended there.
                 if c.finish == "stop" and (right or not cfg.reached_only):
                     yield {**group.example, "prompt": asked, "completion": c.text}

@@ -1,9 +1,8 @@
-"""Infilling, "x … goal": a forward model searches from the beginning, a reverse model from the end, and they meet.
+"""Infilling, "x … goal": candidates from a forward model after x and from a reverse model before the goal.
 
-A middle m is ranked by log p_forward(m, goal, end | x) + log p_reverse(m, x, end | goal): each model says all of the
-text that it is not given, up to the end token, since goal ends the text and x begins it. For exact models that is
-2·log p(x m goal) less a number that all middles share, so the most probable text comes first; without x in the second
-term it is not (`rlpost verify goals`).
+A middle m is ranked by log p_forward(m, goal, end | x) + log p_reverse(m, x, end | goal): each model scores all of the
+text that it is not given, up to the end token. For exact models that is 2·log p(x m goal) less a constant, so the most
+probable text comes first; without x in the second term it does not (`rlpost verify goals`).
 
 Axes: N action tokens, C candidates.
 """
@@ -25,7 +24,7 @@ from rlpost.policy.score import logprobs
 from rlpost.types import Completion, Group, Request, completions
 
 MOST = 1024
-"""Candidates that are ranked, at most."""
+"""Most candidates that are ranked."""
 TOGETHER = 32
 """Candidates that share one copy of the prompt when they are scored."""
 
@@ -37,14 +36,14 @@ class Proposals:
     """Candidates for a middle."""
 
     middles: tuple[Ids, ...]
-    """Each once."""
+    """Distinct candidates."""
     sampled: int
-    """Tokens that both models sampled for them, end tokens included."""
+    """Tokens sampled by both models, end tokens included."""
 
 
 @dataclass(frozen=True)
 class Middle:
-    """A candidate with what both models say of it."""
+    """A candidate with both models' scores."""
 
     ids: Ids
     forward: float
@@ -54,13 +53,13 @@ class Middle:
 
     @property
     def score(self) -> float:
-        """What middles are ranked by."""
+        """The score that middles are ranked by."""
         return self.forward + self.reverse
 
 
 @dataclass(frozen=True)
 class Infilling:
-    """The middles that were found, and what it took."""
+    """The ranked middles, and the tokens it took."""
 
     middles: tuple[Middle, ...]
     """Best first."""
@@ -86,12 +85,12 @@ def infill(
     Args:
         forward: a policy.
         reverse: a model of reversed text with the same tokenizer.
-        before: what begins the text, as the forward model is asked: with the begin token, if it was trained so.
-        after: what ends the text, without an end token; may be empty where there is a begin token.
+        before: the beginning of the text, with the begin token if the forward model was trained with it.
+        after: the end of the text, without an end token; may be empty if there is a begin token.
         n: samples of each model.
-        sampling: how they are drawn; `max_new_tokens` is also the length of the longest middle.
+        sampling: of the samples; `max_new_tokens` is also the length of the longest middle.
         seed: of the samples.
-        most: candidates at most.
+        most: most candidates.
 
     Raises:
         ModelError: a model has no room for the text with its longest middle.
@@ -119,10 +118,11 @@ def propose(
     seed: int = 0,
     most: int = MOST,
 ) -> Proposals:
-    """Candidates from both ends: the beginning of a forward sample, then that of a reverse sample turned around.
+    """Candidates from both ends: a prefix of a forward sample, then a prefix of a reverse sample, reversed.
 
-    Either may be empty. Of more than `most` those of one side alone go first, then those where the sides meet in a
-    token (the forward piece ends with what the reverse model said next). Arguments and errors as of `infill`.
+    Either may be empty. If there are more than `most`, candidates from one side come first, then those whose sides
+    meet (the forward part ends with the token that the reverse model sampled next). Arguments and errors as of
+    `infill`.
     """
     assert not sampling.stop, "stop strings are read forwards"
     seeds = prompt_seeds(seed, 0, 2)
@@ -153,7 +153,7 @@ def rank(
 
 
 def _text(before: Sequence[int], forward: Policy) -> Ids:
-    """What begins the text, without the begin token."""
+    """The beginning of the text, without the begin token."""
     begin = forward.tokenizer.bos_token_id
     return tuple(before[1:] if begin is not None and before[0] == begin else before)
 
@@ -165,7 +165,7 @@ def _written(samples: Iterable[Completion], policy: Policy) -> list[Ids]:
 
 
 def _joined(heads: Sequence[Ids], tails: Sequence[Ids]) -> Iterator[Ids]:
-    """All candidates, some of them more than once; `tails` as the reverse model said them."""
+    """All candidates, with repetitions; `tails` in the order in which they were sampled."""
     fronts = list(dict.fromkeys(h[:i] for h in heads for i in range(len(h) + 1)))
     backs = list(dict.fromkeys(t[:j] for t in tails for j in range(len(t) + 1)))
     next_to: dict[int, dict[Ids, None]] = {}

@@ -1,4 +1,4 @@
-"""Infilling between two texts by two checkpoints: what `rlpost goals infill` does."""
+"""Infilling between two texts by two checkpoints: `rlpost goals infill`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def infill_text(
     seed: int = 0,
     begin: bool = True,
 ) -> tuple[list[tuple[str, Middle]], int]:
-    """What may stand between two texts, best first, and the tokens sampled to find it.
+    """The middles between two texts, best first, and the number of tokens sampled.
 
     Args:
         forward: a run, a stage, a checkpoint or a model.

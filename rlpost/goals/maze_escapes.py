@@ -1,5 +1,5 @@
-"""How often walks from held-out starts get out of a run's mazes: the random walker, the same led by a value network
-over its exits, and the policy that was trained."""
+"""Escape rates from held-out starts of a run's mazes: of the random walker, of the walker guided to the exits by its
+value network, and of the trained policy."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rlpost.types import Group, completions
 SAMPLES = 8
 """Walks from each start."""
 CANDIDATES = 8
-"""Likeliest tokens that the network weighs: a cell has four neighbours, and there are three ways to end."""
+"""Tokens that the network weighs: a cell has four neighbours, and a walk has three ends."""
 
 
 def escapes(run: Path, stage: str | None = None) -> list[str]:
-    """The share of walks that escape and of moves that are optimal, in lines; `stage` as in `maze_run.solved`.
+    """The shares of walks that escape and of optimal moves, as lines; `stage` as in `maze_run.solved`.
 
     Raises:
         ModelError: the run has no walker or no policy.

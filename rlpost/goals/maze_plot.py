@@ -1,4 +1,4 @@
-"""What a run knows of its mazes, beside the exact solution: values as heat maps, policies as arrows, and the errors."""
+"""Plots a run's mazes next to the exact solution: values as heat maps, policies as arrows, and errors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SHADES = " ░▒▓█"
 
 
 def plot_mazes(run: Path, out: Path | None = None, stage: str | None = None, count: int = 3) -> Path:
-    """Draw a run's mazes in the terminal and as a PNG, and say how good its models are; returns the picture's path.
+    """Draw a run's mazes in the terminal and as a PNG, and print its models' errors; returns the picture's path.
 
     Args:
         run: a finished run of mazes.
         out: the .png file; by default `maze.png` in the run.
-        stage: whose policy; the last one by default.
-        count: how many mazes are drawn.
+        stage: the stage of the policy; the last one by default.
+        count: number of mazes to draw.
 
     Raises:
         ModelError: the run has no walker or no policy yet, or matplotlib is not installed.
@@ -41,7 +41,7 @@ def plot_mazes(run: Path, out: Path | None = None, stage: str | None = None, cou
 
 
 def report(found: Sequence[Solved]) -> list[str]:
-    """The numbers, in lines."""
+    """The numbers, as lines."""
     lines = []
     for title, wanted in (("trained on", False), ("held out", True)):
         some = [(s, c) for s in found for c in s.starts if (c in s.held_out) == wanted]
@@ -53,7 +53,7 @@ def report(found: Sequence[Solved]) -> list[str]:
             worth = noise / max(fmean(s.errors[c] ** 2 for s, c in some), 1e-12)
             tokens = fmean(_length(s.maze, c) for s, c in some)
             line += (
-                f", mean |V − exact| {error:.3f}: one look is as good as {worth:.0f} walks from each, "
+                f", mean |V − exact| {error:.3f}: one evaluation is as good as {worth:.0f} walks from each start, "
                 f"of {tokens:.1f} tokens"
             )
         lines.append(line)
@@ -61,7 +61,7 @@ def report(found: Sequence[Solved]) -> list[str]:
 
 
 def _length(maze: str, start: int, walks: int = 20) -> float:
-    """Mean tokens of a random walk and its end token."""
+    """Mean tokens of a random walk, its end token included."""
     draw = random.Random(start)
     row = {"maze": maze, "start": start}
     return fmean(len(task.random_walk(row, draw)["completion"]) + 1 for _ in range(walks))
@@ -70,7 +70,7 @@ def _length(maze: str, start: int, walks: int = 20) -> float:
 def in_text(s: Solved) -> list[str]:
     """The maze for a terminal: values as shades, the policy's arrows; x marks a move that is not best.
 
-    The values are the network's, or the exact ones where there is none.
+    The values are the network's, or exact ones if there is no network.
     """
     lines = []
     for row in range(task.SIDE):

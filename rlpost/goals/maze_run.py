@@ -1,4 +1,4 @@
-"""A finished run of mazes: its mazes, its models, and what these say of every start beside the exact solution."""
+"""Reads a finished run of mazes: its mazes, and its models' outputs for every start next to the exact solution."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from rlpost.types import Completion, Group
 
 @dataclass(frozen=True)
 class Solved:
-    """One maze: what is exact, and what was learned."""
+    """One maze, with exact and learned values."""
 
     maze: str
     held_out: frozenset[int]
-    """Starts that nothing was trained on."""
+    """Starts that were not trained on."""
     walk: Mapping[int, float]
     """Exact: the probability that the random walk from a cell ends at the exit."""
     value: Mapping[int, float]
-    """What the value network says of it; empty where the run has none."""
+    """The value network's estimate of it; empty if the run has no network."""
     steps: Mapping[int, int]
     """Exact: fewest steps to the exit."""
     move: Mapping[int, int]
@@ -52,27 +52,27 @@ class Solved:
         return list(self.move)
 
     def is_optimal(self, cell: int) -> bool:
-        """The policy's move comes a step nearer to the exit."""
+        """Whether the policy's move is a step nearer to the exit."""
         return self.steps.get(self.move[cell], len(self.maze)) == self.steps[cell] - 1
 
 
 def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
-    """The mazes of a run, as its last stages know them.
+    """The mazes of a run with the results of its last stages.
 
     Args:
         run: a finished run of mazes, with a stage of kind value or without.
-        policy_stage: whose policy; the last one by default.
+        policy_stage: the stage of the policy; the last one by default.
 
     Raises:
         ModelError: the run has no policy yet.
         DataError: its rows are no mazes.
     """
     recipe = recipe_of(run)
-    scalar_at = finished(run, recipe, lambda stage: stage.leaves is Leaves.value)
+    network_at = finished(run, recipe, lambda stage: stage.leaves is Leaves.value)
     policy = load_policy(policy_of(run, recipe, policy_stage), Model(), trainable=False)
     rows = mazes_of(recipe)
     groups = [_group(row, policy) for row in rows]
-    value = _values(scalar_at, groups) if scalar_at else []
+    value = _values(network_at, groups) if network_at else []
     moves = _moves(policy, rows, groups)
     found = []
     for maze in dict.fromkeys(row["maze"] for row in rows):
@@ -92,7 +92,7 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
 
 
 def recipe_of(run: Path) -> Recipe:
-    """What a run did.
+    """The recipe of a run.
 
     Raises:
         ModelError: there is none.
@@ -107,7 +107,7 @@ def policy_of(run: Path, recipe: Recipe, stage: str | None) -> Path:
     """The checkpoint of a stage's policy; by default of the last one.
 
     Raises:
-        ModelError: it is not there yet.
+        ModelError: it is not finished.
     """
     if stage is None:
         return final_of(run, recipe, lambda stage: stage.leaves is Leaves.policy, "a policy")
@@ -118,10 +118,10 @@ def policy_of(run: Path, recipe: Recipe, stage: str | None) -> Path:
 
 
 def final_of(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool], what: str) -> Path:
-    """As `finished`.
+    """The result that `finished` finds.
 
     Raises:
-        ModelError: there is none; `what` is said to be missing.
+        ModelError: there is none; `what` names it in the message.
     """
     done = finished(run, recipe, wanted)
     if done is None:
@@ -130,7 +130,7 @@ def final_of(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool], what: s
 
 
 def finished(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool]) -> Path | None:
-    """The result of the last finished stage of those wanted; None where there is none."""
+    """The result of the last finished stage that is `wanted`; None without one."""
     for name, stage in reversed(recipe.stages.items()):
         done = StageDirectory(run / name).done if stage.enabled and wanted(stage) else None
         if done is not None:
@@ -139,7 +139,7 @@ def finished(run: Path, recipe: Recipe, wanted: Callable[[Stage], bool]) -> Path
 
 
 def _values(network: Path, groups: Sequence[Group]) -> list[float]:
-    """What a value network says of the groups' prompts."""
+    """A value network's values of the groups' prompts."""
     model = load_value_head_model(network, Model(), bfloat16=False, device="cpu")
     value: list[float] = torch.sigmoid(model.score(groups).before_N).tolist()
     return value
@@ -163,12 +163,12 @@ def mazes_of(recipe: Recipe) -> list[dict[str, Any]]:
 def _group(row: Mapping[str, Any], policy: Policy) -> Group:
     codec = make_codec(policy.tokenizer)
     ids = (*codec.begin, *codec.ids(row["prompt"], "the prompt"))
-    # Any token will do: the state before it is looked at.
+    # The token does not matter: only the state before it is read.
     return Group(ids, (Completion((codec.end,), (True,)),))
 
 
 def _moves(policy: Policy, rows: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[int]:
-    """The cell that the policy is likeliest to go to from each start; the start itself if it is no cell beside it."""
+    """The policy's likeliest next cell from each start; the start itself if that is no neighbour."""
     with torch.no_grad():
         best = policy.distributions(policy.batch(groups))(slice(None)).argmax(1).tolist()
     found = []

@@ -1,6 +1,6 @@
-"""A trained policy on the tree of all its completions of a prompt, and the same guided by a trained value network.
+"""A trained policy as a table on the tree of all its completions of a prompt, alone or guided by a value network.
 
-A tree numbers its tokens from the one that ends a completion; which token of the model each is, `Tokens` says.
+A tree's token 0 ends a completion; `Tokens` maps the tree's tokens to the model's.
 
 Axes: X states, V tokens, L leaves.
 """
@@ -25,7 +25,7 @@ from rlpost.policy.policy import Policy
 
 @dataclass(frozen=True)
 class Tokens:
-    """The model's tokens in the tree's order. Example: (2, 0, 1, 3) where token 2 ends a completion."""
+    """The model's tokens in the tree's order: (2, 0, 1, 3) if token 2 ends a completion."""
 
     of_V: tuple[int, ...]
 
@@ -36,11 +36,11 @@ class Tokens:
         return cls((end, *(v for v in range(policy.vocabulary) if v != end)))
 
     def real(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The model's tokens for the tree's."""
+        """The model's tokens of the tree's `ids`."""
         return tuple(self.of_V[v] for v in ids)
 
     def goal(self, members: Sequence[Sequence[int]]) -> GoalSet:
-        """Endings in the model's tokens, as a goal on the tree."""
+        """A goal on the tree, from members in the model's tokens."""
         number = {real: v for v, real in enumerate(self.of_V)}
         return GoalSet([[number[i] for i in member] for member in members])
 
@@ -52,7 +52,7 @@ def policy_table(policy: Policy, prompt: Sequence[int], tree: Tree, tokens: Toke
 
 
 def network_table(network: ValueNetwork, prompt: Sequence[int], tree: Tree, tokens: Tokens) -> Tensor:
-    """[X] log of the network's value in every state after `prompt`; of the prompt itself, which is not asked for, 0."""
+    """[X] log of the network's value in every state after `prompt`; 0 for the prompt itself, which is not needed."""
     rows = [
         Position(tuple(prompt), tokens.real(ids), last=False)
         for length in range(tree.depth - 1)
@@ -63,7 +63,7 @@ def network_table(network: ValueNetwork, prompt: Sequence[int], tree: Tree, toke
 
 
 def guided_away(tree: Tree, logp_XV: Tensor, log_X: Tensor, unsafe_L: Tensor) -> Tensor:
-    """[X, V] log-probabilities of the policy led away from forbidden leaves by log S, as a `Guide` of all tokens does.
+    """[X, V] log-probabilities of the policy guided away from forbidden leaves by log S, with all tokens weighed.
 
     Raises:
         EngineError: in some state every token ends in a forbidden leaf.

@@ -1,6 +1,6 @@
-"""Rows as a value network follows them from token to token, with a cache of its own beside the policy's.
+"""A value network's values of rows, token by token, with a cache of its own.
 
-The network may be an adapter on the policy's base, which acts for as long as the network is asked, or another model.
+The network may be an adapter on the policy's base, which is active only while values are computed, or another model.
 
 Axes: B rows, G of them that go on, K candidates a row, D hidden width.
 """
@@ -21,7 +21,7 @@ from rlpost.policy.value_head import ValueHeadModel
 
 
 class NetworkRows:
-    """Rows as a value network follows them; see `guide.RowValues`."""
+    """A value network's `guide.RowValues`."""
 
     def __init__(
         self,
@@ -31,34 +31,34 @@ class NetworkRows:
         prompt_of_row: Sequence[int],
         limit: int,
     ) -> None:
-        """Read the prompts; `log_value` is of a logit."""
+        """Read the prompts; `log_value` maps a logit to a log-value."""
         self._network = network
         self._log_value = log_value
         self._rows = len(prompt_of_row)
-        with self._acting():
+        with self._active():
             self._decoder = BranchDecoder(network.trunk, prompts, prompt_of_row, limit)
 
     def ahead(self, going: Tensor, candidate_GK: Tensor) -> Tensor:
         """[G, K] log of the value of the states that the candidates lead to, in float64."""
         going = going.cpu()
         candidate_BK = candidate_GK.new_zeros(self._rows, candidate_GK.shape[1]).index_copy(0, going, candidate_GK)
-        with self._acting():
+        with self._active():
             logits = [self._head(hidden) for hidden in self._decoder.branch(candidate_BK)]
         return self._log_value(torch.cat(logits, 1))[going]
 
     def append(self, ids_B: Tensor) -> None:
-        """The token that each row was given."""
-        with self._acting():
+        """Take note of the token that each row was given."""
+        with self._active():
             self._decoder.take(ids_B)
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows (ascending) go on."""
+        """Continue with these rows only (ascending)."""
         self._decoder.keep(rows)
         self._rows = len(rows)
 
     @contextmanager
-    def _acting(self) -> Iterator[None]:
-        """The network's adapter acts, in the network's precision."""
+    def _active(self) -> Iterator[None]:
+        """Activate the network's adapter and precision."""
         trunk = self._network.trunk
         adapter = adapters.acting(trunk.model, self._network.adapter) if trunk.has_adapter else nullcontext()
         with torch.no_grad(), trunk.precision(), adapter:
@@ -72,5 +72,5 @@ class NetworkRows:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """The engine samples under autocast; heads are in float32 all the same, as in training."""
+    """Disable the engine's autocast: heads run in float32, as in training."""
     return torch.autocast(device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""Completions led toward or away from endings by a value network: what `rlpost goals sample` does."""
+"""Completions guided toward or away from endings by a value network: `rlpost goals sample`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def guided_sample(
     n: int = 1,
     seed: int = 0,
 ) -> list[str]:
-    """`n` completions of a prompt in which each token is weighed by where it leads.
+    """`n` guided completions of a prompt.
 
     Args:
         checkpoint: a run, a stage, a checkpoint or a model.
-        prompt: text; a model with a chat template is asked in its own format.
+        prompt: text; it goes through the model's chat template, if there is one.
         network: a value network: its run's stage, or a checkpoint.
-        endings: the texts that completions shall end in, or with `avoid` never end in.
-        avoid: away from the endings, not toward them.
-        candidates: likeliest tokens that are weighed; 0: all.
-        sampling: how completions are drawn.
-        n: how many.
-        seed: of the draws.
+        endings: texts that completions should end in, or with `avoid` never end in.
+        avoid: guide away from the endings.
+        candidates: number of likeliest tokens that are weighed; 0: all.
+        sampling: of the completions.
+        n: number of completions.
+        seed: of the completions.
 
     Raises:
         ModelError: the model reads backwards, or the network is none or is of another goal.
     """
     folder = located(checkpoint)
     if is_backwards(folder):
-        raise ModelError(f"{checkpoint}: it reads backwards, and cannot be led; `rlpost sample` says what comes before")
+        raise ModelError(f"{checkpoint}: it reads backwards, so it cannot be guided; use `rlpost sample`")
     policy = frozen_policy(folder)
     codec = make_codec(policy.tokenizer)
     group = prompt_group({"prompt": prompt}, codec)
@@ -61,7 +61,7 @@ def guided_sample(
 
 
 def _guide(network: str, endings: Sequence[str], avoid: bool, candidates: int, policy: Policy, codec: Codec) -> Guide:
-    """The guide that is asked for; raises ModelError where the network reads one goal, and there are several."""
+    """The guide; raises ModelError if the network reads one goal and there are several."""
     folder = find_checkpoint(network) or Path(network)
     members = [codec.ids(text, "--avoid" if avoid else "--goal") for text in endings]
     settings = read_settings(folder)

@@ -1,8 +1,8 @@
-"""Twisted sequential Monte Carlo: completions that end in a goal, and how likely the policy makes them.
+"""Twisted sequential Monte Carlo: completions that reach a goal, and an estimate of its probability.
 
-Particles are extended by a guided policy, weighed by what it proposed against what the policy would have done, and
+Particles are extended by a guided policy, weighed by the ratio of the policy's probability to the proposal's, and
 resampled when few of them carry the weight (Lew et al. 2023, arXiv:2306.03081; Zhao et al. 2024, arXiv:2404.17546).
-The mean of the weights is an unbiased estimate of P(goal), whatever the guide: a poor one costs variance alone.
+The mean of the weights is an unbiased estimate of P(goal) for any guide; a poor one only costs variance.
 
 Axes: B particles, V vocabulary.
 """
@@ -21,7 +21,7 @@ from rlpost.goals.guide import Guide, Mode, Position
 
 @dataclass(frozen=True)
 class Particles:
-    """What is left at the end."""
+    """The final particles."""
 
     ids: tuple[tuple[int, ...], ...]
     """[B] completions, end tokens included."""
@@ -46,11 +46,11 @@ def twisted_smc(
     Args:
         logp: [B, V] log-probabilities of the policy's next token at each position.
         guide: towards the goal.
-        prompt: what is completed.
-        particles: completions sampled together.
-        length: tokens of a completion, at most.
+        prompt: to complete.
+        particles: number of completions.
+        length: most tokens of a completion.
         generator: of all draws.
-        resample_below: the share of effective particles below which they are drawn anew.
+        resample_below: resample if the share of effective particles is below this.
     """
     assert guide.mode is Mode.toward
     cloud = _Cloud([Position(prompt, (), length == 1)] * particles, torch.zeros(particles, dtype=torch.float64))
@@ -65,7 +65,7 @@ def twisted_smc(
         if _effective(cloud.log_weight_B) < resample_below * particles:
             log_estimate += _mean_log(cloud.log_weight_B)
             cloud.resample(generator)
-    # What was learned of the ends: a twist that was carried along is exchanged for the fact.
+    # At the end, replace each particle's last twist by whether it reached the goal.
     final_B = torch.tensor([_final(p, guide) for p in cloud.rows], dtype=torch.float64)
     final_B = cloud.log_weight_B + torch.where(final_B > 0, -cloud.log_twist_B, -math.inf)
     total = _mean_log(final_B)
@@ -74,7 +74,7 @@ def twisted_smc(
 
 
 class _Cloud:
-    """Particles with their weights and the twists that these contain."""
+    """Particles with their weights, and the twists contained in them."""
 
     def __init__(self, rows: list[Position], log_weight_B: Tensor) -> None:
         self.rows = rows
@@ -82,14 +82,14 @@ class _Cloud:
         self.log_twist_B = torch.zeros_like(log_weight_B)
 
     def resample(self, generator: torch.Generator) -> None:
-        """Particles anew, in proportion to their weights (systematic: one uniform number for all)."""
+        """Resample particles in proportion to their weights (systematic: one uniform number for all)."""
         share_B = self.log_weight_B.softmax(0)
         count = len(share_B)
         at_B = (
             torch.arange(count, dtype=torch.float64) + torch.rand(1, dtype=torch.float64, generator=generator)
         ) / count
         chosen = torch.searchsorted(share_B.cumsum(0), at_B).clamp(max=count - 1)
-        # A cumulative sum that rounding ends below 1 may point at a particle without weight.
+        # If rounding ends the cumulative sum below 1, the index could be a particle without weight.
         assert bool((share_B[chosen] > 0).all())
         self.rows = [self.rows[b] for b in chosen.tolist()]
         self.log_twist_B = self.log_twist_B[chosen]
@@ -99,7 +99,7 @@ class _Cloud:
 def _extend(
     cloud: _Cloud, going: list[int], logp_BV: Tensor, guide: Guide, generator: torch.Generator, *, last: bool
 ) -> None:
-    """A token more for the particles `going`, drawn from the guided policy; their weights take up what it changed."""
+    """Draw a token from the guided policy for the particles `going`, and update their weights."""
     twist_BV = guide.log_weights(logp_BV, [cloud.rows[b] for b in going])
     proposal_BV = (logp_BV.double() + twist_BV).log_softmax(1)
     token_B = torch.multinomial(proposal_BV.exp(), 1, generator=generator)[:, 0]

@@ -15,7 +15,7 @@ ROOT = 0
 
 
 class Trie:
-    """Sequences, found from their first token on.
+    """A set of sequences, searched from their first token.
 
     Nodes are numbered level by level and, within a level, in the order of their sequences; so edge e leads to node
     e + 1, the edges of a node lie side by side sorted by token, and no pointers are kept.
@@ -71,7 +71,7 @@ class Trie:
         return self.token_E.nbytes + self.first_X.nbytes + self.ends_X.nbytes
 
     def step(self, node: int, token: int) -> int | None:
-        """The node that `token` leads to, by halving among the node's edges; None where no member goes on so."""
+        """The node that `token` leads to, by binary search among the node's edges; None if no member continues so."""
         low, high = int(self.first_X[node]), int(self.first_X[node + 1])
         at = low + int(np.searchsorted(self.token_E[low:high], token))
         return at + 1 if at < high and self.token_E[at] == token else None
@@ -80,12 +80,12 @@ class Trie:
         """True if some first part of `ids` is a member."""
         node = ROOT
         for token in ids:
-            following = self.step(node, token)
-            if following is None:
+            child = self.step(node, token)
+            if child is None:
                 return False
-            if self.ends_X[following]:
+            if self.ends_X[child]:
                 return True
-            node = following
+            node = child
         return False
 
     def walks(self, ids: Iterable[int]) -> bool:

@@ -1,4 +1,4 @@
-"""The completions of one prompt under a real policy, enumerated as far as they are likely.
+"""Enumerates the likely completions of one prompt under a policy.
 
 Axes: X states, V tokens, x states of one length.
 """
@@ -19,21 +19,21 @@ from rlpost.policy.score import passes
 from rlpost.types import Completion, Group, completions
 
 LEAST = 1e-5
-"""Probability from which on a state is followed."""
+"""States with a smaller probability are not followed."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """The states of one length that are likely enough."""
+    """The followed states of one length."""
 
     states: tuple[tuple[int, ...], ...]
-    """What has been written in each."""
+    """The tokens of each."""
     reach_x: Tensor
     """[x] probability that a completion passes through it."""
     logp_xV: Tensor
-    """[x, V] of what comes next, in float64."""
+    """[x, V] log-probabilities of the next token, in float64."""
     child_xV: Tensor
-    """[x, V] the number of the state that follows within the next level; −1 for ends, and where none is followed."""
+    """[x, V] index of the next state in the next level; −1 for ends and states that are not followed."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Unfolded:
     levels: tuple[Level, ...]
     end_ids: frozenset[int]
     left_out: float
-    """Probability of the completions that were not followed: what any value here may be off by at the root."""
+    """Probability of completions that were not followed: the largest error of a value at the root."""
 
     @property
     def states(self) -> list[tuple[int, ...]]:
-        """All of them, from short to long."""
+        """All states, from short to long."""
         return [state for level in self.levels for state in level.states]
 
     @property
@@ -76,19 +76,19 @@ class Unfolded:
 
 
 def unfold(policy: Policy, prompt: tuple[int, ...], depth: int, *, least: float = LEAST) -> Unfolded:
-    """Follow every completion of at most `depth` tokens through states that are reached with probability `least`.
+    """Follow all completions of at most `depth` tokens through states of probability at least `least`.
 
     Raises:
-        RecipeError: there are more than MOST_LEAVES continuations to look at.
+        RecipeError: there are more than MOST_LEAVES continuations.
     """
     ends = frozenset(policy.end_ids)
     levels: list[Level] = []
     states: list[tuple[int, ...]] = [()]
     reach_x = torch.ones(1, dtype=torch.float64)
-    looked_at, left_out = 0, 0.0
+    evaluated, left_out = 0, 0.0
     for length in range(depth):
-        looked_at += len(states) * policy.vocabulary
-        if looked_at > MOST_LEAVES:
+        evaluated += len(states) * policy.vocabulary
+        if evaluated > MOST_LEAVES:
             raise RecipeError(
                 f"the completions have more than {MOST_LEAVES} likely continuations; "
                 "enumerate fewer tokens, or leave out more with --least"
@@ -111,15 +111,15 @@ def unfold(policy: Policy, prompt: tuple[int, ...], depth: int, *, least: float 
 
 @torch.no_grad()
 def next_tokens(policy: Policy, prompt: tuple[int, ...], states: Collection[tuple[int, ...]]) -> Tensor:
-    """[x, V] log-probabilities of what comes next in each state, in float64."""
+    """[x, V] log-probabilities of the next token in each state, in float64."""
     pieces = []
     for some in passes([ahead_of(prompt, state) for state in states], 16384):
         batch = policy.batch([Group(prompt, completions(some))])
-        # In float64 once more: float32 probabilities do not sum to 1, and these are summed over whole trees.
+        # Normalised again in float64: float32 probabilities do not sum to 1, and these are summed over whole trees.
         pieces.append(policy.distributions(batch)(slice(None)).cpu().double().log_softmax(-1))
     return torch.cat(pieces)
 
 
 def ahead_of(prompt: tuple[int, ...], state: tuple[int, ...]) -> Group:
-    """A group whose one action is taken in `state`; which one it is does not matter."""
+    """A group with one action in `state`; the action itself does not matter."""
     return Group(prompt, (Completion((*state, 0), (False,) * len(state) + (True,)),))

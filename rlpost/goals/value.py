@@ -1,8 +1,8 @@
-"""Value networks: from every state on, the probability that the policy's completion ends in a goal.
+"""Trains value networks: the probability, in every state, that the policy's completion reaches a goal.
 
-The policy samples and is not changed; the network learns from where its completions ended. A network that reads its
-goal can be taught many: the recipe's, and endings that were reached. Such an ending serves as the goal of the *other*
-completions of its prompt, which were drawn independently of it; as its own completion's it would always be reached.
+The policy samples and is not changed; the network learns whether its completions reached the goal. A network that reads
+its goal can learn many: the recipe's, and the endings of completions (hindsight). An ending is the goal of the *other*
+completions of its prompt, which are independent of it; its own completion always reaches it.
 
 Axes: N action tokens, S completions.
 """
@@ -35,7 +35,7 @@ from rlpost.types import Completion, Group
 
 
 def value(context: Context, cfg: Value) -> Path:
-    """Train a value network beside the policy it is of; returns the network's final checkpoint."""
+    """Train a value network of the policy; returns the network's final checkpoint."""
     policy = context.policy()
     model = make_critic(policy, context.start, None, context.model, trains_trunk=True)
     codec = make_codec(policy.tokenizer)
@@ -67,23 +67,23 @@ def value(context: Context, cfg: Value) -> Path:
 
 @dataclass(frozen=True)
 class ValueExample:
-    """A group as the network reads it, and what became of its completions."""
+    """A group as the network reads it, with a label for each completion."""
 
     group: Group
     label: tuple[float, ...]
-    """A completion's: 1 where it is what the network is to tell, else 0."""
+    """The target of each completion: 1 or 0."""
     counts: tuple[bool, ...]
-    """False for a completion that the goal was taken from."""
+    """False for completions that are not trained on, such as the one that the goal was taken from."""
 
 
 def value_example(
     group: Group, goal_sampler: GoalSampler, cfg: Value, codec: Codec, draw: random.Random
 ) -> ValueExample:
-    """A group with a goal: the recipe's, or an ending that one of its completions reached."""
+    """A group with a goal, which is the recipe's or the ending of one of its completions, and its labels."""
     own = draw.random() < cfg.hindsight or cfg.target is ValueTarget.contrastive
     taken = _taken(group.completions, cfg, codec, draw) if own else None
     if taken is None and goal_sampler.all is None and goal_sampler.column is None:
-        # Every completion was cut off, and the recipe has no other goal: nothing to learn from these.
+        # Every completion was truncated and the recipe has no other goal: nothing to learn.
         return ValueExample(group, (0.0,) * len(group.completions), (False,) * len(group.completions))
     if taken is None:
         goal, named = goal_sampler.of(group, cfg.condition, draw)
@@ -110,7 +110,7 @@ def split(examples: Sequence[ValueExample], updates: int, draw: random.Random) -
 
 
 def weighted(examples: Sequence[ValueExample], learner: Learner) -> Experience:
-    """What an update learns from: labels, and a mean over all actions of completions that count."""
+    """An update: labels, and weights of a mean over the actions of completions that count."""
     experience = Experience(tuple(x.group for x in examples))
     rows = experience.rows
     label_S = torch.tensor([y for x in examples for y in x.label], dtype=torch.float64)
@@ -122,7 +122,7 @@ def weighted(examples: Sequence[ValueExample], learner: Learner) -> Experience:
 
 
 def goal_value_loss(cfg: Value) -> LossFunction:
-    """Σ loss·weight of the states in which actions were taken; the first of them is the prompt itself."""
+    """Σ loss·weight over the states in which actions were taken; the first is the prompt itself."""
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         logit_N, label_N = values.before_N, part["label"].to(values.before_N.dtype)
@@ -132,8 +132,8 @@ def goal_value_loss(cfg: Value) -> LossFunction:
             loss_N = bellman_residual(logit_N, label_N, part.rows.to(logit_N.device))
         else:
             loss_N = contrastive_value(logit_N, label_N, negatives=cfg.group_size - 1)
-        said_N = torch.sigmoid(logit_N.detach())
-        line = {"predicted": said_N, "reached": label_N, "brier": (said_N - label_N).square()}
+        value_N = torch.sigmoid(logit_N.detach())
+        line = {"predicted": value_N, "reached": label_N, "brier": (value_N - label_N).square()}
         return (loss_N * part["weight"]).sum(), line
 
     return loss
@@ -142,7 +142,7 @@ def goal_value_loss(cfg: Value) -> LossFunction:
 def _taken(
     completions: Sequence[Completion], cfg: Value, codec: Codec, draw: random.Random
 ) -> tuple[int, tuple[int, ...]] | None:
-    """A completion whose ending is to be the goal, and that ending; None where all were cut off or are empty."""
+    """A random completion and its ending, to be the goal; None if all were truncated or are empty."""
     endings = [
         tuple(i for i in c.ids.tolist() if i not in codec.stops)[-cfg.hindsight_tokens :]
         if c.finish != "length" or cfg.goals.truncated_counts

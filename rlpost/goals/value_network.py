@@ -1,4 +1,4 @@
-"""A saved value network as guided decoding asks it, and the form in which it reads its goal.
+"""Saved value networks for guided decoding, and the form in which they read their goal.
 
 Axes: B rows, K candidates a row.
 """
@@ -34,14 +34,14 @@ GOAL = "{goal}"
 
 @dataclass(frozen=True)
 class ValueSettings:
-    """What a value network was trained to say; saved beside it."""
+    """How a value network was trained; saved with it."""
 
     condition: str | None
     """The text before the prompt that names the goal, as in the recipe."""
     avoid: bool
     target: str
     truncated_counts: bool
-    """A completion that was cut off might have ended in the goal."""
+    """A truncated completion could reach the goal."""
 
     def save(self, folder: Path) -> None:
         """Write it into a checkpoint's folder."""
@@ -49,7 +49,7 @@ class ValueSettings:
 
 
 def read_settings(folder: Path) -> ValueSettings:
-    """What the value network in `folder` says.
+    """The settings of the value network in `folder`.
 
     Raises:
         ModelError: it is no value network.
@@ -61,7 +61,7 @@ def read_settings(folder: Path) -> ValueSettings:
 
 
 def conditioned(condition: str | None, goal: Sequence[int], prompt: Sequence[int], codec: Codec) -> tuple[int, ...]:
-    """The prompt as a value network reads it: the goal in its words, after what begins every text, before the rest."""
+    """The prompt as a value network reads it: begin token, the `condition` text with the goal, the rest."""
     if condition is None:
         return tuple(prompt)
     before, after = (codec.ids(text, "condition") for text in condition.split(GOAL, 1))
@@ -70,22 +70,22 @@ def conditioned(condition: str | None, goal: Sequence[int], prompt: Sequence[int
 
 
 class ValueNetwork:
-    """Values of the states that candidates lead to, all in one pass."""
+    """A saved value network, for one goal."""
 
     def __init__(self, network: ValueHeadModel, settings: ValueSettings, goal: Sequence[int]) -> None:
-        """Ask `network` about `goal`, which it is told if it was trained to be."""
+        """Use `network` for `goal`, which it reads if it was trained with a `condition`."""
         self._model = network
         self.settings = settings
         self._goal = tuple(goal)
         self._codec = make_codec(network.trunk.tokenizer)
 
     def about(self, goal: Sequence[int]) -> ValueNetwork:
-        """The same network, asked about another goal."""
+        """The same network for another goal."""
         return ValueNetwork(self._model, self.settings, goal)
 
     def logits(self, states: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> Tensor:
-        """[X] what it says of states, each a prompt and what has been written after it, in float64."""
-        # The action is there to have a state before it; which one it is does not matter.
+        """[X] logits of states, each a prompt and the tokens after it, in float64."""
+        # The action does not matter: only the state before it is read.
         rows = [
             Group(
                 self._read(prompt),
@@ -96,7 +96,7 @@ class ValueNetwork:
         return self._model.score(rows).before_N.double()
 
     def ahead(self, positions: Sequence[Position], candidate_BK: Tensor) -> Tensor:
-        """[B, K] log of the value, in float64: what a `Guide` asks for, by one pass over whole texts."""
+        """[B, K] log of the value, in float64: the `LogWeights` of a `Guide`, by one pass over whole texts."""
         groups = [
             Group(
                 self._read(row.prompt) + row.ids,
@@ -105,14 +105,14 @@ class ValueNetwork:
             for row, candidates in zip(positions, candidate_BK.tolist(), strict=True)
         ]
         trunk = self._model.trunk
-        # An adapter on the base of a policy that is being decoded, by a cache that wants another attention.
+        # The network may share the base of a policy that is decoding with another attention.
         attention = flat_attention(trunk.causal_lm) if trunk.flat else nullcontext()
         with full_precision(trunk.device), attention:
             logit_BK = self._model.score(groups).after_N.view(candidate_BK.shape)
         return self._log_value(logit_BK)
 
     def follow(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int], limit: int) -> NetworkRows | None:
-        """The rows' values from token to token, with what was read of them in a cache; see `guide.Follow`.
+        """The rows' values token by token, with a cache; see `guide.Follow`.
 
         Raises:
             EngineError: they may become longer than the network reads.
@@ -129,15 +129,15 @@ class ValueNetwork:
         return NetworkRows(self._model, self._log_value, whole, prompt_of_row, limit)
 
     def guide(self, goal: Goal, end_ids: Collection[int], candidates: int) -> Guide:
-        """Toward the goal or away from it, as the network was trained, by so many of the likeliest tokens (0: all)."""
-        told = self.settings
+        """The guide toward or away from the goal, as the network was trained, with so many candidates (0: all)."""
+        settings = self.settings
         return Guide(
             self.ahead,
             goal,
             end_ids,
-            Mode.away if told.avoid else Mode.toward,
+            Mode.away if settings.avoid else Mode.toward,
             candidates=candidates,
-            truncated_counts=told.truncated_counts,
+            truncated_counts=settings.truncated_counts,
             follow=self.follow,
         )
 
@@ -146,7 +146,7 @@ class ValueNetwork:
 
     def _log_value(self, logit: Tensor) -> Tensor:
         """In float64, on the CPU."""
-        # A contrastive logit is the log of a value up to a constant, which guiding does not see.
+        # A contrastive logit is a log-value up to a constant, which does not change guiding.
         logit = logit.cpu().double()
         return logit if self.settings.target == ValueTarget.contrastive else F.logsigmoid(logit)
 
@@ -156,12 +156,12 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
 
     Args:
         folder: its checkpoint.
-        policy: who is guided.
+        policy: to guide.
         goal: tokens of the goal, for a network that reads it.
-        avoid: it is to say the probability of not ending there.
+        avoid: the network must give the probability of not reaching the goal.
 
     Raises:
-        ModelError: it cannot be loaded, is no value network, or one for the other way.
+        ModelError: it cannot be loaded, is no value network, or was trained for the other direction.
     """
     settings = read_settings(folder)
     if settings.avoid != avoid:
@@ -172,5 +172,5 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
         folder, model, share_with=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device
     )
     if not same_tokens(network.trunk.tokenizer, policy.tokenizer):
-        raise ModelError(f"{folder}: another tokenizer than the model's it is to guide; values are of tokens")
+        raise ModelError(f"{folder}: its tokenizer is not that of the model it should guide; train it on that model")
     return ValueNetwork(network, settings, goal)

@@ -1,4 +1,4 @@
-"""Choosing among samples of one prompt by a recipe's rewards: which those are, and whether they have what they read."""
+"""The rewards of a recipe that choose among samples of a prompt, and a check of the columns they read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlpost.types import Completion, Group
 
 _COLUMN = re.compile(r"(?:KeyError: |column )['\"]([^'\"]+)['\"]")
 _ROW = {"example", "examples", "groups"}
-"""Parameters by which a reward is given rows."""
+"""Parameters of rewards that read rows."""
 
 
 def rewards_of(resolved: Resolved) -> tuple[list[Reward], str]:
-    """The rewards of a recipe's evaluation, or of its last enabled stage that has some; and where they stand.
+    """The rewards of a recipe's evaluation, or of its last enabled stage with rewards; and their section's key path.
 
     Raises:
         RecipeError: it has none.
@@ -36,10 +36,10 @@ def rewards_of(resolved: Resolved) -> tuple[list[Reward], str]:
 
 
 def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
-    """Ask each reward that reads rows about this one, before a model is loaded for samples that none could score.
+    """Call each reward that reads rows with this row, before a model is loaded.
 
     Raises:
-        RecipeError: a column is missing that it reads, or it is asked for steps, which a plain sample has not.
+        RecipeError: it reads a column that is missing, or needs steps, which a plain sample does not have.
     """
     rewards, where = rewards_of(resolved)
     probe = Group((0,), (Completion((0,), (True,), text=str(row.get("prompt", ""))),), row)
@@ -51,7 +51,7 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
             Scorer([BoundReward(bound.name, 1.0, bound.call, None)]).score([probe])
         except (DataError, RewardError) as error:
             if isinstance(error, RewardError) and "KeyError" not in str(error):
-                continue  # it may well do on a real sample
+                continue  # it may work on a real sample
             asked = _COLUMN.search(str(error))
             reads = f"{bound.name} reads the column {asked[1]!r} of a row" if asked else str(error)
             raise RecipeError(

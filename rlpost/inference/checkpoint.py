@@ -1,4 +1,4 @@
-"""A checkpoint to be used: its model, the recipe of its run, and the models which that recipe's rewards need."""
+"""Finds a checkpoint to use: its model, the recipe of its run, and the models of that recipe's rewards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlpost.run.stage import StageDirectory
 
 
 def located(name: str) -> str:
-    """The folder of the checkpoint that a run, a stage or a checkpoint names; else the name itself, a model's."""
+    """The folder of the checkpoint that a run, stage or checkpoint names; else the name, which is a model's."""
     return str(find_checkpoint(name) or name)
 
 
@@ -40,10 +40,10 @@ def frozen_policy(path: str, model: Model | None = None, backwards: bool = False
 
 
 def recipe_of(path: str) -> Path:
-    """The resolved recipe of the run that a path lies in.
+    """The resolved recipe of the run that contains a path.
 
     Raises:
-        RecipeError: it lies in none.
+        RecipeError: no run does.
     """
     folder = Path(path).resolve()
     for parent in (folder, *folder.parents):
@@ -54,7 +54,7 @@ def recipe_of(path: str) -> Path:
 
 
 def judges_of(resolved: Resolved, path: str | None) -> dict[str, Path]:
-    """The models for rewards that the recipe's run has finished; of the run that `path` lies in, if it is given."""
+    """The finished reward models of the recipe's run, or of the run that contains `path`, by stage."""
     run = Path(resolved.config.runs) / resolved.config.run if path is None else recipe_of(path).parent
     stages = resolved.config.stages.items()
     found = {n: StageDirectory(run / n).done for n, s in stages if s.leaves in JUDGES}

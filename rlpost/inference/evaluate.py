@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint by itself: what `rlpost eval` does."""
+"""Evaluates a single checkpoint: `rlpost eval`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlpost.stage_evaluation import evaluate_recipe
 def evaluate_checkpoint(
     checkpoint: str | None, recipe: str | None, overrides: Sequence[str]
 ) -> tuple[list[str], Result, str]:
-    """Evaluate a checkpoint by a recipe's `evaluation`; returns the prompts, the result, and what was evaluated.
+    """Evaluate a checkpoint by a recipe's `evaluation`; returns the prompts, the result, and the model evaluated.
 
     Args:
         checkpoint: a run, a stage, a checkpoint or a model; None for the newest finished run.

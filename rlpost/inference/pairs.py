@@ -1,4 +1,4 @@
-"""Preference pairs from any checkpoint's own samples: what `rlpost pairs` does."""
+"""Preference pairs from any checkpoint's own samples: `rlpost pairs`."""
 
 from __future__ import annotations
 

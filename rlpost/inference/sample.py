@@ -1,4 +1,4 @@
-"""Completions of one prompt: what `rlpost sample` does."""
+"""Completions of one prompt: `rlpost sample`."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def sample(
     judge: str | None = None,
     engine: str | None = None,
 ) -> list[str]:
-    """`n` completions of a prompt; with `best_of`, the one of so many that the recipe's rewards or `judge` like best.
+    """`n` completions of a prompt; with `best_of`, the best of so many by the recipe's rewards or `judge`.
 
-    A model with a chat template is asked in its own format. A model of reversed text is given the end of a text, and
-    says what comes before it. `example` are columns of the prompt's row beside the prompt, for rewards that read them.
-    `engine` is `file.py:function`; by default the recipe's samples, or the local one.
+    The prompt goes through the model's chat template, if it has one. A model of reversed text gets the end of a text
+    and returns what comes before it. `example` are further columns of the prompt's row, for rewards that read them.
+    `engine` is `file.py:function`; by default the recipe's engine, or the local one.
     """
     row = {**(example or {}), "prompt": prompt}
     resolved = resolve(recipe) if recipe is not None else None
@@ -76,19 +76,19 @@ def sample(
 
 
 def prompt_group(row: Mapping[str, Any], codec: Codec) -> Group:
-    """A row with a `prompt` as tokens; where there is a chat template, the prompt is what the user says."""
+    """A row with a `prompt` as tokens; with a chat template, the prompt is the user's message."""
     prompt = row["prompt"]
     asked = [{"role": "user", "content": prompt}] if codec.template else prompt
     return encode({**row, "prompt": asked}, Format.prompt, codec, "the prompt")
 
 
 def within(sampling: Sampling, room: int) -> Sampling:
-    """The default is for models with room; a short one answers as far as it can."""
+    """The sampling with `max_new_tokens` limited to `room`, and at least 1."""
     return replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1))
 
 
 def _engine(named: str | None, resolved: Resolved | None, policy: Policy) -> Engine:
-    """What the command line names, or the recipe."""
+    """The engine that the command line names, or the recipe's."""
     if named is not None:
         chosen = EngineChoice(named)
         try:
@@ -102,7 +102,7 @@ def _engine(named: str | None, resolved: Resolved | None, policy: Policy) -> Eng
 
 
 def _before(folder: str, text: str, sampling: Sampling, n: int, seed: int) -> list[str]:
-    """What a model of reversed text puts before a text, in reading order."""
+    """Samples of a model of reversed text: what comes before `text`, in reading order."""
     policy = frozen_policy(folder, backwards=True)
     codec = make_codec(policy.tokenizer)
     group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
