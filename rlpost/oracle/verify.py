@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlpost.oracle.claims_credit import credit_section
+from rlpost.oracle.claims_definitions import definition_section
+from rlpost.oracle.claims_groups import group_section
+from rlpost.oracle.claims_kl import kl_section
+from rlpost.oracle.claims_models import model_section
+from rlpost.oracle.claims_offpolicy import offpolicy_section
+from rlpost.oracle.claims_pairs import pair_section
+from rlpost.oracle.claims_preference import preference_section
+from rlpost.oracle.claims_shaping import shaping_section
+from rlpost.oracle.claims_supervised import supervised_section
+from rlpost.oracle.claims_surrogates import surrogate_section
+from rlpost.oracle.claims_trust import trust_section
+from rlpost.oracle.claims_values import value_section
 from rlpost.oracle.multisets import MOST, count
 from rlpost.oracle.problem import SIZES, Problem, table_problem
 from rlpost.oracle.report import Report, Row, Section, exact, fact, holds
-from rlpost.oracle.rows_credit import credit_section
-from rlpost.oracle.rows_definitions import definition_section
-from rlpost.oracle.rows_groups import group_section
-from rlpost.oracle.rows_kl import kl_section
-from rlpost.oracle.rows_models import model_section
-from rlpost.oracle.rows_offpolicy import offpolicy_section
-from rlpost.oracle.rows_pairs import pair_section
-from rlpost.oracle.rows_preference import preference_section
-from rlpost.oracle.rows_shaping import shaping_section
-from rlpost.oracle.rows_supervised import supervised_section
-from rlpost.oracle.rows_surrogates import surrogate_section
-from rlpost.oracle.rows_trust import trust_section
-from rlpost.oracle.rows_values import value_section
 from rlpost.oracle.tree import Tree
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rlpost.cli.app import main
-from rlpost.oracle import report, rows_groups
+from rlpost.oracle import claims_groups, report
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *args: str) -> int:
@@ -28,7 +28,7 @@ def test_the_proof_goes_to_stdout(monkeypatch, capsys):
 
 def test_a_wrong_estimator_fails_the_proof_and_the_program(monkeypatch, capsys):
     """A leave-one-out baseline without its G/(G−1): the direction is right and the scale is not."""
-    monkeypatch.setattr(rows_groups.advantages, "leave_one_out", rows_groups.advantages.group_mean)
+    monkeypatch.setattr(claims_groups.advantages, "leave_one_out", claims_groups.advantages.group_mean)
     assert run(monkeypatch) == 1
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  leave_one_out, sequence_sum  ")]
     assert line.endswith(f"FAILED: more than {report.EXACT:.0e}")

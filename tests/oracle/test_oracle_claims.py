@@ -7,12 +7,12 @@ import torch
 
 from rlpost.objectives import advantages
 from rlpost.objectives.kl import kl_in_reward
-from rlpost.oracle import rows_groups
+from rlpost.oracle import claims_groups
+from rlpost.oracle.claims_groups import Claim, claim_row
 from rlpost.oracle.estimators import Drawn, group_gradient, member_weights, one_by_one
 from rlpost.oracle.policies import TinyModel
 from rlpost.oracle.problem import Problem, relative_error, table_problem
 from rlpost.oracle.report import Report, Section, biased, exact, fact, holds, skipped
-from rlpost.oracle.rows_groups import Claim, claim_row
 from rlpost.oracle.tree import Tree
 
 
@@ -22,7 +22,7 @@ def problem() -> Problem:
 
 
 def claimed(function, weight="sequence_sum", scale=1.0) -> Claim:
-    return Claim(function.__name__, rows_groups._of(function), weight, lambda *_: scale, "exact")
+    return Claim(function.__name__, claims_groups._of(function), weight, lambda *_: scale, "exact")
 
 
 def test_a_right_estimator_passes(problem):

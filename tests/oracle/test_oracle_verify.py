@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlpost.objectives import advantages, kl, preference, supervised, surrogates
-from rlpost.oracle import rows_values
+from rlpost.oracle import claims_values
 from rlpost.oracle.report import Report
 from rlpost.oracle.verify import verify
 
@@ -82,7 +82,7 @@ def pulled(logit_N, label_N, rows):
 
 WRONG = {
     "off-policy: clipped_surrogate": (surrogates, "clipped_surrogate", optimistic),
-    "bellman_residual at the true V": (rows_values, "bellman_residual", pulled),
+    "bellman_residual at the true V": (claims_values, "bellman_residual", pulled),
     "gradient of dpo": (preference, "dpo", lambda pairs, *, beta, epsilon=0.0: (1 - beta * pairs.margin_P) ** 2),
     "jensen_shannon": (supervised, "jensen_shannon", lambda s, t, *, mix: supervised.reverse_kl(s, t)),
     "adaptive β below, at and above its target": (kl, "adaptive", lambda beta, *_, **__: beta),

@@ -8,12 +8,12 @@ from __future__ import annotations
 from rlpost.objectives import advantages, credit
 from rlpost.objectives.surrogates import clipped_surrogate
 from rlpost.oracle import truth
+from rlpost.oracle.claims_credit import gradient
+from rlpost.oracle.claims_kl import reward_rows
 from rlpost.oracle.estimators import ascent, group_gradient
 from rlpost.oracle.policies import TinyModel
 from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import EXACT, Row, Section, exact, skipped
-from rlpost.oracle.rows_credit import gradient
-from rlpost.oracle.rows_kl import reward_rows
 
 TOLERANCE = {"gpt2": EXACT, "llama": 1e-6}
 """By family."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlpost.objectives import credit
 from rlpost.oracle import truth
+from rlpost.oracle.claims_credit import gradient
 from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import EXACT, Row, Section, exact, holds
-from rlpost.oracle.rows_credit import gradient
 
 
 def shaping_section(problem: Problem) -> Section:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlpost.objectives import advantages, credit, kl, weights
 from rlpost.objectives.ragged import Ragged, has_signal
+from rlpost.oracle.claims_credit import steps_of_two
 from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import Row, Section, exact
-from rlpost.oracle.rows_credit import steps_of_two
 
 GROUPS, SIZE = 40, 4
 EPS = 1e-4
