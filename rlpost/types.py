@@ -1,8 +1,7 @@
-"""A prompt with its completions, the one shape of data every stage works on; and what an engine is asked for.
+"""Groups, a prompt with its completions, which every stage works on; and requests to engines.
 
-SFT has one completion a group, a preference pair has two (chosen first), GRPO has G.
-Plain data without tensors: arrays that cannot be written to, and what is known of each completion. NumPy is imported
-with the first of them: a recipe, which names rewards, is checked without it.
+SFT has one completion a group, a preference pair has two (chosen first), GRPO has G. Plain data without tensors:
+read-only NumPy arrays and fields. NumPy is imported with the first of them: a recipe is checked without it.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 FAILED = "failed"
-"""How a completion finished whose environment failed."""
+"""`finish` of a completion whose environment failed."""
 Ids: TypeAlias = "NDArray[np.int32]"
 """Token ids, read-only."""
 Tokens: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]]"
-"""Token ids in any form, where they are only read."""
+"""Token ids in any form, read only."""
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Completion:
-    """What follows a prompt, token by token, and what is known of it.
+    """A completion of a prompt: its tokens, and what is known about it.
 
     Example: the prompt "47+38=" answered "580" and ended by token 2 is
     ``Completion(ids=[9, 12, 4, 2], action=[True] * 4, text="580", finish="stop")``.
@@ -41,7 +40,7 @@ class Completion:
     ids: Ids
     """[L] token ids, the end token included when there is one."""
     action: NDArray[np.bool_]
-    """[L] True where the policy chose (or, in data, is to learn) the token; False for tool and user turns."""
+    """[L] True where the policy chose the token (or, in data, learns it); False for tool and user turns."""
     text: str
     """The answer as text, special tokens by their names, without the end token and the stop string that ended it."""
     finish: str
@@ -51,15 +50,15 @@ class Completion:
     """[sum(action)] log-probabilities under the sampler, at its temperature, as float32 or float64; empty for data we
     did not sample."""
     steps: NDArray[np.int32]
-    """[K] number of actions of each step; empty where a completion is not divided into steps."""
+    """[K] number of actions of each step; empty if it is not split into steps."""
     step_labels: NDArray[np.float64]
-    """[K] how right each step is, from 0 to 1; empty where that is not known."""
+    """[K] label of each step, from 0 (wrong) to 1 (right); empty if there are none."""
     reward: float | None
-    """Its total reward; None where it is unscored, or not scored yet."""
+    """Its total reward; None if it is unscored, or not scored yet."""
     label: bool | None
-    """Whether it is desirable; None where the data do not say."""
+    """Whether it is desirable; None without a label."""
     score: float | None
-    """What it is ranked by among its group's; None where it has no rank."""
+    """Its score in a ranking of its group; None if it is not ranked."""
     weights_version: int | None
     """Version of the weights it was sampled with; None for data we did not sample."""
 
@@ -112,17 +111,17 @@ class Completion:
         return self.action.tobytes().count(1)
 
     def rewarded(self, reward: float | None) -> Completion:
-        """The same with a total reward; its arrays, which nothing can change, are shared and not looked at again."""
+        """The same completion with a total reward; its read-only arrays are shared and not checked again."""
         other = object.__new__(Completion)
         vars(other).update(vars(self), reward=reward)
         return other
 
     def same(self, other: Completion) -> bool:
-        """Whether all of it is the same, bit for bit."""
+        """Whether all fields are the same, bit for bit."""
         return self.digest() == other.digest()
 
     def digest(self) -> bytes:
-        """16 bytes of all of it: equal where completions are the same."""
+        """A digest of 16 bytes of all fields: equal if completions are the same."""
         arrays = self.ids, self.action, self.logprobs.astype("float64"), self.steps, self.step_labels
         values = self.text, self.finish, self.reward, self.label, self.score, self.weights_version
         return _digest(values, *(a.tobytes() for a in arrays))
@@ -136,7 +135,7 @@ class Group:
     """Token ids, never empty."""
     completions: tuple[Completion, ...]
     example: Mapping[str, Any] = field(default_factory=dict)
-    """The data row it came from: what reward functions read."""
+    """The data row it came from, for reward functions."""
 
     def __init__(
         self, prompt: ArrayLike, completions: Sequence[Completion], example: Mapping[str, Any] | None = None
@@ -157,29 +156,29 @@ class Group:
         return self.digest() == other.digest()
 
     def digest(self) -> bytes:
-        """16 bytes of all of it: equal where groups are the same."""
+        """A digest of 16 bytes of all fields: equal if groups are the same."""
         row = json.dumps(dict(self.example), sort_keys=True, default=repr)
         return _digest((row,), self.prompt.tobytes(), *(c.digest() for c in self.completions))
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Request:
-    """Completions that an engine is to sample of one prompt."""
+    """A request to an engine: completions of one prompt."""
 
     prompt: Ids
     """Token ids, never empty."""
     n: int
     """Completions, at least one."""
     sampling: Sampling
-    """How tokens are drawn, and which strings end a completion; at temperature 0, the likeliest token."""
+    """How tokens are drawn, and stop strings; temperature 0 means greedy."""
     seed: int
-    """64 bits of the prompt's own: all chance of a completion comes from it and from the completion's number."""
+    """64-bit seed of the prompt; a completion's random numbers depend only on it and on the completion's number."""
     limit: int
-    """Tokens of a completion at most, in place of `sampling.max_new_tokens`."""
+    """Most tokens of a completion, instead of `sampling.max_new_tokens`."""
     first: int
-    """Number of the first completion, where others of this prompt and seed come before."""
+    """Number of the first completion, if others of this prompt and seed were sampled before."""
     keep: bool
-    """A prompt to come begins with this one and (part of) a completion of it: what was computed is worth keeping."""
+    """Keep the cache: a later prompt will begin with this one and (part of) a completion of it."""
 
     def __init__(
         self,
@@ -191,10 +190,10 @@ class Request:
         first: int = 0,
         keep: bool = False,
     ) -> None:
-        """A prompt becomes an array; `limit` is by default what the sampling says.
+        """The prompt becomes an array; `limit` is by default `sampling.max_new_tokens`.
 
         Raises:
-            ValueError: the prompt has no token, or nothing is asked for.
+            ValueError: the prompt has no token, or `n` or `limit` is below 1.
         """
         limit = sampling.max_new_tokens if limit is None else limit
         values = {"prompt": _frozen(prompt, "int32"), "n": n, "sampling": sampling, "seed": seed, "limit": limit}
@@ -212,16 +211,16 @@ def completions(groups: Sequence[Group]) -> list[Completion]:
 
 
 def labels(groups: Sequence[Group]) -> list[bool]:
-    """[S] the labels of all completions, each of which has one."""
+    """[S] the labels of all completions; each must have one."""
     found = [c.label for c in completions(groups) if c.label is not None]
     assert len(found) == len(completions(groups)), "validated: labelled rows"
     return found
 
 
 def _frozen(values: ArrayLike, kind: str, other: str | None = None) -> NDArray[Any]:
-    """The values as an array [n] of a kind that cannot be written to, nor changed through the array they came from.
+    """The values as a read-only array [n] of dtype `kind`, copied if the source can be written to.
 
-    Arrays of the `other` kind keep it; Python's numbers lose nothing as float64.
+    Arrays of dtype `other` keep it.
     """
     if isinstance(values, tuple) and not values:
         return _nothing(kind)

@@ -1,4 +1,4 @@
-"""All claims about goals on one tree: what `rlpost verify goals` prints."""
+"""All claims about goals on one tree: `rlpost verify goals`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlpost.oracle.tree import Tree
 
 
 def verify_goals(vocabulary: int = 3, depth: int = 3, seed: int = 0) -> Report:
-    """Prove what is said of goals: values, guided decoding, Monte Carlo, reverse models; arguments as of `verify`.
+    """Prove the claims about goals: values, guided decoding, Monte Carlo, reverse models; arguments as of `verify`.
 
     Raises:
-        RecipeError: the tree is too small to prove anything, or too large to enumerate.
+        RecipeError: the tree is too small to test anything, or too large to enumerate.
     """
     problem = table_problem(Tree(vocabulary, depth), seed)
     return Report(

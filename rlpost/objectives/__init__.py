@@ -1,7 +1,7 @@
 """Every loss, advantage, KL and weight of rlpost: pure functions on tensors, per element.
 
 Axes: N action tokens, S completions, P prompts (or pairs), G completions a prompt, K steps, V vocabulary.
-What is averaged, and how, is said once, by a weight (weights.py).
+Averaging is separate: a weight of each element (weights.py).
 
 Two functions are called `ranking`: that of preference.py, on log-ratios of policies, has the name here; that of
 ranking.py, on a reward model's scores, is `ranking_scores`.

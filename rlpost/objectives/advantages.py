@@ -1,12 +1,12 @@
 """Advantages: how much better a completion (or an action) was than expected.
 
 Axes: P prompts, G completions a prompt, K reward functions, N action tokens. In `reward_PG`, NaN marks a completion
-that is unscored or left out of learning: absent from every statistic, advantage 0. A group whose rewards are all
-equal carries no signal: its advantage is exactly 0, whatever rounding says. A group of one has no baseline: 0.
+that is unscored or excluded from learning: absent from every statistic, advantage 0. A group whose rewards are all
+equal carries no signal: its advantage is exactly 0, without rounding error. A group of one has no baseline: 0.
 
-An estimator is told what it needs by its parameters' names: `reward_PG`; `length_PG`, the number of actions;
-`greedy_P`, the reward of each prompt's greedy completion; `reward_PGK` and `weight_K`, the rewards apart;
-`running_mean`, of all rewards before. Those that credit actions or steps are in credit.py.
+An estimator is given what its parameters are named after: `reward_PG`; `length_PG`, the number of actions;
+`greedy_P`, the reward of each prompt's greedy completion; `reward_PGK` and `weight_K`, the separate rewards;
+`running_mean`, of all earlier rewards. Estimators that credit actions or steps are in credit.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
     "return_to_go",
     "reward",
 ]
-"""What a recipe may name as its advantage; `ema` and `whiten` help."""
+"""Names of advantages in recipes; `ema` and `whiten` are helpers."""
 
 
 def reward(reward_PG: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ declare(leave_one_out, compares_completions=True)
 def greedy_baseline(reward_PG: Tensor, greedy_P: Tensor) -> Tensor:
     """[P, G] r − r(greedy completion of the same prompt) (ReMax, Li et al. 2023, arXiv:2310.10505, eq. 6).
 
-    The baseline is fixed before anything is drawn, so a group of one will do; a group of equal rewards still learns
+    The baseline does not depend on the samples, so a group of one works, and a group of equal rewards still learns
     whether it beat the greedy one. A prompt whose greedy completion is unscored has no baseline: 0.
     """
     return (widen(reward_PG) - widen(greedy_P)[:, None].to(widen(reward_PG).dtype)).nan_to_num()
@@ -129,9 +129,9 @@ def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
         A_i = k·(mean of max over k-sets with i − mean of max over k-sets without i)
 
     and 1/G·Σ A_i ∇logp_i is unbiased. k = 1 is `leave_one_out`. With G = k there is no k-set of others: their
-    (k−1)-set serves. The means are sums over ranks, weighed by how many sets have that rank as their best. Any real
-    reward will do; with 0/1 rewards J is pass@k (Chen et al. 2021, arXiv:2107.03374). A group in which fewer than k
-    are scored says nothing: 0.
+    (k−1)-set is used. The means are sums over ranks, weighed by the number of sets with that rank as their best.
+    Rewards are any real numbers; with 0/1 rewards J is pass@k (Chen et al. 2021, arXiv:2107.03374).
+    A group with fewer than k scored completions has advantage 0.
 
     Raises:
         ValueError: if k is no number from 1 to G, or G = k = 1.
@@ -183,7 +183,7 @@ declare(per_reward_normalised, compares_completions=True)
 
 
 def ema_baseline(reward_PG: Tensor, running_mean: float, *, decay: float = 0.9) -> Tensor:  # noqa: ARG001 - see ema
-    """[P, G] r − the running mean of all rewards before (Williams 1992); `ema` moves the mean on with `decay`."""
+    """[P, G] r − the running mean of all earlier rewards (Williams 1992); `ema` updates the mean with `decay`."""
     return (widen(reward_PG) - running_mean).nan_to_num()
 
 
@@ -202,14 +202,14 @@ def whiten(x_N: Tensor) -> Tensor:
     Give it all actions of the update, those of all ranks. No actions, or all of one value, give zeros.
     """
     x_N = widen(x_N)
-    # The mean of equal numbers may be rounded to another one, which the division would blow up.
+    # Rounding may make the mean of equal numbers differ from them, which the division would amplify.
     equal = len(x_N) > 0 and x_N.min() == x_N.max()
     centred_N = x_N - (x_N[0] if equal else x_N.sum() / max(len(x_N), 1))
     return centred_N / (centred_N.square().sum() / max(len(x_N), 1) + 1e-8).sqrt()
 
 
 def _best_of_sets(count: int, k: int) -> Tensor:
-    """[count, count] row i: what each rank's reward adds to the credit of rank i, ranks from worst to best."""
+    """[count, count] row i: the factor of each rank's reward in the credit of rank i, ranks from worst to best."""
     others = k if count > k else k - 1
     matrix = torch.zeros(count, count, dtype=torch.float64)
     for i in range(count):

@@ -1,7 +1,7 @@
-"""Importance weights between two policies that say different things of the same actions.
+"""Importance weights between two policies' log-probabilities of the same actions.
 
-The engine that samples and the trainer may differ by their kernels or precision, and rollouts may be another
-policy's altogether. Axes: N action tokens.
+The engine and the trainer may differ by their kernels or precision, and rollouts may be those of another policy.
+Axes: N action tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Losses that couple completions, made additive: one pass for their slope, a second one that follows it.
+"""Makes losses that couple completions additive over micro-batches: one pass for the slope, one to minimise with it.
 
-Sorting, or a mean over the update, needs all completions at once; a micro-batch has some. So the loss is first taken
-on the numbers of the whole update (all parts, all ranks) without a model behind them, and differentiated there. Each
-part then minimises Σ slope·number, whose gradient is the loss's own by the chain rule, whatever the cut.
+Sorting, or a mean over the update, needs all completions at once; a micro-batch has some. So the loss is first computed
+on the numbers of the whole update (all parts, all ranks) without gradient to the model, and differentiated by them.
+Each part then minimises Σ slope·number, whose gradient is the loss's own by the chain rule, however the update is cut.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Credit per action: returns, generalised advantages, rewards of steps, and values by fresh rollouts.
 
 Axes: N action tokens, S completions, K steps of all completions, L the longest completion. The scalar reward of a
-completion sits on its last action. Episodes end where completions do; what is not an action does not exist here,
-so that credit passes over the turns of a tool or an environment.
+completion is on its last action. Episodes end where completions do. Tokens that are no actions do not appear here, so
+credit passes across the turns of a tool or an environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Steps:
     """Which actions make up which step.
 
     Example: ``Steps(Ragged([3, 2]), torch.tensor([False, True, False, False, True]))`` has K = 3 steps of 2, 1 and 2
-    actions: a completion's last action ends a step whatever is said of it.
+    actions: a completion's last action always ends a step.
     """
 
     def __init__(self, rows: Ragged, ends_N: Tensor) -> None:
@@ -53,7 +53,7 @@ class Steps:
 
 
 def reward_on_last_action(reward_S: Tensor, rows: Ragged) -> Tensor:
-    """[N] each completion's reward on its last action, 0 elsewhere; a completion without actions places nothing."""
+    """[N] each completion's reward on its last action, 0 elsewhere; a completion without actions is left out."""
     wide_S = widen(reward_S)
     acted = rows.last >= 0
     return wide_S.new_zeros(rows.actions).index_put((rows.last[acted],), wide_S[acted])
@@ -77,8 +77,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """[N] advantage and [N] return A + V (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
 
-    δ_t = r_t + γV_{t+1} − V_t and A_t = δ_t + γλA_{t+1}. After a completion's last action V is 0, the episode being
-    over, or `bootstrap_S` where it was only cut (Pardo et al. 2018, arXiv:1712.00378).
+    δ_t = r_t + γV_{t+1} − V_t and A_t = δ_t + γλA_{t+1}. After a completion's last action V is 0, or `bootstrap_S`
+    where it was truncated (Pardo et al. 2018, arXiv:1712.00378).
 
     Args:
         reward_N: reward of each action.
@@ -94,7 +94,7 @@ def gae(
     if bootstrap_S is not None and rows.actions:
         acted = (rows.lengths_S > 0).nonzero()[:, 0]
         next_SL = next_SL.index_put((acted, rows.lengths_S[acted] - 1), widen(bootstrap_S)[acted].to(next_SL.dtype))
-    # Past a completion's end everything is 0, and so are its differences.
+    # Past a completion's end all terms are 0.
     inside_SL = rows.pad(torch.ones_like(value_N))
     delta_SL = (reward_SL + gamma * next_SL - value_SL) * inside_SL
     advantage_N = rows.flatten(_discounted(delta_SL, gamma * lam))
@@ -192,8 +192,8 @@ def monte_carlo_values(value_K: Tensor, reward_S: Tensor, steps: Steps) -> Tenso
 def potential_shaping(potential_N: Tensor, rows: Ragged, *, gamma: float = 1.0) -> Tensor:
     """[N] γΦ(s′) − Φ(s), with Φ = 0 after the end (Ng, Harada & Russell 1999): the best policy stays the best.
 
-    The sum over a completion telescopes to −Φ(its prompt) at γ = 1, whatever was done; a Φ that is not 0 at the end
-    would pay for ending well in its own eyes. `potential_N` is Φ of the state in which each action was taken.
+    The sum over a completion telescopes to −Φ(its prompt) at γ = 1, for any actions; a Φ other than 0 at the end would
+    reward endings that Φ favours. `potential_N` is Φ of the state in which each action was taken.
     """
     potential_N = widen(potential_N)
     if not rows.actions:

@@ -41,7 +41,7 @@ def kl_in_reward(
 ) -> Tensor:
     """[N] Σ_{k≥t} k1 (the exact choice), centred leave-one-out over the group: the advantage loses beta times this.
 
-    It bypasses the advantage's normaliser, which would blow a KL of 1e-3 up to full size in groups of equal reward.
+    It bypasses the advantage's normaliser, which would scale a KL of 1e-3 up to 1 in groups of equal reward.
     The baseline of an action is the mean whole-completion KL of the *other* completions of its group: independent
     of the action, hence without bias. Rows lie group after group, `group_size` each.
 
@@ -67,7 +67,7 @@ def full_kl(logp_NV: Tensor, reference_NV: Tensor) -> Tensor:
     As a loss it ignores that an action changes which states follow: its gradient is that of k2, without the noise.
     """
     logp_NV, reference_NV = widen(logp_NV), widen(reference_NV)
-    # What has no probability adds nothing, though its logarithm is −inf.
+    # Tokens of probability 0 add 0, though their logarithm is −inf.
     difference = torch.where(logp_NV == -torch.inf, 0.0, logp_NV - reference_NV)
     return (logp_NV.exp() * difference).sum(-1)
 

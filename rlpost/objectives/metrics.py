@@ -1,7 +1,7 @@
-"""What is logged of an update, as 1-D tensors whose means over all its elements are the metrics.
+"""Metrics of an update, as 1-D tensors whose means over all elements are logged.
 
-Means of elements are the same however an update is cut into parts or spread over ranks. What is no mean (explained
-variance, effective sample size) is made of means: its parts go through the log, the number is taken at the end.
+Means do not depend on how an update is cut into parts or spread over ranks. Metrics that are no means (explained
+variance, effective sample size) are computed from means of their parts at the end.
 
 Axes: N action tokens.
 """
@@ -20,19 +20,19 @@ _WEIGHT, _WEIGHT2 = "importance", "importance_squared"
 
 
 def clipped_low(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2) -> Tensor:
-    """[N] 1 where the lower clip takes the gradient of an action with a negative advantage away, else 0."""
+    """[N] 1 where the lower clip removes the gradient of an action with a negative advantage, else 0."""
     r_N = ratio(logp_N, old_logp_N)
     return ((r_N < 1 - low) & (advantage_N < 0)).to(r_N.dtype)
 
 
 def clipped_high(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, high: float = 0.2) -> Tensor:
-    """[N] 1 where the upper clip takes the gradient of an action with a positive advantage away, else 0."""
+    """[N] 1 where the upper clip removes the gradient of an action with a positive advantage, else 0."""
     r_N = ratio(logp_N, old_logp_N)
     return ((r_N > 1 + high) & (advantage_N > 0)).to(r_N.dtype)
 
 
 def explained_variance_parts(value_N: Tensor, return_N: Tensor) -> dict[str, Tensor]:
-    """What `explained_variance` is made of: four [N] tensors."""
+    """The parts of `explained_variance`: four [N] tensors."""
     # In float64: the squares of equal returns, rounded to float32, would have a variance.
     value_N, return_N = value_N.detach().double(), return_N.detach().double()
     residual_N = return_N - value_N
@@ -45,14 +45,14 @@ def explained_variance_parts(value_N: Tensor, return_N: Tensor) -> dict[str, Ten
 
 
 def explained_variance(means: Mapping[str, float]) -> float:
-    """1 − Var(R − V)/Var(R): 1 for a critic that knows, 0 for one that says a constant; 0 where returns are equal."""
+    """1 − Var(R − V)/Var(R): 1 for a perfect critic, 0 for a constant one; 0 if all returns are equal."""
     total = means[_RETURN2] - means[_RETURN] ** 2
     left = means[_RESIDUAL2] - means[_RESIDUAL] ** 2
     return 1.0 - left / total if total > 1e-12 * max(means[_RETURN2], 1e-30) else 0.0
 
 
 def effective_sample_parts(weight_N: Tensor) -> dict[str, Tensor]:
-    """What `effective_sample_share` is made of: two [N] tensors."""
+    """The parts of `effective_sample_share`: two [N] tensors."""
     w_N = widen(weight_N).detach()
     return {_WEIGHT: w_N, _WEIGHT2: w_N.square()}
 
@@ -63,7 +63,7 @@ def effective_sample_share(means: Mapping[str, float]) -> float:
 
 
 def without_parts(means: Mapping[str, float]) -> dict[str, float]:
-    """The means, with what numbers were made of replaced by the numbers."""
+    """The means, with parts replaced by the metrics that they make up."""
     parts = {_RESIDUAL, _RESIDUAL2, _RETURN, _RETURN2, _WEIGHT, _WEIGHT2}
     line = {name: x for name, x in means.items() if name not in parts}
     if _RESIDUAL in means:

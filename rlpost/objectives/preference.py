@@ -31,22 +31,22 @@ class PairBatch:
     length_P2: Tensor
     """[P, 2] number of actions."""
     weight_P: Tensor | None = None
-    """[P] factor on each pair's loss, where a modifier gave one: whoever sums the losses applies it."""
+    """[P] factor on each pair's loss from a modifier; applied where the losses are summed."""
     ratio_P2: Tensor | None = None
-    """[P, 2] what a modifier put in the place of Δ; losses without a reference do not see it."""
+    """[P, 2] Δ as changed by a modifier; losses without a reference do not use it."""
     excess_P2: Tensor | None = None
     """[P, 2] the part of Δ that comes from actions beyond the other completion's length."""
     collision_P2: Tensor | None = None
-    """[P, 2] Σ over actions of log Σ_v π(v)²: how likely it is that two draws of the policy agree."""
+    """[P, 2] Σ over actions of log Σ_v π(v)²: the log-probability that two draws of the policy agree."""
 
     @property
     def delta_P2(self) -> Tensor:
-        """[P, 2] Δ_w and Δ_l, or what stands for them."""
+        """[P, 2] Δ_w and Δ_l, as changed by modifiers."""
         return self.logp_P2 - self.reference_P2 if self.ratio_P2 is None else self.ratio_P2
 
     @property
     def table_PC(self) -> Tensor:
-        """[P, C] all that pairs are made of before modifiers, in columns: what a pass over a whole update collects."""
+        """[P, C] all fields before modifiers, as columns, to be gathered over a whole update."""
         assert self.weight_P is None
         assert self.ratio_P2 is None
         columns = (self.logp_P2, self.reference_P2, self.length_P2, self.excess_P2, self.collision_P2)
@@ -54,7 +54,7 @@ class PairBatch:
 
     @staticmethod
     def from_table(table_PC: Tensor) -> PairBatch:
-        """The pairs of such a table, as `pairs_of` made them."""
+        """The pairs of a `table_PC`."""
         logp_P2, reference_P2, length_P2, excess_P2, *collision_P2 = torch.split(table_PC, 2, 1)
         return PairBatch(
             logp_P2,
@@ -233,8 +233,8 @@ declare(sppo, couples_pairs=False)
 def aot(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(β(policy margin − reference margin of the same rank)) (AOT paired, arXiv:2406.05882).
 
-    A margin is logp_w − logp_l. The policy's are to dominate the reference's as a distribution, not pair by pair: each
-    stands against its equal among the sorted ones. An element of the result belongs to the pair of its policy margin.
+    A margin is logp_w − logp_l. The policy's margins should dominate the reference's as a distribution, not pair by
+    pair: each is compared with the one of its rank. Element i of the result belongs to the pair of policy margin i.
     """
     reference_P = pairs.reference_P2[:, 0] - pairs.reference_P2[:, 1]
     policy_P = pairs.margin_P + reference_P
@@ -244,7 +244,7 @@ def aot(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
 def aot_unpaired(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
     """[P] −logσ(β(Δ_w − Δ_l of the same rank)) (AOT unpaired, Melnyk et al. 2024, arXiv:2406.05882).
 
-    Who was compared with whom does not matter. An element of the result belongs to the pair of its chosen completion.
+    Which completions form a pair does not matter. Element i of the result belongs to the pair of chosen completion i.
     """
     chosen_P, rejected_P = pairs.delta_P2.unbind(1)
     return -F.logsigmoid(beta * (chosen_P - _of_same_rank(chosen_P, rejected_P)))
@@ -275,7 +275,7 @@ declare(apo_down, couples_pairs=False)
 def discopop(pairs: PairBatch, *, beta: float = 0.1, temperature: float = 0.05) -> Tensor:
     """[P] (1−s)·(−logσ(βh)) + s·e^{−βh}, s = σ(βh/τ), τ = `temperature` (DiscoPOP, arXiv:2406.08414)."""
     logit_P = beta * pairs.margin_P
-    # Both factors in one exponent: apart, a hopeless pair would be 0·∞.
+    # Both factors in one exponent: separately, an extreme pair would be 0·∞.
     exponential_P = (F.logsigmoid(logit_P / temperature) - logit_P).clamp(max=LIMIT).exp()
     return (-logit_P / temperature).sigmoid() * -F.logsigmoid(logit_P) + exponential_P
 

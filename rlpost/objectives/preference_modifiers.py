@@ -1,7 +1,7 @@
-"""What may be done to pairs before any pair loss: another divergence, less regard for length, weights of confidence.
+"""Modifiers of pairs, applied before any pair loss: another divergence, length desensitisation, confidence weights.
 
-Each modifier takes pairs and gives pairs, so that it composes with every loss. Divergences and lengths change Δ, which
-losses without a reference (`simpo`, `cpo`, `orpo`) do not have. Below them, how a reference follows the policy.
+Each modifier takes pairs and returns pairs, so it composes with every loss. Divergences and lengths change Δ, which
+losses without a reference (`simpo`, `cpo`, `orpo`) do not use. Below them: mixing of policy and reference weights.
 
 Axes: P pairs, 2 = (chosen, rejected), N action tokens; of a low-rank adapter, r its rank.
 """
@@ -82,7 +82,7 @@ declare(length_desensitised, changes_log_ratios=True, weighs_actions=True, needs
 
 
 def length_multipliers(rows: Ragged, alpha: float) -> Tensor:
-    """[N] what `length_desensitised` multiplies each action with: 1, and α beyond the shorter completion's length."""
+    """[N] the factor of `length_desensitised` on each action: 1, and α beyond the shorter completion's length."""
     _check_share(alpha)
     return torch.ones(rows.actions, dtype=torch.float64, device=rows.device).masked_fill(beyond_shorter(rows), alpha)
 
@@ -118,8 +118,8 @@ def mix_lora(
 ) -> tuple[Tensor, Tensor]:
     """(A [r + r′, in], B [out, r + r′]) with B·A = α·B_p·A_p + (1 − α)·B_r·A_r: `mix` of low-rank adapters, exactly.
 
-    What acts is the product, and a mixture of products is not the product of mixed factors, which has cross terms that
-    belong to neither. Stacked along the rank, the products stay apart.
+    The model uses the product, and mixing the factors instead would add cross terms. Stacking the factors along the
+    rank keeps the products apart.
 
     Args:
         a_policy: [r, in].

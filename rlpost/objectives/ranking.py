@@ -1,4 +1,4 @@
-"""Losses that teach a model to score: completions against each other, and the steps of one.
+"""Losses of reward models and process reward models: rankings of completions, labels of steps.
 
 Axes: P prompts, 2 = (chosen, rejected), K completions of a prompt, or labelled steps.
 """
@@ -28,10 +28,10 @@ def ranking(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
     """[P] Plackett–Luce: −log of the probability of the rewards' order (Plackett 1975; Luce 1959).
 
     Whoever is picked next is picked by e^score among those left: Σ_i log(e^{s_i} + Σ_{j: r_j < r_i} e^{s_j}) − s_i.
-    Every term is the probability that i comes before all that are worse. Equals stand in none of each other's sums:
-    their order does not matter and they are not pulled together. With equals the result is a composite likelihood, an
-    upper bound of the loss in which all their orders are summed out (in 2^K terms), and like it 0 for scores far
-    enough apart; with every equal in the sums, as in Breslow's rule, m equals would cost at least log m each.
+    Every term is the probability that i comes before all that are worse. Equals are in none of each other's sums: their
+    order does not matter and they are not pulled together. With equals the result is a composite likelihood: an upper
+    bound of the loss summed over all their orders (2^K terms), and like it 0 for scores far enough apart. With equals
+    in each other's sums, as in Breslow's rule, m equals would cost at least log m each.
 
     NaN marks an unscored completion, which is absent. With two unequal rewards it is `bradley_terry`.
     """

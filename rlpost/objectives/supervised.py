@@ -1,8 +1,8 @@
-"""Supervised losses per action: likelihood, and the distance to a teacher's distributions.
+"""Supervised losses per action: likelihood, and divergences from a teacher's distributions.
 
-Axes: N action tokens, V vocabulary. A function is told what it needs by its parameters' names: `logp_N`, the
+Axes: N action tokens, V vocabulary. A function is given what its parameters are named after: `logp_N`, the
 log-probability of each target; `logp_NV`, of the whole vocabulary; `teacher_NV`, the same of a teacher; `target_N`;
-`label_N`, true where the row's completion is to be said.
+`label_N`, True where the row's completion is to be imitated.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def label_smoothing(logp_N: Tensor, logp_NV: Tensor, *, epsilon: float = 0.1) ->
 
 def unlikelihood(logp_N: Tensor) -> Tensor:
     """[N] −log(1 − p): makes given tokens unlikely (Welleck et al. 2019, arXiv:1908.04319, eq. 4)."""
-    # p = 1 has no finite loss; one bit below it has.
+    # p = 1 has infinite loss, one bit below it a finite one.
     logp_N = widen(logp_N).clamp(max=-torch.finfo(widen(logp_N).dtype).eps)
     return -log1mexp(logp_N)
 

@@ -143,11 +143,9 @@ declare(soft_adaptive, vanishes_without_advantage=True)
 def divergence_masked(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Ragged, *, threshold: float = 0.2
 ) -> Tensor:
-    """[N] −r·A, 0 where the probability has moved by more than `threshold` the way it is pushed.
+    """[N] −r·A, 0 where the probability has moved by more than `threshold` in its advantage's direction (DPPO).
 
-    DPPO, arXiv:2602.04879.
-
-    The change of a probability is what the total variation is made of; a ratio overstates it for rare tokens.
+    arXiv:2602.04879. Total variation is the sum of changes of probabilities; a ratio overstates those of rare tokens.
     """
     moved_N = widen(logp_N).detach().exp() - widen(old_logp_N).exp()
     out_N = ((advantage_N > 0) & (moved_N > threshold)) | ((advantage_N < 0) & (moved_N < -threshold))
@@ -160,6 +158,6 @@ declare(divergence_masked, vanishes_without_advantage=True)
 def clipped_share(
     logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2, high: float = 0.2
 ) -> Tensor:
-    """[N] 1 where the clip takes an action's gradient away, else 0."""
+    """[N] 1 where the clip removes an action's gradient, else 0."""
     r_N = ratio(logp_N, old_logp_N)
     return (((r_N > 1 + high) & (advantage_N > 0)) | ((r_N < 1 - low) & (advantage_N < 0))).to(r_N.dtype)

@@ -19,12 +19,12 @@ def conjugate_gradient(
 ) -> Tensor:
     """[M] x with product(x) ≈ g, after at most `iterations` steps (Hestenes & Stiefel 1952).
 
-    Damping belongs into `product`: it conditions the solve.
+    Put damping into `product`; it makes the system well-conditioned.
 
     Args:
         product: [M] -> [M], symmetric and positive.
         g: the right-hand side.
-        iterations: products taken at most.
+        iterations: most products.
         tolerance: of |residual|²/|g|².
     """
     x, residual = torch.zeros_like(g), g.clone()
@@ -36,7 +36,7 @@ def conjugate_gradient(
             break
         image = product(direction)
         along = direction @ image
-        if along <= 0:  # rounding has taken the curvature away: what was found so far is the best there is
+        if along <= 0:  # rounding has made the curvature non-positive: stop with the current solution
             break
         step = size / along
         x = x + step * direction
@@ -59,7 +59,7 @@ def step_length(x: Tensor, image: Tensor, delta: float) -> float:
 def finite_difference(gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilon: float | None = None) -> Tensor:
     """[M] F·v as (∇KL(θ + εv̂) − ∇KL(θ − εv̂))·|v|/2ε, where F is the Hessian of KL(old || new) at θ.
 
-    Nothing is differentiated twice, so that any attention kernel will do.
+    Nothing is differentiated twice, so any attention kernel works.
 
     Args:
         gradient: offset from θ -> gradient of the KL there.
@@ -79,7 +79,7 @@ def finite_difference(gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilo
 def line_search(
     measure: Callable[[float], tuple[float, float]], delta: float, *, shrink: float = 0.5, steps: int = 10
 ) -> tuple[float, float, float]:
-    """(share, improvement, KL) of the first of 1, ½, ¼, … with KL ≤ δ and an improvement; share 0 if none is.
+    """(share, improvement, KL) of the first share in 1, ½, ¼, … with KL ≤ δ and an improvement; 0 if there is none.
 
     Args:
         measure: share of the full step -> (the surrogate's improvement, the measured KL).

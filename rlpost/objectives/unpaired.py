@@ -1,4 +1,4 @@
-"""Losses on completions that are each desirable or not.
+"""Losses on single completions, each desirable or not.
 
 Axes: U completions. Δ = Σ over actions of (logp − ref).
 """
@@ -38,8 +38,8 @@ class Unpaired:
 def kto(unpaired: Unpaired, *, beta: float = 0.1, desirable: float = 1.0, undesirable: float = 1.0) -> Tensor:
     """[U] w_d·(1 − σ(β(Δ − z))) where desirable, w_u·(1 − σ(β(z − Δ))) where not (KTO, arXiv:2402.01306, eq. 8).
 
-    The paper's loss is w − w·σ, the same; its z is a micro-batch's, which makes the gradient depend on the cut: ours
-    is the update's.
+    The paper's loss w − w·σ is the same. Its z is that of a micro-batch, which makes the gradient depend on how an
+    update is cut; here it is that of the whole update.
     """
     surplus_U = beta * (widen(unpaired.delta_U) - unpaired.reference_point)
     good_U, bad_U = desirable * (-surplus_U).sigmoid(), undesirable * surplus_U.sigmoid()

@@ -1,4 +1,4 @@
-"""The critic's loss. Axes: N action tokens."""
+"""Losses of critics and value networks. Axes: N action tokens."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def bellman_residual(logit_N: Tensor, label_N: Tensor, rows: Ragged) -> Tensor:
 
 
 def contrastive_value(logit_N: Tensor, label_N: Tensor, *, negatives: int = 1) -> Tensor:
-    """[N] logistic regression of own (1) against others' endings (0), `negatives` of the latter to one of the former.
+    """[N] logistic regression of own endings (1) against others' (0), with `negatives` others for each own one.
 
-    With the log of that number taken off, the logit becomes log p(goal|s) − log p(goal|prompt): the value up to a
+    With the log of that number subtracted, the logit becomes log p(goal|s) − log p(goal|prompt): the value up to a
     constant of prompt and goal, which is all that guiding needs (noise-contrastive estimation, Gutmann & Hyvärinen
     2010; contrastive twist learning, Zhao et al. 2024, arXiv:2404.17546).
     """

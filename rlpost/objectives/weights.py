@@ -1,6 +1,6 @@
-"""How much each action, or pair, counts in one optimiser update: loss = sum(loss_n * weight_n).
+"""Weights of actions, or pairs, in one optimiser update: loss = sum(loss_n * weight_n).
 
-Counts are over the whole update, all micro-batches and ranks: pass them when `rows` is only a part.
+Counts are those of the whole update, over all micro-batches and ranks: pass them when `rows` is only a part.
 """
 
 from __future__ import annotations

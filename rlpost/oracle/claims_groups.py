@@ -173,7 +173,7 @@ def _running_mean(problem: Problem, sets: Multisets) -> Tensor:
 
 def _greedy(problem: Problem, sets: Multisets) -> Tensor:
     """Against the completion of the most likely token in every state."""
-    greedy = problem.reward_L[problem.tree.following(problem.logp_XV.detach().argmax(1))]
+    greedy = problem.reward_L[problem.tree.leaf_by(problem.logp_XV.detach().argmax(1))]
     return advantages.greedy_baseline(problem.reward_L[sets.leaf_PG], greedy.expand(len(sets.leaf_PG)))
 
 

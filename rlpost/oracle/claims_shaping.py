@@ -38,7 +38,7 @@ def _rows(problem: Problem, potential_X: Tensor) -> list[Row]:
     to_go_N = credit.return_to_go(credit.reward_on_last_action(reward_L, tree.rows) + shaped_N, tree.rows)
     error = relative_error(gradient(problem, to_go_N), problem.reward_gradient)
     moved_XV = _best(problem, shaping(problem, potential_X, -2 * reward_L))
-    gap = float(reward_L.max() - reward_L[tree.following(moved_XV.argmax(1))])
+    gap = float(reward_L.max() - reward_L[tree.leaf_by(moved_XV.argmax(1))])
     return [
         exact("best value of every state against V* − Φ", values),
         holds("best action in every state", "as good" if same else "worse", "as good without", same),

@@ -1,4 +1,4 @@
-"""Groups of G completions, all of them: in place of a sample, every multiset with its probability.
+"""All groups of G completions: every multiset with its probability, instead of a sample.
 
 Axes: P multisets, G members, L leaves.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 MOST = 200_000
-"""Multisets that are enumerated at most."""
+"""Most multisets that are enumerated."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Multisets:
     """Every group of G completions that can be drawn, without regard to order."""
 
     leaf_PG: Tensor
-    """Which leaves; never falling along G."""
+    """[P, G] the leaves, ascending along G."""
     probability_P: Tensor
     """G!/Π(multiplicities!)·Π p(leaf): sums to 1."""
 
 
 def count(leaves: int, size: int) -> int:
-    """How many multisets there are."""
+    """The number of multisets."""
     return comb(leaves + size - 1, size)
 
 

@@ -1,4 +1,4 @@
-"""Two kinds of policy on a tree: a table of logits, and a tiny real model on the path that stages train it on.
+"""Two kinds of policy on a tree: a table of logits, and a tiny real model behind `Policy.forward`.
 
 Axes: X states, V tokens, N actions of all leaves.
 """
@@ -24,25 +24,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
     },
 }
-"""Of the tiny models, by family."""
+"""Configurations of the tiny models, by family."""
 SCALE = 2.0
-"""On matrices of random weights: at their usual size, a model hardly looks at what came before."""
+"""Factor on random weight matrices: at their usual size, a model hardly depends on earlier tokens."""
 
 
 class TreePolicy(Protocol):
-    """What the oracle asks of a policy; both answers carry a gradient."""
+    """A policy for the oracle; both methods return tensors with gradient."""
 
     @property
     def parameters(self) -> Sequence[Tensor]:
-        """What gradients are taken by."""
+        """The parameters that gradients are taken by."""
         ...
 
     def logp_XV(self) -> Tensor:
-        """Log-probabilities in every state: what the truth is computed from."""
+        """Log-probabilities in every state, from which the truth is computed."""
         ...
 
     def logp_N(self) -> Tensor:
-        """Log-probability of every action of every leaf, on the path that estimators are trained on."""
+        """Log-probability of every action of every leaf, by the code that stages train with."""
         ...
 
 
@@ -70,8 +70,8 @@ class Table:
 class TinyModel:
     """A randomly initialised transformers model in float64 inside the real `Policy`.
 
-    Estimators see `Policy.forward` on one group that holds every leaf as a completion: flat rows, a shared prompt, a
-    tiled head. The truth is computed from the model's own plain forward pass, a prefix at a time and without padding.
+    Estimators use `Policy.forward` on one group with every leaf as a completion: flat rows, a shared prompt, a tiled
+    head. The truth is computed from the model's own plain forward pass, by prefix and without padding.
     """
 
     def __init__(self, tree: Tree, family: str, seed: int, tool: tuple[int, ...] = ()) -> None:
@@ -81,7 +81,7 @@ class TinyModel:
             tree: its leaves are the completions.
             family: a key of CONFIGS.
             seed: of its weights.
-            tool: tokens that an environment puts after every completion's first token, if that is not the end.
+            tool: tokens of an environment after every completion's first token, if that is not the end.
         """
         # Here, because transformers takes seconds to import and tables do without it.
         from rlpost.policy.check import check_exactness
@@ -143,26 +143,26 @@ class TinyModel:
 
 
 class _EndToken:
-    """What `Policy` needs of a tokenizer when nothing is decoded."""
+    """A tokenizer for a `Policy` that decodes no text."""
 
     eos_token_id = END
 
     @staticmethod
     def decode(ids: Sequence[int], **_: Any) -> str:
-        """Tokens of this vocabulary have numbers and no text."""
+        """The ids as text."""
         return " ".join(map(str, ids))
 
 
-def _made(family: str, tree: Tree, seed: int, beside: int) -> Any:
+def _made(family: str, tree: Tree, seed: int, extra: int) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlpost.policy.load import remove_dropout
 
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    longest = max(24, tree.depth + beside)
+    longest = max(24, tree.depth + extra)
     sizes = {"vocab_size": tree.vocabulary, "max_position_embeddings": longest}
     config = AutoConfig.for_model(family, **CONFIGS[family], **sizes, **special)
-    # The generator of everyone else is left as it was.
+    # Restores the global generator afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A tree, a policy on it, rewards and a reference: what every claim is about.
+"""A tree, a policy on it, rewards and a reference, for the claims.
 
 Axes: X states, V tokens, L leaves, N actions of all leaves, F parameters.
 """
@@ -23,7 +23,7 @@ SIZES = (2, 3)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be learned, and by what."""
+    """A learning problem on a tree."""
 
     tree: Tree
     policy: TreePolicy

@@ -18,7 +18,7 @@ END = 0
 MOST_LEAVES = 100_000
 MOST_ACTIONS = 2_000_000
 DEEPEST = 25
-"""Tokens. A vocabulary of 2 alone could go deeper, into a chain that shows nothing new."""
+"""Most tokens of a completion. Only a vocabulary of 2 could go deeper, without testing anything new."""
 
 
 class Tree:
@@ -32,7 +32,7 @@ class Tree:
         """Enumerate.
 
         Raises:
-            RecipeError: the tree is too small to prove anything, or too large to enumerate.
+            RecipeError: the tree is too small to test anything, or too large to enumerate.
         """
         location = f"vocabulary {vocabulary}, depth {depth}"
         if vocabulary < 2 or depth < 2:
@@ -77,8 +77,8 @@ class Tree:
         """[L] True where a completion was cut off before it ended."""
         return self.token_N[self.rows.last] != END
 
-    def following(self, token_X: Tensor) -> int:
-        """The leaf that is reached by taking a given token in every state."""
+    def leaf_by(self, token_X: Tensor) -> int:
+        """The leaf that is reached by taking the given token in every state."""
         follows_N = (self.token_N == token_X[self.state_N]).double()
         return int((self.rows.mean(follows_N) == 1).nonzero()[0])
 
@@ -92,7 +92,7 @@ class Tree:
             yield slice(self.first_T[t], self.first_T[t + 1])
 
     def after(self, level: slice, ended_L: Tensor, going_on: Tensor | None) -> Tensor:
-        """[x, V] a number of what each action leads to, for the states of one level.
+        """[x, V] the number of the state or leaf that each action leads to, for the states of one level.
 
         Args:
             level: as `levels` gives it.

@@ -1,7 +1,7 @@
-"""What is true on a tree, by summing over all of it; every function can be differentiated.
+"""Exact quantities of a tree, summed over all of it; every function is differentiable.
 
-Axes: X states, V tokens, L leaves, F parameters. `logp_XV` holds a policy's log-probabilities in every state. None of
-this samples, and none of it uses the score function that the estimators are made of.
+Axes: X states, V tokens, L leaves, F parameters. `logp_XV` holds a policy's log-probabilities in every state. Nothing
+here samples or uses the score function, which estimators are based on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlpost.oracle.tree import Tree
 
 
 def backwards(tree: Tree, leaf_L: Tensor, step: Callable[[slice, Tensor], Tensor]) -> Tensor:
-    """[X] a number of every state, made from what its actions lead to: `step(level, after_xV) -> [x]`."""
+    """[X] a number of every state, computed from those its actions lead to: `step(level, after_xV) -> [x]`."""
     found: list[Tensor] = []
     for level in tree.levels():
         found.append(step(level, tree.after(level, leaf_L, found[-1] if found else None)))
@@ -28,7 +28,7 @@ def leaf_logp(tree: Tree, logp_XV: Tensor) -> Tensor:
 
 
 def values(tree: Tree, logp_XV: Tensor, reward_L: Tensor) -> Tensor:
-    """[X] expected reward from every state on: V(x) = Σ_a π(a|x)·(V or reward of what follows)."""
+    """[X] expected reward from every state: V(x) = Σ_a π(a|x)·(V of the next state, or reward of the leaf)."""
     return backwards(tree, reward_L, lambda level, after: (logp_XV[level].exp() * after).sum(1))
 
 
@@ -69,7 +69,7 @@ def conditional(tree: Tree, probability_L: Tensor) -> Tensor:
 
 
 def action_values(tree: Tree, value_X: Tensor, reward_L: Tensor) -> Tensor:
-    """[X, V] what each action leads to: the value of the next state, or the reward of a leaf."""
+    """[X, V] the value of the next state, or the reward of the leaf, after each action."""
     deeper: Tensor | None = None
     found: list[Tensor] = []
     for level in tree.levels():

@@ -1,4 +1,4 @@
-"""All claims on one tree, from a fresh run: what `rlpost verify` prints."""
+"""All claims on one tree: `rlpost verify`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlpost.oracle.tree import Tree
 
 
 def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool = True) -> Report:
-    """Prove what `rlpost.objectives` claims, on a tree small enough to sum over.
+    """Prove the claims about `rlpost.objectives` on a tree small enough to sum over.
 
     Args:
         vocabulary: tokens, the one that ends a completion among them.

@@ -73,7 +73,7 @@ def test_values_visits_kl_and_entropy_against_sums_over_leaves():
 def test_the_leaf_that_a_rule_leads_to():
     tree = Tree(3, 3)
     token_X = torch.tensor([2, 0, 1, 0, 0, 0, 0])  # states: (), (1), (2), (1,1), (1,2), (2,1), (2,2)
-    assert leaves_of(tree)[tree.following(token_X)] == (2, 1, 0)
+    assert leaves_of(tree)[tree.leaf_by(token_X)] == (2, 1, 0)
 
 
 def test_a_policy_from_probabilities_of_leaves():
