@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+MOST = 4
+"""Words that are suggested at once."""
 
 
 def edits(a: str, b: str) -> int:
@@ -24,23 +27,36 @@ def edits(a: str, b: str) -> int:
     return last[-1]
 
 
-def closest(word: str, options: Iterable[str]) -> str | None:
-    """The option that `word` is probably a typo of, or None."""
+def nearest(word: str, options: Iterable[str]) -> list[str]:
+    """The options that `word` may be a typo of, all equally near; at most `MOST` of them, and perhaps none.
+
+    Example: ``nearest("gpo", ["cpo", "dpo", "ppo", "kto"]) == ["cpo", "dpo", "ppo"]``.
+    """
     short = word[:100]  # a longer word is no typo, and edits() is quadratic
-    names = list(options)
+    names = list(dict.fromkeys(options))
     most = 1 + min(len(short) // 4, 2)
     # Skip words whose lengths differ by more: a recipe may have thousands of keys.
-    ranked = ((edits(short.lower(), name.lower()), name) for name in names if abs(len(name) - len(short)) <= most)
-    best = min(ranked, default=None)
-    if best is not None and best[0] <= most:
-        return best[1]
-    return next(iter(difflib.get_close_matches(short, names, 1, 0.6)), None)
+    close = [(edits(short.lower(), name.lower()), name) for name in names if abs(len(name) - len(short)) <= most]
+    least = min((distance for distance, _ in close), default=most + 1)
+    if least > most:
+        return difflib.get_close_matches(short, names, 1, 0.6)
+    return sorted(name for distance, name in close if distance == least)[:MOST]
+
+
+def closest(word: str, options: Iterable[str]) -> str | None:
+    """The option that `word` is probably a typo of, or None."""
+    return next(iter(nearest(word, options)), None)
+
+
+def asked(names: Sequence[str]) -> str:
+    """` - did you mean 'x' or 'y'?`, or nothing without names."""
+    *others, last = map(repr, names or [""])
+    return f" - did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if names else ""
 
 
 def hint(word: str, options: Iterable[str]) -> str:
     """` - did you mean 'x'?`, or nothing when no option is near."""
-    near = closest(word, options)
-    return f" - did you mean {near!r}?" if near else ""
+    return asked(nearest(word, options))
 
 
 def hint_or_list(word: str, options: Iterable[str], what: str) -> str:

@@ -11,7 +11,7 @@ from typos import copy_recipes, judge, run_command
 from rlpost.errors import RecipeError
 from rlpost.recipe.files import packaged
 from rlpost.recipe.resolve import resolve
-from rlpost.suggest import closest, edits
+from rlpost.suggest import MOST, closest, edits, hint, nearest
 
 DATA = "vars.data=rows.jsonl"
 LEAST = dict.fromkeys(KINDS, 0.95) | {"key in a file": 0.85, "name of a recipe": 0.9}
@@ -141,3 +141,9 @@ def test_edits_counts_a_swap_of_neighbours_once() -> None:
     assert edits("kitten", "sitting") == 3
     assert closest("lerning_rate", ["learning_rate", "schedule"]) == "learning_rate"
     assert closest("frobnicate", ["learning_rate", "schedule"]) is None
+
+
+def test_words_that_are_equally_near_are_all_suggested() -> None:
+    assert hint("gpo", ["kto", "ppo", "dpo", "cpo"]) == " - did you mean 'cpo', 'dpo' or 'ppo'?"
+    assert hint("bco", ["kto", "ppo"]) == ""
+    assert len(nearest("x", "abcdefg")) == MOST
