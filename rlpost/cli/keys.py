@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 Node = dict[str, Any]
@@ -94,6 +95,8 @@ class Keys:
         """Whether a section of that kind can be meant: what it says of single values, the recipe does not deny."""
         if isinstance(ref := node.get("$ref"), str):
             node = self._schema["$defs"][ref.rpartition("/")[2]]
+        if isinstance(value, dict) and not value.keys().isdisjoint(node.get("not", {}).get("required", ())):
+            return False
         for name, wanted in node.get("properties", {}).items():
             given = value.get(name) if isinstance(value, dict) else None
             if "const" in wanted and given is not None and given != wanted["const"]:
@@ -145,8 +148,10 @@ def _endings(nodes: Sequence[Node], value: Any) -> list[str]:
 
 def _choices(nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
     for node in nodes:
-        for value in [*node.get("enum", []), *([node["const"]] if "const" in node else [])]:
-            yield _text(value), str(node.get("description", "")) if "const" in node else ""
+        for value, text in zip_longest(node.get("enum", []), node.get("markdownEnumDescriptions", []), fillvalue=""):
+            yield _text(value), str(text)
+        if "const" in node:
+            yield _text(node["const"]), str(node.get("description", ""))
         if node.get("type") == "boolean":
             yield from (("true", ""), ("false", ""))
 

@@ -145,19 +145,35 @@ SCHEMA: dict[str, Any] = {
     "properties": {
         "seed": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/reference"}], "description": "Of everything.\nMore."},
         "model": {"$ref": "#/$defs/Model"},
-        "stages": {"additionalProperties": {"anyOf": [{"$ref": "#/$defs/Sft"}, {"$ref": "#/$defs/Grpo"}]}},
+        "stages": {"additionalProperties": {"anyOf": [{"$ref": "#/$defs/Stage"}, {"$ref": "#/$defs/reference"}]}},
     },
     "$defs": {
         "reference": {"type": "string", "pattern": r"\$\{"},
         "Model": {
             "properties": {"path": {"type": "string"}, "lora": {"anyOf": [{"type": "null"}, {"properties": {}}]}}
         },
+        "Stage": {
+            "allOf": [
+                {
+                    "if": {"required": ["kind"], "properties": {"kind": {"const": "sft"}}},
+                    "then": {"$ref": "#/$defs/Sft"},
+                },
+                {
+                    "if": {"required": ["kind"], "properties": {"kind": {"const": "grpo"}}},
+                    "then": {"$ref": "#/$defs/Grpo"},
+                },
+                {"if": {"not": {"required": ["kind"]}}, "then": {"properties": {"any": {}, "weight": {}}}},
+            ]
+        },
         "Sft": {"properties": {"kind": {"const": "sft"}, "batch_size": {"type": "integer"}, "enabled": {}}},
         "Grpo": {
             "properties": {
                 "kind": {"const": "grpo"},
                 "whiten": {"anyOf": [{"type": "boolean"}, {"$ref": "#/$defs/reference"}]},
-                "weight": {"enum": ["token_mean", "sequence_mean", "sequence_sum"]},
+                "weight": {
+                    "enum": ["token_mean", "sequence_mean", "sequence_sum"],
+                    "markdownEnumDescriptions": ["Every token counts the same.", "Every completion does.", "A sum."],
+                },
                 "advantage": {"properties": {"fn": {"anyOf": [{"enum": ["rloo", "grpo"]}, {"type": "string"}]}}},
                 "rewards": {"anyOf": [{"type": "array", "items": {"properties": {"fn": {}, "weight": {}}}}]},
                 "kl": {"if": {"type": "object"}, "then": {"properties": {"beta": {"type": "number"}}}},
@@ -169,7 +185,11 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture
 def keys() -> Keys:
-    stages = {"a": {"kind": "grpo", "rewards": [{"fn": "ends"}], "kl": "${vars.kl}"}, "b": {"kind": "sft"}}
+    stages = {
+        "a": {"kind": "grpo", "rewards": [{"fn": "ends"}], "kl": "${vars.kl}"},
+        "b": {"kind": "sft"},
+        "c": {"steps": 1},
+    }
     return Keys(SCHEMA, {"stages": stages, "vars": {"kl": {"beta": 0.1}, "flag": True}})
 
 
@@ -188,7 +208,9 @@ def keys() -> Keys:
         ("stages.a.k", ["stages.a.kind=", "stages.a.kl="]),
         ("vars.f", ["vars.flag=", "vars.flag=true"]),
         ("nothing", []),
-        ("stages.c.", []),
+        ("stages.c.an", ["stages.c.any="]),
+        ("stages.c.w", ["stages.c.whiten=", "stages.c.weight="]),
+        ("stages.d.", []),
     ],
 )
 def test_keys_and_choices_under_a_schema(keys: Keys, word: str, expected: list[str]) -> None:
@@ -197,6 +219,7 @@ def test_keys_and_choices_under_a_schema(keys: Keys, word: str, expected: list[s
 
 def test_what_a_key_means_is_said(keys: Keys) -> None:
     assert keys.candidates("see") == [("seed=", "Of everything.")]
+    assert ("stages.a.weight=sequence_mean", "Every completion does.") in keys.candidates("stages.a.weight=")
 
 
 def test_files_that_inherit() -> None:
