@@ -1,4 +1,4 @@
-"""The command line as a whole: its commands, in groups, and how it starts and ends."""
+"""The `rlpost` command line: its commands and its entry point."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
 from rlpost.cli.launchers import refuse_several_processes
 
-# Nothing heavy is imported by the files of commands: what one needs, it imports when it is run, and --help stays quick.
+# Commands import torch and the like only when they run: --help stays quick.
 # rich_markup_mode=None: help by rich takes twice the time.
 app = typer.Typer(
     cls=Sections,
@@ -57,6 +57,6 @@ def _before(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Run the command line; whatever goes wrong is one line on stderr and an exit code."""
+    """Run the command line; an error is one line on stderr and an exit code."""
     completion.prepare(os.environ)
     exits.run(app)

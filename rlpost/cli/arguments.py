@@ -1,4 +1,4 @@
-"""Paths and pairs as people type them on a command line."""
+"""Parse paths and COLUMN=TEXT pairs of a command line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 
 
 def home(path: str | None) -> str | None:
-    """The path with `~` as the home folder: shells leave it in `--out=~/x`.
+    """The path with `~` expanded: shells do not expand it in `--out=~/x`.
 
     Raises:
-        RecipeError: `~name` is nobody's.
+        RecipeError: there is no user `name` for `~name`.
     """
     return str(expanded(path, path)) if path is not None and path.startswith("~") else path
 
 
 def target(path: str | None) -> str | None:
-    """The path of a file to write, before the work that it is to hold is done.
+    """The path of a file to write, checked before the work starts.
 
     Raises:
-        DiskError: it could not be written.
+        DiskError: it is a folder, or its folder is missing.
     """
     path = home(path)
     if path is None:
@@ -41,8 +41,8 @@ def picture(path: str | None) -> str | None:
     """The path of a picture to write.
 
     Raises:
-        DiskError: it could not be written.
-        RecipeError: its ending is none of a picture.
+        DiskError: it is a folder, or its folder is missing.
+        RecipeError: its suffix is not one of a picture.
     """
     path = target(path)
     if path is not None and Path(path).suffix not in _PICTURES:
@@ -51,7 +51,7 @@ def picture(path: str | None) -> str | None:
 
 
 def columns(given: Sequence[str], option: str) -> dict[str, str]:
-    """`COLUMN=TEXT` words as a row.
+    """The row that `COLUMN=TEXT` words give.
 
     Raises:
         RecipeError: a word has no `=`, or no column before it.

@@ -1,4 +1,4 @@
-"""Results as text: figures by their path, YAML in colour, and nothing that moves a terminal's cursor."""
+"""Print results: numbers by key, YAML in colour; on a terminal, without control characters."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rlpost.streams import in_colour, is_terminal
 
 
 def print_result(found: object) -> None:
-    """A result on stdout: word for word into a file or a pipe, without control characters on a terminal.
+    """Print a result on stdout: unchanged into a file or a pipe, without control characters on a terminal.
 
-    A mapping is a line of JSON, which escapes whatever is not plain.
+    A mapping is printed as a line of JSON.
     """
     text = json.dumps(found) if isinstance(found, dict) else str(found)
     emit(clean(text) if is_terminal(output()) else text)
 
 
 def show_yaml(text: str) -> None:
-    """YAML on stdout, its keys in colour on a terminal."""
+    """Print YAML on stdout, its keys in colour on a terminal."""
     if in_colour(output()):
         emit(coloured(clean(text)))
     else:
@@ -30,7 +30,7 @@ def show_yaml(text: str) -> None:
 
 
 def figures(result: Mapping[str, Any]) -> list[str]:
-    """A result's figures for reading, nested ones by their path."""
+    """A result as lines `key: value`; nested keys are joined by dots."""
     lines: list[str] = []
     for key, value in result.items():
         if isinstance(value, dict):

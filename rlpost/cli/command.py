@@ -1,4 +1,4 @@
-"""A command whose stdout is for results alone, and a group of commands that stand in sections of its help."""
+"""Classes for typer: a command that keeps stdout for results, and a group whose help has sections."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MOVED = ("infill", "calibrate", "plot")
 
 
 class Command(TyperCommand):
-    """A command whose stdout is for results alone; its help is printed before it is invoked."""
+    """A command that keeps stdout for results."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """`RECIPE [KEY=VALUE]...`: in brackets what may be left out, and nothing around the rest."""
+        """`RECIPE [KEY=VALUE]...`: optional arguments in brackets, required ones without."""
         return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write a line an argument, without its type, and then the options."""
+        """Write one line per argument, without its type, then the options."""
         params = self.get_params(ctx)
         arguments = [(p.metavar, p.help) for p in params if isinstance(p, TyperArgument)]
         options = [p.get_help_record(ctx) for p in params if not isinstance(p, TyperArgument)]
@@ -39,7 +39,7 @@ class Command(TyperCommand):
                     formatter.write_dl(lines)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command, then end the processes of users' code."""
         from rlpost.usercode.process import end_all
 
         try:
@@ -50,10 +50,10 @@ class Command(TyperCommand):
 
 
 class Sections(TyperGroup):
-    """The commands of `rlpost`, in sections of its help."""
+    """The commands of `rlpost`; its help has sections."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - the base class's signature
-        """Write a line a command, one section after the other."""
+        """Write one line per command, section by section."""
         formatter.write_paragraph()
         limit = formatter.width - 6 - max(map(len, self.commands))
         for title, names in SECTIONS.items():
@@ -62,7 +62,7 @@ class Sections(TyperGroup):
                 formatter.write_dl([(f"{n:<6}", self.commands[n].get_short_help_str(limit)) for n in names])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command that is meant; fails where it has moved, or is none."""
+        """Find the command; fail with its new name where it has moved."""
         if args[0] in MOVED and not ctx.resilient_parsing:
             ctx.fail(f"`rlpost {args[0]}` is now `rlpost goals {args[0]}`")
         return super().resolve_command(ctx, args)

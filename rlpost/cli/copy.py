@@ -16,7 +16,7 @@ from rlpost.errors import DiskError, RecipeError
 
 
 def schema_file() -> Path:
-    """The JSON Schema of recipes that ships."""
+    """The packaged JSON Schema of recipes."""
     return Path(str(files("rlpost"))) / "recipe/schema.json"
 
 
@@ -51,9 +51,9 @@ def copy(
 
 
 def copied(recipe: str, target: str) -> str:
-    """The text of a packaged recipe as it stands in the file `target`, with a line for editors at its top.
+    """The text to write to the file `target`: a packaged recipe below a line that tells editors its schema.
 
-    What it inherits is named as it is from any folder.
+    Inherited recipes get their packaged names, which hold in any folder.
     """
     from rlpost.recipe.files import find
 
@@ -66,7 +66,7 @@ def copied(recipe: str, target: str) -> str:
 
 
 def _from_anywhere(recipe: str, entries: str) -> str:
-    """Recipes of the same folder by their packaged names."""
+    """The entries of `defaults`, with those of the recipe's folder under their packaged names."""
     from rlpost.recipe.files import packaged
 
     folder, names = recipe.rpartition("/")[0], packaged()

@@ -1,4 +1,4 @@
-"""How the program ends: an exit code, and for whatever went wrong one line on stderr."""
+"""Exit codes, and one line on stderr for each error."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rlpost.errors import RecipeError, RlpostError
 from rlpost.streams import broken, in_colour, open_streams
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
-"""What is wrong with a command line; click's class or typer's own copy of it."""
+"""click's UsageError, or typer's own copy of it."""
 _LONGEST = 300
-"""Characters of a word that are shown: a path of thousands hides what is wrong with it."""
+"""Longer words of a message are cut, in characters."""
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -45,7 +45,7 @@ def _unexpected(error: Exception) -> int:
 
 
 def _misused(error: Any) -> int:
-    """A wrong command line in one line, with the command whose help shows it right."""
+    """Print a usage error in one line, with the command whose help explains it."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()

@@ -1,4 +1,4 @@
-"""Launchers of several processes: a run is one process on one device, and each further one would run it again."""
+"""Refuse launchers of several processes: a run is one process on one device; each other process would repeat it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _COUNTS = {
 }
 """Variable with the number of processes -> who sets it."""
 _RANKS = ("RANK", "LOCAL_RANK")
-_MEETING = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+_RENDEZVOUS = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
-    """Refuse to be one of several processes that a launcher started, in every one of them.
+    """Refuse to run as one of several processes that a launcher started.
 
     Raises:
-        RecipeError: the environment says that there are others.
+        RecipeError: the environment names several.
     """
     for name, launcher in _COUNTS.items():
         if environment.get(name, "").isdecimal() and int(environment[name]) > 1:
@@ -32,8 +32,8 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
     for name in _RANKS:
         if environment.get(name, "").isdecimal() and int(environment[name]) > 0:
             raise _refusal(f"process {environment[name]} of several ({name}={environment[name]})", name)
-    # On a CPU, `accelerate launch --num_processes 2` starts one process, with the address of a meeting point.
-    if environment.keys() >= _MEETING and "WORLD_SIZE" not in environment:
+    # On a CPU, `accelerate launch --num_processes 2` starts one process, with a rendezvous address.
+    if environment.keys() >= _RENDEZVOUS and "WORLD_SIZE" not in environment:
         raise _refusal("several processes by accelerate launch, which started one (MASTER_PORT is set)", "MASTER_PORT")
 
 

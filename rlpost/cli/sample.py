@@ -66,7 +66,7 @@ def sample(
     moved: _Moved = None,  # noqa: ARG001 - refused by its callback
     as_json: options.Json = False,
 ) -> None:
-    """Complete a prompt; a reverse model says what comes before it."""
+    """Complete a prompt; a reverse model writes what comes before it."""
     _must_fit(best_of, recipe, example, judge)
     text = from_stdin("PROMPT") if prompt is None else prompt
     sampling = options.in_range(Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or []), greedy)
@@ -90,7 +90,7 @@ def sample(
 
 
 def _must_fit(best_of: int | None, recipe: str | None, example: list[str] | None, judge: str | None) -> None:
-    """Raise BadParameter where an option misses another."""
+    """Raise BadParameter where an option needs another that is missing."""
     if best_of is not None and (recipe is None) == (judge is None):
         raise typer.BadParameter(
             "needs either --recipe, whose rewards choose the best, or --judge", param_hint="--best-of"

@@ -46,10 +46,10 @@ def engine_section(tree: Tree, seed: int) -> Section:
 
 
 def _rows(tree: Tree, model: TinyModel, guide: Guide, posterior_L: Tensor, wanted_L: Tensor) -> list[Row]:
-    at, said = _sampled(tree, model, guide)
+    at, logp_S = _sampled(tree, model, guide)
     missed = int((wanted_L[at] == 0).sum())
     return [
-        exact(f"{guide.mode}: probability of each sample", float((said.exp() / posterior_L[at] - 1).abs().max())),
+        exact(f"{guide.mode}: probability of each sample", float((logp_S.exp() / posterior_L[at] - 1).abs().max())),
         holds(f"{guide.mode}: samples that end where they must not", str(missed), "0", missed == 0),
     ]
 
@@ -67,8 +67,8 @@ def _network_row(tree: Tree, model: TinyModel, logp_XV: Tensor, goal: GoalSet, s
 
     guide = Guide(from_table(tree, log_X), goal, {END}, truncated_counts=True)
     expected_L = truth.leaf_logp(tree, guided(tree, logp_XV, guide))
-    at, said = _sampled(tree, model, replace(guide, follow=follow))
-    error = float(((said - expected_L[at]).exp() - 1).abs().max())
+    at, logp_S = _sampled(tree, model, replace(guide, follow=follow))
+    error = float(((logp_S - expected_L[at]).exp() - 1).abs().max())
     return exact("toward, by any network that follows the rows in a cache: probability of each sample", error)
 
 
@@ -77,5 +77,5 @@ def _sampled(tree: Tree, model: TinyModel, guide: Guide) -> tuple[list[int], Ten
     leaf = {tuple(ids.tolist()): at for at, ids in enumerate(torch.split(tree.token_N, tree.length_L.tolist()))}
     engine = frozen_engine(model.policy, guide)
     (found,) = engine.generate([Request(model.prompt, SAMPLES, Sampling(max_new_tokens=tree.depth), seed=0)])
-    said = torch.tensor([sum(c.logprobs.tolist()) for c in found], dtype=torch.float64)
-    return [leaf[tuple(c.ids.tolist())] for c in found], said
+    logp_S = torch.tensor([sum(c.logprobs.tolist()) for c in found], dtype=torch.float64)
+    return [leaf[tuple(c.ids.tolist())] for c in found], logp_S

@@ -47,15 +47,15 @@ def unlikelihood(logp_N: Tensor) -> Tensor:
 def likelihood_by_label(logp_N: Tensor, label_N: Tensor, *, alpha: float = 1.0) -> Tensor:
     """[N] −logp where the label is true, −α·log(1 − p) where it is false (Welleck et al., arXiv:1908.04319, eq. 5).
 
-    The paper adds both terms at every token, the second for tokens other than the target; here a completion is one to
-    be said or one not to be said, and each of its tokens has one of the two. By the logit of its token, neither term's
-    gradient is larger than 1 or α: p → 1 makes the loss large, and not the step.
+    The paper adds both terms at every token, the second for tokens other than the target; here a
+    completion is wanted or unwanted, and each of its tokens has one of the two. With respect to its token's logit,
+    neither gradient exceeds 1 or α: p → 1 makes the loss large, but not the step.
 
     Raises:
         ValueError: if α is negative.
     """
     if alpha < 0:
-        raise ValueError(f"alpha is the weight of what is not to be said, 0 or more, got {alpha}")
+        raise ValueError(f"alpha is the weight of unwanted completions, 0 or more, got {alpha}")
     return torch.where(label_N.bool(), nll(logp_N), alpha * unlikelihood(logp_N))
 
 

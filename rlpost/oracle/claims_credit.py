@@ -18,7 +18,7 @@ from rlpost.oracle.report import Row, Section, biased, exact, skipped
 
 LAMBDAS = (0.0, 0.5, 0.95, 1.0)
 WRONG = 0.3
-"""A value that is said of every state."""
+"""The value estimate for every state."""
 GROUPS = " / ".join(f"G={size}" for size in SIZES)
 STEP = 2
 """Actions a step; a completion's last step may have fewer."""

@@ -105,7 +105,7 @@ def _slope_rows(critic: Critic) -> list[Row]:
     problem, v_X = critic.problem, critic.problem.value_X
     said_X = torch.frac((torch.arange(len(v_X)).double() + 1) * 0.6180339887498949)
     found = critic.slope(lambda logit_N: monte_carlo_value(logit_N, critic.label_N), torch.logit(said_X))
-    # One step on: the reward where a completion ends, else what is said of the next state.
+    # One step on: the reward where a completion ends, else the estimate for the next state.
     after_XV = truth.action_values(problem.tree, said_X, problem.reward_L)
     next_X = (problem.logp_XV.detach().exp() * after_XV).sum(1)
     stepped = critic.slope(lambda x_N: bellman_residual(x_N, critic.label_N, critic.rows), torch.logit(said_X))

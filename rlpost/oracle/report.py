@@ -99,7 +99,7 @@ def exact(name: str, errors: Numbers, expected: str = "exact", tolerance: float 
 
 
 def biased(name: str, cosines: Numbers, expected: str = "biased") -> Row:
-    """A claim of bias, by cosines with the truth; on a tree that happens to show none, that is said."""
+    """A claim of bias, by cosines with the truth; the verdict also says where this tree shows no bias."""
     found = _listed(cosines)
     known = [x for x in found if x is not None]
     if any(x != x for x in known):

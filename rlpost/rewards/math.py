@@ -150,9 +150,9 @@ def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Ver
     if not 0 < deadline <= 3600:
         raise RecipeError(f"math_answer: deadline is {deadline}; give seconds an answer, more than 0, at most 3600")
     decided = {pair: _decide(*pair) for pair in pairs}
-    # Completions of a group often agree, and a hanging answer is worth waiting for once only.
+    # Completions of a group often agree: each pair is compared once.
     open_pairs = [
-        (reference, answer) for (reference, answer), said in decided.items() if said is None and answer is not None
+        (reference, answer) for (reference, answer), known in decided.items() if known is None and answer is not None
     ]
     if open_pairs:
         replies = _workers().judge(open_pairs, deadline)
@@ -160,13 +160,13 @@ def _judge(pairs: Sequence[tuple[str, str | None]], deadline: float) -> list[Ver
     return [_known(decided[pair]) for pair in pairs]
 
 
-def _known(said: Verdict | None) -> Verdict:
-    assert said is not None
-    return said
+def _known(found: Verdict | None) -> Verdict:
+    assert found is not None
+    return found
 
 
 def _decide(reference: str, answer: str | None) -> Verdict | None:
-    """The verdict where rational numbers are all there is to compute, None otherwise."""
+    """The verdict if rational numbers suffice to compute it, else None."""
     if len(reference) > LONGEST:
         return Verdict.error
     try:

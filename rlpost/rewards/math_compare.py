@@ -1,4 +1,4 @@
-"""Is the value of an answer that of the reference? The reference says what counts: its order, its base, its form."""
+"""Compare an answer with its reference. The reference decides whether order, base and form count."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from rlpost.rewards.math_values import (
 
 
 class NeedsAlgebra(Exception):
-    """Trees that are not rational have to be computed."""
+    """The comparison needs values that are not rational."""
 
 
 @dataclass(frozen=True)
 class Algebra:
-    """What computes trees that are not rational."""
+    """How trees that are not rational are compared."""
 
     equal: Callable[[Tree, Tree], bool]
     proportional: Callable[[Tree, Tree, bool], bool]
@@ -47,7 +47,7 @@ def same(reference: Value, answer: Value, algebra: Algebra = NO_ALGEBRA) -> bool
     """Whether the answer is right.
 
     Raises:
-        NeedsAlgebra: it cannot be said without computing more than rational numbers, and `algebra` is not given.
+        NeedsAlgebra: the comparison needs more than rational numbers, and `algebra` is not given.
     """
     return _Comparison(algebra).same(reference, answer)
 
@@ -86,7 +86,7 @@ class _Comparison:
         return False
 
     def _quantities(self, reference: Quantity, answer: Quantity) -> bool:
-        """A unit counts where both have one."""
+        """Units must agree only where both have one."""
         if reference.unit and answer.unit and reference.unit != answer.unit:
             return False
         if reference.percent == answer.percent:
@@ -108,14 +108,14 @@ class _Comparison:
         return self._algebra.equal(left, right)
 
     def _choices(self, reference: Value, answer: Value) -> bool:
-        """By letter where both have one, else by what the choice says; both, where both have both."""
+        """Compare letters where both have one, else values; letters and values where both have both."""
         left, right = _as_choice(reference), _as_choice(answer)
         if left is not None and right is not None:
             if left.letter != right.letter:
                 return False
             return left.value is None or right.value is None or self.same(left.value, right.value)
-        said = [v.value if isinstance(v, Choice) else v for v in (reference, answer)]
-        return said[0] is not None and said[1] is not None and self.same(said[0], said[1])
+        values = [v.value if isinstance(v, Choice) else v for v in (reference, answer)]
+        return values[0] is not None and values[1] is not None and self.same(values[0], values[1])
 
     def _words(self, reference: Value, answer: Value) -> bool:
         if isinstance(reference, Words) and isinstance(answer, Words):
@@ -191,12 +191,12 @@ class _Comparison:
         return all(self.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
     def _exactly(self, reference: Exactly, answer: Exactly) -> bool:
-        """A ratio that could be a time of day is one beside a ratio that could not."""
+        """`3:30` is a ratio or a time: compared with a ratio it is read as a ratio."""
         kinds = {reference.kind, answer.kind}
         return kinds == {"ratio", "clock"} and _as_ratio(reference) == _as_ratio(answer)
 
     def _relations(self, reference: Value, answer: Value) -> bool:
-        """Unsolved equations are the same if one is the other times a constant; a solved one asks for its value."""
+        """Unsolved equations are the same if one is the other times a constant; of a solved one the value counts."""
         left, right = _as_relation(reference), _as_relation(answer)
         if left is None or right is None or left.sign != right.sign:
             return False
@@ -215,14 +215,14 @@ def _as_choice(value: Value) -> Choice | None:
 
 
 def _letters(value: Value) -> Tree | None:
-    """The expression that a value is, or would be if its letters were multiplied."""
+    """The expression of a value; of a text, its letters multiplied."""
     if isinstance(value, Quantity):
         return None if value.unit or value.percent else value.tree
     return value.tree if isinstance(value, Words) else None
 
 
 def _as_relation(value: Value) -> Relation | None:
-    """`y = 2x + 1` as an equation; `x = 5` is solved, and `2x = 10` is not its equal."""
+    """`y = 2x + 1` as an equation; None for `x = 5`, which is solved (`2x = 10` does not equal it)."""
     if isinstance(value, Relation):
         return value
     if isinstance(value, Named) and isinstance(value.value, Quantity) and not value.value.percent:
@@ -233,7 +233,7 @@ def _as_relation(value: Value) -> Relation | None:
 
 
 def _may_be(value: Value, name: str) -> bool:
-    """Whether nothing in a list says that it is another variable's."""
+    """Whether no item of a list is named as another variable."""
     items = value.items if isinstance(value, Several) else ()
     return all(item.name == name for item in items if isinstance(item, Named))
 
@@ -252,7 +252,7 @@ def _as_ratio(value: Exactly) -> tuple[int, ...]:
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
-    """Intervals with rational ends in order, those that touch joined; as they are where an end is not rational."""
+    """Intervals in order, those that touch joined; unchanged where an end is not rational."""
     keyed: list[tuple[float | Fraction, float | Fraction, Span]] = []
     for span in spans:
         low, high = _end(span.low), _end(span.high)

@@ -1,4 +1,4 @@
-"""Trees that are rational, computed exactly and within bounds."""
+"""Rational trees, computed exactly up to a number of bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rlpost.rewards.math_expressions import Tree
 from rlpost.rewards.math_text import Unreadable
 
 BITS = 1 << 14
-"""Of an exact number, where nothing else is said: what takes no time."""
+"""Largest size of an exact number by default: computed in no time."""
 BITS_OF_ROOTS = 2048
-"""Of a number whose root is looked for."""
+"""Largest size of a number whose root is computed."""
 
 
 class _NotRational(Exception):
@@ -32,7 +32,7 @@ def exact(tree: Tree, bits: int = BITS) -> Fraction | None:
 
 
 def has_sign_choice(tree: Tree) -> bool:
-    """Whether it says ± anywhere."""
+    """Whether the tree contains ±."""
     return tree[0] in ("pm", "mp") or any(isinstance(p, tuple) and has_sign_choice(p) for p in tree[1:])
 
 
@@ -93,7 +93,7 @@ class _Exact:
             if exponent < 0:
                 raise Unreadable("it divides by zero")
             if exponent == 0:
-                raise Unreadable("0 to the power of 0 is not one number to all")
+                raise Unreadable("0 to the power of 0 is undefined")
             return base
         if abs(base) == 1:
             return base ** int(exponent % 2)

@@ -1,9 +1,9 @@
-"""Expressions of numbers, letters and functions: read into trees, and computed exactly where they are rational.
+"""Parse expressions of numbers, letters and functions into trees.
 
 A tree is a tuple: `("num", Fraction)`, `("name", "x")`, `("pi",)`, `("e",)`, `("i",)`, `("inf",)`, `("+", a, b, ...)`,
 `("*", a, b, ...)`, `("/", a, b)`, `("^", a, b)`, `("neg", a)`, `("pm", a)`, `("mp", a)`, `("root", n, a)`,
 `("!", a)`, `("!!", a)`, `("binom", n, k)`, `("abs", a)`, `("floor", a)`, `("ceil", a)`, `("deg", a)`,
-`("log", base, a)` (base None: not said), `("sin", a)` and other functions of one argument.
+`("log", base, a)` (base None: not given), `("sin", a)` and other functions of one argument.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tree = tuple[Any, ...]
 
 _INVERSES = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 DEEPEST = 60
-"""Brackets within brackets; what a person writes has five."""
+"""Most levels of brackets; people write up to five."""
 _ADDS = ("+", "-", "\\pm", "\\mp")
 
 
@@ -140,7 +140,7 @@ class _Reader:
     def _mixed(self, whole: Tree, fraction: Tree) -> Tree:
         above, below = fraction[1][1], fraction[2][1]
         if above.denominator != 1 or below.denominator != 1 or not 0 < above < below:
-            raise Unreadable("a whole number before a fraction that is none of a mixed number: write the sign between")
+            raise Unreadable("a whole number before a fraction, but no mixed number: write the sign between them")
         return ("num", whole[1] + above / below)
 
     def _begins_factor(self, token: Token) -> bool:
@@ -177,7 +177,7 @@ class _Reader:
         return tree
 
     def _exponent(self) -> Tree:
-        """All of a number (`2^10` is 1024), a bracket, or a sign and one of them; towers go upwards."""
+        """A whole number (`2^10` is 1024), a bracket, or a sign and one of them; `a^b^c` is `a^(b^c)`."""
         if self._is("+", "-"):
             sign = self._next().text
             return _with_sign(sign, self._exponent())
@@ -284,7 +284,7 @@ class _Reader:
         raise Unreadable(f"{name} is not read")
 
     def _argument(self) -> Tree:
-        """What a command takes: a group in braces, or one digit or letter, as in \\frac12."""
+        """A command's argument: a group in braces, or one digit or letter, as in \\frac12."""
         token = self.ahead
         if token is not None and token.text == "{":
             return self._group()

@@ -1,8 +1,8 @@
-"""Are two trees equal? By many digits, at many points where they hold variables. Runs in the worker alone.
+"""Compare two trees numerically: with many digits, and at many points if they have variables. Runs in the worker only.
 
-Numbers that differ at all differ in their first hundred digits, except by design: the digits are counted out
-from the sizes of what is added on the way. What is too large for that is told apart from what is not.
-Variables are real; so is everything, unless i is written: the square root of -1 is no number then.
+The number of digits follows from the sizes of the terms added on the way, so that a difference is seen even where large
+terms cancel. A tree that is too large to compute differs from one that is not.
+All values are real unless i is written: without it, the square root of -1 has no value.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from rlpost.rewards.math_expressions import Tree, parts
 from rlpost.rewards.math_text import Unreadable
 
 BITS = 1 << 20
-"""Of numbers that are still computed exactly here, where a deadline is kept."""
+"""Largest size of an exact number here; the worker has a deadline."""
 DIGITS = 60
 MOST_DIGITS = 4_000
-"""Needed only by towers of powers."""
+"""Only towers of powers need so many."""
 POINTS = 40
 ENOUGH = 3
-"""Points at which both must have a value, for them to be called equal."""
+"""Two trees are equal only if both have a value at this many points."""
 
 
 class Undecided(Exception):
-    """Neither equal nor different, as far as we can compute; says why."""
+    """Equality could not be decided; says why."""
 
 
 class _NoValue(Exception):
-    """There is none here: a division by zero, a root of a negative number."""
+    """The tree has no value at this point: a division by zero, a root of a negative number."""
 
 
 class _TooLarge(Exception):
-    """More digits than we compute."""
+    """The value needs more than MOST_DIGITS digits."""
 
 
 class _Huge(Exception):
-    """Positive, and larger than anything that is computed."""
+    """The value is positive and too large to compute."""
 
 
 def equal(left: Tree, right: Tree) -> bool:
-    """Whether two trees have the same value, or the same values wherever their variables lie.
+    """Whether two trees have the same value, for every value of their variables.
 
     Raises:
         Undecided: they are defined almost nowhere, or too large.
@@ -58,10 +58,10 @@ def equal(left: Tree, right: Tree) -> bool:
 
 
 def proportional(left: Tree, right: Tree, positive: bool) -> bool:
-    """Whether one is the other times a constant other than 0 (a positive one): `left = 0` and `right = 0` say the same.
+    """Whether left = c·right with a constant c ≠ 0 (`positive`: c > 0): the same equation `left = 0`.
 
     Raises:
-        Undecided: as of `equal`.
+        Undecided: as for `equal`.
     """
     ratios: list[Any] = []
 
@@ -85,7 +85,7 @@ def _compare(left: Tree, right: Tree, agree: Callable[[_Computed, _Computed], bo
     for point in _points(names, hidden_base, whole, [*_literals(left), *_literals(right)]):
         with mpmath.workdps(DIGITS):
             a, b = (_at(tree, point, complex_too) for tree in (left, right))
-            # One side may need more digits than the other to tell what was added to it.
+            # Both sides with the digits of the side that needs more.
             if isinstance(a, _Computed) and isinstance(b, _Computed) and a.digits != b.digits:
                 digits = max(a.digits, b.digits)
                 a, b = (_at(tree, point, complex_too, digits) for tree in (left, right))
@@ -115,7 +115,7 @@ def _literals(tree: Tree) -> Iterator[Fraction]:
 
 
 def _points(names: list[str], hidden_base: bool, whole: bool, literals: list[Fraction]) -> Iterator[dict[str, Any]]:
-    """Where to look: whole numbers (alone, beside factorials), fractions of all sizes, beside every number written."""
+    """Values of the variables: whole numbers (only those with factorials), fractions, and near every number written."""
     extra = {" base": Fraction(29, 17)} if hidden_base else {}
     if not names:
         yield extra
@@ -141,7 +141,7 @@ def _points(names: list[str], hidden_base: bool, whole: bool, literals: list[Fra
 
 
 class _Computed:
-    """A value, its digits, and how far it may be off."""
+    """A value, its number of digits, and a bound on its error."""
 
     def __init__(self, value: Any, largest: Any, digits: int) -> None:
         self.value = value
@@ -150,7 +150,7 @@ class _Computed:
 
 
 def _at(tree: Tree, point: Mapping[str, Any], complex_too: bool, digits: int = DIGITS) -> _Computed | str:
-    """The value at a point, computed again with as many digits as it took to write what was added on the way."""
+    """The value at a point; computed again with more digits where large terms cancelled."""
     try:
         for _ in range(4):
             with mpmath.workdps(digits):
@@ -172,15 +172,15 @@ def _at(tree: Tree, point: Mapping[str, Any], complex_too: bool, digits: int = D
 
 
 class _Run:
-    """One computation: values from the leaves up, with the sizes met on the way."""
+    """One evaluation of a tree from its leaves up; records the sizes of its terms."""
 
     def __init__(self, point: Mapping[str, Any], complex_too: bool) -> None:
         self._point = point
         self._complex_too = complex_too
         self.largest = mpmath.mpf(0)
-        """Largest number that was added or subtracted: what is left is exact to its last digits only."""
+        """Largest term that was added or subtracted; the error scales with it."""
         self.span = 0.0
-        """Decades between the sizes of the numbers met."""
+        """Decades between the largest and the smallest term."""
 
     def value(self, tree: Tree) -> Any:
         kind = tree[0]
@@ -274,7 +274,7 @@ class _Run:
 
     def _logarithm(self, tree: Tree) -> Any:
         argument = self._ln(self.value(tree[2]))
-        # Nobody said the base: as good as any number, so that only what holds for all bases is equal.
+        # The base is unknown: a number nobody writes, so that only what holds for all bases is equal.
         base = _number(self._point[" base"]) if tree[1] is None else self.value(tree[1])
         return self._met(argument / self._ln(base))
 
@@ -296,7 +296,7 @@ class _Run:
         return getattr(mpmath, name)(value)
 
     def _circular(self, name: str, value: Any) -> Any:
-        """A point where it has no value may be missed by rounding alone."""
+        """Near a pole, rounding can give a huge value instead of none."""
         result = getattr(mpmath, name)(value)
         if name in ("tan", "sec", "csc", "cot") and abs(result) > mpmath.mpf(10) ** (mpmath.mp.dps // 2):
             raise _NoValue

@@ -1,4 +1,4 @@
-"""Reading an answer: text to value. What is no mathematics, or can be read in two ways, is refused with a reason."""
+"""Read the value of an answer's text. Raises Unreadable, with the reason, where it is ambiguous or no mathematics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rlpost.rewards.math_values import (
     Value,
     Words,
 )
-from rlpost.rewards.math_words import INFINITY, REALS, choice, said
+from rlpost.rewards.math_words import INFINITY, REALS, choice, from_words
 
 _PLAIN = re.compile(r"-?(?:\d{1,15}|[1-9]\d{0,2}(?:,\d{3}){1,4})(?:\.\d{1,15})?")
 _APPROXIMATELY = re.compile(r"(?:\\approx|\\sim|~|\b(?:approximately|about|roughly|around|exactly))\s*", re.IGNORECASE)
@@ -46,7 +46,7 @@ _IMPLIES = re.compile(r"\\(?:implies|Rightarrow|Longrightarrow|therefore)(?![a-z
 _ORDINAL = re.compile(r"(-?\d{1,9})\s*(?:\^?\s*\{?\s*⟦?\s*(?:st|nd|rd|th)\s*⟧?\s*\}?)(?:\s+[A-Za-z]+)?")
 _AND_A_HALF = re.compile(r"(\d+) and (?:a|one)[ -](half|third|quarter)\b(.*)")
 _PARTS = {"half": "1/2", "third": "1/3", "quarter": "1/4"}
-_SAID_TWICE = re.compile(r"([^()]*\S) \(([A-Za-z -]{2,})\)((?: [^()]*)?)")
+_REPEATED = re.compile(r"([^()]*\S) \(([A-Za-z -]{2,})\)((?: [^()]*)?)")
 _AND = re.compile(r"⟦\s*,?\s*(and|or)\s*⟧")
 
 
@@ -88,10 +88,14 @@ def _list(text: str) -> Value:
     if match:
         text = f"{match[1]} {_PARTS[match[2]]}{match[3]}"
     text = re.sub(r"(?<=\d) and (?=\d+/\d+(?!\d))", " ", text)  # 1 and 1/2
-    value = said(text)
+    value = from_words(text)
     if value is not None:
         return value
-    if (twice := _SAID_TWICE.fullmatch(text)) and (value := said(twice[2])) is not None and value == _list(twice[1]):
+    if (
+        (twice := _REPEATED.fullmatch(text))
+        and (value := from_words(twice[2])) is not None
+        and value == _list(twice[1])
+    ):
         return _list(twice[1] + twice[3])  # 7 (seven) apples
     found, separators = elements(text, inside=False)
     if len(found) == 1:
@@ -110,14 +114,14 @@ def _several(values: Sequence[Value], kind: str) -> Value:
     names = {v.name for v in values if isinstance(v, Named)}
     named = [v for v in values if isinstance(v, Named)]
     if len(names) == 1 and named[0] is values[0]:
-        # x = 1, x = 2 and x = 1 or 2 are values of one variable: their order says nothing.
+        # x = 1, x = 2 and x = 1 or 2 are values of one variable: their order does not count.
         free = "any" if len(named) > 1 else kind
         return Named(named[0].name, _flat([v.value if isinstance(v, Named) else v for v in values], free))
     return _flat(values, kind)
 
 
 def _flat(values: Sequence[Value], kind: str) -> Several:
-    """5 ± 2, and 1 or 2, are several values of a list of which each counts."""
+    """`5 ± 2` and `1 or 2` inside a list count as its items."""
     items: list[Value] = []
     for value in values:
         if isinstance(value, Several) and value.kind == "any":
@@ -145,7 +149,7 @@ def _joined(ranges: Sequence[Reals], words: set[str]) -> Value:
 
 
 def _one(text: str) -> Value:
-    """One element: a relation, or what stands on its own."""
+    """One element: a relation or an operand."""
     text = _APPROXIMATELY.sub("", text, count=1) if _APPROXIMATELY.match(text) else text
     found, signs = cut(text, _RELATION)
     if not signs:
@@ -227,7 +231,7 @@ def _ray(name: str, sign: str, end: Tree) -> Reals:
 
 def _operand(text: str) -> Value:
     """A set, a tuple, a matrix, a text or an expression."""
-    value = said(text)
+    value = from_words(text)
     if value is not None:
         return value
     if text.startswith(("\\emptyset", "\\mathbb{R}")) and text in ("\\emptyset", "\\mathbb{R}"):
@@ -284,7 +288,7 @@ def _set(inside: str) -> Value:
 
 
 def as_interval(value: Value) -> Value:
-    """A pair in brackets as the interval that it may be; all else as it is."""
+    """A pair in brackets as an interval; other values unchanged."""
     if isinstance(value, Several) and len(value.kind) == 2 and len(value.items) == 2:
         ends = [item.tree for item in value.items if isinstance(item, Quantity) and not item.unit]
         if len(ends) == 2:
@@ -299,13 +303,13 @@ def _spans(value: Value) -> tuple[Span, ...]:
         points = [item.tree for item in value.items if isinstance(item, Quantity)]
         if len(points) == len(value.items):
             return tuple(Span(point, point, True, True) for point in points)
-    raise Unreadable("a union of what are no sets of numbers")
+    raise Unreadable("a union of values that are not sets of numbers")
 
 
 def _all_but(value: Value) -> Value:
     points = sorted(p for span in _spans(value) if (p := exact(span.low)) is not None and span.low == span.high)
     if len(points) != len(_spans(value)):
-        raise Unreadable("all numbers without a set that we cannot order")
+        raise Unreadable("all numbers except a set whose values cannot be ordered")
     ends: list[Tree] = [("neg", INFINITY), *(("num", p) for p in points), INFINITY]
     return Reals(tuple(Span(low, high, False, False) for low, high in pairwise(ends)))
 
@@ -351,5 +355,5 @@ def _quantity(text: str) -> Value:
         raise Unreadable("a percentage with a unit")
     if has_sign_choice(tree):
         return Several("any", tuple(Quantity(with_signs(tree, upper), percent, unit) for upper in (True, False)))
-    exact(tree)  # a division by zero is told now
+    exact(tree)  # raises on a division by zero
     return Quantity(tree, percent, unit)

@@ -1,4 +1,4 @@
-"""Where a text of mathematics can be cut: at commas, "and", relations and unions that stand in no bracket."""
+"""Split a text of mathematics at commas, "and", relations and unions outside of brackets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SEPARATOR = re.compile(r"[,;]\s*(?:(?:and|or)\b)?|(?<![A-Za-z\\])(?:and|or)(?![
 
 
 def outside(text: str) -> list[bool]:
-    """For every sign whether it stands in no bracket, and is none.
+    """For every character, whether it is outside of all brackets and no bracket itself.
 
     Raises:
         Unreadable: brackets do not match.
@@ -49,7 +49,7 @@ def outside(text: str) -> list[bool]:
 
 
 def whole_bracket(text: str) -> tuple[str, str, str] | None:
-    """(opening, inside, closing) of a text that is one bracket from end to end."""
+    """(opening, inside, closing) of a text that is one bracket as a whole; None for other texts."""
     for opening in ("\\{", "\\langle", "(", "["):
         if text.startswith(opening):
             free = outside(text)
@@ -68,7 +68,7 @@ def whole_bracket(text: str) -> tuple[str, str, str] | None:
 
 
 def elements(text: str, inside: bool) -> tuple[list[str], list[str]]:
-    """(elements, separators between them) of a list; `inside` a bracket, a comma before a digit separates.
+    """(elements, separators between them) of a list; `inside`: in a bracket, where a comma before a digit separates.
 
     Raises:
         Unreadable: a comma may group thousands or separate.
@@ -105,7 +105,7 @@ def _grouping_commas(text: str, free: list[bool], inside: bool) -> Iterator[int]
 
 
 def cut(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """(pieces, what stood between) where the pattern is found outside of brackets."""
+    """(pieces, the matches between them) of a text split at a pattern outside of brackets."""
     free = outside(text)
     pieces, between = [], []
     start = 0

@@ -1,6 +1,6 @@
-"""One spelling for the many ways to write the same mathematics: Unicode and LaTeX's variants become plain LaTeX.
+"""Normalise mathematics: Unicode and variants of LaTeX become plain LaTeX.
 
-What `\\text{}` and its kin hold is kept between ⟦ and ⟧, so that words are not taken for products of letters.
+The contents of `\\text{}` and the like are put between ⟦ and ⟧, so that words are not taken for products of letters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import unicodedata
 
 
 class Unreadable(Exception):
-    """A text that is no answer we can read, or that can be read in two ways; says why."""
+    """A text is ambiguous or no answer; says why."""
 
 
 _SIGNS = {
@@ -95,7 +95,7 @@ _MONEY = re.compile(r"\\?\$")
 
 
 def normalise(text: str) -> str:
-    """The text with one spelling for each sign and command; spaces are kept where they may matter."""
+    """The text with one spelling per sign and command; runs of spaces become one."""
     text = _ONE_FRACTION.sub(_fraction, _WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text))
     text = _ROOT.sub(lambda m: f"\\sqrt{_DEGREES[m[1]]}{{{m[2]}}}", text).replace("√", "\\sqrt ")
     text = _RUN_RAISED.sub(lambda m: f"^{{{''.join(_RAISED[c] for c in m[0])}}}", text)
@@ -124,7 +124,7 @@ def without_dollars(text: str) -> str:
     while i < len(signs):
         here, after = signs[i].start(), signs[i + 1].start() if i + 1 < len(signs) else None
         if after is None:
-            # One alone: money before a number, else a leftover.
+            # A single one: money before a number, else a leftover.
             if not re.match(r"\$\s*[\d.]", text[here:]):
                 drop.add(here)
             i += 1
@@ -137,7 +137,7 @@ def without_dollars(text: str) -> str:
 
 
 def _keep_rows(text: str) -> str:
-    """`\\\\` ends a row of a matrix: what follows it is no command."""
+    """Replace `\\\\`, the end of a matrix row, so that it is not read as the start of a command."""
     return re.sub(r"\\\\(?:\[[^\]]*\])?", "\x00", text)
 
 

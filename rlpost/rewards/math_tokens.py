@@ -1,4 +1,4 @@
-"""The pieces of an expression: numbers, letters, commands and signs."""
+"""Tokens of an expression: numbers, letters, commands and signs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FUNCTIONS = frozenset(
 )
 _SPELLINGS = {"asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _NO_PRODUCT = (*FUNCTIONS, "log", "sqrt", "pi", "gcd", "lcm", "max", "min", "mod", "det", "lim", "sup", "inf", "arg")
-"""Letters that begin like this are hardly letters multiplied."""
+"""Letters that begin with one of these are not a product of letters."""
 
 _TOKEN = re.compile(
     r"(?P<space>\s*)(?:"
@@ -28,21 +28,21 @@ _TOKEN = re.compile(
 
 @dataclass
 class Token:
-    """A piece of an expression."""
+    """A token of an expression."""
 
     kind: str
     """`number`, `command`, `name`, `function`, `sign` or `text`."""
     text: str
     apart: bool
-    """Behind a space."""
+    """Whether a space stands before it."""
     start: int = 0
 
 
 def tokens(text: str) -> list[Token]:
-    """The pieces of a normalised text.
+    """The tokens of a normalised text.
 
     Raises:
-        Unreadable: a sign that is none of ours.
+        Unreadable: a sign is unknown.
     """
     found: list[Token] = []
     at = 0

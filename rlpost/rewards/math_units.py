@@ -1,4 +1,4 @@
-"""What stands behind a number: units, things counted, words of magnitude. Units are told apart, not converted."""
+"""What follows a number: units, things counted, words of magnitude. Units are compared, not converted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NAMES = {
 }  # fmt: skip
 _CANONICAL = {spelling: name for name, others in _NAMES.items() for spelling in (name, *others.split())}
 _SHORT = {"m", "g", "s", "h", "L", "l", "N", "J", "W", "V", "K"}
-"""One letter is a unit only behind a space, or in `\\text{}`."""
+"""Units of one letter; read as such only behind a space or in `\\text{}`."""
 MAGNITUDES = {
     **dict.fromkeys(("hundred", "hundreds"), 2),
     **dict.fromkeys(("thousand", "thousands"), 3),
@@ -38,11 +38,11 @@ _SAYS_MORE = (
     "tens ones lakh lakhs crore crores bn mil mn googol fold wrong incorrect false nope never except without "
     "reciprocal inverse opposite quadrillion"
 )
-"""Words behind a number that change it."""
+"""Words of magnitude and their powers of ten."""
 _NOT_A_THING = frozenset(_SAYS_MORE.split())
 _PART = re.compile(r"\w*(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|teen|tie|hundred|thousand|illion)ths?")
 """Twentieths and the like."""
-_WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]++\.?|[$£€¥¢])"  # ++: a word is not cut, or there were thousands of ways
+_WORD = r"(?:⟦[^⟦⟧]*⟧|[A-Za-zÀ-ɏ]++\.?|[$£€¥¢])"  # ++: without backtracking, which would take exponential time
 _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))"
 _TAIL = re.compile(
     rf"(?P<gap>\s*)(?P<unit>(?:\^\\circ\s*)?{_WORD}?{_POWER}?(?:(?:\s*/\s*|\s*\*\s*|\s+|-)?{_WORD}{_POWER}?){{0,5}}"
@@ -90,7 +90,7 @@ def split_magnitude(text: str) -> tuple[str, Fraction, str]:
 
 
 def _unit(text: str, apart: bool) -> str | None:
-    """One spelling of a unit or of things counted; None where the text is neither."""
+    """A unit or a thing counted in one spelling; None for other texts."""
     in_text = "⟦" in text
     text = re.sub(r"\\frac\{(.*?)\}\{(.*)\}", r"\1/\2", text)
     text = re.sub(r"\^\\circ\s*⟦?\s*([CF])\b", lambda m: {"C": " celsius", "F": " fahrenheit"}[m[1]], text)
@@ -125,14 +125,14 @@ def _word(piece: str, apart: bool, in_text: bool) -> str | None:
             return _CANONICAL[spelling]
     if folded in ("cubic", "cu"):
         return "cubic"
-    # A word we do not know is a thing that was counted, if it cannot be a product of variables.
+    # An unknown word is a thing counted, unless it may be a product of variables.
     if not (in_text or (apart and len(piece) >= 3)):
         return None
     return folded.removesuffix("s")
 
 
 def _arranged(words: list[str]) -> str | None:
-    """`sq cm` and `cm^2` alike, `° C` as one."""
+    """The spelling that `sq cm` and `cm^2` share; `° C` as one unit."""
     found: list[str] = []
     raised = ""
     for word in words:

@@ -1,4 +1,4 @@
-"""What an answer can be. A value says nothing about spelling; `math_read` makes it, `math_compare` compares two."""
+"""Values of answers, independent of spelling: `math_read` makes them, `math_compare` compares two."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rlpost.rewards.math_expressions import Tree
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number or an expression, with what it counts."""
+    """A number or an expression, with its unit."""
 
     tree: Tree
     percent: bool = False
-    """Written with a percent sign, which `tree` does not take into account."""
+    """Written with a percent sign; `tree` is the number before the sign."""
     unit: str = ""
 
 
 @dataclass(frozen=True)
 class Words:
-    """A text: compared word for word, capitals aside."""
+    """A text; compared without regard to capitals."""
 
     text: str
     tree: Tree | None = None
-    """What it is if its letters (three at most) were meant to be multiplied."""
+    """The product of its letters, if there are at most three."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Choice:
 
     letter: str
     value: Value | None = None
-    """What the choice says, where that is given too."""
+    """The value of the choice, where it is given too."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Several:
     """More than one value."""
 
     kind: str
-    """`list` (in order), `any` (said with "or", "and" or ±), `set`, or the brackets of a tuple, as in `(]`."""
+    """`list` (in order), `any` (written with "or", "and" or ±), `set`, or the brackets of a tuple, as in `(]`."""
     items: tuple[Value, ...]
 
 
@@ -76,7 +76,7 @@ class Reals:
 
     spans: tuple[Span, ...]
     name: str = ""
-    """The variable that lies there, where it was written."""
+    """The variable in these intervals, or ""."""
 
 
 @dataclass(frozen=True)

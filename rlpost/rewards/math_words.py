@@ -1,4 +1,4 @@
-"""Answers that are said in words or marks: numbers in words, choices, dates, times, ratios, digits in a base."""
+"""Read answers that are not expressions: numbers in words, choices, dates, times, ratios, digits in a base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNDER_TWENTY = (
 _SMALL = {word: number for number, word in enumerate(_UNDER_TWENTY.split())}
 _ROUND = "twenty thirty forty fifty sixty seventy eighty ninety"
 _TENS = {word: number * 10 for number, word in enumerate(_ROUND.split(), start=2)}
-_SAID: dict[str, Value] = {
+_PHRASES: dict[str, Value] = {
     "infinity": Quantity(INFINITY), "positive infinity": Quantity(INFINITY), "plus infinity": Quantity(INFINITY),
     "negative infinity": Quantity(("neg", INFINITY)), "minus infinity": Quantity(("neg", INFINITY)),
     "all real numbers": REALS, "all reals": REALS, "the real numbers": REALS, "all numbers": REALS,
@@ -32,11 +32,11 @@ _SAID: dict[str, Value] = {
     "two thirds": Quantity(("num", Fraction(2, 3))), "one quarter": Quantity(("num", Fraction(1, 4))),
     "three quarters": Quantity(("num", Fraction(3, 4))),
 }  # fmt: skip
-_MONTHS_SAID = (
+_MONTH_NAMES = (
     "january jan|february feb|march mar|april apr|may|june jun|july jul|august aug|september sep sept|october oct|"
     "november nov|december dec"
 )
-_MONTHS = {name: number for number, names in enumerate(_MONTHS_SAID.split("|"), start=1) for name in names.split()}
+_MONTHS = {name: number for number, names in enumerate(_MONTH_NAMES.split("|"), start=1) for name in names.split()}
 _MONTH = rf"(?P<month>{'|'.join(sorted(_MONTHS, key=len, reverse=True))})\.?"
 _DAY = r"(?P<day>\d{1,2})(?:st|nd|rd|th)?"
 _DATES = tuple(
@@ -52,7 +52,7 @@ _CLOCK = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?\s*([ap])\.?\s?m\.?")
 _CLOCK_ALONE = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 _RATIO = re.compile(r"\d+(?:\s*:\s*\d+)+")
 _BASE = re.compile(r"⟦?([0-9A-Za-z]+)⟧?\s*_\s*(\d+|⟦\s*[a-z]+\s*⟧|\{\s*(?:\d+|⟦?\s*[a-z]+\s*⟧?)\s*\})")
-_BASE_SAID = re.compile(r"([0-9A-F]+)\s*\(?\s*(?:in )?base (\d+|[a-z]+)\s*\)?")
+_BASE_IN_WORDS = re.compile(r"([0-9A-F]+)\s*\(?\s*(?:in )?base (\d+|[a-z]+)\s*\)?")
 _LETTERS_OF_CHOICES = "A-Ja-j"
 _CHOICE = (
     re.compile(
@@ -67,16 +67,16 @@ _WORDS = re.compile(r"[^\W\d_]+(?:[\s'.,/&-]+[^\W\d_]+)*[.!]?")
 _NAMED = re.compile(r"(?=[^\W\d_]{2})[^\W\d_]+(?:[\s'-]+[^\W_]+)*")
 
 
-def said(text: str) -> Value | None:
-    """The value of a text in words, of a date, a time, a ratio, or digits in a base; None for all else.
+def from_words(text: str) -> Value | None:
+    """The value of a text in words, of a date, a time, a ratio, or digits in a base; None for other texts.
 
     Raises:
-        Unreadable: digits that the base does not have.
+        Unreadable: a digit is not in the base.
     """
     bare = " ".join(text.replace("⟦", " ").replace("⟧", " ").replace('"', " ").split())
     folded = bare.casefold()
     return (
-        _SAID.get(folded)
+        _PHRASES.get(folded)
         or _in_base(text)
         or _date(folded)
         or _time(folded)
@@ -87,7 +87,7 @@ def said(text: str) -> Value | None:
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """(letter, the rest) of `(B) 12`, `B. 12` or `option B`; None for all else."""
+    """(letter, the rest) of `(B) 12`, `B. 12` or `option B`; None for other texts."""
     bare = " ".join(text.replace("⟦", " ").replace("⟧", " ").split())
     for pattern in _CHOICE:
         if match := pattern.fullmatch(bare):
@@ -115,7 +115,7 @@ def _words(text: str, bare: str) -> Value | None:
 
 
 def plain_words(text: str) -> str:
-    """Words without marks between them and without an article, capitals alike; short letters keep theirs."""
+    """Words without punctuation and article, in lower case; up to three capitals stay as they are."""
     words = re.sub(r"[^\w\s'/&]|_", " ", text).split()
     if len(words) > 1 and words[0].casefold() in ("the", "a", "an"):
         words = words[1:]
@@ -145,7 +145,7 @@ def _product(letters: str) -> Tree | None:
 
 
 def number_word(text: str) -> Value | None:
-    """The whole number that words say, or None."""
+    """The whole number that the words spell, or None."""
     minus = re.match(r"(?:negative|minus) ", text)
     words = re.sub(r"[-,]|\band\b", " ", text[minus.end() :] if minus else text).split()
     total, group = 0, None
@@ -174,7 +174,7 @@ def number_word(text: str) -> Value | None:
 
 
 def _in_base(text: str) -> Value | None:
-    match = _BASE.fullmatch(text) or _BASE_SAID.fullmatch(text.replace("⟦", "").replace("⟧", ""))
+    match = _BASE.fullmatch(text) or _BASE_IN_WORDS.fullmatch(text.replace("⟦", "").replace("⟧", ""))
     if match is None or not (match[1][0].isdigit() or ("⟦" in text and match[1].isupper())):
         return None
     written = match[2].strip("{}⟦⟧ ")
@@ -184,7 +184,7 @@ def _in_base(text: str) -> Value | None:
         raise Unreadable(f"{written!r} is no base from 2 to 36")
     digits = match[1].upper().lstrip("0") or "0"
     if any(int(digit, 36) >= base for digit in digits):
-        raise Unreadable(f"{match[1]!r} has digits that base {base} has not")
+        raise Unreadable(f"{match[1]!r} has digits that base {base} does not have")
     return Quantity(("num", Fraction(int(digits)))) if base == 10 else InBase(digits, base)
 
 

@@ -1,4 +1,4 @@
-"""The process for comparisons that take time: run as a script, killed when one takes too long.
+"""The process that makes slow comparisons: run as a script, killed when one takes too long.
 
 Requests are lines on stdin, `["reference", "answer", seconds]`; for each it writes one line to stdout: right, wrong,
 unparseable or error. It says `ready` first, and ends when stdin does.
