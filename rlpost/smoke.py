@@ -18,7 +18,9 @@ from rlpost.recipe.resolve import Resolved, resolve
 ROWS_A_STEP = 256
 """Rows that are read of each source for a step of training."""
 PROMPTS_A_STEP = 8
-"""Prompts that are sampled for a step, in stages that make rows and in the evaluation."""
+"""Prompts that are sampled for a step in stages that make rows."""
+EVALUATED_A_STEP = 2
+"""Prompts of each source of the evaluation for a step."""
 TIE_BREAK = {"fn": "length", "name": "tie_break", "weight": 1e-3, "args": {"target": 1, "width": 1000}}
 """A reward too small to outvote another: with it, completions that are all equally wrong make pairs too."""
 
@@ -41,10 +43,16 @@ def _cuts(recipe: dict[str, Any], steps: int) -> Iterator[tuple[str, Any]]:
     """(key, value) of whatever makes the recipe shorter."""
     for name, stage in recipe["stages"].items():
         if stage["enabled"]:
-            cut = _of_stage(stage, steps)
-            yield from ((f"stages.{name}.{key}", value) for key, value in cut.items() if value != stage[key])
-    if recipe.get("evaluation"):
-        yield "evaluation.data", _first_rows(recipe["evaluation"]["data"], PROMPTS_A_STEP * steps)
+            yield from _changed(f"stages.{name}", stage, _of_stage(stage, steps))
+    if evaluation := recipe.get("evaluation"):
+        needed = max([2 if evaluation["best_of"] or evaluation["judge"] else 1, *evaluation["pass_at"]])
+        rows = _first_rows(evaluation["data"], EVALUATED_A_STEP * steps)
+        cut = {"data": rows, "samples": _least(evaluation["samples"], needed)}
+        yield from _changed("evaluation", evaluation, cut)
+
+
+def _changed(where: str, section: dict[str, Any], cut: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    yield from ((f"{where}.{key}", value) for key, value in cut.items() if value != section[key])
 
 
 def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ SPREAD = [
 """Recipes of every kind of stage, of steps and of epochs."""
 CUT = re.compile(
     r"stages\.\w+\.(steps|epochs|prompts|log_every|table_every|min_gap|reached_only|refresh\.every|critic\.warmup_steps"
-    r"|data\.\w+\.limit|rewards\[\d+\]\..*)|evaluation\.data\.\w+\.limit"
+    r"|data\.\w+\.limit|rewards\[\d+\]\..*)|evaluation\.(samples|data\.\w+\.limit)"
 )
 
 
@@ -49,7 +49,7 @@ def is_cut(name: str, steps: int) -> None:
         elif stage["enabled"] and "prompts" in stage:
             assert stage["prompts"] <= 8 * steps
     for source in ((tree(cut).get("evaluation") or {}).get("data") or {}).values():
-        assert source["limit"] <= 8 * steps
+        assert source["limit"] <= 2 * steps
     changed = [change.key for change in differences(tree(whole), tree(cut))]
     assert [key for key in changed if not CUT.fullmatch(key)] == []
 
@@ -104,12 +104,12 @@ def test_a_smoke_run_is_replayed_by_its_resolved_recipe(tmp_path: Path) -> None:
 def test_data_by_reference_is_cut_for_each_stage_alone(tmp_path: Path) -> None:
     shared = {"problems": {"task": {"fn": "addition.train"}}}
     stages = {"sft": {**SFT, "data": "${vars.shared}"}, "pairs": {**PAIRS, "data": "${vars.shared}", "prompts": None}}
-    evaluation = {"data": "${vars.shared}", "rewards": [{"fn": "rewards.py:digits"}]}
+    evaluation = {"data": "${vars.shared}", "rewards": [{"fn": "rewards.py:digits"}], "samples": 9, "pass_at": [1, 3]}
     file = write(tmp_path, stages, vars={"shared": shared}, evaluation=evaluation)
     cut = resolve_smoke(str(file), [], 2).config
     assert cut.stages["sft"].data["problems"].limit == 512
     assert cut.stages["pairs"].prompts == 16
-    assert cut.evaluation.data["problems"].limit == 16
+    assert (cut.evaluation.data["problems"].limit, cut.evaluation.samples) == (4, 3)
 
 
 def test_a_source_that_no_override_can_name_stays_whole(tmp_path: Path) -> None:
