@@ -181,3 +181,25 @@ def test_recipes_really_run(tmp_path: Path, name: str) -> None:
             assert (tmp_path / resolved.config.run / stage / "DONE").is_file()
             log = tmp_path / resolved.config.run / stage / "metrics.jsonl"
             assert "steps" not in settings or log.read_bytes().count(b"\n") == 2
+
+
+KINDS = (
+    "dapo distillation kto off_policy online_dpo ppo process_reward_model ranking_dpo reward_model tr_dpo trpo vineppo"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_methods_really_run_from_a_smoke_run_of_their_start(tmp_path: Path) -> None:
+    words = [f"runs={tmp_path}", "threads=1"]
+    train(resolve_smoke("methods/start", words, 2))
+    words.append(f"vars.start={tmp_path}/start-2-steps")
+    train(resolve_smoke("methods/rloo", [*words, "stages.rl.table_every=1"], 2))
+    given = {
+        "distillation": f"vars.teacher={tmp_path}/rloo-2-steps",
+        "off_policy": f"vars.recorded={tmp_path}/rloo-2-steps/rl/rollouts",
+    }
+    for name in KINDS.split():
+        own = [given[name]] if name in given else []
+        final = train(resolve_smoke(f"methods/{name}", [*words, *own], 2))
+        assert final.parents[1] == tmp_path / f"{name}-2-steps"
