@@ -59,8 +59,10 @@ def test_what_an_honest_engine_gives_is_passed_on_and_made_whole():
     assert [c.digest() for cs in found for c in cs] == [c.digest() for cs in own.generate(REQUESTS) for c in cs]
 
 
-def without_last(c):
-    return replace(c, ids=c.ids[:-1], action=c.action[:-1])
+@pytest.mark.parametrize(("ids", "finish"), [([1, 3], "stop"), ([1, 2], "length")])
+def test_an_end_token_stops_a_completion_that_names_no_finish(ids, finish):
+    found = made(lambda policy: Honest(policy, lambda _: Completion(ids, [True] * 2, logprobs=[-1.0] * 2)))
+    assert found.generate(REQUESTS)[1][1].finish == finish
 
 
 SPOILT = {

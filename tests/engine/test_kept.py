@@ -11,6 +11,7 @@ from engines import asked, local
 from families import FAMILIES, EndTokenOnly, tiny
 from stubs import policy_of, tiny_policy
 
+from rlpost.engine import batch
 from rlpost.engine import local as engine_module
 from rlpost.engine.params import Sampling
 from rlpost.policy import kept
@@ -50,6 +51,17 @@ def test_requests_that_differ_in_everything_are_what_each_is_alone(make):
     assert same(later[0], together[0][1:])
 
 
+def test_rows_of_one_sampling_may_stand_apart():
+    policy = tiny_policy()
+    warm, cold = Sampling(max_new_tokens=3), Sampling(max_new_tokens=3, temperature=0.3)
+    # In the batch they stand in this order, by length: the first and the last are drawn together.
+    requests = [
+        Request([5] * length, 1, way, length) for length, way in zip(range(1, 5), (warm, cold, cold, warm), strict=True)
+    ]
+    together = local(policy).generate(requests)
+    assert all(same(a, local(policy).generate([r])[0]) for a, r in zip(together, requests, strict=True))
+
+
 def test_equal_prompts_are_computed_once_wherever_they_stand(monkeypatch):
     policy, seen = tiny_policy(), []
     prompts = [[5, 6], [7, 8], [5, 6], [7, 8], [1]]
@@ -69,7 +81,9 @@ def test_equal_prompts_are_computed_once_wherever_they_stand(monkeypatch):
 def test_a_row_that_has_filled_the_models_positions_leaves_before_the_others():
     policy = tiny_policy("gpt2")
     room = policy.longest - len(PROMPTS[0])
-    requests = [Request([5] * (policy.longest - 2), 1, LONG, 1, limit=2), Request(PROMPTS[0], 3, LONG, 2, limit=room)]
+    # 4 of 5 rows go on: without a row that must leave, none would yet.
+    assert batch.LEAVE_AT < 4 / 5
+    requests = [Request([5] * (policy.longest - 2), 1, LONG, 1, limit=2), Request(PROMPTS[0], 4, LONG, 2, limit=room)]
     short, long = local(policy).generate(requests)
     assert len(short[0].ids) == 2
     assert {len(c.ids) for c in long} == {room}
@@ -98,6 +112,19 @@ def test_prompts_that_go_on_from_kept_rows_get_what_they_would_get_without(famil
     assert engine.kept.reused > 0.6 * sum(map(len, distinct))
     assert engine.kept.missed - read + engine.kept.reused == sum(map(len, distinct)) + sum(map(len, PROMPTS)) - read
     assert bare.kept.bytes == bare.kept.reused == 0
+
+
+def test_what_a_row_draws_beyond_its_end_is_not_kept():
+    engine = local(tiny_policy())
+    # The first row ends early, and leaves only with the others.
+    requests = [
+        Request(PROMPTS[0], 1, LONG, 1, limit=4, keep=True),
+        Request(PROMPTS[1], 7, LONG, 2, limit=12, keep=True),
+    ]
+    engine.generate(requests)
+    # Each prompt, and of its rows all that was read: nothing follows the last token of the long ones.
+    tokens = (len(PROMPTS[0]) + 4) + (len(PROMPTS[1]) + 7 * 11)
+    assert engine.kept.bytes == TOKEN_BYTES * tokens
 
 
 def test_a_third_turn_reuses_what_the_second_has_added(monkeypatch):

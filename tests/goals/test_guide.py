@@ -54,6 +54,16 @@ def test_a_cut_off_completion_counts_if_told_so(counts, expected):
     assert guide.log_weights(torch.zeros(1, 2), [Position((9,), (3,), True)]).exp()[0].tolist() == expected
 
 
+def test_the_last_token_that_fits_is_the_one_at_each_rows_limit():
+    guide = Guide(nothing_known, GoalSet([(1,)]), {0}, truncated_counts=True)
+    rows = guide.begin([(9,)], [0, 0], [1, 2])
+    logits, there, ahead = torch.zeros(2, 3), [0.0, 1.0, 0.0], [0.0, 0.5, 0.5]
+    assert rows.weigh(logits, torch.tensor([True, True])).exp().tolist() == [there, ahead]
+    rows.append(torch.tensor([1, 2]))
+    rows.keep(torch.tensor([1]))
+    assert rows.weigh(logits[:1], torch.tensor([True])).exp().tolist() == [there]
+
+
 def test_a_dead_end_is_refused_and_not_sampled():
     guide = Guide(lambda p, c: torch.full(c.shape, -math.inf), GoalSet([(1,)]), {0}, Mode.away, candidates=2)
     with pytest.raises(EngineError, match="every one of the 2 likeliest tokens leads to a forbidden ending"):

@@ -52,9 +52,9 @@ def test_a_loss_is_told_what_it_asks_for():
         return teacher_NV[:, 0] + target_N + logp_N
 
     stats = LogitStats(loss=DistributionLoss(loss, frozenset({"teacher_NV", "target_N", "logp_N"})))
-    logits, teacher = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+    logits, teacher = torch.tensor([[1.0, 1.0, 2.0, 4.0]] * 3).log(), torch.arange(12.0).view(3, 4)
     found = score(logits, identity, 4, torch.tensor([2, 0, 1]), stats, lambda where: teacher[where])
-    assert found.loss_N.tolist() == pytest.approx([x - math.log(4) for x in (2, 4, 9)])
+    assert found.loss_N.tolist() == pytest.approx([2 - math.log(4), 4 - math.log(8), 9 - math.log(8)])
 
 
 def test_temperature_divides_logits():
