@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from functools import wraps
 from pathlib import Path
@@ -29,8 +30,12 @@ _PLAIN = re.compile(r"[\w./~+@%,-]+")
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-    """Put together the words of the line that bash took apart at `=` and `:`, where it asks for candidates."""
-    if environment.get("_RLPOST_COMPLETE") != "complete_bash":
+    """Where a shell asks for candidates: put together the words of the line that bash took apart at `=` and `:`."""
+    asked = environment.get("_RLPOST_COMPLETE")
+    if asked in ("complete_zsh", "complete_fish"):
+        # Typer would put what words mean through rich, whose import takes as long as all the rest.
+        sys.modules["rich"] = None  # type: ignore[assignment]
+    if asked != "complete_bash":
         return
     words, at = environment.get("COMP_WORDS", "").split("\n"), environment.get("COMP_CWORD", "")
     if at.isdecimal() and int(at) < len(words):

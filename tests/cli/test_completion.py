@@ -300,3 +300,10 @@ def test_as_zsh_asks(program: dict[str, str], tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("_arguments '*: :((\"stages.first.")
     assert '"stages.first.steps="' in done.stdout
+    # Evaluated as zsh does: one word for each argument, whatever stands in descriptions.
+    asked["_TYPER_COMPLETE_ARGS"] = "rlpost train "
+    printed = subprocess.run(["rlpost"], env=asked, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shell = f'_arguments() {{ printf \'<%s>\' "$#" "$1"; }}; {printed}'
+    said = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("<1><*: :((")
+    assert '"demo":"A tiny model from nothing through SFT' in said
