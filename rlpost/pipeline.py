@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -31,7 +31,7 @@ from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Precision
 from rlpost.policy.scratch import make_model
-from rlpost.recipe.functions import bind, bind_all
+from rlpost.recipe.functions import bind_all
 from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
@@ -50,6 +50,7 @@ from rlpost.stage_rows import open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.unexpected import traceback_kept
+from rlpost.usercode.binding import bind
 
 
 @dataclass
@@ -82,7 +83,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     accelerator = the_accelerator()
     functions = functions_of(resolved)
     with (
-        open_run(resolved.node, resolved.file, resolved.overrides, allow_change, functions, _leaves(recipe)) as run,
+        open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, functions, _leaves(recipe)) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
@@ -205,7 +206,7 @@ def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     if model.path is not None:
         return find_checkpoint(model.path) or Path(model.path)
     folder = run.base.resolve()
-    made_from = {"config": model.config, "tokenizer": asdict(model.tokenizer) if model.tokenizer else None}
+    made_from = {"config": model.config, "tokenizer": model.tokenizer.model_dump() if model.tokenizer else None}
     digest = hashlib.sha256(json.dumps([made_from, resolved.config.seed], default=str).encode()).hexdigest()
     about = {"run": run.record.run, "stage": "base", "made_from": digest}
     wrong = verify(folder, about) if folder.exists() else None

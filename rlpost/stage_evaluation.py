@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from rlpost.policy.identity import identity
 from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
@@ -40,6 +38,7 @@ from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.stages.references import readable_references
 from rlpost.types import Group
+from rlpost.usercode.binding import bind
 from rlpost.usercode.params import ENVIRONMENT
 
 _PROVEN = ("json", "jsonl")
@@ -134,7 +133,7 @@ class StageEvaluations:
         """Everything that an evaluation depends on: settings, code, model, and judges."""
         assert self._cfg is not None
         chosen = self._cfg.rollouts or self._resolved.config.rollouts
-        decides = {**asdict(self._cfg), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
+        decides = {**self._cfg.model_dump(), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
         settings = json.loads(json.dumps({**decides, "show": None, "every_stage": None}, default=str))
         asked = {text for text in _texts(settings) if text in known}
         # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.

@@ -16,10 +16,10 @@ from rlpost.data.part import Shelf
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
 from rlpost.policy.model_files import told_as_model_error
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.stages.context import stage_seed
 from rlpost.stages.references import readable_references
+from rlpost.usercode.binding import bind
 
 
 def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None) -> Dataset:

@@ -32,17 +32,21 @@ from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import resolve
 from rlpost.train.experience import Experience
 from rlpost.types import Group
-from rlpost.usercode.params import Function
+from rlpost.usercode.binding import bind
+from rlpost.usercode.params import TimedFunction
 
 MODEL = Model()
 
 
 def source(path: Path, map_: str, fold: int, folds: int, part: FoldPart) -> Source:
-    return Source(path=str(path), map=Function(f"gsm8k.{map_}"), fold=Fold("question", folds, fold, part))
+    return Source(
+        path=str(path),
+        map=TimedFunction(fn=f"gsm8k.{map_}"),
+        fold=Fold(by="question", of=folds, hold_out=fold, part=part),
+    )
 
 
 def groups_of(policy: Policy, rows: Source, need: Need) -> list[Group]:

@@ -71,7 +71,7 @@ class Case:
 
 def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Case:
     cfg = Sft(learning_rate=1.0, weight=weight, max_length=30)
-    function = world.function(Sft(loss=Function(fn)), "loss")
+    function = world.function(Sft(learning_rate=1.0, loss=Function(fn=fn)), "loss")
     groups = singles()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -88,8 +88,11 @@ def with_reference(world: World, groups: Sequence[Group], temperature: float = 1
 
 
 def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.0) -> Case:
-    modify = [f.call for f in world.functions(Dpo(modifiers=[Function(m) for m in modifiers]), "modifiers")]
-    objective = PairObjective(world.function(Dpo(loss=Function(fn)), "loss"), modify, nll)
+    modify = [
+        f.call
+        for f in world.functions(Dpo(learning_rate=1.0, modifiers=[Function(fn=m) for m in modifiers]), "modifiers")
+    ]
+    objective = PairObjective(world.function(Dpo(learning_rate=1.0, loss=Function(fn=fn)), "loss"), modify, nll)
     groups = pairs()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -100,7 +103,7 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
 
 
 def ranked_policy(world: World) -> Case:
-    loss = dpo.ranking_loss(world.function(Dpo(loss=Function("ranking")), "loss"))
+    loss = dpo.ranking_loss(world.function(Dpo(learning_rate=1.0, loss=Function(fn="ranking")), "loss"))
     groups = ranked()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -110,7 +113,7 @@ def ranked_policy(world: World) -> Case:
 
 
 def unpaired(world: World) -> Case:
-    function = world.function(Kto(), "loss")
+    function = world.function(Kto(learning_rate=1.0), "loss")
     groups = singles()
     others = kto.mismatched(groups, seed=2)  # with other seeds z is below 0, and cut off there
 
@@ -123,7 +126,7 @@ def unpaired(world: World) -> Case:
 
 
 def scored(world: World, fn: str, groups: Sequence[Group]) -> Case:
-    loss = reward_model.score_loss(world.function(RewardModel(loss=Function(fn)), "loss"))
+    loss = reward_model.score_loss(world.function(RewardModel(learning_rate=1.0, loss=Function(fn=fn)), "loss"))
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         return Update(loss, reward_model.weighted(Experience(tuple(groups[i] for i in share)), learner))
@@ -132,7 +135,7 @@ def scored(world: World, fn: str, groups: Sequence[Group]) -> Case:
 
 
 def scored_steps(world: World) -> Case:
-    loss = process_reward_model.step_loss(world.function(ProcessRewardModel(), "loss"))
+    loss = process_reward_model.step_loss(world.function(ProcessRewardModel(learning_rate=1.0), "loss"))
     groups = singles()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -166,8 +169,8 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
         learning_rate=1.0,
         group_size=GROUP_SIZE,
         sampling=SAMPLING,
-        loss=Function(fn),
-        advantage=Function(advantage, args),
+        loss=Function(fn=fn),
+        advantage=Function(fn=advantage, args=args),
         **settings,
     )
     groups = world.groups
@@ -226,7 +229,7 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
 
 
 def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -> Case:
-    cfg = Trpo(group_size=GROUP_SIZE, sampling=SAMPLING, advantage=Function("leave_one_out"), weight="sequence_sum")
+    cfg = Trpo(group_size=GROUP_SIZE, sampling=SAMPLING, advantage=Function(fn="leave_one_out"), weight="sequence_sum")
     groups = world.groups
     penalty, stats = penalty_of(world, cfg), LogitStats(SAMPLING.temperature, distribution=True)
 

@@ -25,12 +25,12 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.policy.score import logprobs
 from rlpost.policy.value_head import ValueHeadModel
-from rlpost.recipe.functions import bind, functions_at
 from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.score import RewardBatch
 from rlpost.stages import rollouts
 from rlpost.stages.rollouts import Rollout
 from rlpost.types import Completion, Group, completions
+from rlpost.usercode.binding import bind, functions_at
 from rlpost.usercode.bound import Bound
 
 SAMPLING = Sampling(max_new_tokens=12, temperature=0.8)

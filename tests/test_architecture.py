@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
-    {"errors", "key", "suggest"},
+    {"errors", "section", "strict_yaml", "suggest"},
     {"facts", "params"},
     {"results", "streams", "unexpected"},
     {"console", "objectives", "types"},
@@ -55,12 +55,12 @@ LIGHT = (
         "data",
         "errors",
         "facts",
-        "key",
+        "section",
         "recipe",
         "results",
         "rewards",
     ),
-    *("params", "run", "smoke", "streams", "suggest", "unexpected", "usercode"),
+    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "unexpected", "usercode"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60

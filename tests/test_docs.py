@@ -9,27 +9,24 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import Field, fields, is_dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 import rlpost
 from rlpost import errors, objectives, rewards
 from rlpost.data.formats import Format, Need, recognise
 from rlpost.oracle.verify import verify
 from rlpost.recipe.files import packaged
-from rlpost.recipe.keys import MISSING, fields_of, shape
 from rlpost.recipe.kinds import kinds
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.typed import plain
 from rlpost.rewards.tree import NODES
 from rlpost.run import names
-from rlpost.usercode.params import Lookup
+from rlpost.section import Choice, Section
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -39,12 +36,12 @@ SECTIONS = (
     *("goals.params", "evaluate.params", "recipe.schema", "recipe.specs.common"),
     *(f"recipe.specs.{kind}" for kind in kinds()),
 )
-"""Modules whose dataclasses are sections of a recipe."""
+"""Modules whose classes are sections of a recipe."""
 CLASSES = [
     c
     for name in SECTIONS
     for c in vars(importlib.import_module(f"rlpost.{name}")).values()
-    if isinstance(c, type) and is_dataclass(c) and c.__module__ == f"rlpost.{name}" and c is not Lookup
+    if isinstance(c, type) and issubclass(c, Section) and c.__module__ == f"rlpost.{name}"
 ]
 NUMBER = re.compile(r"-?\d[\d.]*(?:e-?\d+)?")
 RECIPE = re.compile(r"rlpost\s+(?:train|show)\s+([\w./-]+)|--recipe[ =]([\w./-]+)")
@@ -63,43 +60,45 @@ def tables() -> dict[str, dict[str, list[str]]]:
     return found
 
 
-def own_fields(cls: type) -> list[Field[Any]]:
+def own_fields(cls: type[Section]) -> dict[str, FieldInfo]:
     """Fields that the class adds to those of its bases; a kind that it merely sets is none."""
-    inherited = {f.name for base in cls.__bases__ if is_dataclass(base) for f in fields(base)}
-    return [f for f in fields(cls) if f.name not in inherited]
+    inherited = {name for base in cls.__bases__ if issubclass(base, Section) for name in base.model_fields}
+    return {name: info for name, info in cls.model_fields.items() if name not in inherited}
 
 
 def documented(cell: str) -> Any:
     """The default in a cell, `null` and `[]` as YAML; MISSING where it has none."""
     match = re.fullmatch(r"`(.*)`", cell)
-    return yaml.safe_load(match[1]) if match else MISSING
+    return yaml.safe_load(match[1]) if match else PydanticUndefined
 
 
 def same(wanted: Any, given: Any) -> bool:
-    """A dataclass as default may be told by those of its keys that differ from its own defaults."""
-    if is_dataclass(wanted) and not isinstance(wanted, type):
-        return isinstance(given, dict) and plain(type(wanted)(**given)) == plain(wanted)
-    return bool(plain(wanted) == given)
+    """A section as default may be told by those of its keys that differ from its own defaults."""
+    if isinstance(wanted, Section):
+        return isinstance(given, dict) and type(wanted)(**given) == wanted
+    return bool((list(wanted) if isinstance(wanted, tuple) else wanted) == given)
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_every_key_is_documented_with_its_default(cls):
     table = tables()[cls.__name__]
-    assert list(table) == [f.name for f in own_fields(cls)]
-    for f in own_fields(cls):
-        wanted = f.default_factory() if f.default_factory is not NO_DEFAULT else f.default
-        assert same(wanted, documented(table[f.name][2])), f"{cls.__name__}.{f.name}: the default is {wanted}"
+    assert list(table) == list(own_fields(cls))
+    for name, info in own_fields(cls).items():
+        wanted = None if name == "run" else info.get_default(call_default_factory=True)
+        if name == "run":  # the file's name
+            continue
+        assert same(wanted, documented(table[name][2])), f"{cls.__name__}.{name}: the default is {wanted}"
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_choices_and_nulls_are_documented(cls):
     table = tables()[cls.__name__]
-    for f in own_fields(cls):
-        found = shape(fields_of(cls)[f.name])
-        told = table[f.name][1]
-        assert told.endswith("?") == found.optional, f"{cls.__name__}.{f.name}: {told}"
-        if isinstance(found.base, type) and issubclass(found.base, Enum):
-            assert re.findall(r"`(\w+)`", told) == [m.value for m in found.base]
+    for name, info in own_fields(cls).items():
+        parts = [part for part in (info.annotation, *get_args(info.annotation)) if isinstance(part, type)]
+        told = table[name][1]
+        assert told.endswith("?") == (type(None) in parts), f"{cls.__name__}.{name}: {told}"
+        for choice in (part for part in parts if get_origin(part) is None and issubclass(part, Choice)):
+            assert re.findall(r"`(\w+)`", told) == [m.value for m in choice]
 
 
 def test_no_section_documents_what_is_not_there():

@@ -238,7 +238,7 @@ def test_data_with_other_rows_than_before_is_refused_even_then(tmp_path, monkeyp
 def test_two_runs_in_one_directory(tmp_path, monkeypatch, capsys):
     file = write(tmp_path, {"sft": SFT})
     resolved = resolve(str(file))
-    with open_run(resolved.node, resolved.file, resolved.overrides):
+    with open_run(resolved.tree, resolved.file, resolved.overrides):
         assert command(monkeypatch, "train", str(file)) == 7
     assert f"in use by process {os.getpid()}" in capsys.readouterr().err
     assert command(monkeypatch, "train", str(file)) == 0

@@ -21,32 +21,31 @@ MINE = '''\
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
+
+from pydantic import Field
 
 from rlpost.data.params import Need
-from rlpost.key import key
 from rlpost.recipe.specs.common import Training
 
 if TYPE_CHECKING:
     from rlpost.stages.context import Context
 
 
-@dataclass
 class Short(Training):
     """Learns from rows of at most `most` tokens."""
 
-    batch_size: int = key(8, ge=2)
-    most: Optional[int] = key(None, gt=0)
+    batch_size: int = Field(8, ge=2)
+    most: int | None = Field(None, gt=0)
     """Tokens of the longest completion that is learned from."""
     gain: float = 1.0
 
     def rows(self):
         return Need.completions
 
-    def problems(self, where, earlier):
-        yield from super().problems(where, earlier)
+    def rules(self, where, earlier):
+        yield from super().rules(where, earlier)
         if self.most is None and self.gain != 1:
             yield f"{where}.gain: is for short rows - give {where}.most"
 
@@ -150,13 +149,12 @@ def test_its_keys_are_held_to_what_they_say(mine: Path, tmp_path: Path, override
     [
         ("cfg: Short)", "cfg)", "short of FILE is no stage - write `def short(context, cfg: MyStage) -> Path`"),
         ("class Short(Training)", "class Short", "short of FILE is no stage"),
-        ("@dataclass\n", "", "Short of FILE is no dataclass - write @dataclass above it"),
-        ("gain: float", "gain: int | str", "Short.gain: int | str - a key holds text, a number, true or false"),
-        ("gain: float", "gain: Number", "Short: name 'Number' is not defined - import it at the top of the file"),
+        ("gain: float", "gain: Path()", "Short of FILE: Unable to generate pydantic-core schema for PosixPath"),
+        ("gain: float", "gain: Number", "Short of FILE: name 'Number' is not defined - mend that key's type"),
         ("    gain", "    leaves = 'row'\n    gain", "Short.leaves: 'row' - did you mean 'rows'?"),
         (
-            "from rlpost.key",
-            "import nowhere\nfrom rlpost.key",
+            "from rlpost.data.params",
+            "import nowhere\nfrom rlpost.data.params",
             "FILE:11: ModuleNotFoundError: No module named 'nowhere'",
         ),
     ],
@@ -184,15 +182,13 @@ def test_a_file_outside_the_recipes_folder_is_not_loaded(mine: Path, tmp_path: P
 
 
 ROWS = """\
-from dataclasses import dataclass
 from pathlib import Path
-from rlpost.key import key
+from pydantic import Field
 from rlpost.recipe.specs.common import Stage
 
 
-@dataclass
 class Doubled(Stage):
-    times: int = key(2, ge=1)
+    times: int = Field(2, ge=1)
     leaves = "rows"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlpost.errors import DiskError, RecipeError
-from rlpost.recipe.files import expanded
+from rlpost.usercode.places import expanded
 
 _PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlpost.cli.arguments import home
 from rlpost.cli.completion import checkpoints, recipes, settings
-from rlpost.engine.params import Sampling
+
+if TYPE_CHECKING:
+    from rlpost.engine.params import Sampling
 
 Recipe = Annotated[
     str,
@@ -47,16 +48,24 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="
 Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0)]
 
 
-def in_range(sampling: Sampling, greedy: bool = False) -> Sampling:
-    """The same, if every setting is one that can be; at temperature 0 with `greedy`.
+def sampling_of(greedy: bool = False, **values: Any) -> Sampling:
+    """How the command line says that completions are sampled; at temperature 0 with `greedy`.
 
     Raises:
-        typer.BadParameter: one is not; named as the option it came from.
+        typer.BadParameter: a setting is not one that can be; named as the option it came from.
     """
-    from rlpost.key import out_of_range
+    from pydantic import ValidationError
 
-    for problem in out_of_range(sampling, "--"):
-        raise typer.BadParameter(problem.replace("--.", "--").replace("_", "-"))
+    from rlpost.engine.params import Sampling
+    from rlpost.recipe.build import range_of
+
+    try:
+        sampling = Sampling(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        expected = range_of(Sampling.model_fields[str(first["loc"][0])])
+        raise typer.BadParameter(f"{option}: expected {expected}, got {first['input']}") from error
     if "" in sampling.stop:
         raise typer.BadParameter("an empty text stops every completion at once", param_hint="--stop")
-    return replace(sampling, temperature=0.0) if greedy else sampling
+    return sampling.model_copy(update={"temperature": 0.0}) if greedy else sampling

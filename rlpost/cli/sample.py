@@ -10,7 +10,6 @@ from rlpost.cli import options
 from rlpost.cli.arguments import columns, home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
-from rlpost.engine.params import Sampling
 from rlpost.streams import from_stdin
 
 
@@ -69,7 +68,15 @@ def sample(
     """Complete a prompt; a reverse model writes what comes before it."""
     _must_fit(best_of, recipe, example, judge)
     text = from_stdin("PROMPT") if prompt is None else prompt
-    sampling = options.in_range(Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or []), greedy)
+    sampling = options.sampling_of(
+        greedy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=stop or [],
+    )
     row = columns(example or [], "--example")
     from rlpost.inference import sample as inference
 

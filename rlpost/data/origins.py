@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ Json = Any
 
 
 class Bind(Protocol):
-    """Makes a callable of a function's name and arguments: `rlpost.recipe.functions.bind`."""
+    """Makes a callable of a function's name and arguments: `rlpost.usercode.binding.bind`."""
 
     def __call__(self, function: Function, lookup: Lookup, where: str, base: Path) -> Callable[..., Any]:
         """The callable of `function`, at key path `where` of a recipe in the folder `base`."""
@@ -49,7 +49,7 @@ def label(source: Source, where: str) -> str:
 
 def identity_of(function: Function, bound: Callable[..., Any]) -> Json:
     """JSON that changes when a function does: its name, its arguments, the sha256 of its file."""
-    return [asdict(function), getattr(bound, "sha256", None)]
+    return [function.model_dump(), getattr(bound, "sha256", None)]
 
 
 def origin(source: Source, stages: Callable[[str], Path], where: str, bind: Bind, base: Path) -> Reading:

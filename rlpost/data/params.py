@@ -1,16 +1,13 @@
 """Where rows come from, how long they may be, and tokenizers made from scratch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import Optional
+from typing import Annotated
 
-from omegaconf import MISSING
+from pydantic import Field
 
-from rlpost.key import key
+from rlpost.section import Choice, Local, Section
 from rlpost.usercode.params import TASKS, Lookup, TimedFunction
-
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
 
 
 class Need(StrEnum):
@@ -25,7 +22,7 @@ class Need(StrEnum):
     recorded = "recorded"
 
 
-class TooLong(StrEnum):
+class TooLong(Choice):
     """What happens to a row longer than `max_length`."""
 
     refuse = "refuse"
@@ -33,7 +30,7 @@ class TooLong(StrEnum):
     cut = "cut"
 
 
-class Unrendered(StrEnum):
+class Unrendered(Choice):
     """What happens to a row that says more than its chat template renders."""
 
     refuse = "refuse"
@@ -41,27 +38,26 @@ class Unrendered(StrEnum):
     ignore = "ignore"
 
 
-class Direction(StrEnum):
+class Direction(Choice):
     """The way a text is read."""
 
     forward = "forward"
     reverse = "reverse"
 
 
-class FoldPart(StrEnum):
+class FoldPart(Choice):
     """Which side of a fold to keep."""
 
     train = "train"
     held_out = "held_out"
 
 
-@dataclass
-class Fold:
+class Fold(Section):
     """Keep one side of a split in which rows with equal `by` stay together."""
 
-    by: str = MISSING
-    of: int = key(5, ge=2)
-    hold_out: int = key(0, ge=0)
+    by: str
+    of: int = Field(5, ge=2)
+    hold_out: int = Field(0, ge=0)
     part: FoldPart = FoldPart.train
 
 
@@ -70,51 +66,67 @@ MAP = Lookup("map", TASKS, ("row",), by_name=True, apart=True)
 PRESENT = Lookup("present", TASKS, ("row", "random"), by_name=True, apart=True)
 
 
-@dataclass
-class Source:
+class Source(Section):
     """Where rows come from: exactly one of `path`, `stage`, `task`."""
 
-    path: Optional[str] = key(None, path=True)
+    path: Annotated[str | None, Local()] = None
     """A .jsonl or .parquet file, a folder in hub format, or the name of a dataset on the hub."""
-    stage: Optional[str] = None
+    stage: str | None = None
     """Rows that an earlier stage wrote (a `pairs` stage)."""
-    task: Optional[TimedFunction] = key(None, lookup=TASK)
+    task: Annotated[TimedFunction | None, TASK] = None
     """Rows made by a function in `rlpost.data.tasks` or a file: `addition.train`."""
-    config: Optional[str] = None
+    config: str | None = None
     """Configuration name of a hub dataset (`main` for openai/gsm8k)."""
     split: str = "train"
-    weight: float = key(1.0, gt=0)
+    weight: float = Field(1.0, gt=0)
     """Share of this source in a mixture; rows are drawn in proportion."""
-    limit: Optional[int] = key(None, ge=1)
+    limit: int | None = Field(None, ge=1)
     """Only the first so many rows."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = Field(default_factory=dict)
     """Role -> column, or a template over columns: {prompt: "Q: {question}\\nA:", completion: answer}."""
-    map: Optional[TimedFunction] = key(None, lookup=MAP)
+    map: Annotated[TimedFunction | None, MAP] = None
     """row -> row or rows, applied once when the source is read."""
-    present: Optional[TimedFunction] = key(None, lookup=PRESENT)
+    present: Annotated[TimedFunction | None, PRESENT] = None
     """(row, random) -> row, applied anew every time a row is drawn."""
-    fold: Optional[Fold] = None
+    fold: Fold | None = None
     unrendered: Unrendered = Unrendered.refuse
     """`ignore` reads the row without what the template leaves out."""
     direction: Direction = Direction.forward
     """`reverse`, in sft alone: prompt and completion are one text, learned from its end to its beginning."""
 
+    def problems(self, where: str) -> Iterator[str]:
+        """Where its rows come from, and its fold."""
+        given = [key for key in ("path", "stage", "task") if getattr(self, key)]
+        if len(given) != 1:
+            yield f"{where}: give exactly one of path, stage, task ({' and '.join(given) or 'none'} given)"
+        if self.fold and self.fold.hold_out >= self.fold.of:
+            yield (
+                f"{where}.fold.hold_out: {self.fold.hold_out} of {self.fold.of} parts - counted from 0, "
+                f"it is at most {self.fold.of - 1}"
+            )
 
-class TokenizerKind(StrEnum):
+
+class TokenizerKind(Choice):
     """Tokenizers that can be made from scratch."""
 
     characters = "characters"
     bpe = "bpe"
 
 
-@dataclass
-class Tokenizer:
+class Tokenizer(Section):
     """A tokenizer made from scratch."""
 
     kind: TokenizerKind = TokenizerKind.characters
     alphabet: str = ""
     """characters: every character it knows."""
-    vocab_size: int = key(4096, ge=2)
+    vocab_size: int = Field(4096, ge=2)
     """bpe: size of the vocabulary, special tokens included."""
-    data: dict[str, Source] = field(default_factory=dict)
+    data: dict[str, Source] = Field(default_factory=dict)
     """bpe: the rows whose text it is trained on."""
+
+    def problems(self, where: str) -> Iterator[str]:
+        """What its kind needs."""
+        if self.kind == TokenizerKind.characters and not self.alphabet:
+            yield f"{where}.alphabet: missing - give the characters it knows, such as '0123456789+='"
+        if self.kind == TokenizerKind.bpe and not self.data:
+            yield f"{where}.data: missing - a bpe tokenizer is trained on the text of some rows"

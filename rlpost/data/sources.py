@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def open_source(
         return stream if source.limit is None else _first(stream, source.limit)
 
     def identity() -> Any:
-        options = [source.fold and asdict(source.fold), source.columns, source.limit]
+        options = [source.fold and source.fold.model_dump(), source.columns, source.limit]
         return [found.identity(), options, source.map and function and identity_of(source.map, function)]
 
     return Reading(chunks, found.location, identity)

@@ -1,13 +1,12 @@
 """How completions are sampled, and by what."""
 
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from collections.abc import Iterator
+from typing import Any
 
-from rlpost.key import key
+from pydantic import Field
+
+from rlpost.section import Section
 from rlpost.usercode.params import Lookup
-
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
 
 LOCAL = "local"
 """The name of the engine that decodes with the policy's own model."""
@@ -18,28 +17,37 @@ DEADLINE = 900.0
 ENGINE = Lookup("engine", "", ("policy",), by_name=True, key="engine")
 
 
-@dataclass
-class Sampling:
+class Sampling(Section):
     """How completions are sampled."""
 
-    max_new_tokens: int = key(256, ge=1)
-    temperature: float = key(1.0, gt=0)
-    top_k: int = key(0, ge=0)
-    top_p: float = key(1.0, gt=0, le=1)
-    min_p: float = key(0.0, ge=0, lt=1)
-    stop: list[str] = field(default_factory=list)
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, lt=1)
+    stop: list[str] = Field(default_factory=list)
+
+    def problems(self, where: str) -> Iterator[str]:
+        """A text that every completion contains."""
+        if "" in self.stop:
+            yield f"{where}.stop: an empty string stops every completion at once - remove it"
 
 
-@dataclass
-class EngineChoice:
+class EngineChoice(Section):
     """What samples completions."""
 
     engine: str = LOCAL
     """`local`: the policy's own model in its own process; or `file.py:function`, which returns an engine of yours."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of that function."""
-    deadline: Optional[float] = key(None, gt=0)
+    deadline: float | None = Field(None, gt=0)
     """Seconds that a call of your engine may take (900)."""
-    cache_gib: float = key(CACHE_GIB, ge=0)
+    cache_gib: float = Field(CACHE_GIB, ge=0)
     """Memory in which the local engine keeps what turns before, and completions that are gone on from, have computed
     (0: none)."""
+
+    def problems(self, where: str) -> Iterator[str]:
+        """What only engines of a user's file have."""
+        for key in ("args", "deadline"):
+            if self.engine == LOCAL and getattr(self, key):
+                yield f"{where}.{key}: is for an engine of file.py:function, not for {LOCAL} - remove it"

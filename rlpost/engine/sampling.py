@@ -10,7 +10,6 @@ Axes: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ BLOCK = 64
 
 def greedy(sampling: Sampling) -> Sampling:
     """The same sampling at temperature 0: the most likely token each time."""
-    return replace(sampling, temperature=0.0)
+    return sampling.model_copy(update={"temperature": 0.0})
 
 
 def is_greedy(sampling: Sampling) -> bool:

@@ -1,45 +1,60 @@
 """Evaluation in a recipe."""
 
-from dataclasses import dataclass, field
-from typing import Optional
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
 
 from rlpost.data.params import Source
 from rlpost.engine.params import EngineChoice, Sampling
-from rlpost.key import key
 from rlpost.rewards.params import REWARD, Reward
+from rlpost.section import Local, Section
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction
 
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
 
-
-@dataclass
-class Evaluation:
+class Evaluation(Section):
     """Held-out evaluation: the first reward is the accuracy (1 is right), others are reported beside it."""
 
-    data: dict[str, Source] = field(default_factory=dict)
-    rewards: list[Reward] = key(factory=list, lookup=REWARD)
-    sampling: Sampling = field(default_factory=Sampling)
-    rollouts: Optional[EngineChoice] = None
+    data: dict[str, Source] = Field(default_factory=dict)
+    rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    sampling: Sampling = Field(default_factory=Sampling)
+    rollouts: EngineChoice | None = None
     """What samples; by default what the recipe's `rollouts` says."""
     greedy: bool = True
-    samples: int = key(1, ge=0)
+    samples: int = Field(1, ge=0)
     """Samples a prompt at `sampling.temperature` (0: greedy only)."""
-    pass_at: list[int] = key(factory=list, ge=1)
+    pass_at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """The k of pass@k, each at most `samples`."""
     best_of: bool = False
     """Also report the best of a prompt's samples by the sum of rewards."""
-    judge: Optional[str] = key(None, path=True)
+    judge: Annotated[str | None, Local()] = None
     """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
-    environment: Optional[EnvironmentFunction] = key(None, lookup=ENVIRONMENT)
+    environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns, as in the stages."""
-    turns: int = key(2, ge=1)
+    turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
-    slices: list[str] = field(default_factory=list)
+    slices: list[str] = Field(default_factory=list)
     """Columns with true or false, reported apart."""
     every_stage: bool = True
     """`rlpost train` evaluates the base model and each stage's result, and prints the table."""
-    show: int = key(3, ge=0)
+    show: int = Field(3, ge=0)
     """Prompts whose answers are printed before and after."""
-    batch: int = key(256, ge=1)
+    batch: int = Field(256, ge=1)
     """Completions generated at a time."""
+
+    def problems(self, where: str) -> Iterator[str]:
+        """What needs several samples, or any."""
+        if not self.data:
+            yield f"{where}.data: missing - name at least one source, like {{test: {{path: rows.jsonl}}}}"
+        for i, k in enumerate(self.pass_at):
+            if k > self.samples:
+                yield (
+                    f"{where}.pass_at[{i}]: pass@{k} needs {k} samples a prompt, not {self.samples} - "
+                    f"give {where}.samples={k} or more"
+                )
+        if self.best_of and self.samples < 2:
+            yield f"{where}.best_of: needs at least 2 samples a prompt - give {where}.samples=8, say"
+        if self.judge is not None and self.samples < 2:
+            yield f"{where}.judge: chooses among at least 2 samples a prompt - give {where}.samples=8, say"
+        if not self.greedy and self.samples == 0:
+            yield f"{where}.samples: 0 without greedy leaves nothing to evaluate - give samples or greedy=true"

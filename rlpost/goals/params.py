@@ -1,16 +1,14 @@
 """Goals in a recipe, and what value networks of them are trained towards."""
 
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Optional
+from collections.abc import Iterator
+from typing import Annotated
 
-from rlpost.key import key
+from pydantic import Field
 
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
+from rlpost.section import Choice, Local, Section
 
 
-class ValueTarget(StrEnum):
+class ValueTarget(Choice):
     """What a value network is trained towards."""
 
     monte_carlo = "monte_carlo"
@@ -21,14 +19,20 @@ class ValueTarget(StrEnum):
     """To tell a completion's own ending from those of others: log V up to a constant of the prompt."""
 
 
-@dataclass
-class Goals:
+class Goals(Section):
     """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
 
-    texts: list[str] = field(default_factory=list)
-    path: Optional[str] = key(None, path=True)
+    texts: list[str] = Field(default_factory=list)
+    path: Annotated[str | None, Local()] = None
     """A text file with one ending a line."""
-    column: Optional[str] = None
+    column: str | None = None
     """Each prompt's own: a column of its row with a text."""
     truncated_counts: bool = False
     """A completion cut off at the length limit may end in a goal too."""
+
+    def unnamed(self, where: str) -> Iterator[str]:
+        """What is wrong where goals have to be given, with key path `where`."""
+        given = [n for n, x in (("texts", self.texts), ("path", self.path), ("column", self.column)) if x]
+        if len(given) != 1:
+            which = " and ".join(given) or "none is given"
+            yield f"{where}: give exactly one of texts, path and column ({which})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -167,9 +167,8 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
     if settings.avoid != avoid:
         trained, wanted = ("avoid", "--goal") if settings.avoid else ("reach", "--avoid")
         raise ModelError(f"{folder}: trained to {trained} its goals, and {wanted} asks for the other; train one for it")
-    model = replace(Model(), chat_template=None)
     network = load_value_head_model(
-        folder, model, share_with=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device
+        folder, Model(), share_with=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device
     )
     if not same_tokens(network.trunk.tokenizer, policy.tokenizer):
         raise ModelError(f"{folder}: its tokenizer is not that of the model it should guide; train it on that model")

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlpost.errors import DataError, RecipeError, RewardError
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import Resolved
 from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group
+from rlpost.usercode.binding import bind
 
 _COLUMN = re.compile(r"(?:KeyError: |column )['\"]([^'\"]+)['\"]")
 _ROW = {"example", "examples", "groups"}

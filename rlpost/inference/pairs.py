@@ -12,13 +12,13 @@ from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.errors import RecipeError
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.specs.pairs import Pairs
 from rlpost.run.files import encode_line, write_atomic
 from rlpost.stage_evaluation import judges
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.stages.pairs import must_have_pairs, preference_rows
+from rlpost.usercode.binding import bind
 
 
 def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]) -> str:

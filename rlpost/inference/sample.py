@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ from rlpost.policy.judge import load_judge
 from rlpost.policy.load import is_backwards
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.recipe.functions import bind_engine
 from rlpost.recipe.resolve import Resolved, resolve
 from rlpost.rewards.score import Scorer
 from rlpost.run.lookup import find_checkpoint
 from rlpost.stage_evaluation import judges
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.types import Group
+from rlpost.usercode.binding import bind_engine
 
 
 def sample(
@@ -84,13 +83,13 @@ def prompt_group(row: Mapping[str, Any], codec: Codec) -> Group:
 
 def within(sampling: Sampling, room: int) -> Sampling:
     """The sampling with `max_new_tokens` limited to `room`, and at least 1."""
-    return replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1))
+    return sampling.model_copy(update={"max_new_tokens": max(min(sampling.max_new_tokens, room), 1)})
 
 
 def _engine(named: str | None, resolved: Resolved | None, policy: Policy) -> Engine:
     """The engine that the command line names, or the recipe's."""
     if named is not None:
-        chosen = EngineChoice(named)
+        chosen = EngineChoice(engine=named)
         try:
             return engine_for(policy, chosen, bind_engine(chosen, "-", Path.cwd()))
         except RecipeError as error:

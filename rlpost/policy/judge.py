@@ -168,7 +168,7 @@ def load_judge(
         ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
     """
     # It keeps its own chat template, and its float32 weights if it was fully trained.
-    settings = replace(settings, chat_template=None, lora=None)
+    settings = settings.model_copy(update={"chat_template": None, "lora": None})
     if is_backwards(folder):
         if policy.has_adapter and same_base(folder, policy):
             adapters.add_saved_adapter(policy.model, name, folder)

@@ -1,1 +1,1 @@
-"""Recipes: YAML files resolved into dataclasses, checked before anything heavy is imported."""
+"""Recipes: YAML files resolved into checked sections, before anything heavy is imported."""

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlpost.errors import RecipeError
+from rlpost.strict_yaml import Loader
 from rlpost.suggest import closest, hint_or_list
+from rlpost.usercode.places import expanded, packaged_folder
 
 MAX_BYTES = 256_000
 MAX_FILES = 50
 """Files one recipe may inherit from; two lines that name each file twice would double the work per level."""
-
-
-def packaged_folder() -> Path:
-    """The folder of packaged recipes: inside the wheel, or beside the package in a checkout."""
-    inside = Path(str(files("rlpost"))) / "recipes"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+GROUPS = ("model",)
+"""Sections that may be chosen by name: `model: smollm2` is the file model/smollm2.yaml."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,8 @@ class Part:
     file: Path
     keys: dict[str, Any]
     """Its contents without `defaults`."""
+    group: str | None = None
+    """Of a file chosen for a group, the section that it replaces."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,14 @@ class Listed:
 def packaged() -> list[str]:
     """Names of the packaged recipes, those in subfolders as `folder/name`."""
     folder = packaged_folder()
-    return sorted(p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    names = (p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml"))
+    return sorted(name for name in names if name.partition("/")[0] not in GROUPS)
+
+
+def choices(group: str, beside: Path) -> dict[str, Path]:
+    """What a group has to choose from, by name: those in the folder `beside` a recipe, and the packaged ones."""
+    folders = (packaged_folder() / group, beside / group)
+    return {file.stem: file.resolve() for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
 def listing() -> list[Listed]:
@@ -87,19 +93,6 @@ def find(recipe: str) -> Path:
     return (packaged_folder() / f"{recipe}.yaml").resolve()
 
 
-def expanded(path: str, where: str) -> Path:
-    """The path with `~` and `~user` as the home folder; `where` it is given, for errors.
-
-    Raises:
-        RecipeError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        user = path.split("/")[0]
-        raise RecipeError(f"{where}: {user} is nobody's home folder here - write the path in full") from error
-
-
 def _near(recipe: str) -> str:
     """Which recipe may be meant: a file beside it, or a packaged one (methods/rloo by `rloo`); or where to look."""
     path = Path(recipe)
@@ -114,13 +107,18 @@ def _near(recipe: str) -> str:
     return f" - did you mean {near!r}?" if near else " - `rlpost list` shows them all; a file's name ends in .yaml"
 
 
-def chain(file: Path) -> list[Part]:
+def chain(file: Path, chosen: Mapping[str, str] | None = None) -> list[Part]:
     """The file and all it inherits from by `defaults`, in the order in which later ones win.
+
+    Args:
+        file: of a recipe.
+        chosen: names of groups' files that replace the recipe's own sections.
 
     Raises:
         RecipeError: a file is missing, malformed or inherits from itself.
     """
-    return _follow(file, ())
+    parts = _follow(file, ())
+    return parts + [_chosen(group, name, file.parent, group) for group, name in (chosen or {}).items()]
 
 
 def _follow(file: Path, above: tuple[Path, ...]) -> list[Part]:
@@ -129,18 +127,35 @@ def _follow(file: Path, above: tuple[Path, ...]) -> list[Part]:
     above = (*above, file)
     parts: list[Part] = []
     for entry in entries:
-        parts += [Part(file, keys)] if entry == "_self_" else _follow(_parent(entry, file, above), above)
+        if isinstance(entry, dict):
+            parts += [_chosen(group, name, file.parent, f"{file}: defaults") for group, name in entry.items()]
+        else:
+            parts += [Part(file, keys)] if entry == "_self_" else _follow(_parent(entry, file, above), above)
         if len(parts) > MAX_FILES:
             raise RecipeError(f"{file}: defaults: more than {MAX_FILES} files - inherit from fewer")
     return parts
 
 
-def _defaults(file: Path, entries: object) -> list[str]:
+def _chosen(group: str, name: str, folder: Path, where: str) -> Part:
+    """The section that a group's file holds."""
+    found = choices(group, folder)
+    if name not in found:
+        raise RecipeError(f"{where}: no {group} {name!r}{hint_or_list(name, found, 'there are')}")
+    return Part(found[name], {group: read(found[name])}, group)
+
+
+def _defaults(file: Path, entries: object) -> list[str | dict[str, str]]:
     if entries is None:
         return ["_self_"]
     if not isinstance(entries, list):
-        raise RecipeError(f"{file}: defaults: expected a list like [other_recipe, _self_]")
+        raise RecipeError(f"{file}: defaults: expected a list like [other_recipe, {{model: smollm2}}, _self_]")
     for entry in entries:
+        if isinstance(entry, dict):
+            for group, name in entry.items():
+                if group not in GROUPS or not isinstance(name, str):
+                    near = hint_or_list(str(group), GROUPS, "groups")
+                    raise RecipeError(f"{file}: defaults: {entry!r} chooses nothing - write {{model: NAME}}{near}")
+            continue
         if not isinstance(entry, str):
             raise RecipeError(f"{file}: defaults: expected names of recipes, got {entry!r}")
         if ".." in entry or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._/-]*", entry):
@@ -175,7 +190,7 @@ def read(file: Path) -> dict[str, Any]:
             data = opened.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise RecipeError(f"{file}: larger than {MAX_BYTES // 1000} kB - put data into a file of its own")
-        tree = yaml.load(data.decode("utf-8-sig"), Loader=_Loader)  # a SafeLoader: makes plain data only
+        tree = yaml.load(data.decode("utf-8-sig"), Loader=Loader)  # a SafeLoader: makes plain data only
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read - {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -195,47 +210,3 @@ def read(file: Path) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its traps: no aliases, no duplicate keys, no octal numbers, dates or clock times."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.MarkedYAMLError(
-                problem="anchors and aliases are refused - use vars and ${vars.name}",
-                problem_mark=event.start_mark,
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            problem = ""
-            if key.value == "<<" or not isinstance(key, yaml.ScalarNode):
-                problem = "keys are plain names"
-            elif key.tag == "tag:yaml.org,2002:null":
-                problem = f"{key.value or 'nothing'} is no key - put a name in quotes"
-            elif key.value in seen:
-                problem = f"key {key.value!r} stands here twice"
-            if problem:
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_PLAIN = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _PLAIN]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)

@@ -1,37 +1,20 @@
-"""Functions named in a recipe: found, their arguments checked, and bound before anything heavy loads.
-
-What the program supplies is positional; what a recipe may set by `args` is keyword-only. Rewards and
-functions of data are told what they take by their parameters' names instead.
-"""
+"""The functions that a recipe names."""
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from functools import partial
-from inspect import Parameter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
-from rlpost.engine.params import ENGINE, LOCAL, EngineChoice
-from rlpost.errors import RecipeError
-from rlpost.recipe.keys import join
-from rlpost.recipe.places import OF_FILE, users_file
 from rlpost.recipe.schema import Recipe
-from rlpost.recipe.signatures import functions_in, owner
-from rlpost.recipe.users import UsersFile
-from rlpost.recipe.walk import walk
-from rlpost.rewards.params import REWARD, Reward
-from rlpost.suggest import hint_or_list
+from rlpost.usercode.binding import bind, functions_in
 from rlpost.usercode.bound import Bound
-from rlpost.usercode.params import Function, Lookup, OnFailure
+from rlpost.usercode.params import Function, Lookup
 
-_LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
-T = TypeVar("T")
+
+def functions_of(recipe: Recipe) -> Iterator[tuple[Function, Lookup, str]]:
+    """The functions of all but disabled stages, each with where it is looked up and its key path."""
+    for where, section in recipe.sections():
+        yield from functions_in(section, where)
 
 
 def bind_all(recipe: Recipe, base: Path) -> list[Bound]:
@@ -41,179 +24,3 @@ def bind_all(recipe: Recipe, base: Path) -> list[Bound]:
         RecipeError: as `bind`.
     """
     return [bind(function, lookup, where, base) for function, lookup, where in functions_of(recipe)]
-
-
-def functions_of(recipe: Recipe) -> Iterator[tuple[Function, Lookup, str]]:
-    """The functions of a recipe's model, enabled stages and evaluation, each with where it is looked up and its key."""
-    stages = [(join("stages", name), stage) for name, stage in recipe.stages.items() if stage.enabled]
-    others = [("evaluation", recipe.evaluation), ("rollouts", recipe.rollouts)]
-    for top, value in [("model", recipe.model), *stages, *others]:
-        for where, section in walk(value, top):
-            if isinstance(section, EngineChoice):
-                yield from _of_engine(section, where)
-            for f in fields(section):
-                yield from functions_at(section, f.name, where)
-
-
-def functions_at(section: Any, key: str, where: str) -> Iterator[tuple[Function, Lookup, str]]:
-    """The same of one key of the section at `where`: of one that names a function, or several; a node names none."""
-    lookup = next(f.metadata.get("lookup") for f in fields(section) if f.name == key)
-    given, place = getattr(section, key), join(where, key)
-    for i, function in enumerate(given if isinstance(given, list) else [given]):
-        if lookup is not None and function is not None and not getattr(function, "of", None):
-            yield function, lookup, join(place, i) if isinstance(given, list) else place
-
-
-def _of_engine(chosen: EngineChoice, where: str) -> Iterator[tuple[Function, Lookup, str]]:
-    if chosen.engine != LOCAL:
-        yield Function(chosen.engine, chosen.args), ENGINE, where
-
-
-def bind_engine(chosen: EngineChoice, where: str, base: Path) -> Bound | None:
-    """The function behind a choice of engine, which stands at `where`; None for the local one.
-
-    Raises:
-        RecipeError: as `bind`.
-    """
-    function = next(_of_engine(chosen, where), None)
-    return None if function is None else bind(*function, base)
-
-
-def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
-    """Find the function that a recipe names and apply its arguments.
-
-    Args:
-        function: name and arguments.
-        lookup: where it is looked up, as its key says.
-        where: its key path, for errors.
-        base: the recipe's folder.
-
-    Raises:
-        RecipeError: there is no such function, its file fails to load, or the arguments do not fit.
-    """
-    place = f"{where}.{lookup.key}"
-    if file := users_file(function.fn, place, base):
-        name = function.fn.rpartition(":")[2]
-        users = UsersFile(file, place, function)
-        found = _chosen(users.functions, name, str(file), place, lookup)
-        _check(function, name, inspect.signature(found), lookup, where)
-        lenient = getattr(function, "on_failure", None) is OnFailure.unscored
-        return Bound(users.bound(found, lookup, where), name, where, file, users.digest, lenient)
-    check(function, lookup, where)
-    module, name = owner(function.fn, lookup, place)
-    call = getattr(importlib.import_module(module), name)
-    return Bound(partial(call, **function.args) if function.args else call, name, where)
-
-
-def check(function: Function, lookup: Lookup, where: str) -> None:
-    """Look up a function of rlpost in its source, and its arguments; one of a user's file waits until it is bound.
-
-    Raises:
-        RecipeError: there is no such function, or the arguments do not fit.
-    """
-    if OF_FILE.fullmatch(function.fn):
-        return
-    place = f"{where}.{lookup.key}"
-    for key in ("deadline", "on_failure"):
-        if getattr(function, key, None) is not None:
-            raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
-    if lookup is ENGINE:
-        near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
-        raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
-    module, name = owner(function.fn, lookup, place)
-    options = {key: told.signature for key, told in functions_in(module).items()}
-    signature = _chosen(options, name, module, place, lookup)
-    own = _own(signature, lookup)
-    if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
-        raise RecipeError(_supplied_otherwise(name, own, lookup, where))
-    _check(function, name, signature, lookup, where)
-
-
-def _chosen(options: Mapping[str, T], name: str, place: str, where: str, lookup: Lookup) -> T:
-    """The function (or signature) of that name among those that a module offers."""
-    if name not in options:
-        offered = [key for key, function in options.items() if _fits(function, lookup)]
-        raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, offered, 'it has')}")
-    return options[name]
-
-
-def _fits(function: Any, lookup: Lookup) -> bool:
-    """Whether the function takes what such a key gives: its module has helpers too, which are nothing to offer."""
-    signature = function if isinstance(function, inspect.Signature) else inspect.signature(function)
-    own = _own(signature, lookup)
-    if not lookup.by_name:
-        return tuple(own) == lookup.supplied
-    try:
-        _check_named(own, "", lookup, "")
-    except RecipeError:
-        return False
-    return True
-
-
-def _own(signature: inspect.Signature, lookup: Lookup) -> list[str]:
-    """The parameters that the program supplies."""
-    named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if lookup.by_name:
-        return [p.name for p in named if p.name in lookup.supplied]
-    return [p.name for p in named if p.kind != p.KEYWORD_ONLY]
-
-
-def _check(function: Function, name: str, signature: inspect.Signature, lookup: Lookup, where: str) -> None:
-    """Refuse arguments that the function does not take, and a function that takes what it is not given."""
-    own, parameters = _own(signature, lookup), signature.parameters.values()
-    if lookup.by_name:
-        _check_named(own, name, lookup, where)
-    elif len(own) != len(lookup.supplied):
-        raise RecipeError(_supplied_otherwise(name, own, lookup, where))
-    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    settable = {p.name: p for p in parameters if p.name not in own and p.kind not in free}
-    for key, value in function.args.items():
-        if key in own:
-            raise RecipeError(f"{where}.args.{key}: the program supplies it - remove it")
-        if key in settable:
-            _check_type(settable[key], value, f"{where}.args.{key}")
-        elif not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            near = hint_or_list(key, settable, "it takes")
-            raise RecipeError(f"{where}.args.{key}: {name!r} has no argument {key!r}{near}")
-    for p in settable.values():
-        if p.default is p.empty and p.name not in function.args:
-            raise RecipeError(f"{where}.args.{p.name}: missing - {name!r} has no default for it - give one")
-    if isinstance(function, Reward) and ("model" in own) != (function.model is not None):
-        missing = f"missing - {name!r} asks a model: name a stage or a checkpoint"
-        raise RecipeError(f"{where}.model: {missing if 'model' in own else f'{name!r} asks no model - remove it'}")
-
-
-def _supplied_otherwise(name: str, own: list[str], lookup: Lookup, where: str) -> str:
-    return (
-        f"{where}.fn: {name!r} takes ({', '.join(own)}) from the program, which gives "
-        f"({', '.join(lookup.supplied)}) - what a recipe sets stands after `*`"
-    )
-
-
-def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:
-    """Rewards take one completion or all of them; other functions all that the program supplies, or some of it."""
-    if lookup is REWARD:
-        single, several = {"completion", "example", "steps"}, {"completions", "examples", "all_steps", "groups"}
-        asked = {"completion", "completions", "groups", "steps", "all_steps"} & set(own)
-        if not asked or (single & set(own) and several & set(own)):
-            raise RecipeError(
-                f"{where}.fn: {name!r} takes ({', '.join(own)}) - a reward takes (completion, example) or "
-                "(completions, examples)"
-            )
-        return
-    if not own if lookup.some else set(own) != set(lookup.supplied):
-        wanted = f"{'some of ' * lookup.some}({', '.join(lookup.supplied)})"
-        raise RecipeError(f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{lookup.name}` function takes {wanted}")
-
-
-def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:
-    """Refuse a value that a plain annotation rules out: a step too late it would be a traceback."""
-    annotation = parameter.annotation
-    name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-    options = _LITERAL.fullmatch(name)
-    if options and value not in (given := ast.literal_eval(f"({options[1]},)")):
-        raise RecipeError(f"{where}: no choice {value!r}{hint_or_list(str(value), list(map(str, given)), 'there are')}")
-    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(name)
-    wrong_bool = isinstance(value, bool) and name in ("int", "float")
-    if accepted is not None and (wrong_bool or not isinstance(value, accepted)):  # type: ignore[arg-type]
-        raise RecipeError(f"{where}: expected {name}, got {value!r}")

@@ -7,18 +7,19 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import PydanticUndefinedAnnotation, PydanticUserError
+
 from rlpost.errors import RecipeError
 from rlpost.recipe import specs
-from rlpost.recipe.places import OF_FILE
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Stage
 from rlpost.suggest import hint_or_list
 from rlpost.usercode import load
+from rlpost.usercode.places import OF_FILE
 
 
 @cache
@@ -68,10 +69,13 @@ def _users_spec(file: Path, digest: str, name: str, where: str) -> type[Stage]:
     if not (isinstance(spec, type) and issubclass(spec, Stage)):
         raise RecipeError(
             f"{where}: {name} of {file} is no stage - write `def {name}(context, cfg: MyStage) -> Path`, with "
-            "MyStage a dataclass of the same file that derives from Training, say"
+            "MyStage a class of the same file that derives from Training, say"
         )
-    if not is_dataclass(spec) or ("__annotations__" in vars(spec) and "__dataclass_fields__" not in vars(spec)):
-        raise RecipeError(f"{where}: {spec.__name__} of {file} is no dataclass - write @dataclass above it")
+    try:
+        spec.model_rebuild()
+    except (PydanticUserError, PydanticUndefinedAnnotation) as error:
+        problem = str(error).splitlines()[0].rstrip(".")
+        raise RecipeError(f"{where}: {spec.__name__} of {file}: {problem} - mend that key's type") from error
     about: dict[str, Any] = {"function": f"{module.__name__}:{name}", "file": (str(file), digest)}
     if isinstance(spec.leaves, str):
         if spec.leaves not in (known := [str(leaves) for leaves in Leaves]):

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
-from hydra.errors import HydraException
-
 from rlpost.errors import RecipeError
-from rlpost.recipe.keys import Keys, fields_of, is_reference, join, shape
-from rlpost.recipe.places import locate_kinds
-from rlpost.recipe.schema import Recipe
+from rlpost.recipe.references import is_reference
+from rlpost.section import MISSING, join
 from rlpost.suggest import hint_or_list
 
 MAX_CHARACTERS = 20_000
 
 
-def apply(tree: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]) -> None:
-    """Put the overrides into `tree`, a checked one, in order; `folders` may hold files of stages' kinds.
+def apply(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Put the overrides into `tree` in order; what they say of keys is checked with the tree.
+
+    Returns:
+        Their values as they were typed, by key: where text is expected, the number in `run=1` is one.
 
     Raises:
-        RecipeError: an override is malformed, or its key is not in the schema.
+        RecipeError: an override is malformed, or is of a stage, source or variable that the recipe does not have.
     """
+    typed = {}
     for override in overrides:
         key, value = parse(override)
-        _assign(Keys(tree), tree, key, value)
-        locate_kinds(tree, folders)
-        Keys(tree).check()  # the next override walks down a tree of the right shape
+        _assign(tree, key, value)
+        typed[key] = override.partition("=")[2]
+    return typed
 
 
 def parse(override: str) -> tuple[str, Any]:
@@ -56,6 +53,11 @@ def parse(override: str) -> tuple[str, Any]:
 
 
 def _value(text: str, shown: str) -> Any:
+    # Imported here: what parses Hydra's grammar takes long to import, and most commands have no overrides.
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
     try:
         parsed = OverridesParser.create().parse_overrides([f"value={text}"])[0]
     except (HydraException, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits
@@ -72,28 +74,30 @@ def _value(text: str, shown: str) -> Any:
 
 def _plain(value: object) -> bool:
     if isinstance(value, dict):
-        return all(_plain(k) and _plain(v) for k, v in value.items())
+        return all(isinstance(k, str) and _plain(v) for k, v in value.items())
     if isinstance(value, list):
         return all(map(_plain, value))
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def _assign(keys: Keys, tree: dict[str, Any], key: str, value: Any) -> None:
-    """Walk down the tree and the schema together, making what is not there yet, and set the last key."""
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Walk down the tree, making what is not there yet, and set the last key."""
     parts = key.replace("[", ".").replace("]", "").split(".")
     node: Any = tree
-    annotation: Any = Recipe
     where = ""
     while True:
-        name, parts = _step(keys, node, annotation, where, parts)
-        annotation = keys.child(where, name, annotation)
+        name, parts = _step(node, where, parts)
         where = join(where, name)
         if not parts:
             break
-        _refuse_below(annotation, node, name, where)
-        if isinstance(node, dict) and node.get(name) in (None, "???"):
-            node[name] = {}
-        node = node[name]
+        below = node.get(name) if isinstance(node, dict) else node[name]
+        if below is None or below == MISSING:
+            node[name] = below = {}
+        if is_reference(below):
+            raise RecipeError(f"{where}: is {below!r} in the recipe - change that key, or replace {where} as a whole")
+        if not isinstance(below, dict | list):
+            raise RecipeError(f"{where}: a single value, there are no keys below it - give `{where}=VALUE`")
+        node = below
     old = node.get(name) if isinstance(node, dict) else node[name]
     if isinstance(value, dict) and isinstance(old, dict):
         _merge(old, value)
@@ -109,41 +113,21 @@ def _merge(old: dict[Any, Any], new: dict[Any, Any]) -> None:
             old[key] = value
 
 
-def _step(keys: Keys, node: Any, annotation: Any, where: str, parts: list[str]) -> tuple[str | int, list[str]]:
+def _step(node: Any, where: str, parts: list[str]) -> tuple[str | int, list[str]]:
     """The next key and what remains of the path below it."""
-    found = shape(annotation)
     first, rest = parts[0], parts[1:]
-    if is_dataclass(found.base) and where != "stages":
-        options = list(fields_of(found.base))  # type: ignore[arg-type]
-        if first not in options:
-            raise keys.unknown(where, first, options, "".join(f".{p}" for p in rest))
-        return first, rest
     if isinstance(node, list):
         if not first.isdigit() or int(first) >= len(node):
             raise RecipeError(f"{join(where, first)}: {where} has {len(node)} entries, counted from 0")
         return int(first), rest
-    closed = where in ("stages", "vars") or (found.items and is_dataclass(found.items[0]))
-    if not closed:
+    what = {"stages": "stage", "vars": "variable"}.get(where, "entry" if where.rpartition(".")[2] == "data" else "")
+    if not what or first in node:
         return first, rest
     # Names of sources may hold dots: the longest name that is there wins.
-    for n in range(len(parts), 0, -1):
+    for n in range(len(parts), 1, -1):
         if ".".join(parts[:n]) in node:
             return ".".join(parts[:n]), parts[n:]
-    what = {"stages": "stage", "vars": "variable"}.get(where, "entry")
     raise RecipeError(
         f"{join(where, '.'.join(parts))}: the recipe has no {what} {first!r}"
         f"{hint_or_list(first, map(str, node), f'keys of {where}')}"
     )
-
-
-def _refuse_below(annotation: Any, node: Any, name: str | int, where: str) -> None:
-    """A key below `where` needs something there that can hold keys."""
-    value = node.get(name) if isinstance(node, dict) else node[name]
-    if is_reference(value):
-        raise RecipeError(f"{where}: is {value!r} in the recipe - change that key, or replace {where} as a whole")
-    base = shape(annotation).base
-    holds = isinstance(value, dict | list) or (
-        value in (None, "???") and (is_dataclass(base) or base is dict or where == "vars" or base is Any)
-    )
-    if not holds:
-        raise RecipeError(f"{where}: a single value, there are no keys below it - give `{where}=VALUE`")

@@ -1,18 +1,19 @@
-"""References `${key}` in a recipe: what they may be, and how much they amount to once they are filled in.
+"""References `${key}` in a recipe, filled in.
 
-A recipe of a kilobyte whose variables name each other twice would fill the memory; it is refused before it is
-filled in.
+A recipe of a kilobyte whose variables name each other twice would fill the memory, and `${oc.env:TOKEN}` would be saved
+with the run: so keys alone are known, and what all of them amount to is limited.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.keys import is_reference, join
+from rlpost.section import MISSING, join
+from rlpost.suggest import hint
 
 MOST = 1_000_000
 """Characters that all references of a recipe may amount to together; each of them counts as COST beside its text."""
@@ -21,109 +22,174 @@ LONGEST = 20_000
 """Characters of a value with references."""
 DEEPEST = 5
 """References inside one another, `${vars.${vars.name}}`."""
-_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
+_TOKEN = re.compile(r"\\\$\{|\$\{|\}")
 
 
-def references(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """(key path, text) of every value with a reference in it."""
+def is_reference(value: object) -> bool:
+    """Whether a value is filled in from elsewhere, as `${vars.x}` is."""
+    return isinstance(value, str) and "${" in value
+
+
+def check(tree: Any) -> None:
+    """Refuse what is no `${key}`, before anything is filled in.
+
+    Raises:
+        RecipeError: a value names a resolver, is too long, is not closed, or has too many references in one another.
+    """
+    for where, text in _references(tree, ""):
+        _expand(text, where, lambda _: "_")
+
+
+@dataclass
+class Filled:
+    """A tree without references."""
+
+    tree: dict[str, Any]
+    origins: dict[str, str]
+    """For the key path of a value that is still missing, where it is to be given."""
+    unknown: list[str]
+    """What is wrong with references that name nothing: their values are missing. A misspelt key may be why, so that is
+    told first."""
+
+
+def fill(tree: dict[str, Any]) -> Filled:
+    """The tree with every reference filled in.
+
+    Raises:
+        RecipeError: a reference leads back to itself, or all of them amount to too much.
+    """
+    filling = _Filling(tree)
+    return Filled(filling.value(tree, ""), filling.missing, filling.unknown)
+
+
+def _references(value: Any, where: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from references(inner, join(where, key))
+            yield from _references(inner, join(where, key))
     elif is_reference(value):
         yield where, value
 
 
-def refuse_resolvers(tree: Any) -> None:
-    """Refuse all but `${key}`: `${oc.env:TOKEN}` would be saved with the run, others change from run to run.
+def _expand(text: str, where: str, value_of: Callable[[str], Any]) -> Any:
+    """The text with what `value_of` says for each reference; that itself where a reference is the whole text."""
+    if len(text) > LONGEST:
+        raise RecipeError(f"{where}: a value with references and more than {LONGEST} characters - put it into a file")
+    if _is_unclosed(text):
+        raise RecipeError(f"{where}: a reference is not closed - write ${{key}}, or \\${{ for the two characters")
+    parts: list[list[Any]] = [[]]  # of the text, and of each reference that is open
+    at = 0
+    for token in _TOKEN.finditer(text):
+        parts[-1].append(text[at : token.start()])
+        at = token.end()
+        if token[0] == "\\${":
+            parts[-1].append("${")
+        elif token[0] == "${":
+            parts.append([])
+            if len(parts) > DEEPEST + 1:
+                raise RecipeError(
+                    f"{where}: references more than {DEEPEST} deep inside one another - name the value itself"
+                )
+        elif len(parts) == 1:
+            parts[-1].append("}")
+        else:
+            name = _joined(parts.pop(), where)
+            if ":" in name:
+                env = "only names of environment variables go into recipes"
+                raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in name else 'only ${key} is known'}")
+            parts[-1].append(value_of(name.strip()))
+    parts[-1].append(text[at:])
+    given = [part for part in parts[0] if part != ""]
+    return given[0] if len(given) == 1 else _joined(given, where)
 
-    Raises:
-        RecipeError: a value names a resolver, is too long, or has too many references inside one another.
-    """
-    for where, text in references(tree):
-        if len(text) > LONGEST:
-            raise RecipeError(
-                f"{where}: a value with references and more than {LONGEST} characters - put it into a file"
-            )
-        rest, before = text, ""
-        for _ in range(DEEPEST + 1):
-            rest, before = re.sub(r"\$\{[^${}:]*\}", "_", rest), rest
-        if rest != before:
-            raise RecipeError(
-                f"{where}: references more than {DEEPEST} deep inside one another - name the value itself"
-            )
-        if re.search(r"(?<!\\)\$\{[^}]*$", rest):
-            raise RecipeError(f"{where}: a reference is not closed - write ${{key}}, or \\${{ for the two characters")
-        if re.search(r"\$\{[^}]*:", rest):
-            env = "only names of environment variables go into recipes"
-            raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in text else 'only ${key} is known'}")
+
+def _is_unclosed(text: str) -> bool:
+    depth = 0
+    for token in _TOKEN.findall(text):
+        depth = max(depth + {"${": 1, "}": -1}.get(token, 0), 0)
+    return depth > 0
 
 
-def refuse_excess(tree: dict[str, Any]) -> None:
-    """Refuse a recipe that would grow beyond all measure when its references are filled in.
+def _joined(parts: list[Any], where: str) -> str:
+    if MISSING in parts:
+        return MISSING
+    if any(isinstance(part, dict | list) for part in parts):
+        raise RecipeError(f"{where}: a reference inside text names a list or a mapping - name a single value")
+    return "".join(map(str, parts))
 
-    Raises:
-        RecipeError: it does, or a reference leads back to itself.
-    """
-    measure = _Measure(tree)
-    total = 0
-    for where, text in references(tree):
-        total += measure.of_text(text, where)
-        if total > MOST:
+
+class _Filling:
+    """One tree being filled in; each value once."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        self._tree = tree
+        self._known: dict[str, Any] = {}
+        self._open: list[str] = []
+        self._spent = 0
+        self.missing: dict[str, str] = {}
+        self.unknown: list[str] = []
+
+    def value(self, value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {key: self.value(inner, join(where, key)) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.value(inner, join(where, i)) for i, inner in enumerate(value)]
+        if value == MISSING:
+            self.missing[where] = where
+        if not is_reference(value):
+            return value
+        if where in self._open:
+            circle = " -> ".join([*self._open[self._open.index(where) :], where][:6])
+            raise RecipeError(f"{where}: refers to itself ({circle}) - give one of them a value")
+        self._open.append(where)
+        found = _expand(value, where, lambda name: self._at(name, where))
+        self._open.pop()
+        return found
+
+    def _at(self, name: str, where: str) -> Any:
+        """The value of a key, filled in; relative ones (`${.x}`) start from the mapping around `where`."""
+        dots = len(name) - len(name.lstrip("."))
+        parts = re.split(r"[.\[]", where)
+        around = parts[:-dots] if dots else []
+        node, full = self._tree, ""
+        for part in [p.removesuffix("]") for p in around] + re.split(r"[.\[]", name[dots:].replace("]", "")):
+            inner: Any = None
+            if isinstance(node, dict) and part in node:
+                inner, full = node[part], join(full, part)
+            elif isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                inner, full = node[int(part)], join(full, int(part))
+            elif name == MISSING:
+                return MISSING
+            else:
+                near = hint(name, _paths(self._tree, ""))
+                self.unknown.append(f"{where}: nothing is called {name!r} in the recipe{near}")
+                return MISSING
+            node = inner
+        if full not in self._known:
+            self._known[full] = self.value(node, full)
+        found = self._known[full]
+        if found == MISSING:
+            self.missing[where] = self.missing.get(full, full)
+        elif isinstance(found, dict | list):
+            below = [key for key in self.missing if key.startswith((f"{full}.", f"{full}["))]
+            self.missing |= {where + key[len(full) :]: self.missing[key] for key in below}
+        self._spend(found, where)
+        return found
+
+    def _spend(self, found: Any, where: str) -> None:
+        left = [found]
+        self._spent += COST
+        while left and self._spent <= MOST:
+            value = left.pop()
+            self._spent += 1 if isinstance(value, dict | list) else len(str(value))
+            left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if self._spent > MOST:
             raise RecipeError(
                 f"{where}: references amount to more than {MOST} characters - let variables repeat each other less"
             )
 
 
-class _Measure:
-    """How much a value amounts to when its references are filled in; each value is measured once."""
-
-    def __init__(self, tree: dict[str, Any]) -> None:
-        self._values: dict[str, Any] = {}
-        self._known: dict[str, int] = {}
-        self._open: list[str] = []
-        self._enter(tree, "")
-
-    def _enter(self, value: Any, where: str) -> None:
-        self._values[where] = value
-        if isinstance(value, dict | list):
-            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                self._enter(inner, join(where, key))
-
-    def of_text(self, text: str, where: str) -> int:
-        size = len(text)
-        while found := _INNERMOST.search(text):
-            names = self._meant(found[1].strip(), where)
-            size += COST + max((self._of(name) for name in names), default=0)
-            value = self._values[names[0]] if len(names) == 1 else None
-            # What stands inside another reference: a plain value, or what is not known yet, and may be any name.
-            plain = isinstance(value, str | int) and not is_reference(value) and len(str(value)) <= 100
-            text = f"{text[: found.start()]}{value if plain else '*'}{text[found.end() :]}"
-        return size
-
-    def _meant(self, name: str, where: str) -> list[str]:
-        """The keys that a reference may mean; relative ones (`${.x}`) start from the mapping around `where`."""
-        dots = len(name) - len(name.lstrip("."))
-        parts = re.split(r"[.\[]", where)
-        around = ".".join(parts[:-dots]) if dots else ""
-        full = ".".join(filter(None, [around, name[dots:]]))
-        if "*" in full:
-            return [key for key in self._values if fnmatchcase(key, full) and key not in self._open]
-        full = re.sub(r"\.(\d+)(?=[.\[]|$)", r"[\1]", full) if full not in self._values else full
-        return [full] if full in self._values else []
-
-    def _of(self, where: str) -> int:
-        if where in self._known:
-            return self._known[where]
-        if where in self._open:
-            circle = " -> ".join([*self._open[self._open.index(where) :], where][:6])
-            raise RecipeError(f"{where}: refers to itself ({circle}) - give one of them a value")
-        self._open.append(where)
-        value = self._values[where]
-        if isinstance(value, dict | list):
-            keys = value if isinstance(value, dict) else range(len(value))
-            size = sum(1 + self._of(join(where, key)) for key in keys)
-        else:
-            size = self.of_text(value, where) if is_reference(value) else len(str(value))
-        self._open.pop()
-        self._known[where] = size = min(size, 10 * MOST)
-        return size
+def _paths(value: Any, where: str) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield join(where, key)
+            yield from _paths(inner, join(where, key))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from rlpost.data.params import Direction, Source
-from rlpost.engine.params import LOCAL, EngineChoice, Sampling
-from rlpost.goals.params import Goals
 from rlpost.rewards.params import Reward, reward_leaves
 from rlpost.suggest import hint_or_list
 
@@ -47,12 +45,12 @@ NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic
 class Earlier:
     """The stages before one stage, and why another name is none of them."""
 
-    def __init__(self, recipe: Recipe, name: str, left_out: Set[str]) -> None:
+    def __init__(self, recipe: Recipe, name: str) -> None:
         before = list(recipe.stages)[: list(recipe.stages).index(name)]
         self.own = name
         self.rollouts = recipe.rollouts
         self.stages: dict[str, Stage] = {n: recipe.stages[n] for n in before if recipe.stages[n].enabled}
-        self.disabled = left_out | {n for n, stage in recipe.stages.items() if not stage.enabled}
+        self.disabled = recipe.stages.keys() - recipe.enabled().keys()
         self.all = set(recipe.stages)
 
     def problem(self, name: str, where: str, also: tuple[str, ...] = ()) -> str | None:
@@ -94,26 +92,10 @@ class Earlier:
                 yield f"{where}: {name!r} is of kind {self.stages[name].kind} - name a {' or '.join(wanted)} stage"
 
 
-def goals_problems(goals: Goals, where: str) -> Iterator[str]:
-    """What is wrong with the goals of the stage at `where`."""
-    given = [n for n, x in (("texts", goals.texts), ("path", goals.path), ("column", goals.column)) if x]
-    if len(given) != 1:
-        which = " and ".join(given) or "none is given"
-        yield f"{where}.goals: give exactly one of texts, path and column ({which})"
-
-
 def source_problems(data: dict[str, Source], where: str, earlier: Earlier | None) -> Iterator[str]:
     """What is wrong with the sources at `where`; without `earlier`, stages' rows cannot be read there."""
     for name, source in data.items():
         path = f"{where}.{name}"
-        given = [key for key in ("path", "stage", "task") if getattr(source, key)]
-        if len(given) != 1:
-            yield f"{path}: give exactly one of path, stage, task ({' and '.join(given) or 'none'} given)"
-        if source.fold and source.fold.hold_out >= source.fold.of:
-            yield (
-                f"{path}.fold.hold_out: {source.fold.hold_out} of {source.fold.of} parts - counted from 0, "
-                f"it is at most {source.fold.of - 1}"
-            )
         if source.stage and earlier is None:
             yield f"{path}.stage: only stages read other stages' rows - give path or task"
         if source.direction is Direction.reverse and earlier is None:
@@ -170,17 +152,3 @@ def _node(node: Reward, where: str) -> Iterator[str]:
         yield f"{where}.of: a gate has a guard and what counts if it passed - give two, not {len(node.of)}"
     if node.fn == "shaping" and len(node.of) != 1:
         yield f"{where}.of: shaping takes one potential, a reward by step - give one, not {len(node.of)}"
-
-
-def engine_problems(chosen: EngineChoice, where: str) -> Iterator[str]:
-    """What is wrong with a choice of engine."""
-    if chosen.engine == LOCAL:
-        for key in ("args", "deadline"):
-            if getattr(chosen, key):
-                yield f"{where}.{key}: is for an engine of file.py:function, not for {LOCAL} - remove it"
-
-
-def sampling_problems(sampling: Sampling, where: str) -> Iterator[str]:
-    """What is wrong with a sampling section."""
-    if "" in sampling.stop:
-        yield f"{where}.stop: an empty string stops every completion at once - remove it"

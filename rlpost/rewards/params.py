@@ -1,15 +1,12 @@
 """A reward in a recipe."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Optional
+from typing import Annotated
 
-from rlpost.key import key
+from pydantic import Field
+
+from rlpost.section import Local
 from rlpost.usercode.params import Lookup, OnFailure, TimedFunction
-
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
-
 
 REWARD = Lookup(
     "reward",
@@ -21,17 +18,16 @@ REWARD = Lookup(
 )
 
 
-@dataclass
 class Reward(TimedFunction):
     """A reward function, its weight in the sum, and the name it is logged under (its own by default)."""
 
     weight: float = 1.0
-    name: Optional[str] = None
-    of: list["Reward"] = key(factory=list, lookup=REWARD)
+    name: str | None = None
+    of: Annotated[list["Reward"], REWARD] = Field(default_factory=list)
     """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
-    on_failure: Optional[OnFailure] = None
+    on_failure: OnFailure | None = None
     """When `file.py:function` raises, hangs, or returns no number: `stop` (so by default), or `unscored`."""
-    model: Optional[str] = key(None, path=True)
+    model: Annotated[str | None, Local()] = None
     """For functions that ask for a model: an earlier stage that leaves a judge or reads backwards, or a checkpoint."""
 
 

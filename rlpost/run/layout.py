@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rlpost import console
 from rlpost.errors import RecipeError, RlpostError, RunInUseError
@@ -27,9 +27,7 @@ from rlpost.run.record import (
     write_record,
 )
 from rlpost.run.stage import StageDirectory
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from rlpost.strict_yaml import dump
 
 __all__ = ["RunDirectory", "find_checkpoint", "list_runs", "newest_finished_run", "open_run"]
 
@@ -81,7 +79,7 @@ class RunDirectory:
 
 @contextmanager
 def open_run(
-    recipe: DictConfig,
+    recipe: Mapping[str, Any],
     given: Path | None,
     overrides: Sequence[str],
     allow_change: bool = False,
@@ -91,7 +89,7 @@ def open_run(
     """Make or reopen runs/NAME, hold its lock, and record the recipe and the environment.
 
     Args:
-        recipe: resolved and valid; its `runs` and `run` name the directory.
+        recipe: resolved and valid, as plain data; its `runs` and `run` name the directory.
         given: the recipe's file as the user wrote it.
         overrides: `key=value` as given on the command line.
         allow_change: go on although the recipe differs from the one the run was started with.
@@ -103,9 +101,7 @@ def open_run(
         RunInUseError: another process has it open.
         DiskError: it cannot be written, or its record is damaged.
     """
-    from omegaconf import OmegaConf
-
-    path = names.run_path(Path(recipe.runs), recipe.run)
+    path = names.run_path(Path(recipe["runs"]), recipe["run"])
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
     with _locked(path):
@@ -115,8 +111,8 @@ def open_run(
         if given is not None and not inside:
             with disk_errors(given):
                 files[names.RECIPE] = given.read_text(encoding="utf-8")
-        text = OmegaConf.to_yaml(recipe, resolve=True)
-        now = Record(text, environment(recipe.threads, functions or {}), digests(files), leaves=dict(leaves or {}))
+        text = dump(recipe)
+        now = Record(text, environment(recipe["threads"], functions or {}), digests(files), leaves=dict(leaves or {}))
         record = read_record(path)
         if record is None:
             _begin(path, now, files)

@@ -39,7 +39,6 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.value_head import ValueHeadModel
-from rlpost.recipe.functions import bind, bind_engine, functions_at
 from rlpost.recipe.specs.common import Stage, Training
 from rlpost.rewards import tree
 from rlpost.rewards.params import REWARD, Reward
@@ -51,6 +50,7 @@ from rlpost.run.stage import StageDirectory
 from rlpost.train.learner import Learner, Trainable
 from rlpost.train.loop import Loop, Stateful, Weights
 from rlpost.train.schedules import learning_rate_factor
+from rlpost.usercode.binding import bind, bind_engine, functions_at
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import OnFailure
 

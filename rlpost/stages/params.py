@@ -1,16 +1,13 @@
 """What stages choose from: weights, KL, corrections, critics, references that follow, pairs."""
 
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Optional
+from typing import Annotated
 
-from rlpost.key import key
+from pydantic import Field
 
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
+from rlpost.section import Choice, Local, Section
 
 
-class Weight(StrEnum):
+class Weight(Choice):
     """How much each action counts in an update (objectives/weights.py)."""
 
     token_mean = "token_mean"
@@ -19,7 +16,7 @@ class Weight(StrEnum):
     constant_length = "constant_length"
 
 
-class KlEstimator(StrEnum):
+class KlEstimator(Choice):
     """Per-token estimators of KL(policy || reference)."""
 
     k1 = "k1"
@@ -27,27 +24,26 @@ class KlEstimator(StrEnum):
     k3 = "k3"
 
 
-class KlPlacement(StrEnum):
+class KlPlacement(Choice):
     """Where the KL term goes."""
 
     reward = "reward"
     loss = "loss"
 
 
-@dataclass
-class Kl:
+class Kl(Section):
     """KL to the reference: `beta` times an estimator in the reward or in the loss."""
 
-    beta: float = key(0.0, ge=0)
+    beta: float = Field(0.0, ge=0)
     placement: KlPlacement = KlPlacement.reward
     estimator: KlEstimator = KlEstimator.k1
-    target: Optional[float] = key(None, gt=0)
+    target: float | None = Field(None, gt=0)
     """Adapt beta so that a completion's KL, in nats, comes to this (Ziegler et al. 2019, arXiv:1909.08593)."""
-    horizon: int = key(10000, ge=1)
+    horizon: int = Field(10000, ge=1)
     """Completions over which an adapting beta moves."""
 
 
-class AtLimit(StrEnum):
+class AtLimit(Choice):
     """What the length limit means to an episode."""
 
     terminate = "terminate"
@@ -56,7 +52,7 @@ class AtLimit(StrEnum):
     """A cut: the value of the last state stands for what would have come."""
 
 
-class CorrectionMode(StrEnum):
+class CorrectionMode(Choice):
     """What is done about log-probabilities that differ between sampler and trainer."""
 
     none = "none"
@@ -66,24 +62,23 @@ class CorrectionMode(StrEnum):
     """Weigh likewise, and leave out what lies beyond `cap` or below `floor` (MIS)."""
 
 
-class Per(StrEnum):
+class Per(Choice):
     """What a ratio of probabilities is of."""
 
     token = "token"
     completion = "completion"
 
 
-@dataclass
-class Correction:
+class Correction(Section):
     """Importance weights between the engine's log-probabilities and the trainer's."""
 
     mode: CorrectionMode = CorrectionMode.none
     per: Per = Per.token
-    cap: float = key(2.0, gt=0)
-    floor: float = key(0.0, ge=0)
+    cap: float = Field(2.0, gt=0)
+    floor: float = Field(0.0, ge=0)
 
 
-class Trunk(StrEnum):
+class Trunk(Choice):
     """What a critic reads its features from."""
 
     own = "own"
@@ -92,30 +87,28 @@ class Trunk(StrEnum):
     """The model that the stage starts from, as it is; only the head is trained."""
 
 
-@dataclass
-class Critic:
+class Critic(Section):
     """The value network of a `ppo` stage."""
 
-    learning_rate: Optional[float] = key(None, gt=0)
+    learning_rate: float | None = Field(None, gt=0)
     """Its peak; the policy's by default."""
     trunk: Trunk = Trunk.own
-    start: Optional[str] = key(None, path=True)
+    start: Annotated[str | None, Local()] = None
     """A reward_model stage (or checkpoint) to begin from instead of the stage's own start."""
-    clip: Optional[float] = key(0.2, gt=0)
+    clip: float | None = Field(0.2, gt=0)
     """How far a value may move from the one it had when the samples were taken."""
-    warmup_steps: int = key(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
     """First steps that train the critic alone."""
 
 
-@dataclass
-class Refresh:
+class Refresh(Section):
     """A reference that follows the policy: share·policy + (1−share)·reference, every so many updates."""
 
-    every: int = key(100, ge=1)
-    share: float = key(0.6, gt=0, le=1)
+    every: int = Field(100, ge=1)
+    share: float = Field(0.6, gt=0, le=1)
 
 
-class PairChoice(StrEnum):
+class PairChoice(Choice):
     """What rows a group of scored samples gives."""
 
     one = "one"

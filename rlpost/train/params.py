@@ -1,9 +1,9 @@
 """Parameters of training."""
 
-from enum import StrEnum
+from rlpost.section import Choice
 
 
-class Schedule(StrEnum):
+class Schedule(Choice):
     """Shape of the learning rate after its warm-up."""
 
     constant = "constant"

@@ -1,16 +1,14 @@
 """Functions in recipes: by name, with their arguments and, for those of a user's file, what becomes of failures."""
 
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Literal, Optional
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from rlpost.key import MISSING, key
+from pydantic import Field
 
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
+from rlpost.section import Choice, Section
 
 
-class OnFailure(StrEnum):
+class OnFailure(Choice):
     """What becomes of a failed call of a user's function."""
 
     stop = "stop"
@@ -43,12 +41,11 @@ TASKS = "rlpost.data.tasks"
 ENVIRONMENT = Lookup("environment", TASKS, ("text", "turns", "example"), by_name=True, some=True, apart=True)
 
 
-@dataclass
-class Function:
+class Function(Section):
     """A function by name (or `file.py:function`) with its keyword arguments."""
 
-    fn: str = MISSING
-    args: dict[str, Any] = field(default_factory=dict)
+    fn: str
+    args: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def called(self) -> str:
@@ -56,17 +53,15 @@ class Function:
         return self.fn.rpartition(":")[2]
 
 
-@dataclass
 class TimedFunction(Function):
     """A function that, coming from `file.py:function`, is called in a process of its own."""
 
-    deadline: Optional[float] = key(None, gt=0)
+    deadline: float | None = Field(None, gt=0)
     """Seconds that one call of such a function may take (60)."""
 
 
-@dataclass
 class EnvironmentFunction(TimedFunction):
     """An environment."""
 
-    on_failure: Optional[OnFailure] = None
+    on_failure: OnFailure | None = None
     """When such a function raises, hangs or ends its process: `stop` (so by default), or the episode is `unscored`."""

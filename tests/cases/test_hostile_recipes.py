@@ -41,7 +41,6 @@ HOSTILE = {
         ),
         GREW,
     ),
-    "a chain of thousands": (variables(*chain(3000, "@")), GREW),
     "a chain of thousands, last first": (
         variables(*reversed(chain(3000, "@"))),
         "in a circle, or are nested too deeply",
@@ -135,3 +134,8 @@ def test_what_is_no_recipe_file(kind: str, here: Path, tally) -> None:
     assert rlpost("show", "r.yaml").refused(2, said)
     assert rlpost("train", "r.yaml").refused(2, said)
     tally("hostile recipes", refused=2)
+
+
+def test_a_chain_of_thousands_that_does_not_grow_is_filled_in(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(variables(*chain(3000, "@")))
+    assert resolve(str(tmp_path / "r.yaml")).config.vars["v2999"] == "x" * 16

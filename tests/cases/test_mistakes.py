@@ -81,7 +81,7 @@ MISTAKES = f"""
 2 | train methods/rlo                              | did you mean 'methods/rloo'?
 2 | train Demo                                     | did you mean 'demo'?
 2 | {R} --dryrun                                   | --dry-run
-2 | {R} --steps 3                                  | No such option: --steps
+2 | {R} --step 3                                   | No such option: --step
 2 | {R} --stages.sft.steps=3                       | No such option
 2 | {R} steps=3                                    | stages.sft.steps
 2 | {R} sft.steps=3                                | stages.sft

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 from engines import asked, local
@@ -109,7 +108,7 @@ def test_the_engine_stops_there_and_keeps_what_was_drawn_until_then(seed: int, t
     for whole in free[:6]:
         clean = [s for s in tokenizer.decode([i for i in whole.ids if i != end]).split("\ufffd") if len(s) > 2]
         stop = [some_stop(s, draw) for s in clean[:2]]
-        (rows,) = engine.generate(asked([(1, 2, 3)], 16, replace(sampling, stop=stop), [seed]))
+        (rows,) = engine.generate(asked([(1, 2, 3)], 16, sampling.model_copy(update={"stop": stop}), [seed]))
         for before, now in zip(free, rows, strict=True):
             body = [i for i in before.ids if i != end]
             wanted = expected(tokenizer, body, stop)

@@ -14,12 +14,12 @@ from pyarrow import parquet
 from tiny_world import Ran, rlpost, save_model, save_recipe, save_rows
 
 from rlpost.errors import RewardError
-from rlpost.recipe.functions import bind
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group
 from rlpost.usercode import calls
+from rlpost.usercode.binding import bind
 from rlpost.usercode.params import OnFailure
 from rlpost.usercode.process import end_all
 

@@ -9,7 +9,7 @@ from rlpost.data.fitting import Limit
 from rlpost.data.formats import Need
 from rlpost.data.params import Source, TooLong
 from rlpost.errors import DataError, RecipeError
-from rlpost.usercode.params import Function
+from rlpost.usercode.params import TimedFunction
 
 ROWS = [{"prompt": f"{i}+{i}=", "completion": f"{2 * i:02d}"} for i in range(10)]
 """Four characters and two, and the end token: 7 tokens each."""
@@ -80,7 +80,7 @@ def digests(groups):
 @pytest.mark.parametrize("cut", [0, 3, 10, 17])
 def test_resume_is_exact(write, codec, cut, present):
     sources = {
-        "a": Source(path=str(write(ROWS)), weight=2, present=Function(present) if present else None),
+        "a": Source(path=str(write(ROWS)), weight=2, present=TimedFunction(fn=present) if present else None),
         "b": Source(path=str(write(ROWS[:3], "b.jsonl"))),
     }
     options = {"max_length": 10, "too_long": TooLong.drop}
@@ -101,7 +101,7 @@ def test_changed_data_is_refused_unless_allowed(write, codec):
 
 
 def test_presented_rows_are_made_anew_every_time(write, codec):
-    data = build({"main": Source(path=str(write(ROWS[:1])), present=Function("reverse"))}, codec)
+    data = build({"main": Source(path=str(write(ROWS[:1])), present=TimedFunction(fn="reverse"))}, codec)
     drawn = [g.completions[0].text for g in data.next(30)]
     assert set(drawn) == {f"{i:03b}" for i in range(8)}
     assert digests(data.all()) == digests(data.all())
@@ -113,7 +113,7 @@ def test_present_errors_are_one_line(write, codec):
         ("nothing", "present returned NoneType"),
     ]:
         with pytest.raises(DataError, match=reason):
-            build({"main": Source(path=str(write(ROWS)), present=Function(name))}, codec)
+            build({"main": Source(path=str(write(ROWS)), present=TimedFunction(fn=name))}, codec)
 
 
 LONG = [ROWS[0], {"prompt": "1+1=", "completion": "123456"}, {"prompt": "123456789", "completion": "1"}]

@@ -6,7 +6,7 @@ import pytest
 from rlpost.data.params import Fold, FoldPart, Source
 from rlpost.data.sources import read
 from rlpost.errors import DataError, RecipeError
-from rlpost.usercode.params import Function
+from rlpost.usercode.params import TimedFunction
 
 ROWS = [{"question": f"q{i // 2}", "answer": i} for i in range(20)]
 
@@ -115,8 +115,8 @@ def test_an_earlier_stage_and_a_task(write):
     path = write([{"text": "a"}])
     assert load(Source(stage="pairs"), stages={"pairs": path}.__getitem__) == [{"text": "a"}]
     bind = fake_bind(make=lambda: [{"n": 1}, {"n": 2}], broken=lambda: 3)
-    assert load(Source(task=Function("make")), bind) == [{"n": 1}, {"n": 2}]
-    assert "broken returned int" in refused(Source(task=Function("broken")), bind=bind)
+    assert load(Source(task=TimedFunction(fn="make")), bind) == [{"n": 1}, {"n": 2}]
+    assert "broken returned int" in refused(Source(task=TimedFunction(fn="broken")), bind=bind)
 
 
 def test_exactly_one_origin():
@@ -163,7 +163,7 @@ def test_map_makes_one_many_or_no_rows(write):
         row["seen"] = True  # the row is the map's own
         return {0: None, 1: row, 2: [row, {"answer": -2}]}[row["answer"] % 3]
 
-    rows = load(Source(path=str(write(ROWS[:3])), map=Function("grow")), fake_bind(grow=grow))
+    rows = load(Source(path=str(write(ROWS[:3])), map=TimedFunction(fn="grow")), fake_bind(grow=grow))
     assert [r["answer"] for r in rows] == [1, 2, -2]
 
 
@@ -172,7 +172,7 @@ def test_map_errors_name_function_and_row(write):
     bind = fake_bind(fails=lambda row: row["x"], text=lambda row: row["question"], none=lambda row: row.clear())
 
     def message(name):
-        return refused(Source(path=path, map=Function(name)), bind=bind)
+        return refused(Source(path=path, map=TimedFunction(fn=name)), bind=bind)
 
     assert message("fails") == f"stages.sft.data.main.map: fails: {path}:1 failed with KeyError: 'x'"
     assert f"text: {path}:1 returned str" in message("text")
@@ -217,11 +217,10 @@ def test_read_fold_map_columns_limit_in_that_order(write):
     source = Source(
         path=str(write(ROWS)),
         fold=Fold(by="question", of=2),
-        map=Function("keep"),
+        map=TimedFunction(fn="keep"),
         columns={"prompt": "made"},
         limit=2,
     )
     rows = load(source, fake_bind(keep=keep))
     assert len(seen) == 10
     assert [json.dumps(r) for r in rows] == [json.dumps({"made": q, "prompt": q}) for q in (seen[0], seen[2])]
-    assert "limit is 0" in refused(Source(path=str(write(ROWS)), limit=0), RecipeError)

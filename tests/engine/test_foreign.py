@@ -146,7 +146,7 @@ def test_a_long_prompt_is_shortened():
 
 
 def test_a_guide_refuses_a_users_engine():
-    choice, function = EngineChoice("mine.py:mine"), Bound(Honest, "mine", "rollouts")
+    choice, function = EngineChoice(engine="mine.py:mine"), Bound(Honest, "mine", "rollouts")
     with pytest.raises(
         EngineError, match="rollouts: a guide needs every token's logits, which mine does not give; use the local"
     ):

@@ -14,6 +14,7 @@ from stubs import policy_of, tiny_policy
 from rlpost.engine import batch
 from rlpost.engine import local as engine_module
 from rlpost.engine.params import Sampling
+from rlpost.engine.sampling import greedy
 from rlpost.policy import kept
 from rlpost.policy.check import check_exactness
 from rlpost.policy.kept import KeptRows
@@ -37,7 +38,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("make", [tiny_policy, lambda **more: policy_of(tiny("gpt2"), flat=False, **more)])
 def test_requests_that_differ_in_everything_are_what_each_is_alone(make):
     policy = make(eos=3)
-    ways = [LONG, Sampling(temperature=0.0), Sampling(temperature=0.5, top_k=5), Sampling(stop=["h", "cc"])]
+    ways = [LONG, greedy(Sampling()), Sampling(temperature=0.5, top_k=5), Sampling(stop=["h", "cc"])]
     requests = [
         Request(p, n, way, seed, limit)
         for p, n, way, seed, limit in zip(PROMPTS, (3, 1, 2, 4), ways, (1, 2, 3, 4), (16, 3, 9, 12), strict=True)
@@ -105,7 +106,7 @@ def test_prompts_that_go_on_from_kept_rows_get_what_they_would_get_without(famil
     engine, bare = local(policy), local(policy, cache_gib=0)
     prompts = going_on(engine, asked(PROMPTS, 3, LONG, [1, 2, 3, 4]))
     read = engine.kept.missed
-    requests = asked(prompts, 2, dataclasses.replace(LONG, max_new_tokens=9), range(len(prompts)))
+    requests = asked(prompts, 2, LONG.model_copy(update={"max_new_tokens": 9}), range(len(prompts)))
     found, expected = engine.generate(requests), bare.generate(requests)
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
     distinct = {tuple(p) for p in prompts}

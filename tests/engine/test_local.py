@@ -1,4 +1,3 @@
-import dataclasses
 import math
 
 import numpy as np
@@ -98,7 +97,7 @@ def test_an_adapter_acts_while_sampling(family):
 
 def test_the_temperature_is_in_the_log_probabilities():
     policy = tiny_policy()
-    sampled = local(policy).generate(asked(PROMPTS, 2, dataclasses.replace(LONG, temperature=0.7), STREAMS))
+    sampled = local(policy).generate(asked(PROMPTS, 2, LONG.model_copy(update={"temperature": 0.7}), STREAMS))
     assert gap(policy, sampled, 0.7) < 1e-5
     assert gap(policy, sampled, 1.0) > 0.1
 
@@ -161,7 +160,7 @@ def test_first_tokens_are_drawn_from_the_model_s_distribution():
 def test_greedy_takes_the_most_likely_tokens_with_their_log_probabilities():
     policy = tiny_policy()
     sampled = local(policy).generate(
-        asked(PROMPTS, 2, dataclasses.replace(LONG, temperature=0.5), STREAMS, greedy=True)
+        asked(PROMPTS, 2, LONG.model_copy(update={"temperature": 0.5}), STREAMS, greedy=True)
     )
     assert gap(policy, sampled, 1.0) < 1e-5
     ids = PROMPTS[0] + list(sampled[0][0].ids)
@@ -191,7 +190,7 @@ def test_stop_strings_end_each_row_where_they_appear():
     free = local(policy).generate(asked(PROMPTS, 8, LONG, STREAMS))
     text = free[0][0].text
     stop = text[3:5]
-    stopped = local(policy).generate(asked(PROMPTS, 8, dataclasses.replace(LONG, stop=[stop, "~"]), STREAMS))
+    stopped = local(policy).generate(asked(PROMPTS, 8, LONG.model_copy(update={"stop": [stop, "~"]}), STREAMS))
     finishes = set()
     for before, after in zip((c for g in free for c in g), (c for g in stopped for c in g), strict=True):
         assert tuple(after.ids) == tuple(before.ids[: len(after.ids)])

@@ -89,7 +89,7 @@ def test_filtered_tokens_are_never_drawn():
 
 
 def test_greedy_takes_the_largest_at_temperature_one():
-    for sampling in (greedy(Sampling(temperature=0.3, top_k=1)), Sampling(temperature=0.0)):
+    for sampling in (greedy(Sampling(temperature=0.3, top_k=1)), greedy(Sampling())):
         chosen, logp = choose(HALVES, U, sampling)
         assert (chosen.item(), logp.item()) == (1, pytest.approx(math.log(0.5), abs=1e-6))
 

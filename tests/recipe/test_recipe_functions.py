@@ -11,12 +11,13 @@ import torch
 
 from rlpost.data.params import MAP, PRESENT, TASK
 from rlpost.errors import RecipeError
-from rlpost.recipe.functions import bind, bind_all, functions_of
+from rlpost.recipe.functions import bind_all, functions_of
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.specs.common import ADVANTAGE, SURROGATE
 from rlpost.recipe.specs.dpo import LOSS as DPO_LOSS
 from rlpost.recipe.specs.process_reward_model import LOSS as STEP_LOSS
 from rlpost.rewards.params import REWARD
+from rlpost.usercode.binding import bind
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import Function, Lookup
 
@@ -26,17 +27,17 @@ ADVANTAGES = "rlpost.objectives.advantages"
 
 def refusal(fn: str, field: Lookup, base: Path, **args: Any) -> str:
     with pytest.raises(RecipeError) as caught:
-        bind(Function(fn, args), field, "here", base)
+        bind(Function(fn=fn, args=args), field, "here", base)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_arguments_are_applied(tmp_path: Path) -> None:
-    bound = bind(Function("group_normalised", {"eps": 1.0}), ADVANTAGE, "stages.g.advantage", tmp_path)
+    bound = bind(Function(fn="group_normalised", args={"eps": 1.0}), ADVANTAGE, "stages.g.advantage", tmp_path)
     rewards = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     assert bound(rewards)[0].tolist() == pytest.approx([-1 / (1 + 2**0.5), 1 / (1 + 2**0.5)])
     assert (bound.name, bound.where, bound.file, bound.sha256) == ("group_normalised", "stages.g.advantage", None, None)
-    assert bind(Function("leave_one_out"), ADVANTAGE, "x", tmp_path)(rewards).tolist() == [[-2, 2]]
+    assert bind(Function(fn="leave_one_out"), ADVANTAGE, "x", tmp_path)(rewards).tolist() == [[-2, 2]]
 
 
 def test_helpers_are_not_offered_and_a_function_for_something_else_is_refused(tmp_path: Path) -> None:
@@ -81,25 +82,25 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     )
     told = refusal("ratio", SURROGATE, tmp_path)
     assert "'ratio' takes (logp_N, old_logp_N) from the program, which gives (logp_N, old_logp_N, adv" in told
-    assert bind(Function("group_normalised", {"eps": 1}), ADVANTAGE, "x", tmp_path).name == "group_normalised"
+    assert bind(Function(fn="group_normalised", args={"eps": 1}), ADVANTAGE, "x", tmp_path).name == "group_normalised"
 
 
 def test_a_users_file_is_loaded_and_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def brief(completion, example, weight, most=10):\n    return most * weight\n")
-    bound = bind(Function("mine.py:brief", {"weight": 2}), REWARD, "here", tmp_path)
+    bound = bind(Function(fn="mine.py:brief", args={"weight": 2}), REWARD, "here", tmp_path)
     assert bound("text", {}) == 20
     assert (bound.file, bound.sha256) == (file, hashlib.sha256(file.read_bytes()).hexdigest())
     assert list(inspect.signature(bound).parameters)[:2] == ["completion", "example"]
     assert not (tmp_path / "__pycache__").exists()
     # The same second, the same size: a bytecode cache would still give 10.
     file.write_text("def brief(completion, example, weight, most=11):\n    return most * weight\n")
-    assert bind(Function("mine.py:brief", {"weight": 2}), REWARD, "here", tmp_path)("text", {}) == 22
+    assert bind(Function(fn="mine.py:brief", args={"weight": 2}), REWARD, "here", tmp_path)("text", {}) == 22
     message = refusal("mine.py:brief", REWARD, tmp_path)
     assert message == "here.args.weight: missing - 'brief' has no default for it - give one"
     assert "did you mean 'brief'?" in refusal("mine.py:breif", REWARD, tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert bind(Function("mine.py:brief", {"weight": 1}), REWARD, "x", tmp_path / "elsewhere")("", {}) == 11
+    assert bind(Function(fn="mine.py:brief", args={"weight": 1}), REWARD, "x", tmp_path / "elsewhere")("", {}) == 11
 
 
 def test_files_elsewhere_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +157,10 @@ def test_functions_of_every_kind_of_field_are_taken(tmp_path: Path) -> None:
         "def show(row, random, *, shift=0): return random + shift\n"
         "def all(completions): return [0.0 for _ in completions]\n"
     )
-    assert bind(Function("f.py:task", {"count": 2}), TASK, "x", tmp_path)() == [{}, {}]
-    assert bind(Function("f.py:row", {"any": 1}), MAP, "x", tmp_path)({"a": 0}) == {"a": 0, "any": 1}
-    assert bind(Function("f.py:show", {"shift": 2}), PRESENT, "x", tmp_path)({}, 1) == 3
-    assert bind(Function("f.py:all"), REWARD, "x", tmp_path)(["a", "b"]) == [0.0, 0.0]
+    assert bind(Function(fn="f.py:task", args={"count": 2}), TASK, "x", tmp_path)() == [{}, {}]
+    assert bind(Function(fn="f.py:row", args={"any": 1}), MAP, "x", tmp_path)({"a": 0}) == {"a": 0, "any": 1}
+    assert bind(Function(fn="f.py:show", args={"shift": 2}), PRESENT, "x", tmp_path)({}, 1) == 3
+    assert bind(Function(fn="f.py:all"), REWARD, "x", tmp_path)(["a", "b"]) == [0.0, 0.0]
 
 
 def test_every_function_of_a_recipe_is_bound_before_anything_runs(adding: str, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_an_argument_that_is_one_of_few_words_is_checked_before_anything_runs(tm
         "def share(reward_PG, *, how: Literal['even', 'last'] = 'even'):\n    return reward_PG\n"
     )
     fn = "mine.py:share"
-    assert bind(Function(fn, {"how": "last"}), ADVANTAGE, "stages.grpo.advantage", tmp_path).name == "share"
+    assert bind(Function(fn=fn, args={"how": "last"}), ADVANTAGE, "stages.grpo.advantage", tmp_path).name == "share"
     wrong = r"stages\.grpo\.advantage\.args\.how: no choice 'lsat' - did you mean 'last'\?"
     with pytest.raises(RecipeError, match=wrong):
-        bind(Function(fn, {"how": "lsat"}), ADVANTAGE, "stages.grpo.advantage", tmp_path)
+        bind(Function(fn=fn, args={"how": "lsat"}), ADVANTAGE, "stages.grpo.advantage", tmp_path)

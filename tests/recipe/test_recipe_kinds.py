@@ -26,14 +26,14 @@ SAMPLES = "sampling: {max_new_tokens: 4}, rewards: [{fn: math_answer}]"
 def test_a_kind_is_its_module(kind: str) -> None:
     spec = spec_of(kind)
     assert issubclass(spec, Stage)
-    assert spec.kind == kind
-    function = function_of(spec())
+    assert spec.model_fields["kind"].default == kind
+    function = function_of(spec.model_construct())
     assert function.__name__ == kind
     assert inspect.get_annotations(function)["cfg"] == spec.__name__
 
 
 def test_what_recipes_set_is_known_without_anything_heavy() -> None:
-    files = [*PACKAGE.glob("*/params.py"), *PACKAGE.glob("recipe/specs/*.py"), PACKAGE / "key.py"]
+    files = [*PACKAGE.glob("*/params.py"), *PACKAGE.glob("recipe/specs/*.py"), PACKAGE / "section.py"]
     names = [".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts) for file in files]
     code = f"""
 import importlib, sys
@@ -52,13 +52,13 @@ def recipe(write, stages: str) -> str:
 
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "trpo", "online_dpo", "pairs", "step_labels"])
 def test_the_best_is_chosen_by_the_rewards_of_any_kind(write, kind: str) -> None:
-    keys = STAGE if "learning_rate" in spec_of(kind).__dataclass_fields__ else "data: {a: {path: r}}"
+    keys = STAGE if "learning_rate" in spec_of(kind).model_fields else "data: {a: {path: r}}"
     resolved = resolve(recipe(write, f"  x: {{kind: {kind}, {keys}, {SAMPLES}}}\n"))
     rewards, where = rewards_of(resolved)
     assert ([reward.fn for reward in rewards], where) == (["math_answer"], "stages.x")
 
 
-@pytest.mark.parametrize("kind", [k for k in kinds() if spec_of(k)().leaves is Leaves.policy])
+@pytest.mark.parametrize("kind", [k for k in kinds() if spec_of(k).model_construct().leaves is Leaves.policy])
 def test_a_maze_is_solved_by_the_last_policy_of_any_kind(write, tmp_path: Path, kind: str) -> None:
     samples = SAMPLES if kind in ("grpo", "ppo", "trpo", "online_dpo") else ""
     stages = f"  first: {{kind: sft, {STAGE}}}\n  last: {{kind: {kind}, {STAGE}, {samples}}}\n"

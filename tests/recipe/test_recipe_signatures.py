@@ -12,14 +12,14 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS, declare, fact
-from rlpost.recipe.functions import bind
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.signatures import functions_in, told
 from rlpost.recipe.specs.common import ADVANTAGE, SURROGATE
 from rlpost.recipe.specs.dpo import LOSS, MODIFIER
 from rlpost.rewards.params import REWARD
+from rlpost.usercode.binding import bind
 from rlpost.usercode.load import public_functions
 from rlpost.usercode.params import Function
+from rlpost.usercode.signatures import functions_in, told
 
 DATA = "vars.data=rows.jsonl"
 MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, LOSS, MODIFIER, REWARD)]
@@ -41,8 +41,8 @@ def test_the_source_says_what_the_import_does(module: str) -> None:
 def test_a_fact_is_one_of_few_and_holds_through_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="no fact 'couples_pair' - did you mean 'couples_pairs'"):
         declare(test_a_fact_is_one_of_few_and_holds_through_arguments, couples_pair=False)
-    assert not fact(bind(Function("dpo", {"beta": 0.2}), LOSS, "x", tmp_path), "couples_pairs")
-    assert fact(bind(Function("aot", {"beta": 0.2}), LOSS, "x", tmp_path), "couples_pairs")
+    assert not fact(bind(Function(fn="dpo", args={"beta": 0.2}), LOSS, "x", tmp_path), "couples_pairs")
+    assert fact(bind(Function(fn="aot", args={"beta": 0.2}), LOSS, "x", tmp_path), "couples_pairs")
     assert all(fact(len, name) is default for name, default in FACTS.items())
 
 
@@ -110,10 +110,10 @@ def test_behind_a_decorator_the_users_process_is_asked(write, tmp_path: Path) ->
         "import functools\ndef same(f):\n    @functools.wraps(f)\n    def g(*a, **k): return f(*a, **k)\n    return g\n"
     )
     file = write("mine.py", f"{wraps}@same\ndef labelled(logp_N, label_N): return logp_N\n")
-    assert told(Function(f"{file}:labelled"), LOSS).takes("label_N")
-    assert not told(Function(f"{file}:none"), LOSS).takes("label_N")
+    assert told(Function(fn=f"{file}:labelled"), LOSS).takes("label_N")
+    assert not told(Function(fn=f"{file}:none"), LOSS).takes("label_N")
     file.write_text("def broken(:\n")
-    assert not told(Function(f"{file}:broken"), LOSS).takes("label_N")
+    assert not told(Function(fn=f"{file}:broken"), LOSS).takes("label_N")
 
 
 def test_names_and_arguments_are_checked_without_torch(adding: str, write) -> None:

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 from rlpost.data.params import Source
 from rlpost.errors import RecipeError
-from rlpost.key import Range
 from rlpost.policy.params import Model
+from rlpost.recipe.build import range_of
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.validate import validate
+from rlpost.section import Section
 
 DATA = "vars.data=rows.jsonl"
 Change = Callable[[Any], None]
@@ -127,8 +129,10 @@ def test_what_is_fine(adding: str, override: str) -> None:
     assert resolve(adding, [DATA, override]).warnings == ()
 
 
-def test_a_disabled_stage_is_not_looked_into(adding: str) -> None:
-    resolve(adding, [DATA, "stages.grpo.enabled=false", "stages.grpo.steps=-3"])
+def test_the_rules_of_a_disabled_stage_are_not_looked_at(adding: str) -> None:
+    resolve(adding, [DATA, "stages.grpo.enabled=false", "stages.grpo.epochs=3"])
+    with pytest.raises(RecipeError, match=r"stages\.grpo\.steps: expected at least 1, got -3"):
+        resolve(adding, [DATA, "stages.grpo.enabled=false", "stages.grpo.steps=-3"])
 
 
 @pytest.mark.parametrize("name", ["base", "start", "a/b", "", "sft.v2", "x" * 81])
@@ -163,17 +167,21 @@ def test_a_grpo_stage_by_itself_passes() -> None:
 def resolve_free() -> Recipe:
     from rlpost.rewards.params import Reward
 
-    stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward("math_answer")])
+    stage = Grpo(data={"a": Source(path="x")}, steps=1, learning_rate=1.0, rewards=[Reward(fn="math_answer")])
     return Recipe(run="x", model=Model(path="gpt2"), stages={"g": stage})
 
 
-def test_ranges_hold_their_ends_as_they_say() -> None:
-    share = Range(ge=0, lt=1)
-    assert 0 in share
-    assert 1 not in share
-    assert 0 not in Range(gt=0)
-    assert float("inf") not in Range()
-    assert float("nan") not in Range()
-    assert str(Range(gt=0, le=1)) == "from 0 (exclusive) to 1"
-    assert str(share) == "from 0 to 1 (exclusive)"
-    assert (str(Range(ge=1)), str(Range(gt=0)), str(Range())) == ("at least 1", "more than 0", "a finite number")
+def test_ranges_are_said_with_both_ends() -> None:
+    class Ends(Section):
+        share: float = Field(0.5, ge=0, lt=1)
+        part: float | None = Field(None, gt=0, le=1)
+        some: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+        any: float = 0.0
+
+    said = {name: range_of(info) for name, info in Ends.model_fields.items()}
+    assert said == {
+        "share": "from 0 to 1 (exclusive)",
+        "part": "from 0 (exclusive) to 1",
+        "some": "at least 1",
+        "any": "",
+    }

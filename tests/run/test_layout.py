@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from rlpost.errors import DataError, DiskError, RecipeError, RunInUseError
-from rlpost.policy.params import Lora
+from rlpost.policy.params import Lora, Model
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.specs.sft import Sft
@@ -22,13 +21,16 @@ from rlpost.run.stage import StageDirectory
 
 
 def recipe(runs: Path, **changes):
-    node = OmegaConf.structured(Recipe)
-    node.run, node.runs, node.model.path = "first", str(runs), "gpt2"
-    node.stages = {"sft": OmegaConf.structured(Sft(learning_rate=0.001, steps=10))}
-    node.stages["grpo"] = OmegaConf.structured(Grpo(learning_rate=1e-5, steps=10))
+    whole = Recipe(run="first", runs=str(runs), model=Model(path="gpt2"))
+    whole.stages = {"sft": Sft(learning_rate=0.001, steps=10), "grpo": Grpo(learning_rate=1e-5, steps=10)}
+    tree = whole.model_dump(mode="json")
     for key, value in changes.items():
-        OmegaConf.update(node, key.replace("__", "."), value, merge=False)
-    return node
+        *above, last = key.split("__")
+        inner = tree
+        for name in above:
+            inner = inner[name]
+        inner[last] = value
+    return tree
 
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_new_run_records_its_recipe_and_what_it_runs_on(runs, tmp_path, monkey
     config = yaml.safe_load((run.path / "config.resolved.yaml").read_text())
     assert config["stages"]["sft"]["kind"] == "sft"
     assert list(config["stages"]) == ["sft", "grpo"]
-    assert OmegaConf.merge(OmegaConf.structured(Recipe), config).model.path == "gpt2"
+    assert config["model"]["path"] == "gpt2"
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["functions"] == {"r.py:f": "ab" * 32}
     assert environment["versions"]["torch"][0].isdigit()
@@ -105,7 +107,7 @@ def test_a_run_in_which_nothing_was_trained_takes_the_recipe_as_it_is(runs, caps
     (path / "sft").mkdir()
     (path / "sft" / "metrics.jsonl").write_text("{}")
     node = recipe(runs, seed=7)
-    node.model.path = "gpt2-medium"
+    node["model"]["path"] = "gpt2-medium"
     reopen(node)
     assert (
         "nothing was trained yet, so the run takes the recipe as it is now: seed: 0 -> 7; " in capsys.readouterr().err
@@ -162,7 +164,7 @@ REFUSED = {
     # key -> (new value, is sft finished, words of the reason)
     "seed": (7, False, "all that was trained stands on it; choose another run=NAME"),
     "model.path": ("gpt2-medium", False, "all that was trained stands on it"),
-    "model.lora": (Lora(r=8), False, "all that was trained stands on it"),
+    "model.lora": (Lora(r=8).model_dump(), False, "all that was trained stands on it"),
     "model.revision": ("abc", True, "all that was trained stands on it"),
     "stages.sft.start": ("base", False, "the checkpoints of sft stand on it"),
     "stages.sft.learning_rate": (0.002, True, "sft is finished and was trained with the old value; "),
@@ -207,7 +209,10 @@ def test_a_change_that_takes_effect_from_here_on_can_be_allowed(runs, key, heard
     reopen(changed, allow_change=True)
     assert len(heard) == 1
     assert f"{key}: " in heard[0]
-    assert OmegaConf.select(OmegaConf.load(path / "config.resolved.yaml"), key) == APPLIED[key]
+    value = yaml.safe_load((path / "config.resolved.yaml").read_text())
+    for part in key.split("."):
+        value = value[part]
+    assert value == APPLIED[key]
 
 
 def test_a_finished_stage_can_be_made_longer_until_a_later_one_has_begun(runs, heard):
@@ -232,11 +237,11 @@ def test_a_finished_stage_without_its_last_state_cannot_be_made_longer(runs):
 def test_stages_trained_after_another_are_not_left_standing_on_nothing(runs):
     path = begun(begun(reopen(recipe(runs)).path, done=True), "grpo")
     swapped = recipe(runs)
-    swapped.stages = {name: swapped.stages[name] for name in ("grpo", "sft")}
+    swapped["stages"] = {name: swapped["stages"][name] for name in ("grpo", "sft")}
     alone = recipe(runs)
-    alone.stages = {"grpo": alone.stages["grpo"]}
+    alone["stages"] = {"grpo": alone["stages"]["grpo"]}
     first = recipe(runs)
-    first.stages = {"new": first.stages["sft"], **dict(first.stages.items())}
+    first["stages"] = {"new": first["stages"]["sft"], **first["stages"]}
     for node, words in (
         (swapped, "trained in the old order"),
         (alone, "grpo was trained without this change"),
@@ -263,14 +268,14 @@ def test_a_stage_may_be_switched_until_it_is_done_or_a_later_one_begun(runs):
     with pytest.raises(RecipeError, match=r"stages.sft.enabled: true -> false"):
         reopen(recipe(runs, stages__sft__enabled=False))
     longer = recipe(runs)
-    longer.stages["more"] = OmegaConf.structured(Sft(learning_rate=0.001))
+    longer["stages"]["more"] = Sft(learning_rate=0.001).model_dump(mode="json")
     reopen(longer)
     reopen(recipe(runs))
     (path / "grpo").mkdir()
     reopen(recipe(runs, stages__grpo__enabled=False))
     reopen(longer)
     begun(path, "more")
-    longer.stages.grpo.enabled = False
+    longer["stages"]["grpo"]["enabled"] = False
     with pytest.raises(RecipeError, match=r"stages.grpo.enabled: true -> false"):
         reopen(longer)
 
@@ -416,11 +421,10 @@ def test_a_decision_is_taken_once(runs):
 
 HOLD = """
 import sys, time
-from omegaconf import OmegaConf
 from rlpost.run.layout import open_run
 from rlpost.run.sealed import seal, unseal
 from rlpost.run.stage import StageDirectory
-node = OmegaConf.create({"run": "first", "runs": sys.argv[1], "threads": None, "stages": {}})
+node = {"run": "first", "runs": sys.argv[1], "threads": None, "stages": {}}
 with open_run(node, None, []):
     print("open", flush=True)
     time.sleep(60)
@@ -428,7 +432,7 @@ with open_run(node, None, []):
 
 
 def test_a_run_is_open_once_and_a_killed_holder_lets_go(runs):
-    node = OmegaConf.create({"run": "first", "runs": str(runs), "threads": None, "stages": {}})
+    node = {"run": "first", "runs": str(runs), "threads": None, "stages": {}}
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(runs)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"open\n"

@@ -264,7 +264,7 @@ def test_a_clipped_value_by_hand():
     part = Experience((update,), {k: torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()})
     # Towards the return at most 0.2 counts: 1.0 is taken for 0.2; away from it, -1.0 for what it is.
     for clip, squares in ((0.2, [1.8**2, 1.9**2, 3.0**2]), (None, [1.0, 1.9**2, 3.0**2])):
-        loss, line = ppo.critic_loss_of(Ppo(critic=Critic(clip=clip)))(values, part)
+        loss, line = ppo.critic_loss_of(Ppo(learning_rate=1.0, critic=Critic(clip=clip)))(values, part)
         assert float(loss) == pytest.approx(sum(squares) / 6)
         assert line["value"].tolist() == [1.0, 0.1, -1.0]
 

@@ -10,7 +10,6 @@ from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
-from rlpost.engine.params import Sampling
 
 
 def infill(
@@ -51,7 +50,7 @@ def infill(
     from rlpost import console
     from rlpost.goals import infill_text
 
-    sampling = options.in_range(Sampling(max_new_tokens, temperature))
+    sampling = options.sampling_of(max_new_tokens=max_new_tokens, temperature=temperature)
     found, sampled = infill_text.infill_text(
         forward, reverse, before, after, n=n, sampling=sampling, seed=seed, begin=begin
     )

@@ -10,7 +10,6 @@ from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
-from rlpost.engine.params import Sampling
 from rlpost.streams import from_stdin
 
 
@@ -51,7 +50,15 @@ def sample(
     if bool(goal) == bool(avoid):
         raise typer.BadParameter("give either --goal or --avoid", param_hint="--goal")
     text = from_stdin("PROMPT") if prompt is None else prompt
-    given = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, stop or [])
+    sampling = options.sampling_of(
+        greedy,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=stop or [],
+    )
     from rlpost.goals.sample import guided_sample
 
     texts = guided_sample(
@@ -61,7 +68,7 @@ def sample(
         goal or avoid or [],
         avoid=bool(avoid),
         candidates=candidates,
-        sampling=options.in_range(given, greedy),
+        sampling=sampling,
         n=n,
         seed=seed,
     )

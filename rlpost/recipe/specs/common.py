@@ -3,52 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import Annotated, ClassVar
 
-from omegaconf import MISSING
+from pydantic import Field
 
 from rlpost.data.params import Direction, Need, Source, TooLong
 from rlpost.engine.params import EngineChoice, Sampling
-from rlpost.key import key
 from rlpost.policy.params import Model
-from rlpost.recipe.rules import Earlier, Leaves, reward_problems, sampling_problems, source_problems
-from rlpost.recipe.signatures import told
+from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
 from rlpost.rewards.params import REWARD, Reward
+from rlpost.section import Section
 from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.train.params import Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
+from rlpost.usercode.signatures import told
 
-# OmegaConf reads these annotations and refuses `X | None` of dataclasses in places: hence Optional.
-# ruff: noqa: UP045
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass
-class Stage:
+class Stage(Section):
     """What every stage has."""
 
-    kind: str = MISSING
+    kind: str
     enabled: bool = True
     """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
-    start: Optional[str] = None
+    start: str | None = None
     """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
-    data: dict[str, Source] = field(default_factory=dict)
+    data: dict[str, Source] = Field(default_factory=dict)
 
     function: ClassVar[str] = ""
     """`module:name` of what the stage does."""
     file: ClassVar[tuple[str, str] | None] = None
     """Of a user's own kind: the file and its sha256."""
-
-    @property
-    def leaves(self) -> Leaves:
-        """What those after it find."""
-        return Leaves.policy
+    leaves: ClassVar[Leaves | str] = Leaves.policy
+    """What those after it find; also by name."""
 
     def rows(self) -> Need:
         """What its rows are for."""
         return Need.prompts
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """What is wrong with the stage at key path `where`, given those before it, in lines."""
         if self.start is not None:
             yield from earlier.no_policy(self.start, f"{where}.start", ("base",))
@@ -67,38 +61,37 @@ class Stage:
         yield from ()
 
 
-@dataclass
 class Training(Stage):
     """What every stage that updates weights has."""
 
-    steps: Optional[int] = key(None, ge=1)
+    steps: int | None = Field(None, ge=1)
     """Optimiser steps (grpo: rollout steps); or give `epochs`."""
-    epochs: Optional[float] = key(None, gt=0)
-    learning_rate: float = key(gt=0)
+    epochs: float | None = Field(None, gt=0)
+    learning_rate: float = Field(gt=0)
     schedule: Schedule = Schedule.linear
-    warmup: float = key(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0)
     """A share of all updates below 1, a number of updates from 1 on."""
-    weight_decay: float = key(0.0, ge=0)
-    betas: tuple[float, float] = key((0.9, 0.999), ge=0, lt=1)
-    max_grad_norm: float = key(1.0, ge=0)
-    tokens_per_pass: int = key(8192, ge=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, ge=0)
+    tokens_per_pass: int = Field(8192, ge=1)
     """Token budget of one forward and backward pass; the gradient does not depend on it."""
-    aux_loss_coef: Optional[float] = key(None, ge=0)
+    aux_loss_coef: float | None = Field(None, ge=0)
     """Of a mixture of experts' balance loss, beside the stage's own (0: none); by default the model's
     `router_aux_loss_coef`."""
-    max_length: int = key(1024, ge=2)
+    max_length: int = Field(1024, ge=2)
     """Tokens of prompt and completion together."""
     too_long: TooLong = TooLong.refuse
-    checkpoint_every: int = key(100, ge=1)
-    keep_checkpoints: int = key(2, ge=1)
-    log_every: int = key(1, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(1, ge=1)
 
     balances: ClassVar[bool] = True
     """Its updates can have a mixture of experts' balance loss."""
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of every stage, of its length and of its warm-up."""
-        yield from super().problems(where, earlier)
+        yield from super().rules(where, earlier)
         yield from self._length_problems(where)
         if self.warmup > 1 and self.warmup != int(self.warmup):
             yield f"{where}.warmup: {self.warmup} - a share below 1, or a whole number of updates"
@@ -109,42 +102,41 @@ class Training(Stage):
             yield f"{where}: give exactly one of {where}.steps and {where}.epochs ({given})"
 
 
-@dataclass
 class Rollouts(Training):
     """What every stage that learns from samples of its own policy has."""
 
-    prompts: int = key(32, ge=1)
+    prompts: int = Field(32, ge=1)
     """Prompts a step."""
-    group_size: int = key(8, ge=1)
+    group_size: int = Field(8, ge=1)
     """Completions a prompt."""
-    sampling: Sampling = field(default_factory=Sampling)
-    rollouts: Optional[EngineChoice] = None
+    sampling: Sampling = Field(default_factory=Sampling)
+    rollouts: EngineChoice | None = None
     """What samples; by default what the recipe's `rollouts` says."""
-    rewards: list[Reward] = key(factory=list, lookup=REWARD)
-    kl: Kl = field(default_factory=Kl)
+    rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    kl: Kl = Field(default_factory=Kl)
     reference: str = "start"
     """`start` (where this stage begins), `base`, or an earlier stage by name."""
-    updates: int = key(1, ge=1)
+    updates: int = Field(1, ge=1)
     """Optimiser updates a pass over the step's samples, each on its share of the step's groups."""
-    passes: int = key(1, ge=1)
+    passes: int = Field(1, ge=1)
     """Passes over the step's samples."""
     mask_truncated: bool = False
     """Leave completions cut at the length limit out of the advantage and the update."""
-    environment: Optional[EnvironmentFunction] = key(None, lookup=ENVIRONMENT)
+    environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
-    turns: int = key(2, ge=1)
+    turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
-    step_end: Optional[str] = None
+    step_end: str | None = None
     """A step of a completion ends with this text (empty: every token is a step); for rewards and advantages by step."""
-    table_every: int = key(100, ge=0)
+    table_every: int = Field(100, ge=0)
     """Steps between tables of sample completions, which are also saved as rollouts (0: neither)."""
 
     kl_in_loss: ClassVar[bool] = True
     """Its loss can have a KL term."""
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of every stage that trains, of the KL and of sampling."""
-        yield from super().problems(where, earlier)
+        yield from super().rules(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
         yield from self._kl_problems(f"{where}.kl")
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
@@ -162,7 +154,6 @@ class Rollouts(Training):
             )
         if self.rewards or self.rows() is not Need.recorded:
             yield from reward_problems(self.rewards, where, earlier)
-        yield from sampling_problems(self.sampling, f"{where}.sampling")
 
     def _length_problems(self, where: str) -> Iterator[str]:
         if self.epochs is not None:
@@ -209,21 +200,20 @@ SURROGATE = Lookup(
 )
 
 
-@dataclass
 class Grouped(Rollouts):
     """What the stages with a baseline from groups have."""
 
-    advantage: Function = key(factory=lambda: Function("group_normalised"), lookup=ADVANTAGE)
+    advantage: Annotated[Function, ADVANTAGE] = Field(default_factory=lambda: Function(fn="group_normalised"))
     weight: Weight = Weight.token_mean
     whiten: bool = False
     """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
-    resample: int = key(0, ge=0)
+    resample: int = Field(0, ge=0)
     """Rounds of further prompts drawn while groups without a signal are left (dynamic sampling)."""
-    fresh_rollouts: int = key(4, ge=1)
+    fresh_rollouts: int = Field(4, ge=1)
     """For advantages that ask for `value_K`: rollouts from the start of every step of a completion."""
     recorded: bool = False
     """Rows are rollouts that another policy made (rollouts/*.jsonl of a run): nothing is sampled."""
-    correction: Correction = field(default_factory=Correction)
+    correction: Correction = Field(default_factory=Correction)
 
     @property
     def compares_completions(self) -> bool:
@@ -234,9 +224,9 @@ class Grouped(Rollouts):
         """Prompts, or what another policy said to them."""
         return Need.recorded if self.recorded else Need.prompts
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of rollouts, and of what an advantage asks for."""
-        yield from super().problems(where, earlier)
+        yield from super().rules(where, earlier)
         name, asks = self.advantage.called, told(self.advantage, ADVANTAGE)
         if asks.takes("steps", "step_reward_K", "value_K") and self.step_end is None:
             yield (

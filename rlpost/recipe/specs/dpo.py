@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from rlpost.data.params import Need
-from rlpost.key import key
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.signatures import Told, told
 from rlpost.recipe.specs.common import Training
 from rlpost.stages.params import Refresh
 from rlpost.usercode.params import Function, Lookup
-
-# ruff: noqa: UP045 - see common.py
+from rlpost.usercode.signatures import Told, told
 
 LOSS = Lookup(
     "dpo.loss",
@@ -27,21 +25,20 @@ LOSS = Lookup(
 MODIFIER = Lookup("dpo.modifiers", "rlpost.objectives.preference_modifiers", ("pairs",), returns="the same")
 
 
-@dataclass
 class Dpo(Training):
     """Direct preference optimisation and its relatives, on pairs (with `ranking`, on ranked completions)."""
 
     kind: str = "dpo"
-    batch_size: int = key(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Pairs an update."""
-    loss: Function = key(factory=lambda: Function("dpo"), lookup=LOSS)
-    nll: float = key(0.0, ge=0)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
+    nll: float = Field(0.0, ge=0)
     """Weight of the chosen completion's negative log-likelihood, per token, beside the pair loss."""
     reference: str = "start"
     """`start` (where this stage begins), `base`, or an earlier stage by name."""
-    modifiers: list[Function] = key(factory=list, lookup=MODIFIER)
+    modifiers: Annotated[list[Function], MODIFIER] = Field(default_factory=list)
     """What is done to the pairs before the loss, in order (objectives/preference_modifiers.py)."""
-    refresh: Optional[Refresh] = None
+    refresh: Refresh | None = None
 
     function: ClassVar[str] = "rlpost.stages.dpo:dpo"
 
@@ -53,9 +50,8 @@ class Dpo(Training):
     def _loss(self) -> Told:
         return told(self.loss, LOSS)
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of training; a setting without an effect is refused, so that nobody takes the result for its."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
         loss, ranks = self.loss.called, self.rows() is Need.ranked
         names = [m.called for m in self.modifiers]

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from rlpost.key import key
+from pydantic import Field
+
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
+from rlpost.usercode.signatures import told
 
 
-@dataclass
 class Grpo(Grouped):
     """Reinforcement learning from groups of sampled completions."""
 
     kind: str = "grpo"
-    loss: Function = key(factory=lambda: Function("clipped_surrogate"), lookup=SURROGATE)
-    entropy: float = key(0.0, ge=0)
+    loss: Annotated[Function, SURROGATE] = Field(default_factory=lambda: Function(fn="clipped_surrogate"))
+    entropy: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over actions."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
@@ -31,8 +30,7 @@ class Grpo(Grouped):
         """An action of advantage 0 adds nothing to the gradient, but for a KL's."""
         return not self.entropy and told(self.loss, SURROGATE).says("vanishes_without_advantage")
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of groups, and of the loss's weight."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         if self.weight != Weight.sequence_mean and told(self.loss, SURROGATE).says("per_completion"):
             yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"

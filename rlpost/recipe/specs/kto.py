@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from rlpost.data.params import Need
-from rlpost.key import key
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
@@ -15,14 +15,13 @@ from rlpost.usercode.params import Function, Lookup
 LOSS = Lookup("kto.loss", "rlpost.objectives.unpaired", ("unpaired",), returns="elements")
 
 
-@dataclass
 class Kto(Training):
     """Learning from completions that are each desirable or not, without pairs."""
 
     kind: str = "kto"
-    batch_size: int = key(32, ge=2)
+    batch_size: int = Field(32, ge=2)
     """Rows an update."""
-    loss: Function = key(factory=lambda: Function("kto"), lookup=LOSS)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="kto"))
     reference: str = "start"
     """`start` (where this stage begins), `base`, or an earlier stage by name."""
 
@@ -32,7 +31,6 @@ class Kto(Training):
         """Completions with labels."""
         return Need.labelled
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of training, and of the reference."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))

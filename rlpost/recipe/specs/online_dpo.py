@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from rlpost.key import key
+from pydantic import Field
+
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
 from rlpost.usercode.params import Function, Lookup
@@ -14,20 +14,18 @@ from rlpost.usercode.params import Function, Lookup
 LOSS = Lookup("online_dpo.loss", "rlpost.objectives.preference", ("pairs",), returns="elements")
 
 
-@dataclass
 class OnlineDpo(Rollouts):
     """DPO on pairs of fresh samples, the best and the worst of each group by reward."""
 
     kind: str = "online_dpo"
-    loss: Function = key(factory=lambda: Function("dpo"), lookup=LOSS)
-    min_gap: float = key(0.0, ge=0)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
+    min_gap: float = Field(0.0, ge=0)
     """A pair's rewards must differ by more than this."""
 
     function: ClassVar[str] = "rlpost.stages.online_dpo:online_dpo"
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of rollouts, and of pairs."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         if self.group_size < 2:
             yield f"{where}.group_size: a pair needs two completions - give at least 2"
         if self.kl.beta:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from rlpost.data.params import Need
-from rlpost.key import key
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
@@ -14,14 +14,13 @@ from rlpost.usercode.params import Function, Lookup
 LOSS = Lookup("process_reward_model.loss", "rlpost.objectives.ranking", ("logit_K", "label_K"), returns="elements")
 
 
-@dataclass
 class ProcessRewardModel(Training):
     """A model that scores every step of a completion, from labelled steps; the policy passes unchanged."""
 
     kind: str = "process_reward_model"
-    batch_size: int = key(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Rows an update."""
-    loss: Function = key(factory=lambda: Function("process_reward"), lookup=LOSS)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="process_reward"))
 
     function: ClassVar[str] = "rlpost.stages.process_reward_model:process_reward_model"
     leaves = Leaves.process_reward_model

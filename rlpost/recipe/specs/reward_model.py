@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from rlpost.data.params import Need
-from rlpost.key import key
 from rlpost.recipe.rules import Leaves
-from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
+from rlpost.usercode.signatures import told
 
 LOSS = Lookup(
     "reward_model.loss",
@@ -22,14 +22,13 @@ LOSS = Lookup(
 )
 
 
-@dataclass
 class RewardModel(Training):
     """A model that scores completions, from pairs or from ranked completions; the policy passes unchanged."""
 
     kind: str = "reward_model"
-    batch_size: int = key(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Pairs, or ranked groups, an update."""
-    loss: Function = key(factory=lambda: Function("bradley_terry"), lookup=LOSS)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="bradley_terry"))
 
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
     leaves = Leaves.reward_model

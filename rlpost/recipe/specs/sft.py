@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from rlpost.data.params import Direction, Need
-from rlpost.key import key
 from rlpost.recipe.rules import Earlier, Leaves
-from rlpost.recipe.signatures import told
 from rlpost.recipe.specs.common import Training
+from rlpost.section import Local
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function, Lookup
-
-# ruff: noqa: UP045 - see common.py
+from rlpost.usercode.signatures import told
 
 LOSS = Lookup(
     "sft.loss",
@@ -26,22 +25,21 @@ LOSS = Lookup(
 )
 
 
-@dataclass
 class Sft(Training):
     """Supervised fine-tuning: maximise the likelihood of completions, or imitate a teacher's distributions."""
 
     kind: str = "sft"
-    batch_size: int = key(32, ge=1)
+    batch_size: int = Field(32, ge=1)
     """Rows an update."""
-    loss: Function = key(factory=lambda: Function("nll"), lookup=LOSS)
+    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="nll"))
     weight: Weight = Weight.token_mean
-    teacher: Optional[str] = key(None, path=True)
+    teacher: Annotated[str | None, Local()] = None
     """For losses that ask for a teacher: a model of the same tokenizer, by stage, checkpoint, folder or hub name."""
 
     function: ClassVar[str] = "rlpost.stages.sft:sft"
 
     @property
-    def leaves(self) -> Leaves:
+    def leaves(self) -> Leaves:  # type: ignore[override]
         """A policy, or from reversed text a model that is none."""
         reverse = any(source.direction is Direction.reverse for source in self.data.values())
         return Leaves.reverse if reverse else Leaves.policy
@@ -50,9 +48,8 @@ class Sft(Training):
         """Completions; with labels, where the loss asks for them."""
         return Need.labelled if told(self.loss, LOSS).takes("label_N") else Need.completions
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of training, and of the teacher."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         if self.teacher is None and told(self.loss, LOSS).takes("teacher_NV"):
             name = self.loss.called
             yield f"{where}.teacher: missing - {name} imitates a teacher: name a stage, a checkpoint or a model"

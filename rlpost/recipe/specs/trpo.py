@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
-from rlpost.key import key
+from pydantic import Field
+
 from rlpost.policy.params import Lora, Model
 from rlpost.recipe.specs.common import Grouped
 
 
-@dataclass
 class Trpo(Grouped):
     """Trust-region policy optimisation: the natural gradient, as far as the trust region allows."""
 
     kind: str = "trpo"
-    learning_rate: float = key(1.0, gt=0, le=1)
+    learning_rate: float = Field(1.0, gt=0, le=1)
     """The share of the largest allowed step that is tried first."""
-    delta: float = key(0.01, gt=0)
+    delta: float = Field(0.01, gt=0)
     """Radius of the trust region: KL(old || new) in nats, averaged over actions."""
-    damping: float = key(0.1, ge=0)
+    damping: float = Field(0.1, ge=0)
     """Added to the Fisher matrix in the solve, not in the step's length."""
-    iterations: int = key(10, ge=1)
+    iterations: int = Field(10, ge=1)
     """Of conjugate gradients."""
-    backtracks: int = key(10, ge=0)
+    backtracks: int = Field(10, ge=0)
     """Halvings of the step before it is given up."""
 
     function: ClassVar[str] = "rlpost.stages.trpo:trpo"
@@ -32,7 +31,6 @@ class Trpo(Grouped):
     balances: ClassVar[bool] = False
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
-        """Of groups, and of dropout."""
         yield from super().warnings(where, model)
         if isinstance(model.lora, Lora) and model.lora.dropout > 0:
             yield (

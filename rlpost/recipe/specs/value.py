@@ -3,52 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import ClassVar
+
+from pydantic import Field
 
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.goals.params import Goals, ValueTarget
-from rlpost.key import key
-from rlpost.recipe.rules import Earlier, Leaves, goals_problems
+from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import Training
 
-# ruff: noqa: UP045 - see common.py
 
-
-@dataclass
 class Value(Training):
     """A model of the probability that a completion ends in a goal, from every state on; the policy passes unchanged."""
 
     kind: str = "value"
-    prompts: int = key(32, ge=1)
+    prompts: int = Field(32, ge=1)
     """Prompts a step."""
-    group_size: int = key(8, ge=1)
+    group_size: int = Field(8, ge=1)
     """Completions a prompt, sampled from the policy as it is."""
-    updates: int = key(1, ge=1)
+    updates: int = Field(1, ge=1)
     """Optimiser updates a step, each on its share of the prompts."""
-    sampling: Sampling = field(default_factory=Sampling)
-    rollouts: Optional[EngineChoice] = None
+    sampling: Sampling = Field(default_factory=Sampling)
+    rollouts: EngineChoice | None = None
     """What samples; by default what the recipe's `rollouts` says."""
-    goals: Goals = field(default_factory=Goals)
+    goals: Goals = Field(default_factory=Goals)
     target: ValueTarget = ValueTarget.monte_carlo
     avoid: bool = False
     """Model the probability of not ending in the goal, which is what guiding away needs."""
-    condition: Optional[str] = None
+    condition: str | None = None
     """The model reads the goal: this text, with {goal} for it, stands before the prompt. Without, one model is of all
     goals together."""
-    hindsight: float = key(0.0, ge=0, le=1)
+    hindsight: float = Field(0.0, ge=0, le=1)
     """Share of prompts whose goal is instead an ending that one of their own completions reached."""
-    hindsight_tokens: int = key(4, ge=1)
+    hindsight_tokens: int = Field(4, ge=1)
     """Tokens of such an ending, at most."""
 
     function: ClassVar[str] = "rlpost.goals.value:value"
     leaves = Leaves.value
 
-    def problems(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of training, of the goals, and of what differs between them."""
-        yield from super().problems(where, earlier)
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
         if self.hindsight < 1:
-            yield from goals_problems(self.goals, where)
+            yield from self.goals.unnamed(f"{where}.goals")
         contrastive = self.target == ValueTarget.contrastive
         needs = {
             "goals.column": bool(self.goals.column),

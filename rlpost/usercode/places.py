@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.files import expanded, packaged_folder
 
 OF_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
+
+
+def packaged_folder() -> Path:
+    """The folder of packaged recipes: inside the wheel, or beside the package in a checkout."""
+    inside = Path(str(files("rlpost"))) / "recipes"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "recipes"
+
+
+def expanded(path: str, where: str) -> Path:
+    """The path with `~` and `~user` as the home folder; `where` it is given, for errors.
+
+    Raises:
+        RecipeError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        user = path.split("/")[0]
+        raise RecipeError(f"{where}: {user} is nobody's home folder here - write the path in full") from error
 
 
 def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
@@ -53,17 +71,3 @@ def users_file(fn: str, where: str, base: Path) -> Path | None:
     if not path.is_file():
         raise RecipeError(f"{where}: no file {str(file)!r} in {_either(base, Path.cwd())}")
     return path
-
-
-def locate_kinds(tree: Mapping[str, Any], folders: Sequence[Path]) -> None:
-    """Give the stages of a user's own kind (`kind: file.py:function`) their file's absolute path.
-
-    Raises:
-        RecipeError: it is not there, or lies outside the recipe's folder, the first, and the working directory.
-    """
-    stages = tree.get("stages")
-    for name, stage in stages.items() if isinstance(stages, dict) else ():
-        kind = stage.get("kind") if isinstance(stage, dict) else None
-        if isinstance(kind, str) and OF_FILE.fullmatch(kind):
-            stage["kind"] = locate(kind, f"stages.{name}.kind", folders)
-            users_file(stage["kind"], f"stages.{name}.kind", folders[0])

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS
-from rlpost.recipe.places import OF_FILE
 from rlpost.rewards.params import REWARD
 from rlpost.suggest import hint_or_list
 from rlpost.usercode import calls
 from rlpost.usercode.params import TASKS, Function, Lookup
+from rlpost.usercode.places import OF_FILE
 
 _PACKAGE = Path(__file__).parents[1]
 

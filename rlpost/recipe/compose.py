@@ -1,0 +1,48 @@
+"""A recipe's files -> one plain tree, composed by Hydra."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, cast
+
+from rlpost.recipe.files import Part
+
+_LOCK = threading.RLock()  # Hydra's state and its config store are global to the process
+_NAME = "_rlpost"
+
+
+def compose(parts: Sequence[Part]) -> dict[str, Any]:
+    """The parts merged in order: mappings merge, anything else replaces, and a chosen group replaces its section."""
+    from hydra import compose, initialize
+    from hydra.core.config_store import ConfigStore
+
+    # Values go through as numbers of this list: OmegaConf would parse references in them, and be slow with long lists.
+    values: list[Any] = []
+
+    def numbered(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {key: numbered(inner) for key, inner in tree.items()}
+        values.append(tree)
+        return len(values) - 1
+
+    def valued(tree: Any) -> Any:
+        return {k: valued(v) for k, v in tree.items()} if isinstance(tree, dict) else values[tree]
+
+    with _LOCK:
+        store = ConfigStore.instance()
+        names = [f"{_NAME}_{i}" for i in range(len(parts))]
+        try:
+            for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+                replaced = {later.group for later in parts[i + 1 :]}
+                node = {key: value for key, value in part.keys.items() if key not in replaced}
+                store.store(name=name, node=numbered(node))
+            store.store(name=_NAME, node={"defaults": [*names, "_self_"]})
+            with initialize(config_path=None, version_base="1.3"):
+                composed = compose(_NAME)
+        finally:
+            for name in (_NAME, *names):
+                store.repo.pop(f"{name}.yaml", None)
+    from omegaconf import OmegaConf
+
+    return cast(dict[str, Any], valued(OmegaConf.to_container(composed)))

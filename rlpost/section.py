@@ -1,0 +1,88 @@
+"""The sections of a recipe: a key in YAML is a field of one, and nothing else is a key.
+
+A section is a pydantic model: types are strict, unknown keys are refused, ranges stand in the field, and the text below
+a field says what the key means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from functools import cache
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+MISSING = "???"
+"""A value that is still to be given."""
+T = TypeVar("T")
+
+
+class Choice(StrEnum):
+    """Values to choose from, which YAML gives as text."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Text is taken for a member, in strict mode too."""
+        return {**handler(source), "strict": False}
+
+
+class Local:
+    """Marks a key that names a local file or folder: relative ones are looked for beside the recipe."""
+
+
+LocalPath = Annotated[str, Local()]
+
+
+class Section(BaseModel):
+    """A section of a recipe."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _refuse_missing(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if isinstance(value, dict):  # given in part, a section keeps what its default says, such as a function's name
+            value = {**_said_by_default(cls, str(info.field_name)), **value}
+        if not (isinstance(value, str) and value == MISSING):
+            return handler(value)
+        if not (info.context or {}).get("missing_allowed"):
+            raise PydanticCustomError("not_given", "missing")
+        return value
+
+    def problems(self, where: str) -> Iterator[str]:  # noqa: ARG002 - for those that have some
+        """What types and ranges cannot say is wrong with the section at key path `where`, in lines."""
+        yield from ()
+
+
+@cache
+def _said_by_default(section: type[Section], key: str) -> dict[str, Any]:
+    """The keys that the default of a key sets."""
+    factory = section.model_fields[key].default_factory
+    default = factory() if factory is not None else None  # type: ignore[call-arg]
+    return default.model_dump(exclude_unset=True) if isinstance(default, Section) else {}
+
+
+def marked(info: FieldInfo, kind: type[T]) -> T | None:
+    """The mark of that class on a field, as in `Annotated[Function, LOSS]`."""
+    return next((mark for mark in info.metadata if isinstance(mark, kind)), None)
+
+
+def join(where: str, key: object) -> str:
+    """The full path of `key` below `where`; a number is a place in a list."""
+    if isinstance(key, int):
+        return f"{where}[{key}]"
+    return f"{where}.{key}" if where else str(key)
+
+
+def walk(value: Any, where: str = "") -> Iterator[tuple[str, Section]]:
+    """Every section in `value` with its key path, outer ones first."""
+    if isinstance(value, Section):
+        yield where, value
+        for name in type(value).model_fields:
+            yield from walk(getattr(value, name), join(where, name))
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from walk(inner, join(where, key))
