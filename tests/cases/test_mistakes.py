@@ -133,7 +133,7 @@ MISTAKES = f"""
 5 | {R} runs=/proc/nowhere                         | /proc/nowhere
 2 | {R} seed=-1                                    | expected from 0
 2 | {R} seed={5000 * "9"}                          | seed: expected a whole number
-2 | {R} seed={400 * "9"}                           | seed: expected a whole number of fewer digits
+2 | {R} seed={400 * "9"}                           | seed: expected from 0 to 4294967295
 2 | {R} seed=abc                                   | expected a whole number
 2 | {R} threads=0                                  | expected at least 1
 2 | {R} +seed=1                                    | write key=value

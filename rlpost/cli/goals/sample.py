@@ -50,15 +50,8 @@ def sample(
     if bool(goal) == bool(avoid):
         raise typer.BadParameter("give either --goal or --avoid", param_hint="--goal")
     text = from_stdin("PROMPT") if prompt is None else prompt
-    sampling = options.sampling_of(
-        greedy,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        stop=stop or [],
-    )
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+    sampling = options.sampling_of(greedy, **numbers, top_p=top_p, min_p=min_p, stop=stop or [])
     from rlpost.goals.sample import guided_sample
 
     texts = guided_sample(
