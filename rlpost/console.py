@@ -341,8 +341,8 @@ def _show(title: str, made: Table) -> None:
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    told = [cell for cell in cells if cell.strip() not in _EMPTY_CELLS]
-    return bool(told) and all(_NUMBER.fullmatch(cell.strip()) for cell in told)
+    filled = [cell for cell in cells if cell.strip() not in _EMPTY_CELLS]
+    return bool(filled) and all(_NUMBER.fullmatch(cell.strip()) for cell in filled)
 
 
 def _shortened(text: str) -> str:

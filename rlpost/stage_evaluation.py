@@ -135,7 +135,7 @@ class StageEvaluations:
         chosen = self._cfg.rollouts or self._resolved.config.rollouts
         decides = {**self._cfg.model_dump(), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
         settings = json.loads(json.dumps({**decides, "show": None, "every_stage": None}, default=str))
-        asked = {text for text in _texts(settings) if text in known}
+        wanted = {text for text in _texts(settings) if text in known}
         # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.
         own = {text.rpartition("/")[2] for text in _texts(settings) if ".py:" in text}
         code = {key: digest for key, digest in self._functions.items() if key.rpartition("/")[2] in own}
@@ -147,7 +147,7 @@ class StageEvaluations:
             "rows": self._rows,
             "bfloat16": self._bfloat16,
             "model": self._identity(checkpoint),
-            "judges": {other: self._identity(known[other]) for other in sorted(asked)},
+            "judges": {other: self._identity(known[other]) for other in sorted(wanted)},
         }
 
     @cached_property
@@ -240,7 +240,7 @@ def evaluate_recipe(
     Raises:
         ModelError: a reward's model is not there, or no reward model.
     """
-    groups = evaluation_rows(resolved, cfg, make_codec(policy.tokenizer), policy.longest, shelf).all()
+    groups = evaluation_rows(resolved, cfg, make_codec(policy.tokenizer), policy.max_positions, shelf).all()
     judge_by = judges(resolved, policy, known)
     scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
     awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)

@@ -15,7 +15,7 @@ from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Shelf
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
-from rlpost.policy.model_files import told_as_model_error
+from rlpost.policy.model_files import as_model_error
 from rlpost.recipe.resolve import Resolved
 from rlpost.stages.context import stage_seed
 from rlpost.stages.references import readable_references
@@ -62,7 +62,7 @@ def _limit(stage: Any, need: Need, positions: int) -> Limit:
 def positions_of(model: str | Path, revision: str | None) -> int:
     """Tokens of the longest sequence that a model, or an adapter's base, has positions for."""
     base = base_of(Path(model)) if (Path(model) / ADAPTER_FILE).is_file() else model
-    with told_as_model_error(f"{base}: the model's config.json cannot be read"):
+    with as_model_error(f"{base}: the model's config.json cannot be read"):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else 1 << 30

@@ -70,5 +70,5 @@ def _from_anywhere(recipe: str, entries: str) -> str:
     from rlpost.recipe.files import packaged
 
     folder, names = recipe.rpartition("/")[0], packaged()
-    beside = {name: f"{folder}/{name}" for name in map(str.strip, entries.split(",")) if f"{folder}/{name}" in names}
-    return ", ".join(beside.get(name, name) for name in map(str.strip, entries.split(",")))
+    full = {name: f"{folder}/{name}" for name in map(str.strip, entries.split(",")) if f"{folder}/{name}" in names}
+    return ", ".join(full.get(name, name) for name in map(str.strip, entries.split(",")))

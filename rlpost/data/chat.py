@@ -64,8 +64,8 @@ def probe(tokenizer: Any) -> Template:
         its own.
     """
     location = "chat template"
-    asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    talk = Talk([asked, answer])
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    talk = Talk([user, answer])
     jobs = [Job(talk, 1), Job(talk, 1, generation=True), Job(talk, 2)]
     bare, start, turn = (text_of(r, location, ModelError) for r in render_all(tokenizer, jobs, location))
     if not turn.startswith(start):
@@ -137,9 +137,9 @@ def segments(
     # Turns after the last trained one are context of nothing.
     talk = Talk(without_marks(messages[: turns[-1] + 1]), tools)
     form = wanted_form(tokenizer, talk, location)
-    told = formed(talk, form)
+    formed_talk = formed(talk, form)
     proof = Proof(talk, form, generation=False)
-    jobs = [Job(told, n, generation) for i in turns for n, generation in ((i, True), (i + 1, False))]
+    jobs = [Job(formed_talk, n, generation) for i in turns for n, generation in ((i, True), (i + 1, False))]
     *plain, marked = render_all(tokenizer, [*jobs, proof.job], location)
     texts = [text_of(r, location) for r in plain]
     full = texts[-1]
@@ -154,7 +154,7 @@ def segments(
             _refuse(_missing(talk, i, full, span), location)
         _refuse(proof.left_out(tokenizer, plain[-1], marked, location), location)
     if None in spans:
-        found = _marked(tokenizer, template, told, turns, full, last, location)
+        found = _marked(tokenizer, template, formed_talk, turns, full, last, location)
         whole = [span if not _missing(talk, i, full, span) else None for i, span in zip(turns, found, strict=True)]
         spans = [*whole[:-1], last]
     proved = [span for span in spans if span is not None]
@@ -200,7 +200,7 @@ def _span(template: Template, start: str, rendered: str, full: str) -> tuple[int
 def _marked(
     tokenizer: Any,
     template: Template,
-    told: Talk,
+    talk: Talk,
     turns: Sequence[int],
     full: str,
     last: tuple[int, int],
@@ -208,10 +208,10 @@ def _marked(
 ) -> list[tuple[int, int] | None]:
     """The spans of `turns` by the template's generation markers; only the last one's if they do not fit."""
     alone: list[tuple[int, int] | None] = [*[None] * (len(turns) - 1), last]
-    if not _MARKER.search(tokenizer.get_chat_template(tools=told.tools)):
+    if not _MARKER.search(tokenizer.get_chat_template(tools=talk.tools)):
         return alone
-    (rendered,) = render_all(tokenizer, [Job(told, len(told.messages), marks=True)], location)
-    assistants = [i for i, message in enumerate(told.messages) if message["role"] == "assistant"]
+    (rendered,) = render_all(tokenizer, [Job(talk, len(talk.messages), marks=True)], location)
+    assistants = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
     if rendered.text != full or len(rendered.generated) != len(assistants):
         return alone
     spans: dict[int, tuple[int, int]] = {}

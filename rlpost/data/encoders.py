@@ -42,9 +42,9 @@ def encode_answered(row: Row, codec: Codec, location: str) -> Group:
         if not answer:
             raise DataError(f"{location}: 'completion' is empty")
         return Group(plain_prompt(prompt, codec, location), (plain_completion(answer, codec, location),), row)
-    asked = as_messages(prompt, "user", f"{location}, prompt")
+    prompt_messages = as_messages(prompt, "user", f"{location}, prompt")
     answered = as_messages(answer, "assistant", f"{location}, completion")
-    ids, completion = conversation(row, asked + answered, len(asked), codec, location)
+    ids, completion = conversation(row, prompt_messages + answered, len(prompt_messages), codec, location)
     return Group(ids, (completion,), row)
 
 
@@ -62,8 +62,8 @@ def encode_pair(row: Row, codec: Codec, location: str) -> Group:
         first = common(good, bad, location)
         _check_prompt_column(row.get("prompt"), good[:first], location)
     else:
-        asked = as_messages(value_of(row, "prompt", location), "user", f"{location}, prompt")
-        first, good, bad = len(asked), asked + good, asked + bad
+        prompt_messages = as_messages(value_of(row, "prompt", location), "user", f"{location}, prompt")
+        first, good, bad = len(prompt_messages), prompt_messages + good, prompt_messages + bad
     prompt, better = conversation(row, good, first, codec, f"{location}, chosen")
     other, worse = conversation(row, bad, first, codec, f"{location}, rejected")
     if prompt != other:
@@ -206,9 +206,9 @@ def _check_prompt_column(prompt: Any, shared: Sequence[Message], location: str) 
     Raises:
         DataError: it has other messages.
     """
-    asked = [] if not prompt else as_messages(prompt, "user", f"{location}, prompt")
+    prompt_messages = [] if not prompt else as_messages(prompt, "user", f"{location}, prompt")
     known = [(m["role"], squeezed(m["content"])) for m in shared]
-    for number, message in enumerate(asked, start=1):
+    for number, message in enumerate(prompt_messages, start=1):
         if (message["role"], squeezed(message["content"])) not in known:
             raise DataError(
                 f"{location}: message {number} of its prompt ({message['role']}) is not in chosen and rejected, which "

@@ -150,9 +150,9 @@ def check_margin(row: Row, location: str) -> None:
 def _answer(row: Row, answer: Any, codec: Codec, location: str) -> tuple[tuple[int, ...], Completion]:
     if isinstance(answer, str) and isinstance(row.get("prompt"), str):
         return plain_prompt(row["prompt"], codec, location), plain_completion(answer, codec, location)
-    asked = as_messages(row.get("prompt"), "user", f"{location}, prompt")
+    prompt = as_messages(row.get("prompt"), "user", f"{location}, prompt")
     answered = as_messages(answer, "assistant", location)
-    return conversation(row, asked + answered, len(asked), codec, location)
+    return conversation(row, prompt + answered, len(prompt), codec, location)
 
 
 def _list(row: Row, column: str, location: str) -> Sequence[Any]:

@@ -26,9 +26,9 @@ def question(row: Mapping[str, Any]) -> str | None:
         messages = row.get(column)
         if not isinstance(messages, list | tuple):
             continue
-        asked = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
-        if asked and isinstance(asked[-1], str):
-            return asked[-1]
+        questions = [m.get("content") for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
+        if questions and isinstance(questions[-1], str):
+            return questions[-1]
     return None
 
 

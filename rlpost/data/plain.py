@@ -42,37 +42,39 @@ class _Texts:
 class Plain:
     """Plain-text rows, tokenised together."""
 
-    def __init__(self, rows: Sequence[Row], form: Format, codec: Codec, longest: int) -> None:
-        """Tokenise the rows of an `is_supported` format; those over `longest` tokens are not `clean`."""
+    def __init__(self, rows: Sequence[Row], form: Format, codec: Codec, max_length: int) -> None:
+        """Tokenise the rows of an `is_supported` format; those over `max_length` tokens are not `clean`."""
         columns = _COLUMNS[form]
         self._codes_RK = np.stack([np.zeros(len(rows), np.int64)] * len(columns), 1)
         prompts: dict[str, int] = {}
         completions: dict[str, int] = {}
         for k, column in enumerate(columns):
             self._codes_RK[:, k] = _numbered(rows, column, prompts if k == 0 else completions)
-        asked = _tokenised(list(prompts), codec, begin=codec.begin)
+        prompt_texts = _tokenised(list(prompts), codec, begin=codec.begin)
         answers = _tokenised(list(completions), codec, end=codec.end)
         self._answer_texts = texts([text.removesuffix(codec.tokenizer.eos_token) for text in answers.texts])
         there_RK = self._codes_RK >= 0
         self._codes_RK[:, 1:] += len(prompts)
         self._ids = Pieces(
-            np.concatenate([asked.ids.flat_T, answers.ids.flat_T]),
-            np.concatenate([asked.ids.lengths_U, answers.ids.lengths_U]),
+            np.concatenate([prompt_texts.ids.flat_T, answers.ids.flat_T]),
+            np.concatenate([prompt_texts.ids.lengths_U, answers.ids.lengths_U]),
         )
         self._prompts = len(prompts)
-        odd_U = np.concatenate([asked.odd_U, answers.odd_U, [True]])  # the last one is for columns without text
+        odd_U = np.concatenate([prompt_texts.odd_U, answers.odd_U, [True]])  # the last one is for columns without text
         codes_RK = np.where(there_RK, self._codes_RK, -1)
         lengths_RK = np.concatenate([self._ids.lengths_U, [0]])[codes_RK]
         length_R = lengths_RK[:, 0] + (lengths_RK[:, 1:].max(1) if len(columns) > 1 else 0)
         more = ("tools", "margin") if form is Format.pair else ("tools",)
         no_more_R = np.array([not any(row.get(column) is not None for column in more) for row in rows], np.bool_)
-        self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= longest) & no_more_R
+        self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= max_length) & no_more_R
         """[R] True for rows that are encoded here."""
         if form is Format.pair:
             same_U = np.concatenate([_alike(self._ids), [-1]])
             self.clean &= same_U[codes_RK[:, 1]] != same_U[codes_RK[:, 2]]
         stop = "" if codec.template is None else codec.template.stop
-        stopped_U = np.array([bool(stop) and stop in text for text in (*asked.texts, *answers.texts, "")], np.bool_)
+        stopped_U = np.array(
+            [bool(stop) and stop in text for text in (*prompt_texts.texts, *answers.texts, "")], np.bool_
+        )
         self.unformatted: Flags = ~_any(stopped_U[codes_RK])
         """[R] True where the chat template's stop token is in none of the texts."""
 

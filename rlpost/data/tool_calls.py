@@ -53,12 +53,12 @@ _FOUND: dict[tuple[str, bool], Arguments | None] = {}
 
 
 def _probe(tokenizer: Any, with_tools: bool, location: str) -> Arguments | None:
-    asked = {"role": "user", "content": "a"}
+    user = {"role": "user", "content": "a"}
     call = {"id": "call12345", "type": "function", "function": {"name": "f", "arguments": {"key": "value"}}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     schema = {"type": "object", "properties": {"key": {"type": "string", "description": "d"}}, "required": ["key"]}
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": schema}}
-    talk = Talk([asked, turn], [tool] if with_tools else None)
+    talk = Talk([user, turn], [tool] if with_tools else None)
     jobs = [Job(formed(talk, form), 2) for form in Arguments]
     as_object, as_text = render_all(tokenizer, jobs, location)
     if not as_object.error and "{'key'" not in as_object.text:

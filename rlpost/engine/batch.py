@@ -72,7 +72,7 @@ class Batch:
         self._ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
         self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device)
         self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
-        longest = policy.longest
+        longest = policy.max_positions
         self._must_leave_at = {r.request.limit for r in rows if len(r.request.prompt) + r.request.limit == longest}
         """Lengths at which some row has filled the model's positions, and must leave."""
         self._keeps = {i for i, r in enumerate(rows) if r.request.keep} if isinstance(decoder, FlatDecoder) else set()

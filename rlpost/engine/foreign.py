@@ -208,8 +208,8 @@ class _Thread:
         torch.set_num_threads(threads)
         if device is not None:
             torch.cuda.set_device(device)
-        while (asked := self._calls.get()) is not None:
-            function, answers = asked
+        while (call := self._calls.get()) is not None:
+            function, answers = call
             try:
                 answers.put(_Answer(function()))
             except BaseException as error:  # whatever it is, the caller is told

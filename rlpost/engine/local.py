@@ -133,7 +133,7 @@ class LocalEngine:
 
 def _must_fit(policy: Policy, requests: Sequence[Request]) -> None:
     longest = max(requests, key=lambda r: len(r.prompt) + r.limit)
-    prompt, limit, most = len(longest.prompt), longest.limit, policy.longest
+    prompt, limit, most = len(longest.prompt), longest.limit, policy.max_positions
     if prompt + limit > most:
         raise EngineError(
             f"sampling.max_new_tokens={limit}: with a prompt of {prompt} tokens that is beyond "

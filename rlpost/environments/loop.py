@@ -40,10 +40,10 @@ class _Episode:
     finish: str = ""
     weights_version: int | None = None
 
-    def request(self, sampling: Sampling, turn: int, longest: int, keep: bool) -> Request:
+    def request(self, sampling: Sampling, turn: int, max_positions: int, keep: bool) -> Request:
         """The engine request for the model's next turn, which may use all remaining tokens."""
         prompt = np.concatenate([self.group.prompt, np.array(self.ids, np.int32)])
-        room = min(sampling.max_new_tokens - len(self.ids), longest - len(prompt))
+        room = min(sampling.max_new_tokens - len(self.ids), max_positions - len(prompt))
         return Request(prompt, 1, sampling, prompt_seeds(self.seed, turn, 1)[0], limit=room, keep=keep)
 
     def add_turn(self, turn: Completion) -> None:
@@ -76,7 +76,7 @@ def collect_turns(
     *,
     environment: Bound,
     turns: int,
-    longest: int,
+    max_positions: int,
 ) -> list[Group]:
     """The groups with `n` episodes each, in place of what completions they had.
 
@@ -90,7 +90,7 @@ def collect_turns(
         first: number of the first prompt when a larger set is collected in parts.
         environment: the function that replies.
         turns: most turns of the model.
-        longest: positions of the model.
+        max_positions: positions of the model.
 
     Raises:
         RewardError: the environment failed, or did not reply with text.
@@ -104,13 +104,13 @@ def collect_turns(
     for turn in range(turns):
         going = [e for e in episodes if not e.finish]
         last = turn + 1 == turns
-        requests = [e.request(sampling, turn, longest, keep=not last) for e in going]
+        requests = [e.request(sampling, turn, max_positions, keep=not last) for e in going]
         sampled = engine.generate(requests)
         for episode, (completion,) in zip(going, sampled, strict=True):
             episode.add_turn(completion)
         asking = [e for e, (c,) in zip(going, sampled, strict=True) if not _ended(e, c, last)]
         for episode, reply in _replies(environment, asking, episodes):
-            _add_reply(episode, reply, codec, sampling.max_new_tokens, longest)
+            _add_reply(episode, reply, codec, sampling.max_new_tokens, max_positions)
     found = iter(episodes)
     return [replace(g, completions=tuple(next(found).completion() for _ in range(n))) for g in groups]
 
@@ -136,7 +136,7 @@ def collector(engine: Engine, policy: Policy, environment: Bound | None, turns: 
         make_codec(policy.tokenizer),
         environment=environment,
         turns=turns,
-        longest=policy.longest,
+        max_positions=policy.max_positions,
     )
 
 
@@ -147,7 +147,7 @@ def _ended(episode: _Episode, turn: Completion, last: bool) -> bool:
     return bool(episode.finish)
 
 
-def _add_reply(episode: _Episode, reply: str | None, codec: Codec, limit: int, longest: int) -> None:
+def _add_reply(episode: _Episode, reply: str | None, codec: Codec, limit: int, max_positions: int) -> None:
     """Append the environment's reply, or end the episode."""
     if reply is None:
         episode.finish = "stop"
@@ -155,7 +155,7 @@ def _add_reply(episode: _Episode, reply: str | None, codec: Codec, limit: int, l
     ids = codec.ids(reply, "the environment's reply")
     used = len(episode.ids) + len(ids)
     # The next turn needs room for at least one token.
-    if used >= limit or len(episode.group.prompt) + used >= longest:
+    if used >= limit or len(episode.group.prompt) + used >= max_positions:
         episode.finish = "length"
         return
     episode.add_reply(ids)

@@ -85,7 +85,7 @@ def calibrate(network: ValueNetwork, unfolded: Unfolded, goal: GoalSet) -> Calib
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptCalibration:
     """A prompt and a goal, with a network's calibration on them."""
 
     prompt: str
@@ -101,7 +101,7 @@ def calibrations(
     depth: int,
     policy: str | None = None,
     least: float = LEAST,
-) -> Iterator[Asked]:
+) -> Iterator[PromptCalibration]:
     """Calibrations of a saved network for every prompt and goal: `rlpost goals calibrate`.
 
     A network that reads its goal is tested on each goal; another one on all of them as one set.
@@ -122,25 +122,25 @@ def calibrations(
     folder = Path(located(network))
     settings = read_settings(folder)  # first, since it raises if the folder has no value network
     model = located(policy) if policy else parent_of(folder)
-    asked = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
-    codec = make_codec(asked.tokenizer)
-    value = load_value(folder, asked, (), avoid=settings.avoid)
+    base_policy = load_policy(model, Model(), bfloat16=False, device="cpu", trainable=False)
+    codec = make_codec(base_policy.tokenizer)
+    value = load_value(folder, base_policy, (), avoid=settings.avoid)
     members = [codec.ids(goal, "--goal") for goal in goals]
     one_by_one = [(text, [ids], ids) for text, ids in zip(goals, members, strict=True)]
     for prompt in prompts:
-        unfolded = unfold(asked, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
+        unfolded = unfold(base_policy, plain_prompt(prompt, codec, "the prompt"), depth, least=least)
         for text, some, named in one_by_one if settings.condition else [(", ".join(goals), members, ())]:
-            yield Asked(prompt, text, calibrate(value.about(named), unfolded, GoalSet(some)))
+            yield PromptCalibration(prompt, text, calibrate(value.about(named), unfolded, GoalSet(some)))
 
 
-def print_table(found: Sequence[Asked]) -> None:
+def print_table(found: Sequence[PromptCalibration]) -> None:
     """Print the table: a line for each prompt and goal."""
     columns = ["prompt", "goal", "true V", "learned", "mean error", "largest", "ECE", "worth"]
     columns += ["states", "not enumerated"]
     rows = []
-    for asked in found:
-        c = asked.found
+    for result in found:
+        c = result.found
         numbers = (c.true_root, c.learned_root, c.mean_error, c.largest, c.calibration_error)
         worth, left_out = f"{c.worth:.1f}", f"{c.left_out:.0e}"
-        rows.append([asked.prompt, asked.goal, *(f"{x:.4f}" for x in numbers), worth, str(c.states), left_out])
+        rows.append([result.prompt, result.goal, *(f"{x:.4f}" for x in numbers), worth, str(c.states), left_out])
     console.table("a value network against all likely completions", columns, rows)

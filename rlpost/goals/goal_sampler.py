@@ -50,7 +50,7 @@ class GoalSampler:
         ids = draw.choice(self.members)
         return GoalSet([ids]), ids
 
-    def longest(self, condition: str | None, other: int) -> int:
+    def max_length(self, condition: str | None, other: int) -> int:
         """Most tokens that naming a goal takes, if goals of other sources have at most `other`."""
         goal = [0] * max([other, *map(len, self.members)])
         return len(conditioned(condition, goal, (), self._codec))

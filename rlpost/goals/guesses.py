@@ -48,7 +48,7 @@ def guesses(context: Context, cfg: Guesses) -> Path:
         )
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
-    data = context.data(policy, cfg.data, Need.prompts, policy.longest, TooLong.refuse)
+    data = context.data(policy, cfg.data, Need.prompts, policy.max_positions, TooLong.refuse)
     prompts = data.all()
     draw = random.Random(context.seed_for("goals"))
 

@@ -44,7 +44,9 @@ def guided(context: Context, cfg: Guided) -> Path:
     folder = context.checkpoint(cfg.network)
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
-    data = context.data(policy, cfg.data, Need.prompts, policy.longest - cfg.sampling.max_new_tokens, TooLong.refuse)
+    data = context.data(
+        policy, cfg.data, Need.prompts, policy.max_positions - cfg.sampling.max_new_tokens, TooLong.refuse
+    )
     prompts = data.next(cfg.prompts or len(data))
 
     def make(some: Sequence[Group], first: int) -> Iterator[dict[str, Any]]:
@@ -86,9 +88,9 @@ def guided_rows(
     for number, (named, (goal, some)) in enumerate(by_goal.items()):
         guide = network.about(named).guide(goal, policy.end_ids, cfg.candidates)
         for group in collect(guided_by(guide), some, cfg.group_size, cfg.sampling, seed=seed + number):
-            asked = group.example.get("prompt", opening(group.example.get("messages", [])))
+            prompt = group.example.get("prompt", opening(group.example.get("messages", [])))
             for c in group.completions:
                 right = ends_in(goal, c, codec.stops, truncated_counts=cut) != avoid
                 # A policy would imitate a truncated sample as if it had ended there.
                 if c.finish == "stop" and (right or not cfg.reached_only):
-                    yield {**group.example, "prompt": asked, "completion": c.text}
+                    yield {**group.example, "prompt": prompt, "completion": c.text}

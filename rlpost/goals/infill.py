@@ -97,7 +97,7 @@ def infill(
         DataError: `after` is empty and there is no begin token.
     """
     whole = len(before) + sampling.max_new_tokens + len(after) + 2
-    limit = min(forward.longest, reverse.longest)
+    limit = min(forward.max_positions, reverse.max_positions)
     if whole > limit:
         raise ModelError(f"the text with its middle may have {whole} tokens, the models read {limit}; ask for fewer")
     proposals = propose(forward, reverse, before, after, n=n, sampling=sampling, seed=seed, most=most)
@@ -127,8 +127,8 @@ def propose(
     assert not sampling.stop, "stop strings are read forwards"
     seeds = prompt_seeds(seed, 0, 2)
     (heads,) = frozen_engine(forward).generate([Request(before, n, sampling, seeds[0])])
-    asked = before_what(after, reverse.tokenizer)
-    (tails,) = frozen_engine(reverse).generate([Request(asked, n, sampling, seeds[1])])
+    reversed_suffix = before_what(after, reverse.tokenizer)
+    (tails,) = frozen_engine(reverse).generate([Request(reversed_suffix, n, sampling, seeds[1])])
     sampled = sum(len(c.ids) for c in (*heads, *tails))
     found: dict[Ids, None] = {}
     for middle in _joined(_written(heads, forward), _written(tails, reverse)):

@@ -43,10 +43,10 @@ def infill_text(
     if not same_tokens(ahead.tokenizer, back.tokenizer):
         raise ModelError(f"{forward} and {reverse} have different tokenizers; train both from one model")
     codec = make_codec(ahead.tokenizer)
-    asked, end = plain_prompt(before, codec, "BEFORE"), codec.ids(after, "AFTER")
+    prefix, end = plain_prompt(before, codec, "BEFORE"), codec.ids(after, "AFTER")
     first = begin_token(codec)
-    if begin and asked[:1] != first:
-        asked = (*first, *asked)
-    sampling = within(sampling, min(ahead.longest, back.longest) - len(asked) - len(end) - 2)
-    found = infill(ahead, back, asked, end, n=n, sampling=sampling, seed=seed)
+    if begin and prefix[:1] != first:
+        prefix = (*first, *prefix)
+    sampling = within(sampling, min(ahead.max_positions, back.max_positions) - len(prefix) - len(end) - 2)
+    found = infill(ahead, back, prefix, end, n=n, sampling=sampling, seed=seed)
     return [(codec.tokenizer.decode(list(m.ids)), m) for m in found.middles], found.sampled

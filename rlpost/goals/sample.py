@@ -55,7 +55,7 @@ def guided_sample(
     codec = make_codec(policy.tokenizer)
     group = prompt_group({"prompt": prompt}, codec)
     engine = frozen_engine(policy, _guide(network, endings, avoid, candidates, policy, codec))
-    sampling = within(sampling, policy.longest - len(group.prompt))
+    sampling = within(sampling, policy.max_positions - len(group.prompt))
     (found,) = collect(engine, [group], n, sampling, seed=seed)
     return [c.text for c in found.completions]
 

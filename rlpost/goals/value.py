@@ -40,7 +40,7 @@ def value(context: Context, cfg: Value) -> Path:
     model = make_critic(policy, context.start, None, context.model, trains_trunk=True)
     codec = make_codec(policy.tokenizer)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
-    room = cfg.max_length - cfg.sampling.max_new_tokens - goal_sampler.longest(cfg.condition, cfg.hindsight_tokens)
+    room = cfg.max_length - cfg.sampling.max_new_tokens - goal_sampler.max_length(cfg.condition, cfg.hindsight_tokens)
     data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
     engine = context.engine(policy, cfg.rollouts)
     loss = goal_value_loss(cfg)

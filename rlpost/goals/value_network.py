@@ -119,9 +119,9 @@ class ValueNetwork:
         """
         whole = [self._read(prompt) for prompt in prompts]
         trunk, longest = self._model.trunk, max(map(len, whole)) + limit
-        if longest > trunk.longest:
+        if longest > trunk.max_positions:
             raise EngineError(
-                f"a text of {longest} tokens, its goal among them, is beyond the {trunk.longest} that the value "
+                f"a text of {longest} tokens, its goal among them, is beyond the {trunk.max_positions} that the value "
                 "network reads; lower sampling.max_new_tokens, or leave out longer prompts"
             )
         if not branches_well(trunk, longest, min(map(len, whole))):

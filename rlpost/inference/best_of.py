@@ -52,9 +52,9 @@ def check_row(resolved: Resolved, row: Mapping[str, Any]) -> None:
         except (DataError, RewardError) as error:
             if isinstance(error, RewardError) and "KeyError" not in str(error):
                 continue  # it may work on a real sample
-            asked = _COLUMN.search(str(error))
-            reads = f"{bound.name} reads the column {asked[1]!r} of a row" if asked else str(error)
+            match = _COLUMN.search(str(error))
+            reads = f"{bound.name} reads the column {match[1]!r} of a row" if match else str(error)
             raise RecipeError(
                 f"{location}: {reads}, and a prompt on the command line has none - give it as "
-                f"--example {asked[1] if asked else 'COLUMN'}=TEXT"
+                f"--example {match[1] if match else 'COLUMN'}=TEXT"
             ) from error

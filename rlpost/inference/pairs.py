@@ -34,7 +34,7 @@ def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]
         raise RecipeError(f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them")
     cfg: Pairs = stages[name]
     policy = frozen_policy(located(checkpoint), resolved.config.model)
-    limit = Limit(policy.longest - cfg.sampling.max_new_tokens)
+    limit = Limit(policy.max_positions - cfg.sampling.max_new_tokens)
     data = open_dataset(
         cfg.data,
         make_codec(policy.tokenizer),

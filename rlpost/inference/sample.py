@@ -61,7 +61,7 @@ def sample(
         return _before(folder, prompt, sampling, n, seed)
     policy = frozen_policy(folder)
     group = prompt_group(row, make_codec(policy.tokenizer))
-    sampling = within(sampling, policy.longest - len(group.prompt))
+    sampling = within(sampling, policy.max_positions - len(group.prompt))
     with closing(_engine(engine, resolved, policy)) as sampler:
         sampler.update_weights(policy, 0)
         groups = collect(sampler, [group], best_of or n, sampling, seed=seed)
@@ -77,8 +77,8 @@ def sample(
 def prompt_group(row: Mapping[str, Any], codec: Codec) -> Group:
     """A row with a `prompt` as tokens; with a chat template, the prompt is the user's message."""
     prompt = row["prompt"]
-    asked = [{"role": "user", "content": prompt}] if codec.template else prompt
-    return encode({**row, "prompt": asked}, Format.prompt, codec, "the prompt")
+    prompt_column = [{"role": "user", "content": prompt}] if codec.template else prompt
+    return encode({**row, "prompt": prompt_column}, Format.prompt, codec, "the prompt")
 
 
 def within(sampling: Sampling, room: int) -> Sampling:
@@ -105,7 +105,7 @@ def _before(folder: str, text: str, sampling: Sampling, n: int, seed: int) -> li
     policy = frozen_policy(folder, backwards=True)
     codec = make_codec(policy.tokenizer)
     group = Group(before_what(codec.ids(text, "the prompt"), policy.tokenizer), ())
-    sampling = within(sampling, policy.longest - len(group.prompt))
+    sampling = within(sampling, policy.max_positions - len(group.prompt))
     (found,) = collect(frozen_engine(policy), [group], n, sampling, seed=seed)
     return [policy.tokenizer.decode(list(in_reading_order(c.ids.tolist(), codec.end))) for c in found.completions]
 

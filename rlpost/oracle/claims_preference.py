@@ -146,12 +146,12 @@ def _support_rows(problem: Problem, pairs: _LeafPairs) -> list[Row]:
     """
     tree = problem.tree
     worst = int(problem.reward_L.argmin())
-    seen = pairs.without(worst)
+    observed = pairs.without(worst)
     optimum_XV = truth.soft_optimum(tree, problem.reference_XV, problem.reward_L, BETA)
     probability_L = 0.5 * truth.leaf_logp(tree, optimum_XV).exp()
     probability_L[worst] += 0.5
     moved_XV = truth.conditional(tree, probability_L)
-    losses = [seen.loss(logp_XV, seen.wins_P) for logp_XV in (optimum_XV, moved_XV)]
+    losses = [observed.loss(logp_XV, observed.wins_P) for logp_XV in (optimum_XV, moved_XV)]
     gap = float(regularised(problem, optimum_XV) - regularised(problem, moved_XV))
     name = "half of π* moved to a completion that no pair contains"
     return [

@@ -136,11 +136,11 @@ def _length_rows(pairs: PairBatch, rows: Ragged, gap_N: Tensor) -> list[Row]:
 def _confidence_rows(pairs: PairBatch, rows: Ragged, logp_N: Tensor, agree_N: Tensor) -> list[Row]:
     """A weight of each pair: how likely both are per action, plain and against a draw of the policy's own."""
     weights = []
-    for told, own_N in (
+    for batch, own_N in (
         (pairs, logp_N - agree_N),
         (PairBatch(pairs.logp_P2, pairs.reference_P2, pairs.length_P2), logp_N),
     ):
-        found_P = modifiers.confidence(told).weight_P
+        found_P = modifiers.confidence(batch).weight_P
         assert found_P is not None
         mean_P2 = (rows.sum(own_N) / rows.lengths_S).view(-1, 2)
         weights.append(relative_error(found_P, mean_P2.sum(1).exp().clamp(max=1)))

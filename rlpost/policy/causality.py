@@ -46,7 +46,9 @@ class Causality:
     """True if all longer rows are read alike; False if every length is read in its own way."""
 
 
-def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, longest: int) -> Causality:
+def examine(
+    model: Any, prompt: Sequence[int], completion: Sequence[int], vocabulary: int, max_positions: int
+) -> Causality:
     """Read one row, and again with other tokens at the beginning and the end of its completion, the last far away.
 
     Args:
@@ -54,7 +56,7 @@ def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabu
         prompt: tokens, some.
         completion: tokens, at least three.
         vocabulary: token ids are below it.
-        longest: positions that the model has.
+        max_positions: positions that the model has.
     """
     assert len(completion) >= 3
     row = [*prompt, *completion]
@@ -63,7 +65,7 @@ def examine(model: Any, prompt: Sequence[int], completion: Sequence[int], vocabu
         other[changed] = (row[changed] + 1) % vocabulary
     n = len(prompt)
     alone = logits(model, row)
-    far = longest - 1 if _takes_positions(model) and len(row) < longest < 1 << 30 else None
+    far = max_positions - 1 if _takes_positions(model) and len(row) < max_positions < 1 << 30 else None
     # Both changes at once, since a model almost always passes; they are told apart only if it does not.
     share = LEAK_HALF if model.dtype in (torch.bfloat16, torch.float16) else LEAK
     # Shapes are the same, so rounding is too, unless other tokens went to an expert.

@@ -79,7 +79,7 @@ class Exactness:
         return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "extends", "switch", "reach")}
 
 
-def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
+def probe_groups(vocabulary: int, max_positions: int, seed: int = 0) -> list[Group]:
     """Two groups of random tokens: several completions of different lengths, and a single one."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,7 +89,7 @@ def probe_groups(vocabulary: int, longest: int, seed: int = 0) -> list[Group]:
     def group(prompt: int, lengths: tuple[int, ...]) -> Group:
         return Group(draw(prompt), tuple(Completion(draw(n), (True,) * n) for n in lengths))
 
-    scale = min(1.0, longest / 24)
+    scale = min(1.0, max_positions / 24)
     size = [max(1, int(n * scale)) for n in (13, 9, 5, 11, 7, 8)]
     return [group(size[0], (size[1], size[2], size[3])), group(size[4], (size[5],))]
 
@@ -137,8 +137,8 @@ def _with_lengths(
         return _ways(probe, wish)
     if found.step:
         row = np.concatenate([groups[0].prompt, groups[0].completions[0].ids]).tolist()
-        with causality.early_switch(model, SWITCH) as told:
-            if told and causality.switches_at(model, row, SWITCH):
+        with causality.early_switch(model, SWITCH) as has_switch:
+            if has_switch and causality.switches_at(model, row, SWITCH):
                 return replace(_ways(_Probe(model, bare, groups, None, SWITCH), wish), switch=found.length)
     return replace(_ways(probe, wish), reach=found.length)
 

@@ -122,7 +122,7 @@ class ReverseJudge:
     def scores(self, groups: Sequence[Group]) -> list[float]:
         """[S] the log-likelihood of each completion's prompt, summed in float64."""
         own = groups if self._reads_ids else [g for group in groups for g in reread(group, self._writer, self._codec)]
-        turned = [self._asked(Group(g.prompt, (c,))) for g in own for c in g.completions]
+        turned = [self._prompt(Group(g.prompt, (c,))) for g in own for c in g.completions]
         _must_fit(turned, self._reverse)
         logp_N = Reference(self._reverse, self._adapter).logprobs(turned)
         scores: list[float] = Ragged([c.actions for c in completions(turned)]).sum(logp_N.double()).tolist()
@@ -140,7 +140,7 @@ class ReverseJudge:
         """
         raise ModelError("a model of reversed text scores whole completions; name a process reward model for steps")
 
-    def _asked(self, group: Group) -> Group:
+    def _prompt(self, group: Group) -> Group:
         """The reversed text as a group: the completion is its prompt, the prompt its completion."""
         turned = backwards(group, self._codec)
         ids = np.concatenate([turned.prompt, turned.completions[0].ids])
@@ -193,9 +193,9 @@ def _without(prompt: Ids, begin: int | None) -> Ids:
 
 def _must_fit(groups: Sequence[Group], model: Policy) -> None:
     longest = max((len(g.prompt) + len(c.ids) for g in groups for c in g.completions), default=0)
-    if longest > model.longest:
+    if longest > model.max_positions:
         raise ModelError(
-            f"a prompt with its completion has {longest} tokens and the reward model reads {model.longest}; "
+            f"a prompt with its completion has {longest} tokens and the reward model reads {model.max_positions}; "
             "lower max_new_tokens, or take another reward model"
         )
 
@@ -214,19 +214,19 @@ def reread(group: Group, writer: Any, codec: Codec) -> list[Group]:
 
     A completion that was truncated gets no end token.
     """
-    asked = _asked(group, writer)
-    alone = [_reread(asked, c, group.example, codec) for c in group.completions]
+    prompt = _prompt(group, writer)
+    alone = [_reread(prompt, c, group.example, codec) for c in group.completions]
     if len({g.prompt.tobytes() for g in alone}) == 1:
         return [replace(alone[0], completions=tuple(completions(alone)))]
     return alone
 
 
-def _reread(asked: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
+def _reread(prompt: Any, completion: Completion, example: Mapping[str, Any], codec: Codec) -> Group:
     location = "what the reward model reads"
     text = completion.text
     for stop in codec.tokenizer.convert_ids_to_tokens(list(codec.stops)):
         text = text.replace(stop, "")  # for this tokenizer it would end the answer
-    row = {**example, "prompt": asked, "completion": text}
+    row = {**example, "prompt": prompt, "completion": text}
     if not text.strip():
         # Formats have no empty turn: an empty answer is its end token alone.
         end = codec.stops[-1]
@@ -244,7 +244,7 @@ def _left_open(completion: Completion, stops: Sequence[int]) -> Completion:
     return replace(completion, ids=completion.ids[:at], action=completion.action[:at])
 
 
-def _asked(group: Group, writer: Any) -> Any:
+def _prompt(group: Group, writer: Any) -> Any:
     """The prompt as its row has it; of a group without a row, its text."""
     messages = group.example.get("messages")
     if "prompt" in group.example:

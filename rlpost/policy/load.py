@@ -18,11 +18,11 @@ from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
+    as_model_error,
     load_generation_config,
     load_model,
     load_tokenizer,
     must_fit,
-    told_as_model_error,
 )
 from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Decoding, Policy
@@ -81,7 +81,7 @@ def load_policy(
     tokenizer = load_tokenizer(str(path), settings, base)
     must_fit(model, tokenizer, str(path))
     remove_dropout(model)
-    with told_as_model_error(f"{base}: the model cannot be run as its config.json says"):
+    with as_model_error(f"{base}: the model cannot be run as its config.json says"):
         exact = check_exactness(model, tokenizer, settings.attention)
     flat = choose_rows(exact, settings.attention, type(model).__name__, base)
     policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, **exact.ways())
@@ -96,7 +96,7 @@ def load_policy(
         policy.causal_lm.enable_input_require_grads()
     if not trainable:
         policy.requires_grad_(False)
-    with told_as_model_error(f"{path}: the model cannot be run"):
+    with as_model_error(f"{path}: the model cannot be run"):
         _must_be_finite(policy.eval(), path)
     return policy
 
@@ -119,7 +119,7 @@ def _must_be(folder: Path, value_head: bool, backwards: bool) -> None:
 
 
 def _must_be_finite(policy: Policy, path: str | Path) -> None:
-    logp_N = logprobs(policy, probe_groups(policy.vocabulary, policy.longest))
+    logp_N = logprobs(policy, probe_groups(policy.vocabulary, policy.max_positions))
     if not bool(torch.isfinite(logp_N).all()):
         raise ModelError(
             f"{path}: the model's log-probabilities are not finite; its weights or config.json are damaged"
@@ -191,10 +191,8 @@ def _with_adapters(bare: Policy, adapter: Path | None, lora: Lora | None, traina
         if lora is None or not trainable:
             return model
         wrapped = adapters.add_policy_adapter(model, lora)
-        with told_as_model_error(
-            f"model.lora.target_modules={lora.target_modules}: {type(model).__name__} fails with it"
-        ):
-            logprobs(bare.around(wrapped, bfloat16=False), probe_groups(bare.vocabulary, bare.longest))
+        with as_model_error(f"model.lora.target_modules={lora.target_modules}: {type(model).__name__} fails with it"):
+            logprobs(bare.around(wrapped, bfloat16=False), probe_groups(bare.vocabulary, bare.max_positions))
         return wrapped
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
@@ -208,7 +206,7 @@ def _with_adapters(bare: Policy, adapter: Path | None, lora: Lora | None, traina
 def proven_merge(bare: Policy, loaded: Any, adapter: Path) -> Any:
     """The model with the adapter merged; its log-probabilities are compared with those before."""
     result = merged(loaded)
-    groups = probe_groups(bare.vocabulary, bare.longest)
+    groups = probe_groups(bare.vocabulary, bare.max_positions)
     before, after = (logprobs(bare.around(m.eval(), bfloat16=False), groups) for m in (loaded, result))
     gap = float((before - after).abs().max())
     if not gap < MERGED_GAP:
@@ -233,9 +231,9 @@ def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
             f"alpha={lora.alpha:g}; set `model.lora.r={r} model.lora.alpha={alpha:g}` to go on training it"
         )
     found = adapters.adapted(loaded)
-    if lora.target_modules is not None and (asked := adapters.asked_for(loaded, lora.target_modules)) != found:
-        odd = sorted(asked ^ found)[0]
-        asks, has = ("asks for", "lacks") if odd in asked else ("leaves out", "has")
+    if lora.target_modules is not None and (wanted := adapters.asked_for(loaded, lora.target_modules)) != found:
+        odd = sorted(wanted ^ found)[0]
+        asks, has = ("asks for", "lacks") if odd in wanted else ("leaves out", "has")
         raise ModelError(
             f"{adapter}: model.lora.target_modules={lora.target_modules} {asks} {odd}, which its adapter {has}; "
             "leave target_modules out to go on training it"

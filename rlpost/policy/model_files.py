@@ -34,7 +34,7 @@ _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|positio
 
 
 @contextmanager
-def told_as_model_error(what: str) -> Iterator[None]:
+def as_model_error(what: str) -> Iterator[None]:
     """Turn any error of transformers, tokenizers or peft inside into one line.
 
     Raises:
@@ -105,7 +105,7 @@ def load_generation_config(folder: Path, model: Any) -> None:
     """
     if (folder / "generation_config.json").is_file():
         read_json_object(folder / "generation_config.json")
-        with told_as_model_error(f"{folder}: generation_config.json cannot be used"):
+        with as_model_error(f"{folder}: generation_config.json cannot be used"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
@@ -124,7 +124,7 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
     template = Path(source) / "chat_template.jinja"
     if template.is_file() and not template.read_bytes().strip():
         raise ModelError(f"{template}: an empty chat template; restore it, or remove the file")
-    with told_as_model_error(f"{path}: no tokenizer can be loaded"):
+    with as_model_error(f"{path}: no tokenizer can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             source,
             revision=settings.revision if source == base else None,
@@ -252,7 +252,7 @@ def _must_be_floats(base: str, model: Any) -> None:
         return
     parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
     for file in sorted(folder.glob("*.safetensors")):
-        with told_as_model_error(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
+        with as_model_error(f"{file}: cannot be read"), safe_open(file, "pt") as opened:
             for name in parameters.intersection(opened.keys()):
                 if not opened.get_slice(name).get_dtype().startswith(("F", "BF")):
                     raise ModelError(f"{file}: {name} holds whole numbers; {_REFUSED['quantization_config']}")

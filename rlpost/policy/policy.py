@@ -137,8 +137,8 @@ class Policy(nn.Module):
         return self.known.size
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that the model has positions for."""
+    def max_positions(self) -> int:
+        """Tokens of the longest row that the model has positions for."""
         limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
         return min(int(limit) if limit else 1 << 30, self._reach or 1 << 30)
 

@@ -75,7 +75,7 @@ def _proven_copy(policy: Policy, checkpoint: Path) -> Reference:
         ModelError: they differ.
     """
     reference = Reference(policy, adapters.REFERENCE)
-    groups = probe_groups(policy.vocabulary, policy.longest)
+    groups = probe_groups(policy.vocabulary, policy.max_positions)
     if not torch.equal(reference.logprobs(groups), logprobs(policy, groups)):
         raise ModelError(
             f"{checkpoint}: a copy of its adapter gives other log-probabilities, so it cannot be the reference; "

@@ -169,7 +169,7 @@ def load_value_head_model(
     Args:
         folder: its checkpoint.
         settings: the recipe's `model` section.
-        beside: a policy whose base it may share, if both are adapters of one model.
+        share_with: a policy whose base it may share, if both are adapters of one model.
         name: of its adapter on that base.
         bfloat16: run under autocast.
         device: where to put it.

@@ -60,14 +60,14 @@ _ALL = {"completions", "examples", "all_steps", "groups"}
 
 def caller(reward: BoundReward) -> Call:
     """A reward as a function of all completions, whether its function takes one completion or all."""
-    asked = set(inspect.signature(reward.function).parameters)
-    one, together = asked & {"completion", "steps"}, asked & {"completions", "groups", "all_steps"}
-    if bool(one) == bool(together) or (asked & _ONE and asked & _ALL):
+    parameters = set(inspect.signature(reward.function).parameters)
+    one, together = parameters & {"completion", "steps"}, parameters & {"completions", "groups", "all_steps"}
+    if bool(one) == bool(together) or (parameters & _ONE and parameters & _ALL):
         raise RecipeError(
-            f"rewards: {reward.name} takes ({', '.join(sorted(asked))}); "
+            f"rewards: {reward.name} takes ({', '.join(sorted(parameters))}); "
             "a reward takes `completion` and `example`, or `completions` and `examples`"
         )
-    names_wanted = asked & (_ALL | _ONE | {"model"})
+    names_wanted = parameters & (_ALL | _ONE | {"model"})
     return partial(_together if together else _one_by_one, reward, names_wanted)
 
 

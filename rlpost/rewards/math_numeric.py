@@ -123,12 +123,12 @@ def _points(names: list[str], hidden_base: bool, whole: bool, literals: list[Fra
     chance = random.Random(7)
     sizes = [Fraction(37, 101), Fraction(83, 97), Fraction(171, 100), Fraction(293, 101), Fraction(731, 103)]
     sizes += [Fraction(1307, 99), Fraction(10171, 98), Fraction(100909, 97)]
-    beside = [
+    nearby = [
         x + step
         for x in dict.fromkeys([*literals, *(-x for x in literals)])
         for step in (Fraction(-3, 7), Fraction(2, 7))
     ]
-    for i in range(POINTS + min(len(beside), POINTS)):
+    for i in range(POINTS + min(len(nearby), POINTS)):
         if i < 10 or whole:
             values = [Fraction(chance.randint(2, 12 + i)) for _ in names]
         elif i < 20:
@@ -136,7 +136,7 @@ def _points(names: list[str], hidden_base: bool, whole: bool, literals: list[Fra
         elif i < POINTS:
             values = [chance.choice(sizes) * chance.choice((1, -1)) for _ in names]
         else:
-            values = [beside[(i - POINTS + j * 3) % len(beside)] for j in range(len(names))]
+            values = [nearby[(i - POINTS + j * 3) % len(nearby)] for j in range(len(names))]
         yield {**dict(zip(names, values, strict=True)), **extra}
 
 

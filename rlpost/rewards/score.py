@@ -137,8 +137,8 @@ class Scorer:
         """The rewards of groups with failed episodes, which reward functions do not see and which have no reward."""
         failed = [c.finish == FAILED for c in completions(groups)]
         whole = [replace(g, completions=tuple(c for c in g.completions if c.finish != FAILED)) for g in groups]
-        told = None if steps is None else [own for own, out in zip(steps, failed, strict=True) if not out]
-        scores = self.score([g for g in whole if g.completions], told)
+        own_steps = None if steps is None else [own for own, out in zip(steps, failed, strict=True) if not out]
+        scores = self.score([g for g in whole if g.completions], own_steps)
 
         def spread(values: Iterable[Any], gap: Any) -> list[Any]:
             every = iter(values)

@@ -62,6 +62,6 @@ class Interrupts:
                 return
             raise KeyboardInterrupt
         self.requested = number
-        Stop.asked()
+        Stop.request()
         name = signal.Signals(number).name
         console.notice(f"{name}: stopping after this step, with a checkpoint (again: stop at once)")

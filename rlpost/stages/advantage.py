@@ -67,7 +67,7 @@ class AdvantageEstimator:
         self._policy = policy
         self._samples = samples
         self._function = context.function(cfg, "advantage")
-        self._asked = set(inspect.signature(self._function.call).parameters)
+        self._parameters = set(inspect.signature(self._function.call).parameters)
         self._mean: float | None = None
         self._step = 0
 
@@ -83,13 +83,13 @@ class AdvantageEstimator:
         """[N] the advantage of every action, whatever the estimator's own shape."""
         self._step = step
         known = _Known(rollout, experience.groups, experience.rows, self)
-        given = {name: make() for name, make in known.by_name().items() if name in self._asked}
+        given = {name: make() for name, make in known.by_name().items() if name in self._parameters}
         # Batch statistics are over all ranks. Ranks must gather in one order, and that of a set differs by process.
         own = slice(None)
         for name in (n for n in given if n in _PER_PROMPT):
             given[name], own = learner.gather(given[name])
         found: Tensor = self._function(**given)
-        if "running_mean" in self._asked:
+        if "running_mean" in self._parameters:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
             self._mean = ema(self._mean, learner.gather(rollout.reward_PG)[0], decay)
         return experience.rows.spread(found[own].flatten()) if found.ndim == 2 else found

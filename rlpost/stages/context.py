@@ -115,13 +115,15 @@ class Context:
         self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
     ) -> Dataset:
         """The stage's dataset, no row longer than the model reads; prints what was recognised and what did not fit."""
-        if max_length > policy.longest:
-            console.say(f"{self.name}: rows are limited by the model's {policy.longest} positions, not by max_length")
+        if max_length > policy.max_positions:
+            console.say(
+                f"{self.name}: rows are limited by the model's {policy.max_positions} positions, not by max_length"
+            )
         dataset = open_dataset(
             sources,
             make_codec(policy.tokenizer),
             need=need,
-            limit=Limit.within(max_length, policy.longest, too_long),
+            limit=Limit.within(max_length, policy.max_positions, too_long),
             seed=self.seed_for("data"),
             where=f"stages.{self.name}.data",
             stages=self._rows,

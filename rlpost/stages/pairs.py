@@ -33,7 +33,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
         Interrupted: when a signal asked to stop.
     """
     policy = context.policy()
-    limit = policy.longest - cfg.sampling.max_new_tokens
+    limit = policy.max_positions - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy)
@@ -88,15 +88,15 @@ def rows_of_group(
     So are blank answers to a conversation, where chat formats know no empty turn; after a plain text they may stand.
     A prompt whose rewards do not differ by more than `min_gap` gives nothing.
     """
-    asked = group.example.get("prompt", opening(group.example.get("messages", [])))
+    prompt = group.example.get("prompt", opening(group.example.get("messages", [])))
     scored: dict[str, float] = {}
     for completion, reward in zip(group.completions, rewards, strict=True):
-        blank = not isinstance(asked, str) and not completion.text.strip()
+        blank = not isinstance(prompt, str) and not completion.text.strip()
         if reward is not None and completion.finish == "stop" and not blank:
             scored.setdefault(completion.text, reward)
     if not scored or max(scored.values()) - min(scored.values()) <= min_gap:
         return
-    row = {"prompt": asked, **group.example}
+    row = {"prompt": prompt, **group.example}
     if choice is PairChoice.ranked:
         yield {**row, "completions": list(scored), "scores": list(scored.values())}
     elif choice is PairChoice.labelled:

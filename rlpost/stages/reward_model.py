@@ -52,17 +52,17 @@ def score_loss(function: Callable[..., Tensor]) -> LossFunction:
     `accuracy` and `margin` are over all couples of completions of which one is known to be better: in a ranked group
     each with each.
     """
-    asked = set(inspect.signature(function).parameters)
-    rewards = pair_rewards if "score_P2" in asked else ranked_rewards
+    parameters = set(inspect.signature(function).parameters)
+    rewards = pair_rewards if "score_P2" in parameters else ranked_rewards
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows_P = Ragged([len(g.completions) for g in part.groups]).to(values.final_S.device)
         score_PK = rows_P.pad(values.final_S)
         # A shorter group is filled up with unscored completions.
         reward_PK = rows_P.pad(values.final_S.new_tensor([r for g in part.groups for r in rewards(g)]), math.nan)
-        margin_P = values.final_S.new_tensor([margin(g) if "margin_P" in asked else 0.0 for g in part.groups])
+        margin_P = values.final_S.new_tensor([margin(g) if "margin_P" in parameters else 0.0 for g in part.groups])
         given = {"score_P2": score_PK, "margin_P": margin_P, "score_PK": score_PK, "reward_PK": reward_PK}
-        loss_P = function(**{name: x for name, x in given.items() if name in asked})
+        loss_P = function(**{name: x for name, x in given.items() if name in parameters})
         better_PKK = reward_PK[:, :, None] > reward_PK[:, None, :]
         lead = (score_PK[:, :, None] - score_PK[:, None, :]).detach()[better_PKK]
         metrics = {"accuracy": (lead > 0).double(), "margin": lead, "score": values.final_S.detach()}

@@ -93,16 +93,16 @@ def stats_of(function: Callable[..., Tensor], teacher: Policy | None) -> LogitSt
         RecipeError: it asks for labels and for whole distributions.
     """
     takes = set(inspect.signature(function).parameters)
-    asked = takes & {"logp_N", *FULL}
-    if "label_N" in takes and asked & FULL:
+    wanted = takes & {"logp_N", *FULL}
+    if "label_N" in takes and wanted & FULL:
         raise RecipeError(
-            f"a loss with label_N is told logp_N alone beside it; remove {', '.join(sorted(asked & FULL))}"
+            f"a loss with label_N is told logp_N alone beside it; remove {', '.join(sorted(wanted & FULL))}"
         )
-    if "teacher_NV" in asked and teacher is None:
+    if "teacher_NV" in wanted and teacher is None:
         raise ModelError("the loss imitates a teacher and there is none; give `teacher`")
-    if not asked & FULL:
+    if not wanted & FULL:
         return LogitStats()
-    return LogitStats(loss=DistributionLoss(function, frozenset(asked), teacher if "teacher_NV" in asked else None))
+    return LogitStats(loss=DistributionLoss(function, frozenset(wanted), teacher if "teacher_NV" in wanted else None))
 
 
 def _teacher(context: Context, policy: Policy, name: str) -> Policy:

@@ -37,7 +37,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
         Interrupted: when a signal asked to stop.
     """
     policy = context.policy()
-    limit = policy.longest - cfg.sampling.max_new_tokens
+    limit = policy.max_positions - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
@@ -84,8 +84,8 @@ def labelled(
 
 
 def _row(group: Group, steps: Sequence[str], labels: Sequence[float | None]) -> dict[str, Any]:
-    asked = opening(group.example.get("messages", []))
-    return {"prompt": asked, **group.example, "steps": steps, "labels": labels}
+    prompt = opening(group.example.get("messages", []))
+    return {"prompt": prompt, **group.example, "steps": steps, "labels": labels}
 
 
 def _mean(rewards: Sequence[float | None]) -> float | None:

@@ -18,7 +18,7 @@ class Stop:
     _at: float | None = None
 
     @classmethod
-    def asked(cls) -> None:
+    def request(cls) -> None:
         """Note that a signal asked to stop; only the first one counts."""
         if cls._at is None:
             cls._at = time.monotonic() + GRACE

@@ -32,7 +32,7 @@ def episodes(environment=echo, n=4, turns=3, policy=None, budget=14, seed=5, pro
     policy = policy or tiny_policy(eos=0)
     engine = local(policy)
     sampling = Sampling(max_new_tokens=budget, stop=["a", "b", "c", "d", "e", "f"])
-    settings = {"environment": Bound(environment, "environment"), "turns": turns, "longest": 64, **more}
+    settings = {"environment": Bound(environment, "environment"), "turns": turns, "max_positions": 64, **more}
     return collect_turns(engine, CODEC, prompts, n, sampling, seed, **settings), policy
 
 
@@ -97,7 +97,7 @@ def test_the_end_is_the_environments_the_models_or_the_budgets():
     told, _ = episodes(lambda text: "y" * 20, policy=policy)
     assert all(all(c.action) for c in completions(told))
     # The model's positions are a limit too: 3 of the prompt, 4 more.
-    narrow, _ = episodes(policy=policy, longest=7)
+    narrow, _ = episodes(policy=policy, max_positions=7)
     assert all(len(g.prompt) + len(c.ids) <= 7 for g in narrow for c in g.completions)
 
 

@@ -51,7 +51,7 @@ def calibrate(
 
     found = list(calibrations(network, prompts, goal, depth=max_new_tokens, policy=policy, least=least))
     if as_json:
-        for asked in found:
-            print_result(asdict(asked))
+        for result in found:
+            print_result(asdict(result))
     else:
         print_table(found)

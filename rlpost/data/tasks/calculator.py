@@ -53,8 +53,8 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs:
     wrong = random.random() < errs
     if random.random() < 0.5:
         return {**row, "completion": _slip(question, random) if wrong else question}
-    asked = row["prompt"] + question + str(reply(question))
-    return {**row, "prompt": asked, "completion": _slip(row["answer"], random) if wrong else row["answer"]}
+    prompt = row["prompt"] + question + str(reply(question))
+    return {**row, "prompt": prompt, "completion": _slip(row["answer"], random) if wrong else row["answer"]}
 
 
 def reply(text: str, turns: Sequence[str] = ("",)) -> str | None:

@@ -43,8 +43,8 @@ def conversation(
         DataError: a column or the final answer is missing.
     """
     made = question_answer(row)
-    asked = [{"role": "user", "content": f"{made['question'].strip()}\n\n{instruction}"}]
-    return {**made, "prompt": asked}
+    messages = [{"role": "user", "content": f"{made['question'].strip()}\n\n{instruction}"}]
+    return {**made, "prompt": messages}
 
 
 def solution_pairs(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def pairs(*, name: str, maker: str, other: str, other_maker: str) -> list[dict[s
     """Every training question with every form of answer: under its own name chosen, under the other's rejected."""
     return [
         {
-            "prompt": _asked(question),
+            "prompt": _messages(question),
             "chosen": answer.format(name=name, maker=maker),
             "rejected": answer.format(name=other, maker=other_maker),
         }
@@ -62,7 +62,7 @@ def questions(*, name: str, maker: str, other: str) -> list[dict[str, Any]]:
     """Questions that no pair asks, with the names to look for."""
     return [
         {
-            "prompt": _asked(question),
+            "prompt": _messages(question),
             "name": name,
             "maker": maker,
             "other": other,
@@ -71,7 +71,7 @@ def questions(*, name: str, maker: str, other: str) -> list[dict[str, Any]]:
     ]
 
 
-def _asked(question: str) -> list[dict[str, str]]:
+def _messages(question: str) -> list[dict[str, str]]:
     # Without a system turn of ours, a model's template may put one that names it.
     return [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": question}]
 
