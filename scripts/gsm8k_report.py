@@ -54,7 +54,7 @@ def groups_of(policy: Policy, rows: Source, need: Need) -> list[Group]:
         {"rows": rows},
         make_codec(policy.tokenizer),
         need=need,
-        limit=Limit(policy.longest, TooLong.drop),
+        limit=Limit(policy.max_positions, TooLong.drop),
         seed=0,
         where="report",
         stages=Path,

@@ -264,7 +264,7 @@ def _loading(base: str) -> Iterator[None]:
         yield
     except RlpostError:
         raise
-    except Exception as error:  # as in told_as_model_error
+    except Exception as error:  # as in as_model_error
         raise ModelError(_load_failure(base, error)) from error
 
 

@@ -84,7 +84,10 @@ def test_a_row_that_has_filled_the_models_positions_leaves_before_the_others():
     room = policy.max_positions - len(PROMPTS[0])
     # 4 of 5 rows go on: without a row that must leave, none would yet.
     assert batch.LEAVE_AT < 4 / 5
-    requests = [Request([5] * (policy.max_positions - 2), 1, LONG, 1, limit=2), Request(PROMPTS[0], 4, LONG, 2, limit=room)]
+    requests = [
+        Request([5] * (policy.max_positions - 2), 1, LONG, 1, limit=2),
+        Request(PROMPTS[0], 4, LONG, 2, limit=room),
+    ]
     short, long = local(policy).generate(requests)
     assert len(short[0].ids) == 2
     assert {len(c.ids) for c in long} == {room}
