@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import texts
-from rlpost.data.formats import Need, recognise
+from rlpost.data.formats import DataRole, recognise
 from rlpost.data.origins import label
 from rlpost.data.params import TokenizerKind
 from rlpost.data.sources import open_source
@@ -178,7 +178,7 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         _check_data(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:
-        _check_data(cfg, "evaluation", Need.prompts, resolved.folder, rows or not cfg.every_stage)
+        _check_data(cfg, "evaluation", DataRole.prompts, resolved.folder, rows or not cfg.every_stage)
     return lines
 
 
@@ -346,7 +346,7 @@ def _encode_rows(
     evaluations.open_rows(codec, positions)
 
 
-def _check_data(stage: Any, where: str, need: Need, folder: Path, rows: bool) -> None:
+def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool) -> None:
     """Check the first rows of the stage's sources, with `rows` all of them, and their reference answers."""
     check = readable_references(stage, where, need)
     for name, source in own_sources(stage).items():

@@ -15,7 +15,7 @@ from rlpost import console
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.messages import question
 from rlpost.data.params import TooLong
 from rlpost.data.part import Shelf
@@ -270,7 +270,7 @@ def evaluation_rows(resolved: Resolved, cfg: Evaluation, codec: Codec, positions
     return open_dataset(
         cfg.data,
         codec,
-        need=Need.prompts,
+        need=DataRole.prompts,
         limit=Limit(positions - cfg.sampling.max_new_tokens, TooLong.refuse),
         seed=resolved.config.seed,
         where="evaluation.data",
@@ -278,7 +278,7 @@ def evaluation_rows(resolved: Resolved, cfg: Evaluation, codec: Codec, positions
         bind=bind,
         base=resolved.folder,
         shelf=shelf,
-        check=readable_references(cfg, "evaluation", Need.prompts),
+        check=readable_references(cfg, "evaluation", DataRole.prompts),
     )
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from rlpost.data.codec import Codec
 from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Shelf
 from rlpost.errors import RecipeError
@@ -50,11 +50,11 @@ def own_sources(stage: Any) -> dict[str, Source]:
     return {key: source for key, source in stage.data.items() if source.stage is None}
 
 
-def _limit(stage: Any, need: Need, positions: int) -> Limit:
+def _limit(stage: Any, need: DataRole, positions: int) -> Limit:
     """The length limit of the stage's rows; a stage that samples leaves room for completions."""
     wanted = getattr(stage, "max_length", positions)
     sampling = getattr(stage, "sampling", None)
-    if sampling is not None and need is Need.prompts:
+    if sampling is not None and need is DataRole.prompts:
         wanted -= sampling.max_new_tokens
     return Limit.within(wanted, positions, getattr(stage, "too_long", TooLong.refuse))
 

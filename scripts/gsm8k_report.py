@@ -23,7 +23,7 @@ from rlpost import console, pipeline
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Fold, FoldPart, Source, TooLong
 from rlpost.evaluate.evaluator import percent
 from rlpost.evaluate.statistics import clustered_mean, clustered_share
@@ -49,7 +49,7 @@ def source(path: Path, map_: str, fold: int, folds: int, part: FoldPart) -> Sour
     )
 
 
-def groups_of(policy: Policy, rows: Source, need: Need) -> list[Group]:
+def groups_of(policy: Policy, rows: Source, need: DataRole) -> list[Group]:
     data = open_dataset(
         {"rows": rows},
         make_codec(policy.tokenizer),
@@ -69,7 +69,7 @@ def nll_rows(run: Path, data: Path, folds: int) -> list[list[str]]:
     for stage, folder in (("base", "base"), *((s, f"{s}/final") for s in ("sft", "dpo", "grpo"))):
         policy = load_policy(run / folder, MODEL, trainable=False)
         held_out = groups_of(
-            policy, source(data / "test.jsonl", "question_answer", 0, folds, FoldPart.held_out), Need.completions
+            policy, source(data / "test.jsonl", "question_answer", 0, folds, FoldPart.held_out), DataRole.completions
         )
         lengths = [sum(c.actions for c in g.completions) for g in held_out]
         by_question = [(-x).tolist() for x in torch.split(logprobs(policy, held_out).double(), lengths)]
@@ -90,7 +90,7 @@ def fold_margins(run: Path, data: Path, fold: int, folds: int) -> dict[str, dict
     checkpoint = pipeline.train(resolve("gsm8k_tiny", [*words, "stages.grpo.enabled=false"]), allow_change=True)
     before, after = (load_policy(p, MODEL, trainable=False) for p in (start, checkpoint))
     solutions = data / "example_model_solutions.jsonl"
-    pairs = groups_of(after, source(solutions, "solution_pairs", fold, folds, FoldPart.held_out), Need.pairs)
+    pairs = groups_of(after, source(solutions, "solution_pairs", fold, folds, FoldPart.held_out), DataRole.pairs)
     rows = Experience(tuple(pairs)).rows
     scored = pairs_of(logprobs(after, pairs), logprobs(before, pairs), rows)
     sft = pairs_of(logprobs(before, pairs), torch.zeros(rows.actions), rows).mean_logp_P2

@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 import rlpost
 from rlpost import errors, objectives, rewards
-from rlpost.data.formats import Format, Need, recognise
+from rlpost.data.formats import DataRole, Format, recognise
 from rlpost.oracle.verify import verify
 from rlpost.recipe.files import packaged
 from rlpost.recipe.kinds import kinds
@@ -229,11 +229,11 @@ def test_examples_of_judged_rows_are_read_as_what_they_are():
     page = (DOCS / "data.md").read_text("utf-8")
     rows = [json.loads(line) for block in re.findall(r"(?ms)^```json\n(.*?)^```", page) for line in block.splitlines()]
     forms = {
-        Need.pairs: Format.pair,
-        Need.ranked: Format.ranked,
-        Need.labelled: Format.labelled,
-        Need.steps: Format.steps,
-        Need.recorded: Format.recorded,
+        DataRole.pairs: Format.pair,
+        DataRole.ranked: Format.ranked,
+        DataRole.labelled: Format.labelled,
+        DataRole.steps: Format.steps,
+        DataRole.recorded: Format.recorded,
     }
     for row, (need, form) in zip(rows, forms.items(), strict=True):
         assert recognise([row], "data.md", need) is form

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlpost import console
 from rlpost.data.codec import Codec, make_codec
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.lookup import find_checkpoint
 from rlpost.types import Group
@@ -35,7 +35,7 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
     return lines
 
 
-def _lines(tokenizer: Any, groups: Sequence[Group], need: Need, n: int) -> Iterator[str]:
+def _lines(tokenizer: Any, groups: Sequence[Group], need: DataRole, n: int) -> Iterator[str]:
     yield "  " + _lengths("prompt", [len(g.prompt) for g in groups])
     completions = [c for g in groups for c in g.completions]
     if completions:
@@ -45,7 +45,7 @@ def _lines(tokenizer: Any, groups: Sequence[Group], need: Need, n: int) -> Itera
         yield from _shown(tokenizer, group, need)
 
 
-def _shown(tokenizer: Any, group: Group, need: Need) -> Iterator[str]:
+def _shown(tokenizer: Any, group: Group, need: DataRole) -> Iterator[str]:
     prompt = console.clean(tokenizer.decode(group.prompt.tolist()), "⏎")
     if not group.completions:
         yield f"  {prompt}"
@@ -62,18 +62,18 @@ def _shown(tokenizer: Any, group: Group, need: Need) -> Iterator[str]:
         yield f"  {judged}{text}"
 
 
-def _judgements(group: Group, need: Need) -> list[str]:
+def _judgements(group: Group, need: DataRole) -> list[str]:
     """What the row says of each completion, to stand before it."""
     several = len(group.completions)
-    if need is Need.pairs:
+    if need is DataRole.pairs:
         return ["chosen:   ", "rejected: "]
-    if need is Need.ranked:
+    if need is DataRole.ranked:
         return [f"score {_figure(c.score)}: " for c in group.completions]
-    if need is Need.labelled:
+    if need is DataRole.labelled:
         return [f"label {str(c.label).lower()}: " for c in group.completions]
-    if need is Need.steps:
+    if need is DataRole.steps:
         return [f"labels {', '.join(f'{label:g}' for label in c.step_labels)}: " for c in group.completions]
-    if need is Need.recorded:
+    if need is DataRole.recorded:
         return [f"reward {_figure(c.reward)}: " for c in group.completions]
     return [f"{i}: " for i in range(1, several + 1)] if several > 1 else [""] * several
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlpost.data.codec import Codec
 from rlpost.data.fitting import Limit, RowOutcomes
-from rlpost.data.formats import Need, recognise, row_texts
+from rlpost.data.formats import DataRole, recognise, row_texts
 from rlpost.data.order import Draw, Order
 from rlpost.data.origins import Bind, label
 from rlpost.data.params import PRESENT, Source
@@ -125,7 +125,7 @@ def open_dataset(
     sources: Mapping[str, Source],
     codec: Codec,
     *,
-    need: Need,
+    need: DataRole,
     limit: Limit,
     seed: int,
     where: str,

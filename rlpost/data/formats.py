@@ -27,7 +27,7 @@ from rlpost.data.labelled_formats import (
     encode_steps,
 )
 from rlpost.data.messages import is_trained, opening, validate
-from rlpost.data.params import Need as Need
+from rlpost.data.params import DataRole as DataRole
 from rlpost.data.unrendered import Unrendered
 from rlpost.errors import DataError
 from rlpost.types import Group
@@ -69,27 +69,27 @@ _COLUMNS = {
 }
 _FORMATS = {
     None: (Format.pair, Format.completion, Format.several, Format.messages, Format.text, Format.prompt),
-    Need.completions: (Format.completion, Format.several, Format.messages, Format.text),
-    Need.pairs: (Format.pair,),
-    Need.prompts: (Format.prompt, Format.opening),
-    Need.labelled: (Format.labelled,),
-    Need.ranked: (Format.ranked, Format.ranked_pair),
-    Need.steps: (Format.steps,),
-    Need.recorded: (Format.recorded,),
+    DataRole.completions: (Format.completion, Format.several, Format.messages, Format.text),
+    DataRole.pairs: (Format.pair,),
+    DataRole.prompts: (Format.prompt, Format.opening),
+    DataRole.labelled: (Format.labelled,),
+    DataRole.ranked: (Format.ranked, Format.ranked_pair),
+    DataRole.steps: (Format.steps,),
+    DataRole.recorded: (Format.recorded,),
 }
 _EXAMPLES = {
     None: "columns: {prompt: COLUMN, completion: COLUMN}",
-    Need.completions: "columns: {prompt: COLUMN, completion: COLUMN}",
-    Need.pairs: "columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
-    Need.prompts: "columns: {prompt: COLUMN}",
-    Need.labelled: "columns: {prompt: COLUMN, completion: COLUMN, label: COLUMN}",
-    Need.ranked: "columns: {prompt: COLUMN, completions: COLUMN, scores: COLUMN}",
-    Need.steps: "columns: {prompt: COLUMN, steps: COLUMN, labels: COLUMN}",
-    Need.recorded: "columns: {prompt: COLUMN, completions: COLUMN, example: COLUMN}",
+    DataRole.completions: "columns: {prompt: COLUMN, completion: COLUMN}",
+    DataRole.pairs: "columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+    DataRole.prompts: "columns: {prompt: COLUMN}",
+    DataRole.labelled: "columns: {prompt: COLUMN, completion: COLUMN, label: COLUMN}",
+    DataRole.ranked: "columns: {prompt: COLUMN, completions: COLUMN, scores: COLUMN}",
+    DataRole.steps: "columns: {prompt: COLUMN, steps: COLUMN, labels: COLUMN}",
+    DataRole.recorded: "columns: {prompt: COLUMN, completions: COLUMN, example: COLUMN}",
 }
 
 
-def recognise(rows: Sequence[Row], where: str, need: Need | None = None) -> Format:
+def recognise(rows: Sequence[Row], where: str, need: DataRole | None = None) -> Format:
     """The format of the rows by the columns of the first, among those for `need`.
 
     Raises:

@@ -10,7 +10,7 @@ from rlpost.section import Choice, Local, Section
 from rlpost.usercode.params import TASKS, Lookup, TimedFunction
 
 
-class Need(StrEnum):
+class DataRole(StrEnum):
     """What a stage does with its rows."""
 
     completions = "completions"

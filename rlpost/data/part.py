@@ -18,7 +18,7 @@ from rlpost.data.encoding import Encoder, Present, SourceEncoder, presented
 from rlpost.data.files import Chunk
 from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.flat import Flat, Writer
-from rlpost.data.formats import Format, Need, recognise
+from rlpost.data.formats import DataRole, Format, recognise
 from rlpost.data.origins import Reading, Row, identity_of, label, read_back
 from rlpost.data.params import Source
 from rlpost.errors import DataError
@@ -83,7 +83,7 @@ def open_part(
     key: str,
     reading: Reading,
     present: Present | None,
-    need: Need,
+    need: DataRole,
     codec: Codec,
     limit: Limit,
     seed: int,

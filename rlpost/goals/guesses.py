@@ -15,7 +15,7 @@ import torch
 
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.encoders import plain_prompt
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import TooLong
 from rlpost.errors import DataError, ModelError
 from rlpost.goals.goal_sampler import GoalSampler
@@ -48,7 +48,7 @@ def guesses(context: Context, cfg: Guesses) -> Path:
         )
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
-    data = context.data(policy, cfg.data, Need.prompts, policy.max_positions, TooLong.refuse)
+    data = context.data(policy, cfg.data, DataRole.prompts, policy.max_positions, TooLong.refuse)
     prompts = data.all()
     draw = random.Random(context.seed_for("goals"))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.data.codec import Codec, make_codec
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
 from rlpost.engine.api import Engine, Guide
@@ -45,7 +45,7 @@ def guided(context: Context, cfg: Guided) -> Path:
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
     data = context.data(
-        policy, cfg.data, Need.prompts, policy.max_positions - cfg.sampling.max_new_tokens, TooLong.refuse
+        policy, cfg.data, DataRole.prompts, policy.max_positions - cfg.sampling.max_new_tokens, TooLong.refuse
     )
     prompts = data.next(cfg.prompts or len(data))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlpost.data.codec import Codec, make_codec
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.engine.collect import collect
 from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.goal_set import GoalSet, ends_in
@@ -41,7 +41,7 @@ def value(context: Context, cfg: Value) -> Path:
     codec = make_codec(policy.tokenizer)
     goal_sampler = GoalSampler(cfg.goals, codec, context)
     room = cfg.max_length - cfg.sampling.max_new_tokens - goal_sampler.max_length(cfg.condition, cfg.hindsight_tokens)
-    data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
+    data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
     engine = context.engine(policy, cfg.rollouts)
     loss = goal_value_loss(cfg)
     steps = steps_of(cfg, data.epoch_length, cfg.prompts, f"stages.{context.name}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.errors import RecipeError
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located
 from rlpost.recipe.resolve import resolve
@@ -38,7 +38,7 @@ def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]
     data = open_dataset(
         cfg.data,
         make_codec(policy.tokenizer),
-        need=Need.prompts,
+        need=DataRole.prompts,
         limit=limit,
         seed=resolved.config.seed,
         where=f"stages.{name}.data",

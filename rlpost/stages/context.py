@@ -21,7 +21,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import Dataset, open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Check, Shelf
 from rlpost.engine.api import Engine, Guide
@@ -112,7 +112,7 @@ class Context:
         return reference_policy(policy, self.checkpoint(name), self.start, self.model)
 
     def data(
-        self, policy: Policy, sources: Mapping[str, Source], need: Need, max_length: int, too_long: TooLong
+        self, policy: Policy, sources: Mapping[str, Source], need: DataRole, max_length: int, too_long: TooLong
     ) -> Dataset:
         """The stage's dataset, no row longer than the model reads; prints what was recognised and what did not fit."""
         if max_length > policy.max_positions:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlpost.data.dataset import Dataset
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput
@@ -37,7 +37,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     modifiers = [f.call for f in context.functions(cfg, "modifiers")]
     objective = PairObjective(function, modifiers, cfg.nll)
     loss, prepared = (
-        (objective.loss(), objective.prepared) if need is Need.pairs else (ranking_loss(function), prepared_ranking)
+        (objective.loss(), objective.prepared) if need is DataRole.pairs else (ranking_loss(function), prepared_ranking)
     )
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     moving = MovingReference(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None

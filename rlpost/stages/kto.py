@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput
@@ -30,7 +30,7 @@ from rlpost.types import Group, labels
 def kto(context: Context, cfg: Kto) -> Path:
     """Train on labelled completions; returns the final checkpoint."""
     policy = context.policy()
-    data = context.data(policy, cfg.data, Need.labelled, cfg.max_length, cfg.too_long)
+    data = context.data(policy, cfg.data, DataRole.labelled, cfg.max_length, cfg.too_long)
     function = context.function(cfg, "loss")
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     reference = context.reference(policy, cfg.reference)

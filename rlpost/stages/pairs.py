@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost import console
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
 from rlpost.engine.api import Engine
@@ -34,7 +34,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
     """
     policy = context.policy()
     limit = policy.max_positions - cfg.sampling.max_new_tokens
-    data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
+    data = context.data(policy, cfg.data, DataRole.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy)
     rows = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.step_split import ends_of
 from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
@@ -27,7 +27,7 @@ from rlpost.types import Group
 def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
     """Train a model of steps that begins as the policy and a new head; returns the final checkpoint."""
     model = ValueHeadModel(context.policy())
-    data = context.data(model.trunk, cfg.data, Need.steps, cfg.max_length, cfg.too_long)
+    data = context.data(model.trunk, cfg.data, DataRole.steps, cfg.max_length, cfg.too_long)
     loss = step_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps)

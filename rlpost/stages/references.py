@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlpost.data.files import Chunk
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.rewards.math import References
 from rlpost.rewards.params import reward_leaves
 
@@ -37,8 +37,8 @@ class ReadableReferences:
             column.refuse()
 
 
-def readable_references(stage: Any, where: str, need: Need) -> ReadableReferences | None:
+def readable_references(stage: Any, where: str, need: DataRole) -> ReadableReferences | None:
     """The check for the rewards at key path `where`, of a stage or the evaluation; None if they read no answer."""
     leaves = reward_leaves(getattr(stage, "rewards", []), where)
     columns = dict.fromkeys(leaf.args.get("column", "answer") for leaf, _ in leaves if leaf.fn == "math_answer")
-    return ReadableReferences(tuple(columns), need is Need.recorded) if columns else None
+    return ReadableReferences(tuple(columns), need is DataRole.recorded) if columns else None

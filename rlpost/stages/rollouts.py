@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.step_split import split_steps, step_texts
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import collector
@@ -144,7 +144,7 @@ class Samples(Protocol):
 def samples_of(context: Context, cfg: Rollouts, policy: Policy) -> Samples:
     """The policy's own samples, or what another policy's rollouts recorded."""
     if isinstance(cfg, Grouped) and cfg.recorded:
-        data = context.data(policy, cfg.data, Need.recorded, cfg.max_length, cfg.too_long)
+        data = context.data(policy, cfg.data, DataRole.recorded, cfg.max_length, cfg.too_long)
         scorer = context.scorer(cfg.rewards, policy, cfg.step_end) if cfg.rewards else None
         return Recorded(cfg, policy, data, Signal(context.name, cfg), scorer)
     return Sampler(context, cfg, policy)
@@ -160,7 +160,7 @@ class Sampler:
         self.policy = policy
         self.signal = Signal(context.name, cfg)
         room = cfg.max_length - cfg.sampling.max_new_tokens
-        self.data = context.data(policy, cfg.data, Need.prompts, room, cfg.too_long)
+        self.data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
         self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
         self.engine = context.engine(policy, cfg.rollouts)

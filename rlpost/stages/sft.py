@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError, RecipeError
 from rlpost.objectives.weights import weigh
@@ -46,7 +46,7 @@ def sft(context: Context, cfg: Sft) -> Path:
 
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
-        if cfg.rows() is Need.labelled:
+        if cfg.rows() is DataRole.labelled:
             experience = labelled(experience)
         metrics = learner.update(loss, experience, stats)
         tokens = learner.totals(experience).actions

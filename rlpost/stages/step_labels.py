@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.messages import opening
 from rlpost.data.params import TooLong
 from rlpost.data.step_split import split_steps, step_starts, step_texts
@@ -38,7 +38,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     """
     policy = context.policy()
     limit = policy.max_positions - cfg.sampling.max_new_tokens
-    data = context.data(policy, cfg.data, Need.prompts, limit, TooLong.refuse)
+    data = context.data(policy, cfg.data, DataRole.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))
     scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
 

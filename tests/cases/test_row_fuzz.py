@@ -15,7 +15,7 @@ from tiny_world import CHATML, byte_tokenizer, save_rows
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset, texts
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.errors import RlpostError
 
@@ -34,8 +34,8 @@ ASKED, SAID = [{"role": "user", "content": "a"}], [{"role": "assistant", "conten
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 CALLED = [{"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 1, "x": None}]
 RECORDED = {"text": "b", "reward": 1.0, "ids": [1, 2], "action": [1, 1], "logprobs": [-0.1, -0.2]}
-ROWS: dict[Need, tuple[dict[str, Any], ...]] = {
-    Need.completions: (
+ROWS: dict[DataRole, tuple[dict[str, Any], ...]] = {
+    DataRole.completions: (
         {"prompt": "a", "completion": "b"},
         {"prompt": ASKED, "completion": SAID, "tools": [{"name": "f", "parameters": {}}]},
         {"prompt": "a", "completions": ["b", "c"]},
@@ -43,22 +43,22 @@ ROWS: dict[Need, tuple[dict[str, Any], ...]] = {
         {"messages": ASKED + CALLED},
         {"text": "ab"},
     ),
-    Need.pairs: (
+    DataRole.pairs: (
         {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5},
         {"prompt": ASKED, "chosen": SAID, "rejected": [{"role": "assistant", "content": "c"}]},
         {"chosen": ASKED + SAID, "rejected": [*ASKED, {"role": "assistant", "content": "c"}]},
     ),
-    Need.prompts: ({"prompt": "a"}, {"prompt": ASKED}, {"messages": ASKED + SAID}),
-    Need.labelled: (
+    DataRole.prompts: ({"prompt": "a"}, {"prompt": ASKED}, {"messages": ASKED + SAID}),
+    DataRole.labelled: (
         {"prompt": "a", "completion": "b", "label": True},
         {"prompt": ASKED, "completion": SAID, "label": 0},
     ),
-    Need.ranked: (
+    DataRole.ranked: (
         {"prompt": "a", "completions": ["b", "c", "d"], "scores": [1, None, 0]},
         {"prompt": ASKED, "chosen": "b", "rejected": "c"},
     ),
-    Need.steps: ({"prompt": "a", "steps": ["b", "c"], "labels": [1, 0.5]},),
-    Need.recorded: ({"prompt": [1, 2], "completions": [RECORDED], "example": {"answer": "b"}},),
+    DataRole.steps: ({"prompt": "a", "steps": ["b", "c"], "labels": [1, 0.5]},),
+    DataRole.recorded: ({"prompt": [1, 2], "completions": [RECORDED], "example": {"answer": "b"}},),
 }
 """Good rows of every format."""
 KNOWS_CALLS = CHATML.replace(
@@ -98,7 +98,7 @@ def refusal(action: Callable[[], object]) -> str:
     return ""
 
 
-def attempt(file: Path, need: Need, codec: Codec, **options: Any) -> bool:
+def attempt(file: Path, need: DataRole, codec: Codec, **options: Any) -> bool:
     """Whether the rows are read; they may be refused in one line that names them."""
     sources = {"c": Source(path=str(file), **options)}
     about: dict[str, Any] = {"where": "data", "stages": no_stage, "bind": no_stage}

@@ -6,7 +6,7 @@ from conversations import THINKING, THOUGHT, make, without_markers
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset, texts
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.errors import DataError, RecipeError
 from rlpost.usercode.params import TimedFunction
@@ -39,7 +39,7 @@ def no_stage(name):
     raise AssertionError(name)
 
 
-def build(sources, codec, need=Need.completions, seed=0, max_length=100, too_long=TooLong.refuse):
+def build(sources, codec, need=DataRole.completions, seed=0, max_length=100, too_long=TooLong.refuse):
     return open_dataset(
         sources,
         codec,
@@ -152,14 +152,14 @@ def test_a_cut_completion_loses_its_end_and_a_prompt_is_never_cut(write, codec):
 
 def test_both_completions_of_a_pair_are_cut(write, codec):
     rows = [{"prompt": "1", "chosen": "12345", "rejected": "5"}]
-    data = build({"main": Source(path=str(write(rows)))}, codec, Need.pairs, max_length=4, too_long=TooLong.cut)
+    data = build({"main": Source(path=str(write(rows)))}, codec, DataRole.pairs, max_length=4, too_long=TooLong.cut)
     assert [tuple(c.ids) for c in data.all()[0].completions] == [(5, 6, 7), (9, 2)]
 
 
 def test_prompts_are_limited_by_themselves(write, codec):
     with pytest.raises(DataError, match=r"rows.jsonl:3\) has a prompt of 9 tokens, the limit is 8"):
-        build(long(write), codec, Need.prompts, max_length=8)
-    data = build(long(write), codec, Need.prompts, max_length=8, too_long=TooLong.cut)
+        build(long(write), codec, DataRole.prompts, max_length=8)
+    data = build(long(write), codec, DataRole.prompts, max_length=8, too_long=TooLong.cut)
     assert [len(g.prompt) for g in data.all()] == [4, 4]
     assert data.all()[0].completions == ()
 

@@ -11,7 +11,7 @@ from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.direction import backwards, before_what, in_reading_order
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Format, Need, encode
+from rlpost.data.formats import DataRole, Format, encode
 from rlpost.data.params import Direction, Source, TooLong
 from rlpost.errors import DataError, RecipeError
 from rlpost.recipe.resolve import resolve
@@ -99,7 +99,7 @@ def opened(path, codec, limit):
     return open_dataset(
         {"rows": source},
         codec,
-        need=Need.completions,
+        need=DataRole.completions,
         limit=limit,
         seed=0,
         where="stages.sft.data",

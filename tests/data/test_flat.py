@@ -16,7 +16,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.encoding import Encoder
 from rlpost.data.fitting import Limit, RowOutcomes
-from rlpost.data.formats import Need, recognise
+from rlpost.data.formats import DataRole, recognise
 from rlpost.data.params import Direction, Source, TokenizerKind, TooLong, Unrendered
 from rlpost.data.params import Tokenizer as Spec
 from rlpost.data.tokenizers import make_tokenizer
@@ -34,7 +34,7 @@ def answered(prompt, completion):
 
 
 ROWS = {
-    Need.completions: [
+    DataRole.completions: [
         [{"prompt": f"{i}+{i}=", "completion": str(2 * i), "answer": i} for i in range(30)],
         [answered("1", "2"), answered("", "3"), answered("<eos>", LONG)],
         [answered("1", "2<eos>"), answered("<bos>1", "1"), answered("1=", "4")],
@@ -48,28 +48,28 @@ ROWS = {
         [{"messages": ASKED + SAID}, {"messages": ASKED + SAID + ASKED + SAID}],
         [{"text": "1+1=2"}, {"text": LONG}, {"text": "1"}],
     ],
-    Need.pairs: [
+    DataRole.pairs: [
         [PAIR] * 30 + [{**PAIR, "rejected": "2"}, {**PAIR, "margin": 0.5}],
         [{**PAIR, "chosen": LONG}, {**PAIR, "prompt": "1"}],
         [{"chosen": ASKED + SAID, "rejected": [*ASKED, {"role": "assistant", "content": "3"}]}],
     ],
-    Need.prompts: [
+    DataRole.prompts: [
         [{"prompt": "1+1=", "answer": "2"}, {"prompt": LONG}],
         [{"prompt": ASKED}],
         [{"messages": ASKED + SAID}],
     ],
-    Need.labelled: [[{"prompt": "1", "completion": "2", "label": x} for x in (True, "no", 0)]],
-    Need.ranked: [
+    DataRole.labelled: [[{"prompt": "1", "completion": "2", "label": x} for x in (True, "no", 0)]],
+    DataRole.ranked: [
         [{"prompt": "1", "completions": ["2", "3", "4"], "scores": [1, None, 0.5]}],
         [PAIR, {**PAIR, "chosen": "3"}],
     ],
-    Need.steps: [
+    DataRole.steps: [
         [
             {"prompt": "1", "steps": ["2", "34"], "labels": [1, 0.25]},
             {"prompt": "1", "steps": ["2"], "labels": [0]},
         ]
     ],
-    Need.recorded: [
+    DataRole.recorded: [
         [
             {"prompt": [5], "completions": [{"ids": [6], "action": [1], "logprobs": [-1.5]}], "example": {}},
             {"prompt": [4, 5], "completions": [SAMPLED, {**SAMPLED, "reward": None}], "example": {"answer": "2"}},
@@ -187,7 +187,7 @@ def test_groups_are_those_of_single_rows(tokenizer, limit, write, tmp_path, monk
 def test_ends_that_do_not_fit_four_bytes_are_kept_in_eight(write, tmp_path, codec, monkeypatch):
     monkeypatch.setattr(files, "AT_ONCE", 100)
     path = write([answered(f"{i}=", f"{i}") for i in range(300)])
-    arguments = (path, Need.completions, codec, Limit(100), {})
+    arguments = (path, DataRole.completions, codec, Limit(100), {})
     wanted = from_arrays(*arguments, None)
     monkeypatch.setattr(flat, "_LARGE", 600)
     assert from_arrays(*arguments, None) == wanted
@@ -201,7 +201,7 @@ def test_groups_are_views_that_cannot_be_written_to(write, codec):
     data = open_dataset(
         {"c": Source(path=str(path))},
         codec,
-        need=Need.completions,
+        need=DataRole.completions,
         limit=Limit(100),
         seed=0,
         where="data",

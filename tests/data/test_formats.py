@@ -3,7 +3,7 @@ from conversations import CHATML, make, talk
 
 from rlpost.data import encoders
 from rlpost.data.codec import Codec, make_codec
-from rlpost.data.formats import Format, Need, encode, recognise
+from rlpost.data.formats import DataRole, Format, encode, recognise
 from rlpost.errors import DataError
 
 
@@ -17,13 +17,13 @@ def chatml():
     [
         ("prompt completion answer", None, Format.completion),
         ("prompt chosen rejected", None, Format.pair),
-        ("chosen rejected", Need.pairs, Format.pair),
+        ("chosen rejected", DataRole.pairs, Format.pair),
         ("messages", None, Format.messages),
-        ("text", Need.completions, Format.text),
+        ("text", DataRole.completions, Format.text),
         ("prompt answer", None, Format.prompt),
-        ("prompt completion", Need.prompts, Format.prompt),
-        ("messages", Need.prompts, Format.opening),
-        ("prompt chosen rejected messages", Need.completions, Format.messages),
+        ("prompt completion", DataRole.prompts, Format.prompt),
+        ("messages", DataRole.prompts, Format.opening),
+        ("prompt chosen rejected messages", DataRole.completions, Format.messages),
     ],
 )
 def test_the_columns_tell_the_format(columns, need, form):
@@ -32,9 +32,9 @@ def test_the_columns_tell_the_format(columns, need, form):
 
 def test_columns_that_fit_nothing_are_told_with_the_remedy():
     with pytest.raises(DataError, match=r"main has the columns question, answer, needed are \(prompt, completion\)"):
-        recognise([{"question": "a", "answer": "b"}], "main", Need.completions)
+        recognise([{"question": "a", "answer": "b"}], "main", DataRole.completions)
     with pytest.raises(DataError, match=r"columns: \{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN\}"):
-        recognise([{"prompt": "a", "completion": "b"}], "main", Need.pairs)
+        recognise([{"prompt": "a", "completion": "b"}], "main", DataRole.pairs)
 
 
 def test_prompt_and_completion(codec):

@@ -4,18 +4,18 @@ import pytest
 from conversations import CHATML, make, talk
 
 from rlpost.data.codec import make_codec
-from rlpost.data.formats import Format, Need, encode, recognise, row_texts
+from rlpost.data.formats import DataRole, Format, encode, recognise, row_texts
 from rlpost.errors import DataError
 
 
 @pytest.mark.parametrize(
     ("columns", "need", "form"),
     [
-        ("prompt completion label", Need.labelled, Format.labelled),
-        ("prompt completions scores", Need.ranked, Format.ranked),
-        ("prompt chosen rejected", Need.ranked, Format.ranked_pair),
-        ("prompt steps labels", Need.steps, Format.steps),
-        ("prompt example completions", Need.recorded, Format.recorded),
+        ("prompt completion label", DataRole.labelled, Format.labelled),
+        ("prompt completions scores", DataRole.ranked, Format.ranked),
+        ("prompt chosen rejected", DataRole.ranked, Format.ranked_pair),
+        ("prompt steps labels", DataRole.steps, Format.steps),
+        ("prompt example completions", DataRole.recorded, Format.recorded),
     ],
 )
 def test_the_columns_tell_the_format(columns, need, form):
@@ -26,7 +26,7 @@ def test_the_columns_tell_the_format(columns, need, form):
 
 def test_several_completions_share_their_prompt(codec):
     row = {"prompt": "1+2=", "completions": ["3", "4", "33"]}
-    assert recognise([row], "main", Need.completions) is Format.several
+    assert recognise([row], "main", DataRole.completions) is Format.several
     group = encode(row, Format.several, codec, "row 1")
     alone = [encode({"prompt": "1+2=", "completion": c}, Format.completion, codec, "row 1") for c in row["completions"]]
     assert tuple(group.prompt) == tuple(alone[0].prompt)

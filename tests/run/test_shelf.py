@@ -13,7 +13,7 @@ from rlpost.data import files
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
-from rlpost.data.formats import Need
+from rlpost.data.formats import DataRole
 from rlpost.data.params import Source
 from rlpost.data.params import Tokenizer as Spec
 from rlpost.data.tokenizers import make_tokenizer
@@ -43,7 +43,7 @@ def new_run(folder: Path) -> Path:
 
 def opened(rows: Path, codec: Codec, run: Path | None, **options):
     shelf = None if run is None else Shelf(run)
-    about = {"need": Need.completions, "limit": Limit(options.pop("longest", 64)), "seed": 0, "where": "data"}
+    about = {"need": DataRole.completions, "limit": Limit(options.pop("longest", 64)), "seed": 0, "where": "data"}
     sources = {"c": Source(path=str(rows), **options)}
     return open_dataset(sources, codec, **about, stages=lambda name: Path(name), bind=None, shelf=shelf)
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Direction, Need, Source, TooLong
+from rlpost.data.params import DataRole, Direction, Source, TooLong
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
@@ -38,9 +38,9 @@ class Stage(Section):
     leaves: ClassVar[Leaves | str] = Leaves.policy
     """What those after it find; also by name."""
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """What its rows are for."""
-        return Need.prompts
+        return DataRole.prompts
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """What is wrong with the stage at key path `where`, given those before it, in lines."""
@@ -152,7 +152,7 @@ class Rollouts(Training):
                 f"{where}.max_length: {self.max_length} leaves no room for a prompt beside "
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens} - raise it, or lower that"
             )
-        if self.rewards or self.rows() is not Need.recorded:
+        if self.rewards or self.rows() is not DataRole.recorded:
             yield from reward_problems(self.rewards, where, earlier)
 
     def _length_problems(self, where: str) -> Iterator[str]:
@@ -220,9 +220,9 @@ class Grouped(Rollouts):
         """Its advantage compares the completions of a group with each other."""
         return told(self.advantage, ADVANTAGE).says("compares_completions")
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Prompts, or what another policy said to them."""
-        return Need.recorded if self.recorded else Need.prompts
+        return DataRole.recorded if self.recorded else DataRole.prompts
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of rollouts, and of what an advantage asks for."""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Need
+from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Training
 from rlpost.stages.params import Refresh
@@ -42,9 +42,9 @@ class Dpo(Training):
 
     function: ClassVar[str] = "rlpost.stages.dpo:dpo"
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Pairs, or ranked completions."""
-        return Need.ranked if self._loss.takes("delta_PK", "reward_PK") else Need.pairs
+        return DataRole.ranked if self._loss.takes("delta_PK", "reward_PK") else DataRole.pairs
 
     @property
     def _loss(self) -> Told:
@@ -53,7 +53,7 @@ class Dpo(Training):
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
-        loss, ranks = self.loss.called, self.rows() is Need.ranked
+        loss, ranks = self.loss.called, self.rows() is DataRole.ranked
         names = [m.called for m in self.modifiers]
         if ranks and names:
             yield f"{where}.modifiers[0]: {names[0]} is for pairs, and {loss} compares whole groups - remove it"

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Need
+from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
@@ -27,9 +27,9 @@ class Kto(Training):
 
     function: ClassVar[str] = "rlpost.stages.kto:kto"
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Completions with labels."""
-        return Need.labelled
+        return DataRole.labelled
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Need
+from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
@@ -25,6 +25,6 @@ class ProcessRewardModel(Training):
     function: ClassVar[str] = "rlpost.stages.process_reward_model:process_reward_model"
     leaves = Leaves.process_reward_model
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Steps with labels."""
-        return Need.steps
+        return DataRole.steps

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Need
+from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
@@ -33,6 +33,6 @@ class RewardModel(Training):
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
     leaves = Leaves.reward_model
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Pairs, or ranked completions."""
-        return Need.ranked if told(self.loss, LOSS).takes("score_PK", "reward_PK") else Need.pairs
+        return DataRole.ranked if told(self.loss, LOSS).takes("score_PK", "reward_PK") else DataRole.pairs

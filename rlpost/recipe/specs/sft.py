@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.data.params import Direction, Need
+from rlpost.data.params import DataRole, Direction
 from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.section import Local
@@ -44,9 +44,9 @@ class Sft(Training):
         reverse = any(source.direction is Direction.reverse for source in self.data.values())
         return Leaves.reverse if reverse else Leaves.policy
 
-    def rows(self) -> Need:
+    def rows(self) -> DataRole:
         """Completions; with labels, where the loss asks for them."""
-        return Need.labelled if told(self.loss, LOSS).takes("label_N") else Need.completions
+        return DataRole.labelled if told(self.loss, LOSS).takes("label_N") else DataRole.completions
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
