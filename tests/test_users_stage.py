@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from rlpost.data.params import Need
+from rlpost.data.params import DataRole
 from rlpost.recipe.specs.common import Training
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Short(Training):
     gain: float = 1.0
 
     def rows(self):
-        return Need.completions
+        return DataRole.completions
 
     def rules(self, where, earlier):
         yield from super().rules(where, earlier)
