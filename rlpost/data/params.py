@@ -26,39 +26,54 @@ class TooLong(Choice):
     """What happens to a row longer than `max_length`."""
 
     refuse = "refuse"
+    """The run stops, and names the row."""
     drop = "drop"
+    """The row is left out, and counted."""
     cut = "cut"
+    """Its completion is cut, and is not taught to stop there; a prompt is never cut."""
 
 
 class Unrendered(Choice):
     """What happens to a row that says more than its chat template renders."""
 
     refuse = "refuse"
+    """The run stops, and names the row."""
     drop = "drop"
+    """The row is left out, and counted."""
     ignore = "ignore"
+    """The row is read without what the template leaves out, and counted."""
 
 
 class Direction(Choice):
     """The way a text is read."""
 
     forward = "forward"
+    """From its beginning to its end."""
     reverse = "reverse"
+    """In `sft` alone: prompt and completion are one text, learned from its end to its beginning
+    (docs/goals.md#reverse-models)."""
 
 
 class FoldPart(Choice):
-    """Which side of a fold to keep."""
+    """A side of a split."""
 
     train = "train"
+    """All parts but the one held out."""
     held_out = "held_out"
+    """The part held out."""
 
 
 class Fold(Section):
-    """Keep one side of a split in which rows with equal `by` stay together."""
+    """One side of a split in which rows with equal `by` stay together."""
 
     by: str
+    """The column whose equal values stay on one side."""
     of: int = Field(5, ge=2)
+    """Number of parts."""
     hold_out: int = Field(0, ge=0)
+    """The part that is held out, counted from 0."""
     part: FoldPart = FoldPart.train
+    """The side to keep."""
 
 
 TASK = Lookup("task", TASKS, (), by_name=True, apart=True)
@@ -67,32 +82,36 @@ PRESENT = Lookup("present", TASKS, ("row", "random"), by_name=True, apart=True)
 
 
 class Source(Section):
-    """Where rows come from: exactly one of `path`, `stage`, `task`."""
+    """Where rows come from: exactly one of `path`, `stage` and `task` (docs/data.md)."""
 
     path: Annotated[str | None, Local()] = None
-    """A .jsonl or .parquet file, a folder in hub format, or the name of a dataset on the hub."""
+    """A `.jsonl` or `.parquet` file, a folder in hub format, or the name of a dataset on the hub."""
     stage: str | None = None
-    """Rows that an earlier stage wrote (a `pairs` stage)."""
+    """The rows of an earlier `pairs`, `guided`, `guesses` or `step_labels` stage."""
     task: Annotated[TimedFunction | None, TASK] = None
-    """Rows made by a function in `rlpost.data.tasks` or a file: `addition.train`."""
+    """Rows made by a function: `addition.train`, or `file.py:function`."""
     config: str | None = None
-    """Configuration name of a hub dataset (`main` for openai/gsm8k)."""
+    """Configuration of a dataset on the hub (`main` for openai/gsm8k)."""
     split: str = "train"
+    """Split of a dataset on the hub."""
     weight: float = Field(1.0, gt=0)
-    """Share of this source in a mixture; rows are drawn in proportion."""
+    """Share of this source in a mixture: rows are drawn in proportion."""
     limit: int | None = Field(None, ge=1)
     """Only the first so many rows."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Role -> column, or a template over columns: {prompt: "Q: {question}\\nA:", completion: answer}."""
+    """Names the columns that a format needs: role -> column, or a template over columns, like `{prompt: "Q:
+    {question}\\nA:", completion: answer}`."""
     map: Annotated[TimedFunction | None, MAP] = None
-    """row -> row or rows, applied once when the source is read."""
+    """A function (row) -> row, rows or nothing, applied once when the source is read."""
     present: Annotated[TimedFunction | None, PRESENT] = None
-    """(row, random) -> row, applied anew every time a row is drawn."""
+    """A function (row, random) -> row, applied anew every time a row is drawn."""
     fold: Fold | None = None
+    """Keep one side of a split of the rows."""
     unrendered: Unrendered = Unrendered.refuse
-    """`ignore` reads the row without what the template leaves out."""
+    """What happens to a row that says more than its chat template renders
+    (docs/data.md#chat-templates-and-what-is-trained)."""
     direction: Direction = Direction.forward
-    """`reverse`, in sft alone: prompt and completion are one text, learned from its end to its beginning."""
+    """The way the text of a row is read."""
 
     def problems(self, where: str) -> Iterator[str]:
         """Where its rows come from, and its fold."""
@@ -110,19 +129,22 @@ class TokenizerKind(Choice):
     """Tokenizers that can be made from scratch."""
 
     characters = "characters"
+    """One token a character."""
     bpe = "bpe"
+    """Byte-level BPE, trained on data."""
 
 
 class Tokenizer(Section):
-    """A tokenizer made from scratch."""
+    """A tokenizer made from scratch. It adds no token by itself, and its padding is not its end token."""
 
     kind: TokenizerKind = TokenizerKind.characters
+    """What a token is."""
     alphabet: str = ""
-    """characters: every character it knows."""
+    """With `characters`: every character it knows."""
     vocab_size: int = Field(4096, ge=2)
-    """bpe: size of the vocabulary, special tokens included."""
+    """With `bpe`: size of the vocabulary, special tokens included; at least 259."""
     data: dict[str, Source] = Field(default_factory=dict)
-    """bpe: the rows whose text it is trained on."""
+    """With `bpe`: sources of the rows whose text it is trained on."""
 
     def problems(self, where: str) -> Iterator[str]:
         """What its kind needs."""

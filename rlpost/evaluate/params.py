@@ -13,28 +13,33 @@ from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction
 
 
 class Evaluation(Section):
-    """Held-out evaluation: the first reward is the accuracy (1 is right), others are reported beside it."""
+    """Held-out evaluation."""
 
     data: dict[str, Source] = Field(default_factory=dict)
+    """Sources of rows by name; at least one, and no rows of a stage."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    """The first is the accuracy (1 is right); the others are reported beside it."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     greedy: bool = True
+    """Also take the likeliest token, always."""
     samples: int = Field(1, ge=0)
-    """Samples a prompt at `sampling.temperature` (0: greedy only)."""
+    """Samples a prompt at `sampling.temperature`; 0: greedy only."""
     pass_at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
     """The k of pass@k, each at most `samples`."""
     best_of: bool = False
     """Also report the best of a prompt's samples by the sum of rewards."""
     judge: Annotated[str | None, Local()] = None
-    """A reward_model stage (or checkpoint): also report the best of a prompt's samples by its score."""
+    """A `reward_model` stage or a reverse one (docs/goals.md#reverse-models), or a checkpoint: also report the best of
+    a prompt's samples by its score."""
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns, as in the stages."""
     turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
     slices: list[str] = Field(default_factory=list)
-    """Columns with true or false, reported apart."""
+    """Columns: prompts for which one is true are reported apart."""
     every_stage: bool = True
     """`rlpost train` evaluates the base model and each stage's result, and prints the table."""
     show: int = Field(3, ge=0)

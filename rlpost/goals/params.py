@@ -20,13 +20,14 @@ class ValueTarget(Choice):
 
 
 class Goals(Section):
-    """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path`, `column`."""
+    """Where completions are to end: a set of final texts, given by exactly one of `texts`, `path` and `column`."""
 
     texts: list[str] = Field(default_factory=list)
+    """Final texts."""
     path: Annotated[str | None, Local()] = None
     """A text file with one ending a line."""
     column: str | None = None
-    """Each prompt's own: a column of its row with a text."""
+    """Each prompt's own: a column of its row."""
     truncated_counts: bool = False
     """A completion cut off at the length limit may end in a goal too."""
 

@@ -11,46 +11,63 @@ from rlpost.suggest import hint
 
 
 class Precision(Choice):
-    """Number format of the forward pass; `auto` measures once and remembers."""
+    """Number format of the forward pass."""
 
     auto = "auto"
+    """bfloat16 on a GPU that supports it, and on a CPU that multiplies matrices at least 1.5 times as fast in it;
+    decided once a run."""
     float32 = "float32"
+    """32 bits."""
     bfloat16 = "bfloat16"
+    """16 bits, with the range of float32."""
 
 
 class Attention(Choice):
-    """`flat` shares prompts, never pads; `padded` is the plain way; `auto` takes flat where it is exact."""
+    """How a batch is laid out in the forward pass."""
 
     auto = "auto"
+    """`flat` where it is exact, else `padded` (docs/how-it-works.md#the-check-at-load-and-the-fallback)."""
     flat = "flat"
+    """Completions share their prompt, and nothing is padded; a model for which that is not exact is refused."""
     padded = "padded"
+    """Every row for itself, padded to the longest."""
 
 
 class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), trained in float32."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685); their weights are float32."""
 
     r: int = Field(16, ge=1)
+    """Rank."""
     alpha: float = Field(32.0, gt=0)
+    """Scale: the adapter's product is multiplied by `alpha / r`."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Above 0 every row is computed with its own copy of the prompt."""
     target_modules: Any = None
-    """As in peft; by default `all-linear`, or what a saved adapter has that training goes on with."""
+    """Which modules get an adapter, as in peft; by default `all-linear`, or those of a saved adapter that training goes
+    on with. Another choice than the saved one is refused."""
 
 
 class Model(Section):
-    """The model all stages start from: `path`, or `config` and `tokenizer` for one made from scratch."""
+    """The model that all stages start from: exactly one of `path` and `config`."""
 
     path: Annotated[str | None, Local()] = None
-    """A folder, a checkpoint of rlpost, or the name of a model on the hub."""
+    """A model folder, a run, stage or checkpoint of rlpost, or the name of a model on the hub."""
     revision: str | None = None
+    """Revision of a model on the hub."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """From scratch: `model_type` and the fields of that configuration in transformers."""
+    """A model from scratch: `model_type` and fields of that configuration in transformers."""
     tokenizer: Tokenizer | None = None
+    """The tokenizer of a model from scratch, which needs one; `path` brings its own."""
     chat_template: Annotated[str | None, Local()] = None
-    """A Jinja file, for models that bring no chat template."""
+    """A Jinja file that replaces the tokenizer's chat template."""
     lora: Lora | None = None
+    """Train low-rank adapters; by default all weights are trained."""
     precision: Precision = Precision.auto
+    """Number format of the forward pass."""
     attention: Attention = Attention.auto
+    """How a batch is laid out in the forward pass."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
 
     def problems(self, where: str) -> Iterator[str]:
         """Where it comes from."""

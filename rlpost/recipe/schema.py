@@ -19,26 +19,28 @@ class Recipe(Section):
     description: str = ""
     """One line for `rlpost list`."""
     run: str
-    """Name of the run directory: letters, digits, `.`, `_`, `-`; the recipe file's name by default."""
+    """Name of the run directory: letters, digits, `.`, `_` and `-`; by default the recipe's file name without its
+    ending."""
     runs: str = "runs"
-    """Folder that holds run directories."""
+    """The folder that holds run directories."""
     folder: str | None = None
-    """What relative paths and `file.py:function` refer to: the recipe's own folder by default.
-    A resolved recipe, which lies in its run, names the folder it came from."""
+    """What relative paths and `file.py:function` refer to: the recipe's own folder by default. A resolved recipe, which
+    lies in its run, names the folder it came from."""
     seed: int = Field(0, ge=0, le=2**32 - 1)
-    """Of everything random."""
+    """Seed of everything random."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads (as torch chooses by default)."""
+    """CPU threads; by default as torch chooses."""
     vars: dict[str, Any] = Field(default_factory=dict)
     """The recipe's own variables, for `${vars.name}`."""
     model: Model = Field(default_factory=Model)
-    """What all stages start from."""
+    """The model that all stages start from."""
     rollouts: EngineChoice = Field(default_factory=EngineChoice)
-    """What samples, unless a stage or the evaluation says otherwise for itself."""
+    """What samples completions, unless a stage or the evaluation has its own `rollouts`."""
     stages: dict[str, Any] = Field(default_factory=dict)
-    """Stages by name, in order; the name is the stage's directory, of letters, digits, `_` and `-`."""
+    """Stages by name, in order. A name is the stage's directory: letters, digits, `_` and `-`, but not `base`, `start`
+    or `evaluation`."""
     evaluation: Evaluation | None = None
-    """Held-out evaluation."""
+    """Held-out evaluation; without it there is none."""
 
     def enabled(self) -> dict[str, Any]:
         """The stages that are not disabled."""

@@ -19,16 +19,20 @@ REWARD = Lookup(
 
 
 class Reward(TimedFunction):
-    """A reward function, its weight in the sum, and the name it is logged under (its own by default)."""
+    """A reward function and its weight (docs/rewards.md)."""
 
     weight: float = 1.0
+    """Weight in the sum of rewards; 0: only logged."""
     name: str | None = None
+    """What it is logged under; by default the function's name."""
     of: Annotated[list["Reward"], REWARD] = Field(default_factory=list)
-    """The children of a node: `fn` is then sum, product, min, gate, lexicographic or shaping."""
+    """The children of a node: `fn` is then `sum`, `product`, `min`, `gate`, `lexicographic` or `shaping`."""
     on_failure: OnFailure | None = None
-    """When `file.py:function` raises, hangs, or returns no number: `stop` (so by default), or `unscored`."""
+    """What happens when a function of a file raises, hangs, ends its process or returns no number. `stop` by
+    default."""
     model: Annotated[str | None, Local()] = None
-    """For functions that ask for a model: an earlier stage that leaves a judge or reads backwards, or a checkpoint."""
+    """For functions that ask for a model: an earlier `reward_model` or `process_reward_model` stage, a reverse one
+    (docs/goals.md#reverse-models), or a checkpoint."""
 
 
 def reward_leaves(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:

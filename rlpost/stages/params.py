@@ -8,39 +8,51 @@ from rlpost.section import Choice, Local, Section
 
 
 class Weight(Choice):
-    """How much each action counts in an update (objectives/weights.py)."""
+    """How much each token counts in the loss of an update (objectives/weights.py)."""
 
     token_mean = "token_mean"
+    """Every token of the update counts the same."""
     sequence_mean = "sequence_mean"
+    """Every completion counts the same, and so does every token within it."""
     sequence_sum = "sequence_sum"
+    """The sum over a completion's tokens, averaged over completions."""
     constant_length = "constant_length"
+    """As `sequence_sum`, divided by the longest completion allowed."""
 
 
 class KlEstimator(Choice):
-    """Per-token estimators of KL(policy || reference)."""
+    """Estimators of a token's KL(policy || reference)."""
 
     k1 = "k1"
+    """log r: exact in the reward, refused in the loss (docs/objectives.md#kl-to-the-reference)."""
     k2 = "k2"
+    """½ (log r)²."""
     k3 = "k3"
+    """1/r − 1 + log r: never negative."""
 
 
 class KlPlacement(Choice):
     """Where the KL term goes."""
 
     reward = "reward"
+    """Subtracted from the reward."""
     loss = "loss"
+    """Added to the loss; in `grpo` alone."""
 
 
 class Kl(Section):
-    """KL to the reference: `beta` times an estimator in the reward or in the loss."""
+    """KL to the reference: `beta` times an estimator, in the reward or in the loss."""
 
     beta: float = Field(0.0, ge=0)
+    """Coefficient; 0: no reference is computed."""
     placement: KlPlacement = KlPlacement.reward
+    """Where the term goes."""
     estimator: KlEstimator = KlEstimator.k1
+    """Estimator of a token's KL, with r = π(token)/π_ref(token)."""
     target: float | None = Field(None, gt=0)
-    """Adapt beta so that a completion's KL, in nats, comes to this (Ziegler et al. 2019, arXiv:1909.08593)."""
+    """Adapt `beta` so that a completion's KL, in nats, comes to this (Ziegler et al. 2019, arXiv:1909.08593)."""
     horizon: int = Field(10000, ge=1)
-    """Completions over which an adapting beta moves."""
+    """Completions over which an adapting `beta` moves."""
 
 
 class AtLimit(Choice):
@@ -49,13 +61,14 @@ class AtLimit(Choice):
     terminate = "terminate"
     """An end like any other: nothing comes after it."""
     bootstrap = "bootstrap"
-    """A cut: the value of the last state stands for what would have come."""
+    """A cut: the critic's value of the last state stands for what would have come."""
 
 
 class CorrectionMode(Choice):
-    """What is done about log-probabilities that differ between sampler and trainer."""
+    """What is done about probabilities that differ between sampler and trainer."""
 
     none = "none"
+    """Nothing."""
     truncate = "truncate"
     """Weigh by trainer over sampler, at most `cap` (TIS)."""
     mask = "mask"
@@ -66,20 +79,26 @@ class Per(Choice):
     """What a ratio of probabilities is of."""
 
     token = "token"
+    """One token."""
     completion = "completion"
+    """A whole completion."""
 
 
 class Correction(Section):
-    """Importance weights between the engine's log-probabilities and the trainer's."""
+    """Importance weights between the sampler's probabilities and the trainer's (TIS, MIS)."""
 
     mode: CorrectionMode = CorrectionMode.none
+    """What is done about probabilities that differ."""
     per: Per = Per.token
+    """What a ratio of probabilities is of."""
     cap: float = Field(2.0, gt=0)
+    """Largest weight."""
     floor: float = Field(0.0, ge=0)
+    """With `mask`: smallest weight."""
 
 
 class Trunk(Choice):
-    """What a critic reads its features from."""
+    """What a critic's head reads its features from."""
 
     own = "own"
     """An adapter of its own on the policy's base, or with full fine-tuning a model of its own; trained."""
@@ -88,13 +107,14 @@ class Trunk(Choice):
 
 
 class Critic(Section):
-    """The value network of a `ppo` stage."""
+    """The value network of a `ppo` stage: a linear head on hidden states, trained at the same time as the policy."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """Its peak; the policy's by default."""
+    """Peak of its learning rate; the policy's by default."""
     trunk: Trunk = Trunk.own
+    """What the head reads."""
     start: Annotated[str | None, Local()] = None
-    """A reward_model stage (or checkpoint) to begin from instead of the stage's own start."""
+    """A `reward_model` stage (or checkpoint) to begin from instead of the stage's own start."""
     clip: float | None = Field(0.2, gt=0)
     """How far a value may move from the one it had when the samples were taken."""
     warmup_steps: int = Field(0, ge=0)
@@ -102,17 +122,19 @@ class Critic(Section):
 
 
 class Refresh(Section):
-    """A reference that follows the policy: share·policy + (1−share)·reference, every so many updates."""
+    """A reference that follows the policy (TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656)."""
 
     every: int = Field(100, ge=1)
+    """Updates between moves."""
     share: float = Field(0.6, gt=0, le=1)
+    """Share of the policy in the next reference."""
 
 
 class PairChoice(Choice):
     """What rows a group of scored samples gives."""
 
     one = "one"
-    """A pair: a best and a worst completion of each prompt."""
+    """A pair: the best against the worst completion of each prompt."""
     all = "all"
     """Every better/worse combination of distinct completions."""
     ranked = "ranked"

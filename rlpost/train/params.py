@@ -7,5 +7,8 @@ class Schedule(Choice):
     """Shape of the learning rate after its warm-up."""
 
     constant = "constant"
+    """Stays at the peak."""
     linear = "linear"
+    """Falls towards 0 in a straight line."""
     cosine = "cosine"
+    """Falls towards 0 along half a cosine."""

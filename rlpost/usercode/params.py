@@ -14,7 +14,7 @@ class OnFailure(Choice):
     stop = "stop"
     """The run stops."""
     unscored = "unscored"
-    """The completion has no reward: nothing is learned from it."""
+    """There is no reward: nothing is learned from the completion."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,12 @@ ENVIRONMENT = Lookup("environment", TASKS, ("text", "turns", "example"), by_name
 
 
 class Function(Section):
-    """A function by name (or `file.py:function`) with its keyword arguments."""
+    """A function by name, with its keyword arguments."""
 
     fn: str
+    """A name in the module that the key looks in, `task.function` for data, or `file.py:function`."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Its keyword arguments, checked against its signature."""
 
     @property
     def called(self) -> str:
@@ -54,14 +56,16 @@ class Function(Section):
 
 
 class TimedFunction(Function):
-    """A function that, coming from `file.py:function`, is called in a process of its own."""
+    """A function that, coming from `file.py:function`, is called in a process of its own
+    (docs/rewards.md#a-process-of-its-own)."""
 
     deadline: float | None = Field(None, gt=0)
-    """Seconds that one call of such a function may take (60)."""
+    """Seconds that one call of a function of a file may take (60 by default); refused for other functions."""
 
 
 class EnvironmentFunction(TimedFunction):
-    """An environment."""
+    """A function that answers the model's turns (docs/environments.md)."""
 
     on_failure: OnFailure | None = None
-    """When such a function raises, hangs or ends its process: `stop` (so by default), or the episode is `unscored`."""
+    """What happens when a function of a file raises, hangs or ends its process: `unscored` leaves the episode without a
+    reward. `stop` by default."""

@@ -22,14 +22,17 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Stage(Section):
-    """What every stage has."""
+    """What every stage has, whatever its kind."""
 
     kind: str
+    """What the stage does: a kind of rlpost, or one of your own, as `file.py:function`
+    (docs/extending.md#a-kind-of-stage)."""
     enabled: bool = True
-    """`stages.NAME.enabled=false` leaves the stage out of the pipeline."""
+    """`false` leaves the stage out of the pipeline."""
     start: str | None = None
-    """The stage whose model this one starts from: by default the one before it; `base` is the base model."""
+    """The earlier stage whose model this one starts from, or `base`; by default the stage before."""
     data: dict[str, Source] = Field(default_factory=dict)
+    """Sources of rows by name; at least one."""
 
     function: ClassVar[str] = ""
     """`module:name` of what the stage does."""
@@ -62,29 +65,41 @@ class Stage(Section):
 
 
 class Training(Stage):
-    """What every stage that updates weights has."""
+    """What every stage that updates weights has. The optimiser is AdamW; `trpo` takes its own steps."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimiser steps (grpo: rollout steps); or give `epochs`."""
+    """Optimiser steps; or give `epochs`. Of stages that sample: steps of sampling, and required."""
     epochs: float | None = Field(None, gt=0)
+    """Passes over the rows; not for stages that sample."""
     learning_rate: float = Field(gt=0)
+    """The peak of the learning rate."""
     schedule: Schedule = Schedule.linear
+    """Shape of the learning rate after the warm-up."""
     warmup: float = Field(0.0, ge=0)
-    """A share of all updates below 1, a number of updates from 1 on."""
+    """Updates during which the learning rate rises: below 1 a share of all updates, from 1 on their number."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; gains and biases have none."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """β₁ and β₂ of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them."""
     tokens_per_pass: int = Field(8192, ge=1)
-    """Token budget of one forward and backward pass; the gradient does not depend on it."""
+    """Token budget of one forward and backward pass; the gradient does not depend on it beyond rounding."""
     aux_loss_coef: float | None = Field(None, ge=0)
-    """Of a mixture of experts' balance loss, beside the stage's own (0: none); by default the model's
-    `router_aux_loss_coef`."""
+    """Weight of a mixture of experts' balance loss, `router_balance` in the metrics
+    (docs/how-it-works.md#the-learner-counts-once); 0: none. By default the model's own `router_aux_loss_coef`; `trpo`
+    has none."""
     max_length: int = Field(1024, ge=2)
-    """Tokens of prompt and completion together."""
+    """Tokens of prompt and completion together; where the stage samples, more than `sampling.max_new_tokens`. The
+    model's positions limit rows as well."""
     too_long: TooLong = TooLong.refuse
+    """What happens to longer rows."""
     checkpoint_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints to keep; older ones are removed."""
     log_every: int = Field(1, ge=1)
+    """Steps between lines of `metrics.jsonl`."""
 
     balances: ClassVar[bool] = True
     """Its updates can have a mixture of experts' balance loss."""
@@ -110,14 +125,17 @@ class Rollouts(Training):
     group_size: int = Field(8, ge=1)
     """Completions a prompt."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    """What a completion is worth; at least one."""
     kl: Kl = Field(default_factory=Kl)
+    """What staying near the reference is worth."""
     reference: str = "start"
-    """`start` (where this stage begins), `base`, or an earlier stage by name."""
+    """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
     updates: int = Field(1, ge=1)
-    """Optimiser updates a pass over the step's samples, each on its share of the step's groups."""
+    """Optimiser updates in a pass over the step's samples, each on its share of the groups."""
     passes: int = Field(1, ge=1)
     """Passes over the step's samples."""
     mask_truncated: bool = False
@@ -127,9 +145,9 @@ class Rollouts(Training):
     turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
     step_end: str | None = None
-    """A step of a completion ends with this text (empty: every token is a step); for rewards and advantages by step."""
+    """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step."""
     table_every: int = Field(100, ge=0)
-    """Steps between tables of sample completions, which are also saved as rollouts (0: neither)."""
+    """Steps between tables of sample completions, which are also saved as rollouts; 0: neither."""
 
     kl_in_loss: ClassVar[bool] = True
     """Its loss can have a KL term."""
@@ -204,16 +222,19 @@ class Grouped(Rollouts):
     """What the stages with a baseline from groups have."""
 
     advantage: Annotated[Function, ADVANTAGE] = Field(default_factory=lambda: Function(fn="group_normalised"))
+    """The advantage of a completion, or of its steps; in `rlpost/objectives/advantages.py` and `credit.py`."""
     weight: Weight = Weight.token_mean
+    """How much each token counts."""
     whiten: bool = False
-    """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
+    """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1."""
     resample: int = Field(0, ge=0)
-    """Rounds of further prompts drawn while groups without a signal are left (dynamic sampling)."""
+    """Rounds of further prompts drawn while there are groups without a signal (dynamic sampling)."""
     fresh_rollouts: int = Field(4, ge=1)
-    """For advantages that ask for `value_K`: rollouts from the start of every step of a completion."""
+    """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
     recorded: bool = False
-    """Rows are rollouts that another policy made (rollouts/*.jsonl of a run): nothing is sampled."""
+    """Rows are rollouts that another policy made (`rollouts/*.jsonl` of a run): nothing is sampled."""
     correction: Correction = Field(default_factory=Correction)
+    """Importance weights between sampler and trainer."""
 
     @property
     def compares_completions(self) -> bool:

@@ -32,13 +32,15 @@ class Dpo(Training):
     batch_size: int = Field(32, ge=1)
     """Pairs an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
+    """The loss of a pair; in `rlpost/objectives/preference.py`."""
     nll: float = Field(0.0, ge=0)
-    """Weight of the chosen completion's negative log-likelihood, per token, beside the pair loss."""
+    """Weight of the chosen completions' mean negative log-likelihood per token, added to the pair loss."""
     reference: str = "start"
-    """`start` (where this stage begins), `base`, or an earlier stage by name."""
+    """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
     modifiers: Annotated[list[Function], MODIFIER] = Field(default_factory=list)
-    """What is done to the pairs before the loss, in order (objectives/preference_modifiers.py)."""
+    """What is done to the pairs before the loss, in order; in `rlpost/objectives/preference_modifiers.py`."""
     refresh: Refresh | None = None
+    """A reference that follows the policy; by default it stays."""
 
     function: ClassVar[str] = "rlpost.stages.dpo:dpo"
 

@@ -20,8 +20,9 @@ class Grpo(Grouped):
 
     kind: str = "grpo"
     loss: Annotated[Function, SURROGATE] = Field(default_factory=lambda: Function(fn="clipped_surrogate"))
+    """The loss of a token; in `rlpost/objectives/surrogates.py`."""
     entropy: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus, averaged over actions."""
+    """Weight of an entropy bonus, averaged over tokens."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
 

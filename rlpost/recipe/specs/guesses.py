@@ -14,15 +14,17 @@ from rlpost.section import LocalPath
 
 
 class Guesses(Stage):
-    """Rows with what a value network guesses about them, for a policy that reads it; the model passes unchanged."""
+    """The same rows with a column `guesses`: what a value network says of texts that each row lists, for a policy that
+    reads it (docs/goals.md); the model passes unchanged."""
 
     kind: str = "guesses"
     network: LocalPath
-    """A stage of kind value, or a checkpoint of one."""
+    """A `value` stage, or a checkpoint of one; none with `target: contrastive`, which knows values only up to a
+    factor."""
     goals: Goals = Field(default_factory=Goals)
     """As in the stage that trained the network."""
     about: str
-    """The column in which a row lists the texts to ask about; `guesses` will hold a digit for each."""
+    """The column with each row's list of texts; `guesses` holds a digit for each: V in tenths."""
 
     function: ClassVar[str] = "rlpost.goals.guesses:guesses"
     leaves = Leaves.rows

@@ -15,17 +15,20 @@ from rlpost.section import LocalPath
 
 
 class Guided(Stage):
-    """Rows from samples that a value network led to its goals, for `sft` to imitate; the model passes unchanged."""
+    """Rows `prompt, completion` for `sft`: samples that a value network led to its goals (docs/goals.md). A model that
+    imitates them needs no network to decode; the model passes unchanged."""
 
     kind: str = "guided"
     prompts: int | None = Field(None, ge=1)
-    """How many prompts to sample (all of them by default)."""
+    """How many prompts to sample; by default all rows."""
     group_size: int = Field(8, ge=1)
+    """Completions a prompt."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     network: LocalPath
-    """A stage of kind value, or a checkpoint of one."""
+    """A `value` stage, or a checkpoint of one; one trained with `avoid` leads away."""
     goals: Goals = Field(default_factory=Goals)
     """As in the stage that trained the network."""
     candidates: int = Field(32, ge=0)

@@ -16,14 +16,15 @@ LOSS = Lookup("kto.loss", "rlpost.objectives.unpaired", ("unpaired",), returns="
 
 
 class Kto(Training):
-    """Learning from completions that are each desirable or not, without pairs."""
+    """Learning from completions that are each desirable or not, without pairs. Rows are `prompt, completion, label`."""
 
     kind: str = "kto"
     batch_size: int = Field(32, ge=2)
     """Rows an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="kto"))
+    """The loss of a completion; in `rlpost/objectives/unpaired.py`."""
     reference: str = "start"
-    """`start` (where this stage begins), `base`, or an earlier stage by name."""
+    """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
 
     function: ClassVar[str] = "rlpost.stages.kto:kto"
 

@@ -19,6 +19,7 @@ class OnlineDpo(Rollouts):
 
     kind: str = "online_dpo"
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
+    """The loss of a pair; in `rlpost/objectives/preference.py`."""
     min_gap: float = Field(0.0, ge=0)
     """A pair's rewards must differ by more than this."""
 

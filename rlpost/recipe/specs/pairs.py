@@ -15,19 +15,24 @@ from rlpost.stages.params import PairChoice
 
 
 class Pairs(Stage):
-    """Rows from the model's own samples, ranked by rewards; the model passes unchanged."""
+    """Samples completions, scores them and writes rows for later stages; the model passes unchanged. Completions that
+    were cut off or are unscored enter no row, nor do blank answers to a conversation."""
 
     kind: str = "pairs"
     prompts: int | None = Field(None, ge=1)
-    """How many prompts to sample (all of them by default)."""
+    """How many prompts to sample; by default all rows."""
     group_size: int = Field(8, ge=2)
+    """Completions a prompt."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    """What a completion is worth; at least one."""
     choice: PairChoice = PairChoice.one
+    """What rows a group of scored samples gives."""
     min_gap: float = Field(0.0, ge=0)
-    """A pair's rewards must differ by more than this."""
+    """Rewards of a pair differ by more than this."""
 
     function: ClassVar[str] = "rlpost.stages.pairs:pairs"
     leaves = Leaves.rows

@@ -15,21 +15,25 @@ from rlpost.usercode.params import Function
 
 
 class Ppo(Rollouts):
-    """Proximal policy optimisation with a critic."""
+    """Proximal policy optimisation with a critic. KL goes into the reward, token by token."""
 
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount of a reward, per action."""
+    """Discount of a reward, per token."""
     lam: float = Field(0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
     at_limit: AtLimit = AtLimit.terminate
+    """What the length limit means."""
     whiten: bool = True
-    """Shift and scale the advantages of all actions of a step to mean 0 and variance 1."""
+    """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1."""
     loss: Annotated[Function, SURROGATE] = Field(default_factory=lambda: Function(fn="clipped_surrogate"))
+    """The loss of a token; in `rlpost/objectives/surrogates.py`."""
     weight: Weight = Weight.token_mean
+    """How much each token counts."""
     entropy: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus, averaged over actions."""
+    """Weight of an entropy bonus, averaged over tokens."""
     critic: Critic = Field(default_factory=Critic)
+    """The value network."""
 
     function: ClassVar[str] = "rlpost.stages.ppo:ppo"
     kl_in_loss: ClassVar[bool] = False

@@ -15,12 +15,14 @@ LOSS = Lookup("process_reward_model.loss", "rlpost.objectives.ranking", ("logit_
 
 
 class ProcessRewardModel(Training):
-    """A model that scores every step of a completion, from labelled steps; the policy passes unchanged."""
+    """A model that scores every step of a completion, for `rewards: [{fn: process_reward_model, model: NAME}]`; the
+    policy passes unchanged. Rows are `prompt, steps, labels`."""
 
     kind: str = "process_reward_model"
     batch_size: int = Field(32, ge=1)
     """Rows an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="process_reward"))
+    """The loss of a completion's steps; in `rlpost/objectives/ranking.py`."""
 
     function: ClassVar[str] = "rlpost.stages.process_reward_model:process_reward_model"
     leaves = Leaves.process_reward_model

@@ -23,12 +23,14 @@ LOSS = Lookup(
 
 
 class RewardModel(Training):
-    """A model that scores completions, from pairs or from ranked completions; the policy passes unchanged."""
+    """A model that scores completions, for `rewards: [{fn: reward_model, model: NAME}]`, `critic.start` and `judge`;
+    the policy passes unchanged. Rows are pairs, or with `loss: {fn: ranking}` ranked completions."""
 
     kind: str = "reward_model"
     batch_size: int = Field(32, ge=1)
     """Pairs, or ranked groups, an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="bradley_terry"))
+    """`bradley_terry` of pairs, `ranking` of ranked completions, or another; in `rlpost/objectives/ranking.py`."""
 
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
     leaves = Leaves.reward_model

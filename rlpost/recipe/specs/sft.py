@@ -32,7 +32,9 @@ class Sft(Training):
     batch_size: int = Field(32, ge=1)
     """Rows an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="nll"))
+    """The loss of a token; in `rlpost/objectives/supervised.py`."""
     weight: Weight = Weight.token_mean
+    """How much each token counts."""
     teacher: Annotated[str | None, Local()] = None
     """For losses that ask for a teacher: a model of the same tokenizer, by stage, checkpoint, folder or hub name."""
 

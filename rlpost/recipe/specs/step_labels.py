@@ -14,16 +14,20 @@ from rlpost.rewards.params import REWARD, Reward
 
 
 class StepLabels(Stage):
-    """Rows for a process reward model: steps of own samples, labelled by fresh rollouts; the model passes unchanged."""
+    """Rows `prompt, steps, labels` for a process reward model, by Math-Shepherd (Wang et al. 2023, arXiv:2312.08935):
+    steps of own samples, labelled by fresh rollouts; the model passes unchanged."""
 
     kind: str = "step_labels"
     prompts: int | None = Field(None, ge=1)
-    """How many prompts to sample (all of them by default)."""
+    """How many prompts to sample; by default all rows."""
     group_size: int = Field(2, ge=1)
+    """Completions a prompt."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
+    """What a completion is worth; at least one."""
     step_end: str = "\n"
     """A step ends with this text; empty: every token is a step."""
     fresh_rollouts: int = Field(4, ge=1)

@@ -14,7 +14,8 @@ from rlpost.recipe.specs.common import Training
 
 
 class Value(Training):
-    """A model of the probability that a completion ends in a goal, from every state on; the policy passes unchanged."""
+    """A model of the probability that the policy's completion ends in a goal, from every state on, for `rlpost goals
+    sample` (docs/goals.md); the policy passes unchanged."""
 
     kind: str = "value"
     prompts: int = Field(32, ge=1)
@@ -24,15 +25,18 @@ class Value(Training):
     updates: int = Field(1, ge=1)
     """Optimiser updates a step, each on its share of the prompts."""
     sampling: Sampling = Field(default_factory=Sampling)
+    """How completions are drawn."""
     rollouts: EngineChoice | None = None
-    """What samples; by default what the recipe's `rollouts` says."""
+    """What samples; by default the recipe's `rollouts`."""
     goals: Goals = Field(default_factory=Goals)
+    """Where completions are to end."""
     target: ValueTarget = ValueTarget.monte_carlo
+    """What the network is trained towards."""
     avoid: bool = False
-    """Model the probability of not ending in the goal, which is what guiding away needs."""
+    """Model the probability of not ending in a goal, which is what guiding away needs."""
     condition: str | None = None
-    """The model reads the goal: this text, with {goal} for it, stands before the prompt. Without, one model is of all
-    goals together."""
+    """The network reads its goal: this text, with `{goal}` for it, stands before the prompt. Without it, one network is
+    for all goals together."""
     hindsight: float = Field(0.0, ge=0, le=1)
     """Share of prompts whose goal is instead an ending that one of their own completions reached."""
     hindsight_tokens: int = Field(4, ge=1)
