@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from rlpost.cli import completion, copy, evaluate, exits, lists, pairs, sample, show, train, verify
+from rlpost.cli import completion, copy, evaluate, exits, lists, pairs, sample, schema, show, train, verify
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
@@ -17,7 +17,7 @@ from rlpost.cli.launchers import refuse_several_processes
 # rich_markup_mode=None: help by rich takes twice the time.
 app = typer.Typer(
     cls=Sections,
-    help="Language models through SFT, preference optimisation and reinforcement learning, from one recipe.",
+    help="Language models through SFT, preference optimisation and RL, from one recipe.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pairs": pairs.pairs,
     "copy": copy.copy,
     "show": show.show,
+    "schema": schema.schema,
     "verify": verify.verify,
     "list": lists.list_,
 }
@@ -52,7 +53,7 @@ app.add_typer(goals, name="goals")
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    if context.invoked_subcommand not in ("copy", "list", "show", "verify"):
+    if context.invoked_subcommand not in ("copy", "list", "schema", "show", "verify"):
         refuse_several_processes(os.environ)
 
 

@@ -51,20 +51,18 @@ class Keys:
         head = word[: word.rfind(".") + 1]
         nodes, value = self._at(_parts(head))
         found: dict[str, str] = {}
-        for name, inner in self._below(nodes, value):
-            said = self._at([*_parts(head), name])
+        for name in self._below(nodes, value):
+            inner, inside = self._at([*_parts(head), name])
             about = next((str(n["description"]) for n in inner if "description" in n), "")
-            for ending in _endings(*said):
+            for ending in _endings(inner, inside):
                 found.setdefault(f"{head}{name}{ending}", about.partition("\n")[0])
         return list(found.items())
 
-    def _below(self, nodes: Sequence[Node], value: Any) -> Iterator[tuple[str, list[Node]]]:
+    def _below(self, nodes: Sequence[Node], value: Any) -> list[str]:
         """The keys of a section: those that the recipe has first."""
-        known = {name: child for node in nodes for name, child in node.get("properties", {}).items()}
+        known = [name for node in nodes for name in node.get("properties", {})]
         given = [str(name) for name in value] if isinstance(value, dict) else []
-        for name in dict.fromkeys([*given, *known]):
-            if _NAME.fullmatch(name):
-                yield name, [known[name]] if name in known else []
+        return [name for name in dict.fromkeys([*given, *known]) if _NAME.fullmatch(name)]
 
     def _at(self, parts: Sequence[str]) -> tuple[list[Node], Any]:
         """What the schema says of a key, in alternatives, and what the recipe has there."""

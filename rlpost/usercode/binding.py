@@ -115,6 +115,21 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
     _check(function, name, signature, lookup, where)
 
 
+def offered(lookup: Lookup) -> Iterator[tuple[str, str, inspect.Signature]]:
+    """What a key may name of rlpost's own functions: each name with its module and signature, helpers left out."""
+    for before, module in signatures.modules_of(lookup):
+        for name, told in signatures.functions_in(module).items():
+            given = {p.name for p in told.signature.parameters.values() if p.kind is not p.KEYWORD_ONLY}
+            if given <= set(lookup.supplied) and _fits(told.signature, lookup):
+                yield f"{before}{name}", module, told.signature
+
+
+def settable(signature: inspect.Signature, lookup: Lookup) -> dict[str, Parameter]:
+    """The parameters that a recipe gives by `args`: all that the program does not supply."""
+    own, free = _own(signature, lookup), (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return {p.name: p for p in signature.parameters.values() if p.name not in own and p.kind not in free}
+
+
 def _chosen(options: Mapping[str, T], name: str, place: str, where: str, lookup: Lookup) -> T:
     """The function (or signature) of that name among those that a module offers."""
     if name not in options:
@@ -151,17 +166,16 @@ def _check(function: Function, name: str, signature: inspect.Signature, lookup: 
         _check_named(own, name, lookup, where)
     elif len(own) != len(lookup.supplied):
         raise RecipeError(_supplied_otherwise(name, own, lookup, where))
-    free = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    settable = {p.name: p for p in parameters if p.name not in own and p.kind not in free}
+    given = settable(signature, lookup)
     for key, value in function.args.items():
         if key in own:
             raise RecipeError(f"{where}.args.{key}: the program supplies it - remove it")
-        if key in settable:
-            _check_type(settable[key], value, f"{where}.args.{key}")
+        if key in given:
+            _check_type(given[key], value, f"{where}.args.{key}")
         elif not any(p.kind == p.VAR_KEYWORD for p in parameters):
-            near = hint_or_list(key, settable, "it takes")
+            near = hint_or_list(key, given, "it takes")
             raise RecipeError(f"{where}.args.{key}: {name!r} has no argument {key!r}{near}")
-    for p in settable.values():
+    for p in given.values():
         if p.default is p.empty and p.name not in function.args:
             raise RecipeError(f"{where}.args.{p.name}: missing - {name!r} has no default for it - give one")
     if isinstance(function, Reward) and ("model" in own) != (function.model is not None):

@@ -9,7 +9,7 @@ import ast
 import hashlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import Parameter
@@ -59,13 +59,25 @@ def owner(fn: str, lookup: Lookup, where: str) -> tuple[str, str]:
     if lookup.module != TASKS and not (lookup is REWARD and "." in fn):
         return lookup.module, fn
     task, dot, name = fn.partition(".")
-    folder = _PACKAGE.joinpath(*TASKS.split(".")[1:])
-    tasks = [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")]
+    tasks = _tasks()
     if not dot:
         raise RecipeError(f"{where}: {fn!r} - write 'task.function' (tasks: {', '.join(tasks)}) or 'file.py:function'")
     if task not in tasks:
         raise RecipeError(f"{where}: no task {task!r} in {TASKS}{hint_or_list(task, tasks, 'there are')}")
     return f"{TASKS}.{task}", name
+
+
+def modules_of(lookup: Lookup) -> Iterator[tuple[str, str]]:
+    """Where a key looks for functions of rlpost: what stands before a function's name there, and the module."""
+    if lookup.module not in ("", TASKS):
+        yield "", lookup.module
+    if lookup.module == TASKS or lookup is REWARD:
+        yield from ((f"{task}.", f"{TASKS}.{task}") for task in _tasks())
+
+
+def _tasks() -> list[str]:
+    folder = _PACKAGE.joinpath(*TASKS.split(".")[1:])
+    return [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")]
 
 
 @cache

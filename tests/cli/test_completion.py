@@ -118,10 +118,19 @@ def test_keys_of_a_recipe_as_bash_takes_them_apart(ask: Ask) -> None:
     assert ask("train", "mine.yaml", "seed", "=", "1", "stages.first.steps", "=") == ["7"]
     assert ask("show", "mine.yaml", "stages.first.steps", "=", "8") == []
     assert ask("eval", "--recipe", "mine.yaml", "stages.first.steps", "=", "") == ["7"]
-    assert ask("train", "mine.yaml", "stages.second.rewards.1.args.") == [
+    assert ask("train", "mine.yaml", "stages.second.rewards.1.args.ta") == [
         "stages.second.rewards.1.args.target=",
         "stages.second.rewards.1.args.target=9",
     ]
+
+
+def test_keys_kinds_and_arguments_that_a_recipe_does_not_have_yet(ask: Ask) -> None:
+    Path("mine.yaml").write_text(RECIPE)
+    assert "stages.second.advantage." in ask("train", "mine.yaml", "stages.second.")
+    assert "stages.first.advantage." not in ask("train", "mine.yaml", "stages.first.")
+    assert ask("train", "mine.yaml", "stages.second.rewards.1.args.w") == ["stages.second.rewards.1.args.width="]
+    assert "leave_one_out" in ask("train", "mine.yaml", "stages.second.advantage.fn", "=", "l")
+    assert "trpo" in ask("train", "mine.yaml", "stages.second.kind", "=", "t")
 
 
 def test_keys_of_the_run_that_is_evaluated(ask: Ask) -> None:

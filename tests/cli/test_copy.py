@@ -50,6 +50,13 @@ def test_the_schema_has_no_space_in_its_address(monkeypatch) -> None:
     assert copied("demo", "d.yaml").startswith("# yaml-language-server: $schema=file:///a%20folder/schema.json\n")
 
 
+def test_the_schema_is_printed_as_it_ships(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlpost", "schema"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert (stop.value.code or 0, capsys.readouterr().out) == (0, schema_file().read_text("utf-8"))
+
+
 def test_where_a_copy_goes(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine").mkdir()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
+from rlpost.cli.copy import schema_file
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -13,3 +15,4 @@ def test_the_wheel_holds_every_package_and_the_recipes() -> None:
     assert set(settings["packages"]) == folders | {"rlpost.recipes"}
     assert settings["package-dir"]["rlpost.recipes"] == "recipes"
     assert settings["package-data"]["rlpost.recipes"] == ["**/*.yaml"]
+    assert settings["package-data"]["rlpost"] == ["py.typed", schema_file().relative_to(ROOT / "rlpost").as_posix()]
