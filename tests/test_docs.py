@@ -1,21 +1,17 @@
-"""The documentation and the code say the same: keys with their defaults, functions, exit codes, recipes, links."""
+"""The documentation and the code say the same: functions, exit codes, recipes, links; keys have a test of their own."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import pytest
-import yaml
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 import rlpost
 from rlpost import errors, objectives, rewards
@@ -26,83 +22,12 @@ from rlpost.recipe.kinds import kinds
 from rlpost.recipe.resolve import resolve
 from rlpost.rewards.tree import NODES
 from rlpost.run import names
-from rlpost.section import Choice, Section
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
-SECTIONS = (
-    *("usercode.params", "rewards.params", "data.params", "policy.params", "engine.params", "stages.params"),
-    *("goals.params", "evaluate.params", "recipe.schema", "recipe.specs.common"),
-    *(f"recipe.specs.{kind}" for kind in kinds()),
-)
-"""Modules whose classes are sections of a recipe."""
-CLASSES = [
-    c
-    for name in SECTIONS
-    for c in vars(importlib.import_module(f"rlpost.{name}")).values()
-    if isinstance(c, type) and issubclass(c, Section) and c.__module__ == f"rlpost.{name}"
-]
 NUMBER = re.compile(r"-?\d[\d.]*(?:e-?\d+)?")
 RECIPE = re.compile(r"rlpost\s+(?:train|show)\s+([\w./-]+)|--recipe[ =]([\w./-]+)")
-
-
-def tables() -> dict[str, dict[str, list[str]]]:
-    """Section of docs/recipes.md -> key -> the cells of its row."""
-    found: dict[str, dict[str, list[str]]] = {}
-    section = ""
-    for line in (DOCS / "recipes.md").read_text("utf-8").splitlines():
-        if heading := re.match(r"#+ (.+)", line):
-            section = heading[1]
-        elif line.startswith("| `"):
-            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-            found.setdefault(section, {})[cells[0].strip("`")] = cells
-    return found
-
-
-def own_fields(cls: type[Section]) -> dict[str, FieldInfo]:
-    """Fields that the class adds to those of its bases; a kind that it merely sets is none."""
-    inherited = {name for base in cls.__bases__ if issubclass(base, Section) for name in base.model_fields}
-    return {name: info for name, info in cls.model_fields.items() if name not in inherited}
-
-
-def documented(cell: str) -> Any:
-    """The default in a cell, `null` and `[]` as YAML; MISSING where it has none."""
-    match = re.fullmatch(r"`(.*)`", cell)
-    return yaml.safe_load(match[1]) if match else PydanticUndefined
-
-
-def same(wanted: Any, given: Any) -> bool:
-    """A section as default may be told by those of its keys that differ from its own defaults."""
-    if isinstance(wanted, Section):
-        return isinstance(given, dict) and type(wanted)(**given) == wanted
-    return bool((list(wanted) if isinstance(wanted, tuple) else wanted) == given)
-
-
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-def test_every_key_is_documented_with_its_default(cls):
-    table = tables()[cls.__name__]
-    assert list(table) == list(own_fields(cls))
-    for name, info in own_fields(cls).items():
-        wanted = None if name == "run" else info.get_default(call_default_factory=True)
-        if name == "run":  # the file's name
-            continue
-        assert same(wanted, documented(table[name][2])), f"{cls.__name__}.{name}: the default is {wanted}"
-
-
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-def test_choices_and_nulls_are_documented(cls):
-    table = tables()[cls.__name__]
-    for name, info in own_fields(cls).items():
-        parts = [part for part in (info.annotation, *get_args(info.annotation)) if isinstance(part, type)]
-        told = table[name][1]
-        assert told.endswith("?") == (type(None) in parts), f"{cls.__name__}.{name}: {told}"
-        for choice in (part for part in parts if get_origin(part) is None and issubclass(part, Choice)):
-            assert re.findall(r"`(\w+)`", told) == [m.value for m in choice]
-
-
-def test_no_section_documents_what_is_not_there():
-    assert set(tables()) - {"What is refused, and why"} == {c.__name__ for c in CLASSES}
 
 
 def commands() -> Iterator[tuple[Path, list[str]]]:
