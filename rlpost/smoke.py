@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from rlpost.errors import RecipeError
@@ -31,7 +30,7 @@ def resolve_smoke(recipe: str, overrides: Sequence[str], steps: int) -> Resolved
     Raises:
         RecipeError: as `resolve`; the recipe is wrong without the cut too.
     """
-    whole = yaml.safe_load(resolve(recipe, overrides).to_yaml())
+    whole = resolve(recipe, overrides).tree
     cuts = list(_cuts(whole, steps))
     ending = f"-{steps}-steps"
     if not any(override.startswith("run=") for override in overrides) and not whole["run"].endswith(ending):

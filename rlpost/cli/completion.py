@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,18 +78,13 @@ def _quiet(find: Callable[..., Candidates]) -> Callable[..., Candidates]:
 @_quiet
 def recipes(incomplete: str) -> Candidates:
     """Packaged recipes and .yaml files."""
-    from rlpost.recipe.files import listing
+    from rlpost.recipe.files import runnable
 
-    names = {r.name: r.description for r in listing() if r.name.startswith(incomplete) and not _shared(r.description)}
+    names = {recipe.name: recipe.description for recipe in runnable() if recipe.name.startswith(incomplete)}
     tops = dict.fromkeys(name.partition("/")[0] + "/" * ("/" in name) for name in names)
     if "/" not in incomplete and len(tops) > 1:
         names = {top: names.get(top, "a folder of recipes") for top in tops}
     return [*names.items(), *_files(incomplete, (".yaml", ".yml"), folders=bool(incomplete))]
-
-
-def _shared(description: str) -> bool:
-    """Whether a packaged recipe is there for others to inherit from."""
-    return description.startswith("(shared")
 
 
 @_quiet
@@ -100,7 +95,7 @@ def settings(ctx: typer.Context, incomplete: str) -> Candidates:
     if first and "=" in first:  # `rlpost eval KEY=VALUE`
         given.insert(0, first)
     head = given.pop() if given and given[-1][-1:] in ("=", ":") else ""
-    found = _keys(ctx.params).candidates(head + incomplete)
+    found = _keys(ctx.params, given).candidates(head + incomplete)
     return [(word.removeprefix(head), text) for word, text in found]
 
 
@@ -110,13 +105,16 @@ def checkpoint_or_setting(ctx: typer.Context, incomplete: str) -> Candidates:
     return checkpoints(incomplete) or settings(ctx, incomplete)
 
 
-def _keys(params: Mapping[str, Any]) -> Keys:
-    """The keys of the recipe that a command is about: given by itself, or that of a run."""
+def _keys(params: Mapping[str, Any], given: Sequence[str]) -> Keys:
+    """The keys of the recipe that a command is about: named by itself, or that of a run; with the groups `given`."""
     from rlpost.cli.keys import Keys, merged
-    from rlpost.recipe.files import chain, find
+    from rlpost.recipe.files import GROUPS, chain, choices, find
 
-    recipe = params.get("recipe") or str(_run_of(params.get("checkpoint")) / CONFIG)
-    return Keys(_schema(), merged([part.keys for part in chain(find(recipe))]))
+    file = find(params.get("recipe") or str(_run_of(params.get("checkpoint")) / CONFIG))
+    groups = {group: choices(group, file.parent) for group in GROUPS}
+    chosen = {key: name for key, _, name in (o.partition("=") for o in given) if name in groups.get(key, ())}
+    parts = [(part.keys, part.group) for part in chain(file, chosen)]
+    return Keys(_schema(), merged(parts), groups)
 
 
 def _schema() -> dict[str, Any]:

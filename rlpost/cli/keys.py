@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -19,10 +19,14 @@ Node = dict[str, Any]
 class Keys:
     """The keys that a recipe has or may have."""
 
-    def __init__(self, schema: Node, tree: Mapping[str, Any]) -> None:
-        """Of a recipe with the contents `tree`, not yet resolved, under `schema`."""
+    def __init__(self, schema: Node, tree: Mapping[str, Any], groups: Mapping[str, Iterable[str]]) -> None:
+        """Of a recipe with the contents `tree`, not yet resolved, under `schema`.
+
+        `groups` are the sections that may be chosen by name, and their names.
+        """
         self._schema = schema
         self._tree = tree
+        self._groups = {section: list(names) for section, names in groups.items()}
 
     def candidates(self, word: str) -> list[tuple[str, str]]:
         """What `word`, a key by half or `key=` and a value by half, may go on to, each with what it means.
@@ -40,6 +44,8 @@ class Keys:
 
     def values(self, key: str) -> list[tuple[str, str]]:
         """What a key may be set to: its choices, or the value that it has."""
+        if key in self._groups:
+            return [(name, f"a {key} that ships, or lies beside the recipe") for name in self._groups[key]]
         nodes, value = self._at(_parts(key))
         choices = dict(_choices(nodes))
         if not choices and value is not None and not isinstance(value, dict | list) and _TYPED.fullmatch(str(value)):
@@ -54,7 +60,7 @@ class Keys:
         for name in self._below(nodes, value):
             inner, inside = self._at([*_parts(head), name])
             about = next((str(n["description"]) for n in inner if "description" in n), "")
-            for ending in _endings(inner, inside):
+            for ending in [*_endings(inner, inside), *("=" if self._groups.get(f"{head}{name}") else "")]:
                 found.setdefault(f"{head}{name}{ending}", about.partition("\n")[0])
         return list(found.items())
 
@@ -158,11 +164,23 @@ def _text(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def merged(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The contents of files that inherit from each other, later ones over earlier ones; references stay as they are."""
+def merged(parts: Iterable[tuple[Mapping[str, Any], str | None]]) -> dict[str, Any]:
+    """The contents of files that inherit from each other, later ones over earlier ones; references stay as they are.
+
+    With each comes the section that it replaces as a whole, if it is a group's.
+    """
     found: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            old = found.get(key)
-            found[key] = merged([old, value]) if isinstance(old, dict) and isinstance(value, dict) else value
+    for part, group in parts:
+        found.pop(group or "", None)
+        _merge(found, part)
     return found
+
+
+def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict):
+            inside = old.get(key)
+            old[key] = dict(inside) if isinstance(inside, dict) else {}
+            _merge(old[key], value)
+        else:
+            old[key] = value

@@ -18,6 +18,8 @@ from rlpost.usercode.places import expanded, packaged_folder
 MAX_BYTES = 256_000
 MAX_FILES = 50
 """Files one recipe may inherit from; two lines that name each file twice would double the work per level."""
+SHARED = "(shared"
+"""How the description of a recipe begins that others inherit from, and nobody runs."""
 GROUPS = ("model",)
 """Sections that may be chosen by name: `model: smollm2` is the file model/smollm2.yaml."""
 
@@ -57,6 +59,11 @@ def choices(group: str, beside: Path) -> dict[str, Path]:
 def listing() -> list[Listed]:
     """The packaged recipes with their descriptions."""
     return [Listed(name, describe(packaged_folder() / f"{name}.yaml")) for name in packaged()]
+
+
+def runnable() -> list[Listed]:
+    """Those that are recipes by themselves, and are there for more than others to inherit from."""
+    return [recipe for recipe in listing() if not recipe.description.startswith(SHARED)]
 
 
 def describe(file: Path) -> str:
@@ -100,7 +107,7 @@ def _near(recipe: str) -> str:
     own = next((name for name, p in beside.items() if p.stem == path.name), None) or (
         closest(recipe, beside) if path.suffix else None
     )
-    names, stem = packaged(), recipe.removesuffix(".yaml").removesuffix(".yml")
+    names, stem = [listed.name for listed in runnable()], recipe.removesuffix(".yaml").removesuffix(".yml")
     by_last = {name.rpartition("/")[2]: name for name in names}
     last = stem.rpartition("/")[2]
     near = own or by_last.get(last) or closest(stem, names) or by_last.get(closest(last, by_last) or "")

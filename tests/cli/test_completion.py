@@ -118,7 +118,13 @@ def test_keys_of_a_recipe_as_bash_takes_them_apart(ask: Ask) -> None:
     assert ask("train", "mine.yaml", "seed", "=", "1", "stages.first.steps", "=") == ["7"]
     assert ask("show", "mine.yaml", "stages.first.steps", "=", "8") == []
     assert ask("eval", "--recipe", "mine.yaml", "stages.first.steps", "=", "") == ["7"]
-    assert ask("train", "mine.yaml", "stages.second.rewards.1.args.ta") == [
+    assert ask("train", "mine.yaml", "model", "=", "ti") == []
+    Path("model").mkdir()
+    Path("model/tiny.yaml").write_text("path: some/where\n")
+    Path("model/other.yaml").write_text("path: else/where\n")
+    assert ask("train", "mine.yaml", "model", "=", "ti") == ["tiny"]
+    assert "model.path=some/where" in ask("train", "mine.yaml", "model", "=", "tiny", "model.pa")
+    assert ask("train", "mine.yaml", "stages.second.rewards.1.args.t") == [
         "stages.second.rewards.1.args.target=",
         "stages.second.rewards.1.args.target=9",
     ]
@@ -199,7 +205,8 @@ def keys() -> Keys:
         "b": {"kind": "sft"},
         "c": {"steps": 1},
     }
-    return Keys(SCHEMA, {"stages": stages, "vars": {"kl": {"beta": 0.1}, "flag": True}})
+    groups = {"model": ["tiny", "large"]}
+    return Keys(SCHEMA, {"stages": stages, "vars": {"kl": {"beta": 0.1}, "flag": True}}, groups)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +223,9 @@ def keys() -> Keys:
         ("stages.a.rewards.0.f", ["stages.a.rewards.0.fn=", "stages.a.rewards.0.fn=ends"]),
         ("stages.a.k", ["stages.a.kind=", "stages.a.kl="]),
         ("vars.f", ["vars.flag=", "vars.flag=true"]),
+        ("mod", ["model.", "model="]),
+        ("model=", ["model=tiny", "model=large"]),
+        ("model=l", ["model=large"]),
         ("nothing", []),
         ("stages.c.an", ["stages.c.any="]),
         ("stages.c.w", ["stages.c.whiten=", "stages.c.weight="]),
@@ -232,9 +242,10 @@ def test_what_a_key_means_is_said(keys: Keys) -> None:
 
 
 def test_files_that_inherit() -> None:
-    assert merged([{"a": {"b": 1, "c": [1]}}, {"a": {"c": [2], "d": "${a.b}"}}]) == {
-        "a": {"b": 1, "c": [2], "d": "${a.b}"}
-    }
+    below, above = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2], "d": "${a.b}"}}
+    assert merged([(below, None), (above, None)]) == {"a": {"b": 1, "c": [2], "d": "${a.b}"}}
+    assert merged([(below, None), ({"a": {"e": 5}}, "a")]) == {"a": {"e": 5}}
+    assert below == {"a": {"b": 1, "c": [1]}}
 
 
 @pytest.fixture

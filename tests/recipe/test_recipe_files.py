@@ -6,7 +6,7 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.recipe import files
-from rlpost.recipe.files import describe, listing, packaged, packaged_folder, read
+from rlpost.recipe.files import describe, listing, packaged, packaged_folder, read, runnable
 from rlpost.recipe.resolve import resolve
 
 DATA = "vars.data=rows.jsonl"
@@ -17,6 +17,15 @@ def refusal(recipe: str, *overrides: str) -> str:
         resolve(recipe, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_what_is_only_inherited_from_is_not_suggested() -> None:
+    shared = {name for name in packaged() if "Not to be run by itself" in files.find(name).read_text("utf-8")}
+    assert shared == {"methods/common", "methods/on_pairs", "methods/on_policy"}
+    assert {recipe.name for recipe in runnable()} == set(packaged()) - shared
+    for name in shared:
+        assert f"did you mean {name!r}" not in refusal(name.removeprefix("methods/"))
+    assert refusal("rloo").endswith("did you mean 'methods/rloo'?")
 
 
 def test_a_child_changes_what_it_says_and_inherits_the_rest(adding: str, write) -> None:
