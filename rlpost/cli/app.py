@@ -17,7 +17,7 @@ from rlpost.cli.launchers import refuse_several_processes
 # rich_markup_mode=None: help by rich takes twice the time.
 app = typer.Typer(
     cls=Sections,
-    help="Language models through SFT, preference optimisation and RL, from one recipe.",
+    help="Language models through SFT, preference learning and RL, from one recipe.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
