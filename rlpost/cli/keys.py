@@ -58,6 +58,8 @@ class Keys:
         nodes, value = self._at(_parts(head))
         found: dict[str, str] = {}
         for name in self._below(nodes, value):
+            if f"{head}{name}" == "defaults":
+                continue  # is for files alone
             inner, inside = self._at([*_parts(head), name])
             about = next((str(n["description"]) for n in inner if "description" in n), "")
             for ending in [*_endings(inner, inside), *("=" if self._groups.get(f"{head}{name}") else "")]:

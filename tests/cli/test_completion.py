@@ -139,6 +139,19 @@ def test_keys_kinds_and_arguments_that_a_recipe_does_not_have_yet(ask: Ask) -> N
     assert "trpo" in ask("train", "mine.yaml", "stages.second.kind", "=", "t")
 
 
+def test_keys_and_choices_of_packaged_recipes(ask: Ask) -> None:
+    assert ask("train", "demo", "stages.grpo.adv") == ["stages.grpo.advantage.fn=", "stages.grpo.advantage.args."]
+    assert ask("train", "demo", "stages.grpo.weight", "=", "seq") == ["sequence_mean", "sequence_sum"]
+    functions = ask("show", "methods/rloo", "stages.rl.advantage.fn", "=")
+    assert {"leave_one_out", "group_normalised"} <= set(functions)
+    assert not {"whiten", "ema"} & set(functions)  # helpers beside them
+    assert ask("train", "demo", "stages.dpo.loss.args.b") == [
+        "stages.dpo.loss.args.beta=",
+        "stages.dpo.loss.args.beta=0.1",
+    ]
+    assert "defaults=" not in ask("train", "demo", "")
+
+
 def test_keys_of_the_run_that_is_evaluated(ask: Ask) -> None:
     Path("runs/one/first").mkdir(parents=True)
     Path("runs/one/first/DONE").write_text("")
@@ -303,12 +316,18 @@ def test_a_whole_line_in_bash(program: dict[str, str], tmp_path: Path) -> None:
         "rlpost train meth\trlo\t",
         "rlpost train mi\tstages.fi\tste\t5",
         "rlpost eval --recipe=demo_\t",
+        "rlpost train demo stages.grpo.adv\tfn=leave\tseed=1",
+        "rlpost train demo seed=1 stages.grpo.weight=seq\tm\tstages.grpo.kl.pl\tl\t",
+        "rlpost show demo model.lora.\tx",
     ]
     assert typed_into_bash(lines, program, tmp_path) == [
         "<train><grpo_math>",
         "<train><methods/rloo>",
         "<train><mine.yaml><stages.first.steps=5>",
         "<eval><--recipe=demo_ppo>",
+        "<train><demo><stages.grpo.advantage.fn=leave_one_out><seed=1>",
+        "<train><demo><seed=1><stages.grpo.weight=sequence_mean><stages.grpo.kl.placement=loss>",
+        "<show><demo><model.lora.x>",
     ]
 
 
