@@ -103,7 +103,7 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
 
 
 def ranked_policy(world: World) -> Case:
-    loss = dpo.ranking_loss(world.function(Dpo(learning_rate=1.0, loss=Function(fn="ranking")), "loss"))
+    loss = dpo.ranking_loss(world.function(Dpo(learning_rate=1.0, loss=Function(fn="dpo_plackett_luce")), "loss"))
     groups = ranked()
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -262,13 +262,13 @@ CASES: dict[str, Callable[[World], Case]] = {
     "sft dft": lambda w: supervised(w, "dynamic_fine_tuning", "sequence_mean"),
     "sft distillation": lambda w: supervised(w, "jensen_shannon", "constant_length", teacher=True),
     "dpo dpo, nll": lambda w: paired(w, "dpo", nll=0.3),
-    "dpo ranking": ranked_policy,
+    "dpo plackett_luce": ranked_policy,
     "dpo aot": lambda w: paired(w, "aot"),
     "dpo aot, modified": lambda w: paired(w, "aot_unpaired", ["length_desensitised", "confidence"]),
     "dpo bco": lambda w: paired(w, "bco"),
     "kto kto": unpaired,
     "reward_model pairs": lambda w: scored(w, "bradley_terry", pairs()),
-    "reward_model ranking": lambda w: scored(w, "ranking", ranked()),
+    "reward_model plackett_luce": lambda w: scored(w, "plackett_luce", ranked()),
     "process_reward_model": scored_steps,
     "value bootstrap": lambda w: goals_reached(w, ValueTarget.bootstrap),
     "value contrastive": lambda w: goals_reached(w, ValueTarget.contrastive),

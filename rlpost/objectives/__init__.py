@@ -2,9 +2,6 @@
 
 Axes: N action tokens, S completions, P prompts (or pairs), G completions a prompt, K steps, V vocabulary.
 Averaging is separate: a weight of each element (weights.py).
-
-Two functions are called `ranking`: that of preference.py, on log-ratios of policies, has the name here; that of
-ranking.py, on a reward model's scores, is `ranking_scores`.
 """
 
 from rlpost.objectives.advantages import (
@@ -58,6 +55,7 @@ from rlpost.objectives.preference import (
     cpo,
     discopop,
     dpo,
+    dpo_plackett_luce,
     dpo_robust,
     exo,
     hinge,
@@ -66,7 +64,6 @@ from rlpost.objectives.preference import (
     nca,
     orpo,
     pairs_of,
-    ranking,
     simpo,
     sppo,
 )
@@ -80,8 +77,7 @@ from rlpost.objectives.preference_modifiers import (
     recompressed,
 )
 from rlpost.objectives.ragged import Ragged, has_signal, widen
-from rlpost.objectives.ranking import bradley_terry, process_reward
-from rlpost.objectives.ranking import ranking as ranking_scores
+from rlpost.objectives.reward_model import bradley_terry, plackett_luce, process_reward
 from rlpost.objectives.supervised import (
     dynamic_fine_tuning,
     forward_kl,
@@ -137,6 +133,7 @@ __all__ = [
     "discopop",
     "divergence_masked",
     "dpo",
+    "dpo_plackett_luce",
     "dpo_robust",
     "dynamic_fine_tuning",
     "effective_sample_parts",
@@ -190,13 +187,12 @@ __all__ = [
     "pairs_of",
     "pass_at_k",
     "per_reward_normalised",
+    "plackett_luce",
     "policy_gradient",
     "potential_shaping",
     "process",
     "process_normalised",
     "process_reward",
-    "ranking",
-    "ranking_scores",
     "ratio",
     "recompressed",
     "return_to_go",

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlpost.facts import declare
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.ragged import Ragged, widen
-from rlpost.objectives.ranking import ranking as ranked
+from rlpost.objectives.reward_model import plackett_luce
 from rlpost.objectives.supervised import log1mexp
 
 
@@ -297,9 +297,9 @@ def orpo(pairs: PairBatch, *, beta: float = 0.1) -> Tensor:
 declare(orpo, couples_pairs=False, needs_reference=False)
 
 
-def ranking(delta_PK: Tensor, reward_PK: Tensor, *, beta: float = 0.1) -> Tensor:
+def dpo_plackett_luce(delta_PK: Tensor, reward_PK: Tensor, *, beta: float = 0.1) -> Tensor:
     """[P] Plackett–Luce of βΔ over whole groups, by reward (Rafailov et al. 2023, arXiv:2305.18290, appendix A.3).
 
-    See ranking.py for equal and missing rewards. With two completions it is `dpo`.
+    See `plackett_luce` for equal and missing rewards. With two completions it is `dpo`.
     """
-    return ranked(beta * delta_PK, reward_PK)
+    return plackett_luce(beta * delta_PK, reward_PK)

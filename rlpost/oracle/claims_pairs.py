@@ -17,7 +17,7 @@ from rlpost.objectives import preference
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.preference import PairBatch, pairs_of
 from rlpost.objectives.ragged import Ragged
-from rlpost.objectives.ranking import bradley_terry, process_reward, ranking
+from rlpost.objectives.reward_model import bradley_terry, plackett_luce, process_reward
 from rlpost.objectives.unpaired import Unpaired, kto
 from rlpost.oracle import truth
 from rlpost.oracle.problem import Problem, relative_error
@@ -204,13 +204,23 @@ def _scored_rows(d: Drawn) -> list[Row]:
     s = d.h.sigmoid()
     entropy = -label * s.log() - (1 - label) * (1 - s).log()
     return [
-        exact("ranking, three rewards", relative_error(ranking(score_P3, rank_P3), ordered), "Plackett–Luce"),
         exact(
-            f"ranking of βΔ, β={BETA:g}",
-            relative_error(preference.ranking(score_P3 / BETA, rank_P3, beta=BETA), ordered),
+            "plackett_luce, three rewards", relative_error(plackett_luce(score_P3, rank_P3), ordered), "Plackett–Luce"
         ),
-        exact("ranking, two equal rewards", relative_error(ranking(score_P3, tie_P3), tied), "no order of equals"),
-        exact("ranking, one of three unscored", relative_error(ranking(score_P3, absent_P3), alone), "dpo of the two"),
+        exact(
+            f"dpo_plackett_luce, β={BETA:g}",
+            relative_error(preference.dpo_plackett_luce(score_P3 / BETA, rank_P3, beta=BETA), ordered),
+        ),
+        exact(
+            "plackett_luce, two equal rewards",
+            relative_error(plackett_luce(score_P3, tie_P3), tied),
+            "no order of equals",
+        ),
+        exact(
+            "plackett_luce, one of three unscored",
+            relative_error(plackett_luce(score_P3, absent_P3), alone),
+            "dpo of the two",
+        ),
         exact("bradley_terry", relative_error(bradley_terry(d.logp_P2, d.h.abs(), centre=0.1), scored), "by hand"),
         exact("process_reward", relative_error(process_reward(d.h, label), entropy), "by hand"),
     ]

@@ -28,13 +28,14 @@ def show(folder: Path, kind: str, rows: list[dict[str, Any]], **stage: Any) -> R
     return rlpost("show", recipe(folder, kind, rows, **stage), "--rows", 9)
 
 
-RANKING = {"loss": {"fn": "ranking"}}
+RANKING = {"loss": {"fn": "dpo_plackett_luce"}}
+RANKED_SCORES = {"loss": {"fn": "plackett_luce"}}
 EQUAL = [
     ("dpo", {**GOOD, "rejected": "bc"}, {}),
     ("reward_model", {**GOOD, "rejected": "bc"}, {}),
     ("dpo", {**GOOD, "rejected": "bc"}, RANKING),
     ("dpo", {"prompt": "a", "completions": ["b", "b", "c"], "scores": [1, 0, None]}, RANKING),
-    ("reward_model", {"prompt": "a", "completions": ["b", "b"], "scores": [1, 0]}, RANKING),
+    ("reward_model", {"prompt": "a", "completions": ["b", "b"], "scores": [1, 0]}, RANKED_SCORES),
     ("dpo", {"prompt": "a", "chosen": "b" * 9, "rejected": "b" * 9 + "c"}, {"max_length": 6, "too_long": "cut"}),
 ]
 

@@ -14,11 +14,11 @@ from rlpost.objectives.preference import (
     bco,
     beyond_shorter,
     discopop,
+    dpo_plackett_luce,
     exo,
     nca,
     orpo,
     pairs_of,
-    ranking,
     sppo,
 )
 
@@ -191,8 +191,10 @@ def test_ranking_of_two_is_dpo(pair):
     delta = torch.randn(4, 2, dtype=torch.float64)
     pairs = PairBatch(delta, torch.zeros(4, 2), torch.ones(4, 2))
     reward = torch.tensor([[1.0, 0.0]]).expand(4, 2)
-    assert ranking(delta, reward, beta=0.3).tolist() == pytest.approx(dpo(pairs, beta=0.3).tolist(), abs=1e-15)
-    assert ranking(pair.delta_P2, reward[:1]).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
+    assert dpo_plackett_luce(delta, reward, beta=0.3).tolist() == pytest.approx(
+        dpo(pairs, beta=0.3).tolist(), abs=1e-15
+    )
+    assert dpo_plackett_luce(pair.delta_P2, reward[:1]).item() == pytest.approx(dpo(pair).item(), abs=1e-15)
 
 
 def test_at_the_reference_dpo_is_log_two():

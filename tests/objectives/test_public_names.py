@@ -10,8 +10,6 @@ from pathlib import Path
 from rlpost import objectives
 
 FOLDER = Path(objectives.__file__).parent
-OTHER_NAME = {"ranking.ranking": "ranking_scores"}
-"""Exported under another name, since a function of another file has its own."""
 METHODS = {
     "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
     "kl": "k1 k2 k3 kl_in_reward full_kl adaptive",
@@ -22,9 +20,9 @@ METHODS = {
         divergence_masked""",
     "correction": "correction off_policy_ratio",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
-        apo_down discopop simpo orpo cpo ranking""",
+        apo_down discopop simpo orpo cpo dpo_plackett_luce""",
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
-    "ranking": "bradley_terry process_reward",
+    "reward_model": "bradley_terry plackett_luce process_reward",
     "unpaired": "Unpaired kto",
     "supervised": """nll dynamic_fine_tuning label_smoothing unlikelihood likelihood_by_label forward_kl reverse_kl
         jensen_shannon""",
@@ -44,19 +42,15 @@ def public() -> Iterator[tuple[str, str]]:
                 yield file.stem, node.name
 
 
-def exported_as(file: str, name: str) -> str:
-    return OTHER_NAME.get(f"{file}.{name}", name)
-
-
 def test_every_public_function_and_class_is_exported():
     for file, name in public():
-        # import_module, since the package's `ranking` and `correction` are functions and not the files.
+        # import_module, since the package's `correction` is a function and not the file.
         own = vars(importlib.import_module(f"rlpost.objectives.{file}"))[name]
-        assert getattr(objectives, exported_as(file, name), None) is own, f"{file}.{name}"
+        assert getattr(objectives, name, None) is own, f"{file}.{name}"
 
 
 def test_all_lists_them_each_once_in_order():
-    assert objectives.__all__ == sorted(exported_as(file, name) for file, name in public())
+    assert objectives.__all__ == sorted(name for _, name in public())
 
 
 def test_the_methods_keep_their_names_and_files():

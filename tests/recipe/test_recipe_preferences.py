@@ -60,13 +60,19 @@ def test_other_losses_take_any_modifier_and_refresh(adding: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"stages.dpo.modifiers=[{CONFIDENCE}]", "stages.dpo.modifiers[0]: confidence is for pairs, and ranking"),
-        ("stages.dpo.nll=0.5", "stages.dpo.nll: ranking compares whole groups, of which none is the chosen one - use"),
+        (
+            f"stages.dpo.modifiers=[{CONFIDENCE}]",
+            "stages.dpo.modifiers[0]: confidence is for pairs, and dpo_plackett_luce",
+        ),
+        (
+            "stages.dpo.nll=0.5",
+            "stages.dpo.nll: dpo_plackett_luce compares whole groups, of which none is the chosen one - use",
+        ),
     ],
 )
 def test_rankings_refuse_what_is_for_pairs(adding: str, override: str, message: str) -> None:
-    assert refusal(adding, "stages.dpo.loss.fn=ranking", override).startswith(message)
-    resolve(adding, [DATA, "stages.dpo.loss.fn=ranking", "stages.dpo.refresh={every: 10}"])
+    assert refusal(adding, "stages.dpo.loss.fn=dpo_plackett_luce", override).startswith(message)
+    resolve(adding, [DATA, "stages.dpo.loss.fn=dpo_plackett_luce", "stages.dpo.refresh={every: 10}"])
 
 
 @pytest.mark.parametrize("before", [F_DIVERGENCE, f"{CONFIDENCE}, {LENGTH}"])

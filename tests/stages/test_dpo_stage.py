@@ -10,7 +10,7 @@ import torch
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, lora_policy, metrics, policy, run, weights
 from torch import Tensor
 
-from rlpost.objectives.preference import PairBatch, ranking
+from rlpost.objectives.preference import PairBatch, dpo_plackett_luce
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -147,7 +147,7 @@ def test_ranked_groups_of_unlike_sizes_by_hand():
     delta_N = torch.tensor([0.3, -0.4, 1.0, 7.0, 0.2])
     part = Experience(groups).with_actions(reference=torch.full((5,), -1.0))
     part = part.with_groups(pair_weight=torch.tensor([1.0, 10.0]))
-    total, line = stage.ranking_loss(partial(ranking, beta=2.0))(PolicyOutput(delta_N - 1), part)
+    total, line = stage.ranking_loss(partial(dpo_plackett_luce, beta=2.0))(PolicyOutput(delta_N - 1), part)
     rivals = [math.log1p(math.exp(2 * 0.7)), math.log1p(math.exp(-2 * 0.8))]
     assert float(total) == pytest.approx(rivals[0] + 10 * rivals[1])
     assert line["preference_loss"].tolist() == pytest.approx(rivals)

@@ -140,8 +140,8 @@ def test_a_stage_writes_pairs_that_the_next_stage_trains_on(tmp_path):
     ("choice", "stage"),
     [
         ("all", {**DPO, "steps": 2}),
-        ("ranked", {**DPO, "steps": 2, "loss": {"fn": "ranking"}}),
-        ("ranked", {**DPO, "steps": 2, "kind": "reward_model", "loss": {"fn": "ranking"}}),
+        ("ranked", {**DPO, "steps": 2, "loss": {"fn": "dpo_plackett_luce"}}),
+        ("ranked", {**DPO, "steps": 2, "kind": "reward_model", "loss": {"fn": "plackett_luce"}}),
         ("labelled", {**DPO, "steps": 2, "kind": "kto"}),
     ],
     ids=["all", "ranked", "ranked-reward", "labelled"],

@@ -59,7 +59,7 @@ RANKED = [
     {"prompt": "3+2=", "completions": ["53", "5", "6"], "scores": [1.0, None, 0.0]},  # nobody scored the second
     {"prompt": "4+2=", "completions": ["64", "62", "7"], "scores": [1.0, 1.0, 0.0]},  # two are as good
 ]
-RANK = {**ALL, "loss": {"fn": "ranking"}, "data": {"ranked": {"path": "ranked.jsonl"}}, "batch_size": 4}
+RANK = {**ALL, "loss": {"fn": "dpo_plackett_luce"}, "data": {"ranked": {"path": "ranked.jsonl"}}, "batch_size": 4}
 
 
 def sums(model: Policy) -> Tensor:
@@ -128,9 +128,9 @@ def test_the_cut_into_parts_changes_no_ranking(tmp_path):
 
 
 def test_a_ranking_of_two_is_dpo(tmp_path):
-    for loss in ("dpo", "ranking"):
+    for loss in ("dpo", "dpo_plackett_luce"):
         run(tmp_path, {"dpo": {**DPO, "loss": {"fn": loss, "args": {"beta": 0.3}}}}, f"run={loss}")
-    pairs, ranked = (metrics(tmp_path, "dpo", name) for name in ("dpo", "ranking"))
+    pairs, ranked = (metrics(tmp_path, "dpo", name) for name in ("dpo", "dpo_plackett_luce"))
     for one, other in zip(pairs, ranked, strict=True):
         for name in ("loss", "grad_norm"):
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6)

@@ -9,7 +9,7 @@ import torch
 from tiny_recipes import GRPO, LORA, base, jsonl, metrics, run, sha256
 from value_head_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 
-from rlpost.objectives.ranking import process_reward
+from rlpost.objectives.reward_model import process_reward
 from rlpost.policy.judge import RewardModelJudge
 from rlpost.policy.value_head import Values
 from rlpost.stages.process_reward_model import step_loss, weighted

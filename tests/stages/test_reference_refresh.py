@@ -138,6 +138,6 @@ def test_killed_between_two_refreshes_it_ends_as_if_it_had_gone_through(tmp_path
 
 def test_rankings_and_coupled_losses_have_a_reference_that_follows_too(tmp_path):
     settings = {**ALL, "steps": 3, "refresh": {"every": 1, "share": 1.0}}
-    run(tmp_path, {loss: {**settings, "loss": {"fn": loss}} for loss in ("ranking", "aot")}, LORA)
-    for line in [*metrics(tmp_path, "ranking"), *metrics(tmp_path, "aot")]:
+    run(tmp_path, {loss: {**settings, "loss": {"fn": loss}} for loss in ("dpo_plackett_luce", "aot")}, LORA)
+    for line in [*metrics(tmp_path, "dpo_plackett_luce"), *metrics(tmp_path, "aot")]:
         assert line["preference_loss"] == pytest.approx(math.log(2), abs=1e-4)

@@ -12,7 +12,7 @@ from tiny_recipes import GRPO, LORA, PREFERENCES, SFT, base, group, jsonl, metri
 from torch import Tensor
 from value_head_models import EVERYTHING, assert_only_the_right_weights_moved, gradient, make_model, saved
 
-from rlpost.objectives.ranking import bradley_terry, ranking
+from rlpost.objectives.reward_model import bradley_terry, plackett_luce
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.value_head import Values
 from rlpost.stages.reward_model import pair_rewards, ranked_rewards, score_loss, weighted
@@ -108,7 +108,7 @@ def test_scores_of_a_row_mean_nothing_to_a_loss_of_pairs():
 
 
 def test_what_fills_a_group_up_changes_nothing():
-    loss = score_loss(ranking)
+    loss = score_loss(plackett_luce)
     both, line = loss(values(0.5, 1.0, -1.0, 2.0, 1.0), as_update(RANKED[:2]))
     three, _ = loss(values(0.5, 1.0, -1.0), as_update(RANKED[:1]))
     two, _ = loss(values(2.0, 1.0), as_update(RANKED[1:2]))
@@ -119,12 +119,12 @@ def test_what_fills_a_group_up_changes_nothing():
 
 
 def test_completions_of_equal_or_unknown_reward_are_compared_with_nothing():
-    _, line = score_loss(ranking)(values(0.5, 1.0, -1.0), as_update(RANKED[2:3]))
+    _, line = score_loss(plackett_luce)(values(0.5, 1.0, -1.0), as_update(RANKED[2:3]))
     assert len(line["margin"]) == 0
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("function", "groups"), [(bradley_terry, PAIRS), (ranking, RANKED)])
+@pytest.mark.parametrize(("function", "groups"), [(bradley_terry, PAIRS), (plackett_luce, RANKED)])
 def test_the_gradient_does_not_depend_on_how_the_update_is_cut(function, groups, lora):
     model = make_model(lora)
     loss = score_loss(function)
@@ -209,7 +209,7 @@ def test_rankings_are_learned_whole(tmp_path):
         for i, (p, x) in enumerate(zip(prompts, answers, strict=True))
     ]
     jsonl(tmp_path / "ranked.jsonl", rows)
-    settings = {**REWARD, "data": {"ranked": {"path": "ranked.jsonl"}}, "loss": {"fn": "ranking"}, "steps": 30}
+    settings = {**REWARD, "data": {"ranked": {"path": "ranked.jsonl"}}, "loss": {"fn": "plackett_luce"}, "steps": 30}
     run(tmp_path, {"reward": settings})
     first, *_, last = metrics(tmp_path, "reward")
     # log 3! for three, log 2 for two.

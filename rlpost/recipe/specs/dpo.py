@@ -26,7 +26,7 @@ MODIFIER = Lookup("dpo.modifiers", "rlpost.objectives.preference_modifiers", ("p
 
 
 class Dpo(Training):
-    """Direct preference optimisation and its relatives, on pairs (with `ranking`, on ranked completions)."""
+    """Direct preference optimisation and its relatives, on pairs (with `dpo_plackett_luce`, on ranked completions)."""
 
     kind: str = "dpo"
     batch_size: int = Field(32, ge=1)

@@ -11,7 +11,7 @@ from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
 
-LOSS = Lookup("process_reward_model.loss", "rlpost.objectives.ranking", ("logit_K", "label_K"), returns="elements")
+LOSS = Lookup("process_reward_model.loss", "rlpost.objectives.reward_model", ("logit_K", "label_K"), returns="elements")
 
 
 class ProcessRewardModel(Training):
@@ -22,7 +22,7 @@ class ProcessRewardModel(Training):
     batch_size: int = Field(32, ge=1)
     """Rows an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="process_reward"))
-    """The loss of a completion's steps; in `rlpost/objectives/ranking.py`."""
+    """The loss of a completion's steps; in `rlpost/objectives/reward_model.py`."""
 
     function: ClassVar[str] = "rlpost.stages.process_reward_model:process_reward_model"
     leaves = Leaves.process_reward_model

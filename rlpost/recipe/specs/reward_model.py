@@ -14,7 +14,7 @@ from rlpost.usercode.signatures import told
 
 LOSS = Lookup(
     "reward_model.loss",
-    "rlpost.objectives.ranking",
+    "rlpost.objectives.reward_model",
     ("score_P2", "margin_P", "score_PK", "reward_PK"),
     by_name=True,
     some=True,
@@ -24,13 +24,13 @@ LOSS = Lookup(
 
 class RewardModel(Training):
     """A model that scores completions, for `rewards: [{fn: reward_model, model: NAME}]`, `critic.start` and `judge`;
-    the policy passes unchanged. Rows are pairs, or with `loss: {fn: ranking}` ranked completions."""
+    the policy passes unchanged. Rows are pairs, or with `loss: {fn: plackett_luce}` ranked completions."""
 
     kind: str = "reward_model"
     batch_size: int = Field(32, ge=1)
     """Pairs, or ranked groups, an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="bradley_terry"))
-    """`bradley_terry` of pairs, `ranking` of ranked completions, or another; in `rlpost/objectives/ranking.py`."""
+    """`bradley_terry` of pairs, `plackett_luce` of ranked completions, or another; in `rlpost/objectives/reward_model.py`."""
 
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
     leaves = Leaves.reward_model

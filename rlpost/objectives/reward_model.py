@@ -24,7 +24,7 @@ def bradley_terry(score_P2: Tensor, margin_P: Tensor | None = None, *, centre: f
     return -F.logsigmoid(lead_P) + centre * score_P2.sum(1).square()
 
 
-def ranking(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
+def plackett_luce(score_PK: Tensor, reward_PK: Tensor) -> Tensor:
     """[P] Plackett–Luce: −log of the probability of the rewards' order (Plackett 1975; Luce 1959).
 
     Whoever is picked next is picked by e^score among those left: Σ_i log(e^{s_i} + Σ_{j: r_j < r_i} e^{s_j}) − s_i.
