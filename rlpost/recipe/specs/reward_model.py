@@ -30,7 +30,7 @@ class RewardModel(Training):
     batch_size: int = Field(32, ge=1)
     """Pairs, or ranked groups, an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="bradley_terry"))
-    """`bradley_terry` of pairs, `plackett_luce` of ranked completions, or another; in `rlpost/objectives/reward_model.py`."""
+    """`bradley_terry` of pairs, `plackett_luce` of ranked completions; in `rlpost/objectives/reward_model.py`."""
 
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
     leaves = Leaves.reward_model
