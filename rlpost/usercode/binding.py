@@ -10,7 +10,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
@@ -81,7 +81,8 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     if file := users_file(function.fn, place, base):
         name = function.fn.rpartition(":")[2]
         users = UsersFile(file, place, function)
-        found = _chosen(users.functions, name, str(file), place, lookup)
+        names = [key for key, function in users.functions.items() if _fits(inspect.signature(function), lookup)]
+        found = _chosen(users.functions, name, names, f"{place}: no function {name!r} in {file}")
         _check(function, name, inspect.signature(found), lookup, where)
         lenient = getattr(function, "on_failure", None) is OnFailure.unscored
         return Bound(users.bound(found, lookup, where), name, where, file, users.digest, lenient)
@@ -108,7 +109,8 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
     options = {key: told.signature for key, told in signatures.functions_in(module).items()}
-    signature = _chosen(options, name, module, place, lookup)
+    names = [key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module]
+    signature = _chosen(options, name, names, f"{place}: no function {name!r} in {module}")
     own = _own(signature, lookup)
     if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
         raise RecipeError(_supplied_otherwise(name, own, lookup, where))
@@ -130,17 +132,15 @@ def settable(signature: inspect.Signature, lookup: Lookup) -> dict[str, Paramete
     return {p.name: p for p in signature.parameters.values() if p.name not in own and p.kind not in free}
 
 
-def _chosen(options: Mapping[str, T], name: str, place: str, where: str, lookup: Lookup) -> T:
-    """The function (or signature) of that name among those that a module offers."""
+def _chosen(options: Mapping[str, T], name: str, names: Sequence[str], refusal: str) -> T:
+    """The function (or signature) of that name; `names` are those that may be meant where there is none."""
     if name not in options:
-        offered = [key for key, function in options.items() if _fits(function, lookup)]
-        raise RecipeError(f"{where}: no function {name!r} in {place}{hint_or_list(name, offered, 'it has')}")
+        raise RecipeError(refusal + hint_or_list(name, names, "it has"))
     return options[name]
 
 
-def _fits(function: Any, lookup: Lookup) -> bool:
-    """Whether the function takes what such a key gives: its module has helpers too, which are nothing to offer."""
-    signature = function if isinstance(function, inspect.Signature) else inspect.signature(function)
+def _fits(signature: inspect.Signature, lookup: Lookup) -> bool:
+    """Whether a function takes what such a key gives: its module has helpers too, which are nothing to offer."""
     own = _own(signature, lookup)
     if not lookup.by_name:
         return tuple(own) == lookup.supplied
