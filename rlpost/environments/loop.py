@@ -171,7 +171,7 @@ def _replies(
     Raises:
         RewardError: it failed, or returned no text, and its failures stop the run.
     """
-    for episode, found in zip(asking, _asked(environment, asking), strict=False):
+    for episode, found in zip(asking, _call_all(environment, asking), strict=False):
         wrong = _wrong(found, episode)
         if wrong and not environment.unscored:
             raise RewardError(f"environment: {wrong}") from getattr(found, "error", None)
@@ -190,7 +190,7 @@ def _replies(
         environment.failing.begins(f"environment: it failed, and episodes are unscored: {failed} of {len(every)}")
 
 
-def _asked(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
+def _call_all(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
     """What the environment returned for each, or a Failed; it stops at the first failure if failures stop the run."""
     names = inspect.signature(environment).parameters
     calls = []
@@ -202,10 +202,10 @@ def _asked(environment: Bound, asking: Sequence[_Episode]) -> Iterable[Any]:
             return environment.call.each(calls, keep_going=environment.unscored)
         except CallError as error:
             raise RewardError(f"environment: {error}") from error
-    return (_asked_here(environment.call, call) for call in calls)
+    return (_call_here(environment.call, call) for call in calls)
 
 
-def _asked_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
+def _call_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
     try:
         return environment(**{n: dict(value) if n == "example" else value for n, value in call.items()})
     except RlpostError:

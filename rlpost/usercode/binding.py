@@ -194,8 +194,8 @@ def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:
     """Rewards take one completion or all of them; other functions all that the program supplies, or some of it."""
     if lookup is REWARD:
         single, several = {"completion", "example", "steps"}, {"completions", "examples", "all_steps", "groups"}
-        asked = {"completion", "completions", "groups", "steps", "all_steps"} & set(own)
-        if not asked or (single & set(own) and several & set(own)):
+        inputs = {"completion", "completions", "groups", "steps", "all_steps"} & set(own)
+        if not inputs or (single & set(own) and several & set(own)):
             raise RecipeError(
                 f"{where}.fn: {name!r} takes ({', '.join(own)}) - a reward takes (completion, example) or "
                 "(completions, examples)"
