@@ -2,6 +2,7 @@
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
+# make reference  the reference in docs/recipes.md and the schema for editors, written from the specs
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture golden editor mutants clean
+.PHONY: demo test check torture golden reference editor mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -27,6 +28,10 @@ torture: $(STAMP)
 
 golden: $(STAMP)
 	$(BIN)/python scripts/golden.py
+
+reference: $(STAMP)
+	$(BIN)/python scripts/recipe_schema.py
+	$(BIN)/python scripts/recipe_docs.py
 
 editor: $(STAMP)
 	npm install --no-save --no-audit --no-fund --silent --prefix $(VENV) yaml-language-server@1.25.0

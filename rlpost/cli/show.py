@@ -16,13 +16,18 @@ def show(
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option("--rows", metavar="N", min=0, help="Also N rows as the model sees them.")] = 0,
 ) -> None:
-    """Print a recipe with everything filled in."""
+    """Print a recipe with everything filled in.
+
+    What is still to be given is `???`.
+    """
     from rlpost import console
     from rlpost.recipe.resolve import resolve
 
-    resolved = resolve(recipe, overrides or [])
+    resolved = resolve(recipe, overrides or [], lenient=not rows)
     for warning in resolved.warnings:
         console.warn(warning)
+    if resolved.missing:
+        console.warn(f"still to be given: {', '.join(resolved.missing)}")
     lines: list[str] = []
     if rows:
         from rlpost.cli import shown

@@ -262,3 +262,14 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("rlpost: no_such: no packaged recipe of that name")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_recipe_is_shown_while_values_are_missing(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE.replace("rows.jsonl", "'???'").replace("{path: gpt2}", "{path: '???'}"))
+    assert run(monkeypatch, "show", "r.yaml") == 0
+    out, err = capsys.readouterr()
+    assert out.count("path: ???") == 2
+    assert err == "warning: still to be given: model.path, stages.sft.data.a.path\n"
+    assert run(monkeypatch, "show", "r.yaml", "--rows", "1") == 2
+    assert "model.path: missing - give it" in capsys.readouterr().err

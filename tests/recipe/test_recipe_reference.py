@@ -19,11 +19,11 @@ SECTIONS = {section.__name__: section for section in sections()}
 
 
 def test_the_reference_is_what_the_specs_say():
-    assert recipe_docs.page() == recipe_docs.PAGE.read_text("utf-8"), "run python scripts/recipe_docs.py"
+    assert recipe_docs.page() == recipe_docs.PAGE.read_text("utf-8"), "run `make reference`"
 
 
 def test_the_schema_is_what_the_specs_say():
-    assert recipe_schema.text() == schema_file().read_text("utf-8"), "run python scripts/recipe_schema.py"
+    assert recipe_schema.text() == schema_file().read_text("utf-8"), "run `make reference`"
 
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
