@@ -21,8 +21,8 @@ from rlpost.smoke import resolve_smoke
 
 GIVEN = {name: ["vars.data=rows.jsonl"] for name in ("dpo_pairs", "sft_chat", "gsm8k_tiny")}
 SPREAD = [
-    *("calculator", "demo", "dpo_pairs", "grpo_math", "maze", "maze_guesses", "maze_shaped", "safety"),
-    *("methods/off_policy", "methods/online_dpo", "methods/ppo", "methods/start", "methods/tr_dpo", "methods/trpo"),
+    *("calculator", "demo", "dpo_pairs", "grpo_math", "maze", "maze_guesses", "safety"),
+    *("methods/off_policy", "methods/online_dpo", "methods/ppo", "methods/start", "methods/tr_dpo"),
 ]
 """Recipes of every kind of stage, of steps and of epochs."""
 CUT = re.compile(
