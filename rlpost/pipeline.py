@@ -352,14 +352,14 @@ def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool
     for name, source in own_sources(stage).items():
         key = f"{where}.data.{name}"
         reading = open_source(source, stages=_no_stage, where=key, bind=bind, base=folder)
-        if not rows and (source.fold or source.map):
+        if not rows and (source.kfold or source.map):
             continue  # reading its first row may take more than the file's first rows
         chunks = reading.chunks()
         first = next(chunks)
-        if source.present is None:
+        if source.augment is None:
             recognise(first.rows[:1], label(source, key), need)
         found = chain([first], chunks if rows else ())
-        for _ in found if check is None or source.present is not None else check(found, reading.location):
+        for _ in found if check is None or source.augment is not None else check(found, reading.location):
             pass
 
 

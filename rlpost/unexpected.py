@@ -47,8 +47,9 @@ def explained(error: Exception, log: Path | None = None) -> RlpostError:
     first = next(iter(str(error).splitlines()), "")[:300] or "no message"
     if _of_memory(error):
         return OutOfMemoryError(
-            f"out of memory at {location_of(error)}: {first} - lower the stage's tokens_per_pass or model.lora.r, set "
-            "model.gradient_checkpointing=true, or lower prompts, group_size, batch_size or max_new_tokens; "
+            f"out of memory at {location_of(error)}: {first} - lower the stage's max_tokens_per_microbatch or "
+            "model.lora.r, set model.gradient_checkpointing=true, or lower prompts_per_step, group_size, batch_size or "
+            "max_new_tokens; "
             f"a run goes on from its last checkpoint ({where})"
         )
     return UnexpectedError(

@@ -234,9 +234,9 @@ def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[
     groups = {m: [Run(m, m, seed) for seed in seeds] for m in methods}
     if extras:
         for lam in LAMBDAS:
-            title = f"ppo lam={lam:g}"
+            title = f"ppo gae_lambda={lam:g}"
             if lam != PPO_LAMBDA:
-                groups[title] = [Run(title, "ppo", seed, (f"stages.rl.lam={lam}",)) for seed in seeds]
+                groups[title] = [Run(title, "ppo", seed, (f"stages.rl.gae_lambda={lam}",)) for seed in seeds]
         for beta in BETAS:
             title = f"rloo beta={beta:g}"
             groups[title] = [Run(title, "rloo", seed, (f"stages.rl.kl.beta={beta}",)) for seed in seeds]

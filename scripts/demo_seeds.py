@@ -41,7 +41,7 @@ def without_nll(runs: Path, seed: int) -> dict[str, Any]:
     if not folder.exists():
         ignored = shutil.ignore_patterns("dpo*", "grpo*")
         shutil.copytree(runs / f"demo_seed{seed}", folder, ignore=ignored)
-    words = [f"runs={runs}", f"run={folder.name}", f"seed={seed}", "stages.dpo.nll=0", "stages.grpo.enabled=false"]
+    words = [f"runs={runs}", f"run={folder.name}", f"seed={seed}", "stages.dpo.nll_coef=0", "stages.grpo.enabled=false"]
     pipeline.train(resolve("demo", words), allow_change=True)
     result: dict[str, Any] = json.loads((folder / "evaluation" / "dpo.json").read_text())
     return result

@@ -24,7 +24,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
 from rlpost.data.formats import DataRole
-from rlpost.data.params import Fold, FoldPart, Source, TooLong
+from rlpost.data.params import KFold, KFoldPart, Source, TooLong
 from rlpost.evaluate.evaluator import percent
 from rlpost.evaluate.statistics import clustered_mean, clustered_share
 from rlpost.objectives.preference import pairs_of
@@ -41,11 +41,11 @@ from rlpost.usercode.params import TimedFunction
 MODEL = Model()
 
 
-def source(path: Path, map_: str, fold: int, folds: int, part: FoldPart) -> Source:
+def source(path: Path, map_: str, fold: int, folds: int, part: KFoldPart) -> Source:
     return Source(
         path=str(path),
         map=TimedFunction(fn=f"gsm8k.{map_}"),
-        fold=Fold(by="question", of=folds, hold_out=fold, part=part),
+        kfold=KFold(by="question", of=folds, hold_out=fold, part=part),
     )
 
 
@@ -69,7 +69,7 @@ def nll_rows(run: Path, data: Path, folds: int) -> list[list[str]]:
     for stage, folder in (("base", "base"), *((s, f"{s}/final") for s in ("sft", "dpo", "grpo"))):
         policy = load_policy(run / folder, MODEL, trainable=False)
         held_out = groups_of(
-            policy, source(data / "test.jsonl", "question_answer", 0, folds, FoldPart.held_out), DataRole.completions
+            policy, source(data / "test.jsonl", "question_answer", 0, folds, KFoldPart.held_out), DataRole.completions
         )
         lengths = [sum(c.actions for c in g.completions) for g in held_out]
         by_question = [(-x).tolist() for x in torch.split(logprobs(policy, held_out).double(), lengths)]
@@ -86,11 +86,11 @@ def fold_margins(run: Path, data: Path, fold: int, folds: int) -> dict[str, dict
         # The run as it was after SFT; its own DPO is that of fold 0.
         dropped = ["grpo", "evaluation", "checkpoints", *(["dpo"] if fold else [])]
         shutil.copytree(run, run.parent / name, ignore=shutil.ignore_patterns(*dropped))
-    words = [f"vars.data={data}", f"vars.fold={fold}", f"runs={run.parent}", f"run={name}", "evaluation=null"]
+    words = [f"vars.data={data}", f"vars.kfold={fold}", f"runs={run.parent}", f"run={name}", "evaluation=null"]
     checkpoint = pipeline.train(resolve("gsm8k_tiny", [*words, "stages.grpo.enabled=false"]), allow_change=True)
     before, after = (load_policy(p, MODEL, trainable=False) for p in (start, checkpoint))
     solutions = data / "example_model_solutions.jsonl"
-    pairs = groups_of(after, source(solutions, "solution_pairs", fold, folds, FoldPart.held_out), DataRole.pairs)
+    pairs = groups_of(after, source(solutions, "solution_pairs", fold, folds, KFoldPart.held_out), DataRole.pairs)
     rows = Experience(tuple(pairs)).rows
     scored = pairs_of(logprobs(after, pairs), logprobs(before, pairs), rows)
     sft = pairs_of(logprobs(before, pairs), torch.zeros(rows.actions), rows).mean_logp_P2

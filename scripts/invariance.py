@@ -3,8 +3,9 @@
     python scripts/invariance.py                # every stage
     python scripts/invariance.py grpo kto
 
-Cut by tokens_per_pass into parts of about 1, 3 or 8 completions, its groups in another order, prompts computed once or
-again for each completion, on flat or padded rows, and spread over two processes; against one pass over all of it.
+Cut by max_tokens_per_microbatch into parts of about 1, 3 or 8 completions, its groups in another order, prompts
+computed once or again for each completion, on flat or padded rows, and spread over two processes; against one pass over
+all of it.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def measured(
     """The gradient and the metrics of the update, of which this process has the groups `share`; and its passes."""
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
     tokens = budget(case, cut.at_once, model.shares_prompts)
-    learner = Learner(model, accelerator, learning_rate=1.0, tokens_per_pass=tokens, whole_groups=case.whole_groups)
+    learner = Learner(
+        model, accelerator, learning_rate=1.0, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups
+    )
     order = random.Random(1).sample(share, len(share)) if cut.shuffled else share
     update = case.prepare(order, learner)
     parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=model.shares_prompts)
@@ -129,7 +132,7 @@ def shares(groups: int, kind: str) -> list[list[int]]:
 def two_steps(world: World, share: Sequence[int], idle: Sequence[int], accelerator: Accelerator) -> Measured:
     """Weights after two updates and the metrics of both; groups of `idle` have nothing to teach in the second one."""
     policy = World(world.family, world.dtype).policy()
-    learner = Learner(policy, accelerator, learning_rate=1e-2, max_grad_norm=0.1, tokens_per_pass=30)
+    learner = Learner(policy, accelerator, learning_rate=1e-2, max_grad_norm=0.1, max_tokens_per_microbatch=30)
     groups = world.groups
     lines: dict[str, float] = {}
 

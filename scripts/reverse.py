@@ -178,7 +178,7 @@ def train(case: Case, out: Path) -> None:
         "schedule": "cosine",
         "warmup": 0.05,
         "max_length": 64,
-        "tokens_per_pass": 4096,
+        "max_tokens_per_microbatch": 4096,
     }
     recipe = {
         "run": case.run,

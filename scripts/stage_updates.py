@@ -31,7 +31,7 @@ from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model,
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
-from rlpost.stages.params import AtLimit, Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement
+from rlpost.stages.params import Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Group
@@ -176,7 +176,7 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
     groups = world.groups
     penalty = penalty_of(world, cfg)
     loss = grpo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
-    stats = LogitStats(SAMPLING.temperature, entropy=cfg.entropy > 0)
+    stats = LogitStats(SAMPLING.temperature, entropy=cfg.entropy_coef > 0)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         policy, rollout = learner.model, rollout_of(groups, share)
@@ -193,7 +193,7 @@ def with_critic(world: World, critic: bool) -> Case:
         group_size=GROUP_SIZE,
         sampling=SAMPLING,
         kl=Kl(beta=0.05),
-        at_limit=AtLimit.bootstrap,
+        on_truncation=OnTruncation.bootstrap,
         entropy=0.01,
         critic=Critic(clip=0.2),
     )

@@ -44,9 +44,9 @@ VALUE: dict[str, Any] = {
     "condition": "{goal}?",
     "hindsight_tokens": 2,
     "sampling": {"max_new_tokens": 5},
-    "prompts": 48,
+    "prompts_per_step": 48,
     "group_size": 8,
-    "updates": 4,
+    "num_minibatches": 4,
     "steps": 300,
     "learning_rate": 3e-3,
     "schedule": "cosine",
@@ -66,7 +66,7 @@ def recipe(runs: Path, seed: int) -> dict[str, Any]:
     teacher = {"fn": "addition.careless_teacher", "args": {"forgets": 0.6}}
     sft = {
         "kind": "sft",
-        "data": {"problems": {"task": {"fn": "addition.train"}, "present": teacher}},
+        "data": {"problems": {"task": {"fn": "addition.train"}, "augment": teacher}},
         "steps": 250,
         "batch_size": 64,
         "learning_rate": 3e-3,

@@ -29,7 +29,7 @@ def runs(tmp_path_factory) -> Path:
     sizes += [f"stages.{name}.prompts=40" for name in ("pairs", "labelled", "ranked")]
     ranked = ["stages.ranked.rewards=[{fn: length, args: {target: 3, width: 3, under: 0.5}}]"]
     train(resolve("methods/start", [*words, *sizes, *ranked]))
-    small = ["stages.rl.steps=2", "stages.rl.prompts=4", "stages.rl.table_every=1"]
+    small = ["stages.rl.steps=2", "stages.rl.prompts_per_step=4", "stages.rl.table_every=1"]
     train(resolve("methods/rloo", [*words, *small, f"vars.start={folder}/start", f"runs={folder}"]))
     return folder
 
@@ -65,10 +65,10 @@ def test_a_method_runs(name, runs):
         where = f"stages.{stage}"
         if hasattr(cfg, "steps"):
             words += [f"{where}.steps=2", *([] if cfg.epochs is None else [f"{where}.epochs=null"])]
-        if hasattr(cfg, "prompts"):
-            words += [f"{where}.prompts=4"]
-        if hasattr(cfg, "updates"):
-            words += [f"{where}.updates=1"]
+        if hasattr(cfg, "prompts_per_step"):
+            words += [f"{where}.prompts_per_step=4"]
+        if hasattr(cfg, "num_minibatches"):
+            words += [f"{where}.num_minibatches=1"]
         if hasattr(cfg, "critic"):
             words += [f"{where}.critic.warmup_steps=0"]
         if hasattr(cfg, "batch_size"):

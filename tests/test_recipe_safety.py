@@ -15,7 +15,7 @@ SMALL = [
     *(f"model.config.{key}" for key in ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1")),
     *(f"stages.{name}.{key}=2" for name in ("sft", "guide", "reward", "unlikely") for key in ("steps", "log_every")),
     *("stages.sft.batch_size=8", "stages.unlikely.batch_size=16"),
-    *("stages.guide.prompts=8", "stages.guide.updates=2", "stages.reward.prompts=4"),
+    *("stages.guide.prompts_per_step=8", "stages.guide.num_minibatches=2", "stages.reward.prompts_per_step=4"),
     "evaluation.data.held_out.limit=8",
 ]
 SCRIPT = Path(__file__).parents[1] / "scripts/safety.py"

@@ -28,13 +28,13 @@ STAGES = {
         **EVERY,
         "data": {
             # Answers drawn anew each time, from two sources, more than an epoch of one of them.
-            "careless": {**SFT["data"]["problems"], "present": {"fn": "addition.careless_teacher"}},
+            "careless": {**SFT["data"]["problems"], "augment": {"fn": "addition.careless_teacher"}},
             "few": {"task": {"fn": "addition.held_out"}, "limit": 10, "weight": 0.5},
         },
     },
     "pairs": PAIRS,
-    "dpo": {**DPO, **EVERY, "data": {"own": {"stage": "pairs"}}, "nll": 0.1},
-    "grpo": {**GRPO, **EVERY, "updates": 2, "kl": {"beta": 0.05}, "reference": "sft"},
+    "dpo": {**DPO, **EVERY, "data": {"own": {"stage": "pairs"}}, "nll_coef": 0.1},
+    "grpo": {**GRPO, **EVERY, "num_minibatches": 2, "kl": {"beta": 0.05}, "reference": "sft"},
 }
 WAYS = {
     "full": (),

@@ -99,7 +99,7 @@ STAGES: dict[str, Any] = {
     "vine": {**ONE, "advantage": {"fn": "monte_carlo_values"}, "step_end": "", "fresh_rollouts": 2},
     "remax": {**ONE, "advantage": {"fn": "greedy_baseline"}},
     "ppo": {**ONE, "kind": "ppo"},
-    "trpo": {**ONE, "kind": "trpo", "learning_rate": 1.0, "iterations": 2},
+    "trpo": {**ONE, "kind": "trpo", "learning_rate": 1.0, "cg_iterations": 2},
     "online_dpo": {**ONE, "kind": "online_dpo", "group_size": 4},
     "value": {
         **{k: ONE[k] for k in ("data", "steps", "prompts", "group_size", "sampling", "learning_rate")},

@@ -91,7 +91,7 @@ GRPO: dict[str, Any] = {
     "kind": "grpo",
     "data": SFT["data"],
     "steps": 4,
-    "prompts": 4,
+    "prompts_per_step": 4,
     "group_size": 4,
     "sampling": {"max_new_tokens": 5},
     "rewards": [{"fn": "rewards.py:digits"}],
@@ -102,7 +102,7 @@ GRPO: dict[str, Any] = {
 PPO: dict[str, Any] = {
     **GRPO,
     "kind": "ppo",
-    "prompts": 8,
+    "prompts_per_step": 8,
     "schedule": "constant",
     "critic": {"learning_rate": 1e-2},
 }
@@ -111,8 +111,8 @@ TRPO: dict[str, Any] = {
     "kind": "trpo",
     "learning_rate": 1.0,
     "schedule": "constant",
-    "delta": 0.02,
-    "iterations": 3,
+    "max_kl": 0.02,
+    "cg_iterations": 3,
 }
 PREFERENCES = [
     {"prompt": f"{a}+{b}=", "chosen": f"{(a + b) % 10}{a}", "rejected": f"{(a + b + 1) % 10}"}

@@ -14,7 +14,7 @@ from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.formats import DataRole, recognise, row_texts
 from rlpost.data.order import Draw, Order
 from rlpost.data.origins import Bind, label
-from rlpost.data.params import PRESENT, Source
+from rlpost.data.params import AUGMENT, Source
 from rlpost.data.part import Check, Part, Shelf, open_part
 from rlpost.data.sources import open_source
 from rlpost.errors import DataError, RecipeError
@@ -44,9 +44,9 @@ class Dataset:
         return self._order.epoch_length
 
     @property
-    def is_presented(self) -> bool:
+    def is_augmented(self) -> bool:
         """Whether rows change every time they are drawn."""
-        return any(part.present is not None for part in self._parts)
+        return any(part.augment is not None for part in self._parts)
 
     @property
     def notices(self) -> list[str]:
@@ -67,7 +67,7 @@ class Dataset:
         """The next `n` groups.
 
         Raises:
-            DataError: a row as presented this time is malformed or too long.
+            DataError: a row as augmented this time is malformed or too long.
         """
         drawn: list[Group] = []
         dropped = 0
@@ -78,11 +78,11 @@ class Dataset:
             dropped += groups.count(None)
             if dropped > 10 * max(len(self), n):
                 about = self._parts[draws[-1].source].label
-                raise DataError(f"{about}: rows as presented are all longer than {self._limit.max_length} tokens")
+                raise DataError(f"{about}: rows as augmented are all longer than {self._limit.max_length} tokens")
         return drawn
 
     def _drawn(self, draws: Sequence[Draw]) -> list[Group | None]:
-        """The groups of the draws, in order; None for a row that is dropped as presented this time."""
+        """The groups of the draws, in order; None for a row that is dropped as augmented this time."""
         groups: dict[Draw, Group | None] = {}
         for source, part in enumerate(self._parts):
             own = [draw for draw in draws if draw.source == source]
@@ -139,7 +139,7 @@ def open_dataset(
     """Read and encode `sources`, at key path `where`, in a format for `need`.
 
     Rows cached on the `shelf` are not read again; without a shelf they are kept in memory. `check` is applied to rows
-    that no stage wrote and that are not presented by a function.
+    that no stage wrote and that are not augmented by a function.
 
     Raises:
         DataError: a source cannot be read, a row is malformed or too long, or none is left.
@@ -151,9 +151,9 @@ def open_dataset(
     for name, source in sources.items():
         key = f"{where}.{name}"
         reading = open_source(source, stages=stages, where=key, bind=bind, base=base)
-        present = bind(source.present, PRESENT, f"{key}.present", base) if source.present else None
-        own = check if source.stage is None and present is None else None
-        parts.append(open_part(source, key, reading, present, need, codec, limit, seed, shelf, own))
+        augment = bind(source.augment, AUGMENT, f"{key}.augment", base) if source.augment else None
+        own = check if source.stage is None and augment is None else None
+        parts.append(open_part(source, key, reading, augment, need, codec, limit, seed, shelf, own))
     return Dataset(parts, limit, seed, allow_change)
 
 

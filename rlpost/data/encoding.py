@@ -26,7 +26,7 @@ from rlpost.errors import DataError
 from rlpost.types import Group
 from rlpost.usercode.wire import Seeded
 
-Present = Callable[..., Mapping[str, Any]]  # called with row= and random=
+Augment = Callable[..., Mapping[str, Any]]  # called with row= and random=
 _FEW = 0.1
 """Largest share of rows that need the single-row encoder; above it, all rows of a chunk use it."""
 
@@ -92,13 +92,13 @@ class SourceEncoder:
     """The source, for messages."""
     location: Callable[[int], str]
     """A row's number -> where it comes from, for messages."""
-    present: Present | None
+    augment: Augment | None
     seed: int
-    """Row i is presented with seed + i here."""
+    """Row i is augmented with seed + i here."""
     outcomes: RowOutcomes
 
     def write(self, chunks: Iterator[Chunk], writer: Writer) -> None:
-        """Encode all rows, also those that are presented anew later, to find errors before training.
+        """Encode all rows, also those that are augmented anew later, to find errors before training.
 
         Raises:
             DataError: one is malformed or too long.
@@ -110,8 +110,8 @@ class SourceEncoder:
             self.outcomes.counts["read"] += len(chunk.rows)
 
     def _blocks(self, chunk: Chunk) -> Iterator[Block]:
-        if self.present is not None:
-            yield self._presented(chunk, self.present)
+        if self.augment is not None:
+            yield self._augmented(chunk, self.augment)
             return
         encoder = self.encoder
         if not is_supported(encoder.form) or encoder.direction is Direction.reverse:
@@ -149,10 +149,10 @@ class SourceEncoder:
         ]
         return block_of(groups, own, [chunk.numbers[i] for i in kept])
 
-    def _presented(self, chunk: Chunk, present: Present) -> Block:
+    def _augmented(self, chunk: Chunk, augment: Augment) -> Block:
         first = self.outcomes.counts["read"]
         locations = [self.location(n) for n in chunk.numbers]
-        rows = presented(present, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
+        rows = augmented(augment, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
         groups = [self.encoder(row, location, self.outcomes) for row, location in zip(rows, locations, strict=True)]
         self._count_groups([group for group in groups if group is not None])
         nothing = Pieces(np.zeros(0, np.int32), np.zeros(0, np.int64))
@@ -174,17 +174,17 @@ class SourceEncoder:
             self.outcomes.plain[self.about] = self.outcomes.plain.get(self.about, 0) + plain
 
 
-def presented(present: Present, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
-    """What `present` makes of the rows this time.
+def augmented(augment: Augment, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
+    """What `augment` makes of the rows this time.
 
     Raises:
-        DataError: presenting one failed.
+        DataError: augmenting one failed.
     """
     calls = [{"row": dict(row), "random": Seeded(seed)} for row, seed in zip(rows, seeds, strict=True)]
     made = []
-    for found, location in zip(each(present, calls, [f"{p}: present" for p in locations]), locations, strict=True):
+    for found, location in zip(each(augment, calls, [f"{p}: augment" for p in locations]), locations, strict=True):
         if not isinstance(found, Mapping):
-            raise DataError(f"{location}: present returned {type(found).__name__}: return a row (a dict)")
+            raise DataError(f"{location}: augment returned {type(found).__name__}: return a row (a dict)")
         made.append(dict(found))
     return made
 

@@ -54,7 +54,7 @@ class Direction(Choice):
     (docs/goals.md#reverse-models)."""
 
 
-class FoldPart(Choice):
+class KFoldPart(Choice):
     """A side of a split."""
 
     train = "train"
@@ -63,7 +63,7 @@ class FoldPart(Choice):
     """The part held out."""
 
 
-class Fold(Section):
+class KFold(Section):
     """One side of a split in which rows with equal `by` stay together."""
 
     by: str
@@ -72,13 +72,13 @@ class Fold(Section):
     """Number of parts."""
     hold_out: int = Field(0, ge=0)
     """The part that is held out, counted from 0."""
-    part: FoldPart = FoldPart.train
+    part: KFoldPart = KFoldPart.train
     """The side to keep."""
 
 
 TASK = Lookup("task", TASKS, (), by_name=True, apart=True)
 MAP = Lookup("map", TASKS, ("row",), by_name=True, apart=True)
-PRESENT = Lookup("present", TASKS, ("row", "random"), by_name=True, apart=True)
+AUGMENT = Lookup("augment", TASKS, ("row", "random"), by_name=True, apart=True)
 
 
 class Source(Section):
@@ -103,9 +103,9 @@ class Source(Section):
     {question}\\nA:", completion: answer}`."""
     map: Annotated[TimedFunction | None, MAP] = None
     """A function (row) -> row, rows or nothing, applied once when the source is read."""
-    present: Annotated[TimedFunction | None, PRESENT] = None
+    augment: Annotated[TimedFunction | None, AUGMENT] = None
     """A function (row, random) -> row, applied anew every time a row is drawn."""
-    fold: Fold | None = None
+    kfold: KFold | None = None
     """Keep one side of a split of the rows."""
     unrendered: Unrendered = Unrendered.refuse
     """What happens to a row that says more than its chat template renders
@@ -118,10 +118,10 @@ class Source(Section):
         given = [key for key in ("path", "stage", "task") if getattr(self, key)]
         if len(given) != 1:
             yield f"{where}: give exactly one of path, stage, task ({' and '.join(given) or 'none'} given)"
-        if self.fold and self.fold.hold_out >= self.fold.of:
+        if self.kfold and self.kfold.hold_out >= self.kfold.of:
             yield (
-                f"{where}.fold.hold_out: {self.fold.hold_out} of {self.fold.of} parts - counted from 0, "
-                f"it is at most {self.fold.of - 1}"
+                f"{where}.kfold.hold_out: {self.kfold.hold_out} of {self.kfold.of} parts - counted from 0, "
+                f"it is at most {self.kfold.of - 1}"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import rlpost.data
 from rlpost.data.codec import Codec
 from rlpost.data.columns import Naming
-from rlpost.data.encoding import Encoder, Present, SourceEncoder, presented
+from rlpost.data.encoding import Augment, Encoder, SourceEncoder, augmented
 from rlpost.data.files import Chunk
 from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.flat import Flat, Writer
@@ -57,7 +57,7 @@ class Part:
     encoder: Encoder
     location: Callable[[int], str]
     """A row's number -> its location, for messages."""
-    present: Present | None
+    augment: Augment | None
     outcomes: RowOutcomes
     named: Mapping[str, str]
     """The source's `columns`."""
@@ -66,15 +66,15 @@ class Part:
         return len(self.flat)
 
     def groups(self, rows: Sequence[int], seeds: Sequence[int]) -> list[Group | None]:
-        """Rows as groups; None for a row that is dropped as presented with its seed.
+        """Rows as groups; None for a row that is dropped as augmented with its seed.
 
         Raises:
-            DataError: a row as presented is malformed or too long.
+            DataError: a row as augmented is malformed or too long.
         """
-        if self.present is None:
+        if self.augment is None:
             return [self.flat.group(i) for i in rows]
         locations = [self.location(self.flat.number(i)) for i in rows]
-        rows_now = presented(self.present, [self.flat.row(i) for i in rows], seeds, locations)
+        rows_now = augmented(self.augment, [self.flat.row(i) for i in rows], seeds, locations)
         return [self.encoder(row, location, RowOutcomes()) for row, location in zip(rows_now, locations, strict=True)]
 
 
@@ -82,7 +82,7 @@ def open_part(
     source: Source,
     key: str,
     reading: Reading,
-    present: Present | None,
+    augment: Augment | None,
     need: DataRole,
     codec: Codec,
     limit: Limit,
@@ -110,13 +110,13 @@ def open_part(
         chunks = reading.chunks()
         first = next(chunks)  # a source without rows is refused before
         sample = first.rows[:1]
-        if present is not None:
-            sample = presented(present, sample, [seed], [location(first.numbers[0])])
+        if augment is not None:
+            sample = augmented(augment, sample, [seed], [location(first.numbers[0])])
         form = recognise(sample, about, need)
         encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
         outcomes = RowOutcomes()
         rows = chain([first], chunks)
-        SourceEncoder(encoder, about, location, present, seed, outcomes).write(
+        SourceEncoder(encoder, about, location, augment, seed, outcomes).write(
             check(rows, reading.location) if check else rows, writer
         )
         if not outcomes.counts["kept"]:
@@ -128,15 +128,15 @@ def open_part(
         write(in_memory)
         flat = Flat(in_memory.arrays(), read)
     else:
-        augmented = [identity_of(source.present, present), seed] if source.present and present else None
-        options = [about, need, asdict(limit), source.direction, source.unrendered, augmented, check and check.identity]
+        each_draw = [identity_of(source.augment, augment), seed] if source.augment and augment else None
+        options = [about, need, asdict(limit), source.direction, source.unrendered, each_draw, check and check.identity]
         identity = [reading.identity(), options, codec.identity(), _code()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), read)
     form = Format[flat.about["format"]]
     encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
     outcomes = RowOutcomes.from_json(flat.about["became"])
-    return Part(about, source.weight, flat, encoder, location, present, outcomes, source.columns)
+    return Part(about, source.weight, flat, encoder, location, augment, outcomes, source.columns)
 
 
 def _fill(folder: Path, write: Callable[[Writer], None]) -> None:

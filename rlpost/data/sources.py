@@ -17,7 +17,7 @@ from typing import Any
 from rlpost.data.columns import Naming, missing
 from rlpost.data.files import Chunk
 from rlpost.data.origins import Bind, Reading, Row, checked_rows, identity_of, label, origin
-from rlpost.data.params import MAP, Fold, FoldPart, Source
+from rlpost.data.params import MAP, KFold, KFoldPart, Source
 from rlpost.data.users import each
 from rlpost.errors import DataError, RecipeError
 
@@ -76,8 +76,8 @@ def open_source(
 
     def chunks() -> Iterator[Chunk]:
         stream = _some(found.chunks(), label(source, where))
-        if source.fold is not None:
-            stream = _fold(stream, found.chunks, source.fold, f"{where}.fold", found.location)
+        if source.kfold is not None:
+            stream = _fold(stream, found.chunks, source.kfold, f"{where}.kfold", found.location)
         if source.map is not None and function is not None:
             stream = _map(stream, function, f"{where}.map: {source.map.fn}", where, found.location)
         if naming is not None:
@@ -85,17 +85,17 @@ def open_source(
         return stream if source.limit is None else _first(stream, source.limit)
 
     def identity() -> Any:
-        options = [source.fold and source.fold.model_dump(), source.columns, source.limit]
+        options = [source.kfold and source.kfold.model_dump(), source.columns, source.limit]
         return [found.identity(), options, source.map and function and identity_of(source.map, function)]
 
     return Reading(chunks, found.location, identity)
 
 
 def _check(source: Source, where: str) -> None:
-    fold = source.fold
+    fold = source.kfold
     if fold is not None and (fold.of < 2 or not 0 <= fold.hold_out < fold.of):
         raise RecipeError(
-            f"{where}.fold: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2"
+            f"{where}.kfold: hold_out={fold.hold_out} of={fold.of}: hold_out runs from 0 to of-1, of from 2"
         )
     if source.limit is not None and source.limit < 1:
         raise RecipeError(f"{where}.limit is {source.limit}: give at least 1, or leave it out")
@@ -113,7 +113,7 @@ def _some(chunks: Iterator[Chunk], about: str) -> Iterator[Chunk]:
 def _fold(
     chunks: Iterator[Chunk],
     again: Callable[[], Iterator[Chunk]],
-    fold: Fold,
+    fold: KFold,
     where: str,
     location: Callable[[int], str],
 ) -> Iterator[Chunk]:
@@ -126,7 +126,7 @@ def _fold(
     values = sorted(distinct)
     random.Random(_FOLD_SEED).shuffle(values)
     held_out = set(values[fold.hold_out :: fold.of])
-    wanted = fold.part is FoldPart.held_out
+    wanted = fold.part is KFoldPart.held_out
     left = False
     for chunk in again():
         kept = [i for i, key in enumerate(_keys(chunk, fold, where, location)) if (key in held_out) is wanted]
@@ -138,7 +138,7 @@ def _fold(
         raise DataError(f"{where}: no row is left: {fold.by} has {len(values)} distinct values for {fold.of} parts")
 
 
-def _keys(chunk: Chunk, fold: Fold, where: str, location: Callable[[int], str]) -> Iterator[str]:
+def _keys(chunk: Chunk, fold: KFold, where: str, location: Callable[[int], str]) -> Iterator[str]:
     """The value of `fold.by` in each row, as JSON."""
     for row, number in zip(chunk.rows, chunk.numbers, strict=True):
         if fold.by not in row:

@@ -117,7 +117,7 @@ def evaluate(
         environment: replies to the model's turns.
     """
     engine.update_weights(policy, 0)
-    collect = collector(engine, policy, environment, cfg.turns)
+    collect = collector(engine, policy, environment, cfg.max_turns)
     modes = [("greedy", 1)] if cfg.greedy else []
     modes += [("sampled", cfg.samples)] if cfg.samples else []
     answers = []

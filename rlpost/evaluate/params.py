@@ -36,7 +36,7 @@ class Evaluation(Section):
     a prompt's samples by its score."""
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns, as in the stages."""
-    turns: int = Field(2, ge=1)
+    max_turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
     slices: list[str] = Field(default_factory=list)
     """Columns: prompts for which one is true are reported apart."""

@@ -72,7 +72,7 @@ def gae(
     rows: Ragged,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    gae_lambda: float = 0.95,
     bootstrap_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[N] advantage and [N] return A + V (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
@@ -85,7 +85,7 @@ def gae(
         value_N: the critic's value of the state in which each action was taken.
         rows: which actions belong to which completion.
         gamma: discount, per action.
-        lam: λ; 1 gives the return less the value, 0 the one-step temporal difference.
+        gae_lambda: λ; 1 gives the return less the value, 0 the one-step temporal difference.
         bootstrap_S: value of the state after each completion's end, 0 where it terminated.
     """
     value_N = widen(value_N)
@@ -97,7 +97,7 @@ def gae(
     # Past a completion's end all terms are 0.
     inside_SL = rows.pad(torch.ones_like(value_N))
     delta_SL = (reward_SL + gamma * next_SL - value_SL) * inside_SL
-    advantage_N = rows.flatten(_discounted(delta_SL, gamma * lam))
+    advantage_N = rows.flatten(_discounted(delta_SL, gamma * gae_lambda))
     return advantage_N, advantage_N + value_N
 
 

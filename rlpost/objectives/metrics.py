@@ -19,16 +19,16 @@ _RESIDUAL, _RESIDUAL2, _RETURN, _RETURN2 = "residual", "residual_squared", "retu
 _WEIGHT, _WEIGHT2 = "importance", "importance_squared"
 
 
-def clipped_low(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2) -> Tensor:
+def clipped_low(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, clip_low: float = 0.2) -> Tensor:
     """[N] 1 where the lower clip removes the gradient of an action with a negative advantage, else 0."""
     r_N = ratio(logp_N, old_logp_N)
-    return ((r_N < 1 - low) & (advantage_N < 0)).to(r_N.dtype)
+    return ((r_N < 1 - clip_low) & (advantage_N < 0)).to(r_N.dtype)
 
 
-def clipped_high(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, high: float = 0.2) -> Tensor:
+def clipped_high(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, clip_high: float = 0.2) -> Tensor:
     """[N] 1 where the upper clip removes the gradient of an action with a positive advantage, else 0."""
     r_N = ratio(logp_N, old_logp_N)
-    return ((r_N > 1 + high) & (advantage_N > 0)).to(r_N.dtype)
+    return ((r_N > 1 + clip_high) & (advantage_N > 0)).to(r_N.dtype)
 
 
 def explained_variance_parts(value_N: Tensor, return_N: Tensor) -> dict[str, Tensor]:

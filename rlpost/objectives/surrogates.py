@@ -37,12 +37,12 @@ def clipped_surrogate(
     advantage_N: Tensor,
     rows: Ragged,
     *,
-    low: float = 0.2,
-    high: float = 0.2,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
     dual: float | None = None,
     delta: float | None = None,
 ) -> Tensor:
-    """[N] max(−A r, −A clip(r, 1−low, 1+high)) (PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7).
+    """[N] max(−A r, −A clip(r, 1−clip_low, 1+clip_high)) (PPO, Schulman et al. 2017, arXiv:1707.06347, eq. 7).
 
     `dual` c bounds the loss of a negative advantage by −cA (Ye et al. 2020, arXiv:1912.09729, eq. 5); `delta`
     bounds r itself from above first.
@@ -50,7 +50,7 @@ def clipped_surrogate(
     r_N, advantage_N = ratio(logp_N, old_logp_N), widen(advantage_N)
     if delta is not None:
         r_N = r_N.clamp(max=delta)
-    loss_N = torch.maximum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - low, 1 + high))
+    loss_N = torch.maximum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - clip_low, 1 + clip_high))
     if dual is None:
         return loss_N
     return torch.where(advantage_N < 0, torch.minimum(loss_N, -dual * advantage_N), loss_N)
@@ -65,11 +65,14 @@ def clipped_weight(
     advantage_N: Tensor,
     rows: Ragged,
     *,
-    low: float = 1.0,
-    high: float = 0.2,
+    clip_low: float = 1.0,
+    clip_high: float = 0.2,
 ) -> Tensor:
-    """[N] −clip(r, 1−low, 1+high).detach()·A·logp: every action keeps a gradient (CISPO, arXiv:2506.13585, eq. 4)."""
-    return -ratio(logp_N, old_logp_N).clamp(1 - low, 1 + high).detach() * advantage_N * logp_N
+    """[N] −clip(r, 1−clip_low, 1+clip_high).detach()·A·logp: every action keeps a gradient.
+
+    CISPO, arXiv:2506.13585, eq. 4.
+    """
+    return -ratio(logp_N, old_logp_N).clamp(1 - clip_low, 1 + clip_high).detach() * advantage_N * logp_N
 
 
 declare(clipped_weight, vanishes_without_advantage=True)
@@ -81,8 +84,8 @@ def sequence_clipped(
     advantage_N: Tensor,
     rows: Ragged,
     *,
-    low: float = 3e-4,
-    high: float = 4e-4,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> Tensor:
     """[N] the clipped surrogate with the completion's geometric-mean ratio (GSPO-token, arXiv:2507.18071, eq. 13).
 
@@ -90,7 +93,7 @@ def sequence_clipped(
     """
     log_s_S = rows.mean((widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT))
     s_N = rows.spread(log_s_S.exp()).detach() * (logp_N - logp_N.detach()).exp()
-    return torch.maximum(-advantage_N * s_N, -advantage_N * s_N.clamp(1 - low, 1 + high))
+    return torch.maximum(-advantage_N * s_N, -advantage_N * s_N.clamp(1 - clip_low, 1 + clip_high))
 
 
 declare(sequence_clipped, vanishes_without_advantage=True)
@@ -102,17 +105,18 @@ def geometric_mean(
     advantage_N: Tensor,
     rows: Ragged,
     *,
-    low: float = 0.4,
-    high: float = 0.4,
+    clip_low: float = 0.4,
+    clip_high: float = 0.4,
 ) -> Tensor:
     """[N] −A·exp(mean over the completion of clipped log r), at each of its actions (GMPO, arXiv:2507.20673, eq. 4).
 
-    log r is clipped to [−low, high] on the pessimistic side of each action's advantage, as in PPO's surrogate, and
-    the geometric mean of the clipped ratios takes the place of the arithmetic one. One value a completion: weigh it
-    with `sequence_mean`. The advantage is the completion's; where its actions differ, their mean counts.
+    log r is clipped to [−clip_low, clip_high] on the pessimistic side of each action's advantage, as in PPO's
+    surrogate, and the geometric mean of the clipped ratios takes the place of the arithmetic one. One value a
+    completion: weigh it with `sequence_mean`. The advantage is the completion's; where its actions differ, their mean
+    counts.
     """
     log_ratio_N = (widen(logp_N) - widen(old_logp_N)).clamp(-LIMIT, LIMIT)
-    clipped_N = log_ratio_N.clamp(-low, high)
+    clipped_N = log_ratio_N.clamp(-clip_low, clip_high)
     pessimistic_N = torch.where(
         advantage_N >= 0, torch.minimum(log_ratio_N, clipped_N), torch.maximum(log_ratio_N, clipped_N)
     )
@@ -156,8 +160,8 @@ declare(divergence_masked, vanishes_without_advantage=True)
 
 
 def clipped_share(
-    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, low: float = 0.2, high: float = 0.2
+    logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> Tensor:
     """[N] 1 where the clip removes an action's gradient, else 0."""
     r_N = ratio(logp_N, old_logp_N)
-    return (((r_N > 1 + high) & (advantage_N > 0)) | ((r_N < 1 - low) & (advantage_N < 0))).to(r_N.dtype)
+    return (((r_N > 1 + clip_high) & (advantage_N > 0)) | ((r_N < 1 - clip_low) & (advantage_N < 0))).to(r_N.dtype)

@@ -47,7 +47,7 @@ def _gae_rows(problem: Problem) -> list[Row]:
     placed_N = credit.reward_on_last_action(problem.reward_L, tree.rows)
 
     def found(value: str, lam: float) -> Tensor:
-        advantage_N, _ = credit.gae(placed_N, values[value], tree.rows, gamma=1.0, lam=lam)
+        advantage_N, _ = credit.gae(placed_N, values[value], tree.rows, gamma=1.0, gae_lambda=lam)
         return gradient(problem, advantage_N)
 
     true = problem.reward_gradient
@@ -71,11 +71,11 @@ def _return_rows(problem: Problem) -> list[Row]:
     tree = problem.tree
     placed_N = credit.reward_on_last_action(problem.reward_L, tree.rows)
     value_N = problem.value_X[tree.state_N].sin()
-    _, return_N = credit.gae(placed_N, value_N, tree.rows, gamma=1.0, lam=1.0)
+    _, return_N = credit.gae(placed_N, value_N, tree.rows, gamma=1.0, gae_lambda=1.0)
     beyond_L = torch.where(tree.cut_L, problem.reward_L.cos(), 0.0)
     paid = problem.rewarded(problem.reward_L + beyond_L)
     advantage_N, _ = credit.gae(
-        placed_N, paid.value_X[tree.state_N], tree.rows, gamma=1.0, lam=0.95, bootstrap_S=beyond_L
+        placed_N, paid.value_X[tree.state_N], tree.rows, gamma=1.0, gae_lambda=0.95, bootstrap_S=beyond_L
     )
     to_go = exact(
         "GAE(1, 1) + V against the return to go", relative_error(return_N, credit.return_to_go(placed_N, tree.rows))

@@ -156,7 +156,7 @@ def _credit_rows(problem: Problem) -> list[Row]:
     reward_N = (problem.prefix_N.double() * 0.7).sin()
     value_N = problem.value_X[tree.state_N].cos()
     beyond_L = torch.where(tree.cut_L, problem.reward_L.cos(), 0.0)
-    found_N, return_N = credit.gae(reward_N, value_N, rows, gamma=GAMMA, lam=LAM, bootstrap_S=beyond_L)
+    found_N, return_N = credit.gae(reward_N, value_N, rows, gamma=GAMMA, gae_lambda=LAM, bootstrap_S=beyond_L)
     to_go_N = credit.return_to_go(reward_N, rows, gamma=GAMMA)
     shaped_N = credit.potential_shaping(value_N, rows, gamma=GAMMA)
     gae, to_go, shaped = [], [], []

@@ -71,7 +71,7 @@ def _leave_one_out(problem: Problem, name: str, tolerance: float) -> Row:
 def _gae(problem: Problem, name: str, tolerance: float) -> Row:
     tree = problem.tree
     placed_N = credit.reward_on_last_action(problem.reward_L, tree.rows)
-    advantage_N, _ = credit.gae(placed_N, problem.value_X[tree.state_N], tree.rows, gamma=1.0, lam=0.95)
+    advantage_N, _ = credit.gae(placed_N, problem.value_X[tree.state_N], tree.rows, gamma=1.0, gae_lambda=0.95)
     return exact(name, relative_error(gradient(problem, advantage_N), problem.reward_gradient), tolerance=tolerance)
 
 

@@ -76,15 +76,15 @@ def _row(sampled: Sampled, name: str, surrogate: Callable[..., Tensor], loss_N: 
 def _clipped_rows(sampled: Sampled) -> list[Row]:
     """PPO's clip: pessimistic, so that an action is let go only where it has gone far enough the way it was pushed."""
     a_N, r_N, kept_N = sampled.advantage_N, sampled.r_N, sampled.kept_N
-    clip = partial(surrogates.clipped_surrogate, low=LOW, high=HIGH)
+    clip = partial(surrogates.clipped_surrogate, clip_low=LOW, clip_high=HIGH)
     used_N = torch.where(a_N > 0, r_N.clamp(max=1 + HIGH), r_N.clamp(min=1 - LOW))
     beyond_N = (a_N < 0) & (r_N > DUAL)
     most_N = r_N.clamp(max=DELTA)
     capped_N = torch.where(a_N > 0, most_N.clamp(max=1 + HIGH), most_N.clamp(min=1 - LOW))
     share_N = (~kept_N).double()
-    low_N = metrics.clipped_low(sampled.logp_N, sampled.old_N, a_N, low=LOW)
-    high_N = metrics.clipped_high(sampled.logp_N, sampled.old_N, a_N, high=HIGH)
-    said_N = surrogates.clipped_share(sampled.logp_N, sampled.old_N, a_N, low=LOW, high=HIGH)
+    low_N = metrics.clipped_low(sampled.logp_N, sampled.old_N, a_N, clip_low=LOW)
+    high_N = metrics.clipped_high(sampled.logp_N, sampled.old_N, a_N, clip_high=HIGH)
+    said_N = surrogates.clipped_share(sampled.logp_N, sampled.old_N, a_N, clip_low=LOW, clip_high=HIGH)
     apart = torch.cat([low_N + high_N - share_N, said_N - share_N, (low_N * (a_N > 0)) + (high_N * (a_N < 0))])
     return [
         _row(sampled, "clipped_surrogate", clip, -a_N * used_N, a_N * r_N * kept_N),
@@ -117,8 +117,8 @@ def _completion_rows(sampled: Sampled) -> list[Row]:
     mean_N = rows.spread((rows.sum(near_N) / rows.lengths_S).exp())
     # All of a completion's actions have the same loss, each with the sum of their weights on its own part of it.
     of_each_N = a_N * mean_N * (near_N == r_N.log())
-    sequence = partial(surrogates.sequence_clipped, low=LOW, high=HIGH)
-    geometric = partial(surrogates.geometric_mean, low=LOW, high=HIGH)
+    sequence = partial(surrogates.sequence_clipped, clip_low=LOW, clip_high=HIGH)
+    geometric = partial(surrogates.geometric_mean, clip_low=LOW, clip_high=HIGH)
     assert bool((length_N > 0).all())
     return [
         _row(sampled, "sequence_clipped", sequence, -a_N * used_N, a_N * s_N * kept_N),
@@ -146,7 +146,7 @@ def _other_rows(sampled: Sampled) -> list[Row]:
         _row(
             sampled,
             "clipped_weight",
-            partial(surrogates.clipped_weight, low=LOW, high=HIGH),
+            partial(surrogates.clipped_weight, clip_low=LOW, clip_high=HIGH),
             -weight_N * a_N * sampled.logp_N,
             weight_N * a_N,
         ),

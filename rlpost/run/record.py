@@ -22,7 +22,7 @@ from rlpost.run.files import disk_errors, write_atomic
 from rlpost.run.sealed import seal, unseal
 
 Json = Any
-FORMAT = 2
+FORMAT = 3
 """Raised when the content of checkpoints or records changes; runs of another format cannot be resumed."""
 
 

@@ -178,7 +178,7 @@ class Context:
             betas=cfg.betas,
             weight_decay=cfg.weight_decay,
             max_grad_norm=cfg.max_grad_norm,
-            tokens_per_pass=cfg.tokens_per_pass,
+            max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
             whole_groups=whole_groups,
             balance=self._balance(model, cfg),
         )

@@ -35,7 +35,7 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
     function = context.function(cfg, "loss")
     modifiers = [f.call for f in context.functions(cfg, "modifiers")]
-    objective = PairObjective(function, modifiers, cfg.nll)
+    objective = PairObjective(function, modifiers, cfg.nll_coef)
     loss, prepared = (
         (objective.loss(), objective.prepared) if need is DataRole.pairs else (ranking_loss(function), prepared_ranking)
     )
@@ -97,7 +97,7 @@ class ReferenceLogprobs:
         """Compute the whole dataset's now, if more rows will be drawn than it has."""
         self._reference = reference
         self._logp_N: Tensor | None = None
-        if data.is_presented or draws <= len(data):
+        if data.is_augmented or draws <= len(data):
             return
         keys: list[bytes] = []
         ends = [0]

@@ -32,7 +32,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     estimator = AdvantageEstimator(context, cfg, policy, samples)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
-    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
     return on_policy(
         context,
@@ -84,7 +84,7 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -
             loss_N = loss_N + kl.loss(output.logp_N, part)
         total = (loss_N * part["weight"]).sum()
         if output.entropy_N is not None:
-            total = total - cfg.entropy * (output.entropy_N * part["token_weight"]).sum()
+            total = total - cfg.entropy_coef * (output.entropy_N * part["token_weight"]).sum()
         return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
 
     return loss

@@ -69,9 +69,9 @@ def on_policy(
         rollout = samples.sample(step)
         experience = assemble(rollout, step)
         updates: list[Mapping[str, float]] = []
-        for iteration in range(cfg.passes):
-            seed = context.seed_for("split", step * cfg.passes + iteration)
-            for minibatch in experience.split(cfg.updates, seed):
+        for iteration in range(cfg.num_iterations):
+            seed = context.seed_for("split", step * cfg.num_iterations + iteration)
+            for minibatch in experience.split(cfg.num_minibatches, seed):
                 updates.append(minimise(minibatch, step))
         line = rollout.metrics | observe(experience) | metrics.without_parts(mean_of(updates))
         loop.log(step, line, live)
@@ -83,11 +83,11 @@ def on_policy(
 
 def updates_of(context: Context, cfg: Rollouts, samples: Samples) -> int:
     """Optimiser updates of the whole stage."""
-    return _steps(context, cfg, samples) * cfg.passes * cfg.updates
+    return _steps(context, cfg, samples) * cfg.num_iterations * cfg.num_minibatches
 
 
 def _steps(context: Context, cfg: Rollouts, samples: Samples) -> int:
-    return steps_of(cfg, samples.data.epoch_length, cfg.prompts, f"stages.{context.name}")
+    return steps_of(cfg, samples.data.epoch_length, cfg.prompts_per_step, f"stages.{context.name}")
 
 
 def mean_of(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -195,8 +195,8 @@ def surrogate_metrics(output: PolicyOutput, part: Experience, clip: tuple[float,
     if "correction" in part.per_action:
         line |= metrics.effective_sample_parts(part["correction"])
     if clip is not None:
-        line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, low=clip[0])
-        line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, high=clip[1])
+        line["clipped_low"] = metrics.clipped_low(logp_N, old_N, advantage_N, clip_low=clip[0])
+        line["clipped_high"] = metrics.clipped_high(logp_N, old_N, advantage_N, clip_high=clip[1])
     if output.entropy_N is not None:
         line["exact_entropy"] = output.entropy_N.detach()
     return line

@@ -55,7 +55,7 @@ class Kl(Section):
     """Completions over which an adapting `beta` moves."""
 
 
-class AtLimit(Choice):
+class OnTruncation(Choice):
     """What the length limit means to an episode."""
 
     terminate = "terminate"

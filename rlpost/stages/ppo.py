@@ -24,7 +24,7 @@ from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
-from rlpost.stages.params import AtLimit, Trunk
+from rlpost.stages.params import OnTruncation, Trunk
 from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
@@ -40,7 +40,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     samples = Sampler(context, cfg, policy)
     policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
     critic_loss = critic_loss_of(cfg)
-    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy > 0)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
     updates = updates_of(context, cfg, samples)
     learner = context.learner(policy, cfg, updates)
     value_learner = context.learner(critic, cfg, updates, learning_rate=cfg.critic.learning_rate)
@@ -76,7 +76,7 @@ def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, 
         values.before_N.to(reward_N.dtype),
         rows,
         gamma=cfg.gamma,
-        lam=cfg.lam,
+        gae_lambda=cfg.gae_lambda,
         bootstrap_S=_bootstrap_values(values, experience.groups, cfg),
     )
     if cfg.whiten:
@@ -97,7 +97,7 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
         loss_N = surrogate(output.logp_N, part["old_logp"], part["advantage"], rows)
         total = (loss_N * part["weight"]).sum()
         if output.entropy_N is not None:
-            total = total - cfg.entropy * (output.entropy_N * part["token_weight"]).sum()
+            total = total - cfg.entropy_coef * (output.entropy_N * part["token_weight"]).sum()
         return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
 
     return loss
@@ -117,7 +117,7 @@ def critic_loss_of(cfg: Ppo) -> LossFunction:
 
 def _bootstrap_values(values: Values, groups: Sequence[Group], cfg: Ppo) -> Tensor | None:
     """[S] the critic's value after truncated completions, 0 after others; None where truncation counts as an end."""
-    if cfg.at_limit is AtLimit.terminate:
+    if cfg.on_truncation is OnTruncation.terminate:
         return None
     cut_S = torch.tensor([c.finish == "length" for c in completions(groups)])
     return torch.where(cut_S, values.final_S, 0.0)

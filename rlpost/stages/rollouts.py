@@ -162,23 +162,23 @@ class Sampler:
         room = cfg.max_length - cfg.sampling.max_new_tokens
         self.data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
-        self.resample = cfg.resample if isinstance(cfg, Grouped) else 0
+        self.dynamic_sampling_rounds = cfg.dynamic_sampling_rounds if isinstance(cfg, Grouped) else 0
         self.engine = context.engine(policy, cfg.rollouts)
         environment = context.function(cfg, "environment") if cfg.environment else None
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
-        self._collect = collector(self.engine, policy, environment, cfg.turns, keep=keep)
+        self._collect = collector(self.engine, policy, environment, cfg.max_turns, keep=keep)
 
     def sample(self, step: int) -> Rollout:
-        """The step's samples; groups without a signal are replaced from up to `resample` more draws of prompts.
+        """The step's samples; up to `dynamic_sampling_rounds` more draws of prompts replace groups without a signal.
 
         The prompts kept are those with a signal first, in the order drawn (dynamic sampling: DAPO, Yu et al. 2025,
         arXiv:2503.14476, §3.2).
         """
         self.engine.update_weights(self.policy, step)
-        prompts = self.cfg.prompts
+        prompts = self.cfg.prompts_per_step
         rounds = [self._round(step, 0)]
-        while len(rounds) <= self.resample and _with_signal(rounds) < prompts:
+        while len(rounds) <= self.dynamic_sampling_rounds and _with_signal(rounds) < prompts:
             rounds.append(self._round(step, len(rounds) * prompts))
         return self.signal.report(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
 
@@ -193,7 +193,7 @@ class Sampler:
 
     def _round(self, step: int, first: int) -> Rollout:
         seed = self.context.seed_for("sample", step)
-        prompts = self.data.next(self.cfg.prompts)
+        prompts = self.data.next(self.cfg.prompts_per_step)
         groups = self.divided(self._collect(prompts, self.cfg.group_size, self.cfg.sampling, seed=seed, first=first))
         return rollout_of(groups, self.score(groups), self.scorer.weights, self.cfg.mask_truncated)
 
@@ -221,7 +221,7 @@ class Recorded:
         Raises:
             DataError: a group has another number of completions than `group_size`.
         """
-        groups = self.data.next(self.cfg.prompts)
+        groups = self.data.next(self.cfg.prompts_per_step)
         for group in groups:
             if len(group.completions) != self.cfg.group_size:
                 raise DataError(

@@ -96,15 +96,15 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
     def fisher(v: Tensor) -> Tensor:
         return finite_difference(divergence_gradient, v)
 
-    direction = conjugate_gradient(lambda v: fisher(v) + cfg.damping * v, gradient, iterations=cfg.iterations)
-    longest = learner.rate * step_length(direction, fisher(direction), cfg.delta)
+    direction = conjugate_gradient(lambda v: fisher(v) + cfg.cg_damping * v, gradient, iterations=cfg.cg_iterations)
+    longest = learner.rate * step_length(direction, fisher(direction), cfg.max_kl)
 
     def measure(share: float) -> tuple[float, float]:
         learner.set_weights(before + share * longest * direction)
         there = learner.measure(surrogate, update, stats)
         return here["loss"] - there["loss"], there["divergence"]
 
-    share, improvement, kl = line_search(measure, cfg.delta, steps=cfg.backtracks)
+    share, improvement, kl = line_search(measure, cfg.max_kl, steps=cfg.backtracks)
     learner.set_weights(before + share * longest * direction)
     learner.updates += 1
     return {
@@ -112,7 +112,7 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
         "improvement": improvement,
         "step_share": share,
         "step_kl": kl,
-        "kl_over_delta": kl / cfg.delta,
+        "kl_over_delta": kl / cfg.max_kl,
         "grad_norm": float(norm),
     }
 
@@ -145,6 +145,6 @@ def _distributions(learner: Learner, policy: Policy, update: Experience, stats: 
     if size > MOST_NUMBERS:
         raise ModelError(
             f"trpo keeps the whole distribution of every action of an update, {size:.2g} numbers here; "
-            f"use fewer prompts or more updates, for at most {MOST_NUMBERS:.2g}"
+            f"use a lower prompts_per_step or a higher num_minibatches, for at most {MOST_NUMBERS:.2g}"
         )
     return learner.evaluate_no_grad(lambda output, _: output.distribution_NV, update, stats)

@@ -100,7 +100,7 @@ class Learner:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
-        tokens_per_pass: int = 8192,
+        max_tokens_per_microbatch: int = 8192,
         whole_groups: bool = False,
         balance: Balance | None = None,
     ) -> None:
@@ -114,7 +114,7 @@ class Learner:
             betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
             weight_decay: on matrices only; gains and biases are left alone.
             max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-            tokens_per_pass: budget of one forward and backward pass; it never changes a gradient.
+            max_tokens_per_microbatch: budget of one forward and backward pass; it never changes a gradient.
             whole_groups: groups are not cut (losses that compare completions).
             balance: the balance loss of a mixture of experts, added to every update.
         """
@@ -126,7 +126,7 @@ class Learner:
         self._peak = learning_rate
         self._factor = factor
         self._max_norm = max_grad_norm
-        self._budget = tokens_per_pass
+        self._budget = max_tokens_per_microbatch
         self._whole = whole_groups
         self._balance = balance
         self._named = model.trained()

@@ -191,9 +191,9 @@ def test_a_change_that_cannot_be_applied_is_refused(here, tally):
 
 @pytest.mark.slow
 def test_a_setting_of_an_unfinished_stage_takes_effect_from_its_checkpoint_on(here, tally):
-    file = write(here, {"dpo": {**SHORT, "nll": 0.1}})
+    file = write(here, {"dpo": {**SHORT, "nll_coef": 0.1}})
     killed(file)
-    assert rlpost("train", file, "stages.dpo.nll=0.9", "--allow-change").code == 0
+    assert rlpost("train", file, "stages.dpo.nll_coef=0.9", "--allow-change").code == 0
     assert rlpost("train", file, "run=whole").code == 0
     rows, whole = metrics(here, "dpo"), metrics(here, "dpo", "whole")
     assert rows[:2] == whole[:2]

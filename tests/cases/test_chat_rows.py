@@ -261,7 +261,7 @@ def test_blank_lines_count_in_the_line_of_a_row(models, here, tally):
     save_rows(Path("good.jsonl"), [messages(ASK, SAY)])
     text = Path("good.jsonl").read_text("utf-8")
     Path("own.jsonl").write_text(f'{text}\n\n{{"messages": 3}}\n', "utf-8")
-    data = {"c": {"path": "own.jsonl", "fold": {"by": "messages", "of": 2, "hold_out": 0}}}
+    data = {"c": {"path": "own.jsonl", "kfold": {"by": "messages", "of": 2, "hold_out": 0}}}
     for source in ({"path": "own.jsonl"}, data["c"]):
         ran = show(models(CHATML), [], source=source)
         assert ran.refused(3, "own.jsonl:4)") or (ran.code == 0 and source is data["c"])

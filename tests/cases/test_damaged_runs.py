@@ -27,7 +27,7 @@ STAGES = {
     "pairs": {**PAIRS, "prompts": 16},
     "dpo": {**DPO, **EVERY, "data": {"own": {"stage": "pairs"}}},
     "grpo": {**GRPO, **EVERY, "reference": "sft", "kl": {"beta": 0.05}},
-    "ppo": {**PPO, **EVERY, "prompts": 4},
+    "ppo": {**PPO, **EVERY, "prompts_per_step": 4},
 }
 EVALUATION = {
     "data": {"held_out": {"task": {"fn": "addition.held_out"}, "limit": 4}},

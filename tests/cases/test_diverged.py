@@ -31,7 +31,7 @@ STAGES = {
         "kind": "value",
         "data": SFT["data"],
         "steps": 2,
-        "prompts": 4,
+        "prompts_per_step": 4,
         "group_size": 2,
         "learning_rate": 1e-3,
         "sampling": {"max_new_tokens": 2},

@@ -70,7 +70,7 @@ def recipe(here: Path, rows: str, evaluated: str | None = None) -> Path:
         "data": {"train": {"path": rows}},
         "rewards": [{"fn": "sum", "name": "all", "of": [{"fn": "math_answer"}, {"fn": "ends"}]}],
         "steps": 1,
-        "prompts": 1,
+        "prompts_per_step": 1,
         "group_size": 2,
         "sampling": {"max_new_tokens": 2},
         "learning_rate": 1e-4,

@@ -56,9 +56,9 @@ def test_a_checkpoints_path_is_all_that_train_prints_however_loud_the_users_code
     (here / "my.py").write_text(LOUD)
     stage = {
         "kind": "grpo",
-        "data": {"c": {"path": "d.jsonl", "map": {"fn": "my.py:rows"}, "present": {"fn": "my.py:shown"}}},
+        "data": {"c": {"path": "d.jsonl", "map": {"fn": "my.py:rows"}, "augment": {"fn": "my.py:shown"}}},
         "steps": 1,
-        "prompts": 2,
+        "prompts_per_step": 2,
         "group_size": 2,
         "learning_rate": 1e-3,
         "sampling": {"max_new_tokens": 4},

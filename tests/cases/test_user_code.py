@@ -55,7 +55,7 @@ def train(here: Path, model: Path, source: str, data: dict[str, Any] | None = No
         "kind": "grpo",
         "data": {"c": {"path": "d.jsonl", **(data or {})}},
         "steps": 1,
-        "prompts": 2,
+        "prompts_per_step": 2,
         "group_size": 2,
         "learning_rate": 1e-3,
         "table_every": 0,
@@ -173,12 +173,12 @@ def test_a_function_that_loses_its_process_again_and_again_is_not_tried_for_ever
 
 
 @pytest.mark.parametrize("fault", ["exits", "ends its process", "sleeps"])
-@pytest.mark.parametrize("place", ["map", "present", "task", "environment", "reward"])
+@pytest.mark.parametrize("place", ["map", "augment", "task", "environment", "reward"])
 def test_whatever_the_users_code_does_the_run_ends_in_a_line(here: Path, model: Path, place, fault, tally):
     what, told = FAULTS[fault]
-    takes = {"map": "row", "present": "row, random", "task": "", "environment": "text", "reward": "completion"}[place]
+    takes = {"map": "row", "augment": "row, random", "task": "", "environment": "text", "reward": "completion"}[place]
     function = {"fn": "my.py:f", "deadline": 1}
-    data = {place: function} if place in ("map", "present") else {}
+    data = {place: function} if place in ("map", "augment") else {}
     if place == "task":
         data = {"path": None, "task": function}
     stage: dict[str, Any] = {"rewards": [function]} if place == "reward" else {}
@@ -245,7 +245,7 @@ def reply(text, example):
 def test_episodes_of_an_environment_that_ended_its_process_are_unscored(here: Path, model: Path, tally):
     stage = {
         "environment": {"fn": "my.py:reply", "on_failure": "unscored"},
-        "turns": 3,
+        "max_turns": 3,
         "sampling": {"max_new_tokens": 24, "stop": [chr(i) for i in range(32, 127)]},
         "group_size": 4,
         "table_every": 1,

@@ -36,7 +36,7 @@ def recipe(here: Path, source: str, **stage: Any) -> Path:
         "kind": "grpo",
         "data": {"c": {"path": "d.jsonl"}},
         "steps": 4,
-        "prompts": 2,
+        "prompts_per_step": 2,
         "group_size": 2,
         "learning_rate": 1e-2,
         "table_every": 0,

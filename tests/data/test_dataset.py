@@ -76,11 +76,11 @@ def digests(groups):
     return [group.digest() for group in groups]
 
 
-@pytest.mark.parametrize("present", [None, "reverse", "grow"])
+@pytest.mark.parametrize("augment", [None, "reverse", "grow"])
 @pytest.mark.parametrize("cut", [0, 3, 10, 17])
 def test_resume_is_exact(write, codec, cut, present):
     sources = {
-        "a": Source(path=str(write(ROWS)), weight=2, present=TimedFunction(fn=present) if present else None),
+        "a": Source(path=str(write(ROWS)), weight=2, augment=TimedFunction(fn=present) if present else None),
         "b": Source(path=str(write(ROWS[:3], "b.jsonl"))),
     }
     options = {"max_length": 10, "too_long": TooLong.drop}
@@ -100,8 +100,8 @@ def test_changed_data_is_refused_unless_allowed(write, codec):
     other.load(state, allow_change=True)
 
 
-def test_presented_rows_are_made_anew_every_time(write, codec):
-    data = build({"main": Source(path=str(write(ROWS[:1])), present=TimedFunction(fn="reverse"))}, codec)
+def test_augmented_rows_are_made_anew_every_time(write, codec):
+    data = build({"main": Source(path=str(write(ROWS[:1])), augment=TimedFunction(fn="reverse"))}, codec)
     drawn = [g.completions[0].text for g in data.next(30)]
     assert set(drawn) == {f"{i:03b}" for i in range(8)}
     assert digests(data.all()) == digests(data.all())
@@ -109,11 +109,11 @@ def test_presented_rows_are_made_anew_every_time(write, codec):
 
 def test_present_errors_are_one_line(write, codec):
     for name, reason in [
-        ("fail", r"rows.jsonl:1\): present failed with KeyError: 'x'"),
-        ("nothing", "present returned NoneType"),
+        ("fail", r"rows.jsonl:1\): augment failed with KeyError: 'x'"),
+        ("nothing", "augment returned NoneType"),
     ]:
         with pytest.raises(DataError, match=reason):
-            build({"main": Source(path=str(write(ROWS)), present=TimedFunction(fn=name))}, codec)
+            build({"main": Source(path=str(write(ROWS)), augment=TimedFunction(fn=name))}, codec)
 
 
 LONG = [ROWS[0], {"prompt": "1+1=", "completion": "123456"}, {"prompt": "123456789", "completion": "1"}]

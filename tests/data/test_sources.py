@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from rlpost.data.params import Fold, FoldPart, Source
+from rlpost.data.params import KFold, KFoldPart, Source
 from rlpost.data.sources import read
 from rlpost.errors import DataError, RecipeError
 from rlpost.usercode.params import TimedFunction
@@ -129,33 +129,33 @@ def test_an_empty_file_is_refused(write):
 
 
 def folded(path, **fold):
-    return load(Source(path=str(path), fold=Fold(by="question", **fold)))
+    return load(Source(path=str(path), kfold=KFold(by="question", **fold)))
 
 
 def test_a_fold_parts_the_questions_and_keeps_their_rows_together(write):
     path = write(ROWS)
-    train, held_out = (folded(path, of=5, hold_out=2, part=part) for part in FoldPart)
+    train, held_out = (folded(path, of=5, hold_out=2, part=part) for part in KFoldPart)
     assert sorted(r["answer"] for r in train + held_out) == list(range(20))
     assert {r["question"] for r in train}.isdisjoint({r["question"] for r in held_out})
     assert len(held_out) == 4  # 10 questions in 5 parts: 2 questions of 2 rows
-    parts = [{r["question"] for r in folded(path, of=5, hold_out=i, part=FoldPart.held_out)} for i in range(5)]
+    parts = [{r["question"] for r in folded(path, of=5, hold_out=i, part=KFoldPart.held_out)} for i in range(5)]
     assert sorted(q for part in parts for q in part) == [f"q{i}" for i in range(10)]
 
 
 def test_a_fold_does_not_depend_on_the_order_of_rows(write):
-    held_out = folded(write(ROWS), part=FoldPart.held_out)
+    held_out = folded(write(ROWS), part=KFoldPart.held_out)
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
-    again = folded(write(shuffled, "b.jsonl"), part=FoldPart.held_out)
+    again = folded(write(shuffled, "b.jsonl"), part=KFoldPart.held_out)
     assert sorted(map(str, again)) == sorted(map(str, held_out))
-    assert held_out != folded(write(ROWS), hold_out=1, part=FoldPart.held_out)
+    assert held_out != folded(write(ROWS), hold_out=1, part=KFoldPart.held_out)
 
 
 def test_fold_errors(write):
     path = str(write(ROWS))
-    wrong = refused(Source(path=path, fold=Fold(by="qestion")))
-    assert f"stages.sft.data.main.fold.by: {path}:1 has no 'qestion'" in wrong
+    wrong = refused(Source(path=path, kfold=KFold(by="qestion")))
+    assert f"stages.sft.data.main.kfold.by: {path}:1 has no 'qestion'" in wrong
     assert "did you mean 'question'" in wrong
-    assert "hold_out=5 of=5" in refused(Source(path=path, fold=Fold(by="answer", hold_out=5)), RecipeError)
+    assert "hold_out=5 of=5" in refused(Source(path=path, kfold=KFold(by="answer", hold_out=5)), RecipeError)
 
 
 def test_map_makes_one_many_or_no_rows(write):
@@ -216,7 +216,7 @@ def test_read_fold_map_columns_limit_in_that_order(write):
 
     source = Source(
         path=str(write(ROWS)),
-        fold=Fold(by="question", of=2),
+        kfold=KFold(by="question", of=2),
         map=TimedFunction(fn="keep"),
         columns={"prompt": "made"},
         limit=2,

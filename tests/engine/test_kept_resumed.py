@@ -18,7 +18,7 @@ STAGE: dict[str, Any] = {**GRPO, "steps": 4, "checkpoint_every": 2, "keep_checkp
 EPISODES = {
     **STAGE,
     "environment": {"fn": "turns.py:reply"},
-    "turns": 3,
+    "max_turns": 3,
     "sampling": {"max_new_tokens": 20, "stop": ["1", "2", "3", "4", "5"]},
 }
 VINE = {**STAGE, "advantage": {"fn": "monte_carlo_values"}, "step_end": "", "fresh_rollouts": 2}

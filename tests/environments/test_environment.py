@@ -136,8 +136,8 @@ def test_credit_crosses_the_gap():
     assert rows.lengths_S.tolist() == [c.actions for c in completions(groups)]
     reward_N = reward_on_last_action(torch.arange(8.0, dtype=torch.float64), rows)
     value_N = torch.linspace(-1, 1, rows.actions, dtype=torch.float64)
-    advantage_N, _ = gae(reward_N, value_N, rows, gamma=1.0, lam=1.0)
+    advantage_N, _ = gae(reward_N, value_N, rows, gamma=1.0, gae_lambda=1.0)
     assert torch.allclose(advantage_N + value_N, return_to_go(reward_N, rows))
     one = Ragged([4])
-    delta, _ = gae(torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.1, 0.2, 0.5, 0.7]), one, gamma=1.0, lam=0.0)
+    delta, _ = gae(torch.tensor([0.0, 0, 0, 1]), torch.tensor([0.1, 0.2, 0.5, 0.7]), one, gamma=1.0, gae_lambda=0.0)
     assert delta.tolist() == pytest.approx([0.1, 0.3, 0.2, 0.3])

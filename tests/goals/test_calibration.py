@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
         "goals": {"texts": ["1", "2"]},
         "condition": "{goal}+",
         "steps": 2,
-        "prompts": 4,
+        "prompts_per_step": 4,
         "group_size": 4,
         "sampling": {"max_new_tokens": 3},
         "learning_rate": 1e-3,

@@ -85,7 +85,7 @@ def trained(tmp_path_factory):
         "kind": "value",
         "data": SFT["data"],
         "steps": 3,
-        "prompts": 4,
+        "prompts_per_step": 4,
         "sampling": {"max_new_tokens": 2},
         "goals": {"texts": ["1", "22"], "truncated_counts": True},
         "avoid": True,

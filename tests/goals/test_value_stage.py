@@ -33,7 +33,7 @@ VALUE = {
     "kind": "value",
     "data": SFT["data"],
     "steps": 40,
-    "prompts": 16,
+    "prompts_per_step": 16,
     "group_size": 8,
     "sampling": {"max_new_tokens": 2},
     "goals": {"texts": ["1", "22"], "truncated_counts": True},

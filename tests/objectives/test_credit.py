@@ -60,21 +60,21 @@ def test_return_to_go_by_hand():
 
 def test_gae_by_hand():
     # δ = (0 + ½·2 − 4, 8 − 2) = (−3, 6); A = (−3 + ¼·6, 6).
-    advantage, returns = gae(numbers(0, 8), numbers(4, 2), Ragged([2]), gamma=0.5, lam=0.5)
+    advantage, returns = gae(numbers(0, 8), numbers(4, 2), Ragged([2]), gamma=0.5, gae_lambda=0.5)
     assert advantage.tolist() == [-1.5, 6.0]
     assert returns.tolist() == [2.5, 8.0]
 
 
 def test_gae_stays_within_a_completion():
     reward, value = numbers(0, 8, 1, 0, 2), numbers(4, 2, 3, 7, 5)
-    together = gae(reward, value, Ragged([2, 0, 3]), gamma=0.5, lam=0.5)[0]
-    first = gae(reward[:2], value[:2], Ragged([2]), gamma=0.5, lam=0.5)[0]
-    last = gae(reward[2:], value[2:], Ragged([3]), gamma=0.5, lam=0.5)[0]
+    together = gae(reward, value, Ragged([2, 0, 3]), gamma=0.5, gae_lambda=0.5)[0]
+    first = gae(reward[:2], value[:2], Ragged([2]), gamma=0.5, gae_lambda=0.5)[0]
+    last = gae(reward[2:], value[2:], Ragged([3]), gamma=0.5, gae_lambda=0.5)[0]
     assert together.tolist() == [*first.tolist(), *last.tolist()]
 
 
 def test_gae_at_lambda_zero_is_the_temporal_difference():
-    advantage, _ = gae(numbers(1, 2, 3), numbers(10, 20, 30), Ragged([3]), gamma=0.5, lam=0.0)
+    advantage, _ = gae(numbers(1, 2, 3), numbers(10, 20, 30), Ragged([3]), gamma=0.5, gae_lambda=0.0)
     assert advantage.tolist() == [1 + 10 - 10, 2 + 15 - 20, 3 - 30]
 
 
@@ -83,18 +83,18 @@ def test_gae_at_lambda_one_forgives_every_value(gamma):
     """A + V is the return-to-go, whatever the critic says."""
     torch.manual_seed(0)
     rows, reward = Ragged([4, 0, 1, 5]), torch.randn(10, dtype=torch.float64)
-    _, returns = gae(reward, torch.randn(10, dtype=torch.float64), rows, gamma=gamma, lam=1.0)
+    _, returns = gae(reward, torch.randn(10, dtype=torch.float64), rows, gamma=gamma, gae_lambda=1.0)
     assert torch.allclose(returns, return_to_go(reward, rows, gamma=gamma), rtol=0, atol=1e-14)
 
 
 def test_a_bootstrap_counts_as_the_value_after_the_cut():
     reward, value, rows = numbers(0, 0, 1), numbers(3, 4, 5), Ragged([2, 0, 1])
     bootstrap = numbers(8, 100, 0)  # cut, without actions, terminated
-    advantage, returns = gae(reward, value, rows, gamma=0.5, lam=1.0, bootstrap_S=bootstrap)
+    advantage, returns = gae(reward, value, rows, gamma=0.5, gae_lambda=1.0, bootstrap_S=bootstrap)
     assert returns.tolist() == [2.0, 4.0, 1.0]  # ¼·8, ½·8, and the reward alone
     assert advantage.tolist() == [-1.0, 0.0, -4.0]
-    ended = gae(reward, value, rows, gamma=0.5, lam=1.0)
-    zeros = gae(reward, value, rows, gamma=0.5, lam=1.0, bootstrap_S=torch.zeros(3))
+    ended = gae(reward, value, rows, gamma=0.5, gae_lambda=1.0)
+    zeros = gae(reward, value, rows, gamma=0.5, gae_lambda=1.0, bootstrap_S=torch.zeros(3))
     assert ended[0].tolist() == zeros[0].tolist() == [-3.0, -4.0, -4.0]
 
 
@@ -102,7 +102,7 @@ def test_a_true_value_leaves_no_advantage_to_a_sure_reward():
     rows, reward = Ragged([4]), numbers(0, 0, 0, 8)
     value = return_to_go(reward, rows, gamma=0.5)
     for lam in (0.0, 0.5, 0.95, 1.0):
-        assert gae(reward, value, rows, gamma=0.5, lam=lam)[0].tolist() == [0.0] * 4
+        assert gae(reward, value, rows, gamma=0.5, gae_lambda=lam)[0].tolist() == [0.0] * 4
 
 
 def test_the_forms_of_a_steps_reward_by_hand(steps):

@@ -33,16 +33,16 @@ def test_clipped_low_and_high_by_hand():
     old, advantage = torch.zeros(7), torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0])
     assert clipped_low(logp, old, advantage).tolist() == [0, 0, 0, 1, 0, 0, 0]
     assert clipped_high(logp, old, advantage).tolist() == [1, 0, 0, 0, 0, 0, 0]
-    assert clipped_low(logp, old, advantage, low=0.05).tolist() == [0, 0, 0, 1, 0, 1, 0]
-    assert clipped_high(logp, old, advantage, high=0.05).tolist() == [1, 0, 0, 0, 1, 0, 0]
+    assert clipped_low(logp, old, advantage, clip_low=0.05).tolist() == [0, 0, 0, 1, 0, 1, 0]
+    assert clipped_high(logp, old, advantage, clip_high=0.05).tolist() == [1, 0, 0, 0, 1, 0, 0]
 
 
 def test_low_and_high_are_the_clipped_share():
     torch.manual_seed(0)
     logp, advantage = torch.randn(2, 200, dtype=torch.float64)
     old = torch.zeros(200)
-    both = clipped_low(logp, old, advantage, low=0.3) + clipped_high(logp, old, advantage, high=0.1)
-    assert torch.equal(both, clipped_share(logp, old, advantage, low=0.3, high=0.1))
+    both = clipped_low(logp, old, advantage, clip_low=0.3) + clipped_high(logp, old, advantage, clip_high=0.1)
+    assert torch.equal(both, clipped_share(logp, old, advantage, clip_low=0.3, clip_high=0.1))
 
 
 def test_explained_variance_by_hand():

@@ -45,7 +45,7 @@ def test_clipped_surrogate_by_hand():
 
 
 def test_clipped_surrogate_with_its_own_upper_clip():
-    found = values(clipped_surrogate, log(1.25, 1.4), [1.0, 1.0], Ragged([2]), high=0.28)
+    found = values(clipped_surrogate, log(1.25, 1.4), [1.0, 1.0], Ragged([2]), clip_high=0.28)
     assert found == pytest.approx([-1.25, -1.28])
 
 
@@ -71,15 +71,21 @@ def test_policy_gradient_by_hand_and_off_policy():
 def test_clipped_weight_keeps_a_gradient_for_every_action():
     logp, advantage = log(3.0, 0.5, 3.0), [1.0, 1.0, -1.0]
     assert gradient(clipped_weight, logp, advantage, Ragged([3])) == pytest.approx([-1.2, -0.5, 1.2])
-    assert gradient(clipped_weight, logp, advantage, Ragged([3]), low=0.2) == pytest.approx([-1.2, -0.8, 1.2])
+    assert gradient(clipped_weight, logp, advantage, Ragged([3]), clip_low=0.2) == pytest.approx([-1.2, -0.8, 1.2])
 
 
 def test_sequence_clipped_has_one_ratio_a_completion():
     rows, logp = Ragged([2, 0, 1]), log(4.0, 1.0, 0.5)  # geometric means 2 and 0.5
-    assert values(sequence_clipped, logp, [1.0, 1.0, 1.0], rows, low=1.0, high=5.0) == pytest.approx([-2, -2, -0.5])
-    assert gradient(sequence_clipped, logp, [1.0, 1.0, 1.0], rows, low=1.0, high=5.0) == pytest.approx([-2, -2, -0.5])
-    assert values(sequence_clipped, logp, [1.0, 1.0, -1.0], rows, low=0.2, high=0.2) == pytest.approx([-1.2, -1.2, 0.8])
-    assert gradient(sequence_clipped, logp, [1.0, 1.0, -1.0], rows, low=0.2, high=0.2) == [0.0, 0.0, 0.0]
+    assert values(sequence_clipped, logp, [1.0, 1.0, 1.0], rows, clip_low=1.0, clip_high=5.0) == pytest.approx(
+        [-2, -2, -0.5]
+    )
+    assert gradient(sequence_clipped, logp, [1.0, 1.0, 1.0], rows, clip_low=1.0, clip_high=5.0) == pytest.approx(
+        [-2, -2, -0.5]
+    )
+    assert values(sequence_clipped, logp, [1.0, 1.0, -1.0], rows, clip_low=0.2, clip_high=0.2) == pytest.approx(
+        [-1.2, -1.2, 0.8]
+    )
+    assert gradient(sequence_clipped, logp, [1.0, 1.0, -1.0], rows, clip_low=0.2, clip_high=0.2) == [0.0, 0.0, 0.0]
 
 
 def test_sequence_clipped_gradient_is_that_of_the_geometric_mean():
@@ -87,7 +93,7 @@ def test_sequence_clipped_gradient_is_that_of_the_geometric_mean():
     torch.manual_seed(0)
     logp = (0.1 * torch.randn(6, dtype=torch.float64)).requires_grad_()
     rows, advantage = Ragged([4, 2]), torch.tensor([1.5, -0.7], dtype=torch.float64)
-    loss = sequence_clipped(logp, torch.zeros(6).double(), rows.spread(advantage), rows, low=9.0, high=9.0)
+    loss = sequence_clipped(logp, torch.zeros(6).double(), rows.spread(advantage), rows, clip_low=9.0, clip_high=9.0)
     found = torch.autograd.grad(loss.sum(), logp)[0]
     expected = torch.autograd.grad((-advantage * rows.mean(logp).exp() * rows.lengths_S).sum(), logp)[0]
     assert torch.allclose(found, expected, rtol=0, atol=1e-14)
@@ -179,7 +185,7 @@ def test_geometric_mean_clips_in_log_space_on_the_pessimistic_side():
     assert values(geometric_mean, logp, [-1.0] * 3, rows) == pytest.approx([down] * 3)
     assert gradient(geometric_mean, logp, [-1.0] * 3, rows) == pytest.approx([down, 0.0, down])
     wide = math.exp((0.5 - 0.9 + 0.1) / 3)
-    assert values(geometric_mean, logp, [1.0] * 3, rows, low=0.1, high=0.5) == pytest.approx([-wide] * 3)
+    assert values(geometric_mean, logp, [1.0] * 3, rows, clip_low=0.1, clip_high=0.5) == pytest.approx([-wide] * 3)
 
 
 def test_on_policy_its_gradient_is_the_policy_gradient_as_a_sequence_mean():

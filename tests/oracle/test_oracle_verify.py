@@ -65,10 +65,10 @@ def test_an_estimator_that_breaks_is_found(monkeypatch):
     assert len(failed) == 3
 
 
-def optimistic(logp_N, old_logp_N, advantage_N, rows, *, low=0.2, high=0.2, **_):
+def optimistic(logp_N, old_logp_N, advantage_N, rows, *, clip_low=0.2, clip_high=0.2, **_):
     """PPO's surrogate with the better of the two, where it takes the worse."""
     r_N = (logp_N - old_logp_N).exp()
-    return torch.minimum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - low, 1 + high))
+    return torch.minimum(-advantage_N * r_N, -advantage_N * r_N.clamp(1 - clip_low, 1 + clip_high))
 
 
 def pulled(logit_N, label_N, rows):

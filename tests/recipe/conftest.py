@@ -15,7 +15,7 @@ model:
 stages:
   sft:
     kind: sft
-    data: {train: {path: "${vars.data}", fold: {by: prompt}}}
+    data: {train: {path: "${vars.data}", kfold: {by: prompt}}}
     steps: 100
     learning_rate: 1e-3
   pairs:
@@ -36,7 +36,7 @@ stages:
     sampling: {max_new_tokens: 8}
     rewards: [{fn: math_answer}, {fn: length, weight: 0.1, args: {target: 8}}]
 evaluation:
-  data: {test: {path: "${vars.data}", fold: {by: prompt, part: held_out}}}
+  data: {test: {path: "${vars.data}", kfold: {by: prompt, part: held_out}}}
   rewards: [{fn: math_answer}]
   sampling: ${stages.grpo.sampling}
 """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlpost.data.params import MAP, PRESENT, TASK
+from rlpost.data.params import AUGMENT, MAP, TASK
 from rlpost.errors import RecipeError
 from rlpost.recipe.functions import bind_all, functions_of
 from rlpost.recipe.resolve import resolve
@@ -139,7 +139,7 @@ def test_a_file_that_fails_to_load_is_one_line(tmp_path: Path, source: str, mess
         ("completion, examples", REWARD, "a reward takes"),
         ("example", REWARD, "a reward takes"),
         ("random", MAP, "a `map` function takes (row)"),
-        ("row", PRESENT, "a `present` function takes (row, random)"),
+        ("row", AUGMENT, "a `augment` function takes (row, random)"),
         ("count", TASK, "here.args.count: missing"),
     ],
 )
@@ -159,7 +159,7 @@ def test_functions_of_every_kind_of_field_are_taken(tmp_path: Path) -> None:
     )
     assert bind(Function(fn="f.py:task", args={"count": 2}), TASK, "x", tmp_path)() == [{}, {}]
     assert bind(Function(fn="f.py:row", args={"any": 1}), MAP, "x", tmp_path)({"a": 0}) == {"a": 0, "any": 1}
-    assert bind(Function(fn="f.py:show", args={"shift": 2}), PRESENT, "x", tmp_path)({}, 1) == 3
+    assert bind(Function(fn="f.py:show", args={"shift": 2}), AUGMENT, "x", tmp_path)({}, 1) == 3
     assert bind(Function(fn="f.py:all"), REWARD, "x", tmp_path)(["a", "b"]) == [0.0, 0.0]
 
 

@@ -47,7 +47,7 @@ def test_losses_without_a_reference_refuse_what_acts_on_it_alone(adding: str, lo
     assert "modifiers[0]: length_desensitised changes" in refusal(adding, fn, f"stages.dpo.modifiers=[{LENGTH}]")
     message = refusal(adding, fn, "stages.dpo.refresh={every: 10}")
     assert message.startswith(f"stages.dpo.refresh: {loss} has no reference that could follow - remove it")
-    resolve(adding, [DATA, fn, f"stages.dpo.modifiers=[{CONFIDENCE}]", "stages.dpo.nll=0.5"])
+    resolve(adding, [DATA, fn, f"stages.dpo.modifiers=[{CONFIDENCE}]", "stages.dpo.nll_coef=0.5"])
 
 
 def test_other_losses_take_any_modifier_and_refresh(adding: str) -> None:
@@ -65,8 +65,8 @@ def test_other_losses_take_any_modifier_and_refresh(adding: str) -> None:
             "stages.dpo.modifiers[0]: confidence is for pairs, and dpo_plackett_luce",
         ),
         (
-            "stages.dpo.nll=0.5",
-            "stages.dpo.nll: dpo_plackett_luce compares whole groups, of which none is the chosen one - use",
+            "stages.dpo.nll_coef=0.5",
+            "stages.dpo.nll_coef: dpo_plackett_luce compares whole groups, of which none is the chosen one - use",
         ),
     ],
 )

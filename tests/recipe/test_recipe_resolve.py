@@ -37,7 +37,7 @@ def test_stages_become_their_classes_in_the_recipes_order(adding: str, tmp_path:
     sft = config.stages["sft"]
     assert (sft.kind, sft.steps, sft.learning_rate, sft.betas) == ("sft", 100, 1e-3, (0.9, 0.999))
     assert sft.data["train"].path == str(tmp_path / "rows.jsonl")
-    assert (sft.data["train"].fold.of, sft.loss.fn) == (5, "nll")
+    assert (sft.data["train"].kfold.of, sft.loss.fn) == (5, "nll")
     assert config.stages["grpo"].rewards[1].weight == 0.1
     assert (config.run, config.model.config["hidden_size"]) == ("adding", 64)
     assert config.evaluation is not None

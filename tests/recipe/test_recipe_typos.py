@@ -82,7 +82,7 @@ FUNCTIONS = [
     ("methods/process_reward_model", "stages.judge.loss.fn"),
     ("grpo_math", "stages.grpo.rewards[0].fn"),
     ("demo", "stages.sft.data.teacher.task.fn"),
-    ("demo", "stages.sft.data.teacher.present.fn"),
+    ("demo", "stages.sft.data.teacher.augment.fn"),
     ("grpo_math", "stages.grpo.data.questions.map.fn"),
     ("calculator", "stages.grpo.environment.fn"),
 ]

@@ -42,7 +42,7 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.grpo.rewards.1.weight=nan", "stages.grpo.rewards[1].weight: expected a finite number"),
         ("stages.pairs.group_size=1", "stages.pairs.group_size: expected at least 2"),
         (
-            "stages.sft.data.train.fold.hold_out=5",
+            "stages.sft.data.train.kfold.hold_out=5",
             "fold.hold_out: 5 of 5 parts - counted from 0, it is at most 4",
         ),
         ("model.lora.dropout=1", "model.lora.dropout: expected from 0 to 1 (exclusive), got 1"),
@@ -89,7 +89,7 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.grpo.sampling.top_p=0.9", "stages.grpo.sampling.top_p"),
         ("stages.grpo.sampling.min_p=0.1", "stages.grpo.sampling.min_p"),
         ("stages.grpo.sampling.stop=['']", "stages.grpo.sampling.stop: an empty string"),
-        ("stages.grpo.updates=33", "stages.grpo.updates: 33 for 32 prompts"),
+        ("stages.grpo.num_minibatches=33", "stages.grpo.num_minibatches: 33 for 32 prompts"),
         ("stages.grpo.max_length=8", "stages.grpo.max_length: 8 leaves no room for a prompt"),
         ("evaluation.pass_at=[1,4]", "evaluation.pass_at[1]: pass@4 needs 4 samples a prompt, not 1"),
         ("evaluation.best_of=true", "evaluation.best_of: needs at least 2 samples"),
@@ -121,8 +121,8 @@ def test_rules(adding: str, override: str, message: str | None) -> None:
         "stages.grpo.reference=base",
         "stages.grpo.start=base",
         "stages.sft.warmup=10",
-        "stages.grpo.updates=32",
-        "stages.sft.data.train.fold.hold_out=4",
+        "stages.grpo.num_minibatches=32",
+        "stages.sft.data.train.kfold.hold_out=4",
     ],
 )
 def test_what_is_fine(adding: str, override: str) -> None:

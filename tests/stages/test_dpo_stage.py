@@ -92,7 +92,7 @@ def test_neither_the_reference_nor_the_base_moves(tmp_path, lora, monkeypatch):
 
 
 def test_the_nll_term_is_a_token_mean_over_the_chosen_ones(tmp_path):
-    run(tmp_path, {"dpo": {**ALL, "steps": 1, "nll": 0.5, "tokens_per_pass": 1}})
+    run(tmp_path, {"dpo": {**ALL, "steps": 1, "nll_coef": 0.5, "max_tokens_per_microbatch": 1}})
     model = policy(base(tmp_path))
     chosen_N = -logprobs(model, [group(model, r["prompt"], r["chosen"]) for r in PREFERENCES])
     (line,) = metrics(tmp_path, "dpo")

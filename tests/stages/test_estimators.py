@@ -162,7 +162,7 @@ def whole_batch(r: list[list[float]], n: list[list[int]]) -> Credit:
 def test_an_estimator_of_rewards_by_hand(tmp_path, fn, args, by_hand):
     # Two completions of few tokens are equal at times: such a group has no signal.
     short = fn == "nonzero_rescaled"
-    shape = {"group_size": 2, "prompts": 8, "sampling": {"max_new_tokens": 1}} if short else {}
+    shape = {"group_size": 2, "prompts_per_step": 8, "sampling": {"max_new_tokens": 1}} if short else {}
     rows = learned(tmp_path, advantage={"fn": fn, "args": args}, **shape)
     assert_credited(tmp_path, rows, by_hand(rewards(rows), lengths(rows)))
 
@@ -288,7 +288,7 @@ def test_a_state_is_worth_what_fresh_rollouts_earn_from_it(tmp_path):
     """VinePPO: an action's credit is the value after its step less the value before it."""
     two = [{"fn": "own.py:noted"}, {"fn": "own.py:worth_of_steps", "weight": 0.5}]
     rows = learned(
-        tmp_path, step_end="", fresh_rollouts=3, advantage={"fn": "monte_carlo_values"}, rewards=two, prompts=3
+        tmp_path, step_end="", fresh_rollouts=3, advantage={"fn": "monte_carlo_values"}, rewards=two, prompts_per_step=3
     )
     sampled, fresh = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text("utf-8").splitlines()]
     assert sampled == [[c["text"], len(c["ids"])] for row in rows for c in row["completions"]]
@@ -357,7 +357,7 @@ VALUES = {
 }
 """The loss of an action, of its advantage and log-probability, by surrogate."""
 ARGS = {
-    "clipped_surrogate": {"low": 0.2, "high": 0.28, "dual": 3.0, "delta": 2.0},
+    "clipped_surrogate": {"clip_low": 0.2, "clip_high": 0.28, "dual": 3.0, "delta": 2.0},
     "soft_adaptive": {"tau_positive": 0.5, "tau_negative": 2.0},
 }
 

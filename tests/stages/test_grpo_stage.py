@@ -32,7 +32,7 @@ def same(one, other) -> bool:
 
 @LORA_OR_NOT
 def test_the_reward_rises(tmp_path, lora):
-    final = run(tmp_path, {"grpo": {**GRPO, "steps": 20, "prompts": 8, "learning_rate": 2e-2}}, *lora)
+    final = run(tmp_path, {"grpo": {**GRPO, "steps": 20, "prompts_per_step": 8, "learning_rate": 2e-2}}, *lora)
     rewards = [line["reward"] for line in metrics(tmp_path, "grpo")]
     assert sum(rewards[:3]) / 3 < 1
     assert sum(rewards[-3:]) / 3 > 3
@@ -49,7 +49,7 @@ def advantages(rewards: list[float]) -> list[float]:
 
 def test_the_first_loss_is_what_the_rollouts_say_by_hand(tmp_path):
     """On-policy every ratio is 1, so the loss is minus the weighted mean of the advantages."""
-    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "steps": 1, "prompts": 6, "tokens_per_pass": 20}})
+    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "steps": 1, "prompts_per_step": 6, "max_tokens_per_microbatch": 20}})
     (line,) = metrics(tmp_path, "grpo")
     groups = [row["completions"] for row in rollouts(tmp_path, "grpo", 1)]
     credit = [advantages([c["reward"] for c in group]) for group in groups]
@@ -81,7 +81,7 @@ def test_samples_are_scored_at_the_temperature_they_were_drawn_at(tmp_path, temp
 
 
 def test_what_is_logged(tmp_path):
-    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "kl": {"beta": 0.1}, "reference": "base", "entropy": 0.01}})
+    run(tmp_path, {"sft": SFT, "grpo": {**GRPO, "kl": {"beta": 0.1}, "reference": "base", "entropy_coef": 0.01}})
     names = {
         *("step", "reward", "reward/digits", "unscored", "zero_signal", "truncated", "length", "entropy"),
         *("sequence_kl", "beta", "loss", "ratio", "sampler_gap", "clipped_low", "clipped_high", "kl"),
@@ -99,13 +99,13 @@ def test_rewards_that_are_all_equal_change_nothing(tmp_path):
 
 def test_without_momentum_a_step_of_equal_rewards_is_a_pause(tmp_path):
     """Of two rewards the first gives signal at times: the norms tell when."""
-    run(tmp_path, {"grpo": {**GRPO, "prompts": 1, "group_size": 2, "steps": 12}})
+    run(tmp_path, {"grpo": {**GRPO, "prompts_per_step": 1, "group_size": 2, "steps": 12}})
     for line in metrics(tmp_path, "grpo"):
         assert (line["zero_signal"] == 1.0) == (line["grad_norm"] == 0.0)
 
 
 def test_completions_without_a_reward_are_left_out(tmp_path):
-    stage = {**GRPO, "rewards": [{"fn": "rewards.py:some_unscored"}], "steps": 1, "prompts": 8}
+    stage = {**GRPO, "rewards": [{"fn": "rewards.py:some_unscored"}], "steps": 1, "prompts_per_step": 8}
     stage["advantage"] = {"fn": "leave_one_out"}
     run(tmp_path, {"sft": SFT, "grpo": stage})
     (line,) = metrics(tmp_path, "grpo")
@@ -136,7 +136,7 @@ def test_no_reward_at_all_changes_nothing(tmp_path):
 @pytest.mark.parametrize("masked", [False, True])
 def test_truncated_answers_can_be_left_out(tmp_path, masked):
     """The reward tells only what was cut off from what was not: without the cut ones nothing is left to learn."""
-    stage = {**GRPO, "rewards": [{"fn": "rewards.py:cut_off"}], "mask_truncated": masked, "prompts": 8}
+    stage = {**GRPO, "rewards": [{"fn": "rewards.py:cut_off"}], "mask_truncated": masked, "prompts_per_step": 8}
     final = run(tmp_path, {"grpo": stage}, "stages.grpo.sampling.max_new_tokens=4")
     lines = metrics(tmp_path, "grpo")
     assert all(0 < line["truncated"] < 1 for line in lines)
@@ -150,7 +150,14 @@ def test_truncated_answers_can_be_left_out(tmp_path, masked):
     ("placement", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")], ids=["reward", "k2", "k3"]
 )
 def test_the_kl_draws_the_policy_back_to_its_reference(tmp_path, placement, estimator, lora):
-    stage = {**FLAT_REWARD, "steps": 16, "prompts": 16, "learning_rate": 1e-2, "reference": "base", "table_every": 0}
+    stage = {
+        **FLAT_REWARD,
+        "steps": 16,
+        "prompts_per_step": 16,
+        "learning_rate": 1e-2,
+        "reference": "base",
+        "table_every": 0,
+    }
     stage["kl"] = {"beta": 1.0, "placement": placement, "estimator": estimator}
     run(tmp_path, {"sft": SFT, "grpo": stage}, *lora)
     kl = [line["kl"] for line in metrics(tmp_path, "grpo")]
@@ -167,7 +174,14 @@ def test_the_kl_is_to_where_the_stage_starts_by_default(tmp_path, lora):
 
 
 def test_the_entropy_bonus_flattens_the_policy(tmp_path):
-    stage = {**FLAT_REWARD, "steps": 12, "prompts": 16, "learning_rate": 1e-2, "entropy": 0.1, "table_every": 0}
+    stage = {
+        **FLAT_REWARD,
+        "steps": 12,
+        "prompts_per_step": 16,
+        "learning_rate": 1e-2,
+        "entropy_coef": 0.1,
+        "table_every": 0,
+    }
     stage["weight"] = "sequence_sum"  # of the surrogate; the entropy is a mean over actions whatever it is
     run(tmp_path, {"sft": {**SFT, "steps": 12}, "grpo": stage})
     lines = metrics(tmp_path, "grpo")
@@ -179,7 +193,7 @@ def test_the_entropy_bonus_flattens_the_policy(tmp_path):
 
 
 def test_several_updates_a_step_go_on_from_one_another(tmp_path):
-    run(tmp_path, {"grpo": {**GRPO, "updates": 2, "prompts": 6, "steps": 3, "learning_rate": 1e-2}})
+    run(tmp_path, {"grpo": {**GRPO, "num_minibatches": 2, "prompts_per_step": 6, "steps": 3, "learning_rate": 1e-2}})
     lines = metrics(tmp_path, "grpo")
     # Six updates in all, on a line down to 0; a step logs the mean of its two: numbers 0 and 1, 2 and 3, 4 and 5.
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2 * (6 - n) / 6 for n in (0.5, 2.5, 4.5)])

@@ -121,7 +121,7 @@ def test_z_is_the_updates_and_so_the_cut_into_parts_changes_nothing(tmp_path):
     jsonl(tmp_path / "labelled.jsonl", ROWS[:12])
     settings = {**KTO, "batch_size": 12, "steps": 2, "reference": "base"}
     for name, budget in (("whole", 8192), ("cut", 1)):
-        run(tmp_path, {"sft": SFT, "kto": {**settings, "tokens_per_pass": budget}}, f"run={name}")
+        run(tmp_path, {"sft": SFT, "kto": {**settings, "max_tokens_per_microbatch": budget}}, f"run={name}")
     whole, cut = (metrics(tmp_path, "kto", name) for name in ("whole", "cut"))
     for one, other in zip(whole, cut, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)

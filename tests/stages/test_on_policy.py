@@ -22,7 +22,7 @@ class Stage:
     def __init__(self, steps: int, **cfg: int) -> None:
         self.name, self.calls, self.lines, self.shown = "mine", [], [], []
         self.given: dict[str, object] = {}
-        self.cfg = SimpleNamespace(kind="grpo", steps=steps, prompts=PROMPTS, table_every=0, **cfg)
+        self.cfg = SimpleNamespace(kind="grpo", steps=steps, prompts_per_step=PROMPTS, table_every=0, **cfg)
         self.data = SimpleNamespace(epoch_length=100)
 
     def seed_for(self, purpose: str, number: int) -> int:
@@ -65,7 +65,7 @@ class Stage:
 
 
 def test_a_step_is_samples_then_experience_then_passes_over_minibatches_then_a_line():
-    stage = Stage(2, passes=2, updates=3)
+    stage = Stage(2, num_iterations=2, num_minibatches=3)
     _, kind, steps = stage.run()
     assert (kind, steps) == ("grpo", 2)
     assert stage.given == {"data": stage.data, "beta": 2, "policy": 1, "weights": None}
@@ -86,14 +86,14 @@ def test_a_step_is_samples_then_experience_then_passes_over_minibatches_then_a_l
 
 def test_a_table_at_the_first_step_and_every_so_often(monkeypatch):
     monkeypatch.setattr(driver, "show_samples", lambda *_: None)
-    stage = Stage(5, passes=1, updates=1)
+    stage = Stage(5, num_iterations=1, num_minibatches=1)
     stage.cfg.table_every = 3
     stage.run()
     assert stage.shown == [0, 2]
 
 
 def test_updates_of_a_stage():
-    stage = Stage(7, passes=2, updates=3)
+    stage = Stage(7, num_iterations=2, num_minibatches=3)
     assert updates_of(stage, stage.cfg, stage) == 42
     stage.cfg.steps, stage.cfg.epochs = None, 1.2
     assert updates_of(stage, stage.cfg, stage) == 20 * 6

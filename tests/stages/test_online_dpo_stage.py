@@ -16,7 +16,7 @@ from rlpost.train.learner import Learner
 from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
-ONLINE = {**GRPO, "kind": "online_dpo", "prompts": 8, "learning_rate": 1e-2, "schedule": "constant"}
+ONLINE = {**GRPO, "kind": "online_dpo", "prompts_per_step": 8, "learning_rate": 1e-2, "schedule": "constant"}
 NAN = float("nan")
 
 
@@ -118,7 +118,7 @@ def test_log_probabilities_are_taken_at_the_sampling_temperature(tmp_path, monke
 
 def test_a_step_may_take_several_updates_and_passes(tmp_path, monkeypatch):
     updates = keep_updates(monkeypatch)
-    run(tmp_path, {"online": {**ONLINE, "steps": 1, "updates": 2, "passes": 2}})
+    run(tmp_path, {"online": {**ONLINE, "steps": 1, "num_minibatches": 2, "num_iterations": 2}})
     (line,) = metrics(tmp_path, "online")
     sizes = [len(u.groups) for u in updates]
     assert len(sizes) == 4

@@ -167,16 +167,16 @@ def scored_by_hand(folder: Path, start: Path, head: Mapping[str, Tensor], beta: 
     return found
 
 
-def advantages_by_hand(c: Scored, gamma: float, lam: float, bootstrap: bool) -> list[float]:
+def advantages_by_hand(c: Scored, gamma: float, gae_lambda: float, bootstrap: bool) -> list[float]:
     following = [*c.value[1:], c.after if bootstrap and c.cut else 0.0]
     delta = [r + gamma * after - v for r, after, v in zip(c.reward, following, c.value, strict=True)]
-    return [sum((gamma * lam) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
+    return [sum((gamma * gae_lambda) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "terminate": {"at_limit": "terminate", "rewards": [{"fn": "rewards.py:some_unscored"}]},
+    "terminate": {"on_truncation": "terminate", "rewards": [{"fn": "rewards.py:some_unscored"}]},
     "bootstrap": {
-        "at_limit": "bootstrap",
+        "on_truncation": "bootstrap",
         "environment": {"fn": "calculator.reply"},
         "data": {"problems": {"task": {"fn": "calculator.train"}, "limit": 64}},
         "sampling": {"max_new_tokens": 7, "stop": ["1", "2", "3", "4", "5", "="]},
@@ -190,8 +190,8 @@ CALCULATOR = {**MODEL, "tokenizer": {"kind": "characters", "alphabet": "01234567
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_step_is_what_the_rollouts_say_by_hand(tmp_path, case, lora, beginnings, experiences):
     """Once with completions that have no reward, once with two turns and what a calculator says in between."""
-    stage = {**PPO, "steps": 1, "gamma": 0.9, "lam": 0.8, "whiten": False, "sampling": {"max_new_tokens": 3}}
-    stage |= {"kl": {"beta": 0.5}, "reference": "base", "tokens_per_pass": 40, **CASES[case]}
+    stage = {**PPO, "steps": 1, "gamma": 0.9, "gae_lambda": 0.8, "whiten": False, "sampling": {"max_new_tokens": 3}}
+    stage |= {"kl": {"beta": 0.5}, "reference": "base", "max_tokens_per_microbatch": 40, **CASES[case]}
     run(tmp_path, {"sft": SFT, "ppo": stage}, *lora, model=CALCULATOR)
     (begin,), (experience,), (line,) = beginnings, experiences, metrics(tmp_path, "ppo")
     found = scored_by_hand(tmp_path, tmp_path / "runs/run/sft/final", begin.weights, 0.5)
@@ -237,7 +237,14 @@ def test_in_the_warm_up_the_critic_learns_and_the_policy_stays(tmp_path, lora, b
     (tmp_path / "small.py").write_text(OF_THE_PROMPT, "utf-8")
     jsonl(tmp_path / "digits.jsonl", [{"prompt": str(d)} for d in range(10)])
     stage = {**PPO, "data": {"digits": {"path": "digits.jsonl"}}, "rewards": [{"fn": "small.py:small"}]}
-    stage |= {"lam": 1.0, "prompts": 10, "group_size": 2, "steps": 10, "passes": 4, "table_every": 0}
+    stage |= {
+        "gae_lambda": 1.0,
+        "prompts_per_step": 10,
+        "group_size": 2,
+        "steps": 10,
+        "num_iterations": 4,
+        "table_every": 0,
+    }
     stage |= {"sampling": {"max_new_tokens": 2}, "critic": {"clip": None, "warmup_steps": 10, "learning_rate": 1e-2}}
     final = run(tmp_path, {"ppo": stage}, *lora)
     lines = metrics(tmp_path, "ppo")
@@ -273,7 +280,13 @@ def test_values_that_have_moved_as_far_as_the_clip_get_no_gradient(tmp_path):
     """All returns lie far above: after the first pass every value has moved too far, and the second adds nothing."""
     norms = {}
     for name, passes, clip in (("once", 1, 1e-6), ("clipped", 2, 1e-6), ("free", 2, None)):
-        stage = {**PPO, "steps": 1, "passes": passes, "lam": 1.0, "critic": {"learning_rate": 1e-2, "clip": clip}}
+        stage = {
+            **PPO,
+            "steps": 1,
+            "num_iterations": passes,
+            "gae_lambda": 1.0,
+            "critic": {"learning_rate": 1e-2, "clip": clip},
+        }
         stage |= {"rewards": [{"fn": "rewards.py:always", "args": {"value": 50.0}}]}
         run(tmp_path, {"ppo": stage}, f"run={name}")
         (line,) = metrics(tmp_path, "ppo", name)
@@ -293,7 +306,7 @@ def test_every_update_of_a_step_takes_its_share_for_both(tmp_path, monkeypatch):
         return update(self, loss, experience, stats)
 
     monkeypatch.setattr(Learner, "update", record)
-    run(tmp_path, {"ppo": {**PPO, "steps": 2, "updates": 2, "passes": 2, "schedule": "linear"}})
+    run(tmp_path, {"ppo": {**PPO, "steps": 2, "num_minibatches": 2, "num_iterations": 2, "schedule": "linear"}})
     assert [model for model, *_ in taken] == 8 * ["ValueHeadModel", "Policy"]
     assert [ids for _, ids, _ in taken[::2]] == [ids for _, ids, _ in taken[1::2]]
     # Weights are counted over each update by itself.
@@ -333,7 +346,7 @@ def test_the_coefficient_of_the_kl_moves_towards_its_target(tmp_path):
 
 @LORA_OR_NOT
 def test_killed_in_the_middle_it_ends_as_if_it_had_gone_through(tmp_path, lora, monkeypatch):
-    stage = {**PPO, "steps": 5, "updates": 2, "checkpoint_every": 2, "kl": ADAPTING, "reference": "base"}
+    stage = {**PPO, "steps": 5, "num_minibatches": 2, "checkpoint_every": 2, "kl": ADAPTING, "reference": "base"}
     stages = {"sft": SFT, "ppo": {**stage, "critic": {"learning_rate": 1e-2, "warmup_steps": 1}}}
     run(tmp_path, stages, *lora, "run=whole")
     with monkeypatch.context() as patched:
@@ -374,7 +387,7 @@ def test_a_critic_can_begin_as_a_reward_model(tmp_path, trunk, lora, beginnings,
 
 
 def test_what_is_logged(tmp_path):
-    run(tmp_path, {"ppo": {**PPO, "steps": 1, "kl": {"beta": 0.1}, "entropy": 0.01}})
+    run(tmp_path, {"ppo": {**PPO, "steps": 1, "kl": {"beta": 0.1}, "entropy_coef": 0.01}})
     names = {
         *("step", "reward", "reward/digits", "unscored", "zero_signal", "truncated", "length", "entropy"),
         *("sequence_kl", "beta", "loss", "ratio", "sampler_gap", "clipped_low", "clipped_high", "kl"),

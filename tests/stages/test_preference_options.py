@@ -120,7 +120,7 @@ def test_rankings_begin_at_the_number_of_orders_and_are_learned_whole(tmp_path, 
 def test_the_cut_into_parts_changes_no_ranking(tmp_path):
     jsonl(tmp_path / "ranked.jsonl", RANKED)
     for name, budget in (("whole", 8192), ("cut", 1)):
-        settings = {**RANK, "steps": 2, "reference": "base", "tokens_per_pass": budget}
+        settings = {**RANK, "steps": 2, "reference": "base", "max_tokens_per_microbatch": budget}
         run(tmp_path, {"sft": SFT, "dpo": settings}, f"run={name}")
     whole, cut = (metrics(tmp_path, "dpo", name) for name in ("whole", "cut"))
     for one, other in zip(whole, cut, strict=True):
@@ -182,7 +182,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     wanted = torch.cat([p.grad.flatten() for p in model.trained().values()])
     assert float(wanted.norm()) > 1e-3
     for budget in (1, 20, EVERYTHING):
-        learner = Learner(model, Accelerator(), learning_rate=1.0, tokens_per_pass=budget, whole_groups=True)
+        learner = Learner(model, Accelerator(), learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=True)
         line = learner.gradient(objective.loss(), objective.prepared(update, learner), objective.stats)
         assert line["loss"] == pytest.approx(float(expected), abs=1e-9)
         assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-9, budget
@@ -214,7 +214,11 @@ def test_modifiers_by_hand(tmp_path):
     """On the first update of stages that start away from their reference."""
     settings = {**ALL, "start": "sft", "steps": 1, "reference": "base", "loss": {"fn": "dpo", "args": {"beta": 0.3}}}
     stages = {
-        name: {**settings, "modifiers": [{"fn": fn, "args": args} for fn, args in modifiers], "tokens_per_pass": 30}
+        name: {
+            **settings,
+            "modifiers": [{"fn": fn, "args": args} for fn, args in modifiers],
+            "max_tokens_per_microbatch": 30,
+        }
         for name, (modifiers, _) in MODIFIED.items()
     }
     run(tmp_path, {"sft": SFT, **stages})
@@ -252,7 +256,7 @@ def test_modifiers_learn_with_any_loss(tmp_path, loss):
 
 
 def test_added_likelihood_is_a_token_mean_beside_a_coupled_loss_too(tmp_path):
-    settings = {**ALL, "loss": {"fn": "aot"}, "nll": 0.5, "steps": 1, "tokens_per_pass": 30}
+    settings = {**ALL, "loss": {"fn": "aot"}, "nll_coef": 0.5, "steps": 1, "max_tokens_per_microbatch": 30}
     run(tmp_path, {"dpo": settings})
     model = policy(base(tmp_path))
     chosen_N = -logprobs(model, [group(model, r["prompt"], r["chosen"]) for r in PREFERENCES])
@@ -268,7 +272,7 @@ def test_a_users_own_loss_is_taken_over_whole_updates(tmp_path):
         "    return times * (h - h.mean()) ** 2 + pairs.margin_P\n"
     )
     loss = {"fn": "mine.py:spread", "args": {"times": 3.0}}
-    run(tmp_path, {"dpo": {**ALL, "loss": loss, "steps": 1, "tokens_per_pass": 1}})
+    run(tmp_path, {"dpo": {**ALL, "loss": loss, "steps": 1, "max_tokens_per_microbatch": 1}})
     sum_P2 = sums(policy(base(tmp_path)))
     h_P = sum_P2[:, 0] - sum_P2[:, 1]
     (line,) = metrics(tmp_path, "dpo")

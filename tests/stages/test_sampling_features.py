@@ -62,10 +62,10 @@ def line_of(folder: Path, **stage: Any) -> dict[str, Any]:
 
 def test_groups_without_a_signal_are_replaced(tmp_path):
     """DAPO's dynamic sampling: those with a signal, in the order drawn, from as many rounds as it takes."""
-    few = {"prompts": 4, "group_size": 3, "sampling": {"max_new_tokens": 3}, "learning_rate": 1e-9}
+    few = {"prompts_per_step": 4, "group_size": 3, "sampling": {"max_new_tokens": 3}, "learning_rate": 1e-9}
     run(tmp_path, {"grpo": {**STAGE, **few, "steps": 4}})
     plain = [rollouts(tmp_path, "grpo", step) for step in (1, 2, 3, 4)]
-    run(tmp_path, {"grpo": {**STAGE, **few, "resample": 3}}, "run=again")
+    run(tmp_path, {"grpo": {**STAGE, **few, "dynamic_sampling_rounds": 3}}, "run=again")
     (line,) = metrics(tmp_path, "grpo", "again")
     file = tmp_path / "runs/again/grpo/rollouts/step-000001.jsonl"
     kept = [json.loads(text) for text in file.read_text("utf-8").splitlines()]
@@ -99,7 +99,7 @@ def test_nothing_is_drawn_again_where_every_group_has_a_signal(tmp_path):
 def test_running_long_costs_and_may_be_left_out(tmp_path, masked):
     """The soft overlong punishment, on top of which what was cut off need not count at all."""
     penalty = {"fn": "length", "args": {"target": 3, "width": 2}}
-    line = line_of(tmp_path, rewards=[*GRPO["rewards"], penalty], mask_truncated=masked, prompts=16)
+    line = line_of(tmp_path, rewards=[*GRPO["rewards"], penalty], mask_truncated=masked, prompts_per_step=16)
     rows = rollouts(tmp_path, "grpo", 1)
     for c in every(rows):
         assert c["reward"] == pytest.approx(c["text"].count("1") - max(0, len(c["ids"]) - 3) / 2)
@@ -133,7 +133,15 @@ def recorded(folder: Path) -> Rows:
 def off_policy(folder: Path, name: str, **stage: Any) -> dict[str, Any]:
     """The log of a run that learns from all recorded rollouts at once."""
     data = {"recorded": {"path": "rollouts.jsonl"}}
-    settings = {**STAGE, "recorded": True, "data": data, "rewards": [], "prompts": 8, "table_every": 0, **stage}
+    settings = {
+        **STAGE,
+        "recorded": True,
+        "data": data,
+        "rewards": [],
+        "prompts_per_step": 8,
+        "table_every": 0,
+        **stage,
+    }
     run(folder, {"grpo": settings}, f"run={name}")
     (line,) = metrics(folder, "grpo", name)
     return line
@@ -209,10 +217,10 @@ def test_a_policy_s_own_samples_need_no_correction(tmp_path):
 
 
 def test_several_passes_go_over_the_same_samples(other):
-    line = off_policy(other, "passes", passes=3, updates=2, learning_rate=1e-2)
+    line = off_policy(other, "passes", num_iterations=3, num_minibatches=2, learning_rate=1e-2)
     # Six updates in all, on a line down to 0: their mean is that of numbers 2 and 3.
     assert line["learning_rate"] == pytest.approx(1e-2 * 3.5 / 6)
-    once = off_policy(other, "once", updates=2, learning_rate=1e-2)
+    once = off_policy(other, "once", num_minibatches=2, learning_rate=1e-2)
     assert once["learning_rate"] == pytest.approx(1e-2 * 1.5 / 2)
     assert line["reward"] == once["reward"]
 
@@ -223,7 +231,14 @@ def test_groups_of_another_size_than_recorded_are_refused(other):
 
 
 def test_an_adapting_beta_goes_on_after_a_stop(tmp_path, monkeypatch):
-    stage = {**STAGE, "steps": 6, "checkpoint_every": 2, "learning_rate": 1e-2, "schedule": "constant", "resample": 1}
+    stage = {
+        **STAGE,
+        "steps": 6,
+        "checkpoint_every": 2,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "dynamic_sampling_rounds": 1,
+    }
     stages = {"grpo": {**stage, "kl": {"beta": 0.1, "target": 0.05, "horizon": 40}}}
     run(tmp_path, stages, "run=whole")
     with monkeypatch.context() as patched:
@@ -254,7 +269,7 @@ def test_a_tree_of_rewards_is_logged_by_node(tmp_path):
         {"fn": "min", "weight": 2.0, "of": [digit(6, "sixes"), digit(7, "sevens")]},
         {"fn": "lexicographic", "args": {"scale": 5}, "weight": -1.0, "of": [digit(8, "eights"), digit(9, "nines")]},
     ]
-    line = line_of(tmp_path, rewards=tree, prompts=16)
+    line = line_of(tmp_path, rewards=tree, prompts_per_step=16)
     sums: dict[str, float] = {}
     for c in every(rollouts(tmp_path, "grpo", 1)):
         n = [float(c["text"].count(str(d))) for d in range(10)]
@@ -328,10 +343,10 @@ def test_two_turns_with_an_environment(tmp_path):
     model = {**MODEL, "tokenizer": {"kind": "characters", "alphabet": "0123456789+=?;"}}
     stage = {
         **STAGE,
-        "prompts": 8,
+        "prompts_per_step": 8,
         "data": {"problems": {"task": {"fn": "calculator.train"}, "limit": 64}},
         "environment": {"fn": "calculator.reply"},
-        "turns": 2,
+        "max_turns": 2,
         "sampling": {"max_new_tokens": 16, "stop": ["="]},
         "max_length": 24,
     }
@@ -372,7 +387,7 @@ GATE = {"fn": "gate", "of": [{"fn": "ends"}]}
         ({"advantage": {"fn": "pass_at_k", "args": {"k": 1}}, "group_size": 1}, "pass_at_k compares completions"),
         ({"loss": {"fn": "geometric_mean"}}, "weight: geometric_mean is one value a completion - use sequence_mean"),
         ({"recorded": True, "environment": {"fn": "calculator.reply"}}, "environment: recorded rollouts are over"),
-        ({"recorded": True, "resample": 1}, "resample: needs new samples"),
+        ({"recorded": True, "dynamic_sampling_rounds": 1}, "resample: needs new samples"),
         ({"recorded": True, "advantage": {"fn": "greedy_baseline"}}, "advantage.fn=greedy_baseline: needs new samples"),
         ({"recorded": True, "rewards": [GATE]}, "rewards[0].of: a gate has a guard and what counts if it passed"),
         ({"rewards": [{"fn": "min"}]}, "rewards[0].of: missing - min puts other rewards together"),

@@ -62,7 +62,7 @@ def test_an_adapter_learns_and_the_base_stays(tmp_path):
 )
 def test_the_first_loss_is_what_the_base_model_says_by_hand(tmp_path, weight, expected):
     jsonl(tmp_path / "rows.jsonl", ROWS[:3])
-    settings = {**MEMORISE, "batch_size": 3, "steps": 1, "weight": weight, "tokens_per_pass": 1}
+    settings = {**MEMORISE, "batch_size": 3, "steps": 1, "weight": weight, "max_tokens_per_microbatch": 1}
     run(tmp_path, {"sft": settings})
     model = policy(base(tmp_path))
     nll = [-logprobs(model, [group(model, row["prompt"], row["completion"])]) for row in ROWS[:3]]
@@ -125,7 +125,7 @@ def test_other_losses_are_named_in_the_recipe(tmp_path, lora):
         "def squared(logp_NV, target_N, *, times):\n"
         "    return times * (logp_NV.gather(1, target_N[:, None])[:, 0] - logp_NV.amax(-1)) ** 2\n"
     )
-    one = {**MEMORISE, "start": "base", "steps": 1, "warmup": 0, "tokens_per_pass": 20}
+    one = {**MEMORISE, "start": "base", "steps": 1, "warmup": 0, "max_tokens_per_microbatch": 20}
     run(tmp_path, {name.replace(" ", "_"): {**one, "loss": loss} for name, (loss, _) in LOSSES.items()}, *lora)
     logp_NV, target_N = distributions(base(tmp_path), ROWS)
     logp_N = logp_NV.gather(1, target_N[:, None])[:, 0]
@@ -178,7 +178,7 @@ def test_a_teacher_is_imitated_and_does_not_move(tmp_path, lora, monkeypatch):
     monkeypatch.setattr(stage, "load_policy", record)
     args = {"forward_kl": {}, "reverse_kl": {}, "jensen_shannon": {"mix": 0.25}}
     learns = {**MEMORISE, "start": "base", "teacher": "sft", "steps": 12, "schedule": "constant", "warmup": 0}
-    learns["tokens_per_pass"] = 30
+    learns["max_tokens_per_microbatch"] = 30
     stages = {name: {**learns, "loss": {"fn": name, "args": args[name]}} for name in IMITATIONS}
     final = tmp_path / "runs/run/sft/final"
     run(tmp_path, {"sft": {**MEMORISE, "steps": 10}, **stages}, *lora)

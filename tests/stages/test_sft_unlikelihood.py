@@ -56,7 +56,7 @@ def test_the_first_loss_is_what_the_base_model_says_by_hand(tmp_path, lora):
     """With one completion a pass, too: labels go with their rows."""
     loss = {"fn": "likelihood_by_label", "args": {"alpha": 0.5}}
     first = {**BY_LABEL, "loss": loss, "steps": 1, "start": "base"}
-    run(tmp_path, {"whole": first, "cut": {**first, "tokens_per_pass": 1}}, *lora)
+    run(tmp_path, {"whole": first, "cut": {**first, "max_tokens_per_microbatch": 1}}, *lora)
     said, unsaid = (
         torch.cat([x for row, x in zip(ROWS, logp(policy(base(tmp_path))), strict=True) if row["label"] is wanted])
         for wanted in (True, False)

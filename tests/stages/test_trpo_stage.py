@@ -17,7 +17,7 @@ from rlpost.stages import trpo
 from rlpost.train.learner import Learner
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
-ONE = {**TRPO, "steps": 1, "prompts": 8}
+ONE = {**TRPO, "steps": 1, "prompts_per_step": 8}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -26,7 +26,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @LORA_OR_NOT
 def test_every_step_stays_within_the_region_and_the_reward_rises(tmp_path, lora):
-    run(tmp_path, {"trpo": {**TRPO, "steps": 8, "prompts": 8, "delta": 0.1, "table_every": 0}}, *lora)
+    run(tmp_path, {"trpo": {**TRPO, "steps": 8, "prompts_per_step": 8, "max_kl": 0.1, "table_every": 0}}, *lora)
     lines = metrics(tmp_path, "trpo")
     for line in lines:
         assert 0 < line["step_kl"] <= 0.1
@@ -111,7 +111,7 @@ def test_a_step_that_is_too_long_is_halved_until_it_fits(tmp_path, monkeypatch):
 
 def test_the_region_is_a_mean_over_actions_whatever_the_weight(tmp_path):
     """A Fisher matrix of sums over completions would be several times as large, and the step as much too short."""
-    run(tmp_path, {"trpo": {**ONE, "delta": 1e-3, "iterations": 5, "weight": "sequence_sum"}})
+    run(tmp_path, {"trpo": {**ONE, "max_kl": 1e-3, "cg_iterations": 5, "weight": "sequence_sum"}})
     (line,) = metrics(tmp_path, "trpo")
     assert line["kl_over_delta"] / line["step_share"] ** 2 == pytest.approx(1, abs=0.2)
 
@@ -126,7 +126,7 @@ def test_what_is_solved_is_damped_and_what_is_measured_is_not(tmp_path, monkeypa
         return g
 
     monkeypatch.setattr(trpo, "conjugate_gradient", solve)
-    run(tmp_path, {"trpo": {**ONE, "damping": 0.25}})
+    run(tmp_path, {"trpo": {**ONE, "cg_damping": 0.25}})
     ((g, image),) = asked
     assert torch.allclose(image, 0.25 * g)
     assert metrics(tmp_path, "trpo")[0]["step_share"] == 0
@@ -142,8 +142,8 @@ def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
         return measured[-1][1]
 
     monkeypatch.setattr(trpo, "trust_region_update", record)
-    stage = {**TRPO, "steps": 2, "updates": 2, "passes": 2, "schedule": "linear"}
-    stage |= {"prompts": 8, "group_size": 8, "iterations": 1}
+    stage = {**TRPO, "steps": 2, "num_minibatches": 2, "num_iterations": 2, "schedule": "linear"}
+    stage |= {"prompts_per_step": 8, "group_size": 8, "cg_iterations": 1}
     run(tmp_path, {"trpo": stage})
     assert [rate for rate, _ in measured] == pytest.approx([(8 - n) / 8 for n in range(8)])
     assert all(0 < line["step_kl"] <= 0.02 for _, line in measured)
@@ -156,7 +156,7 @@ def test_every_update_of_a_step_has_a_region_of_its_own(tmp_path, monkeypatch):
 def test_the_step_does_not_depend_on_how_the_update_is_cut(tmp_path, lora):
     found = []
     for budget in (40, 8192):
-        final = run(tmp_path, {"trpo": {**ONE, "tokens_per_pass": budget}}, *lora, f"run=b{budget}")
+        final = run(tmp_path, {"trpo": {**ONE, "max_tokens_per_microbatch": budget}}, *lora, f"run=b{budget}")
         found.append(weights(final))
         assert metrics(tmp_path, "trpo", f"b{budget}")[0]["kl_over_delta"] > 0.1
     for name, w in found[0].items():
@@ -197,5 +197,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_distributions_too_many_to_keep_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trpo, "MOST_NUMBERS", 1000)
-    with pytest.raises(ModelError, match="use fewer prompts or more updates, for at most 1e"):
+    with pytest.raises(ModelError, match="use a lower prompts_per_step or a higher num_minibatches, for at most 1e"):
         run(tmp_path, {"trpo": TRPO})

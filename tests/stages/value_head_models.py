@@ -41,7 +41,9 @@ def gradient(
     model: ValueHeadModel, groups: Sequence[Group], weighted, loss: LossFunction, budget: int, whole_groups: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of an update cut by a budget, and its metrics."""
-    learner = Learner(model, Accelerator(), learning_rate=1.0, tokens_per_pass=budget, whole_groups=whole_groups)
+    learner = Learner(
+        model, Accelerator(), learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=whole_groups
+    )
     metrics = learner.gradient(loss, weighted(Experience(tuple(groups)), learner))
     return learner.flat_gradient(), metrics
 

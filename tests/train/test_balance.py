@@ -61,7 +61,7 @@ def gradient(policy: Policy, groups: list[Group], budget: int) -> tuple[torch.Te
         Accelerator(cpu=True),
         learning_rate=0.0,
         max_grad_norm=0.0,
-        tokens_per_pass=budget,
+        max_tokens_per_microbatch=budget,
         balance=balance_of(policy.causal_lm, 1.0),
     )
     metrics = learner.update(nothing, Experience(groups))

@@ -48,7 +48,7 @@ def test_a_mean_of_means_would_have_been_seen(budget):
     """Two completions of 100 and 4 actions: at token_mean the long one has 100/104 of the weight, cut or not."""
     long, short = (Completion((5,) * n, (True,) * n) for n in (100, 4))
     experience = Experience((Group((1, 2), (long,)), Group((3,), (short,))))
-    learner = make_learner(make_policy(), tokens_per_pass=budget)
+    learner = make_learner(make_policy(), max_tokens_per_microbatch=budget)
     experience = experience.with_actions(weight=token_mean(experience.rows, learner.totals(experience).actions))
 
     def loss(scores, part):

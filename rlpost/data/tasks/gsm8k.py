@@ -2,7 +2,7 @@
 
 Questions come from `question`/`answer` rows (train, test); `example_model_solutions` rows add four models'
 solutions to test questions, told right or wrong. Never evaluate on a question whose solutions were trained
-on: `fold: {by: question}` splits them, and `only_without_pairs` gives the questions that no pair came from.
+on: `kfold: {by: question}` splits them, and `only_without_pairs` gives the questions that no pair came from.
 """
 
 from __future__ import annotations

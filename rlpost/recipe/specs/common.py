@@ -83,7 +83,7 @@ class Training(Stage):
     """β₁ and β₂ of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
-    tokens_per_pass: int = Field(8192, ge=1)
+    max_tokens_per_microbatch: int = Field(8192, ge=1)
     """Token budget of one forward and backward pass; the gradient does not depend on it beyond rounding."""
     aux_loss_coef: float | None = Field(None, ge=0)
     """Weight of a mixture of experts' balance loss, `router_balance` in the metrics
@@ -120,7 +120,7 @@ class Training(Stage):
 class Rollouts(Training):
     """What every stage that learns from samples of its own policy has."""
 
-    prompts: int = Field(32, ge=1)
+    prompts_per_step: int = Field(32, ge=1)
     """Prompts a step."""
     group_size: int = Field(8, ge=1)
     """Completions a prompt."""
@@ -134,15 +134,15 @@ class Rollouts(Training):
     """What staying near the reference is worth."""
     reference: str = "start"
     """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
-    updates: int = Field(1, ge=1)
+    num_minibatches: int = Field(1, ge=1)
     """Optimiser updates in a pass over the step's samples, each on its share of the groups."""
-    passes: int = Field(1, ge=1)
+    num_iterations: int = Field(1, ge=1)
     """Passes over the step's samples."""
     mask_truncated: bool = False
     """Leave completions cut at the length limit out of the advantage and the update."""
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
-    turns: int = Field(2, ge=1)
+    max_turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
     step_end: str | None = None
     """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step."""
@@ -163,8 +163,11 @@ class Rollouts(Training):
                     f"{where}.sampling.{name}: {self.kind} samples from the whole distribution: a filtered sampler "
                     f"and the trainer would differ - use {neutral:g} (pairs and evaluation may)"
                 )
-        if self.updates > self.prompts:
-            yield f"{where}.updates: {self.updates} for {self.prompts} prompts - at most one update a prompt"
+        if self.num_minibatches > self.prompts_per_step:
+            yield (
+                f"{where}.num_minibatches: {self.num_minibatches} for {self.prompts_per_step} prompts - "
+                "at most one minibatch a prompt"
+            )
         if self.sampling.max_new_tokens >= self.max_length:
             yield (
                 f"{where}.max_length: {self.max_length} leaves no room for a prompt beside "
@@ -227,7 +230,7 @@ class Grouped(Rollouts):
     """How much each token counts."""
     whiten: bool = False
     """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1."""
-    resample: int = Field(0, ge=0)
+    dynamic_sampling_rounds: int = Field(0, ge=0)
     """Rounds of further prompts drawn while there are groups without a signal (dynamic sampling)."""
     fresh_rollouts: int = Field(4, ge=1)
     """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
@@ -255,8 +258,8 @@ class Grouped(Rollouts):
             )
         if self.recorded and self.environment is not None:
             yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
-        if self.recorded and (self.resample or asks.takes("greedy_P", "value_K")):
-            what = "resample" if self.resample else f"advantage.fn={self.advantage.fn}"
+        if self.recorded and (self.dynamic_sampling_rounds or asks.takes("greedy_P", "value_K")):
+            what = "dynamic_sampling_rounds" if self.dynamic_sampling_rounds else f"advantage.fn={self.advantage.fn}"
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
         if self.environment is not None and asks.takes("value_K"):
             yield f"{where}.environment: {name} goes on from inside a turn, alone - remove one of the two"

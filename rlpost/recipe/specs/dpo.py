@@ -33,7 +33,7 @@ class Dpo(Training):
     """Pairs an update."""
     loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
     """The loss of a pair; in `rlpost/objectives/preference.py`."""
-    nll: float = Field(0.0, ge=0)
+    nll_coef: float = Field(0.0, ge=0)
     """Weight of the chosen completions' mean negative log-likelihood per token, added to the pair loss."""
     reference: str = "start"
     """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
@@ -59,8 +59,8 @@ class Dpo(Training):
         names = [m.called for m in self.modifiers]
         if ranks and names:
             yield f"{where}.modifiers[0]: {names[0]} is for pairs, and {loss} compares whole groups - remove it"
-        if ranks and self.nll:
-            yield f"{where}.nll: {loss} compares whole groups, of which none is the chosen one - use 0"
+        if ranks and self.nll_coef:
+            yield f"{where}.nll_coef: {loss} compares whole groups, of which none is the chosen one - use 0"
         if self.refresh and not self._loss.says("needs_reference"):
             yield f"{where}.refresh: {loss} has no reference that could follow - remove it, or use another loss"
         changed = False

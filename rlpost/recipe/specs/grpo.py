@@ -21,7 +21,7 @@ class Grpo(Grouped):
     kind: str = "grpo"
     loss: Annotated[Function, SURROGATE] = Field(default_factory=lambda: Function(fn="clipped_surrogate"))
     """The loss of a token; in `rlpost/objectives/surrogates.py`."""
-    entropy: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over tokens."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
@@ -29,7 +29,7 @@ class Grpo(Grouped):
     @cached_property
     def vanishes_without_advantage(self) -> bool:
         """An action of advantage 0 adds nothing to the gradient, but for a KL's."""
-        return not self.entropy and told(self.loss, SURROGATE).says("vanishes_without_advantage")
+        return not self.entropy_coef and told(self.loss, SURROGATE).says("vanishes_without_advantage")
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)

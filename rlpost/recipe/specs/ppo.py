@@ -10,7 +10,7 @@ from pydantic import Field
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import SURROGATE, Rollouts
-from rlpost.stages.params import AtLimit, Critic, KlEstimator, Weight
+from rlpost.stages.params import Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
 
 
@@ -20,9 +20,9 @@ class Ppo(Rollouts):
     kind: str = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
     """Discount of a reward, per token."""
-    lam: float = Field(0.95, ge=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
-    at_limit: AtLimit = AtLimit.terminate
+    on_truncation: OnTruncation = OnTruncation.terminate
     """What the length limit means."""
     whiten: bool = True
     """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1."""
@@ -30,7 +30,7 @@ class Ppo(Rollouts):
     """The loss of a token; in `rlpost/objectives/surrogates.py`."""
     weight: Weight = Weight.token_mean
     """How much each token counts."""
-    entropy: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over tokens."""
     critic: Critic = Field(default_factory=Critic)
     """The value network."""
@@ -49,8 +49,8 @@ class Ppo(Rollouts):
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
         yield from super().warnings(where, model)
-        if self.at_limit == AtLimit.bootstrap:
+        if self.on_truncation == OnTruncation.bootstrap:
             yield (
-                f"{where}.at_limit: bootstrap credits a completion cut off with what the critic expects after it; "
+                f"{where}.on_truncation: bootstrap credits a completion cut off with what the critic expects after it; "
                 "where cut answers are rewarded 0, that pays for running over"
             )

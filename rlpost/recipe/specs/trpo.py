@@ -17,11 +17,11 @@ class Trpo(Grouped):
     kind: str = "trpo"
     learning_rate: float = Field(1.0, gt=0, le=1)
     """The share of the largest allowed step that is tried first."""
-    delta: float = Field(0.01, gt=0)
+    max_kl: float = Field(0.01, gt=0)
     """Radius of the trust region: KL(old || new) in nats, averaged over tokens."""
-    damping: float = Field(0.1, ge=0)
+    cg_damping: float = Field(0.1, ge=0)
     """Added to the Fisher matrix in the solve, not in the step's length."""
-    iterations: int = Field(10, ge=1)
+    cg_iterations: int = Field(10, ge=1)
     """Iterations of conjugate gradients."""
     backtracks: int = Field(10, ge=0)
     """Halvings of the step before it is given up."""

@@ -18,11 +18,11 @@ class Value(Training):
     sample` (docs/goals.md); the policy passes unchanged."""
 
     kind: str = "value"
-    prompts: int = Field(32, ge=1)
+    prompts_per_step: int = Field(32, ge=1)
     """Prompts a step."""
     group_size: int = Field(8, ge=1)
     """Completions a prompt, sampled from the policy as it is."""
-    updates: int = Field(1, ge=1)
+    num_minibatches: int = Field(1, ge=1)
     """Optimiser updates a step, each on its share of the prompts."""
     sampling: Sampling = Field(default_factory=Sampling)
     """How completions are drawn."""
