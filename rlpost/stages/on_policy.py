@@ -184,7 +184,9 @@ def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, fl
     if not fact(surrogate, "clips_ratio"):
         return None
     given = inspect.signature(surrogate).parameters
-    low, high = (float(loss.args[side] if side in loss.args else given[side].default) for side in ("low", "high"))
+    low, high = (
+        float(loss.args[side] if side in loss.args else given[side].default) for side in ("clip_low", "clip_high")
+    )
     return low, high
 
 

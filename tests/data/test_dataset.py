@@ -78,9 +78,9 @@ def digests(groups):
 
 @pytest.mark.parametrize("augment", [None, "reverse", "grow"])
 @pytest.mark.parametrize("cut", [0, 3, 10, 17])
-def test_resume_is_exact(write, codec, cut, present):
+def test_resume_is_exact(write, codec, cut, augment):
     sources = {
-        "a": Source(path=str(write(ROWS)), weight=2, augment=TimedFunction(fn=present) if present else None),
+        "a": Source(path=str(write(ROWS)), weight=2, augment=TimedFunction(fn=augment) if augment else None),
         "b": Source(path=str(write(ROWS[:3], "b.jsonl"))),
     }
     options = {"max_length": 10, "too_long": TooLong.drop}
@@ -107,7 +107,7 @@ def test_augmented_rows_are_made_anew_every_time(write, codec):
     assert digests(data.all()) == digests(data.all())
 
 
-def test_present_errors_are_one_line(write, codec):
+def test_augment_errors_are_one_line(write, codec):
     for name, reason in [
         ("fail", r"rows.jsonl:1\): augment failed with KeyError: 'x'"),
         ("nothing", "augment returned NoneType"),

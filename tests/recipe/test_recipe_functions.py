@@ -180,8 +180,8 @@ def test_every_function_of_a_recipe_is_bound_before_anything_runs(adding: str, t
     assert inspect.signature(bound[4]).parameters["target"].default == 9
     off = resolve(adding, [DATA, "stages.grpo.enabled=false"]).config
     assert not [where for _, _, where in functions_of(off) if where.startswith("stages.grpo")]
-    with pytest.raises(RecipeError, match=r"stages\.grpo\.loss\.args\.lwo: .* did you mean 'low'\?"):
-        resolve(adding, [DATA, "stages.grpo.loss.args.lwo=0.1"])
+    with pytest.raises(RecipeError, match=r"stages\.grpo\.loss\.args\.clip_lwo: .* did you mean 'clip_low'\?"):
+        resolve(adding, [DATA, "stages.grpo.loss.args.clip_lwo=0.1"])
 
 
 def test_a_file_that_is_not_there_is_found_out_on_resolving(adding: str) -> None:

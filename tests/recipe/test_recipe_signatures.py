@@ -82,7 +82,7 @@ def taught(logp_NV, teacher_NV): return logp_NV.sum(1)
         (["dpo.loss={fn: 'mine.py:free'}", "dpo.refresh={every: 1}"], "dpo.refresh: free has no reference that"),
         (["dpo.loss={fn: 'mine.py:free'}", "dpo.modifiers=[{fn: f_divergence}]"], "f_divergence changes log-ratios"),
         (["dpo.modifiers=[{fn: f_divergence}, {fn: 'mine.py:shifted'}]"], "dpo.modifiers[1]: shifted weighs actions"),
-        (["dpo.loss={fn: 'mine.py:whole'}", "dpo.nll=1"], "dpo.nll: whole compares whole groups"),
+        (["dpo.loss={fn: 'mine.py:whole'}", "dpo.nll_coef=1"], "dpo.nll_coef: whole compares whole groups"),
         (["sft.loss={fn: 'mine.py:taught'}"], "sft.teacher: missing - taught imitates a teacher"),
     ],
 )
