@@ -1,11 +1,11 @@
-""" "Did you mean": the valid name nearest to the one that was typed."""
+""" "Did you mean": the valid names nearest to the one that was typed."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
 
-MOST = 4
+MOST = 5
 """Words that are suggested at once."""
 
 
@@ -52,6 +52,11 @@ def asked(names: Sequence[str]) -> str:
     """` - did you mean 'x' or 'y'?`, or nothing without names."""
     *others, last = map(repr, names or [""])
     return f" - did you mean {', '.join(others)}{' or ' * bool(others)}{last}?" if names else ""
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """The text, or as much of its beginning as a message has room for."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def hint(word: str, options: Iterable[str]) -> str:

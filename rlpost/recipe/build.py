@@ -17,7 +17,7 @@ from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.references import Filled
 from rlpost.recipe.schema import Recipe
 from rlpost.section import MISSING, Local, Section, join, marked
-from rlpost.suggest import closest, hint
+from rlpost.suggest import closest, hint, shortened
 from rlpost.usercode.places import OF_FILE
 
 MOST_STAGES = 100
@@ -213,9 +213,9 @@ def _kind_of(stage: Any, where: str) -> type[Section]:
         raise RecipeError(f"{where}: expected the keys of a stage, got {_shown(stage)}")
     kind = stage.get("kind", MISSING)
     if kind == MISSING:
-        misspelt = closest("kind", map(str, stage))
-        also = f" (is {misspelt!r} meant for it?)" if misspelt else ""
-        raise RecipeError(f"{where}.kind: missing - give one of {', '.join(kinds())}{also}")
+        if misspelt := closest("kind", map(str, stage)):
+            raise RecipeError(f"{join(where, misspelt)}: unknown key - did you mean {join(where, 'kind')!r}?")
+        raise RecipeError(f"{where}.kind: missing - give one of {', '.join(kinds())}")
     if kind not in kinds() and not (isinstance(kind, str) and OF_FILE.fullmatch(kind)):
         near = hint(str(kind), kinds())
         raise RecipeError(f"{where}.kind: expected one of {', '.join(kinds())}, got {_shown(kind)}{near}")
@@ -299,5 +299,4 @@ def path_of(loc: Loc) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value.value if isinstance(value, Enum) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(repr(value.value if isinstance(value, Enum) else value), 60)

@@ -12,7 +12,7 @@ import yaml
 
 from rlpost.errors import RecipeError
 from rlpost.strict_yaml import Loader
-from rlpost.suggest import closest, hint_or_list
+from rlpost.suggest import asked, hint_or_list, nearest, shortened
 from rlpost.usercode.places import expanded, packaged_folder
 
 MAX_BYTES = 256_000
@@ -103,15 +103,17 @@ def find(recipe: str) -> Path:
 def _near(recipe: str) -> str:
     """Which recipe may be meant: a file beside it, or a packaged one (methods/rloo by `rloo`); or where to look."""
     path = Path(recipe)
-    beside = {str(p): p for ending in ("yaml", "yml") for p in sorted(path.parent.glob(f"*.{ending}"))}
-    own = next((name for name, p in beside.items() if p.stem == path.name), None) or (
-        closest(recipe, beside) if path.suffix else None
-    )
-    names, stem = [listed.name for listed in runnable()], recipe.removesuffix(".yaml").removesuffix(".yml")
-    by_last = {name.rpartition("/")[2]: name for name in names}
+    beside = [p for ending in ("yaml", "yml") for p in sorted(path.parent.glob(f"*.{ending}")) if p.is_file()]
+    own = [str(p) for p in beside if p.stem == path.name]
+    if path.suffix and not own:
+        own = nearest(recipe, map(str, beside))
+    stem = recipe.removesuffix(".yaml").removesuffix(".yml")
     last = stem.rpartition("/")[2]
-    near = own or by_last.get(last) or closest(stem, names) or by_last.get(closest(last, by_last) or "")
-    return f" - did you mean {near!r}?" if near else " - `rlpost list` shows them all; a file's name ends in .yaml"
+    by_last = {listed.name.rpartition("/")[2]: listed.name for listed in runnable()}
+    names = by_last | {name: name for name in by_last.values()}
+    meant = own or ([last] if last in by_last else nearest(stem, names) or nearest(last, by_last))
+    near = list(dict.fromkeys(names.get(name, name) for name in meant))
+    return asked(near) or " - `rlpost list` shows them all; a file's name ends in .yaml"
 
 
 def chain(file: Path, chosen: Mapping[str, str] | None = None) -> list[Part]:
@@ -161,13 +163,16 @@ def _defaults(file: Path, entries: object) -> list[str | dict[str, str]]:
             for group, name in entry.items():
                 if group not in GROUPS or not isinstance(name, str):
                     near = hint_or_list(str(group), GROUPS, "groups")
-                    raise RecipeError(f"{file}: defaults: {entry!r} chooses nothing - write {{model: NAME}}{near}")
+                    raise RecipeError(
+                        f"{file}: defaults: {shortened(repr(entry))} chooses nothing - write {{model: NAME}}{near}"
+                    )
             continue
         if not isinstance(entry, str):
-            raise RecipeError(f"{file}: defaults: expected names of recipes, got {entry!r}")
+            raise RecipeError(f"{file}: defaults: expected names of recipes, got {shortened(repr(entry))}")
         if ".." in entry or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._/-]*", entry):
+            shown = shortened(repr(entry))
             raise RecipeError(
-                f"{file}: defaults: {entry!r} is refused - name a recipe of the same folder or a packaged one"
+                f"{file}: defaults: {shown} is refused - name a recipe of the same folder or a packaged one"
             )
     return entries if "_self_" in entries else [*entries, "_self_"]
 
@@ -179,7 +184,9 @@ def _parent(entry: str, file: Path, above: tuple[Path, ...]) -> Path:
     found = [place for place in places if place.is_file()]
     if not found:
         names = {p.stem for p in file.parent.glob("*.yaml")} | set(packaged())
-        raise RecipeError(f"{file}: defaults: no recipe {entry!r}{hint_or_list(name, sorted(names), 'there are')}")
+        raise RecipeError(
+            f"{file}: defaults: no recipe {shortened(repr(entry))}{hint_or_list(name, sorted(names), 'there are')}"
+        )
     for place in found:
         if place not in above:
             return place

@@ -9,9 +9,11 @@ from typing import Any
 from rlpost.errors import RecipeError
 from rlpost.recipe.references import is_reference
 from rlpost.section import MISSING, join
-from rlpost.suggest import hint_or_list
+from rlpost.suggest import hint_or_list, shortened
 
 MAX_CHARACTERS = 20_000
+_OWN_NAMES = {"stage": "stages", "variable": "vars", "source": r"(stages\.[^.]+|evaluation|model\.tokenizer)\.data"}
+"""What a recipe gives names to, and where: an override of a name that is not there is refused."""
 
 
 def apply(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
@@ -38,7 +40,7 @@ def parse(override: str) -> tuple[str, Any]:
         RecipeError: it is no plain `key=value`.
     """
     key, equals, text = override.partition("=")
-    shown = override if len(override) <= 80 else f"{override[:77]}..."
+    shown = shortened(" ".join(override.split()))
     if not equals:
         raise RecipeError(f"{shown}: expected key=value")
     if key[:1] in ("+", "~"):
@@ -46,9 +48,9 @@ def parse(override: str) -> tuple[str, Any]:
     if re.match(r"hydra([./@]|$)", key):
         raise RecipeError(f"{shown}: hydra's own settings are refused")
     if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
-        raise RecipeError(f"{shown}: {key!r} is no key - write it like stages.sft.steps=100")
+        raise RecipeError(f"{shown}: {shortened(repr(key))} is no key - write it like stages.sft.steps=100")
     if len(override) > MAX_CHARACTERS:
-        raise RecipeError(f"{key}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
+        raise RecipeError(f"{shortened(key)}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
     return key, _value(text, shown)
 
 
@@ -120,7 +122,7 @@ def _step(node: Any, where: str, parts: list[str]) -> tuple[str | int, list[str]
         if not first.isdigit() or int(first) >= len(node):
             raise RecipeError(f"{join(where, first)}: {where} has {len(node)} entries, counted from 0")
         return int(first), rest
-    what = {"stages": "stage", "vars": "variable"}.get(where, "entry" if where.rpartition(".")[2] == "data" else "")
+    what = next((what for what, places in _OWN_NAMES.items() if re.fullmatch(places, where)), "")
     if not what or first in node:
         return first, rest
     # Names of sources may hold dots: the longest name that is there wins.

@@ -40,6 +40,15 @@ def check(tree: Any) -> None:
         _expand(text, where, lambda _: "_")
 
 
+def escaped(value: Any) -> Any:
+    """The tree as a recipe says it: `${` of a value stands for itself and is written `\\${`."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
 @dataclass
 class Filled:
     """A tree without references."""

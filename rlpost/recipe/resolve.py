@@ -17,11 +17,12 @@ from rlpost.recipe import overrides as overriding
 from rlpost.recipe import references
 from rlpost.recipe.build import Build, path_of
 from rlpost.recipe.compose import compose
-from rlpost.recipe.files import GROUPS, chain, find
+from rlpost.recipe.files import GROUPS, Part, chain, find
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.validate import validate
 from rlpost.section import MISSING, Local, join, marked, walk
 from rlpost.strict_yaml import dump
+from rlpost.suggest import asked, edits
 from rlpost.usercode.params import Function
 from rlpost.usercode.places import OF_FILE, expanded, locate, users_file
 
@@ -74,8 +75,7 @@ def _resolve(recipe: str, overrides: Sequence[str], lenient: bool) -> Resolved:
     parts = chain(file, chosen)
     for part in parts:
         references.check(part.keys)
-        if "hydra" in part.keys:  # Hydra would take it as its own and not hand it back
-            raise RecipeError(f"{part.file}: hydra: unknown key - hydra's own settings are refused")
+        _refuse_misspelt(part)
     tree = compose(parts)
     typed = overriding.apply(tree, values)
     folder = tree.get("folder")
@@ -91,8 +91,19 @@ def _resolve(recipe: str, overrides: Sequence[str], lenient: bool) -> Resolved:
     _make_absolute(config, [Path(config.folder), *(part.file.parent for part in parts), Path.cwd()])
     warnings = [] if built.missing else validate(config)
     missing = tuple(map(path_of, built.missing))
-    plain = config.model_dump(mode="json", warnings=False)  # values may be missing, and serializing warns of their type
+    # Values may be missing, and serializing warns of their type.
+    plain = references.escaped(config.model_dump(mode="json", warnings=False))
     return Resolved(config, plain, file, file.stem, Path(config.folder), tuple(overrides), tuple(warnings), missing)
+
+
+def _refuse_misspelt(part: Part) -> None:
+    """Refuse a misspelt key at the top of a file at once: without `defaults` or `vars`, everything else looks wrong."""
+    if "hydra" in part.keys:  # Hydra would take it as its own and not hand it back
+        raise RecipeError(f"{part.file}: hydra: unknown key - hydra's own settings are refused")
+    for key in part.keys:
+        meant = [name for name in ("defaults", *Recipe.model_fields) if edits(key[:20], name) == 1]
+        if meant and key not in Recipe.model_fields:
+            raise RecipeError(f"{key}: unknown key{asked(meant)}")
 
 
 def _locate_kinds(tree: dict[str, Any], folders: Sequence[Path]) -> None:

@@ -122,7 +122,7 @@ def test_typos_as_commands_import_no_torch(folder: Path) -> None:
         ("stages.grpo.group_sise.x=1", "did you mean 'stages.grpo.group_size.x'"),
         ("stages.grop.steps=1", "the recipe has no stage 'grop' - did you mean 'grpo'?"),
         ("vars.widht=1", "the recipe has no variable 'widht' - did you mean 'width'?"),
-        ("stages.sft.data.trian.limit=1", "the recipe has no entry 'trian' - did you mean 'train'?"),
+        ("stages.sft.data.trian.limit=1", "the recipe has no source 'trian' - did you mean 'train'?"),
         ("stages.sft.steps.x=1", "stages.sft.steps: a single value, there are no keys below it"),
         ("stages.grpo.rewards.2.weight=1", "stages.grpo.rewards has 2 entries, counted from 0"),
         ("evaluation.sampling.top_k=1", "evaluation.sampling: is '${stages.grpo.sampling}' in the recipe"),
