@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 import rlpost
-from rlpost import errors, objectives, rewards
+from rlpost import errors, objectives
 from rlpost.data.formats import DataRole, Format, recognise
 from rlpost.oracle.verify import verify
 from rlpost.recipe.files import packaged
 from rlpost.recipe.kinds import kinds
 from rlpost.recipe.resolve import resolve
+from rlpost.rewards import functions as rewards
 from rlpost.rewards.tree import NODES
 from rlpost.run import names
 

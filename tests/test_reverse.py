@@ -22,7 +22,7 @@ from rlpost.policy.judge import ReverseJudge, RewardModelJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.rewards import reverse_likelihood
+from rlpost.rewards.models import reverse_likelihood
 from rlpost.run.lookup import find_checkpoint
 from rlpost.types import Completion, Group
 

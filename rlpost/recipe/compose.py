@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 from rlpost.recipe.files import Part
 
 _LOCK = threading.RLock()  # Hydra's state and its config store are global to the process
 _NAME = "_rlpost"
+
+
+@cache
+def _bare_settings() -> Any:
+    """Hydra's own settings without the ten files of loggers and launchers that it would read with every recipe."""
+    from hydra.conf import HydraConf
+    from hydra.core.config_store import ConfigNode
+    from omegaconf import OmegaConf
+
+    return ConfigNode("config.yaml", OmegaConf.structured(HydraConf(defaults=[])), "hydra", None, "hydra")
 
 
 def compose(parts: Sequence[Part]) -> dict[str, Any]:
@@ -32,7 +43,9 @@ def compose(parts: Sequence[Part]) -> dict[str, Any]:
     with _LOCK:
         store = ConfigStore.instance()
         names = [f"{_NAME}_{i}" for i in range(len(parts))]
+        settings = store.repo["hydra"]["config.yaml"]
         try:
+            store.repo["hydra"]["config.yaml"] = _bare_settings()
             for i, (name, part) in enumerate(zip(names, parts, strict=True)):
                 replaced = {later.group for later in parts[i + 1 :]}
                 node = {key: value for key, value in part.keys.items() if key not in replaced}
@@ -43,6 +56,7 @@ def compose(parts: Sequence[Part]) -> dict[str, Any]:
         finally:
             for name in (_NAME, *names):
                 store.repo.pop(f"{name}.yaml", None)
+            store.repo["hydra"]["config.yaml"] = settings
     from omegaconf import OmegaConf
 
     return cast(dict[str, Any], valued(OmegaConf.to_container(composed)))

@@ -10,7 +10,7 @@ from rlpost.usercode.params import Lookup, OnFailure, TimedFunction
 
 REWARD = Lookup(
     "reward",
-    "rlpost.rewards",
+    "rlpost.rewards.functions",
     ("completion", "example", "completions", "examples", "steps", "all_steps", "groups", "model"),
     by_name=True,
     some=True,

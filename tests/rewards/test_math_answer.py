@@ -8,8 +8,7 @@ import pytest
 
 from rlpost.errors import DataError, RecipeError
 from rlpost.rewards import math as math_rewards
-from rlpost.rewards import math_answer
-from rlpost.rewards.math import References, Verdict, reference_answer, verdict, verdicts
+from rlpost.rewards.math import References, Verdict, math_answer, reference_answer, verdict, verdicts
 from rlpost.rewards.workers import Workers
 from rlpost.types import Completion
 

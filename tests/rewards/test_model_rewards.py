@@ -17,7 +17,7 @@ from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.judge import RewardModelJudge, reread, same_tokens
 from rlpost.policy.policy import Policy
 from rlpost.policy.value_head import ValueHeadModel
-from rlpost.rewards import process_reward_model, process_steps, reward_model
+from rlpost.rewards.models import process_reward_model, process_steps, reward_model
 from rlpost.rewards.score import Scorer
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group

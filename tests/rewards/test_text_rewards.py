@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rlpost.errors import RecipeError
-from rlpost.rewards import ends, length, pattern, repetition
+from rlpost.rewards.text import ends, length, pattern, repetition
 from rlpost.types import Completion
 
 
