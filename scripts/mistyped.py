@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.files import packaged, packaged_folder
+from rlpost.recipe.files import listing, packaged, packaged_folder
 from rlpost.recipe.resolve import resolve
 
 NONSENSE = "zqxzqxzqx"
@@ -183,6 +183,12 @@ class Shipped:
 
 
 @cache
+def _runnable() -> list[str]:
+    """The recipes that are not only there for others to inherit from."""
+    return [recipe.name for recipe in listing() if not recipe.description.startswith("(shared")]
+
+
+@cache
 def shipped(name: str) -> Shipped:
     return Shipped(name)
 
@@ -268,10 +274,12 @@ def own_name(recipe: Shipped, rng: random.Random) -> Typo | None:
 
 
 def recipe_name(recipe: Shipped, rng: random.Random) -> Typo | None:
+    if recipe.name not in _runnable():
+        return None
     last = recipe.name.rpartition("/")[2]
     known = [*packaged(), *(name.rpartition("/")[2] for name in packaged())]
     typed = misspelt(recipe.name if rng.random() < 0.5 else last, known, rng)
-    return Typo("name of a recipe", typed, typed, typed, (recipe.name,), choices=frozenset(packaged()))
+    return Typo("name of a recipe", typed, typed, typed, (recipe.name,), choices=frozenset(_runnable()))
 
 
 def function(recipe: Shipped, rng: random.Random) -> Typo | None:

@@ -149,7 +149,7 @@ def _chosen(group: str, name: str, folder: Path, where: str) -> Part:
     """The section that a group's file holds."""
     found = choices(group, folder)
     if name not in found:
-        raise RecipeError(f"{where}: no {group} {name!r}{hint_or_list(name, found, 'there are')}")
+        raise RecipeError(f"{where}: no {group} {shortened(repr(name))}{hint_or_list(name, found, 'there are')}")
     return Part(found[name], {group: read(found[name])}, group)
 
 
