@@ -75,8 +75,8 @@ def test_steps_are_rewarded_each_by_itself():
 
 # --- What a judge reads
 
-DIGITS = make_tokenizer(Tokenizer(TokenizerKind.characters, alphabet="0123456789+=;"))
-LETTERS = make_tokenizer(Tokenizer(TokenizerKind.characters, alphabet="=+;9876543210"))
+DIGITS = make_tokenizer(Tokenizer(kind=TokenizerKind.characters, alphabet="0123456789+=;"))
+LETTERS = make_tokenizer(Tokenizer(kind=TokenizerKind.characters, alphabet="=+;9876543210"))
 """The same characters under other ids."""
 
 
@@ -132,7 +132,7 @@ def test_without_a_row_the_prompt_is_read_off_its_tokens():
 
 
 def test_a_conversation_is_asked_in_the_judges_own_format():
-    chatty = make_tokenizer(Tokenizer(TokenizerKind.characters, alphabet="=+;9876543210AU:\n"))
+    chatty = make_tokenizer(Tokenizer(kind=TokenizerKind.characters, alphabet="=+;9876543210AU:\n"))
     chatty.chat_template = (
         "{% for m in messages %}{{ 'A:' if m['role'] == 'assistant' else 'U:' }}{{ m['content'] }}"
         "{{ '<eos>' if m['role'] == 'assistant' else '' }}\n{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -145,7 +145,7 @@ def test_a_conversation_is_asked_in_the_judges_own_format():
 
 
 def test_tokenizers_are_told_apart_by_vocabulary_end_and_template():
-    other = make_tokenizer(Tokenizer(TokenizerKind.characters, alphabet="0123456789+=;"))
+    other = make_tokenizer(Tokenizer(kind=TokenizerKind.characters, alphabet="0123456789+=;"))
     assert same_tokens(DIGITS, other)
     assert not same_tokens(DIGITS, LETTERS)
     other.chat_template = "{{ messages }}"
