@@ -95,7 +95,11 @@ def settings(ctx: typer.Context, incomplete: str) -> Candidates:
     if first and "=" in first:  # `rlpost eval KEY=VALUE`
         given.insert(0, first)
     head = given.pop() if given and given[-1][-1:] in ("=", ":") else ""
-    found = _keys(ctx.params, given).candidates(head + incomplete)
+    keys, word = _keys(ctx.params, given), head + incomplete
+    found = keys.candidates(word)
+    key, equals, start = word.partition("=")
+    if equals and keys.takes_path(key):
+        found += [(f"{key}={name}", text) for name, text in _files(start, None, folders=True)]
     return [(word.removeprefix(head), text) for word, text in found]
 
 
@@ -143,8 +147,8 @@ def checkpoints(incomplete: str) -> Candidates:
     return _files(incomplete, (), folders=True)
 
 
-def _files(incomplete: str, endings: tuple[str, ...], folders: bool) -> Candidates:
-    """Files with these endings, and folders; a folder that is the only one with what it holds."""
+def _files(incomplete: str, endings: tuple[str, ...] | None, folders: bool) -> Candidates:
+    """Files with these endings (None: with any), and folders; a folder that is the only one with what it holds."""
     found: Candidates = []
     within = Path(incomplete.rpartition("/")[0] or ".").expanduser()
     of_run = role(within) in ("run", "stage")
@@ -154,7 +158,7 @@ def _files(incomplete: str, endings: tuple[str, ...], folders: bool) -> Candidat
             if of_run and not what and path.name != CHECKPOINTS:
                 continue  # logs and the like
             found.append((name, what) if what else (f"{name}/", "folder"))
-        elif path.suffix in endings and path.is_file():
+        elif (endings is None or path.suffix in endings) and path.is_file():
             found.append((name, "file"))
     if len(found) == 1 and Path(found[0][0]).expanduser().is_dir():
         name = found[0][0].rstrip("/")

@@ -43,14 +43,22 @@ class Keys:
         return [*found, *inside] if found[0][0].endswith("=") else inside or found
 
     def values(self, key: str) -> list[tuple[str, str]]:
-        """What a key may be set to: its choices, or the value that it has."""
+        """What a key may be set to: its choices, or else the value that it has or has by default; null where it may."""
         if key in self._groups:
             return [(name, f"a {key} that ships, or lies beside the recipe") for name in self._groups[key]]
         nodes, value = self._at(_parts(key))
-        choices = dict(_choices(nodes))
-        if not choices and value is not None and not isinstance(value, dict | list) and _TYPED.fullmatch(str(value)):
-            choices = {_text(value): "as it is"}
-        return list(choices.items())
+        found = dict(_choices(nodes))
+        if not found and value is not None and not isinstance(value, dict | list) and _TYPED.fullmatch(str(value)):
+            found[_text(value)] = "as it is"
+        elif not found and value is None:
+            found |= {default: "the default" for node in nodes if (default := _default(node))}
+        if any(node.get("type") == "null" for node in nodes):
+            found.setdefault("null", "none")
+        return list(found.items())
+
+    def takes_path(self, key: str) -> bool:
+        """Whether a key names a local file or folder."""
+        return any(node.get("format") == "path" for node in self._at(_parts(key))[0])
 
     def _keys(self, word: str) -> list[tuple[str, str]]:
         """Every key of the section that `word` is in, as it is written."""
@@ -160,6 +168,12 @@ def _choices(nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
             yield _text(node["const"]), str(node.get("description", ""))
         if node.get("type") == "boolean":
             yield from (("true", ""), ("false", ""))
+
+
+def _default(node: Node) -> str:
+    """The value that a key's description says it has by default, if it can be typed."""
+    match = re.search(r"Default: `(.+?)`\.", str(node.get("description", "")))
+    return match[1] if match and _TYPED.fullmatch(match[1]) else ""
 
 
 def _text(value: Any) -> str:

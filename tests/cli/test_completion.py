@@ -114,10 +114,12 @@ def test_runs_stages_and_other_folders(ask: Ask) -> None:
 def test_keys_of_a_recipe_as_bash_takes_them_apart(ask: Ask) -> None:
     Path("mine.yaml").write_text(RECIPE)
     assert {"stages.first.", "stages.second."} <= set(ask("train", "mine.yaml", "stages."))
-    assert ask("train", "mine.yaml", "stages.first.ste") == ["stages.first.steps=", "stages.first.steps=7"]
-    assert ask("train", "mine.yaml", "seed", "=", "1", "stages.first.steps", "=") == ["7"]
-    assert ask("show", "mine.yaml", "stages.first.steps", "=", "8") == []
-    assert ask("eval", "--recipe", "mine.yaml", "stages.first.steps", "=", "") == ["7"]
+    steps = "stages.first.steps"
+    assert ask("train", "mine.yaml", steps[:-2]) == [f"{steps}=", f"{steps}=7", f"{steps}=null"]
+    assert ask("train", "mine.yaml", "seed", "=", "1", steps, "=") == ["7", "null"]
+    assert ask("show", "mine.yaml", steps, "=", "8") == []
+    assert ask("eval", "--recipe", "mine.yaml", steps, "=", "") == ["7", "null"]
+    assert ask("train", "mine.yaml", "stages.second.group") == [f"stages.second.group_size={end}" for end in ("", "8")]
     assert ask("train", "mine.yaml", "model", "=", "ti") == []
     Path("model").mkdir()
     Path("model/tiny.yaml").write_text("path: some/where\n")
@@ -172,6 +174,7 @@ SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "seed": {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/reference"}], "description": "Of everything.\nMore."},
+        "threads": {"anyOf": [{"type": "integer"}, {"type": "null"}], "description": "Of the CPU. Default: `2`."},
         "model": {"$ref": "#/$defs/Model"},
         "stages": {"additionalProperties": {"anyOf": [{"$ref": "#/$defs/Stage"}, {"$ref": "#/$defs/reference"}]}},
     },
@@ -226,6 +229,7 @@ def keys() -> Keys:
     ("word", "expected"),
     [
         ("se", ["seed="]),
+        ("th", ["threads=", "threads=2", "threads=null"]),
         ("stages.b.", ["stages.b.kind=", "stages.b.batch_size=", "stages.b.enabled="]),
         ("stages.a.batch", []),
         ("stages.a.w", ["stages.a.whiten=", "stages.a.weight="]),
@@ -300,9 +304,9 @@ def typed_into_bash(lines: list[str], environment: dict[str, str], folder: Path)
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_in_bash_itself(program: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(RECIPE)
-    lines = ["rlpost train mine.yaml stages.first.steps=\t", "rlpost train mine.yaml stages.first.ste\tX"]
+    lines = ["rlpost train mine.yaml stages.first.steps=n\t", "rlpost train mine.yaml stages.first.ste\tX"]
     assert typed_into_bash(lines, program, tmp_path) == [
-        "<train><mine.yaml><stages.first.steps=7>",
+        "<train><mine.yaml><stages.first.steps=null>",
         "<train><mine.yaml><stages.first.steps=X>",  # no space after the sign
     ]
 
