@@ -51,7 +51,7 @@ def _cuts(recipe: dict[str, Any], steps: int) -> Iterator[tuple[str, Any]]:
 
 
 def _changed(where: str, section: dict[str, Any], cut: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    yield from ((f"{where}.{key}", value) for key, value in cut.items() if value != section[key])
+    yield from ((f"{where}.{key}", value) for key, value in cut.items() if key in section and value != section[key])
 
 
 def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -65,14 +65,14 @@ def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:
     # What happens every so many steps happens once at least, and a critic's warm-up leaves a step for the policy.
     if stage.get("table_every"):
         cut["table_every"] = _least(stage["table_every"], steps)
-    if stage.get("refresh"):
-        cut["refresh"] = {**stage["refresh"], "every": _least(stage["refresh"]["every"], steps)}
-    if stage.get("critic"):
-        cut["critic"] = {**stage["critic"], "warmup_steps": _least(stage["critic"]["warmup_steps"], steps - 1)}
+    for section, key, most in (("refresh", "every", steps), ("critic", "warmup_steps", steps - 1)):
+        given = stage.get(section)
+        if isinstance(given, dict) and key in given:
+            cut[section] = {**given, key: _least(given[key], most)}
     # An untrained model hardly ever earns a reward, or reaches a goal: it gives rows all the same.
-    if "min_gap" in stage and not trains:
+    if stage["kind"] == "pairs":
         cut |= {"min_gap": 0, "rewards": [*stage["rewards"], TIE_BREAK]}
-    if "reached_only" in stage:
+    if stage["kind"] == "guided":
         cut["reached_only"] = False
     return cut
 
@@ -85,8 +85,9 @@ def _first_rows(sources: dict[str, Any], most: int) -> dict[str, Any]:
     }
 
 
-def _least(value: int | None, most: int) -> int:
-    return most if value is None else min(value, most)
+def _least(value: Any, most: int) -> Any:
+    """At most so many; what is no number, in a stage of a user's own kind, stays what it is."""
+    return most if value is None else min(value, most) if isinstance(value, int) else value
 
 
 def _override(key: str, value: Any) -> str | None:

@@ -121,6 +121,30 @@ def test_a_source_that_no_override_can_name_stays_whole(tmp_path: Path) -> None:
     assert cut.stages["again"].data["a b"].columns == source["columns"]
 
 
+OWN = """\
+from pathlib import Path
+from rlpost.recipe.specs.common import Stage
+
+
+class Own(Stage):
+    steps: int = 9
+    prompts: str = "all"
+    critic: str = "harsh"
+    table_every: str = "hour"
+    min_gap: float = 0.5
+
+
+def own(context, cfg: Own) -> Path: ...
+"""
+
+
+def test_a_stage_of_ones_own_kind_is_cut_where_its_keys_are_those_of_others(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    file = write(tmp_path, {"own": {"kind": "own.py:own", "data": SFT["data"]}, "short": {**SFT, "steps": 1}})
+    cut = resolve_smoke(str(file), [], 2).config.stages["own"]
+    assert (cut.steps, cut.prompts, cut.critic, cut.table_every, cut.min_gap) == (2, "all", "harsh", "hour", 0.5)
+
+
 def test_a_recipe_that_is_wrong_without_the_cut_is_refused(tmp_path: Path) -> None:
     file = str(write(tmp_path, {"sft": {**SFT, "epochs": 1}}))
     with pytest.raises(RecipeError, match=r"give exactly one of stages\.sft\.steps and stages\.sft\.epochs"):
