@@ -11,9 +11,8 @@ from enum import StrEnum
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 MISSING = "???"
 """A value that is still to be given."""
@@ -41,16 +40,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", defer_build=True, allow_inf_nan=False)
 
-    @field_validator("*", mode="wrap")
+    @model_validator(mode="before")
     @classmethod
-    def _refuse_missing(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if isinstance(value, dict):  # given in part, a section keeps what its default says, such as a function's name
-            value = {**_said_by_default(cls, str(info.field_name)), **value}
-        if not (isinstance(value, str) and value == MISSING):
-            return handler(value)
-        if not (info.context or {}).get("missing_allowed"):
-            raise PydanticCustomError("not_given", "missing")
-        return value
+    def _keep_defaults(cls, value: Any) -> Any:
+        """A section given in part keeps what its default says: `{args: ...}` the name of the function."""
+        if not isinstance(value, dict):
+            return value
+        given = {key: {**kept, **value[key]} for key, kept in said(cls).items() if isinstance(value.get(key), dict)}
+        return {**value, **given}
 
     def problems(self, where: str) -> Iterator[str]:  # noqa: ARG002 - for those that have some
         """What types and ranges cannot say is wrong with the section at key path `where`, in lines."""
@@ -58,11 +55,12 @@ class Section(BaseModel):
 
 
 @cache
-def _said_by_default(section: type[Section], key: str) -> dict[str, Any]:
-    """The keys that the default of a key sets."""
-    factory = section.model_fields[key].default_factory
-    default = factory() if factory is not None else None  # type: ignore[call-arg]
-    return default.model_dump(exclude_unset=True) if isinstance(default, Section) else {}
+def said(section: type[Section]) -> dict[str, dict[str, Any]]:
+    """What the defaults of keys that hold sections set: `{"loss": {"fn": "dpo"}}`."""
+    factories = {key: info.default_factory for key, info in section.model_fields.items() if info.default_factory}
+    defaults = {key: factory() for key, factory in factories.items()}  # type: ignore[call-arg]
+    found = {k: x.model_dump(exclude_unset=True) for k, x in defaults.items() if isinstance(x, Section)}
+    return {key: kept for key, kept in found.items() if kept}
 
 
 def marked(info: FieldInfo, kind: type[T]) -> T | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin
+from typing import Any, TypeAlias, TypeVar, cast, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -16,7 +16,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.references import Filled
 from rlpost.recipe.schema import Recipe
-from rlpost.section import MISSING, Local, Section, join, marked
+from rlpost.section import MISSING, Local, Section, join, marked, said
 from rlpost.suggest import closest, hint, shortened
 from rlpost.usercode.places import OF_FILE
 
@@ -92,12 +92,13 @@ class Build:
             if problem["type"] == "string_type" and _is_number(problem["input"]) and path_of(loc) in self._typed:
                 _put(tree, problem["loc"], self._typed[path_of(loc)])
                 continue
-            if problem["type"] not in ("missing", "not_given") or isinstance(loc[-1], int):
+            if problem["type"] == "missing" and isinstance(loc[-1], str):
+                _put(tree, problem["loc"], MISSING)
+                if not self._is_disabled(loc):
+                    self.missing.append(loc)
+            elif problem["input"] != MISSING:
                 raise RecipeError(self._line(problem, loc))
-            if problem["type"] == "missing" and not self._is_disabled(loc):
-                self.missing.append(loc)
-            _put(tree, problem["loc"], MISSING)
-        return section.model_validate(tree, context={"missing_allowed": True})
+        return _unfinished(section, tree) if MISSING in _leaves(tree) else section.model_validate(tree)
 
     def _is_disabled(self, loc: Loc) -> bool:
         return len(loc) > 1 and loc[0] == "stages" and self._tree["stages"][loc[1]].get("enabled") is False
@@ -248,6 +249,30 @@ def _holds_several(annotation: Any) -> bool:
     """Whether it is a list or a mapping of them."""
     origin = get_origin(annotation)
     return origin in (dict, list) or any(map(_holds_several, get_args(annotation)))
+
+
+def _unfinished(section: type[S], tree: dict[str, Any]) -> S:
+    """The section without checks: values are missing, and nothing is wrong with the others."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner, kept = section_in(section.model_fields[key].annotation), said(section).get(key, {})
+        if inner is None or not isinstance(value, dict | list):
+            values[key] = value
+        elif isinstance(value, list):
+            values[key] = [_unfinished(inner, one) for one in value]
+        elif _holds_several(section.model_fields[key].annotation):
+            values[key] = {name: _unfinished(inner, one) for name, one in value.items()}
+        else:
+            values[key] = _unfinished(inner, {**kept, **value})
+    return cast(S, section.model_construct(**values))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def _not_given(value: Any, above: Loc) -> Iterator[Loc]:

@@ -10,7 +10,7 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from inspect import Parameter
 from pathlib import Path
@@ -109,7 +109,7 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
     options = {key: told.signature for key, told in signatures.functions_in(module).items()}
-    names = [key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module]
+    names = (key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module)
     signature = _chosen(options, name, names, f"{place}: no function {name!r} in {module}")
     own = _own(signature, lookup)
     if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
@@ -132,7 +132,7 @@ def settable(signature: inspect.Signature, lookup: Lookup) -> dict[str, Paramete
     return {p.name: p for p in signature.parameters.values() if p.name not in own and p.kind not in free}
 
 
-def _chosen(options: Mapping[str, T], name: str, names: Sequence[str], refusal: str) -> T:
+def _chosen(options: Mapping[str, T], name: str, names: Iterable[str], refusal: str) -> T:
     """The function (or signature) of that name; `names` are those that may be meant where there is none."""
     if name not in options:
         raise RecipeError(refusal + hint_or_list(name, names, "it has"))
