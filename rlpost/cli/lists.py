@@ -16,20 +16,21 @@ def list_(
     runs: Annotated[str, typer.Option("--runs", metavar="FOLDER", help="The folder of runs.", callback=home)] = "runs",
     as_json: Json = False,
 ) -> None:
-    """List packaged recipes and runs."""
-    from rlpost.recipe.files import listing
+    """List packaged recipes, models and runs."""
+    from rlpost.recipe.files import choices, describe, listing
     from rlpost.run.layout import list_runs
 
     if runs != "runs" and not Path(runs).is_dir():
         raise typer.BadParameter(f"{runs} is no folder", param_hint="--runs")
     recipes = [(recipe.name, recipe.description) for recipe in listing()]
+    models = [(f"model={name}", describe(file)) for name, file in choices("model", Path()).items()]
     found = [
         (str(run.path), ", ".join(f"{k} {v}".strip() for k, v in run.stages.items())) for run in list_runs(Path(runs))
     ]
     if as_json:
-        print_result({"recipes": dict(recipes), "runs": dict(found)})
+        print_result({"recipes": dict(recipes), "models": dict(models), "runs": dict(found)})
         return
-    for title, lines in (("recipes", recipes), (f"runs in {runs}/", found)):
+    for title, lines in (("recipes", recipes), ("models", models), (f"runs in {runs}/", found)):
         width = max((len(name) for name, _ in lines), default=0)
         print_result(f"{title}:")
         print_result("\n".join(f"  {name:<{width}}  {text}".rstrip() for name, text in lines) or "  none")
