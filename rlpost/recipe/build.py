@@ -98,7 +98,7 @@ class Build:
                     self.missing.append(loc)
             elif problem["input"] != MISSING:
                 raise RecipeError(self._line(problem, loc))
-        return _unfinished(section, tree) if MISSING in _leaves(tree) else section.model_validate(tree)
+        return _unfinished(section, tree) if any(_not_given(tree, ())) else section.model_validate(tree)
 
     def _is_disabled(self, loc: Loc) -> bool:
         return len(loc) > 1 and loc[0] == "stages" and self._tree["stages"][loc[1]].get("enabled") is False
@@ -265,14 +265,6 @@ def _unfinished(section: type[S], tree: dict[str, Any]) -> S:
         else:
             values[key] = _unfinished(inner, {**kept, **value})
     return cast(S, section.model_construct(**values))
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    else:
-        yield value
 
 
 def _not_given(value: Any, above: Loc) -> Iterator[Loc]:
