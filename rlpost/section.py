@@ -43,11 +43,11 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _keep_defaults(cls, value: Any) -> Any:
-        """A section given in part keeps what its default says: `{args: ...}` the name of the function."""
+        """A section given in part keeps the keys of its default: `{args: ...}` keeps the function's name."""
         if not isinstance(value, dict):
             return value
-        given = {key: {**kept, **value[key]} for key, kept in said(cls).items() if isinstance(value.get(key), dict)}
-        return {**value, **given}
+        kept = {key: keys for key, keys in set_by_default(cls).items() if isinstance(value.get(key), dict)}
+        return {**value, **{key: {**keys, **value[key]} for key, keys in kept.items()}}
 
     def problems(self, where: str) -> Iterator[str]:  # noqa: ARG002 - for those that have some
         """What types and ranges cannot say is wrong with the section at key path `where`, in lines."""
@@ -55,7 +55,7 @@ class Section(BaseModel):
 
 
 @cache
-def said(section: type[Section]) -> dict[str, dict[str, Any]]:
+def set_by_default(section: type[Section]) -> dict[str, dict[str, Any]]:
     """What the defaults of keys that hold sections set: `{"loss": {"fn": "dpo"}}`."""
     factories = {key: info.default_factory for key, info in section.model_fields.items() if info.default_factory}
     defaults = {key: factory() for key, factory in factories.items()}  # type: ignore[call-arg]

@@ -16,7 +16,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.references import Filled
 from rlpost.recipe.schema import Recipe
-from rlpost.section import MISSING, Local, Section, join, marked, said
+from rlpost.section import MISSING, Local, Section, join, marked, set_by_default
 from rlpost.suggest import closest, hint, shortened
 from rlpost.usercode.places import OF_FILE
 
@@ -71,7 +71,7 @@ class Build:
         self._typed = typed
         self._kinds = kinds_of(tree)
         self.missing = [loc for loc in _not_given(tree, ()) if loc[0] != "vars" and not self._is_disabled(loc)]
-        # In the order of a recipe: what is wrong is told of the first place.
+        # In the order of a recipe, so that the first mistake is reported.
         self.recipe = self._section(Recipe, {**tree, "stages": {}, "evaluation": None}, ())
         for name, kind in self._kinds.items():
             self.recipe.stages[name] = self._section(kind, tree["stages"][name], ("stages", name))
@@ -255,7 +255,7 @@ def _unfinished(section: type[S], tree: dict[str, Any]) -> S:
     """The section without checks: values are missing, and nothing is wrong with the others."""
     values: dict[str, Any] = {}
     for key, value in tree.items():
-        inner, kept = section_in(section.model_fields[key].annotation), said(section).get(key, {})
+        inner, kept = section_in(section.model_fields[key].annotation), set_by_default(section).get(key, {})
         if inner is None or not isinstance(value, dict | list):
             values[key] = value
         elif isinstance(value, list):

@@ -41,7 +41,7 @@ def check(tree: Any) -> None:
 
 
 def escaped(value: Any) -> Any:
-    """The tree as a recipe says it: `${` of a value stands for itself and is written `\\${`."""
+    """The tree as a recipe is written: `${` of a value stands for itself and is written `\\${`."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -58,7 +58,7 @@ class Filled:
     """For the key path of a value that is still missing, where it is to be given."""
     unknown: list[str]
     """What is wrong with references that name nothing: their values are missing. A misspelt key may be why, so that is
-    told first."""
+    reported first."""
 
 
 def fill(tree: dict[str, Any]) -> Filled:
@@ -80,7 +80,7 @@ def _references(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def _expand(text: str, where: str, value_of: Callable[[str], Any]) -> Any:
-    """The text with what `value_of` says for each reference; that itself where a reference is the whole text."""
+    """The text with each reference replaced by `value_of` its name; that value itself if it is the whole text."""
     if len(text) > LONGEST:
         raise RecipeError(f"{where}: a value with references and more than {LONGEST} characters - put it into a file")
     if _is_unclosed(text):

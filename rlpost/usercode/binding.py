@@ -1,7 +1,7 @@
 """Functions named in a recipe: found, their arguments checked, and bound before anything heavy loads.
 
 What the program supplies is positional; what a recipe may set by `args` is keyword-only. Rewards and
-functions of data are told what they take by their parameters' names instead.
+functions of data get what they take by their parameters' names instead.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
-    options = {key: told.signature for key, told in signatures.functions_in(module).items()}
+    options = {key: info.signature for key, info in signatures.functions_in(module).items()}
     names = (key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module)
     signature = _chosen(options, name, names, f"{place}: no function {name!r} in {module}")
     own = _own(signature, lookup)
@@ -120,10 +120,10 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
 def offered(lookup: Lookup) -> Iterator[tuple[str, str, inspect.Signature]]:
     """What a key may name of rlpost's own functions: each name with its module and signature, helpers left out."""
     for before, module in signatures.modules_of(lookup):
-        for name, told in signatures.functions_in(module).items():
-            given = {p.name for p in told.signature.parameters.values() if p.kind is not p.KEYWORD_ONLY}
-            if given <= set(lookup.supplied) and _fits(told.signature, lookup):
-                yield f"{before}{name}", module, told.signature
+        for name, info in signatures.functions_in(module).items():
+            given = {p.name for p in info.signature.parameters.values() if p.kind is not p.KEYWORD_ONLY}
+            if given <= set(lookup.supplied) and _fits(info.signature, lookup):
+                yield f"{before}{name}", module, info.signature
 
 
 def settable(signature: inspect.Signature, lookup: Lookup) -> dict[str, Parameter]:

@@ -1,7 +1,7 @@
 """A recipe's functions from files of its user: looked at in a process of their own, and called there where they can be.
 
 Losses, advantages and modifiers need gradients, and a reward that asks for a model needs the model: these are called
-here, and what goes wrong in them is told in a line.
+here, and what goes wrong in them is a message of one line.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class UsersFile:
 
 
 class Here:
-    """A user's function called in this process: what it raises, or returns of a wrong kind, is told in a line."""
+    """A user's function called in this process; an exception, or a wrong return value, becomes a message."""
 
     def __init__(
         self, function: Callable[..., Any], args: Mapping[str, Any], file: Path, lookup: Lookup, where: str

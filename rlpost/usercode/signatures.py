@@ -27,8 +27,8 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a function's source says of it."""
+class FunctionInfo:
+    """A function's parameters and declared facts, read from its source."""
 
     signature: inspect.Signature = field(default_factory=inspect.Signature)
     facts: Mapping[str, bool] = field(default_factory=dict)
@@ -37,17 +37,17 @@ class Told:
         """Whether it has one of these parameters."""
         return not self.signature.parameters.keys().isdisjoint(names)
 
-    def says(self, fact: str) -> bool:
+    def has(self, fact: str) -> bool:
         """Whether a fact holds of it."""
         return self.facts.get(fact, FACTS[fact])
 
 
-def told(function: Function, lookup: Lookup) -> Told:
+def info_of(function: Function, lookup: Lookup) -> FunctionInfo:
     """What is known of a function that a resolved recipe names; nothing of one that is not there."""
     if match := OF_FILE.fullmatch(function.fn):
         return _of_users(Path(match["file"]), match["name"])
     module, name = owner(function.fn, lookup, "fn")
-    return functions_in(module).get(name, Told())
+    return functions_in(module).get(name, FunctionInfo())
 
 
 def owner(fn: str, lookup: Lookup, where: str) -> tuple[str, str]:
@@ -81,7 +81,7 @@ def _tasks() -> list[str]:
 
 
 @cache
-def functions_in(module: str) -> dict[str, Told]:
+def functions_in(module: str) -> dict[str, FunctionInfo]:
     """The functions that a module of rlpost offers: those it exports, or else those it defines."""
     file = _PACKAGE.joinpath(*module.split(".")[1:])
     tree = ast.parse((file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text("utf-8"))
@@ -94,32 +94,34 @@ def functions_in(module: str) -> dict[str, Told]:
     return found if exported is None else {name: found[name] for name in exported if name in found}
 
 
-def _of_users(file: Path, name: str) -> Told:
+def _of_users(file: Path, name: str) -> FunctionInfo:
     """Of a function in a user's file; its process is asked about one that the source does not show as it is."""
     try:
         data = file.read_bytes()
         found = _defined(ast.parse(data)).get(name)
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return Told()
+        return FunctionInfo()
     if found is not None:
         return found
     try:
         signatures = calls.describe(file, hashlib.sha256(data).hexdigest(), calls.LOADING)
     except calls.CallError:
-        return Told()  # it is told when the function is bound
-    return Told(signatures[name]) if name in signatures else Told()
+        return FunctionInfo()  # the error comes when the function is bound
+    return FunctionInfo(signatures[name]) if name in signatures else FunctionInfo()
 
 
-def _defined(tree: ast.Module) -> dict[str, Told]:
+def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
     """Public functions at the top of a module; one behind a decorator may be any other."""
     facts: dict[str, dict[str, bool]] = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _called(node.value) == "declare":
-            said = {k.arg: k.value.value for k in node.value.keywords if k.arg and isinstance(k.value, ast.Constant)}
+            declared = {
+                k.arg: k.value.value for k in node.value.keywords if k.arg and isinstance(k.value, ast.Constant)
+            }
             for function in (name.id for name in node.value.args if isinstance(name, ast.Name)):
-                facts.setdefault(function, {}).update({fact: bool(value) for fact, value in said.items()})
+                facts.setdefault(function, {}).update({fact: bool(value) for fact, value in declared.items()})
     return {
-        node.name: Told(_signature(node.args), facts.get(node.name, {}))
+        node.name: FunctionInfo(_signature(node.args), facts.get(node.name, {}))
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("_")
     }

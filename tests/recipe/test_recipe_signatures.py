@@ -19,7 +19,7 @@ from rlpost.rewards.params import REWARD
 from rlpost.usercode.binding import bind
 from rlpost.usercode.load import public_functions
 from rlpost.usercode.params import Function
-from rlpost.usercode.signatures import functions_in, told
+from rlpost.usercode.signatures import functions_in, info_of
 
 DATA = "vars.data=rows.jsonl"
 MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, LOSS, MODIFIER, REWARD)]
@@ -110,10 +110,10 @@ def test_behind_a_decorator_the_users_process_is_asked(write, tmp_path: Path) ->
         "import functools\ndef same(f):\n    @functools.wraps(f)\n    def g(*a, **k): return f(*a, **k)\n    return g\n"
     )
     file = write("mine.py", f"{wraps}@same\ndef labelled(logp_N, label_N): return logp_N\n")
-    assert told(Function(fn=f"{file}:labelled"), LOSS).takes("label_N")
-    assert not told(Function(fn=f"{file}:none"), LOSS).takes("label_N")
+    assert info_of(Function(fn=f"{file}:labelled"), LOSS).takes("label_N")
+    assert not info_of(Function(fn=f"{file}:none"), LOSS).takes("label_N")
     file.write_text("def broken(:\n")
-    assert not told(Function(fn=f"{file}:broken"), LOSS).takes("label_N")
+    assert not info_of(Function(fn=f"{file}:broken"), LOSS).takes("label_N")
 
 
 def test_names_and_arguments_are_checked_without_torch(adding: str, write) -> None:

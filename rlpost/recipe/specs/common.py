@@ -16,7 +16,7 @@ from rlpost.section import Section
 from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.train.params import Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
-from rlpost.usercode.signatures import told
+from rlpost.usercode.signatures import info_of
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -242,28 +242,28 @@ class Grouped(Rollouts):
     @property
     def compares_completions(self) -> bool:
         """Its advantage compares the completions of a group with each other."""
-        return told(self.advantage, ADVANTAGE).says("compares_completions")
+        return info_of(self.advantage, ADVANTAGE).has("compares_completions")
 
     def rows(self) -> DataRole:
-        """Prompts, or what another policy said to them."""
+        """Prompts, or rollouts that another policy made."""
         return DataRole.recorded if self.recorded else DataRole.prompts
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of rollouts, and of what an advantage asks for."""
         yield from super().rules(where, earlier)
-        name, asks = self.advantage.called, told(self.advantage, ADVANTAGE)
-        if asks.takes("steps", "step_reward_K", "value_K") and self.step_end is None:
+        name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
+        if credit.takes("steps", "step_reward_K", "value_K") and self.step_end is None:
             yield (
                 f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every token"
             )
         if self.recorded and self.environment is not None:
             yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
-        if self.recorded and (self.dynamic_sampling_rounds or asks.takes("greedy_P", "value_K")):
+        if self.recorded and (self.dynamic_sampling_rounds or credit.takes("greedy_P", "value_K")):
             what = "dynamic_sampling_rounds" if self.dynamic_sampling_rounds else f"advantage.fn={self.advantage.fn}"
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
-        if self.environment is not None and asks.takes("value_K"):
+        if self.environment is not None and credit.takes("value_K"):
             yield f"{where}.environment: {name} goes on from inside a turn, alone - remove one of the two"
-        k = self.advantage.args.get("k") if asks.says("k_in_group") else None
+        k = self.advantage.args.get("k") if credit.has("k_in_group") else None
         if isinstance(k, int) and not 1 <= k <= self.group_size:
             yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
         elif k is not None and self.group_size == 1:

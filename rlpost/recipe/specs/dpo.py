@@ -12,7 +12,7 @@ from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Training
 from rlpost.stages.params import Refresh
 from rlpost.usercode.params import Function, Lookup
-from rlpost.usercode.signatures import Told, told
+from rlpost.usercode.signatures import FunctionInfo, info_of
 
 LOSS = Lookup(
     "dpo.loss",
@@ -49,8 +49,8 @@ class Dpo(Training):
         return DataRole.ranked if self._loss.takes("delta_PK", "reward_PK") else DataRole.pairs
 
     @property
-    def _loss(self) -> Told:
-        return told(self.loss, LOSS)
+    def _loss(self) -> FunctionInfo:
+        return info_of(self.loss, LOSS)
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
@@ -61,18 +61,18 @@ class Dpo(Training):
             yield f"{where}.modifiers[0]: {names[0]} is for pairs, and {loss} compares whole groups - remove it"
         if ranks and self.nll_coef:
             yield f"{where}.nll_coef: {loss} compares whole groups, of which none is the chosen one - use 0"
-        if self.refresh and not self._loss.says("needs_reference"):
+        if self.refresh and not self._loss.has("needs_reference"):
             yield f"{where}.refresh: {loss} has no reference that could follow - remove it, or use another loss"
         changed = False
         for i, name in enumerate(names):
-            modifier = told(self.modifiers[i], MODIFIER)
-            changes = modifier.says("changes_log_ratios")
-            if changes and not self._loss.says("needs_reference"):
+            modifier = info_of(self.modifiers[i], MODIFIER)
+            changes = modifier.has("changes_log_ratios")
+            if changes and not self._loss.has("needs_reference"):
                 yield (
                     f"{where}.modifiers[{i}]: {name} changes log-ratios to the reference, and {loss} has none - "
                     "remove it, or use another loss"
                 )
-            if changed and modifier.says("weighs_actions"):
+            if changed and modifier.has("weighs_actions"):
                 yield (
                     f"{where}.modifiers[{i}]: {name} weighs actions - put it before what changes log-ratios, as "
                     "f_divergence does, and only once"

@@ -12,7 +12,7 @@ from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
-from rlpost.usercode.signatures import told
+from rlpost.usercode.signatures import info_of
 
 
 class Grpo(Grouped):
@@ -29,9 +29,9 @@ class Grpo(Grouped):
     @cached_property
     def vanishes_without_advantage(self) -> bool:
         """An action of advantage 0 adds nothing to the gradient, but for a KL's."""
-        return not self.entropy_coef and told(self.loss, SURROGATE).says("vanishes_without_advantage")
+        return not self.entropy_coef and info_of(self.loss, SURROGATE).has("vanishes_without_advantage")
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
-        if self.weight != Weight.sequence_mean and told(self.loss, SURROGATE).says("per_completion"):
+        if self.weight != Weight.sequence_mean and info_of(self.loss, SURROGATE).has("per_completion"):
             yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"

@@ -10,7 +10,7 @@ from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Training
 from rlpost.usercode.params import Function, Lookup
-from rlpost.usercode.signatures import told
+from rlpost.usercode.signatures import info_of
 
 LOSS = Lookup(
     "reward_model.loss",
@@ -37,4 +37,4 @@ class RewardModel(Training):
 
     def rows(self) -> DataRole:
         """Pairs, or ranked completions."""
-        return DataRole.ranked if told(self.loss, LOSS).takes("score_PK", "reward_PK") else DataRole.pairs
+        return DataRole.ranked if info_of(self.loss, LOSS).takes("score_PK", "reward_PK") else DataRole.pairs

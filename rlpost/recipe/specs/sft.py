@@ -13,7 +13,7 @@ from rlpost.recipe.specs.common import Training
 from rlpost.section import Local
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function, Lookup
-from rlpost.usercode.signatures import told
+from rlpost.usercode.signatures import info_of
 
 LOSS = Lookup(
     "sft.loss",
@@ -48,11 +48,11 @@ class Sft(Training):
 
     def rows(self) -> DataRole:
         """Completions; with labels, where the loss asks for them."""
-        return DataRole.labelled if told(self.loss, LOSS).takes("label_N") else DataRole.completions
+        return DataRole.labelled if info_of(self.loss, LOSS).takes("label_N") else DataRole.completions
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
-        if self.teacher is None and told(self.loss, LOSS).takes("teacher_NV"):
+        if self.teacher is None and info_of(self.loss, LOSS).takes("teacher_NV"):
             name = self.loss.called
             yield f"{where}.teacher: missing - {name} imitates a teacher: name a stage, a checkpoint or a model"
         if self.teacher in earlier.all:
