@@ -1,4 +1,4 @@
-"""What `show --rows` shows: the first rows of each stage as the model sees them."""
+"""`rlpost show --rows`: the first rows of each stage as the model sees them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlpost.types import Group
 
 
 def show_rows(resolved: Resolved, n: int) -> list[str]:
-    """Lines that show the first `n` rows of each stage as it reads them, and lengths in tokens.
+    """Lines with the first `n` rows of each stage, and their lengths in tokens.
 
-    What is trained is marked: in colour on a terminal, between » and « elsewhere. Completions that are compared, or
-    judged, have their judgement before them.
+    Trained tokens are marked: in colour on a terminal, between » and « elsewhere. Scores, labels and the like stand before
+    their completion.
     """
     from rlpost.stage_rows import open_rows, own_sources
 
@@ -49,7 +49,7 @@ def _shown(tokenizer: Any, group: Group, need: DataRole) -> Iterator[str]:
     prompt = console.clean(tokenizer.decode(group.prompt.tolist()), "⏎")
     if not group.completions:
         yield f"  {prompt}"
-    for c, judged in zip(group.completions, _judgements(group, need), strict=True):
+    for c, annotation in zip(group.completions, _annotations(group, need), strict=True):
         text = prompt
         start = 0
         while start < len(c.ids):
@@ -59,11 +59,11 @@ def _shown(tokenizer: Any, group: Group, need: DataRole) -> Iterator[str]:
             piece = console.clean(tokenizer.decode(c.ids[start:end].tolist()), "⏎")
             text += console.marked(piece) if c.action[start] else piece
             start = end
-        yield f"  {judged}{text}"
+        yield f"  {annotation}{text}"
 
 
-def _judgements(group: Group, need: DataRole) -> list[str]:
-    """What the row says of each completion, to stand before it."""
+def _annotations(group: Group, need: DataRole) -> list[str]:
+    """The score, label or rank of each completion, to print before it."""
     several = len(group.completions)
     if need is DataRole.pairs:
         return ["chosen:   ", "rejected: "]
