@@ -138,7 +138,7 @@ def _enabled(recipe: Recipe) -> dict[str, Stage]:
 
 
 def _leaves(recipe: Recipe) -> dict[str, str]:
-    """Stage -> its kind of result, for stages whose result is no policy."""
+    """Stage -> its kind of result, for stages whose result is not a policy."""
     return {name: str(s.leaves) for name, s in recipe.stages.items() if s.leaves is not Leaves.policy}
 
 

@@ -107,7 +107,7 @@ def test_it_is_evaluated_no_more_than_a_judge(stages):
 
 def test_it_is_no_policy(stages, tmp_path):
     back = stages / "back"
-    with pytest.raises(ModelError, match=r"back/final: it reads backwards .* so it is no policy"):
+    with pytest.raises(ModelError, match=r"back/final: it reads backwards .* so it is not a policy"):
         policy(back / "final")
     with pytest.raises(ModelError, match=r"sft/final: it reads forwards"):
         reverse_policy(stages / "sft/final")

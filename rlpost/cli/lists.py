@@ -21,7 +21,7 @@ def list_(
     from rlpost.run.layout import list_runs
 
     if runs != "runs" and not Path(runs).is_dir():
-        raise typer.BadParameter(f"{runs} is no folder", param_hint="--runs")
+        raise typer.BadParameter(f"{runs} is not a folder", param_hint="--runs")
     recipes = [(recipe.name, recipe.description) for recipe in listing()]
     models = [(f"model={name}", describe(file)) for name, file in choices("model", Path()).items()]
     found = [

@@ -17,8 +17,8 @@ from rlpost.types import Group
 def show_rows(resolved: Resolved, n: int) -> list[str]:
     """Lines with the first `n` rows of each stage, and their lengths in tokens.
 
-    Trained tokens are marked: in colour on a terminal, between » and « elsewhere. Scores, labels and the like stand before
-    their completion.
+    Trained tokens are marked: in colour on a terminal, between » and « elsewhere. Scores, labels and the like stand
+    before their completion.
     """
     from rlpost.stage_rows import open_rows, own_sources
 

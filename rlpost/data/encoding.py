@@ -63,7 +63,7 @@ class Encoder:
         if self.direction is Direction.reverse:
             if len(group.completions) != 1:
                 raise DataError(
-                    f"{location}: several completions of a prompt are no one text to reverse; give each a row"
+                    f"{location}: several completions of a prompt are not one text to reverse; give each a row"
                 )
             group = backwards(group, self.codec)
         fitting = fit(group, self.limit, self.codec, location, outcomes.counts)

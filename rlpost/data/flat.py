@@ -47,7 +47,7 @@ class Block:
     ids: Pieces
     """[P] pieces of [T] ids."""
     action_T: Array | None = None
-    """False where a token is no action; arbitrary on prompts."""
+    """False where a token is not an action; arbitrary on prompts."""
     own: Mapping[str, Pieces] = field(default_factory=dict)
     """Names of `_PIECES` -> [C] pieces."""
     values: Mapping[str, Array] = field(default_factory=dict)

@@ -141,7 +141,7 @@ def check_margin(row: Row, location: str) -> None:
     """Check the optional `margin` of a pair.
 
     Raises:
-        DataError: it is no number.
+        DataError: it is not a number.
     """
     if row.get("margin") is not None:
         _number(row["margin"], "margin", location)

@@ -147,7 +147,7 @@ def read_back(line: bytes) -> tuple[Row, bool]:
 
 
 def checked_rows(rows: Any, location: str) -> list[Row]:
-    """The rows that a function returned; raises DataError if they are no rows."""
+    """The rows that a function returned; raises DataError if they are not rows."""
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise DataError(f"{location} returned {type(rows).__name__}: return a row (a dict), a list of rows, or None")
     checked = []

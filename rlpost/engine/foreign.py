@@ -145,7 +145,7 @@ def _problem(completion: Any, request: Request, policy: Policy, version: int | N
     if np.isin(ids[:-1], policy.end_ids).any():
         return "that goes on after an end token; end it there"
     if not completion.action.all():
-        return "with tokens that are no actions; an engine chooses every token"
+        return "with tokens that are not actions; an engine chooses every token"
     if len(logprobs) != len(ids):
         return f"with {len(logprobs)} log-probabilities for {len(ids)} tokens; give one for each"
     if not np.isfinite(logprobs).all() or (logprobs > ROUNDING).any():

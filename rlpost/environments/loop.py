@@ -1,7 +1,7 @@
 """Episodes of several turns: the model writes, an environment replies, until one of them ends the episode.
 
 An environment is a function (text of the model's last turn, its turns so far, the row) -> its reply as text, or None
-when the episode is over. Replies become part of the completion as tokens that are no actions: the model reads them,
+when the episode is over. Replies become part of the completion as tokens that are not actions: the model reads them,
 and nothing is learned from them.
 """
 

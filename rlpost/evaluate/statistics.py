@@ -249,5 +249,5 @@ def _normal(upper: float) -> float:
 def _upper(level: float) -> float:
     """The probability below a two-sided interval's upper end."""
     if not 0 < level < 1:
-        raise ValueError(f"level {level} is no confidence level; give one between 0 and 1, such as 0.95")
+        raise ValueError(f"level {level} is not a confidence level; give one between 0 and 1, such as 0.95")
     return 0.5 + level / 2

@@ -36,7 +36,7 @@ def escapes(run: Path, stage: str | None = None) -> list[str]:
 
     Raises:
         ModelError: the run has no walker or no policy.
-        DataError: its rows are no mazes.
+        DataError: its rows are not mazes.
     """
     recipe = recipe_of(run)
     rows = [row for row in mazes_of(recipe) if row["held_out"]]

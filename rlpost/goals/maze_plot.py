@@ -29,7 +29,7 @@ def plot_mazes(run: Path, out: Path | None = None, stage: str | None = None, cou
 
     Raises:
         ModelError: the run has no walker or no policy yet, or matplotlib is not installed.
-        DataError: its rows are no mazes.
+        DataError: its rows are not mazes.
     """
     found = solved(run, stage)
     for s in found[:count]:

@@ -65,7 +65,7 @@ def solved(run: Path, policy_stage: str | None = None) -> list[Solved]:
 
     Raises:
         ModelError: the run has no policy yet.
-        DataError: its rows are no mazes.
+        DataError: its rows are not mazes.
     """
     recipe = recipe_of(run)
     network_at = finished(run, recipe, lambda stage: stage.leaves is Leaves.value)
@@ -168,7 +168,7 @@ def _group(row: Mapping[str, Any], policy: Policy) -> Group:
 
 
 def _moves(policy: Policy, rows: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> list[int]:
-    """The policy's likeliest next cell from each start; the start itself if that is no neighbour."""
+    """The policy's likeliest next cell from each start; the start itself if that is not a neighbour."""
     with torch.no_grad():
         best = policy.distributions(policy.batch(groups))(slice(None)).argmax(1).tolist()
     found = []

@@ -52,7 +52,7 @@ def read_settings(folder: Path) -> ValueSettings:
     """The settings of the value network in `folder`.
 
     Raises:
-        ModelError: it is no value network.
+        ModelError: it is not a value network.
     """
     file = folder / SETTINGS_FILE
     if not file.is_file():
@@ -161,7 +161,7 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
         avoid: the network must give the probability of not reaching the goal.
 
     Raises:
-        ModelError: it cannot be loaded, is no value network, or was trained for the other direction.
+        ModelError: it cannot be loaded, is not a value network, or was trained for the other direction.
     """
     settings = read_settings(folder)
     if settings.avoid != avoid:

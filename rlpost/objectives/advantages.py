@@ -134,7 +134,7 @@ def pass_at_k(reward_PG: Tensor, *, k: int) -> Tensor:
     A group with fewer than k scored completions has advantage 0.
 
     Raises:
-        ValueError: if k is no number from 1 to G, or G = k = 1.
+        ValueError: if k is not a number from 1 to G, or G = k = 1.
     """
     size = reward_PG.shape[1]
     if not 1 <= k <= size or size == 1:

@@ -1,7 +1,7 @@
 """Credit per action: returns, generalised advantages, rewards of steps, and values by fresh rollouts.
 
 Axes: N action tokens, S completions, K steps of all completions, L the longest completion. The scalar reward of a
-completion is on its last action. Episodes end where completions do. Tokens that are no actions do not appear here, so
+completion is on its last action. Episodes end where completions do. Tokens that are not actions do not appear here, so
 credit passes across the turns of a tool or an environment.
 """
 

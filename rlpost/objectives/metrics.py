@@ -1,6 +1,6 @@
 """Metrics of an update, as 1-D tensors whose means over all elements are logged.
 
-Means do not depend on how an update is cut into parts or spread over ranks. Metrics that are no means (explained
+Means do not depend on how an update is cut into parts or spread over ranks. Metrics that are not means (explained
 variance, effective sample size) are computed from means of their parts at the end.
 
 Axes: N action tokens.

@@ -56,7 +56,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The configuration in `folder`; every field is checked.
 
     Raises:
-        ModelError: it is no LoRA, or one with a field that is wrong or not supported.
+        ModelError: it is not a LoRA, or one with a field that is wrong or not supported.
     """
     given = read_json_object(folder / ADAPTER_FILE)
     kind = given.get("peft_type")
@@ -108,7 +108,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-        ModelError: it cannot be read, is no JSON, or holds something else.
+        ModelError: it cannot be read, is not JSON, or holds something else.
     """
     try:
         found = json.loads(path.read_text("utf-8"), parse_constant=_no_number)
@@ -120,7 +120,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def first_line(error: BaseException) -> str:
@@ -144,7 +144,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"{file}: cannot be read: {first_line(error)}; restore it from where it came") from error
     for name, x in weights.items():
         if not x.is_floating_point() or not bool(torch.isfinite(x).all()):
-            raise ModelError(f"{file}: {name} holds what is no finite number ({x.dtype}); restore the file")
+            raise ModelError(f"{file}: {name} holds a value that is not finite ({x.dtype}); restore the file")
     return weights
 
 

@@ -31,7 +31,7 @@ from rlpost.policy.score import logprobs
 from rlpost.run.names import ABOUT
 
 MERGED_GAP = 1e-2
-"""Largest change of a log-probability, in nats, when an adapter is merged; more is no rounding."""
+"""Largest change of a log-probability, in nats, when an adapter is merged; more is not rounding."""
 BEYOND_RECIPES = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "trainable_token_indices"),
@@ -59,8 +59,8 @@ def load_policy(
         bfloat16: the precision already decided (see `decide_bfloat16`).
         device: where to put it.
         trainable: False freezes every weight.
-        value_head: it has a value head, so it is no policy.
-        backwards: it is a model of reversed text, so it is no policy either.
+        value_head: it has a value head, so it is not a policy.
+        backwards: it is a model of reversed text, so it is not a policy either.
 
     Raises:
         ModelError: if it cannot be loaded, is something else, or adapter, tokenizer and model do not fit together.
@@ -115,7 +115,9 @@ def _must_be(folder: Path, value_head: bool, backwards: bool) -> None:
     if backwards and not is_backwards(folder):
         raise ModelError(f"{folder}: it reads forwards; name an sft stage with direction: reverse, or its checkpoint")
     if is_backwards(folder) and not backwards:
-        raise ModelError(f"{folder}: it reads backwards (direction: reverse), so it is no policy; name another stage")
+        raise ModelError(
+            f"{folder}: it reads backwards (direction: reverse), so it is not a policy; name another stage"
+        )
 
 
 def _must_be_finite(policy: Policy, path: str | Path) -> None:

@@ -42,12 +42,12 @@ def as_model_error(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RlpostError, torch.OutOfMemoryError):  # a full GPU is no fault of the model's files
+    except (RlpostError, torch.OutOfMemoryError):  # a full GPU is not a fault of the model's files
         raise
     except Exception as error:  # a damaged file may raise anything
         raise ModelError(f"{what}: {_reason(error)}") from error
     except BaseException as error:
-        # A panic in the Rust code of tokenizers raises what is no Exception.
+        # A panic in the Rust code of tokenizers raises an error that is not an Exception.
         if type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"{what}: {_reason(error)}") from error
@@ -172,7 +172,9 @@ def must_fit(model: Any, tokenizer: Any, path: str) -> None:
     ends = getattr(model.generation_config, "eos_token_id", None)
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and (not isinstance(end, int) or isinstance(end, bool) or not 0 <= end < rows):
-            raise ModelError(f"{path}: eos_token_id={end!r} in generation_config.json is no token of the model; fix it")
+            raise ModelError(
+                f"{path}: eos_token_id={end!r} in generation_config.json is not a token of the model; fix it"
+            )
 
 
 def _config(base: str, revision: str | None) -> Any:
@@ -190,7 +192,7 @@ def _config(base: str, revision: str | None) -> Any:
 
 
 def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
-    """Refuse weights that are no safetensors files, and adapters that transformers would add by itself."""
+    """Refuse weights that are not safetensors files, and adapters that transformers would add by itself."""
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise ModelError(f"{base}: config.json names its weights ({named!r}), which is not supported; remove the key")
@@ -211,7 +213,7 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
             raise ModelError(f"{index}: no weight_map, which says where each weight is; restore it")
         for name in files.values():
             if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-                raise ModelError(f"{index}: {name!r} is no safetensors file of this folder; {CONVERT}")
+                raise ModelError(f"{index}: {name!r} is not a safetensors file of this folder; {CONVERT}")
 
 
 def _on_hub(base: str, name: str, revision: str | None) -> str | None:
@@ -242,7 +244,7 @@ def _must_have_read_all(base: str, model: Any, unexpected: list[str]) -> None:
                 "take the weights and config.json from one model"
             )
     if weights:
-        console.warn(f"{base}: {len(weights)} weights in its files are no part of the model, {weights[0]} for one")
+        console.warn(f"{base}: {len(weights)} weights in its files are not part of the model, {weights[0]} for one")
 
 
 def _must_be_floats(base: str, model: Any) -> None:

@@ -60,7 +60,7 @@ def _must_be_model(model: Any, folder: Path) -> None:
     others: list[Tensor] = []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in opened.keys():  # noqa: SIM118 - it is not a mapping
                 x = opened.get_tensor(name)
                 if name in state:
                     compared.add(name)

@@ -53,7 +53,7 @@ class ValueHeadModel(nn.Module):
             trains_trunk: False trains the head alone.
         """
         super().__init__()
-        # In a tuple, so that a trunk shared with a policy is no part of this module.
+        # In a tuple, so that a trunk shared with a policy is not part of this module.
         self._trunk = (trunk,)
         self.adapter = adapter
         self.trains_trunk = trains_trunk

@@ -28,7 +28,7 @@ def parse(text: str) -> Tree:
     """The tree of a normalised text.
 
     Raises:
-        Unreadable: it is no expression, or can be read in two ways.
+        Unreadable: it is not an expression, or can be read in two ways.
     """
     reader = _Reader(tokens(text))
     tree = reader.sum()

@@ -55,7 +55,7 @@ def read(text: str) -> Value:
     """The value of an answer's text.
 
     Raises:
-        Unreadable: it is no answer, or can be read in two ways.
+        Unreadable: it is not an answer, or can be read in two ways.
     """
     if _PLAIN.fullmatch(text):
         return Quantity(("num", Fraction(text.replace(",", ""))))
@@ -145,7 +145,7 @@ def _joined(ranges: Sequence[Reals], words: set[str]) -> Value:
         if len(lows) == len(highs) == 1:
             low, high = lows[0], highs[0]
             return Reals((Span(low.low, high.high, low.low_closed, high.high_closed),), ranges[0].name)
-    raise Unreadable('inequalities joined by "and" that are no interval')
+    raise Unreadable('inequalities joined by "and" that are not an interval')
 
 
 def _one(text: str) -> Value:
@@ -190,7 +190,7 @@ def _tree_of(value: Value) -> Tree:
         return value.tree
     if isinstance(value, Words) and value.tree is not None:
         return value.tree
-    raise Unreadable("a side of an equation is no expression")
+    raise Unreadable("a side of an equation is not an expression")
 
 
 def _name_of(text: str) -> str:
@@ -214,7 +214,7 @@ def _inequality(sides: list[Tree], signs: list[str]) -> Value:
                 ends = closed if low == 0 else closed[::-1]
                 return Reals((Span(sides[low], sides[high], ends[0], ends[1]),), sides[1][1])
     if len(sides) != 2:
-        raise Unreadable("a chain of inequalities that is no interval")
+        raise Unreadable("a chain of inequalities that is not an interval")
     left, right = sides if signs[0] in (">", "\\ge", "\\ne") else sides[::-1]
     sign = {"<": ">", ">": ">", "\\le": ">=", "\\ge": ">=", "\\ne": "!="}[signs[0]]
     return Relation(sign, ("+", left, ("neg", right)))
@@ -280,7 +280,7 @@ def _set(inside: str) -> Value:
         value = _list(pieces[1])
         if isinstance(value, Reals) and value.name == condition[1]:
             return replace(value, name="")
-        raise Unreadable("a set by a condition that is no interval")
+        raise Unreadable("a set by a condition that is not an interval")
     found, _ = elements(inside, inside=True)
     if "" in found:
         raise Unreadable("an element of a set is missing")
@@ -336,7 +336,7 @@ def _quantity(text: str) -> Value:
         if rest:
             probe, behind = split_unit(f"1 {rest}")
             if probe != "1" or (unit and behind and unit != behind):
-                raise Unreadable(f"{rest!r} behind a number is no unit")
+                raise Unreadable(f"{rest!r} behind a number is not a unit")
             unit = unit or behind
         return Quantity(("*", parse(math), ("num", factor)), unit=unit)
     percent = math.endswith("%") or unit == ""

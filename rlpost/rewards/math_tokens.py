@@ -71,5 +71,5 @@ def _letters(run: str, apart: bool, start: int) -> list[Token]:
     if run in ("pi", "infinity", "infty") or run in GREEK:
         return [Token("command", "\\infty" if run == "infinity" else f"\\{run}", apart, start)]
     if len(run) > 3 or run.startswith(_NO_PRODUCT):
-        raise Unreadable(f"{run!r} is no product of letters: write spaces or signs between them, or \\text{{}}")
+        raise Unreadable(f"{run!r} is not a product of letters: write spaces or signs between them, or \\text{{}}")
     return [Token("name", letter, apart and i == 0, start + i) for i, letter in enumerate(run)]

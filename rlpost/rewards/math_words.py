@@ -181,7 +181,7 @@ def _in_base(text: str) -> Value | None:
     word = number_word(written)
     base = int(written) if written.isdigit() else int(word.tree[1]) if isinstance(word, Quantity) else 0
     if not 2 <= base <= 36:
-        raise Unreadable(f"{written!r} is no base from 2 to 36")
+        raise Unreadable(f"{written!r} is not a base from 2 to 36")
     digits = match[1].upper().lstrip("0") or "0"
     if any(int(digit, 36) >= base for digit in digits):
         raise Unreadable(f"{match[1]!r} has digits that base {base} does not have")
@@ -210,7 +210,7 @@ def _time(text: str) -> Value | None:
         if hour < 24 and minute < 60 and second < 60:
             # 15:30 and 00:30 can only be one time of the day; 3:30 may be two, or a ratio.
             sure = hour > 12 or match[1] == "00"
-            minutes_only = match[2].startswith("0")  # 3:05 is no ratio
+            minutes_only = match[2].startswith("0")  # 3:05 is not a ratio
             return Exactly("time" if sure else "hours" if minutes_only else "clock", (hour, minute, second))
     return None
 

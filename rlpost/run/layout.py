@@ -94,7 +94,7 @@ def open_run(
         overrides: `key=value` as given on the command line.
         allow_change: go on although the recipe differs from the one the run was started with.
         functions: name -> sha256 of the file, for functions from the user's own files.
-        leaves: stage -> its kind of result, for stages whose result is no policy.
+        leaves: stage -> its kind of result, for stages whose result is not a policy.
 
     Raises:
         RecipeError: the name is malformed, or the run was trained with other settings (key: old -> new).
@@ -189,7 +189,7 @@ def _begin(path: Path, record: Record, files: Mapping[str, str]) -> None:
         strangers = sorted(p.name for p in path.iterdir() if p.name not in _OURS)
     if strangers:
         raise RecipeError(
-            f"run: {path} holds {strangers[0]} but no {names.RECORD}, so it is no run that can be resumed; "
+            f"run: {path} holds {strangers[0]} but no {names.RECORD}, so it is not a run that can be resumed; "
             "move it away, restore the file, or choose another run=NAME"
         )
     for name, content in files.items():

@@ -37,7 +37,7 @@ class Record:
     """sha256 of recipe.yaml and overrides.txt."""
     decisions: dict[str, Json] = field(default_factory=dict)
     leaves: dict[str, str] = field(default_factory=dict)
-    """Stage -> its kind of result, for stages whose result is no policy: rows, a reward model."""
+    """Stage -> its kind of result, for stages whose result is not a policy: rows, a reward model."""
     base: dict[str, Json] | None = None
     """The contents of the model that the first stage starts from; None until they are known."""
     changes: list[dict[str, Json]] = field(default_factory=list)
@@ -78,7 +78,7 @@ def read_record(run: Path) -> Record | None:
 
 
 def run_id(run: Path) -> str | None:
-    """The id of a run; None for a folder that is no run. Raises DiskError as `read_record` does."""
+    """The id of a run; None for a folder that is not a run. Raises DiskError as `read_record` does."""
     record = read_record(run)
     return record.run if record else None
 

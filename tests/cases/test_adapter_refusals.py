@@ -62,8 +62,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "renamed": (change_weights(lambda w: {k.replace("q_proj", "o_proj"): x for k, x in w.items()}), "q_proj"),
     "foreign": (change_weights(lambda w: w | FOREIGN), "layers.7"),
     "another prefix": (change_weights(lambda w: {f"module.{k}": x for k, x in w.items()}), "lacks weights"),
-    "whole numbers": (change_weights(lambda w: {k: x.int() for k, x in w.items()}), "no finite number"),
-    "nan": (change_weights(lambda w: {k: x * float("nan") for k, x in w.items()}), "no finite number"),
+    "whole numbers": (change_weights(lambda w: {k: x.int() for k, x in w.items()}), "a value that is not finite"),
+    "nan": (change_weights(lambda w: {k: x * float("nan") for k, x in w.items()}), "a value that is not finite"),
     "no JSON": (write(CONFIG, "{"), "cannot be read"),
     "a list": (write(CONFIG, "[]"), "holds a list"),
     "no kind": (change_config(peft_type="(gone)"), "peft_type"),
@@ -179,7 +179,7 @@ def test_a_copy_that_says_other_things_is_no_reference(adapter: Path, monkeypatc
     policy = load_policy(adapter, LORA)
     own = adapters.adapter_state
     monkeypatch.setattr(adapters, "adapter_state", lambda *a: {k: x * 1.5 for k, x in own(*a).items()})
-    with pytest.raises(ModelError, match="no reference"):
+    with pytest.raises(ModelError, match="cannot be the reference"):
         reference_policy(policy, adapter, adapter, LORA)
 
 

@@ -72,7 +72,7 @@ def test_what_is_refused(
     assert "\n" not in message
     words = {
         "pickle": "safetensors",
-        "index": "no safetensors file",
+        "index": "not a safetensors file",
         "quantised": "quantised",
         "adapter": "download it",
     }

@@ -70,8 +70,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a pickle": (pickled(), "pickle"),
     "a pickle, asked for": (pickled(change("config.json", use_safetensors=False)), "pickle"),
     "a pickle, named": (pickled(change("config.json", transformers_weights="adapter_model.bin")), "names its weights"),
-    "pickles in an index": (index("part.bin"), "no safetensors file"),
-    "an index that leads out": (index("../elsewhere.safetensors"), "no safetensors file"),
+    "pickles in an index": (index("part.bin"), "not a safetensors file"),
+    "an index that leads out": (index("../elsewhere.safetensors"), "not a safetensors file"),
     "an index without a map": (pickled(write(INDEX, "{}")), "weight_map"),
     "bitsandbytes": (quantised("bitsandbytes"), "quantised"),
     "gptq": (quantised("gptq"), "quantised"),
@@ -171,7 +171,7 @@ def test_what_a_model_file_holds_beside_its_model_is_told(model: Path, capsys: A
         lambda w: w | {"mtp.weight": torch.ones(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     )(model)
     load_policy(model, Model())
-    assert "1 weights in its files are no part of the model, mtp.weight" in capsys.readouterr().err.replace("\n", " ")
+    assert "1 weights in its files are not part of the model, mtp.weight" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_a_padded_vocabulary_is_written_by_its_tokens_alone(here: Path) -> None:

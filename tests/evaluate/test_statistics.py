@@ -70,7 +70,7 @@ def test_wilson_by_hand():
 
 @pytest.mark.parametrize(("successes", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 1.0)])
 def test_wilson_refuses_the_impossible(successes: int, n: int, level: float):
-    with pytest.raises(ValueError, match=r"successes of|no confidence level"):
+    with pytest.raises(ValueError, match=r"successes of|not a confidence level"):
         wilson(successes, n, level)
 
 
@@ -160,7 +160,7 @@ def test_equal_scores_of_an_unknown_scale_have_no_interval():
 def test_nothing_to_average_is_refused():
     with pytest.raises(ValueError, match="no scores"):
         clustered_mean([[], []])
-    with pytest.raises(ValueError, match="no confidence level"):
+    with pytest.raises(ValueError, match="not a confidence level"):
         clustered_mean([[1.0], [0.0]], level=1.5)
 
 

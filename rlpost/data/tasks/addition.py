@@ -58,7 +58,7 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, forge
     Without a carry there is nothing to forget, and the answer is right.
 
     Raises:
-        RecipeError: `forgets` is no probability.
+        RecipeError: `forgets` is not a probability.
     """
     if not 0 <= forgets <= 1:
         raise RecipeError(f"forgets={forgets}: give a probability, 0 to 1")
@@ -93,7 +93,7 @@ def steps(*, held_out: int = 2000, seed: int = 0, forgets: float = 0.6) -> list[
     """Rows `prompt, steps, labels`, as a person would mark a careless pupil: right up to the first wrong digit.
 
     Raises:
-        RecipeError: no problem is left, or `forgets` is no probability.
+        RecipeError: no problem is left, or `forgets` is not a probability.
     """
     random = randomness.Random(seed)
     rows = [careless_teacher(row, random, forgets=forgets) for row in train(held_out=held_out, seed=seed)]

@@ -45,7 +45,7 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs:
     """One of the two turns as prompt and completion, wrong in a digit with probability `errs`.
 
     Raises:
-        RecipeError: `errs` is no probability.
+        RecipeError: `errs` is not a probability.
     """
     if not 0 <= errs <= 1:
         raise RecipeError(f"errs={errs}: give a probability, 0 to 1")

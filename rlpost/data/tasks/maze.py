@@ -30,7 +30,7 @@ def train(*, mazes: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """Every start of every maze that is not held out.
 
     Raises:
-        RecipeError: `mazes` is no count.
+        RecipeError: `mazes` is not a count.
     """
     return [row for row in _rows(mazes, seed) if not row["held_out"]]
 
@@ -39,7 +39,7 @@ def held_out(*, mazes: int = 8, seed: int = 0) -> list[dict[str, Any]]:
     """The held-out starts of the same mazes.
 
     Raises:
-        RecipeError: `mazes` is no count.
+        RecipeError: `mazes` is not a count.
     """
     return [row for row in _rows(mazes, seed) if row["held_out"]]
 
@@ -48,7 +48,7 @@ def unseen(*, mazes: int = 20, seed: int = 1000) -> list[dict[str, Any]]:
     """All starts of mazes that `train` of another seed does not have.
 
     Raises:
-        RecipeError: `mazes` is no count.
+        RecipeError: `mazes` is not a count.
     """
     return [{**row, "held_out": False, "unseen": True} for row in _rows(mazes, seed)]
 
