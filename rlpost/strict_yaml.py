@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+LONGEST_KEY = 200
+"""Characters of one."""
 MAX_KEYS = 10_000
 """Keys of a file."""
 
@@ -39,6 +41,8 @@ class Loader(yaml.SafeLoader):
                 problem = f"{key.value or 'nothing'} is no key - put a name in quotes"
             elif key.tag != "tag:yaml.org,2002:str":
                 problem = f"{key.value} is no name - put it in quotes"
+            elif len(key.value) > LONGEST_KEY:
+                problem = f"a key of more than {LONGEST_KEY} characters"
             elif key.value in seen:
                 problem = f"key {key.value!r} stands here twice"
             if problem:

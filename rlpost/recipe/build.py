@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeAlias, TypeVar, cast, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -30,7 +31,6 @@ _TRUTH = {
 }
 _EXPECTED = {
     "dict_type": "names with values, like {{name: value}}",
-    "list_type": "a list, like [..., ...]",
     "tuple_type": "a list, like [..., ...]",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -124,7 +124,10 @@ class Build:
         if kind == "extra_forbidden":
             return self.unknown(loc)
         if given is None and kind != "missing":
-            return f"{where}: needs a value - it is empty"
+            info = self._field(loc)
+            default = info.default if info and not isinstance(loc[-1], int) else None
+            plain = isinstance(default, str | int | float) and default != ""
+            return f"{where}: needs a value - {f'without the key it is {default}' if plain else 'it is empty'}"
         if kind == "enum":
             options = re.findall(r"'([^']*)'", about["expected"])
             return f"{where}: expected one of {', '.join(options)}, got {_shown(given)}{hint(str(given), options)}"
@@ -142,7 +145,9 @@ class Build:
         if kind == "model_type":
             inner = self._owner((*loc, ""))
             first = next(iter(inner.model_fields)) if inner else ""
-            return f"keys, like {{{first}: {given if isinstance(given, str) else '...'}}}"
+            return f"keys, like {{{first}: {shortened(given) if isinstance(given, str) else '...'}}}"
+        if kind == "list_type":
+            return f"a list, like [{_shown(given)}]"
         if kind == "string_type" and isinstance(given, int | float):  # bool is one
             return "text (put it in quotes)"
         return _EXPECTED[kind].format(**problem.get("ctx", {})) if kind in _EXPECTED else problem["msg"]
@@ -316,4 +321,7 @@ def path_of(loc: Loc) -> str:
 
 
 def _shown(value: object) -> str:
+    """The value as a recipe would say it."""
+    if isinstance(value, dict):
+        return shortened(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9).strip(), 60)
     return shortened(repr(value.value if isinstance(value, Enum) else value), 60)

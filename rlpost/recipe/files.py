@@ -20,6 +20,7 @@ MAX_FILES = 50
 """Files one recipe may inherit from; two lines that name each file twice would double the work per level."""
 SHARED = "(shared"
 """How the description of a recipe begins that others inherit from, and nobody runs."""
+_KINDS: dict[type, str] = {list: "a list", str: "text"}
 GROUPS = ("model",)
 """Sections that may be chosen by name: `model: smollm2` is the file model/smollm2.yaml."""
 
@@ -92,6 +93,8 @@ def find(recipe: str) -> Path:
         except OSError as error:
             raise RecipeError(f"{recipe}: {error.strerror} - give the path of a recipe") from error
         if not found:
+            if path.is_dir():
+                raise RecipeError(f"{recipe}: not a file but a folder - give the path of a recipe in it")
             what = "not a file" if path.exists() else "no such file"
             raise RecipeError(f"{recipe}: {what}{_near(recipe)}")
         return path.resolve()
@@ -169,7 +172,7 @@ def _defaults(file: Path, entries: object) -> list[str | dict[str, str]]:
             continue
         if not isinstance(entry, str):
             raise RecipeError(f"{file}: defaults: expected names of recipes, got {shortened(repr(entry))}")
-        if ".." in entry or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._/-]*", entry):
+        if ".." in entry or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._/-]{0,199}", entry):
             shown = shortened(repr(entry))
             raise RecipeError(
                 f"{file}: defaults: {shown} is refused - name a recipe of the same folder or a packaged one"
@@ -213,13 +216,31 @@ def read(file: Path) -> dict[str, Any]:
         raise RecipeError(f"{file}: nested too deeply - flatten it") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        quote = " - inside braces write '???' in quotes" if "found '?'" in (error.problem or "") else ""
-        raise RecipeError(f"{file}{line}: {error.problem or error.context}{quote}") from error
+        raise RecipeError(f"{file}{line}: {error.problem or error.context}{_remedy(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{file}: not YAML - {_one_line(error)}") from error
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{file}: expected keys and values, got {type(tree).__name__}")
+        raise RecipeError(
+            f"{file}: expected keys and values, like `model: {{path: gpt2}}`, got {_KINDS.get(type(tree), 'a value')}"
+        )
     return tree or {}
+
+
+def _remedy(error: yaml.MarkedYAMLError) -> str:
+    """What is to be done where a file is no YAML."""
+    problem, context = error.problem or "", error.context or ""
+    opened = f"line {error.context_mark.line + 1}" if error.context_mark else "a line before"
+    if "found '?'" in problem:
+        return " - inside braces write '???' in quotes"
+    if "'\\t'" in problem:
+        return " - indent with spaces"
+    if context.startswith("while parsing a flow"):
+        return f" - the bracket opened in {opened} is not closed, or a comma is missing"
+    if context.startswith("while scanning a quoted"):
+        return f" - the quote opened in {opened} is not closed"
+    if problem.startswith("mapping values are not allowed"):
+        return " - put a value with a colon in quotes, and indent a key as those around it"
+    return " - indent keys of one section alike" if "<block end>" in problem else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -49,6 +49,8 @@ def parse(override: str) -> tuple[str, Any]:
         raise RecipeError(f"{shown}: hydra's own settings are refused")
     if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
         raise RecipeError(f"{shown}: {shortened(repr(key))} is no key - write it like stages.sft.steps=100")
+    if len(key) > MAX_CHARACTERS // 40:
+        raise RecipeError(f"{shown}: no key is as long as that")
     if len(override) > MAX_CHARACTERS:
         raise RecipeError(f"{shortened(key)}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
     return key, _value(text, shown)
@@ -96,7 +98,9 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
         if below is None or below == MISSING:
             node[name] = below = {}
         if is_reference(below):
-            raise RecipeError(f"{where}: is {below!r} in the recipe - change that key, or replace {where} as a whole")
+            raise RecipeError(
+                f"{where}: is {shortened(repr(below))} in the recipe - change that key, or replace {where} as a whole"
+            )
         if not isinstance(below, dict | list):
             raise RecipeError(f"{where}: a single value, there are no keys below it - give `{where}=VALUE`")
         node = below

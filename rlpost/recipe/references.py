@@ -13,7 +13,7 @@ from typing import Any
 
 from rlpost.errors import RecipeError
 from rlpost.section import MISSING, join
-from rlpost.suggest import hint
+from rlpost.suggest import hint, shortened
 
 MOST = 1_000_000
 """Characters that all references of a recipe may amount to together; each of them counts as COST beside its text."""
@@ -104,7 +104,9 @@ def _expand(text: str, where: str, value_of: Callable[[str], Any]) -> Any:
             name = _joined(parts.pop(), where)
             if ":" in name:
                 env = "only names of environment variables go into recipes"
-                raise RecipeError(f"{where}: {text!r} is refused - {env if 'env' in name else 'only ${key} is known'}")
+                raise RecipeError(
+                    f"{where}: {shortened(repr(text))} is refused - {env if 'env' in name else 'only ${key} is known'}"
+                )
             parts[-1].append(value_of(name.strip()))
     parts[-1].append(text[at:])
     given = [part for part in parts[0] if part != ""]

@@ -20,7 +20,7 @@ from rlpost.engine.params import ENGINE, LOCAL, EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section, join, marked, walk
-from rlpost.suggest import hint_or_list
+from rlpost.suggest import hint_or_list, shortened
 from rlpost.usercode import signatures
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.here import UsersFile
@@ -214,6 +214,7 @@ def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:
     if options and value not in (given := ast.literal_eval(f"({options[1]},)")):
         raise RecipeError(f"{where}: no choice {value!r}{hint_or_list(str(value), list(map(str, given)), 'there are')}")
     accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(name)
+    called = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(name)
     wrong_bool = isinstance(value, bool) and name in ("int", "float")
     if accepted is not None and (wrong_bool or not isinstance(value, accepted)):  # type: ignore[arg-type]
-        raise RecipeError(f"{where}: expected {name}, got {value!r}")
+        raise RecipeError(f"{where}: expected {called}, got {shortened(repr(value))}")

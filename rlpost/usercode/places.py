@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rlpost.errors import RecipeError
+from rlpost.suggest import hint
 
 OF_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[^:]*)")
 
@@ -47,7 +48,9 @@ def locate(fn: str, where: str, folders: Sequence[Path]) -> str:
         raise RecipeError(f"{where}: {given}: {error.strerror} - give another path") from error
     if found is not None:
         return f"{found.resolve()}:{match['name']}"
-    raise RecipeError(f"{where}: no file {match['file']!r} in {_either(folders[0], folders[-1])}")
+    beside = [str(given.with_name(p.name)) for folder in folders for p in (folder / given).parent.glob("*.py")]
+    near = hint(match["file"], beside)
+    raise RecipeError(f"{where}: no file {match['file']!r} in {_either(folders[0], folders[-1])}{near}")
 
 
 def _either(one: Path, other: Path) -> str:

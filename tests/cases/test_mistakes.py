@@ -72,8 +72,8 @@ MISTAKES = f"""
 2 | train ''                                       | RECIPE: empty
 2 | train nothing                                  | nothing
 2 | train empty.yaml                               | nothing to do
-2 | train list.yaml                                | expected keys and values, got list
-2 | train text.yaml                                | expected keys and values, got str
+2 | train list.yaml                                | expected keys and values, like
+2 | train text.yaml                                | gpt2}}`, got text
 2 | train tabs.yaml                                | tabs.yaml:2
 2 | train broken.yaml                              | broken.yaml:
 2 | train demmo                                    | did you mean 'demo'?

@@ -92,7 +92,7 @@ def test_every_packaged_recipe_can_be_read_and_says_what_it_does() -> None:
         ("seed: 1\nrun: x\nseed: 2\n", "child.yaml:3: key 'seed' stands here twice"),
         ("a: [1\n", "child.yaml:2:"),
         ("seed: 1\n\tx: 2\n", "child.yaml:2:"),
-        ("- 1\n", "expected keys and values, got list"),
+        ("- 1\n", "expected keys and values, like `model: {path: gpt2}`, got a list"),
         ("vars: {data: ???}\n", "inside braces write '???' in quotes"),
         ("x: !!python/object/apply:os.system [ls]\n", "child.yaml:1: could not determine a constructor"),
         ("hydra: {searchpath: [file:///]}\n", "hydra's own settings are refused"),

@@ -74,8 +74,10 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     assert "(it takes: none)" in refusal("leave_one_out", ADVANTAGE, tmp_path, eps=1)
     told = refusal("leave_one_out", ADVANTAGE, tmp_path, reward_PG=1)
     assert "here.args.reward_PG: the program supplies it" in told
-    assert "here.args.eps: expected float, got 'small'" in refusal("group_normalised", ADVANTAGE, tmp_path, eps="small")
-    assert "here.args.beta: expected float, got True" in refusal("dpo", DPO_LOSS, tmp_path, beta=True)
+    assert "here.args.eps: expected a number, got 'small'" in refusal(
+        "group_normalised", ADVANTAGE, tmp_path, eps="small"
+    )
+    assert "here.args.beta: expected a number, got True" in refusal("dpo", DPO_LOSS, tmp_path, beta=True)
     (tmp_path / "mine.py").write_text("def ratio(a, b): return a\n")
     assert "'ratio' takes () - a `advantage` function takes some of (reward_PG," in refusal(
         "mine.py:ratio", ADVANTAGE, tmp_path

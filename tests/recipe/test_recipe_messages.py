@@ -18,6 +18,8 @@ MISTAKES: list[dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("messag
 def made(mistake: dict[str, Any], adding: str, write: Callable[[str, str], Path]) -> tuple[str, list[str]]:
     """The recipe and the overrides with the mistake in them."""
     overrides = ([] if mistake.get("open") else ["vars.data=rows.jsonl"]) + mistake.get("set", [])
+    if "mien.py" in str(overrides):
+        write("mine.py", "def good(completion):\n    return 1.0\n")
     if "recipe" in mistake:
         Path("folder.yaml").mkdir()
         return mistake["recipe"], []

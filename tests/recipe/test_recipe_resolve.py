@@ -164,7 +164,7 @@ stages:
         ),
         (
             "stages.grpo.rewards={fn: x}",
-            "stages.grpo.rewards: expected a list, like [..., ...], got {'fn': 'x'}",
+            "stages.grpo.rewards: expected a list, like [{fn: x}], got {fn: x}",
         ),
         ("stages.sft.kind=dpoo", "stages.sft.kind: expected one of dpo, grpo, guesses,"),
         ("stages.grpo.rewards=[{fn: x, wieght: 2}]", "did you mean 'stages.grpo.rewards[0].weight'?"),
