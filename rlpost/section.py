@@ -38,7 +38,13 @@ LocalPath = Annotated[str, Local()]
 class Section(BaseModel):
     """A section of a recipe."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", defer_build=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        defer_build=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # of arguments, which may be any number
+    )
 
     @model_validator(mode="before")
     @classmethod

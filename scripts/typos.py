@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -93,12 +94,16 @@ main()
 """
 
 
-def run_command(typo: Typo, folder: Path) -> tuple[int, str, float]:
-    """`rlpost train` as a process: exit code, stderr (its last line says whether torch was imported) and seconds."""
-    start = time.perf_counter()
+def run_command(typo: Typo, folder: Path) -> tuple[int, str, float, float]:
+    """`rlpost train` as a process: exit code, stderr (its last line says whether torch was imported), seconds of time
+    and of CPU time, of which the second is what the first would be on an idle machine.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", _TIMED, "train", *words(typo, folder)]
     ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-    return ran.returncode, ran.stderr, time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return ran.returncode, ran.stderr, time.perf_counter() - start, cpu
 
 
 def main() -> None:
@@ -127,11 +132,12 @@ def main() -> None:
                     print(f"  {o.typo.meant[-1]} -> {o.typo.typed} ({o.typo.recipe}): {o.message}")
         if options.processes:
             ran = [run_command(typo, folder) for typo in sample[: options.processes]]
-            seconds = [took for _, _, took in ran]
-            torch = sum("torch imported: True" in said for _, said, _ in ran)
+            torch = sum("torch imported: True" in said for _, said, _, _ in ran)
+            took, cpu = ([one[i] for one in ran] for i in (2, 3))
             print(
-                f"{len(ran)} commands: median {statistics.median(seconds):.2f} s, slowest {max(seconds):.2f} s; "
-                f"exit code 2: {sum(code == 2 for code, _, _ in ran)}; torch imported: {torch}"
+                f"{len(ran)} commands: median {statistics.median(took):.2f} s, slowest {max(took):.2f} s; of CPU time "
+                f"{statistics.median(cpu):.2f} s and {max(cpu):.2f} s; exit code 2: {sum(one[0] == 2 for one in ran)}; "
+                f"torch imported: {torch}"
             )
 
 

@@ -82,7 +82,7 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
         name = function.fn.rpartition(":")[2]
         users = UsersFile(file, place, function)
         names = [key for key, function in users.functions.items() if _fits(inspect.signature(function), lookup)]
-        found = _chosen(users.functions, name, names, f"{place}: no function {name!r} in {file}")
+        found = _chosen(users.functions, name, names, f"{place}: no function {shortened(repr(name))} in {file}")
         _check(function, name, inspect.signature(found), lookup, where)
         lenient = getattr(function, "on_failure", None) is OnFailure.unscored
         return Bound(users.bound(found, lookup, where), name, where, file, users.digest, lenient)
@@ -110,7 +110,7 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
     module, name = owner(function.fn, lookup, place)
     options = {key: info.signature for key, info in signatures.functions_in(module).items()}
     names = (key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module)
-    signature = _chosen(options, name, names, f"{place}: no function {name!r} in {module}")
+    signature = _chosen(options, name, names, f"{place}: no function {shortened(repr(name))} in {module}")
     own = _own(signature, lookup)
     if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes
         raise RecipeError(_supplied_otherwise(name, own, lookup, where))

@@ -223,3 +223,12 @@ def test_resolving_is_quick_and_free_of_torch(adding: str) -> None:
     assert heavy == []
     assert calls < 300_000
     assert modules < 460
+
+
+def test_what_is_resolved_resolves_to_itself_whatever_its_arguments(adding: str, write) -> None:
+    changes = ["stages.dpo.loss={fn: dpo, args: {beta: inf}}", "description='\\${vars.width} costs $5'"]
+    first = resolve(adding, [DATA, *changes])
+    assert first.config.stages["dpo"].loss.args == {"beta": float("inf")}
+    assert first.config.description == "${vars.width} costs $5"
+    again = resolve(str(write("again.yaml", first.to_yaml())))
+    assert (again.config, again.to_yaml()) == (first.config, first.to_yaml())

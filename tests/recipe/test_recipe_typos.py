@@ -109,7 +109,7 @@ def test_every_function_on_offer_can_be_chosen(name: str, place: str) -> None:
 def test_typos_as_commands_import_no_torch(folder: Path) -> None:
     for kind in KINDS:
         for typo in typos(kind, 6, 1):
-            code, said, _ = run_command(typo, folder)
+            code, said, *_ = run_command(typo, folder)
             *message, torch = said.splitlines()
             assert (code, torch) == (2, "torch imported: False"), said
             assert 1 <= len(message) <= 3, said
