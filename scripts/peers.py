@@ -13,7 +13,7 @@ import argparse
 import ast
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,6 @@ import yaml
 
 TABLE = Path(__file__).parents[1] / "docs" / "peers.yaml"
 PEERS = ("trl", "verl", "openrlhf")
-
-
-FORMER = {
-    "num_iterations": "passes",
-    "num_minibatches": "updates",
-    "prompts_per_step": "prompts",
-    "max_tokens_per_microbatch": "max_tokens_per_microbatch",
-    "gae_lambda": "gae_lambda",
-    "entropy_coef": "entropy",
-    "nll_coef": "nll",
-    "dynamic_sampling_rounds": "dynamic_sampling_rounds",
-    "max_turns": "turns",
-    "clip_low": "low",
-    "clip_high": "high",
-}
-"""What keys of the table are called in a recipe as long as it does not have them."""
-
-
-def rows(table: dict[str, dict[str, Any]], of: str, keys: Iterable[str]) -> dict[str, list[Any]]:
-    """The table's cells for a section or a function that has these keys."""
-    known = set(keys)
-    return {key if key in known else FORMER.get(key, key): cells for key, cells in table.get(of, {}).items()}
 
 
 def names_in(cell: str | list[str] | None) -> list[str]:

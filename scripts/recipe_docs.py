@@ -15,16 +15,20 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from peers import PEERS, TABLE, names_in, rows
+from peers import PEERS, TABLE, names_in
 from recipe_keys import Key, bases, choices, own_keys, sections, summary
-from recipe_schema import arguments_of
 
+import rlpost
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
+from rlpost.rewards.params import REWARD
 from rlpost.section import Choice, Local, Section
+from rlpost.usercode.binding import offered
+from rlpost.usercode.params import Lookup
 
-PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "recipes.md"
 HEADING = "## Reference\n"
 TITLES = ("TRL", "verl", "OpenRLHF")
 PLAIN = {str: "text", bool: "true or false", int: "whole number", float: "number", Any: "anything"}
@@ -48,8 +52,7 @@ def reference() -> str:
     peers = yaml.safe_load(TABLE.read_text("utf-8"))
     parts = [INTRODUCTION.format(**peers["versions"])]
     for section in sections():
-        named = rows(peers["sections"], section.__name__, (key.name for key in own_keys(section)))
-        parts.append("\n".join(_section(section, named)))
+        parts.append("\n".join(_section(section, peers["sections"].get(section.__name__, {}))))
     parts.append("\n".join(_arguments(peers["arguments"])))
     return "\n".join(parts)
 
@@ -80,6 +83,9 @@ def _table(titles: list[str], lines: Iterator[list[str]]) -> Iterator[str]:
 def _cells(section: type[Section], key: Key) -> list[str]:
     bare = next((cls for cls in _classes(key.type) if issubclass(cls, Choice)), None)
     told = [f"`{name}`: {text}" for name, text in choices(bare).items() if text] if bare else []
+    lookup = key.marked(Lookup)
+    if lookup is not None and lookup is not REWARD:  # docs/rewards.md has those
+        told = [f"Functions: {', '.join(f'`{fn}`' for fn, _, _ in offered(lookup))}"]
     meaning = "<br>".join(_linked(text) for text in [key.description, *told])
     return [f"`{key.name}`", _type(section, key), _default(section, key), meaning]
 
@@ -149,13 +155,12 @@ def _names(cells: list[Any] | None) -> list[str]:
 
 
 def _arguments(peers: dict[str, dict[str, list[Any]]]) -> Iterator[str]:
-    found = {fn: rows(peers, fn, arguments_of(fn)) for fn in peers}
-    cells = ([f"`{fn}`", f"`{name}`", *_names(cells)] for fn, named in found.items() for name, cells in named.items())
+    rows = ([f"`{fn}`", f"`{name}`", *_names(cells)] for fn, found in peers.items() for name, cells in found.items())
     yield "### Arguments of functions"
     yield ""
     yield "What functions do and take stands in [objectives](objectives.md); those that have a name elsewhere:"
     yield ""
-    yield from _table(["function", "argument", *TITLES], cells)
+    yield from _table(["function", "argument", *TITLES], rows)
     yield ""
 
 
@@ -180,6 +185,8 @@ def _classes(annotation: Any) -> list[type]:
 
 
 def main() -> int:
+    if Path(rlpost.__file__).parents[1] != ROOT:
+        sys.exit(f"rlpost is imported from {Path(rlpost.__file__).parent}: run this with PYTHONPATH={ROOT}")
     PAGE.write_text(page(), "utf-8")
     print(PAGE)
     return 0

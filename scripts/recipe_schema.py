@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin
 
 from recipe_keys import Key, choices, keys_of, sections, summary
 
-from rlpost.cli.copy import schema_file
+import rlpost
 from rlpost.engine.params import LOCAL, EngineChoice
 from rlpost.recipe.files import GROUPS
 from rlpost.recipe.kinds import kinds, spec_of
@@ -33,6 +33,8 @@ from rlpost.section import Choice, Section
 from rlpost.usercode.binding import offered, settable
 from rlpost.usercode.params import Function, Lookup
 
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "rlpost" / "recipe" / "schema.json"
 Schema = dict[str, Any]
 
 REFERENCE: Schema = {"type": "string", "pattern": r"\$\{|^\?\?\?$"}
@@ -236,7 +238,7 @@ def _argument(annotation: str) -> Schema:
 
 @cache
 def _functions(module: str) -> dict[str, str]:
-    file = Path(__file__).parents[1].joinpath(*module.split("."))
+    file = ROOT.joinpath(*module.split("."))
     tree = ast.parse((file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text("utf-8"))
     found: dict[str, str] = {}
     for node in tree.body:
@@ -302,8 +304,10 @@ def _stage() -> Schema:
 
 
 def main() -> int:
-    schema_file().write_text(text(), "utf-8")
-    print(schema_file())
+    if Path(rlpost.__file__).parents[1] != ROOT:
+        sys.exit(f"rlpost is imported from {Path(rlpost.__file__).parent}: run this with PYTHONPATH={ROOT}")
+    FILE.write_text(text(), "utf-8")
+    print(FILE)
     return 0
 
 

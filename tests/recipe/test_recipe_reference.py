@@ -8,7 +8,7 @@ import pytest
 import recipe_docs
 import recipe_schema
 import yaml
-from peers import PEERS, TABLE, names_in, rows
+from peers import PEERS, TABLE, names_in
 from recipe_keys import choices, inner, keys_of, own_keys, sections
 
 from rlpost.cli.copy import schema_file
@@ -37,18 +37,15 @@ def test_every_key_and_every_choice_says_what_it_means(section):
 
 def test_other_toolkits_names_are_for_keys_that_there_are():
     table = yaml.safe_load(TABLE.read_text("utf-8"))["sections"]
-    for section in table:
-        keys = {key.name for key in own_keys(SECTIONS[section])}
-        found = rows(table, section, keys)
-        assert found.keys() <= keys, section
-        assert all(len(cells) == len(PEERS) and any(map(names_in, cells)) for cells in found.values()), section
+    for section, rows in table.items():
+        assert rows.keys() <= {key.name for key in own_keys(SECTIONS[section])}, section
+        assert all(len(cells) == len(PEERS) and any(map(names_in, cells)) for cells in rows.values()), section
 
 
 def test_other_toolkits_names_of_arguments_are_for_arguments_that_there_are():
     table = yaml.safe_load(TABLE.read_text("utf-8"))["arguments"]
-    for function in table:
-        arguments = recipe_schema.arguments_of(function)
-        assert rows(table, function, arguments).keys() <= arguments, function
+    for function, rows in table.items():
+        assert rows.keys() <= recipe_schema.arguments_of(function), function
 
 
 def definitions():
