@@ -101,3 +101,10 @@ def test_the_line_in_a_recipe_names_the_schema(tmp_path):
     with editor.LanguageServer(PROGRAM) as plain:
         assert flagged(plain, "sed: 1\n") == []
         assert flagged(plain, f"{line}sed: 1\n") == [(2, "Property sed is not allowed.")]
+
+
+def test_a_file_of_a_group_has_its_sections_schema():
+    line = f"# yaml-language-server: $schema={schema_file()}#/$defs/Model\n"
+    with editor.LanguageServer(PROGRAM) as plain:
+        assert flagged(plain, f"{line}path: gpt2\nlora: {{r: 8}}\n") == []
+        assert flagged(plain, f"{line}seed: 1\n") == [(2, "Property seed is not allowed.")]
