@@ -181,7 +181,10 @@ SCHEMA: dict[str, Any] = {
     "$defs": {
         "reference": {"type": "string", "pattern": r"\$\{"},
         "Model": {
-            "properties": {"path": {"type": "string"}, "lora": {"anyOf": [{"type": "null"}, {"properties": {}}]}}
+            "properties": {
+                "path": {"type": "string", "format": "path"},
+                "lora": {"anyOf": [{"type": "null"}, {"properties": {}}]},
+            }
         },
         "Stage": {
             "allOf": [
@@ -251,6 +254,10 @@ def keys() -> Keys:
 )
 def test_keys_and_choices_under_a_schema(keys: Keys, word: str, expected: list[str]) -> None:
     assert [name for name, _ in keys.candidates(word)] == expected
+
+
+def test_keys_that_name_files(keys: Keys) -> None:
+    assert [keys.takes_path(key) for key in ("model.path", "seed", "no.such")] == [True, False, False]
 
 
 def test_what_a_key_means_is_said(keys: Keys) -> None:
