@@ -46,7 +46,7 @@ def picture(path: str | None) -> str | None:
     """
     path = target(path)
     if path is not None and Path(path).suffix not in _PICTURES:
-        raise RecipeError(f"--out: {path} - the ending says what is drawn: {', '.join(_PICTURES)}")
+        raise RecipeError(f"--out: {path} - end it in one of {', '.join(_PICTURES)}")
     return path
 
 

@@ -84,7 +84,7 @@ def common(good: Sequence[Message], bad: Sequence[Message], location: str) -> in
         raise DataError(f"{location}: chosen and rejected have {what}")
     if good[shared]["role"] != "assistant" or bad[shared]["role"] != "assistant":
         raise DataError(
-            f"{location}: chosen and rejected first differ in message {shared + 1}, which is no assistant's"
+            f"{location}: chosen and rejected first differ in message {shared + 1}, which is not the assistant's"
         )
     return shared
 

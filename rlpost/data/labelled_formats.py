@@ -188,6 +188,6 @@ def _ids(value: Sequence[Any], codec: Codec, location: str) -> tuple[int, ...]:
     for i in value:
         if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < vocabulary:
             raise DataError(
-                f"{location}: token {i!r:.20} is none of the tokenizer's {vocabulary}; record with this model's"
+                f"{location}: token {i!r:.20} is not one of the tokenizer's {vocabulary}; record with this model's"
             )
     return tuple(value)

@@ -67,7 +67,7 @@ def render_all(tokenizer: Any, jobs: Sequence[Job], location: str) -> list[Rende
         # A model may have a second template for conversations with tools.
         sources = [tokenizer.get_chat_template(tools=job.talk.tools) for job in jobs]
     except ValueError as error:
-        raise ModelError(f"{location}: the chat template is none: {_line(error)}: {REMEDY}") from error
+        raise ModelError(f"{location}: not a chat template: {_line(error)}: {REMEDY}") from error
     special = {k: v if isinstance(v, list) else str(v) for k, v in tokenizer.special_tokens_map.items()}
     rendered: dict[int, Rendered] = {}
     for source in dict.fromkeys(sources):

@@ -45,7 +45,9 @@ class ForeignEngine:
         for method in METHODS:
             if not callable(getattr(self._engine, method, None)):
                 kind = type(self._engine).__name__
-                raise self._error(f"returned a {kind}, which has no {method}(); return what has {', '.join(METHODS)}")
+                raise self._error(
+                    f"returned a {kind}, which has no {method}(); return an object with {', '.join(METHODS)}"
+                )
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """Give it new weights; see `Engine.update_weights`."""

@@ -37,7 +37,7 @@ class GoalSet:
             raise DataError(f"{where}: no members; give at least one sequence of tokens")
         empty = next((i for i, m in enumerate(members) if not m), None)
         if empty is not None:
-            raise DataError(f"{where}: member {empty + 1} is empty, and every text ends in nothing; remove it")
+            raise DataError(f"{where}: member {empty + 1} is empty, and every text ends in it; remove it")
         self._backward = Trie([m[::-1] for m in members])
         self._forward = Trie(members)
         self.longest = self._forward.depth

@@ -62,7 +62,7 @@ def guided(context: Context, cfg: Guided) -> Path:
     rows = generate_dataset(context, prompts, AT_ONCE, make)
     if not rows:
         raise DataError(
-            f"stages.{context.name}: no sample reaches its goal; train the network longer, or look at the goals"
+            f"stages.{context.name}: no sample reaches its goal; train the network longer, or check the goals"
         )
 
     return context.finish_dataset(rows, cfg.kind)

@@ -78,7 +78,7 @@ def _must_be_model(model: Any, folder: Path) -> None:
 def _must_equal(state: Mapping[str, Tensor], written: Mapping[str, Tensor], folder: Path) -> None:
     for name in state.keys() & written.keys():
         if not torch.equal(state[name].cpu(), written[name]):
-            raise ModelError(f"{folder}: {name} as written is not as trained; is the disk sound?")
+            raise ModelError(f"{folder}: {name} as written is not as trained; check the disk")
 
 
 def _measure(x: Tensor) -> Tensor:

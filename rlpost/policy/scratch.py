@@ -55,7 +55,7 @@ def _must_run(model: Any) -> None:
     """Run it once: parts may still not fit each other, such as heads that do not divide its width."""
     logits = model.eval()(torch.zeros(1, 2, dtype=torch.long)).logits
     if not bool(logits.isfinite().all()):
-        raise RecipeError("model.config: the model's logits are not finite; look at its numbers")
+        raise RecipeError("model.config: the model's logits are not finite; check its numbers")
 
 
 def _reason(error: Exception, fields: dict[str, Any]) -> str:

@@ -149,7 +149,7 @@ def read_head(folder: Path, width: int) -> dict[str, Any]:
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, RuntimeError) as error:
         raise ModelError(f"{file}: cannot be read: {first_line(error)}; restore it from where it came") from error
     if not sound or not all(x.is_floating_point() and bool(x.isfinite().all()) for x in state.values()):
-        raise ModelError(f"{file}: holds other than the finite weight and bias of one number; restore it")
+        raise ModelError(f"{file}: does not hold the finite weight and bias of a value head; restore it")
     if found != width:
         raise ModelError(f"{folder}: its head reads {found} numbers a state but the model gives {width}")
     return state

@@ -61,7 +61,7 @@ def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, n
     if not rows:
         raise DataError(
             f"stages.{name}: no prompt gave two completions whose rewards differ by more than "
-            f"{cfg.min_gap:g}; raise group_size or temperature, or look at the rewards"
+            f"{cfg.min_gap:g}; raise group_size or temperature, or check the rewards"
         )
 
 

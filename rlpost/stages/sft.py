@@ -95,9 +95,7 @@ def stats_of(function: Callable[..., Tensor], teacher: Policy | None) -> LogitSt
     takes = set(inspect.signature(function).parameters)
     wanted = takes & {"logp_N", *FULL}
     if "label_N" in takes and wanted & FULL:
-        raise RecipeError(
-            f"a loss with label_N is told logp_N alone beside it; remove {', '.join(sorted(wanted & FULL))}"
-        )
+        raise RecipeError(f"a loss with label_N takes only logp_N besides; remove {', '.join(sorted(wanted & FULL))}")
     if "teacher_NV" in wanted and teacher is None:
         raise ModelError("the loss imitates a teacher and there is none; give `teacher`")
     if not wanted & FULL:

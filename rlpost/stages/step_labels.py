@@ -52,7 +52,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
     if not rows:
         raise DataError(
             f"stages.{context.name}: no completion has steps that could be labelled; "
-            f"look at step_end={cfg.step_end!r}, and at the rewards"
+            f"check step_end={cfg.step_end!r} and the rewards"
         )
 
     return context.finish_dataset(rows, cfg.kind)

@@ -55,7 +55,7 @@ class UsersFile:
         for key in ("deadline", "on_failure"):
             if getattr(self._function, key, None) is not None:
                 raise RecipeError(
-                    f"{where}.{key}: {found.__name__!r} asks a model and is called beside it, where it cannot be ended "
+                    f"{where}.{key}: {found.__name__!r} asks a model, so it runs in this process and cannot be ended "
                     "- remove it"
                 )
         calls.unneeded(self._file, self.digest)

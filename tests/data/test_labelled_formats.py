@@ -132,7 +132,7 @@ def test_a_recorded_rollout_is_what_was_sampled(codec):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": [5, 6, 999]}, "row 1, completions.0.: token 999 is none of the tokenizer's 24"),
+        ({"ids": [5, 6, 999]}, "row 1, completions.0.: token 999 is not one of the tokenizer's 24"),
         ({"action": [1, 1, 1]}, "3 flags of action and 2 logprobs for 3 actions do not fit together"),
         ({"logprobs": [-1, None]}, "logprobs is None, not a finite number"),
     ],
@@ -155,7 +155,7 @@ def test_a_margin_is_a_number(codec):
         ({"ids": None}, "'ids' is NoneType, not a list"),
         ({"action": 1}, "'action' is int, not a list"),
         ({"logprobs": {}}, "'logprobs' is dict, not a list"),
-        ({"ids": [True, 6, 2]}, "token True is none"),
+        ({"ids": [True, 6, 2]}, "token True is not one"),
         ({"action": ["0", 1, 1]}, "action has '0'"),
         ({"text": 3}, "'text' is int, not text"),
     ],

@@ -86,7 +86,7 @@ def test_a_users_loss_of_labels(tmp_path):
 
 def test_labels_and_whole_distributions_do_not_go_together(tmp_path):
     (tmp_path / "mine.py").write_text("def both(logp_NV, label_N):\n    return logp_NV.mean(1) * label_N\n")
-    with pytest.raises(RecipeError, match=r"told logp_N alone beside it; remove logp_NV"):
+    with pytest.raises(RecipeError, match=r"takes only logp_N besides; remove logp_NV"):
         run(tmp_path, {"sft": {**BY_LABEL, "steps": 1, "loss": {"fn": "mine.py:both"}}})
 
 

@@ -141,7 +141,7 @@ def test_conversations_are_labelled_and_learned_from(tmp_path):
 
 
 def test_no_row_at_all_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(DataError, match=r"stages\.labels: no completion has steps.*look at step_end='=', and at the"):
+    with pytest.raises(DataError, match=r"stages\.labels: no completion has steps.*check step_end='=' and the"):
         run(tmp_path, {"labels": {**LABELS, "step_end": "=", "rewards": [{"fn": "rewards.py:none"}]}})
     assert not (tmp_path / "runs/run/labels/DONE").exists()
 
