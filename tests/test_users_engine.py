@@ -102,7 +102,7 @@ STAGES: dict[str, Any] = {
     "trpo": {**ONE, "kind": "trpo", "learning_rate": 1.0, "cg_iterations": 2},
     "online_dpo": {**ONE, "kind": "online_dpo", "group_size": 4},
     "value": {
-        **{k: ONE[k] for k in ("data", "steps", "prompts", "group_size", "sampling", "learning_rate")},
+        **{k: ONE[k] for k in ("data", "steps", "prompts_per_step", "group_size", "sampling", "learning_rate")},
         "kind": "value",
         "goals": {"texts": ["1"], "truncated_counts": True},
         "max_length": 20,
@@ -198,7 +198,7 @@ def test_a_stages_own_choice_wins_over_the_recipes(tmp_path):
     evaluation = {**EVALUATION, "rollouts": {"engine": "local"}}
     stages = {"grpo": ONE, "again": {**ONE, "rollouts": {"engine": "local"}}}
     run(tmp_path, stages, rollouts=own, evaluation={**evaluation, "samples": 0, "best_of": False})
-    assert len((tmp_path / "log.jsonl").read_text("utf-8").splitlines()) == ONE["prompts"]
+    assert len((tmp_path / "log.jsonl").read_text("utf-8").splitlines()) == ONE["prompts_per_step"]
     lines = preflight(prepared(tmp_path, stages, rollouts=own, evaluation=evaluation))
     assert any("rollouts: recording from" in line and "sha256" in line for line in lines)
     # A resolved recipe finds the file from anywhere.
