@@ -96,7 +96,7 @@ class Build:
                 _put(tree, problem["loc"], MISSING)
                 if not self._is_disabled(loc):
                     self.missing.append(loc)
-            elif problem["input"] != MISSING:
+            elif problem["input"] != MISSING or problem["type"] == "extra_forbidden":
                 raise RecipeError(self._line(problem, loc))
         return _unfinished(section, tree) if any(_not_given(tree, ())) else section.model_validate(tree)
 
@@ -256,8 +256,10 @@ def _holds_several(annotation: Any) -> bool:
     return origin in (dict, list) or any(map(_holds_several, get_args(annotation)))
 
 
-def _unfinished(section: type[S], tree: dict[str, Any]) -> S:
-    """The section without checks: values are missing, and nothing is wrong with the others."""
+def _unfinished(section: type[S], tree: Any) -> S:
+    """The section without checks: values are missing, perhaps all of it, and nothing is wrong with the others."""
+    if not isinstance(tree, dict):
+        return cast(S, tree)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         inner, kept = section_in(section.model_fields[key].annotation), set_by_default(section).get(key, {})
@@ -323,5 +325,6 @@ def path_of(loc: Loc) -> str:
 def _shown(value: object) -> str:
     """The value as a recipe would say it."""
     if isinstance(value, dict):
-        return shortened(yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9).strip(), 60)
+        text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9)
+        return shortened(" ".join(text.split()), 60)
     return shortened(repr(value.value if isinstance(value, Enum) else value), 60)
