@@ -98,7 +98,7 @@ class Build:
                     self.missing.append(loc)
             elif problem["input"] != MISSING or problem["type"] == "extra_forbidden":
                 raise RecipeError(self._line(problem, loc))
-        return _unfinished(section, tree) if any(_not_given(tree, ())) else section.model_validate(tree)
+        return _unfinished(section, tree) if list(_not_given(tree, ())) else section.model_validate(tree)
 
     def _is_disabled(self, loc: Loc) -> bool:
         return len(loc) > 1 and loc[0] == "stages" and self._tree["stages"][loc[1]].get("enabled") is False
