@@ -29,7 +29,7 @@ from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
 from rlpost.rewards.params import REWARD
 from rlpost.rewards.tree import NODES, SHAPING
-from rlpost.section import Choice, Section
+from rlpost.section import Choice, Local, Section
 from rlpost.usercode.binding import offered, settable
 from rlpost.usercode.params import Function, Lookup
 
@@ -115,7 +115,8 @@ def _key(section: type[Section], key: Key, definitions: Schema) -> Schema:
     else:
         value = _value(key.type, {name: key.bound(bound) for bound, name in LIMITS.items()})
     value = {"anyOf": [value, {"type": "null"}]} if key.optional else value
-    return _described(_or_reference(value), key.description + _default(key))
+    path = {"format": "path"} if key.marked(Local) else {}
+    return _described({**_or_reference(value), **path}, key.description + _default(key))
 
 
 def _default(key: Key) -> str:

@@ -141,6 +141,16 @@ def test_keys_kinds_and_arguments_that_a_recipe_does_not_have_yet(ask: Ask) -> N
     assert "trpo" in ask("train", "mine.yaml", "stages.second.kind", "=", "t")
 
 
+def test_files_where_a_key_names_one(ask: Ask) -> None:
+    Path("mine.yaml").write_text(RECIPE)
+    Path("rows/more").mkdir(parents=True)
+    Path("rows/a.jsonl").write_text("")
+    key = "stages.first.data.rows.path"
+    assert ask("train", "mine.yaml", key, "=", "ro") == ["rows.jsonl", "rows/a.jsonl", "rows/more/"]
+    assert ask("train", "mine.yaml", key, "=", "rows/a") == ["rows/a.jsonl"]
+    assert ask("train", "mine.yaml", "stages.first.schedule", "=", "ro") == []
+
+
 def test_keys_and_choices_of_packaged_recipes(ask: Ask) -> None:
     assert ask("train", "demo", "stages.grpo.adv") == ["stages.grpo.advantage.fn=", "stages.grpo.advantage.args."]
     assert ask("train", "demo", "stages.grpo.weight", "=", "seq") == ["sequence_mean", "sequence_sum"]
