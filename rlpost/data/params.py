@@ -67,7 +67,7 @@ class KFold(Section):
     """One side of a split in which rows with equal `by` stay together."""
 
     by: str
-    """The column whose equal values stay on one side."""
+    """The column: rows with equal values stay on one side."""
     of: int = Field(5, ge=2)
     """Number of parts."""
     hold_out: int = Field(0, ge=0)
@@ -97,7 +97,7 @@ class Source(Section):
     weight: float = Field(1.0, gt=0)
     """Share of this source in a mixture: rows are drawn in proportion."""
     limit: int | None = Field(None, ge=1)
-    """Only the first so many rows."""
+    """Take only this many rows, the first ones."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names the columns that a format needs: role -> column, or a template over columns, like `{prompt: "Q:
     {question}\\nA:", completion: answer}`."""

@@ -24,7 +24,7 @@ class Evaluation(Section):
     rollouts: EngineChoice | None = None
     """What samples; by default the recipe's `rollouts`."""
     greedy: bool = True
-    """Also take the likeliest token, always."""
+    """Also decode greedily: always the likeliest token."""
     samples: int = Field(1, ge=0)
     """Samples a prompt at `sampling.temperature`; 0: greedy only."""
     pass_at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)

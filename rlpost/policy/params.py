@@ -41,7 +41,7 @@ class Lora(Section):
     alpha: float = Field(32.0, gt=0)
     """Scale: the adapter's product is multiplied by `alpha / r`."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Above 0 every row is computed with its own copy of the prompt."""
+    """Dropout before the adapter; above 0 every row is computed with its own copy of the prompt."""
     target_modules: Any = None
     """Which modules get an adapter, as in peft; by default `all-linear`, or those of a saved adapter that training goes
     on with. Another choice than the saved one is refused."""

@@ -78,7 +78,7 @@ class Training(Stage):
     warmup: float = Field(0.0, ge=0)
     """Updates during which the learning rate rises: below 1 a share of all updates, from 1 on their number."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of matrices; gains and biases have none."""
+    """Weight decay of matrices; gains and biases have none."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     """β₁ and β₂ of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -129,9 +129,9 @@ class Rollouts(Training):
     rollouts: EngineChoice | None = None
     """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
-    """What a completion is worth; at least one."""
+    """Rewards of a completion; at least one."""
     kl: Kl = Field(default_factory=Kl)
-    """What staying near the reference is worth."""
+    """KL to the reference: how much it counts, where, and how it is estimated."""
     reference: str = "start"
     """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
     num_minibatches: int = Field(1, ge=1)

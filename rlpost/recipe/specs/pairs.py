@@ -28,7 +28,7 @@ class Pairs(Stage):
     rollouts: EngineChoice | None = None
     """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
-    """What a completion is worth; at least one."""
+    """Rewards of a completion; at least one."""
     choice: PairChoice = PairChoice.one
     """What rows a group of scored samples gives."""
     min_gap: float = Field(0.0, ge=0)

@@ -27,7 +27,7 @@ class StepLabels(Stage):
     rollouts: EngineChoice | None = None
     """What samples; by default the recipe's `rollouts`."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
-    """What a completion is worth; at least one."""
+    """Rewards of a completion; at least one."""
     step_end: str = "\n"
     """A step ends with this text; empty: every token is a step."""
     fresh_rollouts: int = Field(4, ge=1)
