@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpost.recipe.files import GROUPS
+
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path("node_modules/yaml-language-server/bin/yaml-language-server")
 SECONDS = 60.0
@@ -38,6 +40,13 @@ def installed() -> Path | None:
 def shipped() -> list[Path]:
     """The recipes that come with rlpost."""
     return sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def opened(file: Path, schema: Path) -> str:
+    """A file's text; that of a group's file says first that it is a section."""
+    if file.parent.name not in GROUPS:
+        return file.read_text("utf-8")
+    return f"# yaml-language-server: $schema={schema}#/$defs/{file.parent.name.capitalize()}\n{file.read_text('utf-8')}"
 
 
 @dataclass(frozen=True)
@@ -180,9 +189,10 @@ def main() -> int:
     wrong = 0
     with LanguageServer(program, options.schema.resolve()) as server:
         files = options.recipes or shipped()
-        for file, found in zip(files, server.diagnostics([file.read_text("utf-8") for file in files]), strict=True):
+        texts = [opened(file, options.schema.resolve()) for file in files]
+        for file, found in zip(files, server.diagnostics(texts), strict=True):
             for diagnostic in found:
-                print(f"{file}:{diagnostic.line}: {diagnostic.message}")
+                print(f"{file}:{diagnostic.line - (file.parent.name in GROUPS)}: {diagnostic.message}")
                 wrong += 1
     return 1 if wrong else 0
 
