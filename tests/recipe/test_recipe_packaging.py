@@ -14,5 +14,5 @@ def test_the_wheel_holds_every_package_and_the_recipes() -> None:
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("rlpost/**/*.py")}
     assert set(settings["packages"]) == folders | {"rlpost.recipes"}
     assert settings["package-dir"]["rlpost.recipes"] == "recipes"
-    assert settings["package-data"]["rlpost.recipes"] == ["**/*.yaml"]
+    assert settings["package-data"]["rlpost.recipes"] == ["**/*.yaml", "**/*.jinja"]
     assert settings["package-data"]["rlpost"] == ["py.typed", schema_file().relative_to(ROOT / "rlpost").as_posix()]
