@@ -45,7 +45,9 @@ SHARED_BY_STAGES = (
 )
 """Modules of stages/ that are no stage."""
 READS_RECIPES = ("cli", "inference", "pipeline", "recipe", "smoke", "stage_evaluation", "stage_rows", "stages")
-GOALS_OF_RECIPES = tuple(f"goals/{name}.py" for name in ("guided", "guesses", "maze_escapes", "maze_run", "value"))
+GOALS_OF_RECIPES = tuple(
+    f"goals/{name}.py" for name in ("guided", "maze_escapes", "maze_run", "value", "value_annotations")
+)
 """Stages and commands of the goals wing."""
 LIGHT = (
     *(

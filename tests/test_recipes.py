@@ -206,12 +206,12 @@ def test_maze(tmp_path, capsys):
     names = ["random walker", "led by its value network", "policy"]
     assert [line.split(",")[0] for line in said if "of walks escape" in line] == names
     assert set(in_text(found[0])) <= set(said)
-    # What the value network guesses of the cells goes into the prompts of another policy.
-    rows = final.parents[1] / "guesses/final/rows.jsonl"
+    # The value network's values of the cells go into the prompts of another policy.
+    rows = final.parents[1] / "value_annotations/final/rows.jsonl"
     small = [*TINY_GPT2, f"vars.rows={rows}", *stage("sft", *TWO, "batch_size=8"), *stage("ppo", *TWO, "prompts=4")]
-    run(tmp_path, "maze_guesses", *small, "stages.ppo.critic.warmup_steps=0")
+    run(tmp_path, "maze_value_annotations", *small, "stages.ppo.critic.warmup_steps=0")
     (prompt, *_) = [json.loads(x) for x in rows.read_text("utf-8").splitlines()]
-    (read,) = maze.read_guesses(prompt, part="train")
+    (read,) = maze.read_value_annotations(prompt, part="train")
     assert read["prompt"].translate(str.maketrans("0123456789", "." * 10)) == prompt["prompt"]
 
 

@@ -21,7 +21,7 @@ from rlpost.smoke import resolve_smoke
 
 GIVEN = {name: ["vars.data=rows.jsonl"] for name in ("dpo_pairs", "sft_chat", "gsm8k_tiny")}
 SPREAD = [
-    *("calculator", "demo", "dpo_pairs", "grpo_math", "maze", "maze_guesses", "safety"),
+    *("calculator", "demo", "dpo_pairs", "grpo_math", "maze", "maze_value_annotations", "safety"),
     *("methods/off_policy", "methods/online_dpo", "methods/ppo", "methods/start", "methods/tr_dpo"),
 ]
 """Recipes of every kind of stage, of steps and of epochs."""

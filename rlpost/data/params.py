@@ -87,7 +87,7 @@ class Source(Section):
     path: Annotated[str | None, Local()] = None
     """A `.jsonl` or `.parquet` file, a folder in hub format, or the name of a dataset on the hub."""
     stage: str | None = None
-    """The rows of an earlier `pairs`, `guided`, `guesses` or `step_labels` stage."""
+    """The rows of an earlier `pairs`, `guided`, `value_annotations` or `step_labels` stage."""
     task: Annotated[TimedFunction | None, TASK] = None
     """Rows made by a function: `addition.train`, or `file.py:function`."""
     config: str | None = None

@@ -91,22 +91,22 @@ def test_held_out_starts_are_of_the_same_mazes_and_not_trained_on():
     assert not {r["maze"] for r in task.unseen()} & {r["maze"] for r in seen}
 
 
-def test_guesses_stand_in_the_places_of_open_cells():
+def test_annotations_stand_in_the_places_of_open_cells():
     (row,) = [r for r in task.train(mazes=1) if r["start"] == task.starts(r["maze"])[1]]
     asked = task.with_places(row)["places"]
     assert len(asked) == row["maze"].count(".")
     assert [text[:-1] for text in asked] == [row["maze"] + ">"] * len(asked)
     assert [row["maze"][task.LETTERS.index(text[-1])] for text in asked] == ["."] * len(asked)
-    guesses = "".join(str(i % 10) for i in range(len(asked)))
-    (read,) = task.read_guesses({**row, "guesses": guesses}, part="train")
+    annotations = "".join(str(i % 10) for i in range(len(asked)))
+    (read,) = task.read_value_annotations({**row, "value_annotations": annotations}, part="train")
     seen, start = read["prompt"].split(">")
     assert start == task.LETTERS[row["start"]]
-    assert "".join(sign for sign in seen if sign.isdigit()) == guesses
+    assert "".join(sign for sign in seen if sign.isdigit()) == annotations
     assert [i for i, sign in enumerate(seen) if not sign.isdigit()] == [
         i for i, sign in enumerate(row["maze"]) if sign != "."
     ]
-    assert task.read_guesses({**row, "guesses": guesses}, part="held_out") == []
-    assert task.read_guesses({**row, "guesses": guesses}, part="unseen") == []
+    assert task.read_value_annotations({**row, "value_annotations": annotations}, part="held_out") == []
+    assert task.read_value_annotations({**row, "value_annotations": annotations}, part="unseen") == []
 
 
 def test_walks_from_one_start_go_their_own_ways():

@@ -251,21 +251,26 @@ def test_a_policy_that_imitates_guided_samples_needs_no_guide(tmp_path):
     assert share[1] > 0.6
 
 
-def test_guesses_are_the_networks_values_in_tenths(tmp_path):
+def test_annotations_are_the_networks_values_in_tenths(tmp_path):
     asked = [["1", "12+"], [], ["3+4="]]
     jsonl(tmp_path / "asked.jsonl", [{"prompt": "1+1=", "parts": parts, "n": i} for i, parts in enumerate(asked)])
-    guesses = {"kind": "guesses", "data": {"rows": {"path": "asked.jsonl"}}, "network": "value", "about": "parts"}
-    stages = {"sft": SFT, "value": {**VALUE, "steps": 3}, "guesses": {**guesses, "goals": VALUE["goals"]}}
+    annotate = {
+        "kind": "value_annotations",
+        "data": {"rows": {"path": "asked.jsonl"}},
+        "network": "value",
+        "about": "parts",
+    }
+    stages = {"sft": SFT, "value": {**VALUE, "steps": 3}, "annotated": {**annotate, "goals": VALUE["goals"]}}
     run(tmp_path, stages)
-    rows = [json.loads(x) for x in (tmp_path / "runs/run/guesses/final/rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(x) for x in (tmp_path / "runs/run/annotated/final/rows.jsonl").read_text().splitlines()]
     assert [(r["prompt"], r["parts"], r["n"]) for r in rows] == [("1+1=", parts, i) for i, parts in enumerate(asked)]
     start = policy(tmp_path / "runs/run/sft/final")
     network = load_value_head_model(tmp_path / "runs/run/value/final", Model(), bfloat16=False, device="cpu")
     for row in rows:
         value = [float(torch.sigmoid(network.score([group(start, text, "1")]).before_N[0])) for text in row["parts"]]
-        assert row["guesses"] == "".join(str(int(v * 10)) for v in value)
-    with pytest.raises(DataError, match=r"stages\.guesses\.about: a row has no list of texts in 'n'"):
-        run(tmp_path, {**stages, "guesses": {**stages["guesses"], "about": "n"}}, "run=other")
+        assert row["value_annotations"] == "".join(str(int(v * 10)) for v in value)
+    with pytest.raises(DataError, match=r"stages\.annotated\.about: a row has no list of texts in 'n'"):
+        run(tmp_path, {**stages, "annotated": {**stages["annotated"], "about": "n"}}, "run=other")
 
 
 def test_own_endings_stand_against_those_of_the_others_of_a_group():

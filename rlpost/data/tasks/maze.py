@@ -73,13 +73,15 @@ def with_places(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "places": [prompt(maze, cell) for cell in range(len(maze)) if maze[cell] == OPEN]}
 
 
-def read_guesses(row: Mapping[str, Any], *, part: Literal["train", "held_out", "unseen"]) -> list[dict[str, Any]]:
-    """The row with its guesses in the prompt, a digit for every open cell; no row of another part."""
+def read_value_annotations(
+    row: Mapping[str, Any], *, part: Literal["train", "held_out", "unseen"]
+) -> list[dict[str, Any]]:
+    """The row with its annotations in the prompt, a digit for every open cell; no row of another part."""
     here = "unseen" if row["unseen"] else "held_out" if row["held_out"] else "train"
     if here != part:
         return []
-    guesses = iter(row["guesses"])
-    digits = "".join(next(guesses) if sign == OPEN else sign for sign in row["maze"])
+    annotations = iter(row["value_annotations"])
+    digits = "".join(next(annotations) if sign == OPEN else sign for sign in row["maze"])
     return [{**row, "prompt": prompt(digits, row["start"])}]
 
 

@@ -1,4 +1,4 @@
-"""Rows with what a value network guesses about them."""
+"""Rows annotated with a value network's values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rlpost.recipe.specs.common import Stage
 from rlpost.section import LocalPath
 
 
-class Guesses(Stage):
-    """The same rows with a column `guesses`: what a value network says of texts that each row lists, for a policy that
-    reads it (docs/goals.md); the model passes unchanged."""
+class ValueAnnotations(Stage):
+    """The same rows with a column `value_annotations`: a value network's values of the texts that each row lists, for a
+    policy that reads them (docs/goals.md); the model passes unchanged."""
 
-    kind: str = "guesses"
+    kind: str = "value_annotations"
     network: LocalPath
     """A `value` stage, or a checkpoint of one; none with `target: contrastive`, which knows values only up to a
     factor."""
     goals: Goals = Field(default_factory=Goals)
     """As in the stage that trained the network."""
     about: str
-    """The column with each row's list of texts; `guesses` holds a digit for each: V in tenths."""
+    """The column with each row's list of texts; `value_annotations` holds a digit for each: V in tenths."""
 
-    function: ClassVar[str] = "rlpost.goals.guesses:guesses"
+    function: ClassVar[str] = "rlpost.goals.value_annotations:value_annotations"
     leaves = Leaves.rows
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:

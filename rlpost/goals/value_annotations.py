@@ -21,7 +21,7 @@ from rlpost.errors import DataError, ModelError
 from rlpost.goals.goal_sampler import GoalSampler
 from rlpost.goals.params import ValueTarget
 from rlpost.goals.value_network import ValueNetwork, load_value, read_settings
-from rlpost.recipe.specs.guesses import Guesses
+from rlpost.recipe.specs.value_annotations import ValueAnnotations
 from rlpost.stages.context import Context
 from rlpost.stages.generate_dataset import generate_dataset
 from rlpost.types import Group
@@ -30,8 +30,8 @@ AT_ONCE = 64
 """Rows annotated at a time."""
 
 
-def guesses(context: Context, cfg: Guesses) -> Path:
-    """Annotate every row; returns the folder with the rows, each with a column `guesses`.
+def value_annotations(context: Context, cfg: ValueAnnotations) -> Path:
+    """Annotate every row; returns the folder with the rows, each with a column `value_annotations`.
 
     Raises:
         DataError: a row does not list the texts to annotate.
@@ -53,29 +53,29 @@ def guesses(context: Context, cfg: Guesses) -> Path:
     draw = random.Random(context.seed_for("goals"))
 
     def make(some: Sequence[Group], _first: int) -> Iterator[dict[str, Any]]:
-        return guessed(network, goal_sampler, some, cfg, codec, f"stages.{context.name}", draw)
+        return annotated_rows(network, goal_sampler, some, cfg, codec, f"stages.{context.name}", draw)
 
     rows = generate_dataset(context, prompts, AT_ONCE, make)
     return context.finish_dataset(rows, cfg.kind)
 
 
-def guessed(
+def annotated_rows(
     network: ValueNetwork,
     goal_sampler: GoalSampler,
     prompts: Sequence[Group],
-    cfg: Guesses,
+    cfg: ValueAnnotations,
     codec: Codec,
     where: str,
     draw: random.Random,
 ) -> Iterator[dict[str, Any]]:
-    """Each row with its `guesses`: for every text that it lists, V in [0, 1] as one of ten digits."""
+    """Each row with its `value_annotations`: for every text that it lists, V in [0, 1] as one of ten digits."""
     for group in prompts:
-        places = group.example.get(cfg.about)
-        if not isinstance(places, list) or not all(isinstance(place, str) for place in places):
+        texts = group.example.get(cfg.about)
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise DataError(
                 f"{where}.about: a row has no list of texts in {cfg.about!r}; give each row what to ask about"
             )
         _, named = goal_sampler.of(group, network.settings.condition, draw)
-        states = [(plain_prompt(place, codec, f"{where}, {cfg.about}"), ()) for place in places]
+        states = [(plain_prompt(text, codec, f"{where}, {cfg.about}"), ()) for text in texts]
         value = torch.sigmoid(network.about(named).logits(states)).tolist() if states else []
-        yield {**group.example, "guesses": "".join(str(min(int(v * 10), 9)) for v in value)}
+        yield {**group.example, "value_annotations": "".join(str(min(int(v * 10), 9)) for v in value)}
