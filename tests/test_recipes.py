@@ -144,7 +144,7 @@ def test_demo(tmp_path):
         # The model is far from a right answer yet: pairs of short and long ones.
         *stage("pairs", "prompts=32", "rewards=[{fn: length, args: {target: 3}}]"),
         *stage("dpo", *TWO, "epochs=null", "batch_size=4"),
-        *stage("grpo", *TWO, "prompts=4"),
+        *stage("grpo", *TWO, "prompts_per_step=4"),
         "evaluation.data.held_out.limit=8",
     )
     assert final == tmp_path / "demo/grpo/final"
@@ -161,7 +161,7 @@ def test_demo_ppo(tmp_path):
         *stage("sft", *TWO, "batch_size=8"),
         *stage("pairs", "prompts=32", "rewards=[{fn: length, args: {target: 3}}]"),
         *stage("dpo", *TWO, "epochs=null", "batch_size=4"),
-        *stage("ppo", *TWO, "prompts=4", "critic.warmup_steps=0"),
+        *stage("ppo", *TWO, "prompts_per_step=4", "critic.warmup_steps=0"),
         "evaluation.data.held_out.limit=8",
     )
     assert final == tmp_path / "demo_ppo/ppo/final"
@@ -173,8 +173,8 @@ def test_calculator(tmp_path):
         "calculator",
         *TINY,
         *stage("sft", *TWO, "batch_size=8"),
-        *stage("grpo", *TWO, "prompts=4"),
-        *stage("ppo", *TWO, "prompts=4", "critic.warmup_steps=0"),
+        *stage("grpo", *TWO, "prompts_per_step=4"),
+        *stage("ppo", *TWO, "prompts_per_step=4", "critic.warmup_steps=0"),
         "evaluation.data.held_out.limit=8",
     )
 
@@ -189,8 +189,8 @@ def test_maze(tmp_path, capsys):
         *TINY_GPT2,
         "vars.mazes=1",
         *stage("sft", *TWO, "batch_size=8"),
-        *stage("value", *TWO, "prompts=4"),
-        *stage("ppo", *TWO, "prompts=4", "critic.warmup_steps=0"),
+        *stage("value", *TWO, "prompts_per_step=4"),
+        *stage("ppo", *TWO, "prompts_per_step=4", "critic.warmup_steps=0"),
     )
     found = solved(final.parents[1])
     assert [s.maze for s in found] == [maze.train(mazes=1)[0]["maze"]]
@@ -208,7 +208,12 @@ def test_maze(tmp_path, capsys):
     assert set(in_text(found[0])) <= set(said)
     # The value network's values of the cells go into the prompts of another policy.
     rows = final.parents[1] / "value_annotations/final/rows.jsonl"
-    small = [*TINY_GPT2, f"vars.rows={rows}", *stage("sft", *TWO, "batch_size=8"), *stage("ppo", *TWO, "prompts=4")]
+    small = [
+        *TINY_GPT2,
+        f"vars.rows={rows}",
+        *stage("sft", *TWO, "batch_size=8"),
+        *stage("ppo", *TWO, "prompts_per_step=4"),
+    ]
     run(tmp_path, "maze_value_annotations", *small, "stages.ppo.critic.warmup_steps=0")
     (prompt, *_) = [json.loads(x) for x in rows.read_text("utf-8").splitlines()]
     (read,) = maze.read_value_annotations(prompt, part="train")
@@ -216,7 +221,12 @@ def test_maze(tmp_path, capsys):
 
 
 def test_maze_grpo(tmp_path):
-    small = [*TINY_GPT2, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts=4")]
+    small = [
+        *TINY_GPT2,
+        "vars.mazes=1",
+        *stage("sft", *TWO, "batch_size=8"),
+        *stage("grpo", *TWO, "prompts_per_step=4"),
+    ]
     final = run(tmp_path, "maze_grpo", *small)
     assert final == tmp_path / "maze_grpo/grpo/final"
     # Without a value network there is less to draw and to say.
@@ -227,8 +237,13 @@ def test_maze_grpo(tmp_path):
 
 
 def test_maze_shaped(tmp_path):
-    small = [*TINY_GPT2, "vars.mazes=1", *stage("sft", *TWO, "batch_size=8"), *stage("value", *TWO, "prompts=4")]
-    final = run(tmp_path, "maze_shaped", *small, *stage("grpo", *TWO, "prompts=4"))
+    small = [
+        *TINY_GPT2,
+        "vars.mazes=1",
+        *stage("sft", *TWO, "batch_size=8"),
+        *stage("value", *TWO, "prompts_per_step=4"),
+    ]
+    final = run(tmp_path, "maze_shaped", *small, *stage("grpo", *TWO, "prompts_per_step=4"))
     assert final == tmp_path / "maze_shaped/grpo/final"
 
 
@@ -242,7 +257,7 @@ def test_gsm8k_tiny(tmp_path, gsm8k):
         "model.tokenizer.vocab_size=300",
         *stage("sft", *TWO, "epochs=null", "batch_size=4"),
         *stage("dpo", *TWO, "epochs=null", "batch_size=2"),
-        *stage("grpo", *TWO, "prompts=2", "group_size=2", "sampling.max_new_tokens=8"),
+        *stage("grpo", *TWO, "prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=8"),
         *("evaluation.data.held_out.limit=2", "evaluation.samples=4", "evaluation.sampling.max_new_tokens=8"),
     )
 
@@ -258,7 +273,7 @@ def test_grpo_math(tmp_path, qwen, gsm8k, files, monkeypatch):
         "grpo_math",
         *data,
         f"model.path={qwen}",
-        *stage("grpo", *TWO, "prompts=2", "group_size=2", "sampling.max_new_tokens=8"),
+        *stage("grpo", *TWO, "prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=8"),
         *("evaluation.data.held_out.limit=2", "evaluation.sampling.max_new_tokens=8"),
     )
     (first,) = (tmp_path / "grpo_math/grpo/rollouts").glob("step-*.jsonl")
@@ -303,7 +318,7 @@ def test_the_chain_of_commands(tmp_path, qwen, gsm8k):
         "dpo_pairs": stage("dpo", *TWO, "epochs=null"),
         "grpo_math": [
             *(f"vars.data={gsm8k}/train.jsonl", f"vars.held_out={gsm8k}/test.jsonl", "vars.config=null"),
-            *stage("grpo", *TWO, "prompts=2", "group_size=2", "sampling.max_new_tokens=8"),
+            *stage("grpo", *TWO, "prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=8"),
             *("evaluation.data.held_out.limit=2", "evaluation.sampling.max_new_tokens=8"),
         ],
     }
