@@ -44,7 +44,7 @@ def test_what_is_logged_of_samples():
     assert line == pytest.approx(expected)
 
 
-def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout, list[int]]:
+def drawing(rounds: list[Rollout], prompts: int, most_rounds: int) -> tuple[Rollout, list[int]]:
     """The step's rollout, and the first prompt's number of each round."""
     sampler, firsts = Sampler.__new__(Sampler), []
     given = iter(rounds)
@@ -55,8 +55,8 @@ def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout
 
     sampler.engine = SimpleNamespace(update_weights=lambda *_: None)
     sampler.policy = None
-    sampler.cfg = SimpleNamespace(prompts=prompts)
-    sampler.resample = resample
+    sampler.cfg = SimpleNamespace(prompts_per_step=prompts)
+    sampler.dynamic_sampling_rounds = most_rounds
     sampler.signal = SimpleNamespace(report=lambda found, _: found)
     sampler._round = one
     return sampler.sample(0), firsts
@@ -64,13 +64,13 @@ def drawing(rounds: list[Rollout], prompts: int, resample: int) -> tuple[Rollout
 
 def test_rounds_are_drawn_until_enough_groups_have_a_signal_and_those_come_first():
     flat, mixed = rollout([1.0, 1.0], [0.0, 2.0]), rollout([1.0, 3.0], [2.0, 2.0], prompt=11)
-    found, firsts = drawing([flat, mixed, flat], 2, resample=5)
+    found, firsts = drawing([flat, mixed, flat], 2, most_rounds=5)
     assert firsts == [0, 2]
     assert [g.prompt[0] for g in found.groups] == [2, 11]
     assert found.reward_PG.tolist() == [[0.0, 2.0], [1.0, 3.0]]
     assert (found.drawn, found.drawn_means) == (4, {"mine": pytest.approx(1.5)})
-    assert drawing([flat, flat, flat], 2, resample=1)[1] == [0, 2]
-    assert drawing([rollout([0.0, 1.0], [1.0, 0.0])], 2, resample=5)[1] == [0]
+    assert drawing([flat, flat, flat], 2, most_rounds=1)[1] == [0, 2]
+    assert drawing([rollout([0.0, 1.0], [1.0, 0.0])], 2, most_rounds=5)[1] == [0]
 
 
 def test_only_a_recipe_that_says_so_leaves_out_what_was_cut_off():

@@ -83,14 +83,14 @@ def test_groups_without_a_signal_are_replaced(tmp_path):
 
 
 def test_prompts_are_drawn_again_so_often_and_no_more(tmp_path):
-    line = line_of(tmp_path, resample=2, rewards=[{"fn": "rewards.py:always"}])
+    line = line_of(tmp_path, dynamic_sampling_rounds=2, rewards=[{"fn": "rewards.py:always"}])
     assert (line["drawn"], line["zero_signal"], line["grad_norm"]) == (12, 1.0, 0.0)
     assert len(rollouts(tmp_path, "grpo", 1)) == 4
 
 
 def test_nothing_is_drawn_again_where_every_group_has_a_signal(tmp_path):
     telling = [{"fn": "repetition", "args": {"n": 1}}, {"fn": "length", "args": {"target": 1}}, *GRPO["rewards"]]
-    line = line_of(tmp_path, resample=2, rewards=telling, group_size=8)
+    line = line_of(tmp_path, dynamic_sampling_rounds=2, rewards=telling, group_size=8)
     assert line["zero_signal"] == 0
     assert not any(name.startswith("drawn") for name in line)
 
@@ -387,7 +387,7 @@ GATE = {"fn": "gate", "of": [{"fn": "ends"}]}
         ({"advantage": {"fn": "pass_at_k", "args": {"k": 1}}, "group_size": 1}, "pass_at_k compares completions"),
         ({"loss": {"fn": "geometric_mean"}}, "weight: geometric_mean is one value a completion - use sequence_mean"),
         ({"recorded": True, "environment": {"fn": "calculator.reply"}}, "environment: recorded rollouts are over"),
-        ({"recorded": True, "dynamic_sampling_rounds": 1}, "resample: needs new samples"),
+        ({"recorded": True, "dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds: needs new samples"),
         ({"recorded": True, "advantage": {"fn": "greedy_baseline"}}, "advantage.fn=greedy_baseline: needs new samples"),
         ({"recorded": True, "rewards": [GATE]}, "rewards[0].of: a gate has a guard and what counts if it passed"),
         ({"rewards": [{"fn": "min"}]}, "rewards[0].of: missing - min puts other rewards together"),
