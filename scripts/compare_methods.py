@@ -104,13 +104,13 @@ def samples_a_step(stage: Any) -> float:
 
     Prompts drawn again are counted as they come, in `curve`.
     """
-    own = stage.prompts * stage.group_size
+    own = stage.prompts_per_step * stage.group_size
     advantage = getattr(stage, "advantage", None)
     if advantage is not None and advantage.fn == "greedy_baseline":
-        own += stage.prompts
+        own += stage.prompts_per_step
     if advantage is not None and advantage.fn == "monte_carlo_values":
         # The prompt's state is tried once, others once a completion where all differ: an upper bound.
-        own += stage.prompts * (1 + stage.group_size * (DIGITS - 2)) * stage.fresh_rollouts
+        own += stage.prompts_per_step * (1 + stage.group_size * (DIGITS - 2)) * stage.fresh_rollouts
     return own
 
 
@@ -119,7 +119,7 @@ def curve(runs: Path, run: Run) -> tuple[list[float], list[float]]:
     stage = resolve(str(runs / run.name / "config.resolved.yaml"), []).config.stages["rl"]
     samples, rewards, total = [], [], 0.0
     for line in map(json.loads, (runs / run.name / "rl" / "metrics.jsonl").read_text().splitlines()):
-        total += samples_a_step(stage) * line.get("drawn", stage.prompts) / stage.prompts
+        total += samples_a_step(stage) * line.get("drawn", stage.prompts_per_step) / stage.prompts_per_step
         samples.append(total)
         rewards.append(line.get("drawn/correct", line.get("reward/correct", line["reward"])))
     return samples, rewards

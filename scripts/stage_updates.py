@@ -194,7 +194,7 @@ def with_critic(world: World, critic: bool) -> Case:
         sampling=SAMPLING,
         kl=Kl(beta=0.05),
         on_truncation=OnTruncation.bootstrap,
-        entropy=0.01,
+        entropy_coef=0.01,
         critic=Critic(clip=0.2),
     )
     groups = world.groups
@@ -229,7 +229,13 @@ def fisher_product(learner: Learner, update: Update) -> Measured:
 
 
 def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -> Case:
-    cfg = Trpo(group_size=GROUP_SIZE, sampling=SAMPLING, advantage=Function(fn="leave_one_out"), weight="sequence_sum")
+    cfg = Trpo(
+        learning_rate=1.0,
+        group_size=GROUP_SIZE,
+        sampling=SAMPLING,
+        advantage=Function(fn="leave_one_out"),
+        weight="sequence_sum",
+    )
     groups = world.groups
     penalty, stats = penalty_of(world, cfg), LogitStats(SAMPLING.temperature, distribution=True)
 
@@ -277,12 +283,12 @@ CASES: dict[str, Callable[[World], Case]] = {
     "grpo gspo": lambda w: grouped(w, "sequence_clipped", weight="sequence_mean"),
     "grpo kl in loss": lambda w: grouped(w, kl=IN_LOSS),
     "grpo kl in reward": lambda w: grouped(w, kl=Kl(beta=0.1), advantage="leave_one_out", weight="sequence_sum"),
-    "grpo entropy": lambda w: grouped(w, entropy=0.1, weight="constant_length"),
+    "grpo entropy": lambda w: grouped(w, entropy_coef=0.1, weight="constant_length"),
     "grpo whiten": lambda w: grouped(w, whiten=True, advantage="length_weighted_baseline"),
     "grpo batch std": lambda w: grouped(w, args={"std_over": "batch"}),
     "grpo rewards apart": lambda w: grouped(w, advantage="per_reward_normalised"),
     "grpo by step": lambda w: grouped(w, advantage="process_normalised"),
-    "grpo correction": lambda w: grouped(w, correction=Correction(CorrectionMode.truncate, cap=1.1)),
+    "grpo correction": lambda w: grouped(w, correction=Correction(mode=CorrectionMode.truncate, cap=1.1)),
     "ppo policy": lambda w: with_critic(w, critic=False),
     "ppo critic": lambda w: with_critic(w, critic=True),
     "trpo gradient": lambda w: trust_region(w, gradient),

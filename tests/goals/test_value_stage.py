@@ -145,7 +145,7 @@ def test_a_stopped_stage_goes_on_bit_for_bit(tmp_path, lora, monkeypatch):
     examples = module.value_example
 
     def stop_at_the_fifth_step(*given):
-        if next(calls) == 4 * VALUE["prompts"]:
+        if next(calls) == 4 * VALUE["prompts_per_step"]:
             raise KeyboardInterrupt
         return examples(*given)
 
@@ -187,7 +187,7 @@ def test_an_ending_that_was_reached_is_the_goal_of_the_others(codec):
     one, two = codec.ids("41", ""), codec.ids("32", "")
     stop = codec.end
     group = Group((9,), tuple(Completion((*t, stop), (True,) * 3, finish="stop") for t in (one, one, two)))
-    cfg = Value(goals=Goals(), condition="{goal}+", hindsight=1.0, hindsight_tokens=2, group_size=3)
+    cfg = Value(learning_rate=1.0, goals=Goals(), condition="{goal}+", hindsight=1.0, hindsight_tokens=2, group_size=3)
     seen = set()
     for seed in range(20):
         found = value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(seed))
@@ -202,7 +202,7 @@ def test_an_ending_that_was_reached_is_the_goal_of_the_others(codec):
 def test_a_contrastive_example_knows_its_own(codec):
     one, stop = codec.ids("41", ""), codec.end
     group = Group((9,), tuple(Completion((*one, stop), (True,) * 3, finish="stop") for _ in range(3)))
-    cfg = Value(condition="{goal}+", target=ValueTarget.contrastive, group_size=3)
+    cfg = Value(learning_rate=1.0, condition="{goal}+", target=ValueTarget.contrastive, group_size=3)
     found = value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0))
     assert sorted(found.label) == [0, 0, 1]
     assert found.counts == (True,) * 3
@@ -210,7 +210,7 @@ def test_a_contrastive_example_knows_its_own(codec):
 
 def test_without_an_ending_there_is_nothing_to_learn(codec):
     group = Group((9,), (Completion((3, 4), (True, True), finish="length"),) * 2)
-    cfg = Value(goals=Goals(), condition="{goal}+", hindsight=1.0, group_size=2)
+    cfg = Value(learning_rate=1.0, goals=Goals(), condition="{goal}+", hindsight=1.0, group_size=2)
     assert (
         value_example(group, GoalSampler(cfg.goals, codec, Surroundings()), cfg, codec, random.Random(0)).counts
         == (False,) * 2
@@ -218,7 +218,7 @@ def test_without_an_ending_there_is_nothing_to_learn(codec):
 
 
 def test_a_column_holds_each_prompts_goal(codec):
-    cfg = Value(goals=Goals(column="answer"), condition="{goal}+", group_size=2)
+    cfg = Value(learning_rate=1.0, goals=Goals(column="answer"), condition="{goal}+", group_size=2)
     ids, stop = codec.ids("41", ""), codec.end
     done = Completion((*ids, stop), (True,) * 3, finish="stop")
     group = Group((9,), (done, Completion((stop,), (True,), finish="stop")), {"answer": "1"})
