@@ -169,7 +169,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(tmp_path):
     for expected in (
         "from a new llama model, training LoRA r=4",
         "sft: sft 4 steps on problems",
-        "pairs: pairs on problems",
+        "pairs: pairs 24 prompts on problems",
         "grpo: grpo 4 steps on problems",
         "off: left out",
         "evaluation: held_out",
