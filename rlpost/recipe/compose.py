@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any, cast
 
 from rlpost.recipe.files import Part
+from rlpost.usercode.places import packaged_folder
 
 _LOCK = threading.RLock()  # Hydra's state and its config store are global to the process
 _NAME = "_rlpost"
@@ -25,7 +26,7 @@ def _bare_settings() -> Any:
 
 def compose(parts: Sequence[Part]) -> dict[str, Any]:
     """The parts merged in order: mappings merge, anything else replaces, and a chosen group replaces its section."""
-    from hydra import compose, initialize
+    from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
     # Values go through as numbers of this list: OmegaConf would parse references in them, and be slow with long lists.
@@ -51,7 +52,8 @@ def compose(parts: Sequence[Part]) -> dict[str, Any]:
                 node = {key: value for key, value in part.keys.items() if key not in replaced}
                 store.store(name=name, node=numbered(node))
             store.store(name=_NAME, node={"defaults": [*names, "_self_"]})
-            with initialize(config_path=None, version_base="1.3"):
+            # Of a folder: without one, Hydra would read the sources of all callers to find out who calls.
+            with initialize_config_dir(str(packaged_folder()), version_base="1.3"):
                 composed = compose(_NAME)
         finally:
             for name in (_NAME, *names):
