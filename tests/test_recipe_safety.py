@@ -7,6 +7,8 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
 from rlpost.pipeline import train
 from rlpost.recipe.resolve import resolve
 
@@ -35,6 +37,7 @@ def test_every_way_starts_from_the_same_model(tmp_path):
     assert set(shares) == {"correct", "forbidden"}
 
 
+@pytest.mark.slow
 def test_the_script_compares_them(tmp_path, monkeypatch, capsys):
     words = ["--seeds", "0", "--runs", str(tmp_path), "--prompts", "2", "--samples", "16", *SMALL]
     monkeypatch.setattr(sys, "argv", ["safety.py", *words])
