@@ -198,9 +198,9 @@ def test_a_setting_of_an_unfinished_stage_takes_effect_from_its_checkpoint_on(he
     rows, whole = metrics(here, "dpo"), metrics(here, "dpo", "whole")
     assert rows[:2] == whole[:2]
     assert rows[2]["loss"] != whole[2]["loss"]
-    assert resolved(here)["stages"]["dpo"]["nll"] == 0.9
+    assert resolved(here)["stages"]["dpo"]["nll_coef"] == 0.9
     old = yaml.safe_load((here / "runs/run/config.resolved.1.yaml").read_text("utf-8"))
-    assert old["stages"]["dpo"]["nll"] == 0.1
+    assert old["stages"]["dpo"]["nll_coef"] == 0.1
     tally("changes of settings", right=1)
 
 
