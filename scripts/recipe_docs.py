@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from peers import PEERS, TABLE, names_in
-from recipe_keys import Key, bases, choices, own_keys, sections, summary
+from recipe_keys import Key, bases, choices, own_keys, sections, summary, write
 
-import rlpost
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
@@ -184,13 +182,5 @@ def _classes(annotation: Any) -> list[type]:
     return [annotation] if isinstance(annotation, type) and get_origin(annotation) is None else []
 
 
-def main() -> int:
-    if Path(rlpost.__file__).parents[1] != ROOT:
-        sys.exit(f"rlpost is imported from {Path(rlpost.__file__).parent}: run this with PYTHONPATH={ROOT}")
-    PAGE.write_text(page(), "utf-8")
-    print(PAGE)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write(PAGE, page())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import rlpost
 from rlpost.recipe.kinds import kinds, spec_of
 from rlpost.recipe.schema import Recipe
 from rlpost.section import Choice, Section
@@ -173,3 +175,12 @@ def _texts(file: Path) -> dict[str, str]:
 
 def _one_line(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
+
+
+def write(file: Path, text: str) -> None:
+    """Write a generated file of this tree, from the package of this tree."""
+    root = Path(__file__).parents[1]
+    if Path(rlpost.__file__).parents[1] != root:
+        sys.exit(f"rlpost is imported from {Path(rlpost.__file__).parent}: run this with PYTHONPATH={root}")
+    file.write_text(text, "utf-8")
+    print(file)

@@ -13,15 +13,13 @@ import ast
 import inspect
 import json
 import re
-import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from recipe_keys import Key, choices, keys_of, sections, summary
+from recipe_keys import Key, choices, keys_of, sections, summary, write
 
-import rlpost
 from rlpost.engine.params import LOCAL, EngineChoice
 from rlpost.recipe.files import GROUPS
 from rlpost.recipe.kinds import kinds, spec_of
@@ -304,13 +302,5 @@ def _stage() -> Schema:
     }
 
 
-def main() -> int:
-    if Path(rlpost.__file__).parents[1] != ROOT:
-        sys.exit(f"rlpost is imported from {Path(rlpost.__file__).parent}: run this with PYTHONPATH={ROOT}")
-    FILE.write_text(text(), "utf-8")
-    print(FILE)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    write(FILE, text())
