@@ -1,16 +1,18 @@
 # make demo    a tiny model through SFT, DPO and GRPO, from nothing, in two minutes
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
+# make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval), in an environment of their own
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  the reference in docs/recipes.md and the schema for editors, written from the specs
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := .venv-extras
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture golden reference editor mutants clean
+.PHONY: demo test check torture extras golden reference editor mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -25,6 +27,9 @@ check: $(STAMP)
 
 torture: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or case" --numprocesses 2 --dist load
+
+extras: $(EXTRAS)/.installed
+	$(EXTRAS)/bin/python -m pytest -m extras
 
 golden: $(STAMP)
 	$(BIN)/python scripts/golden.py
@@ -46,5 +51,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(EXTRAS)/.installed: pyproject.toml constraints.txt
+	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,smollm2,tensorboard,wandb,trackio,mlflow,harness]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache
