@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
-from rlpost.errors import RecipeError
-from rlpost.recipe.overrides import parse
+from rlpost.recipe.overrides import written
 from rlpost.recipe.resolve import Resolved, resolve
 
 ROWS_A_STEP = 256
@@ -35,7 +32,7 @@ def resolve_smoke(recipe: str, overrides: Sequence[str], steps: int) -> Resolved
     ending = f"-{steps}-steps"
     if not any(override.startswith("run=") for override in overrides) and not whole["run"].endswith(ending):
         cuts.append(("run", whole["run"] + ending))
-    return resolve(recipe, [*overrides, *(text for key, value in cuts if (text := _override(key, value)))])
+    return resolve(recipe, [*overrides, *(text for key, value in cuts if (text := written(key, value)))])
 
 
 def _cuts(recipe: dict[str, Any], steps: int) -> Iterator[tuple[str, Any]]:
@@ -88,24 +85,3 @@ def _first_rows(sources: dict[str, Any], most: int) -> dict[str, Any]:
 def _least(value: Any, most: int) -> Any:
     """At most so many; what is no number, in a stage of a user's own kind, stays what it is."""
     return most if value is None else min(value, most) if isinstance(value, int) else value
-
-
-def _override(key: str, value: Any) -> str | None:
-    """`key=value`; None where the grammar of overrides has no way to write the value, which then stays uncut."""
-    text = f"{key}={_written(value)}"
-    try:
-        return text if parse(text) == (key, value) else None
-    except RecipeError:
-        return None
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
-    if isinstance(value, str):
-        return QuotedString(value, Quote.single).with_quotes()
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return "null" if value is None else repr(value)

@@ -56,6 +56,29 @@ def parse(override: str) -> tuple[str, Any]:
     return key, _value(text, shown)
 
 
+def written(key: str, value: Any) -> str | None:
+    """`key=value`, as `parse` reads it; None where the grammar of overrides has no way to write the value."""
+    text = f"{key}={_written(value)}"
+    try:
+        return text if parse(text) == (key, value) else None
+    except RecipeError:
+        return None
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):
+        from hydra.core.override_parser.types import Quote, QuotedString
+
+        return QuotedString(value, Quote.single).with_quotes()
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else repr(value)
+
+
 def _value(text: str, shown: str) -> Any:
     # Imported here: what parses Hydra's grammar takes long to import, and most commands have no overrides.
     from hydra.core.override_parser.overrides_parser import OverridesParser
