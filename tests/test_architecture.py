@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
     {"goals"},
     {"pipeline"},
     {"api"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
     {"__init__"},
@@ -46,7 +47,18 @@ SHARED_BY_STAGES = (
     "rollouts",
 )
 """Modules of stages/ that are no stage."""
-READS_RECIPES = ("api", "cli", "inference", "pipeline", "recipe", "smoke", "stage_evaluation", "stage_rows", "stages")
+READS_RECIPES = (
+    "api",
+    "cli",
+    "inference",
+    "pipeline",
+    "recipe",
+    "smoke",
+    "stage_evaluation",
+    "stage_rows",
+    "stages",
+    "sweep",
+)
 GOALS_OF_RECIPES = tuple(
     f"goals/{name}.py" for name in ("guided", "maze_escapes", "maze_run", "value", "value_annotations")
 )
@@ -66,7 +78,7 @@ LIGHT = (
         "results",
         "rewards",
     ),
-    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "unexpected", "usercode"),
+    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "sweep", "unexpected", "usercode"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60

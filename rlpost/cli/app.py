@@ -7,7 +7,21 @@ from collections.abc import Callable
 
 import typer
 
-from rlpost.cli import completion, copy, doctor, evaluate, exits, lists, pairs, sample, schema, show, train, verify
+from rlpost.cli import (
+    completion,
+    copy,
+    doctor,
+    evaluate,
+    exits,
+    lists,
+    pairs,
+    sample,
+    schema,
+    show,
+    sweep,
+    train,
+    verify,
+)
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
@@ -30,6 +44,7 @@ goals = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
+    "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
     "sample": sample.sample,
     "pairs": pairs.pairs,

@@ -9,7 +9,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 from rlpost.results import kept_for_results
 
 SECTIONS = {
-    "Train": ("train", "copy"),
+    "Train": ("train", "sweep", "copy"),
     "Look": ("show", "list", "schema", "verify", "doctor"),
     "Use": ("eval", "sample", "pairs"),
     "Goals": ("goals",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from rlpost.errors import RecipeError
@@ -12,6 +13,8 @@ from rlpost.section import MISSING, join
 from rlpost.suggest import hint_or_list, shortened
 
 MAX_CHARACTERS = 20_000
+MOST_VALUES = 1000
+"""Of one key, in a sweep."""
 _OWN_NAMES = {"stage": "stages", "variable": "vars", "source": r"(stages\.[^.]+|evaluation|model\.tokenizer)\.data"}
 """What a recipe gives names to, and where: an override of a name that is not there is refused."""
 
@@ -39,21 +42,50 @@ def parse(override: str) -> tuple[str, Any]:
     Raises:
         RecipeError: it is no plain `key=value`.
     """
-    key, equals, text = override.partition("=")
-    shown = shortened(" ".join(override.split()))
-    if not equals:
-        raise RecipeError(f"{shown}: expected key=value")
-    if key[:1] in ("+", "~"):
-        raise RecipeError(f"{shown}: '{key[0]}' is not needed and refused - write key=value")
-    if re.match(r"hydra([./@]|$)", key):
-        raise RecipeError(f"{shown}: hydra's own settings are refused")
-    if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
-        raise RecipeError(f"{shown}: {shortened(repr(key))} is no key - write it like stages.sft.steps=100")
-    if len(key) > MAX_CHARACTERS // 40:
-        raise RecipeError(f"{shown}: no key is as long as that")
-    if len(override) > MAX_CHARACTERS:
-        raise RecipeError(f"{shortened(key)}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
+    key, text, shown = _parts(override)
     return key, _value(text, shown)
+
+
+def alternatives(override: str) -> tuple[str, list[str] | None]:
+    """Key and values of an override that may have several, in Hydra's grammar: `a=1,2`, `a=range(1,4)`.
+
+    Returns:
+        The values as text, in order; None if it has one value only, which is not parsed.
+
+    Raises:
+        RecipeError: it is malformed, its values cannot be listed (`interval(0,1)`), or one stands twice.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Transformer
+    from hydra.errors import HydraException
+
+    key, text, shown = _parts(override)
+    try:
+        parsed = OverridesParser.create().parse_overrides([f"value={text}"])[0]
+    except (HydraException, RecursionError, ValueError):
+        return key, None  # plain text, or wrong: `parse` says which
+    if not parsed.is_sweep_override():
+        return key, None
+    try:
+        # Beyond the limit, the rest is only counted by its absence.
+        values = list(islice(map(_as_text, parsed.sweep_iterator(Transformer.encode)), MOST_VALUES + 1))
+    except (HydraException, ZeroDivisionError) as error:
+        raise RecipeError(f"{shown}: values that cannot be listed - write a=1,2 or a=range(1,4)") from error
+    if len(values) > MOST_VALUES:
+        raise RecipeError(f"{shown}: more than {MOST_VALUES} values")
+    if not values:
+        raise RecipeError(f"{shown}: no values")
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise RecipeError(f"{shown}: {twice[0]} stands twice")
+    return key, values
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    # 0.1 + 0.1 + 0.1, the last of range(0.1,0.35,0.1), is meant to be 0.3.
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def written(key: str, value: Any) -> str | None:
@@ -77,6 +109,25 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return "null" if value is None else repr(value)
+
+
+def _parts(override: str) -> tuple[str, str, str]:
+    """Key, value, and the override as a message shows it."""
+    key, equals, text = override.partition("=")
+    shown = shortened(" ".join(override.split()))
+    if not equals:
+        raise RecipeError(f"{shown}: expected key=value")
+    if key[:1] in ("+", "~"):
+        raise RecipeError(f"{shown}: '{key[0]}' is not needed and refused - write key=value")
+    if re.match(r"hydra([./@]|$)", key):
+        raise RecipeError(f"{shown}: hydra's own settings are refused")
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\d+\])*", key):
+        raise RecipeError(f"{shown}: {shortened(repr(key))} is no key - write it like stages.sft.steps=100")
+    if len(key) > MAX_CHARACTERS // 40:
+        raise RecipeError(f"{shown}: no key is as long as that")
+    if len(override) > MAX_CHARACTERS:
+        raise RecipeError(f"{shortened(key)}: longer than {MAX_CHARACTERS} characters - put it into a recipe")
+    return key, text, shown
 
 
 def _value(text: str, shown: str) -> Any:
