@@ -12,6 +12,7 @@ SECTIONS = {
     "Train": ("train", "sweep", "copy"),
     "Look": ("show", "list", "schema", "verify", "doctor"),
     "Use": ("eval", "sample", "pairs"),
+    "Export": ("merge",),
     "Goals": ("goals",),
 }
 """Commands in the order of `rlpost --help`."""

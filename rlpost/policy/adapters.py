@@ -7,6 +7,7 @@ reference would train it. Here selection is the layers' active name alone.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,9 @@ from transformers.pytorch_utils import Conv1D
 from rlpost.errors import ModelError
 from rlpost.policy.adapter_files import SavedAdapter, first_line, read_adapter
 from rlpost.policy.params import Lora
+
+# peft reads it of every model that it wraps.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 POLICY = "policy"
 REFERENCE = "reference"

@@ -67,7 +67,7 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
     if (Path(base) / ADAPTER_FILE).is_file():
         raise ModelError(f"{base}: an adapter where its base model is expected; merge it into its own base first")
     with _loading(base):
-        if not Path(base).is_dir() and _on_hub(base, ADAPTER_FILE, revision):
+        if not Path(base).is_dir() and hub_file(base, ADAPTER_FILE, revision):
             raise ModelError(f"{base}: an adapter; download it (`hf download {base} --local-dir DIR`) and name DIR")
     config = _config(base, revision)
     _must_be_safe(base, revision, config)
@@ -95,6 +95,17 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
     _must_have_read_all(base, model, sorted(found["unexpected_keys"]))
     _must_be_floats(base, model)
     return model
+
+
+def stored_dtype(base: str, revision: str | None) -> torch.dtype:
+    """The precision of a model's weights as stored, by its config.json; float32 where that says nothing.
+
+    Raises:
+        ModelError: its config.json cannot be read.
+    """
+    config = _config(base, revision)
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
 def load_generation_config(folder: Path, model: Any) -> None:
@@ -205,7 +216,7 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
         if any(folder.glob("shard-*-model-*-of-*.safetensors")):
             raise ModelError(f"{base}: a checkpoint in distributed shards, which is not supported; {CONVERT}")
     else:
-        found = _on_hub(base, INDEX, revision)
+        found = hub_file(base, INDEX, revision)
         index = Path(found) if found else None
     if index is not None:
         files = read_json_object(index).get("weight_map")
@@ -216,8 +227,8 @@ def _must_be_safe(base: str, revision: str | None, config: Any) -> None:
                 raise ModelError(f"{index}: {name!r} is not a safetensors file of this folder; {CONVERT}")
 
 
-def _on_hub(base: str, name: str, revision: str | None) -> str | None:
-    """The local path of a file of a hub repository; None if there is none."""
+def hub_file(base: str, name: str, revision: str | None = None) -> str | None:
+    """The local path of a file of a hub repository, None if there is none, or no way to it."""
     found: str | None = cached_file(
         base,
         name,
