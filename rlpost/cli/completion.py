@@ -1,7 +1,7 @@
-"""What the shell offers at TAB: recipes, checkpoints, keys and their choices; nothing where the recipe is broken.
+"""Shell completion of recipes, checkpoints, keys and values; a broken recipe completes to nothing.
 
-A shell adds a space after the only candidate. So what is no whole word yet (`stages.`, `methods/`, `seed=`) is never
-offered alone, but with what may follow it.
+A shell adds a space after a single candidate. So an unfinished word (`stages.`, `methods/`, `seed=`) is never offered
+alone, but together with what can follow it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from rlpost.cli.keys import Keys
 
 Candidates = list[tuple[str, str]]
-"""Words, each with what it means."""
+"""(word, description) pairs."""
 _BREAK = re.compile(r"[=:]+")
 _PLAIN = re.compile(r"[\w./~+@%,-]+")
-"""Names that a shell takes as they are."""
+"""Names that need no quotes in a shell."""
 
 
 def prepare(environment: MutableMapping[str, str]) -> None:
-    """Where a shell asks for candidates: put together the words of the line that bash took apart at `=` and `:`."""
+    """When a shell asks for candidates: rejoin the words that bash split at `=` and `:`."""
     asked = environment.get("_RLPOST_COMPLETE")
     if asked in ("complete_zsh", "complete_fish"):
-        # Typer would put what words mean through rich, whose import takes as long as all the rest.
+        # Typer would format descriptions with rich, whose import takes as long as all the rest.
         sys.modules["rich"] = None  # type: ignore[assignment]
     if asked != "complete_bash":
         return
@@ -44,7 +44,7 @@ def prepare(environment: MutableMapping[str, str]) -> None:
 
 
 def rejoined(words: list[str]) -> list[str]:
-    """The words of a line up to the cursor, whole; of the last one, what bash completes is a word of its own.
+    """The words of a line up to the cursor, rejoined; the part that bash completes stays a word of its own.
 
     Example: ``["a", "=", "b", "c", ":", "d"]`` is ``["a=b", "c:", "d"]``.
     """
@@ -63,7 +63,7 @@ def rejoined(words: list[str]) -> list[str]:
 
 
 def _quiet(find: Callable[..., Candidates]) -> Callable[..., Candidates]:
-    """A broken recipe or an unreadable folder has no candidates."""
+    """Return no candidates for a broken recipe or an unreadable folder."""
 
     @wraps(find)
     def found(*args: Any, **kwargs: Any) -> Candidates:
@@ -89,7 +89,7 @@ def recipes(incomplete: str) -> Candidates:
 
 @_quiet
 def settings(ctx: typer.Context, incomplete: str) -> Candidates:
-    """`KEY=VALUE` of the recipe that the line names; of what bash took apart, the last part."""
+    """`KEY=VALUE` completions for the recipe on the line, without what bash split off before them."""
     given = [*(ctx.params.get("overrides") or [])]
     first = ctx.params.get("checkpoint")
     if first and "=" in first:  # `rlpost eval KEY=VALUE`
@@ -105,12 +105,12 @@ def settings(ctx: typer.Context, incomplete: str) -> Candidates:
 
 @_quiet
 def checkpoint_or_setting(ctx: typer.Context, incomplete: str) -> Candidates:
-    """What may stand after `rlpost eval`."""
+    """Completions of the first argument of `rlpost eval`."""
     return checkpoints(incomplete) or settings(ctx, incomplete)
 
 
 def _keys(params: Mapping[str, Any], given: Sequence[str]) -> Keys:
-    """The keys of the recipe that a command is about: named by itself, or that of a run; with the groups `given`."""
+    """The keys of the recipe named on the line, or of the checkpoint's run, with the groups chosen in `given`."""
     from rlpost.cli.keys import Keys, merged
     from rlpost.recipe.files import GROUPS, chain, choices, find
 
@@ -131,7 +131,7 @@ def _schema() -> dict[str, Any]:
 
 
 def _run_of(checkpoint: str | None) -> Path:
-    """The folder of the run that a checkpoint is of; of the newest run that is finished, if none is given."""
+    """The run folder of a checkpoint; by default the newest run with a finished stage."""
     if checkpoint and "=" not in checkpoint:
         folder = Path(checkpoint)
         return next((f for f in (folder, *folder.parents) if (f / CONFIG).is_file()), folder)
@@ -148,7 +148,7 @@ def checkpoints(incomplete: str) -> Candidates:
 
 
 def _files(incomplete: str, endings: tuple[str, ...] | None, folders: bool) -> Candidates:
-    """Files with these endings (None: with any), and folders; a folder that is the only one with what it holds."""
+    """Files with these suffixes (None: any) and folders; of a single matching folder also its contents."""
     found: Candidates = []
     within = Path(incomplete.rpartition("/")[0] or ".").expanduser()
     of_run = role(within) in ("run", "stage")

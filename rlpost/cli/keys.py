@@ -1,6 +1,6 @@
-"""Keys of a recipe and what they may be set to, for completion: from the JSON Schema that ships and the recipe's files.
+"""A recipe's keys and their possible values, for completion, read from the shipped JSON Schema and the recipe's files.
 
-Nothing is composed or validated, so that it is quick and works while the recipe is not complete yet.
+Nothing is composed or validated: completion must be quick, and must work on a recipe that is not finished.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ Node = dict[str, Any]
 
 
 class Keys:
-    """The keys that a recipe has or may have."""
+    """The keys that a recipe sets or could set."""
 
     def __init__(self, schema: Node, tree: Mapping[str, Any], groups: Mapping[str, Iterable[str]]) -> None:
-        """Of a recipe with the contents `tree`, not yet resolved, under `schema`.
+        """Prepare.
 
-        `groups` are the sections that may be chosen by name, and their names.
+        Args:
+            schema: the JSON Schema of recipes.
+            tree: the recipe's merged files, unresolved.
+            groups: for each section that can be chosen by name, the names to choose from.
         """
         self._schema = schema
         self._tree = tree
         self._groups = {section: list(names) for section, names in groups.items()}
 
     def candidates(self, word: str) -> list[tuple[str, str]]:
-        """What `word`, a key by half or `key=` and a value by half, may go on to, each with what it means.
+        """The completions of `word`, an unfinished `key` or `key=value`, each with its description.
 
-        One that is no whole word (`stages.`, `seed=`) never comes alone: what may follow it comes too.
+        An unfinished completion (`stages.`, `seed=`) never comes alone: the next level comes with it, or the shell
+        would add a space after it.
         """
         key, equals, start = word.partition("=")
         if equals:
@@ -43,7 +47,7 @@ class Keys:
         return [*found, *inside] if found[0][0].endswith("=") else inside or found
 
     def values(self, key: str) -> list[tuple[str, str]]:
-        """What a key may be set to: its choices, or else the value that it has or has by default; null where it may."""
+        """Values for a key: its choices, or else its current or default value; `null` where that is allowed."""
         if key in self._groups:
             return [(name, f"a {key} that ships, or lies beside the recipe") for name in self._groups[key]]
         nodes, value = self._at(_parts(key))
@@ -57,11 +61,11 @@ class Keys:
         return list(found.items())
 
     def takes_path(self, key: str) -> bool:
-        """Whether a key names a local file or folder."""
+        """Whether the key's value is a local file or folder."""
         return any(node.get("format") == "path" for node in self._at(_parts(key))[0])
 
     def _keys(self, word: str) -> list[tuple[str, str]]:
-        """Every key of the section that `word` is in, as it is written."""
+        """All keys of the section that `word` is in, as full paths with what follows them (`.` or `=`)."""
         head = word[: word.rfind(".") + 1]
         nodes, value = self._at(_parts(head))
         found: dict[str, str] = {}
@@ -75,13 +79,13 @@ class Keys:
         return list(found.items())
 
     def _below(self, nodes: Sequence[Node], value: Any) -> list[str]:
-        """The keys of a section: those that the recipe has first."""
+        """The keys of a section, those that the recipe sets first."""
         known = [name for node in nodes for name in node.get("properties", {})]
         given = [str(name) for name in value] if isinstance(value, dict) else []
         return [name for name in dict.fromkeys([*given, *known]) if _NAME.fullmatch(name)]
 
     def _at(self, parts: Sequence[str]) -> tuple[list[Node], Any]:
-        """What the schema says of a key, in alternatives, and what the recipe has there."""
+        """The schema nodes that describe a key, and the recipe's value there."""
         nodes, value = self._alternatives(self._schema, self._tree), self._tree
         for part in parts:
             inside = _inside(value, part)
@@ -91,7 +95,7 @@ class Keys:
         return nodes, value
 
     def _alternatives(self, node: Node, value: Any) -> list[Node]:
-        """The node and all that it may be instead, or is besides, for a section with the contents `value`."""
+        """The node with its `$ref`, `anyOf`, `oneOf`, `allOf` and `if` branches expanded, where they fit `value`."""
         if not isinstance(node, dict):
             return []
         found = [node]
@@ -106,7 +110,7 @@ class Keys:
         return found
 
     def _fits(self, node: Node, value: Any) -> bool:
-        """Whether a section of that kind can be meant: what it says of single values, the recipe does not deny."""
+        """Whether the node can describe `value`: no constant of the node contradicts it."""
         if isinstance(ref := node.get("$ref"), str):
             node = self._schema["$defs"][ref.rpartition("/")[2]]
         if isinstance(value, dict) and not value.keys().isdisjoint(node.get("not", {}).get("required", ())):
@@ -120,7 +124,7 @@ class Keys:
 
 _NAME = re.compile(r"[\w-]+")
 _TYPED = re.compile(r"[\w./+-]+")
-"""Values that can be typed without quotes."""
+"""Values that need no quotes in a shell."""
 
 
 @cache
@@ -141,7 +145,7 @@ def _inside(value: Any, part: str) -> Any:
 
 
 def _children(node: Node, part: str, given: bool) -> Iterator[Node]:
-    """What a node says of one of its keys, or of an entry that is `given`: an override makes no stage or source."""
+    """The node of one key; of a named entry (a stage, a source) only if the recipe has it, since overrides add none."""
     if part in node.get("properties", {}):
         yield node["properties"][part]
     elif given and isinstance(node.get("additionalProperties"), dict):
@@ -171,7 +175,7 @@ def _choices(nodes: Sequence[Node]) -> Iterator[tuple[str, str]]:
 
 
 def _default(node: Node) -> str:
-    """The value that a key's description says it has by default, if it can be typed."""
+    """The default that a key's description names, if it needs no quotes."""
     match = re.search(r"Default: `(.+?)`\.", str(node.get("description", "")))
     return match[1] if match and _TYPED.fullmatch(match[1]) else ""
 
@@ -181,9 +185,10 @@ def _text(value: Any) -> str:
 
 
 def merged(parts: Iterable[tuple[Mapping[str, Any], str | None]]) -> dict[str, Any]:
-    """The contents of files that inherit from each other, later ones over earlier ones; references stay as they are.
+    """Merge a recipe's chain of files, later ones over earlier ones; references stay unresolved.
 
-    With each comes the section that it replaces as a whole, if it is a group's.
+    Args:
+        parts: each file's contents, and for a group's file the section that it replaces.
     """
     found: dict[str, Any] = {}
     for part, group in parts:

@@ -49,10 +49,10 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", min=0)]
 
 
 def sampling_of(greedy: bool = False, **values: Any) -> Sampling:
-    """How the command line says that completions are sampled; at temperature 0 with `greedy`.
+    """The sampling parameters given on the command line; temperature 0 with `greedy`.
 
     Raises:
-        typer.BadParameter: a setting is not one that can be; named as the option it came from.
+        typer.BadParameter: a value is out of range; the message names the option.
     """
     from pydantic import ValidationError
 

@@ -1,4 +1,4 @@
-"""A plain tree -> a checked `Recipe`: pydantic validates and builds, and its errors become one line with a remedy."""
+"""Builds a checked `Recipe` from a plain tree; each of pydantic's errors becomes one line with a remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlpost.usercode.places import OF_FILE
 MOST_STAGES = 100
 S = TypeVar("S", bound=Section)
 Loc: TypeAlias = Sequence[str | int]
-"""Keys from the top; a number is a place in a list."""
+"""A path of keys from the top of the recipe; an integer indexes a list."""
 _TRUTH = {
     **dict.fromkeys(("yes", "on", "y", "1", "true"), "true"),
     **dict.fromkeys(("no", "off", "n", "0", "false"), "false"),
@@ -42,28 +42,28 @@ _EXPECTED = {
     "too_long": "{max_length} values",
     "missing": "a value",
 }
-"""What is expected, by pydantic's type of error."""
+"""What was expected, by pydantic's error type."""
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 class Build:
-    """The recipe of one tree, whose references are filled in.
+    """A recipe built from one tree whose references are filled in.
 
     Attributes:
-        recipe: as sections.
-        missing: values that are still to be given, as keys from the top.
+        recipe: the built recipe.
+        missing: paths of values that are still to be given.
     """
 
     def __init__(self, filled: Filled, typed: Mapping[str, str], lenient: bool = False) -> None:
-        """Build it; with `lenient`, values may be missing, as they always may in disabled stages.
+        """Build it.
 
         Args:
             filled: the tree.
-            typed: values of the command line as they were typed, by key path.
-            lenient: missing values are no error.
+            typed: override values as typed on the command line, by key path.
+            lenient: accept missing values everywhere; disabled stages may always have some.
 
         Raises:
-            RecipeError: the first thing that is wrong, or else all values that are missing.
+            RecipeError: the first mistake, or else every missing value.
         """
         tree = filled.tree
         self._tree = tree
@@ -104,7 +104,7 @@ class Build:
         return len(loc) > 1 and loc[0] == "stages" and self._tree["stages"][loc[1]].get("enabled") is False
 
     def _ask(self, loc: Loc) -> str:
-        """How to give a missing value, which a variable may stand for."""
+        """How to give a missing value: at its own key, or at the variable that it refers to."""
         where = path_of(loc)
         origin = self._origins.get(where, where)
         info = self._field(loc)
@@ -153,7 +153,7 @@ class Build:
         return _EXPECTED[kind].format(**problem.get("ctx", {})) if kind in _EXPECTED else problem["msg"]
 
     def unknown(self, loc: Loc) -> str:
-        """What to say of a key that its section does not have."""
+        """The message for an unknown key, with the likeliest key meant."""
         *above, key = loc
         section, where, around = self._owner(loc), path_of(loc), path_of(above)
         options = list(section.model_fields) if section else []
@@ -170,7 +170,7 @@ class Build:
         return f"{where}: unknown key ({listed}: {', '.join(options) or 'none'})"
 
     def _owner(self, loc: Loc) -> type[Section] | None:
-        """The section that the last key belongs to, or would belong to."""
+        """The section class that the last key of `loc` belongs to."""
         section: type[Section] | None = Recipe
         rest = list(loc)
         while section is not None and len(rest) > 1:
@@ -185,13 +185,13 @@ class Build:
         return section
 
     def _field(self, loc: Loc) -> FieldInfo | None:
-        """The field of a key, or of the list that an entry is in."""
+        """The field of a key; for an entry of a list, the field of the list."""
         keys = loc[:-1] if isinstance(loc[-1], int) else loc
         section = self._owner(keys)
         return section.model_fields.get(str(keys[-1])) if section else None
 
     def _paths(self) -> Iterator[str]:
-        """Every key path of the recipe, with its own stages and sources."""
+        """Every key path of this recipe, including its stages and sources."""
         yield from _paths_of(Recipe, self._tree, "")
         for name, kind in self._kinds.items():
             yield f"stages.{name}"
@@ -199,7 +199,7 @@ class Build:
 
 
 def kinds_of(tree: Mapping[str, Any]) -> dict[str, type[Section]]:
-    """Each stage's class by the stage's name, from the `kind` in the recipe.
+    """The class of each stage by the stage's name, found from its `kind`.
 
     Raises:
         RecipeError: a stage is no mapping, or its kind is missing or unknown.
@@ -244,20 +244,20 @@ def _paths_of(section: type[Section], value: Any, where: str) -> Iterator[str]:
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section that an annotation is about: `Reward` of `list[Reward] | None`."""
+    """The section class inside an annotation: `Reward` for `list[Reward] | None`."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, Section) else None
     return next((found for part in get_args(annotation) if (found := section_in(part))), None)
 
 
 def _holds_several(annotation: Any) -> bool:
-    """Whether it is a list or a mapping of them."""
+    """Whether the annotation is a list or mapping of sections."""
     origin = get_origin(annotation)
     return origin in (dict, list) or any(map(_holds_several, get_args(annotation)))
 
 
 def _unfinished(section: type[S], tree: Any) -> S:
-    """The section without checks: values are missing, perhaps all of it, and nothing is wrong with the others."""
+    """Build the section without validation, because values are missing; the others have been validated."""
     if not isinstance(tree, dict):
         return cast(S, tree)
     values: dict[str, Any] = {}
@@ -294,7 +294,7 @@ def _put(tree: Any, loc: Loc, value: Any) -> None:
 
 
 def range_of(info: FieldInfo | None) -> str:
-    """The numbers that a key takes, or a list of it holds, in words."""
+    """The allowed range of a key, or of the numbers in its list, in words."""
     bounds = dict(_bounds(info)) if info is not None else {}
     low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
     if low is None or high is None:
@@ -315,7 +315,7 @@ def _bounds(info: FieldInfo) -> Iterator[tuple[str, float]]:
 
 
 def path_of(loc: Loc) -> str:
-    """The key path of keys from the top."""
+    """The key path as text: `stages.sft.data.a.path`."""
     where = ""
     for key in loc:
         where = join(where, key)
@@ -323,7 +323,7 @@ def path_of(loc: Loc) -> str:
 
 
 def _shown(value: object) -> str:
-    """The value as a recipe would say it."""
+    """The value as it would be written in a recipe, shortened."""
     if isinstance(value, dict):
         text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**9)
         return shortened(" ".join(text.split()), 60)

@@ -1,4 +1,4 @@
-"""A recipe's files -> one plain tree, composed by Hydra."""
+"""Composes a recipe's files into one plain tree, with Hydra."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = "_rlpost"
 
 @cache
 def _bare_settings() -> Any:
-    """Hydra's own settings without the ten files of loggers and launchers that it would read with every recipe."""
+    """Hydra's own configuration without the ten logger and launcher files that it would otherwise read each time."""
     from hydra.conf import HydraConf
     from hydra.core.config_store import ConfigNode
     from omegaconf import OmegaConf
@@ -25,7 +25,7 @@ def _bare_settings() -> Any:
 
 
 def compose(parts: Sequence[Part]) -> dict[str, Any]:
-    """The parts merged in order: mappings merge, anything else replaces, and a chosen group replaces its section."""
+    """Merge the parts in order: mappings merge, anything else replaces, a chosen group replaces its whole section."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 

@@ -1,4 +1,4 @@
-"""Recipe files: where they are, what may stand in them, and which they inherit from."""
+"""Finds and reads recipe files, and follows what they inherit from."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rlpost.usercode.places import expanded, packaged_folder
 
 MAX_BYTES = 256_000
 MAX_FILES = 50
-"""Files one recipe may inherit from; two lines that name each file twice would double the work per level."""
+"""Most files that one recipe may inherit from: naming each file twice would double the work with every level."""
 SHARED = "(shared"
-"""How the description of a recipe begins that others inherit from, and nobody runs."""
+"""The description of a recipe that only others inherit from begins with this."""
 _KINDS: dict[type, str] = {list: "a list", str: "text"}
 GROUPS = ("model",)
 """Sections that may be chosen by name: `model: smollm2` is the file model/smollm2.yaml."""
@@ -33,7 +33,7 @@ class Part:
     keys: dict[str, Any]
     """Its contents without `defaults`."""
     group: str | None = None
-    """Of a file chosen for a group, the section that it replaces."""
+    """For a group's file, the section that it replaces."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def packaged() -> list[str]:
 
 
 def choices(group: str, beside: Path) -> dict[str, Path]:
-    """What a group has to choose from, by name: those in the folder `beside` a recipe, and the packaged ones."""
+    """The files of a group by name: those in the folder `beside` the recipe, and the packaged ones."""
     folders = (packaged_folder() / group, beside / group)
     return {file.stem: file.resolve() for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
@@ -63,7 +63,7 @@ def listing() -> list[Listed]:
 
 
 def runnable() -> list[Listed]:
-    """Those that are recipes by themselves, and are there for more than others to inherit from."""
+    """The packaged recipes that can be run: not those that others only inherit from."""
     return [recipe for recipe in listing() if not recipe.description.startswith(SHARED)]
 
 
@@ -104,7 +104,7 @@ def find(recipe: str) -> Path:
 
 
 def _near(recipe: str) -> str:
-    """Which recipe may be meant: a file beside it, or a packaged one (methods/rloo by `rloo`); or where to look."""
+    """Suggest a recipe: a file beside it, or a packaged one (`methods/rloo` for `rloo`); else say how to list them."""
     path = Path(recipe)
     beside = [p for ending in ("yaml", "yml") for p in sorted(path.parent.glob(f"*.{ending}")) if p.is_file()]
     own = [str(p) for p in beside if p.stem == path.name]
@@ -149,7 +149,7 @@ def _follow(file: Path, above: tuple[Path, ...]) -> list[Part]:
 
 
 def _chosen(group: str, name: str, folder: Path, where: str) -> Part:
-    """The section that a group's file holds."""
+    """The part that a group's file makes."""
     found = choices(group, folder)
     if name not in found:
         raise RecipeError(f"{where}: no {group} {shortened(repr(name))}{hint_or_list(name, found, 'there are')}")
@@ -181,7 +181,7 @@ def _defaults(file: Path, entries: object) -> list[str | dict[str, str]]:
 
 
 def _parent(entry: str, file: Path, above: tuple[Path, ...]) -> Path:
-    """The file `entry` names; a recipe may extend the packaged recipe of its own name."""
+    """The file that `entry` names; a recipe may extend the packaged recipe of the same name."""
     name = entry.removesuffix(".yaml")
     places = [(folder / f"{name}.yaml").resolve() for folder in (file.parent, packaged_folder())]
     found = [place for place in places if place.is_file()]
@@ -227,7 +227,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _remedy(error: yaml.MarkedYAMLError) -> str:
-    """What is to be done where a file is no YAML."""
+    """How to mend a YAML error."""
     problem, context = error.problem or "", error.context or ""
     opened = f"line {error.context_mark.line + 1}" if error.context_mark else "a line before"
     if "found '?'" in problem:

@@ -1,4 +1,4 @@
-"""`key=value` words from the command line, put into a recipe's tree."""
+"""Puts `key=value` overrides from the command line into a recipe's tree."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ MAX_CHARACTERS = 20_000
 MOST_VALUES = 1000
 """Of one key, in a sweep."""
 _OWN_NAMES = {"stage": "stages", "variable": "vars", "source": r"(stages\.[^.]+|evaluation|model\.tokenizer)\.data"}
-"""What a recipe gives names to, and where: an override of a name that is not there is refused."""
+"""Things that a recipe names itself, and where: an override may change one, but not add one."""
 
 
 def apply(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
-    """Put the overrides into `tree` in order; what they say of keys is checked with the tree.
+    """Put the overrides into `tree`, in order; unknown keys are found later, when the tree is validated.
 
     Returns:
-        Their values as they were typed, by key: where text is expected, the number in `run=1` is one.
+        The values as typed, by key path: where text is expected, `run=1` means the text "1".
 
     Raises:
         RecipeError: an override is malformed, or is of a stage, source or variable that the recipe does not have.
@@ -159,7 +159,7 @@ def _plain(value: object) -> bool:
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Walk down the tree, making what is not there yet, and set the last key."""
+    """Set the last key, adding sections on the way that are not there yet."""
     parts = key.replace("[", ".").replace("]", "").split(".")
     node: Any = tree
     where = ""
@@ -194,7 +194,7 @@ def _merge(old: dict[Any, Any], new: dict[Any, Any]) -> None:
 
 
 def _step(node: Any, where: str, parts: list[str]) -> tuple[str | int, list[str]]:
-    """The next key and what remains of the path below it."""
+    """The next key, and the rest of the path."""
     first, rest = parts[0], parts[1:]
     if isinstance(node, list):
         if not first.isdigit() or int(first) >= len(node):

@@ -1,7 +1,7 @@
-"""References `${key}` in a recipe, filled in.
+"""Fills in the references `${key}` of a recipe.
 
-A recipe of a kilobyte whose variables name each other twice would fill the memory, and `${oc.env:TOKEN}` would be saved
-with the run: so keys alone are known, and what all of them amount to is limited.
+Only keys are allowed, since the value of `${oc.env:TOKEN}` would be saved with the run. Their total size is limited,
+since a kilobyte of variables that name each other twice would fill the memory.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from rlpost.section import MISSING, join
 from rlpost.suggest import hint, shortened
 
 MOST = 1_000_000
-"""Characters that all references of a recipe may amount to together; each of them counts as COST beside its text."""
+"""Most characters that all references of a recipe may produce together; each counts its text and COST more."""
 COST = 50
 LONGEST = 20_000
-"""Characters of a value with references."""
+"""Most characters of a value that has references."""
 DEEPEST = 5
-"""References inside one another, `${vars.${vars.name}}`."""
+"""Most levels of references inside one another, as in `${vars.${vars.name}}`."""
 _TOKEN = re.compile(r"\\\$\{|\$\{|\}")
 
 
 def is_reference(value: object) -> bool:
-    """Whether a value is filled in from elsewhere, as `${vars.x}` is."""
+    """Whether a value holds a reference, like `${vars.x}`."""
     return isinstance(value, str) and "${" in value
 
 
 def check(tree: Any) -> None:
-    """Refuse what is no `${key}`, before anything is filled in.
+    """Refuse every reference that is not a plain `${key}`, before any is filled in.
 
     Raises:
         RecipeError: a value names a resolver, is too long, is not closed, or has too many references in one another.
@@ -41,7 +41,7 @@ def check(tree: Any) -> None:
 
 
 def escaped(value: Any) -> Any:
-    """The tree as a recipe is written: `${` of a value stands for itself and is written `\\${`."""
+    """The tree as it would be written in a recipe: a literal `${` becomes `\\${`."""
     if isinstance(value, dict):
         return {key: escaped(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -55,10 +55,10 @@ class Filled:
 
     tree: dict[str, Any]
     origins: dict[str, str]
-    """For the key path of a value that is still missing, where it is to be given."""
+    """For each missing value, by key path, the key path at which to give it."""
     unknown: list[str]
-    """What is wrong with references that name nothing: their values are missing. A misspelt key may be why, so that is
-    reported first."""
+    """Messages about references to nothing. They are raised last: a misspelt key may be the cause, and is reported
+    first."""
 
 
 def fill(tree: dict[str, Any]) -> Filled:
@@ -80,7 +80,7 @@ def _references(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def _expand(text: str, where: str, value_of: Callable[[str], Any]) -> Any:
-    """The text with each reference replaced by `value_of` its name; that value itself if it is the whole text."""
+    """Replace each reference by `value_of(name)`; a text that is one reference becomes that value itself."""
     if len(text) > LONGEST:
         raise RecipeError(f"{where}: a value with references and more than {LONGEST} characters - put it into a file")
     if _is_unclosed(text):
@@ -129,7 +129,7 @@ def _joined(parts: list[Any], where: str) -> str:
 
 
 class _Filling:
-    """One tree being filled in; each value once."""
+    """One tree being filled in; each referenced value is computed once."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
         self._tree = tree
@@ -157,7 +157,7 @@ class _Filling:
         return found
 
     def _at(self, name: str, where: str) -> Any:
-        """The value of a key, filled in; relative ones (`${.x}`) start from the mapping around `where`."""
+        """The filled-in value of a key; a relative key (`${.x}`) starts at the mapping around `where`."""
         dots = len(name) - len(name.lstrip("."))
         parts = re.split(r"[.\[]", where)
         around = parts[:-dots] if dots else []

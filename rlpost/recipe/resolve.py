@@ -1,7 +1,7 @@
-"""A recipe and its overrides -> one typed, checked configuration.
+"""Resolves a recipe and its overrides into one checked configuration.
 
-Files are composed by Hydra into one plain tree; overrides are put in and references filled in; pydantic checks the tree
-and builds the sections; then come the rules between keys. Nothing heavy is imported.
+Hydra composes the files into one plain tree; overrides and references are filled in; pydantic validates the tree and
+builds the sections; the rules between keys come last. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Resolved:
     """What relative paths and `file.py:function` refer to."""
     overrides: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Lines for the user: legal, but perhaps not meant."""
+    """One line each about what is legal but perhaps not meant."""
     missing: tuple[str, ...] = ()
     """Key paths of values that are still to be given; none but where that was allowed."""
 
@@ -117,7 +117,7 @@ def _locate_kinds(tree: dict[str, Any], folders: Sequence[Path]) -> None:
 
 
 def _make_absolute(config: Recipe, folders: list[Path]) -> None:
-    """Local files of a recipe are the same from wherever its resolved form is run."""
+    """Make the paths of local files absolute, so that the resolved recipe can be run from any folder."""
     for where, section in walk(config):
         if isinstance(section, Function):
             section.fn = locate(section.fn, join(where, "fn"), folders)

@@ -1,4 +1,4 @@
-"""Rules that specs share: what stands before a stage, its sources, its rewards. Free of torch."""
+"""Rules that stage specs share: about earlier stages, data sources and rewards. Free of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Leaves(StrEnum):
-    """What a stage leaves; all but a policy leave the model as it was to the next stage."""
+    """What a stage produces. Unless it is a policy, the next stage starts from the same model as this one."""
 
     policy = "policy"
     rows = "rows"
@@ -31,19 +31,19 @@ class Leaves(StrEnum):
 SCORES = (Leaves.reward_model, Leaves.process_reward_model, Leaves.value)
 """Models that score completions."""
 JUDGES = (*SCORES, Leaves.reverse)
-"""Models that rewards can ask."""
+"""Models that rewards can use."""
 _JUDGED = {
     "reward_model": "a reward_model stage",
     "process_reward_model": "a process_reward_model stage",
     "reverse_likelihood": "an sft stage with direction: reverse",
 }
-"""Reward functions that ask a model, and what leaves one."""
+"""Reward functions that need a model, and the stage that trains one."""
 NODES = {"sum": (), "product": (), "min": (), "gate": ("above",), "lexicographic": ("scale",), "shaping": ("gamma",)}
-"""Nodes of a tree of rewards, and what `args` each takes."""
+"""The node functions of a reward tree, and the `args` of each."""
 
 
 class Earlier:
-    """The stages before one stage, and why another name is none of them."""
+    """The stages before a given one; explains why a name is not one of them."""
 
     def __init__(self, recipe: Recipe, name: str) -> None:
         before = list(recipe.stages)[: list(recipe.stages).index(name)]

@@ -1,4 +1,4 @@
-"""What types cannot say: ranges, and rules across fields. Free of torch."""
+"""Checks that types cannot express: rules between keys, names, and functions. Free of torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RESERVED = ("base", "start", "evaluation")
 
 
 def validate(recipe: Recipe) -> list[str]:
-    """Check a typed recipe; returns warnings, one line each. Disabled stages are not looked into.
+    """Check a built recipe, except disabled stages; returns warnings, one line each.
 
     Raises:
         RecipeError: the first thing that is wrong, by full key path, with a remedy.
