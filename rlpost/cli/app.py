@@ -8,6 +8,7 @@ from collections.abc import Callable
 import typer
 
 from rlpost.cli import (
+    chat,
     completion,
     copy,
     doctor,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
     "sample": sample.sample,
+    "chat": chat.chat,
     "pairs": pairs.pairs,
     "merge": merge.merge,
     "copy": copy.copy,

@@ -1,1 +1,1 @@
-"""Trained models in use: evaluating, sampling, merging, choosing the best of several, pairs of their own samples."""
+"""Trained models in use: evaluating, sampling, talking, merging, the best of several, pairs of their own samples."""
