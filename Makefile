@@ -4,15 +4,17 @@
 # make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval), in an environment of their own
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  the reference in docs/recipes.md and the schema for editors, written from the specs
+# make docs    the documentation as a site, in an environment of its own, with every link checked
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := .venv-extras
+SITE := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture extras golden reference editor mutants clean
+.PHONY: demo test check torture extras golden reference docs editor mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -38,6 +40,9 @@ reference: $(STAMP)
 	$(BIN)/python scripts/recipe_schema.py
 	$(BIN)/python scripts/recipe_docs.py
 
+docs: $(SITE)/.installed
+	$(SITE)/bin/python scripts/docs_site.py
+
 editor: $(STAMP)
 	npm install --no-save --no-audit --no-fund --silent --prefix $(VENV) yaml-language-server@1.25.0
 
@@ -58,5 +63,10 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt
 		-e '.[dev,smollm2,tensorboard,wandb,trackio,mlflow,harness]'
 	touch $@
 
+$(SITE)/.installed: Makefile
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'zensical>=0.0.40,<0.1'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) $(SITE) build site .pytest_cache .mypy_cache .ruff_cache
