@@ -110,7 +110,8 @@ class Page(HTMLParser):
         self.anchors: set[str] = set()
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, _tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the element's name and where it leads."""
         given = dict(attrs)
         self.anchors |= {name for name in (given.get("id"), given.get("name")) if name}
         self.links |= {link for link in (given.get("href"), given.get("src")) if link}

@@ -9,6 +9,8 @@ from pathlib import Path
 import docs_site
 from docs_site import DOCS, anchor, broken_links, first_sentence, llms, pages, rewritten
 
+from rlpost.recipe.files import packaged
+
 CONFIG = tomllib.loads(docs_site.CONFIG.read_text("utf-8"))["project"]
 
 
@@ -52,3 +54,10 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
         "a.html: b.html#x leads nowhere",
         "b.html: c.html leads nowhere",
     ]
+
+
+def test_what_the_guides_name_exists() -> None:
+    told = "".join((DOCS / f"{name}.md").read_text("utf-8") for name in ("recipes", "objectives", "runs"))
+    known = {*re.findall(r"\w+", told), *packaged()}
+    for word in re.findall(r"`([\w./]+)`", (DOCS / "guides.md").read_text("utf-8")):
+        assert word in known or set(word.split(".")) <= known, word
