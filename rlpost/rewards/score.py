@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,6 +93,8 @@ class Scorer:
             if found.count(name) > 1:
                 raise RecipeError(f"rewards: two are called {name!r}; give one of them another `name`")
         self._calls = {leaf.name: caller(leaf) for leaf in leaves(self.rewards)}
+        self.seconds = 0.0
+        """Spent in `score` so far."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -110,6 +113,7 @@ class Scorer:
         """
         if any(c.finish == FAILED for c in completions(groups)):
             return self._without_failed(groups, steps)
+        began = time.perf_counter()
         given = Given(
             groups=list(groups),
             completions=completions(groups),
@@ -131,6 +135,7 @@ class Scorer:
         sums = [weighted_sum(column, weights) for column in zip(*columns, strict=True)]
         shape = [[None for _ in group.completions] for group in groups]
         named = {name: _nest(list(by_name[name]), shape) for name in names(self.rewards)}
+        self.seconds += time.perf_counter() - began
         return RewardBatch(_nest(sums, shape), named, by_step)
 
     def _without_failed(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None) -> RewardBatch:

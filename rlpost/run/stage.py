@@ -189,9 +189,9 @@ class StageDirectory:
         """
         self._append(names.METRICS, step, metrics)
 
-    def timing(self, step: int, seconds: Mapping[str, float]) -> None:
-        """Append a line to timings.jsonl, the only file with wall-clock seconds."""
-        self._append(names.TIMINGS, step, seconds)
+    def timing(self, step: int, timing: Mapping[str, float]) -> None:
+        """Append a line to timings.jsonl, the only file with wall-clock seconds, rates and memory."""
+        self._append(names.TIMINGS, step, timing)
 
     def _append(self, log: str, step: int, numbers: Mapping[str, float]) -> None:
         assert "step" not in numbers, "the step is a key of its own"

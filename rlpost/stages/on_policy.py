@@ -9,6 +9,7 @@ Axes: N action tokens, S completions.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -32,7 +33,8 @@ from rlpost.stages.params import Kl, KlEstimator, KlPlacement
 from rlpost.stages.rollouts import Rollout, Samples
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
-from rlpost.train.loop import Stateful, show_samples
+from rlpost.train.loop import Loop, Stateful, show_samples
+from rlpost.types import completions
 from rlpost.usercode.params import Function
 
 
@@ -66,7 +68,7 @@ def on_policy(
     steps = _steps(context, cfg, samples)
     loop = context.loop(cfg, {"data": samples.data, **states}, steps, weights=None, **learners)
     for step in loop.steps():
-        rollout = samples.sample(step)
+        rollout = _timed(samples, step, loop)
         experience = assemble(rollout, step)
         updates: list[Mapping[str, float]] = []
         for iteration in range(cfg.num_iterations):
@@ -79,6 +81,17 @@ def on_policy(
             loop.rollouts(step, rollout.groups)
             show_samples(step, rollout.groups, policy.tokenizer)
     return context.finish(policy, cfg.kind, steps)
+
+
+def _timed(samples: Samples, step: int, loop: Loop) -> Rollout:
+    """The step's samples; the loop is told how long drawing and scoring took."""
+    began, scored = time.perf_counter(), samples.scoring_seconds
+    rollout = samples.sample(step)
+    scoring = samples.scoring_seconds - scored
+    loop.throughput.spent(sampling=time.perf_counter() - began - scoring, scoring=scoring)
+    drawn = completions(rollout.groups)
+    loop.throughput.count(sum(c.actions for c in drawn), len(drawn))
+    return rollout
 
 
 def updates_of(context: Context, cfg: Rollouts, samples: Samples) -> int:

@@ -136,6 +136,11 @@ class Samples(Protocol):
         """The stage's rows."""
         ...
 
+    @property
+    def scoring_seconds(self) -> float:
+        """Spent on scoring so far."""
+        ...
+
     def sample(self, step: int) -> Rollout:
         """The rollouts of a step."""
         ...
@@ -168,6 +173,11 @@ class Sampler:
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
         self._collect = collector(self.engine, policy, environment, cfg.max_turns, keep=keep)
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Spent on scoring so far."""
+        return self.scorer.seconds
 
     def sample(self, step: int) -> Rollout:
         """The step's samples; up to `dynamic_sampling_rounds` more draws of prompts replace groups without a signal.
@@ -214,6 +224,11 @@ class Recorded:
         self.data = data
         self.signal = signal
         self.scorer = scorer
+
+    @property
+    def scoring_seconds(self) -> float:
+        """Spent on scoring so far."""
+        return self.scorer.seconds if self.scorer else 0.0
 
     def sample(self, step: int) -> Rollout:
         """The next recorded groups.

@@ -121,6 +121,9 @@ class Learner:
         self.model = model
         self.accelerator = accelerator
         self.updates = 0
+        self.trained_tokens = 0
+        self.trained_samples = 0
+        """Actions and completions of the updates that this process has done, for the rate."""
         self.location = ""
         """Where training stands, for messages: `sft: step 5 (policy)`; empty outside a stage's steps."""
         self._peak = learning_rate
@@ -184,6 +187,9 @@ class Learner:
             group["lr"] = rate
         self._optimizer.step()
         self.updates += 1
+        rows = experience.rows
+        self.trained_tokens += rows.actions
+        self.trained_samples += rows.learned
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
     def gradient(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import random
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
 from rlpost.train.learner import Learner
+from rlpost.train.throughput import Throughput, shown
 from rlpost.types import Group
 from rlpost.usercode.calls import in_use
 
@@ -102,6 +102,8 @@ class Loop:
         self._log_every = log_every
         self._live: dict[str, float] = {}
         self._saved = 0
+        self.throughput = Throughput(list(learners.values()))
+        """Told by a stage that samples what its steps spend their time on."""
         self._accelerator = next(iter(learners.values())).accelerator
         self._main = self._accelerator.is_main_process
 
@@ -127,16 +129,17 @@ class Loop:
             console.say(f"{self._title}: resumes after step {first} of {self._steps}")
         with console.Progress(self._title, self._steps, start=first) as progress:
             for step in range(first, self._steps):
-                began = time.perf_counter()
+                self.throughput.begin()
                 self._set_location(step + 1)
                 if in_use():
                     self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
                 yield step
                 self._interrupts.rescue = None
                 done = step + 1
+                timing = self.throughput.end()
                 if self._main and done % self._log_every == 0:
-                    self._out.timing(done, {"seconds": time.perf_counter() - began})
-                progress.advance(self._live)
+                    self._out.timing(done, timing)
+                progress.advance({**self._live, **shown(timing)})
                 stopping = self._interrupts.requested
                 due = done % self._every == 0 or done == self._steps
                 if due or (stopping is not None and done < self._steps):

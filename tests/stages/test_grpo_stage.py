@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -39,6 +40,19 @@ def test_the_reward_rises(tmp_path, lora):
     if lora:
         assert not list(final.glob("model*.safetensors"))
         assert all("lora_" in name for name in weights(final))
+
+
+def test_the_time_of_a_step_is_told_by_what_it_went_to(tmp_path):
+    run(tmp_path, {"grpo": {**GRPO, "steps": 1}})
+    (line,) = map(json.loads, (tmp_path / "runs/run/grpo/timings.jsonl").read_text("utf-8").splitlines())
+    parts = [line[name] for name in ("sampling", "scoring", "learning")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(line["seconds"])
+    (logged,) = metrics(tmp_path, "grpo")
+    assert line["samples_per_second"] * line["seconds"] == pytest.approx(GRPO["prompts_per_step"] * GRPO["group_size"])
+    assert line["tokens_per_second"] == pytest.approx(logged["length"] * line["samples_per_second"])
+    assert line["peak_memory"] > 2**20
+    assert not {*line, "tok/s", "GiB"} - {"step"} & set(logged)
 
 
 def advantages(rewards: list[float]) -> list[float]:

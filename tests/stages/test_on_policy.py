@@ -11,6 +11,7 @@ from rlpost.stages import on_policy as driver
 from rlpost.stages.on_policy import KlPenalty, mean_of, on_policy, updates_of
 from rlpost.stages.params import Kl
 from rlpost.train.experience import Experience
+from rlpost.train.throughput import Throughput
 from rlpost.types import Completion, Group
 
 PROMPTS = 6
@@ -24,6 +25,8 @@ class Stage:
         self.given: dict[str, object] = {}
         self.cfg = SimpleNamespace(kind="grpo", steps=steps, prompts_per_step=PROMPTS, table_every=0, **cfg)
         self.data = SimpleNamespace(epoch_length=100)
+        self.throughput = Throughput([])
+        self.scoring_seconds = 0.0
 
     def seed_for(self, purpose: str, number: int) -> int:
         return 1000 * len(purpose) + number
@@ -32,6 +35,7 @@ class Stage:
         self.given = {**states, **others}
         return SimpleNamespace(
             steps=lambda: range(steps),
+            throughput=self.throughput,
             log=lambda step, line, live: self.lines.append((step, dict(line), live)),
             rollouts=lambda step, _: self.shown.append(step),
         )

@@ -80,7 +80,11 @@ def test_what_is_logged(tmp_path):
     assert [set(line) for line in lines] == 2 * [{"step", "loss", "nll", "tokens", "grad_norm", "learning_rate"}]
     assert [line["learning_rate"] for line in lines] == pytest.approx([2e-2 * 0.75, 2e-2 * 0.25])
     timings = (tmp_path / "runs/run/sft/timings.jsonl").read_text("utf-8").splitlines()
-    assert [set(json.loads(line)) for line in timings] == 2 * [{"step", "seconds"}]
+    rates = {"tokens_per_second", "samples_per_second"}
+    assert [set(json.loads(line)) for line in timings] == 2 * [{"step", "seconds", "peak_memory", *rates}]
+    for line in map(json.loads, timings):
+        assert line["tokens_per_second"] == pytest.approx(4 * line["samples_per_second"])
+        assert line["samples_per_second"] * line["seconds"] == pytest.approx(SFT["batch_size"])
 
 
 def test_epochs_are_steps_enough_to_see_every_row_so_often(tmp_path):
