@@ -9,6 +9,7 @@ import typer
 
 from rlpost.cli import (
     chat,
+    compare,
     completion,
     copy,
     doctor,
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
+    "compare": compare.compare,
     "sample": sample.sample,
     "chat": chat.chat,
     "pairs": pairs.pairs,

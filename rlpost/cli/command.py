@@ -11,7 +11,7 @@ from rlpost.results import kept_for_results
 SECTIONS = {
     "Train": ("train", "sweep", "copy"),
     "Look": ("show", "list", "schema", "verify", "doctor"),
-    "Use": ("eval", "sample", "chat", "pairs"),
+    "Use": ("eval", "compare", "sample", "chat", "pairs"),
     "Export": ("merge",),
     "Goals": ("goals",),
 }

@@ -39,6 +39,11 @@ class Dataset:
         return sum(len(part) for part in self._parts)
 
     @property
+    def sizes(self) -> list[int]:
+        """Rows of each source, in their order."""
+        return [len(part) for part in self._parts]
+
+    @property
     def epoch_length(self) -> int:
         """Rows of one epoch: of all sources together."""
         return self._order.epoch_length
