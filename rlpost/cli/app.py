@@ -18,6 +18,7 @@ from rlpost.cli import (
     lists,
     merge,
     pairs,
+    report,
     sample,
     schema,
     show,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep.sweep,
     "eval": evaluate.evaluate,
     "compare": compare.compare,
+    "report": report.report,
     "sample": sample.sample,
     "chat": chat.chat,
     "pairs": pairs.pairs,
@@ -75,7 +77,7 @@ app.add_typer(goals, name="goals")
 
 @app.callback()
 def _before(context: typer.Context) -> None:
-    if context.invoked_subcommand not in ("copy", "doctor", "list", "schema", "show", "verify"):
+    if context.invoked_subcommand not in ("copy", "doctor", "list", "report", "schema", "show", "verify"):
         refuse_several_processes(os.environ)
 
 

@@ -75,16 +75,16 @@ def compare_scores(
     else:
         p, test = sign_flips(change_P, seed), "sign flips by prompt"
         difference = cluster_bootstrap(change_P, seed)
-    means = [float(np.mean([np.mean(row) for row in scores])) for scores in (a, b)]
+    before, after = (float(np.mean([np.mean(row) for row in scores])) for scores in (a, b))
     ties = len(change_P) - wins - losses
-    return Comparison(mode, part, len(change_P), *means, wins, losses, ties, difference, p, test)
+    return Comparison(mode, part, len(change_P), before, after, wins, losses, ties, difference, p, test)
 
 
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p of McNemar's test (1947, Psychometrika 12): wins + losses fair coins, as lopsided or more."""
     n, fewer = wins + losses, min(wins, losses)
     ways = sum(math.comb(n, k) for k in range(fewer + 1))
-    return min(1.0, 2 * ways / 2**n)
+    return min(1.0, 2 * ways / (1 << n))
 
 
 def sign_flips(change_P: np.ndarray[Any, Any], seed: int = 0) -> float:

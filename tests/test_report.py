@@ -1,0 +1,116 @@
+"""`rlpost report`: one HTML file that loads nothing and shows all text as text."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tiny_recipes import GRPO, SFT, run
+
+from rlpost.cli.app import main
+from rlpost.report.chart import label, line_chart, thinned, ticks
+
+EVIL = "<script>alert('x')</script>&\"'"
+EVALUATION = {
+    "data": {"held_out": {"task": {"fn": "addition.held_out"}, "limit": 8}},
+    "rewards": [{"fn": "rewards.py:cut_off"}],
+    "sampling": {"max_new_tokens": 4},
+}
+
+
+class Page(HTMLParser):
+    """The tags, addresses and text of a page; fails where tags do not close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert not {name for name, _ in attrs} & {"src", "href", "onload", "onclick"}
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, _attrs):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["rlpost", "report", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return int(caught.value.code or 0)
+
+
+def test_a_run_as_it_grows(tmp_path: Path, monkeypatch, capsys) -> None:
+    stages = {"sft": {**SFT, "steps": 2}, "grpo": {**GRPO, "steps": 2}}
+    trained = run(tmp_path, stages, evaluation=EVALUATION, description=EVIL).parents[1]
+    answers = trained / "evaluation/grpo.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    answers.write_text("".join(json.dumps({**row, "completion": EVIL}) + "\n" for row in rows))
+    out = tmp_path / "out.html"
+    capsys.readouterr()
+    assert command(monkeypatch, str(trained), "--out", str(out)) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    html = out.read_text()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert page.text.count(EVIL) == 7  # the description, and six answers
+    assert "http" not in re.sub("http-equiv", "", html)
+    logged = {key for stage in stages for line in open(trained / stage / "metrics.jsonl") for key in json.loads(line)}  # noqa: SIM115, PTH123
+    assert page.tags.count("polyline") >= len(logged - {"step"})
+    for said in ("base and grpo", "stages.sft.learning_rate", "0.02", "95 % interval", "torch", "finished"):
+        assert said in page.text
+    # Without an evaluation, unfinished, then with nothing logged.
+    for file in (trained / "evaluation").iterdir():
+        file.unlink()
+    (trained / "grpo/DONE").unlink()
+    assert command(monkeypatch, str(trained), str(trained)) == 0
+    page = Page((trained / "report.html").read_text())
+    assert "no stage has been evaluated" in page.text
+    assert "unfinished" in page.text
+    for stage in stages:
+        (trained / stage / "metrics.jsonl").unlink()
+    assert command(monkeypatch, str(trained)) == 0
+    assert "No step has been logged yet" in Page((trained / "report.html").read_text()).text
+    # Damage is one line.
+    capsys.readouterr()
+    (trained / "sft/metrics.jsonl").write_text("{]\n")
+    assert command(monkeypatch, str(trained)) == 5
+    (trained / "sft/metrics.jsonl").unlink()
+    (trained / "evaluation/base.json").write_text('{"greedy": {}}')
+    assert command(monkeypatch, str(trained)) == 5
+    (trained / "run.json").write_text("{}")
+    assert command(monkeypatch, str(trained)) == 5
+    assert command(monkeypatch, str(tmp_path / "absent")) == 4
+    assert command(monkeypatch, *[str(trained)] * 7) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_charts() -> None:
+    assert line_chart({"a": []}, "loss") == ""
+    assert line_chart({"a": [(1, float("nan"))]}, "loss") == ""
+    assert "circle" in line_chart({"a": [(1, 2.0)]}, "loss")
+    assert "&lt;b&gt;" in line_chart({"a": [(1, 2.0), (2, 2.0)]}, "<b>")
+    assert ticks(0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert ticks(3, 97)[0] <= 3
+    assert ticks(3, 97)[-1] >= 97
+    assert [label(x) for x in (0, 1e-5, 0.25, 1500, 2e6)] == ["0", "1e-5", "0.25", "1500", "2e6"]
+    many = thinned([(float(i), float(i)) for i in range(1000)])
+    assert len(many) <= 240
+    assert many[0] == (2.0, 2.0)
