@@ -6,7 +6,9 @@ Every method that writes raises DiskError, with one line, when the disk refuses.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -188,6 +190,19 @@ class StageDirectory:
         Keys keep their order; a number that is not finite becomes null.
         """
         self._append(names.METRICS, step, metrics)
+
+    def logged(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl, numbers only; a line that is damaged is left out."""
+        path = self.path / names.METRICS
+        with disk_errors(path):
+            text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        found = []
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                items = row.items() if isinstance(row, dict) else ()
+                found.append({key: value for key, value in items if isinstance(value, int | float)})
+        return found
 
     def timing(self, step: int, timing: Mapping[str, float]) -> None:
         """Append a line to timings.jsonl, the only file with wall-clock seconds, rates and memory."""

@@ -20,6 +20,7 @@ from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
 from rlpost.train.learner import Learner
+from rlpost.train.symptoms import Watch
 from rlpost.train.throughput import Throughput, shown
 from rlpost.types import Group
 from rlpost.usercode.calls import in_use
@@ -102,6 +103,7 @@ class Loop:
         self._log_every = log_every
         self._live: dict[str, float] = {}
         self._saved = 0
+        self._watch = Watch(title)
         self.throughput = Throughput(list(learners.values()))
         """Told by a stage that samples what its steps spend their time on."""
         self._accelerator = next(iter(learners.values())).accelerator
@@ -164,6 +166,7 @@ class Loop:
         self._live = {name: metrics[name] for name in live if name in metrics}
         if self._main and (step + 1) % self._log_every == 0:
             self._out.log(step + 1, metrics)
+            self._watch.see(step + 1, metrics)
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
@@ -192,6 +195,7 @@ class Loop:
             extra.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
+        self._watch.replay(self._out.logged())
         self._saved = checkpoint.step
         return checkpoint.step
 

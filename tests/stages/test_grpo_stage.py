@@ -55,6 +55,12 @@ def test_the_time_of_a_step_is_told_by_what_it_went_to(tmp_path):
     assert not {*line, "tok/s", "GiB"} - {"step"} & set(logged)
 
 
+def test_a_stage_that_learns_nothing_is_told_once_what_to_try(tmp_path, capsys):
+    run(tmp_path, {"grpo": {**FLAT_REWARD, "steps": 12}})
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "troubleshooting.md#zero-signal" in line]
+    assert "grpo: step 10: 100% of groups have equal rewards" in line
+
+
 def advantages(rewards: list[float]) -> list[float]:
     mean = sum(rewards) / len(rewards)
     std = (sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1)) ** 0.5
