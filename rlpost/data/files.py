@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlpost.data.compressed import open_bytes
 from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
 
 AT_ONCE = 8192
 """Rows of a chunk."""
-_BYTES = 1 << 22
+BYTES_AT_ONCE = 1 << 22
 """Bytes of a chunk's lines at most, so that chunks of long rows are shorter."""
 _TYPES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -31,7 +32,7 @@ class Chunk:
 
 
 def read_jsonl(path: Path) -> Iterator[Chunk]:
-    """The rows of a JSON-lines file in UTF-8; a byte-order mark is skipped, so are blank lines.
+    """The rows of a JSON-lines file in UTF-8, compressed or not; a byte-order mark is skipped, so are blank lines.
 
     Raises:
         DataError: `file:line: reason`.
@@ -39,21 +40,18 @@ def read_jsonl(path: Path) -> Iterator[Chunk]:
     lines: list[bytes] = []
     numbers: list[int] = []
     size = 0
-    try:
-        with path.open("rb") as file:
-            # Only "\n" ends a line: JSON may hold other line separators inside strings.
-            for number, line in enumerate(file, start=1):
-                line = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
-                if not line.strip():
-                    continue
-                lines.append(line)
-                numbers.append(number)
-                size += len(line)
-                if len(lines) == AT_ONCE or size > _BYTES:
-                    yield _parsed(lines, numbers, path)
-                    lines, numbers, size = [], [], 0
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
+    with open_bytes(path) as file:
+        # Only "\n" ends a line: JSON may hold other line separators inside strings.
+        for number, line in enumerate(file, start=1):
+            line = (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).removesuffix(b"\n")
+            if not line.strip():
+                continue
+            lines.append(line)
+            numbers.append(number)
+            size += len(line)
+            if len(lines) == AT_ONCE or size > BYTES_AT_ONCE:
+                yield _parsed(lines, numbers, path)
+                lines, numbers, size = [], [], 0
     if lines:
         yield _parsed(lines, numbers, path)
 
@@ -101,11 +99,11 @@ def _row(line: bytes, location: str) -> dict[str, Any]:
         kind = _TYPES.get(type(row), "null")
         raise DataError(f"{location}: a row must be an object with columns, this is {kind}")
     if b"\\ud" in line.lower():
-        _refuse_lone_surrogates(row, location)
+        refuse_lone_surrogates(row, location)
     return row
 
 
-def _refuse_lone_surrogates(row: dict[str, Any], location: str) -> None:
+def refuse_lone_surrogates(row: dict[str, Any], location: str) -> None:
     """Refuse lone surrogates (`\\ud83d` alone), which JSON can spell but no tokenizer can read."""
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from rlpost.data.compressed import COMPRESSED, kind_of
+from rlpost.data.files import AT_ONCE, Chunk
 from rlpost.data.messages import without_nulls
 from rlpost.errors import DataError
 from rlpost.suggest import hint
 
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""Of the files that are read here; all but parquet may be compressed."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def read_hub(name: str, config: str | None, split: str, where: str) -> list[dict[str, Any]]:
-    """The rows of one split of the folder or hub dataset `name`; code of a dataset is never run.
+def open_hub(name: str, config: str | None, split: str, where: str) -> Callable[[], Iterator[Chunk]]:
+    """Reads the rows of one split of the folder or hub dataset `name`, which stay on disk; its code is never run.
 
     Raises:
         DataError: no such dataset, configuration or split, or no network.
@@ -24,16 +28,22 @@ def read_hub(name: str, config: str | None, split: str, where: str) -> list[dict
 
     try:
         rows = datasets.load_dataset(name, config, split=split)
-        found: list[dict[str, Any]] = rows.to_list()
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         remedy = (
-            "check `config` and `split`, and that the folder holds .jsonl or .parquet files"
+            "check `config` and `split`, and that the folder holds files that the datasets library reads"
             if folder
             else "check the spelling and the network, or download it and give the folder"
         )
         raise DataError(f"{where}.path: cannot load {name} (split {split}): {reason}: {remedy}") from error
-    return [{k: without_nulls(v) for k, v in row.items()} for row in found]
+
+    def chunks() -> Iterator[Chunk]:
+        for first in range(0, len(rows), AT_ONCE):
+            some = rows.select(range(first, min(first + AT_ONCE, len(rows)))).to_list()
+            found = [{k: without_nulls(v) for k, v in row.items()} for row in some]
+            yield Chunk(found, list(range(first + 1, first + 1 + len(found))))
+
+    return chunks
 
 
 def refuse_missing_file(name: str, where: str, base: Path) -> None:
@@ -43,7 +53,7 @@ def refuse_missing_file(name: str, where: str, base: Path) -> None:
         DataError: the name looks like a path.
     """
     path = Path(name)
-    local = path.suffix in (".jsonl", ".parquet", ".json", ".csv") or not _HUB_NAME.fullmatch(name)
+    local = kind_of(path) in SUFFIXES or path.suffix in COMPRESSED or not _HUB_NAME.fullmatch(name)
     in_folder = str(path.parent) != "." and (path.parent.exists() or (base / path.parent).exists())
     if not (local or in_folder):
         return

@@ -111,7 +111,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def _is_message_or_tool(item: Any) -> bool:
-    return isinstance(item, Mapping) and ("role" in item or "function" in item or {"name", "parameters"} <= set(item))
+    return isinstance(item, Mapping) and (
+        "role" in item or "function" in item or {"from", "value"} <= set(item) or {"name", "parameters"} <= set(item)
+    )
 
 
 def _stripped(value: Any) -> Any:

@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlpost.data.compressed import COMPRESSED, kind_of
 from rlpost.data.files import Chunk, in_chunks, read_jsonl, read_parquet
-from rlpost.data.hub import read_hub, refuse_missing_file
+from rlpost.data.hub import SUFFIXES, open_hub, refuse_missing_file
 from rlpost.data.params import TASK, Source
+from rlpost.data.tables import is_array, read_array, read_csv
 from rlpost.data.users import each
 from rlpost.errors import DataError, RecipeError
 from rlpost.usercode import wire
@@ -78,30 +80,44 @@ def _of_path(path: str, config: str | None, split: str, where: str, base: Path) 
         refuse_missing_file(path, where, base)
     if found is None or found.is_dir():
         name = path if found is None else str(found)
-        rows = cache(lambda: read_hub(name, config, split, where))
-        return _at_hand(rows) if found is None else _folder(found, [config, split], rows)
-    if found.suffix == ".jsonl":
+        opened = cache(lambda: open_hub(name, config, split, where))
+        return _hub(opened) if found is None else _folder(found, [config, split], opened)
+    kind = kind_of(found)
+    if kind in (".jsonl", ".ndjson") or (kind == ".json" and not is_array(found)):
         return _file(found, read_jsonl, lambda line: f"{path}:{line}")
+    if kind == ".json":
+        return _file(found, read_array, _numbered)
+    if kind in (".csv", ".tsv"):
+        separator = "\t" if kind == ".tsv" else ","
+        return _file(found, lambda file: read_csv(file, separator), lambda line: f"{path}:{line}")
     if found.suffix == ".parquet":
         return _file(found, read_parquet, _numbered)
-    raise DataError(f"{where}.path: {path} is neither .jsonl nor .parquet: convert it, or give a folder in hub format")
+    raise DataError(
+        f"{where}.path: {path} is none of {', '.join(SUFFIXES)} (all but parquet also as {' or '.join(COMPRESSED)}): "
+        "convert it, or give a folder in hub format"
+    )
 
 
 def _file(path: Path, read: Callable[[Path], Iterator[Chunk]], location: Callable[[int], str]) -> Reading:
-    return Reading(lambda: read(path), location, lambda: [path.suffix, _sha256(path)])
+    return Reading(lambda: read(path), location, lambda: [kind_of(path), path.suffix, _sha256(path)])
 
 
-def _folder(path: Path, options: Json, rows: Callable[[], Sequence[Row]]) -> Reading:
+def _folder(path: Path, options: Json, opened: Callable[[], Callable[[], Iterator[Chunk]]]) -> Reading:
     """Rows of a folder; its identity is that of its files."""
 
     def identity() -> Json:
         return [options, {str(file.relative_to(path)): _sha256(file) for file in _files_in(path)}]
 
-    return Reading(lambda: in_chunks(rows()), _numbered, identity)
+    return Reading(lambda: opened()(), _numbered, identity)
+
+
+def _hub(opened: Callable[[], Callable[[], Iterator[Chunk]]]) -> Reading:
+    """Rows of the hub; their identity is a digest of all of them."""
+    return Reading(lambda: opened()(), _numbered, lambda: _digest(row for chunk in opened()() for row in chunk.rows))
 
 
 def _at_hand(make: Callable[[], Sequence[Row]]) -> Reading:
-    """Rows from a function or the hub; their identity is a digest of all of them."""
+    """Rows from a function; their identity is a digest of all of them."""
     rows = cache(make)
     return Reading(lambda: in_chunks(rows()), _numbered, lambda: _digest(rows()))
 
@@ -121,7 +137,7 @@ def _sha256(path: Path) -> str:
         raise DataError(f"{path}: {error.strerror or error}") from error
 
 
-def _digest(rows: Sequence[Row]) -> str:
+def _digest(rows: Iterable[Row]) -> str:
     digest = hashlib.sha256()
     for number, row in enumerate(rows, start=1):
         digest.update(written(row, _numbered(number)) + b"\n")

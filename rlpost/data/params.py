@@ -85,7 +85,8 @@ class Source(Section):
     """Where rows come from: exactly one of `path`, `stage` and `task` (docs/data.md)."""
 
     path: Annotated[str | None, Local()] = None
-    """A `.jsonl` or `.parquet` file, a folder in hub format, or the name of a dataset on the hub."""
+    """A file (`.jsonl`, `.json`, `.csv`, `.tsv`, these also as `.gz` or `.zst`, or `.parquet`), a folder in hub format,
+    or the name of a dataset on the hub."""
     stage: str | None = None
     """The rows of an earlier `pairs`, `guided`, `value_annotations` or `step_labels` stage."""
     task: Annotated[TimedFunction | None, TASK] = None

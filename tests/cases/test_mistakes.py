@@ -42,8 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     (folder / "numbers.jsonl").write_text('{"prompt": 1, "completion": 2}\n')
     (folder / "other.jsonl").write_text('{"question": "a", "reply": "b"}\n')
-    (folder / "d.json").write_text('[{"prompt": "a", "completion": "b"}]')
-    (folder / "d.csv").write_text("prompt,completion\na,b\n")
+    (folder / "d.json").write_text('[{"prompt": "a", "completion": "b"}, 3]')
+    (folder / "d.csv").write_text("prompt,completion\na,b,c\n")
+    (folder / "d.xlsx").write_text("prompt,completion\na,b\n")
     (folder / "my.py").write_text("def good(completion): return 1.0\ndef bad(x): return 1.0\nvalue = 3\n")
     (folder / "wrong.py").write_text("def f(:\n")
     (folder / "raises.py").write_text("raise ValueError('no')\n")
@@ -116,8 +117,9 @@ MISTAKES = f"""
 3 | {R} stages.sft.data.c.path=broken.jsonl        | broken.jsonl:2: not JSON
 3 | {R} run=x0 stages.sft.data.c.path=numbers.jsonl | prompt
 3 | {R} stages.sft.data.c.path=other.jsonl         | other.jsonl
-3 | {R} stages.sft.data.c.path=d.json              | d.json is neither .jsonl nor .parquet
-3 | {R} stages.sft.data.c.path=d.csv               | d.csv is neither .jsonl nor .parquet
+3 | {R} stages.sft.data.c.path=d.json              | d.json: row 2: a row must be an object
+3 | {R} stages.sft.data.c.path=d.csv               | d.csv:2: 3 cells, but the header has 2
+3 | {R} stages.sft.data.c.path=d.xlsx              | d.xlsx is none of .jsonl, .ndjson, .json, .csv
 3 | {R} stages.sft.data.c.path=nothing             | nothing
 3 | {R} stages.sft.data.c.path=m                   | cannot load
 3 | {R} stages.sft.data.c.path=/no/such/d.jsonl    | /no/such/d.jsonl does not exist

@@ -102,8 +102,8 @@ def test_a_missing_file_is_not_asked_of_the_hub(write, tmp_path):
     assert "did you mean 'train.jsonl'" in refused(Source(path=str(tmp_path / "tran.jsonl")))
     assert "does not exist" in refused(Source(path="nowhere.jsonl"))
     assert "does not exist" in refused(Source(path="./nowhere"))
-    (tmp_path / "a.csv").write_text("a,b")
-    assert "neither .jsonl nor .parquet" in refused(Source(path=str(tmp_path / "a.csv")))
+    (tmp_path / "a.xlsx").write_text("a,b")
+    assert "is none of .jsonl" in refused(Source(path=str(tmp_path / "a.xlsx")))
 
 
 def test_a_path_may_be_relative_to_the_recipe(write, tmp_path):
