@@ -89,6 +89,30 @@ _EXAMPLES = {
 }
 
 
+_USUAL = {
+    "prompt": ("question", "query", "instruction", "problem"),
+    "completion": ("answer", "response", "output", "solution"),
+    "chosen": ("chosen_response", "response_chosen", "preferred", "accepted"),
+    "rejected": ("rejected_response", "response_rejected", "dispreferred"),
+    "label": ("kto_tag",),
+    "completions": ("responses", "answers", "candidates"),
+    "scores": ("rewards", "ratings"),
+}
+"""Role -> usual names of its column; they are proposed, never read by themselves."""
+
+
+def _mapping(columns: Sequence[str], need: DataRole | None) -> str:
+    """The `columns` to add: exact if each role has one candidate, or else with COLUMN to be replaced."""
+    for form in _FORMATS[need]:
+        asked = [c for c in ("prompt", *_USUAL["prompt"]) if c in columns]
+        roles = ("prompt", *_COLUMNS[form]) if "rejected" in _COLUMNS[form] and asked else _COLUMNS[form]
+        found = {role: [c for c in columns if c == role or c in _USUAL.get(role, ())] for role in roles}
+        if all(len(candidates) == 1 for candidates in found.values()):
+            named = [f"{role}: {candidates[0]}" for role, candidates in found.items() if candidates[0] != role]
+            return f"columns: {{{', '.join(named)}}}"
+    return _EXAMPLES[need]
+
+
 def recognise(rows: Sequence[Row], where: str, need: DataRole | None = None) -> Format:
     """The format of the rows by the columns of the first, among those for `need`.
 
@@ -101,7 +125,8 @@ def recognise(rows: Sequence[Row], where: str, need: DataRole | None = None) -> 
             return form
     wanted = " or ".join(f"({', '.join(_COLUMNS[form])})" for form in _FORMATS[need])
     raise DataError(
-        f"{where} has the columns {', '.join(columns) or 'none'}, needed are {wanted}: name them with {_EXAMPLES[need]}"
+        f"{where} has the columns {', '.join(columns) or 'none'}, needed are {wanted}: "
+        f"name them with {_mapping(columns, need)}"
     )
 
 

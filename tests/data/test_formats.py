@@ -37,6 +37,28 @@ def test_columns_that_fit_nothing_are_told_with_the_remedy():
         recognise([{"prompt": "a", "completion": "b"}], "main", DataRole.pairs)
 
 
+@pytest.mark.parametrize(
+    ("columns", "need", "mapping"),
+    [
+        ("question answer", DataRole.completions, "{prompt: question, completion: answer}"),
+        ("prompt response", DataRole.completions, "{completion: response}"),
+        ("question answer solution", DataRole.completions, "{prompt: COLUMN, completion: COLUMN}"),
+        (
+            "query accepted response_rejected",
+            DataRole.pairs,
+            "{prompt: query, chosen: accepted, rejected: response_rejected}",
+        ),
+        ("prompt completion kto_tag", DataRole.labelled, "{label: kto_tag}"),
+        ("prompt responses rewards", DataRole.ranked, "{completions: responses, scores: rewards}"),
+    ],
+)
+def test_the_mapping_is_exact_where_each_role_has_one_candidate(columns, need, mapping):
+    row = dict.fromkeys(columns.split(), "a")
+    with pytest.raises(DataError) as caught:
+        recognise([row], "main", need)
+    assert str(caught.value).endswith(f"name them with columns: {mapping}")
+
+
 def test_prompt_and_completion(codec):
     row = {"prompt": "1+2=", "completion": "3", "answer": "3"}
     group = encode(row, Format.completion, codec, "row 1")
