@@ -43,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 goals = typer.Typer(
-    help="Value networks, reverse models: sample, infill, calibrate, plot.",
+    help="Value networks and reverse models.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

@@ -56,11 +56,12 @@ class Sections(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - the base class's signature
         """Write one line per command, section by section."""
         formatter.write_paragraph()
-        limit = formatter.width - 6 - max(map(len, self.commands))
+        width = max(map(len, self.commands))
+        limit = formatter.width - 6 - width
         for title, names in SECTIONS.items():
             formatter.write_heading(title)
             with formatter.indentation():
-                formatter.write_dl([(f"{n:<6}", self.commands[n].get_short_help_str(limit)) for n in names])
+                formatter.write_dl([(f"{n:<{width}}", self.commands[n].get_short_help_str(limit)) for n in names])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command; fail with its new name where it has moved."""

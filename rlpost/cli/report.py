@@ -22,7 +22,7 @@ def report(
         typer.Option("--out", metavar="FILE", help="The .html file; RUN/report.html by default.", callback=target),
     ] = None,
 ) -> None:
-    """Write curves, evaluation and settings of runs as one HTML file.
+    """Write runs as one HTML file: curves, evaluation, settings.
 
     Several runs are drawn into the same curves. Prints the file's path.
     """

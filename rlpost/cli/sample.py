@@ -65,7 +65,7 @@ def sample(
     moved: _Moved = None,  # noqa: ARG001 - refused by its callback
     as_json: options.Json = False,
 ) -> None:
-    """Complete a prompt; a reverse model writes what comes before it."""
+    """Complete a prompt; a reverse model writes what precedes it."""
     _must_fit(best_of, recipe, example, judge)
     text = from_stdin("PROMPT") if prompt is None else prompt
     sampling = options.sampling_of(
