@@ -15,4 +15,6 @@ def test_the_wheel_holds_every_package_and_the_recipes() -> None:
     assert set(settings["packages"]) == folders | {"rlpost.recipes"}
     assert settings["package-dir"]["rlpost.recipes"] == "recipes"
     assert settings["package-data"]["rlpost.recipes"] == ["**/*.yaml", "**/*.jinja"]
-    assert settings["package-data"]["rlpost"] == ["py.typed", schema_file().relative_to(ROOT / "rlpost").as_posix()]
+    schema = schema_file().relative_to(ROOT / "rlpost").as_posix()
+    assert settings["package-data"]["rlpost"] == ["py.typed", schema, "report/*.jinja"]
+    assert list(ROOT.glob("rlpost/**/*.jinja")) == list(ROOT.glob("rlpost/report/*.jinja")) != []

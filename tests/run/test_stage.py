@@ -234,7 +234,7 @@ def test_a_refusal_at_any_call_leaves_whole_checkpoints_only(stage, monkeypatch,
     save(stage, 1)
     save(stage, 2)
     real, told = getattr(os, call), set()
-    for at in range(1, 200, 9 if call == "stat" else 1):
+    for at in range(1, 600, 9 if call == "stat" else 1):
         count = 0
 
         def failing(*args, at=at, **kwargs):
