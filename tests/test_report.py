@@ -110,7 +110,11 @@ def test_charts() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
     assert ticks(3, 97)[0] <= 3
     assert ticks(3, 97)[-1] >= 97
-    assert [label(x) for x in (0, 1e-5, 0.25, 1500, 2e6)] == ["0", "1e-5", "0.25", "1500", "2e6"]
+    assert [label(x, x or 1) for x in (0, 1e-5, 0.25, 1500, 2e6)] == ["0", "1e-5", "0.25", "1500", "2e6"]
+    for low, high in ((0.99998, 1.00002), (200_000, 200_004), (-2e-6, 2.25e-6)):
+        marks = ticks(low, high)
+        told = [label(x, marks[1] - marks[0]) for x in marks]
+        assert [float(text) for text in told] == pytest.approx(marks, abs=1e-3 * (marks[1] - marks[0]))
     many = thinned([(float(i), float(i)) for i in range(1000)])
     assert len(many) <= 240
     assert many[0] == (2.0, 2.0)

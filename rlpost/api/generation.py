@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, overload
 
-from rlpost.engine.params import Sampling
 from rlpost.errors import DataError, ModelError, RecipeError
+from rlpost.recipe.sampling import sampling_from
 
 if TYPE_CHECKING:
+    from rlpost.engine.params import Sampling
     from rlpost.policy.policy import Policy
     from rlpost.types import Completion, Group
 
@@ -91,7 +92,8 @@ class Generator:
         """
         if n < 1:
             raise RecipeError(f"n: expected at least 1, got {n}")
-        sampling = _sampling(
+        sampling = sampling_from(
+            greedy,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -99,8 +101,6 @@ class Generator:
             min_p=min_p,
             stop=[stop] if isinstance(stop, str) else list(stop),
         )
-        if greedy:
-            sampling = sampling.model_copy(update={"temperature": 0.0})
         one = isinstance(prompts, str)
         found = self._collect(self._groups([prompts] if isinstance(prompts, str) else prompts), n, sampling, seed)
         return found[0] if one else found
@@ -157,20 +157,3 @@ def load(checkpoint: str | os.PathLike[str]) -> Generator:
     if is_backwards(path):
         raise ModelError(f"{checkpoint}: it reads backwards; use `rlpost sample`")
     return Generator(path, frozen_policy(path))
-
-
-def _sampling(**values: Any) -> Sampling:
-    from pydantic import ValidationError
-
-    from rlpost.recipe.build import range_of
-
-    try:
-        sampling = Sampling(**values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = str(first["loc"][0])
-        expected = range_of(Sampling.model_fields[key])
-        raise RecipeError(f"{key}: expected {expected}, got {first['input']!r}") from error
-    if "" in sampling.stop:
-        raise RecipeError("stop: an empty text stops every completion at once - remove it")
-    return sampling

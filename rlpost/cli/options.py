@@ -54,18 +54,11 @@ def sampling_of(greedy: bool = False, **values: Any) -> Sampling:
     Raises:
         typer.BadParameter: a value is out of range; the message names the option.
     """
-    from pydantic import ValidationError
-
-    from rlpost.engine.params import Sampling
-    from rlpost.recipe.build import range_of
+    from rlpost.errors import RecipeError
+    from rlpost.recipe.sampling import sampling_from
 
     try:
-        sampling = Sampling(**values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        expected = range_of(Sampling.model_fields[str(first["loc"][0])])
-        raise typer.BadParameter(f"{option}: expected {expected}, got {first['input']}") from error
-    if "" in sampling.stop:
-        raise typer.BadParameter("an empty text stops every completion at once", param_hint="--stop")
-    return sampling.model_copy(update={"temperature": 0.0}) if greedy else sampling
+        return sampling_from(greedy, **values)
+    except RecipeError as error:
+        key, _, problem = str(error).partition(": ")
+        raise typer.BadParameter(f"--{key.replace('_', '-')}: {problem}") from error

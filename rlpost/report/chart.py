@@ -34,10 +34,14 @@ def line_chart(series: Mapping[str, Points], title: str) -> str:
     for y in ys:
         _, at = place(low_x, y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{label(y)}</text>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{label(y, ys[1] - ys[0])}</text>'
+        )
     for x in [x for x in xs if low_x <= x <= high_x]:
         at, _ = place(x, low_y)
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{label(x)}</text>')
+        parts.append(
+            f'<text class="tick" x="{at:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{label(x, xs[1] - xs[0])}</text>'
+        )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
     for index, points in enumerate(lines.values()):
@@ -68,14 +72,15 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def label(value: float) -> str:
-    """A tick's number, short."""
-    if value == 0:
+def label(value: float, step: float) -> str:
+    """A tick's number, short, with the digits that tell it from the next one, `step` away."""
+    if abs(value) < step / 2:
         return "0"
+    digits = min(math.floor(math.log10(abs(value))) - math.floor(math.log10(step)) + 2, 8)
     if abs(value) >= 1e5 or abs(value) < 1e-3:
-        mantissa, _, exponent = f"{value:.1e}".partition("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}"
+        mantissa, _, exponent = f"{value:.{max(digits - 1, 1)}e}".partition("e")
+        return f"{mantissa.rstrip('0').removesuffix('.')}e{int(exponent)}"
+    return f"{value:.{max(digits, 4)}g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import pytest
 from tiny_recipes import GRPO, PAIRS, SFT, metrics, write
 
 import rlpost
+from rlpost.engine.params import Sampling
 from rlpost.errors import DataError, DiskError, ModelError, RecipeError
 from rlpost.inference.sample import sample
 
@@ -82,7 +83,7 @@ def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_said(run: rl
 
 def test_generate_gives_what_the_command_gives(run: rlpost.Run) -> None:
     model = run.load()
-    settings = rlpost.api.generation.Sampling(max_new_tokens=4)
+    settings = Sampling(max_new_tokens=4)
     wanted = sample(str(run.path), "47+38=", sampling=settings, n=3, seed=5)
     found = model.generate("47+38=", n=3, max_new_tokens=4, seed=5)
     assert [c.text for c in found] == wanted
