@@ -6,6 +6,7 @@ import gc
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import prod
@@ -177,17 +178,13 @@ def name_of(base: str, values: dict[str, str]) -> str:
     return f"{name[: _LONGEST - 9]}-{digest}"
 
 
-class _named:
-    """Names the combination in an error that comes up inside."""
-
-    def __init__(self, combination: Combination | str) -> None:
-        self._name = str(combination)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, RecipeError):
-            raise type(error)(f"{self._name}: {error}") from error
+@contextmanager
+def _named(combination: object) -> Iterator[None]:
+    """Names the combination in an error of its recipe."""
+    try:
+        yield
+    except RecipeError as error:
+        raise type(error)(f"{combination}: {error}") from error
 
 
 def _resolved(recipe: str, fixed: list[str], chosen: Sequence[dict[str, str]]) -> Iterator[Combination]:
