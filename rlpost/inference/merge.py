@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlpost import console
 from rlpost.errors import DiskError, ModelError
-from rlpost.inference.card import About, Written, card
+from rlpost.inference.card import REFERENCE, About, Written, card
 from rlpost.inference.checkpoint import frozen_policy, located
 from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import acting
@@ -105,8 +105,10 @@ def must_be_here(checkpoint: str) -> Path:
     return folder
 
 
-def write_merged(folder: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dtype:
+def write_merged(folder: Path, out: Path, dtype: torch.dtype | None = None, name: str = REFERENCE) -> torch.dtype:
     """Write the checkpoint in `folder` as a model into the empty folder `out`, and prove it; returns its precision.
+
+    `name` is what its card calls it.
 
     Raises:
         ModelError: it is no policy, or the written model is not the checkpoint.
@@ -126,18 +128,18 @@ def write_merged(folder: Path, out: Path, dtype: torch.dtype | None = None) -> t
     del policy
     written = frozen_policy(str(out), Model(precision=Precision.float32))
     proof = _compare(logprobs(written, groups), before, change)
-    name = str(dtype).removeprefix("torch.")
+    precision = str(dtype).removeprefix("torch.")
     if proof.lost:
         raise ModelError(
-            f"{folder}: in {name} its log-probabilities are off by {proof.mean_gap:.2g} nats in the mean, where the "
-            f"adapter changes them by {proof.mean_change:.2g}; write it with --dtype float32"
+            f"{folder}: in {precision} its log-probabilities are off by {proof.mean_gap:.2g} nats in the mean, where "
+            f"the adapter changes them by {proof.mean_change:.2g}; `rlpost merge --dtype float32` keeps it"
         )
     adapter = f", which the adapter changes by {proof.mean_change:.2g}" if is_adapter(folder) else ""
     console.say(
-        f"log-probabilities, read back in {name}: as the checkpoint's to {proof.mean_gap:.2g} nats in the mean "
+        f"log-probabilities, read back in {precision}: as the checkpoint's to {proof.mean_gap:.2g} nats in the mean "
         f"and {proof.gap:.2g} at most{adapter}"
     )
-    (out / CARD).write_text(card(folder, about(written, Written.merged, name)), "utf-8")
+    (out / CARD).write_text(card(folder, about(written, Written.merged, precision), name), "utf-8")
     return dtype
 
 

@@ -66,7 +66,7 @@ def load_policy(
         ModelError: if it cannot be loaded, is something else, or adapter, tokenizer and model do not fit together.
     """
     folder = Path(path)
-    _must_be(folder, value_head, backwards)
+    must_be_policy(folder, value_head, backwards)
     adapter = folder if is_adapter(folder) else None
     base = base_of(adapter) if adapter else str(path)
     if adapter is not None:
@@ -107,7 +107,12 @@ def is_backwards(folder: str | Path) -> bool:
     return about.is_file() and read_json_object(about).get("direction") == Direction.reverse
 
 
-def _must_be(folder: Path, value_head: bool, backwards: bool) -> None:
+def must_be_policy(folder: Path, value_head: bool = False, backwards: bool = False) -> None:
+    """Check that a folder holds a policy, or else what is asked for.
+
+    Raises:
+        ModelError: it is a model that scores or reads backwards, or one that does not where it should.
+    """
     if not value_head and (folder / HEAD_FILE).is_file():
         raise ModelError(
             f"{folder}: a model that scores ({HEAD_FILE}), not a policy; name the stage it was trained from"
