@@ -3,7 +3,7 @@
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
-# make reference  the reference in docs/recipes.md and the schema for editors, written from the specs
+# make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
@@ -39,6 +39,7 @@ golden: $(STAMP)
 reference: $(STAMP)
 	$(BIN)/python scripts/recipe_schema.py
 	$(BIN)/python scripts/recipe_docs.py
+	$(BIN)/python scripts/api_docs.py
 
 docs: $(SITE)/.installed
 	$(SITE)/bin/python scripts/docs_site.py
