@@ -14,7 +14,7 @@ from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Shelf
 from rlpost.errors import RecipeError
-from rlpost.policy.adapter_files import ADAPTER_FILE, base_of
+from rlpost.policy.adapter_files import base_of, base_revision, is_adapter
 from rlpost.policy.model_files import as_model_error
 from rlpost.recipe.resolve import Resolved
 from rlpost.stages.context import stage_seed
@@ -61,7 +61,9 @@ def _limit(stage: Any, need: DataRole, positions: int) -> Limit:
 
 def positions_of(model: str | Path, revision: str | None) -> int:
     """Tokens of the longest sequence that a model, or an adapter's base, has positions for."""
-    base = base_of(Path(model)) if (Path(model) / ADAPTER_FILE).is_file() else model
+    base = model
+    if is_adapter(Path(model)):
+        base, revision = base_of(Path(model)), revision or base_revision(Path(model))
     with as_model_error(f"{base}: the model's config.json cannot be read"):
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)

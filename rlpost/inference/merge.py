@@ -13,7 +13,7 @@ from rlpost import console
 from rlpost.errors import DiskError, ModelError
 from rlpost.inference.card import REFERENCE, About, Written, card
 from rlpost.inference.checkpoint import frozen_policy, located
-from rlpost.policy.adapter_files import base_of, is_adapter
+from rlpost.policy.adapter_files import is_adapter
 from rlpost.policy.adapters import acting
 from rlpost.policy.check import probe_groups
 from rlpost.policy.load import MERGED_GAP, proven_merge
@@ -23,8 +23,7 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.score import logprobs
 from rlpost.run.files import discard, disk_errors
-from rlpost.run.lookup import read_config
-from rlpost.run.names import CONFIG, unfinished
+from rlpost.run.names import unfinished
 
 LOST = 0.25
 """Share of an adapter's change of log-probabilities that rounding to the base's precision may undo."""
@@ -113,9 +112,8 @@ def write_merged(folder: Path, out: Path, dtype: torch.dtype | None = None, name
     Raises:
         ModelError: it is no policy, or the written model is not the checkpoint.
     """
-    settings = Model(revision=_revision(folder), precision=Precision.float32)
-    policy = frozen_policy(str(folder), settings)
-    dtype = dtype or _dtype_of(folder, settings.revision)
+    policy = frozen_policy(str(folder), Model(precision=Precision.float32))
+    dtype = dtype or stored_dtype(policy.base, policy.revision)
     groups = probe_groups(policy.vocabulary, policy.max_positions)
     before = logprobs(policy, groups)
     change = torch.zeros_like(before)
@@ -160,14 +158,3 @@ def gguf_command(out: str, dtype: torch.dtype) -> str:
 def _compare(after: Tensor, before: Tensor, change: Tensor) -> Proof:
     gap = (after - before).abs()
     return Proof(float(gap.max()), float(gap.mean()), float(change.abs().mean()))
-
-
-def _dtype_of(folder: Path, revision: str | None) -> torch.dtype:
-    return stored_dtype(base_of(folder) if is_adapter(folder) else str(folder), revision)
-
-
-def _revision(folder: Path) -> str | None:
-    """The revision of its base on the hub, where the checkpoint's run names one."""
-    run = next((p for p in folder.resolve().parents if (p / CONFIG).is_file()), None)
-    found = (read_config(run).get("model") or {}).get("revision") if run is not None else None
-    return found if isinstance(found, str) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from rlpost.policy.adapter_files import base_of, is_adapter, read_json_object
+from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_json_object
 from rlpost.policy.model_files import hub_file
 from rlpost.run.files import read_json
 from rlpost.run.lookup import read_config
@@ -49,9 +49,10 @@ class Provenance:
 def provenance(checkpoint: Path) -> Provenance:
     """What the run of a checkpoint, and the runs it began with, say about it."""
     run, stage = _run_of(checkpoint)
+    revision = base_revision(checkpoint) if is_adapter(checkpoint) else None
     if run is None:
         base = base_of(checkpoint) if is_adapter(checkpoint) else str(checkpoint)
-        return Provenance(_shown(base), is_hub_name(base), licence_of(base))
+        return Provenance(_shown(base), is_hub_name(base), licence_of(base, revision))
     config = read_config(run)
     base, earlier = _origin(run, config)
     names = list(_until(config["stages"], stage))
@@ -61,7 +62,7 @@ def provenance(checkpoint: Path) -> Provenance:
     return Provenance(
         base=_shown(base),
         on_hub=is_hub_name(base),
-        licence=licence_of(base),
+        licence=licence_of(base, revision or (config.get("model") or {}).get("revision")),
         stages={**earlier, **own},
         model=config.get("model") or {},
         results={name: read_json(file) for name, file in files.items() if file.is_file()},
@@ -81,12 +82,12 @@ def is_hub_name(model: str) -> bool:
     return len(parts) == 2 and all(parts) and not model.startswith((".", "~")) and not Path(model).exists()
 
 
-def licence_of(base: str) -> str:
+def licence_of(base: str, revision: str | None = None) -> str:
     """The licence that a model's card names; `see LICENSE` beside such a file; else `unknown`."""
     folder = Path(base)
     found = folder / "README.md" if folder.is_dir() else None
     if found is None and is_hub_name(base):
-        there = hub_file(base, "README.md")
+        there = hub_file(base, "README.md", revision)
         found = Path(there) if there else None
     if found is not None and found.is_file():
         named = _front_matter(found).get("license")

@@ -97,6 +97,12 @@ def base_of(adapter: Path) -> str:
     return named
 
 
+def base_revision(adapter: Path) -> str | None:
+    """The revision of the base on the hub that an adapter was trained on; None where its folder names none."""
+    found = read_json_object(adapter / ADAPTER_FILE).get("revision")
+    return found if isinstance(found, str) and found else None
+
+
 def same_model(one: str | Path, other: str | Path) -> bool:
     """Whether two paths or names mean one model."""
     if str(one) == str(other):

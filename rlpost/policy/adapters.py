@@ -254,13 +254,15 @@ def acting(model: nn.Module, name: str | None) -> Iterator[None]:
         select(model, POLICY)
 
 
-def save_adapter(model: PeftModel, folder: Path, name: str = POLICY) -> None:
+def save_adapter(model: PeftModel, folder: Path, name: str = POLICY, revision: str | None = None) -> None:
     """Write one adapter alone into `folder`, as peft reads it.
 
     peft puts adapters of other names than "default" into a folder of their own; here each has a checkpoint to itself.
+    `revision` is that of a base on the hub.
     """
     base = str(model.get_base_model().name_or_path)
     model.peft_config[name].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    model.peft_config[name].revision = revision
     model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
     inner = folder / name
     for file in inner.iterdir():

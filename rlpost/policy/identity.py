@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from rlpost.policy.adapter_files import base_of, is_adapter
+from rlpost.policy.adapter_files import base_of, base_revision, is_adapter
 from rlpost.run.contents import Contents, contents, difference
 
 
@@ -60,7 +60,8 @@ def identity(path: Path, known: Contents | None = None, revision: str | None = N
         return {"path": str(path), "files": {}}
     found = contents(folder, known)
     if is_adapter(folder):
-        found["base"] = identity(Path(base_of(folder)), (known or {}).get("base"), revision)
+        own = revision or base_revision(folder)
+        found["base"] = identity(Path(base_of(folder)), (known or {}).get("base"), own)
     return found
 
 

@@ -14,7 +14,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError
 from rlpost.policy import adapters
-from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, read_json_object
+from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
@@ -71,6 +71,7 @@ def load_policy(
     base = base_of(adapter) if adapter else str(path)
     if adapter is not None:
         read_adapter_config(adapter)  # before the base, which takes longer
+        settings = settings.model_copy(update={"revision": settings.revision or base_revision(adapter)})
     wants_lora = settings.lora is not None
     # Trained weights are float32, and so is a frozen copy of them, whose scores must be the same. A base under adapters
     # may be in half precision.
@@ -84,7 +85,8 @@ def load_policy(
     with as_model_error(f"{base}: the model cannot be run as its config.json says"):
         exact = check_exactness(model, tokenizer, settings.attention)
     flat = choose_rows(exact, settings.attention, type(model).__name__, base)
-    policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, **exact.ways())
+    revision = None if Path(base).is_dir() else settings.revision
+    policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, revision=revision, **exact.ways())
     policy.model = _with_adapters(policy, adapter, settings.lora, trainable)
     # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
     codec = make_codec(tokenizer)

@@ -59,6 +59,7 @@ class Policy(nn.Module):
         bfloat16: bool = False,
         tiled: bool = True,
         base: str = "",
+        revision: str | None = None,
         single: bool = False,
         decoding: Decoding | None = None,
         extends: bool = True,
@@ -75,6 +76,7 @@ class Policy(nn.Module):
             bfloat16: run under autocast.
             tiled: the head may run on tiles of hidden states; else the model's own forward computes all logits.
             base: the folder or hub name of the model without adapters.
+            revision: of that hub name.
             single: each row is read in a pass of its own, since padding changes its logits.
             decoding: by default flat where rows are, else padded.
             extends: flat decoding may continue from the cache of earlier rows.
@@ -89,6 +91,7 @@ class Policy(nn.Module):
         self.in_bfloat16 = bfloat16
         self.tiled = tiled
         self.base = base
+        self.revision = revision
         self.single = single
         self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
         self.extends = extends and self.decoding is Decoding.flat
@@ -107,6 +110,7 @@ class Policy(nn.Module):
             bfloat16=bfloat16,
             tiled=self.tiled,
             base=self.base,
+            revision=self.revision,
             single=self.single,
             decoding=self.decoding,
             extends=self.extends,

@@ -23,7 +23,7 @@ def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
         ModelError: the files do not hold the policy's weights.
     """
     if policy.has_adapter:
-        save_adapter(policy.model, folder, adapter)
+        save_adapter(policy.model, folder, adapter, policy.revision)
         policy.causal_lm.generation_config.save_pretrained(folder)
         _must_be_adapter(policy, folder, adapter)
     else:
