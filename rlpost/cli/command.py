@@ -12,7 +12,7 @@ SECTIONS = {
     "Train": ("train", "sweep", "copy"),
     "Look": ("show", "list", "report", "schema", "verify", "doctor"),
     "Use": ("eval", "compare", "sample", "chat", "serve", "pairs"),
-    "Export": ("merge", "import-gguf"),
+    "Export": ("merge", "push", "import-gguf"),
     "Goals": ("goals",),
 }
 """Commands in the order of `rlpost --help`."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rlpost import console
-from rlpost.errors import DiskError, EngineError, Interrupted, RecipeError
+from rlpost.errors import EngineError, Interrupted, RecipeError
 from rlpost.inference.card import checkpoint_title
 from rlpost.inference.checkpoint import located
 from rlpost.inference.merge import write_merged
@@ -26,6 +26,7 @@ from rlpost.policy.adapter_files import is_adapter
 from rlpost.policy.load import must_be_policy
 from rlpost.policy.model_files import load_tokenizer, stored_dtype
 from rlpost.policy.params import Model
+from rlpost.run.files import disk_errors
 
 SERVERS = ("transformers", "vllm")
 _NEEDED = ("fastapi", "uvicorn", "openai")
@@ -116,7 +117,7 @@ def _place(model: str, folder: Path) -> str:
         stored_dtype(model, None)  # fails in one line where a server would in many
         return model
     name = re.sub(r"[^\w.-]+", "-", checkpoint_title(source))
-    try:
+    with disk_errors(folder):
         if is_adapter(source):
             (folder / name).mkdir()
             write_merged(source, folder / name)
@@ -124,8 +125,6 @@ def _place(model: str, folder: Path) -> str:
             must_be_policy(source)
             stored_dtype(model, None)
             (folder / name).symlink_to(source.resolve())
-    except OSError as error:
-        raise DiskError(f"{folder}: {error.strerror}; set TMPDIR to a folder with room") from error
     return name
 
 
