@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import texts
-from rlpost.data.formats import DataRole, recognise
+from rlpost.data.formats import DataRole
+from rlpost.data.layouts import read_as
 from rlpost.data.origins import label
 from rlpost.data.params import TokenizerKind
 from rlpost.data.sources import open_source
@@ -357,7 +358,7 @@ def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool
         chunks = reading.chunks()
         first = next(chunks)
         if source.augment is None:
-            recognise(first.rows[:1], label(source, key), need)
+            read_as(first.rows[:1], label(source, key), need, source.columns)
         found = chain([first], chunks if rows else ())
         for _ in found if check is None or source.augment is not None else check(found, reading.location):
             pass

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlpost.data.codec import Codec
 from rlpost.data.fitting import Limit, RowOutcomes
-from rlpost.data.formats import DataRole, recognise, row_texts
+from rlpost.data.formats import DataRole, row_texts
+from rlpost.data.layouts import read_as
 from rlpost.data.order import Draw, Order
 from rlpost.data.origins import Bind, label
 from rlpost.data.params import AUGMENT, Source
@@ -56,7 +58,7 @@ class Dataset:
     @property
     def notices(self) -> list[str]:
         """Messages for the user: the formats recognised, and rows dropped, cut or changed."""
-        lines = [f"{p.label}: {len(p)} rows, read as {p.encoder.form.value}" for p in self._parts]
+        lines = [f"{p.label}: {len(p)} rows, read as {p.read_as.said}" for p in self._parts]
         outcomes = RowOutcomes()
         for part in self._parts:
             outcomes.add(part.outcomes)
@@ -179,11 +181,14 @@ def texts(
     for name, source in sources.items():
         about = label(source, f"{where}.{name}")
         reading = open_source(source, stages=stages, where=f"{where}.{name}", bind=bind, base=base)
-        before, row = len(found), {}
-        for chunk in reading.chunks():
-            row = chunk.rows[0]
-            found += [text for each in chunk.rows for text in row_texts(each)]
+        chunks = reading.chunks()
+        first = next(chunks)
+        before, convert = len(found), None
+        if not any(row_texts(row) for row in first.rows):
+            convert = read_as(first.rows, about, None, source.columns)
+        for chunk in chain([first], chunks):
+            rows = convert.chunk(chunk, reading.location).rows if convert else chunk.rows
+            found += [text for row in rows for text in row_texts(row)]
         if len(found) == before:
-            recognise([row], about)
             raise DataError(f"{about} holds no text")
     return found

@@ -13,7 +13,7 @@ from typing import Any
 from rlpost.data import chat
 from rlpost.data.codec import Codec
 from rlpost.data.columns import missing
-from rlpost.data.messages import Message, tools_of, validate
+from rlpost.data.messages import SYSTEM, Message, tools_of, validate
 from rlpost.data.unrendered import Unrendered, holds, squeezed
 from rlpost.errors import DataError, ModelError
 from rlpost.types import Completion, Group
@@ -179,7 +179,7 @@ def as_messages(value: Any, role: str, location: str) -> list[Message]:
     return validate([{"role": role, "content": value}] if isinstance(value, str) else value, location)
 
 
-_UNREAD = ("system", "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
+_UNREAD = (*SYSTEM, "functions", "documents", "images", "videos", "audios", "chat_template_kwargs")
 """Columns of conversation data sets that belong to the conversation but are not given to the template."""
 
 

@@ -17,6 +17,7 @@ from rlpost.data.files import Chunk
 from rlpost.data.fitting import Limit, RowOutcomes, fit
 from rlpost.data.flat import Block, Writer, block_of
 from rlpost.data.formats import Format, encode, is_plain, texts_of, untrained_turns
+from rlpost.data.layouts import Layout, ReadAs
 from rlpost.data.origins import Row, written
 from rlpost.data.params import Direction
 from rlpost.data.plain import Plain, is_supported
@@ -96,13 +97,15 @@ class SourceEncoder:
     seed: int
     """Row i is augmented with seed + i here."""
     outcomes: RowOutcomes
+    read_as: ReadAs
 
     def write(self, chunks: Iterator[Chunk], writer: Writer) -> None:
         """Encode all rows, also those that are augmented anew later, to find errors before training.
 
         Raises:
-            DataError: one is malformed or too long.
+            DataError: one is malformed or too long. ModelError: a chat template is missing.
         """
+        self.read_as.check_template(self.encoder.codec.template, self.about)
         for chunk in chunks:
             for block in self._blocks(chunk):
                 if block.lines:
@@ -113,6 +116,7 @@ class SourceEncoder:
         if self.augment is not None:
             yield self._augmented(chunk, self.augment)
             return
+        chunk = self.read_as.chunk(chunk, self.location)
         encoder = self.encoder
         if not is_supported(encoder.form) or encoder.direction is Direction.reverse:
             yield self._one_by_one(chunk)
@@ -152,7 +156,10 @@ class SourceEncoder:
     def _augmented(self, chunk: Chunk, augment: Augment) -> Block:
         first = self.outcomes.counts["read"]
         locations = [self.location(n) for n in chunk.numbers]
-        rows = augmented(augment, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations)
+        layout = self.read_as.layout
+        rows = augmented(
+            augment, chunk.rows, range(self.seed + first, self.seed + first + len(locations)), locations, layout
+        )
         groups = [self.encoder(row, location, self.outcomes) for row, location in zip(rows, locations, strict=True)]
         self._count_groups([group for group in groups if group is not None])
         nothing = Pieces(np.zeros(0, np.int32), np.zeros(0, np.int64))
@@ -174,18 +181,24 @@ class SourceEncoder:
             self.outcomes.plain[self.about] = self.outcomes.plain.get(self.about, 0) + plain
 
 
-def augmented(augment: Augment, rows: Sequence[Row], seeds: Sequence[int], locations: Sequence[str]) -> list[Row]:
-    """What `augment` makes of the rows this time.
+def augmented(
+    augment: Augment,
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    locations: Sequence[str],
+    layout: Layout | None = None,
+) -> list[Row]:
+    """What `augment` makes of the rows this time, with the columns that `layout` adds.
 
     Raises:
-        DataError: augmenting one failed.
+        DataError: augmenting one failed, or it breaks the layout.
     """
     calls = [{"row": dict(row), "random": Seeded(seed)} for row, seed in zip(rows, seeds, strict=True)]
     made = []
     for found, location in zip(each(augment, calls, [f"{p}: augment" for p in locations]), locations, strict=True):
         if not isinstance(found, Mapping):
             raise DataError(f"{location}: augment returned {type(found).__name__}: return a row (a dict)")
-        made.append(dict(found))
+        made.append(dict(found) if layout is None else layout(dict(found), location))
     return made
 
 

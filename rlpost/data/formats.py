@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from rlpost.data.labelled_formats import (
     encode_several,
     encode_steps,
 )
-from rlpost.data.messages import is_trained, opening, validate
+from rlpost.data.messages import SYSTEM, is_trained, opening, validate
 from rlpost.data.params import DataRole as DataRole
 from rlpost.data.unrendered import Unrendered
 from rlpost.errors import DataError
@@ -53,7 +53,7 @@ class Format(StrEnum):
     """As a prompt: the conversation without the assistant turn it ends with."""
 
 
-_COLUMNS = {
+COLUMNS = {
     Format.pair: ("chosen", "rejected"),
     Format.ranked: ("prompt", "completions", "scores"),
     Format.ranked_pair: ("chosen", "rejected"),
@@ -67,6 +67,7 @@ _COLUMNS = {
     Format.prompt: ("prompt",),
     Format.opening: ("messages",),
 }
+"""The columns that a format is recognised by."""
 _FORMATS = {
     None: (Format.pair, Format.completion, Format.several, Format.messages, Format.text, Format.prompt),
     DataRole.completions: (Format.completion, Format.several, Format.messages, Format.text),
@@ -90,26 +91,37 @@ _EXAMPLES = {
 
 
 _USUAL = {
-    "prompt": ("question", "query", "instruction", "problem"),
-    "completion": ("answer", "response", "output", "solution"),
+    "prompt": ("question", "query", "instruction", "problem", "user", "input"),
+    "completion": ("answer", "response", "output", "solution", "assistant", "target"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted"),
     "rejected": ("rejected_response", "response_rejected", "dispreferred"),
     "label": ("kto_tag",),
     "completions": ("responses", "answers", "candidates"),
     "scores": ("rewards", "ratings"),
+    "steps": ("completions",),
 }
 """Role -> usual names of its column; they are proposed, never read by themselves."""
+_BESIDE = (*SYSTEM, "history", "context", "input")
+"""Columns that say more of what is asked: with one of them, alpaca's roles are proposed."""
 
 
 def _mapping(columns: Sequence[str], need: DataRole | None) -> str:
     """The `columns` to add: exact if each role has one candidate, or else with COLUMN to be replaced."""
     for form in _FORMATS[need]:
         asked = [c for c in ("prompt", *_USUAL["prompt"]) if c in columns]
-        roles = ("prompt", *_COLUMNS[form]) if "rejected" in _COLUMNS[form] and asked else _COLUMNS[form]
+        roles = ("prompt", *COLUMNS[form]) if "rejected" in COLUMNS[form] and asked else COLUMNS[form]
+        beside = [c for c in columns if c in _BESIDE and [c] != asked]
         found = {role: [c for c in columns if c == role or c in _USUAL.get(role, ())] for role in roles}
+        renamed = {role: role for role in roles}
+        if beside and form in (Format.completion, Format.labelled, Format.pair) and "prompt" in found:
+            renamed |= {"prompt": "instruction", "completion": "output"}
+            found["prompt"] = [c for c in found["prompt"] if c not in beside]
+            if "context" in beside:
+                renamed["input"], found["input"] = "input", [c for c in beside if c in ("context", "input")]
         if all(len(candidates) == 1 for candidates in found.values()):
-            named = [f"{role}: {candidates[0]}" for role, candidates in found.items() if candidates[0] != role]
-            return f"columns: {{{', '.join(named)}}}"
+            named = [f"{renamed[r]}: {given[0]}" for r, given in found.items() if given[0] != renamed[r]]
+            if named:
+                return f"columns: {{{', '.join(named)}}}"
     return _EXAMPLES[need]
 
 
@@ -119,11 +131,24 @@ def recognise(rows: Sequence[Row], where: str, need: DataRole | None = None) -> 
     Raises:
         DataError: none fits.
     """
-    columns = [str(c) for c in rows[0]]
-    for form in _FORMATS[need]:
-        if all(column in columns for column in _COLUMNS[form]):
-            return form
-    wanted = " or ".join(f"({', '.join(_COLUMNS[form])})" for form in _FORMATS[need])
+    form = fitting(list(rows[0]), need)
+    if form is None:
+        refuse(rows[0], where, need)
+    return form
+
+
+def fitting(columns: Sequence[str], need: DataRole | None) -> Format | None:
+    """The first format for `need` whose columns are all there."""
+    return next((form for form in _FORMATS[need] if all(column in columns for column in COLUMNS[form])), None)
+
+
+def refuse(row: Row, where: str, need: DataRole | None) -> NoReturn:
+    """Raise DataError: the row's columns fit no format; with the mapping to add."""
+    columns = [str(c) for c in row]
+    beside = "" if "prompt" in columns else "prompt, "
+    wanted = " or ".join(
+        f"({beside if 'rejected' in COLUMNS[form] else ''}{', '.join(COLUMNS[form])})" for form in _FORMATS[need]
+    )
     raise DataError(
         f"{where} has the columns {', '.join(columns) or 'none'}, needed are {wanted}: "
         f"name them with {_mapping(columns, need)}"
@@ -136,14 +161,28 @@ def encode(row: Row, form: Format, codec: Codec, location: str) -> Group:
     Raises:
         DataError: the row is malformed; the message begins with `location`.
     """
-    plain = form is not Format.recorded and all(isinstance(text, str) for text in texts_of(row, form))
-    if plain and codec.strict and row.get("tools"):
+    texts = texts_of(row, form)
+    if codec.strict and form is not Format.recorded and all(isinstance(text, str) for text in texts):
+        _refuse_unread(row, form, texts, location)
+    return _ENCODERS[form](row, codec, location)
+
+
+def _refuse_unread(row: Row, form: Format, texts: Sequence[str], location: str) -> None:
+    """Refuse columns that belong to a prompt and are not read where it is plain text."""
+    if row.get("tools"):
         raise Unrendered(
             location,
             "its column 'tools' is not read, for it is plain text and has no chat template",
             "give its prompt as messages, rename the column (with `map`)",
         )
-    return _ENCODERS[form](row, codec, location)
+    for column in SYSTEM if form is not Format.text else ():
+        said = row.get(column)
+        if said and not (isinstance(said, str) and any(said in text for text in texts)):
+            raise Unrendered(
+                location,
+                f"its column {column!r} is not read, for its prompt is plain text",
+                f'put it into the prompt, columns: {{prompt: "{{{column}}} {{COLUMN}}"}}, or rename it (with `map`)',
+            )
 
 
 def _pair(row: Row, codec: Codec, location: str) -> Group:
@@ -199,7 +238,7 @@ def is_plain(row: Row, form: Format, stop: str) -> bool:
 
 def texts_of(row: Row, form: Format) -> list[Any]:
     """The texts, or messages, in the columns of a row's format."""
-    columns = _COLUMNS[form] if form in (Format.text, Format.messages, Format.opening) else ("prompt", *_COLUMNS[form])
+    columns = COLUMNS[form] if form in (Format.text, Format.messages, Format.opening) else ("prompt", *COLUMNS[form])
     values = [row.get(column) for column in columns if column in (*_TEXTS, "messages")]
     items = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
     return [item for item in items if item is not None]

@@ -22,7 +22,8 @@ from rlpost.data.encoders import (
 from rlpost.errors import DataError
 from rlpost.types import Completion, Group
 
-_TRUE, _FALSE = ("true", "1", "yes", "good"), ("false", "0", "no", "bad")
+_TRUE = ("true", "1", "yes", "good", "desirable", "thumbs up")
+_FALSE = ("false", "0", "no", "bad", "undesirable", "thumbs down")
 
 
 def encode_labelled(row: Row, codec: Codec, location: str) -> Group:
@@ -34,7 +35,7 @@ def encode_labelled(row: Row, codec: Codec, location: str) -> Group:
     if "label" not in row:
         raise DataError(f"{location} {missing('label', row)}")
     given = row["label"]
-    word = str(given).strip().lower()
+    word = str(given).strip().lower().replace("_", " ")
     if isinstance(given, float) or word not in (*_TRUE, *_FALSE):
         raise DataError(f"{location}: 'label' is {given!r:.40}, neither true (desirable) nor false")
     group = encode_answered(row, codec, location)

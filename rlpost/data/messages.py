@@ -12,6 +12,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 MARKS = ("weight", "train")
 """Keys of a message that say whether it is trained: OpenAI's `weight: 0`, and `train: false`."""
 
+SYSTEM = ("system", "system_prompt")
+"""Columns that hold a system message."""
+
 Message = dict[str, Any]
 
 

@@ -18,7 +18,8 @@ from rlpost.data.encoding import Augment, Encoder, SourceEncoder, augmented
 from rlpost.data.files import Chunk
 from rlpost.data.fitting import Limit, RowOutcomes
 from rlpost.data.flat import Flat, Writer
-from rlpost.data.formats import DataRole, Format, recognise
+from rlpost.data.formats import DataRole
+from rlpost.data.layouts import ReadAs, read_as
 from rlpost.data.origins import Reading, Row, identity_of, label, read_back
 from rlpost.data.params import Source
 from rlpost.errors import DataError
@@ -61,6 +62,7 @@ class Part:
     outcomes: RowOutcomes
     named: Mapping[str, str]
     """The source's `columns`."""
+    read_as: ReadAs
 
     def __len__(self) -> int:
         return len(self.flat)
@@ -74,7 +76,7 @@ class Part:
         if self.augment is None:
             return [self.flat.group(i) for i in rows]
         locations = [self.location(self.flat.number(i)) for i in rows]
-        rows_now = augmented(self.augment, [self.flat.row(i) for i in rows], seeds, locations)
+        rows_now = augmented(self.augment, [self.flat.row(i) for i in rows], seeds, locations, self.read_as.layout)
         return [self.encoder(row, location, RowOutcomes()) for row, location in zip(rows_now, locations, strict=True)]
 
 
@@ -102,9 +104,10 @@ def open_part(
         where = reading.location(number)
         return f"{key} ({where})" if source.path and where.startswith(source.path) else f"{about} {where}"
 
-    def read(line: bytes) -> Row:
+    def parse(line: bytes) -> Row:
         row, as_it_came = read_back(line)
-        return naming(row, about) if as_it_came else row
+        row = naming(row, about) if as_it_came else row
+        return row if read.layout is None or augment or not as_it_came else read.layout(row, about)
 
     def write(writer: Writer) -> None:
         chunks = reading.chunks()
@@ -112,31 +115,30 @@ def open_part(
         sample = first.rows[:1]
         if augment is not None:
             sample = augmented(augment, sample, [seed], [location(first.numbers[0])])
-        form = recognise(sample, about, need)
-        encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
+        found = read_as(sample, about, need, source.columns)
+        encoder = Encoder(found.form, codec, limit, source.direction, source.unrendered)
         outcomes = RowOutcomes()
-        rows = chain([first], chunks)
-        SourceEncoder(encoder, about, location, augment, seed, outcomes).write(
-            check(rows, reading.location) if check else rows, writer
-        )
+        rows: Iterator[Chunk] = chain([first], chunks)
+        rows = check(rows, reading.location) if check else rows
+        SourceEncoder(encoder, about, location, augment, seed, outcomes, found).write(rows, writer)
         if not outcomes.counts["kept"]:
             raise DataError(outcomes.nothing_left(about, limit.max_length))
-        writer.finish({"format": form.name, "became": outcomes.to_json()})
+        writer.finish({**found.to_json(), "became": outcomes.to_json()})
 
     if shelf is None:
         in_memory = Writer()
         write(in_memory)
-        flat = Flat(in_memory.arrays(), read)
+        flat = Flat(in_memory.arrays(), parse)
     else:
         each_draw = [identity_of(source.augment, augment), seed] if source.augment and augment else None
         options = [about, need, asdict(limit), source.direction, source.unrendered, each_draw, check and check.identity]
         identity = [reading.identity(), options, codec.identity(), _code()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-        flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), read)
-    form = Format[flat.about["format"]]
-    encoder = Encoder(form, codec, limit, source.direction, source.unrendered)
+        flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), parse)
+    read = ReadAs.from_json(flat.about)
+    encoder = Encoder(read.form, codec, limit, source.direction, source.unrendered)
     outcomes = RowOutcomes.from_json(flat.about["became"])
-    return Part(about, source.weight, flat, encoder, location, augment, outcomes, source.columns)
+    return Part(about, source.weight, flat, encoder, location, augment, outcomes, source.columns, read)
 
 
 def _fill(folder: Path, write: Callable[[Writer], None]) -> None:

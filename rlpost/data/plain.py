@@ -16,6 +16,7 @@ from rlpost.data.batch import Pieces
 from rlpost.data.codec import Codec
 from rlpost.data.flat import Block, texts
 from rlpost.data.formats import Format
+from rlpost.data.messages import SYSTEM
 
 Row = Mapping[str, Any]
 Ints = NDArray[np.int64]
@@ -65,7 +66,10 @@ class Plain:
         lengths_RK = np.concatenate([self._ids.lengths_U, [0]])[codes_RK]
         length_R = lengths_RK[:, 0] + (lengths_RK[:, 1:].max(1) if len(columns) > 1 else 0)
         more = ("tools", "margin") if form is Format.pair else ("tools",)
-        no_more_R = np.array([not any(row.get(column) is not None for column in more) for row in rows], np.bool_)
+        no_more_R = np.array(
+            [not any(row.get(c) is not None for c in more) and not any(row.get(c) for c in SYSTEM) for row in rows],
+            np.bool_,
+        )
         self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= max_length) & no_more_R
         """[R] True for rows that are encoded here."""
         if form is Format.pair:

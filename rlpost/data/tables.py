@@ -13,13 +13,16 @@ from typing import IO, Any
 
 from rlpost.data.compressed import open_bytes
 from rlpost.data.files import AT_ONCE, BYTES_AT_ONCE, Chunk, refuse_lone_surrogates
+from rlpost.data.turns import quoted_messages
 from rlpost.errors import DataError
 
 _LARGEST_CELL = 1 << 27
 _READ = 1 << 20
 _INK = re.compile(r"[^ \t\r\n]")
 _SEPARATORS = ",;\t|"
-_JSON_CELLS = ("messages", "conversations", "conversation", "completions", "scores", "steps", "labels")
+_MESSAGE_CELLS = ("prompt", "completion", "chosen", "rejected")
+"""Columns that hold texts or messages: a cell of them that is the JSON of messages is read as such."""
+_JSON_CELLS = ("messages", "conversations", "conversation", "completions", "scores", "steps", "labels", "history")
 """Columns that hold lists: a cell of them that begins with a bracket is read as JSON."""
 
 Row = dict[str, Any]
@@ -84,6 +87,9 @@ def _row(header: list[str], cells: list[str], location: str) -> Row:
                 row[column] = json.loads(row[column])
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{location}: {column!r} is not JSON ({error})") from error
+    for column in _MESSAGE_CELLS:
+        if column in row and (messages := quoted_messages(row[column])) is not None:
+            row[column] = messages
     return row
 
 
