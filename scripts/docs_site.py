@@ -23,6 +23,8 @@ CONFIG = ROOT / "zensical.toml"
 FENCE = re.compile(r"^(\s*)(```+)(\w+)(?: +(\S.*))?$")
 ITEM = re.compile(r"^ {0,3}(?:[-*]|\d+\.) ")
 TABLE = re.compile(r"^\s*\|")
+PLACES = re.compile(r"(`[^`]*`|\]\([^)]*\))")
+"""Code, and where a link leads."""
 
 
 def main() -> None:
@@ -60,10 +62,28 @@ def rewritten(text: str) -> str:
             or (TABLE.match(line) and not TABLE.match(before))
         ):
             lines.append("")
-        elif heading := re.match(r"^(#+) (.+)$", line):
+        if not closing and (heading := re.match(r"^(#+) (.+)$", line)):
             line = f"{line} {{ #{anchor(heading[2])} }}"
+        elif not closing and not line.startswith("    "):
+            line = formulas(line)
         lines.append(line)
     return "\n".join(lines) + "\n"
+
+
+def formulas(line: str) -> str:
+    """Indices and exponents, outside of code and links: `x_{k}` and `r_k` lowered, `e^{x}` and `e^(x)` raised."""
+    if line.count("`") % 2:  # code that goes on in the next line
+        return line
+    parts = PLACES.split(line)
+    for i in range(0, len(parts), 2):
+        indexed = re.sub(r"(\b[^\W_]+|\))_([a-z])(?!\w)", r"\1<sub>\2</sub>", parts[i])
+        indexed = re.sub(r"_\{([^{}]*)\}", r"<sub>\1</sub>", indexed)
+        parts[i] = re.sub(
+            r"\^(?:\{([^{}]*)\}|(\([^()]*(?:\([^()]*\)[^()]*)*\))|(\w))",
+            lambda m: f"<sup>{m[1] or m[2] or m[3]}</sup>",
+            indexed,
+        )
+    return "".join(parts)
 
 
 def anchor(heading: str) -> str:

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 import docs_site
-from docs_site import DOCS, anchor, broken_links, first_sentence, llms, pages, rewritten
+from docs_site import DOCS, anchor, broken_links, first_sentence, formulas, llms, pages, rewritten
 
 from rlpost.recipe.files import packaged
 
@@ -36,6 +36,13 @@ def test_what_the_site_reads_otherwise_is_rewritten() -> None:
         *["| a |", "|---|"],
     ]
     assert anchor("KL to the reference") == "kl-to-the-reference"
+
+
+def test_formulas_have_indices_and_exponents() -> None:
+    assert formulas("Σ_{k≥t} γ^{k−t} r_k") == "Σ<sub>k≥t</sub> γ<sup>k−t</sup> r<sub>k</sub>"
+    assert formulas("e^{s_i} + e^(−(a)/β)·x^2") == "e<sup>s<sub>i</sub></sup> + e<sup>(−(a)/β)</sup>·x<sup>2</sup>"
+    for kept in ("`x^2` and `r_k`", "[x](a_b.md#c_d)", "pass_at_k of logp_N", "`r_k and"):
+        assert formulas(kept) == kept
 
 
 def test_llms_txt_names_every_page_with_a_sentence() -> None:
