@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from statistics import median
+from collections.abc import Iterator
 from typing import Any
 
 from rlpost import console
+from rlpost.cli.lengths import Lengths, histogram, limits, packing
 from rlpost.data.codec import Codec, make_codec
+from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
+from rlpost.policy.params import Attention
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.lookup import find_checkpoint
 from rlpost.types import Group
@@ -31,24 +33,30 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
             codec, positions = make_codec(_tokenizer(resolved)), _positions(resolved)
         data = open_rows(resolved, name, codec, positions)
         lines += [f"stages.{name}", *(f"  {console.clean(line)}" for line in data.notices)]
-        lines += _lines(codec.tokenizer, data.all(), stage.rows(), n)
+        lines += (f"  {line}" for line in _lines(resolved, stage, data, codec.tokenizer, n))
     return lines
 
 
-def _lines(tokenizer: Any, groups: Sequence[Group], need: DataRole, n: int) -> Iterator[str]:
-    yield "  " + _lengths("prompt", [len(g.prompt) for g in groups])
-    completions = [c for g in groups for c in g.completions]
-    if completions:
-        yield "  " + _lengths("completion", [len(c.ids) for c in completions])
-        yield "  " + _lengths("trained", [c.actions for c in completions])
-    for group in groups[:n]:
+def _lines(resolved: Resolved, stage: Any, data: Dataset, tokenizer: Any, n: int) -> Iterator[str]:
+    counted = Lengths()
+    first: list[Group] = []
+    for group in data.every():
+        counted.add(group)
+        if len(first) < n:
+            first.append(group)
+    need = stage.rows()
+    yield limits(counted.rows, data)
+    yield from (f"  {line}" for line in histogram(counted.rows))
+    yield from packing(stage, data, need, padded=resolved.config.model.attention is Attention.padded)
+    yield from counted.lines()
+    for group in first:
         yield from _shown(tokenizer, group, need)
 
 
 def _shown(tokenizer: Any, group: Group, need: DataRole) -> Iterator[str]:
     prompt = console.clean(tokenizer.decode(group.prompt.tolist()), "⏎")
     if not group.completions:
-        yield f"  {prompt}"
+        yield prompt
     for c, annotation in zip(group.completions, _annotations(group, need), strict=True):
         text = prompt
         start = 0
@@ -59,7 +67,7 @@ def _shown(tokenizer: Any, group: Group, need: DataRole) -> Iterator[str]:
             piece = console.clean(tokenizer.decode(c.ids[start:end].tolist()), "⏎")
             text += console.marked(piece) if c.action[start] else piece
             start = end
-        yield f"  {annotation}{text}"
+        yield f"{annotation}{text}"
 
 
 def _annotations(group: Group, need: DataRole) -> list[str]:
@@ -80,10 +88,6 @@ def _annotations(group: Group, need: DataRole) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
-
-
-def _lengths(what: str, lengths: Sequence[int]) -> str:
-    return f"{what} tokens: least {min(lengths)}, median {median(lengths):g}, most {max(lengths)}"
 
 
 def _tokenizer(resolved: Resolved) -> Any:

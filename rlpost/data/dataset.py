@@ -59,10 +59,20 @@ class Dataset:
     def notices(self) -> list[str]:
         """Messages for the user: the formats recognised, and rows dropped, cut or changed."""
         lines = [f"{p.label}: {len(p)} rows, read as {p.read_as.said}" for p in self._parts]
+        return [*lines, *self.outcomes.notices(self.max_length)]
+
+    @property
+    def outcomes(self) -> RowOutcomes:
+        """Counts of rows kept, dropped, cut and changed."""
         outcomes = RowOutcomes()
         for part in self._parts:
             outcomes.add(part.outcomes)
-        return [*lines, *outcomes.notices(self._limit.max_length)]
+        return outcomes
+
+    @property
+    def max_length(self) -> int:
+        """The longest that a row may be."""
+        return self._limit.max_length
 
     @cached_property
     def fingerprint(self) -> str:

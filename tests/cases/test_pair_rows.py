@@ -100,6 +100,7 @@ def test_show_keeps_to_the_limits_of_the_stage(folder, here, tally):
         folder, "sft", [{"prompt": "a", "completion": "b" * n} for n in (2, 9)], max_length=8, too_long="drop"
     )
     assert "1 of 2 rows dropped: longer than 8 tokens" in dropped.out
+    assert "row lengths: p50 4, p95 4, most 4, limit 8: 1 dropped" in dropped.out
     assert show(folder, "sft", [{"prompt": "a", "completion": "b" * 600}], max_length=1024).refused(
         3, "the limit is 512"
     )
