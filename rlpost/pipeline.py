@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
@@ -45,11 +46,14 @@ from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.manifest import measure, verify
+from rlpost.run.names import TRACKERS
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stage_rows import open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
+from rlpost.trackers.api import About
+from rlpost.trackers.mirrors import Mirrors, check, open_mirrors
 from rlpost.unexpected import traceback_kept
 from rlpost.usercode.binding import bind
 
@@ -69,8 +73,7 @@ class Progress:
 def train(resolved: Resolved, allow_change: bool = False) -> Path:
     """Run the recipe's stages, resuming unfinished ones; returns the last checkpoint.
 
-    Functions, their arguments, and the data of all stages are checked first. Rows are encoded once for that, and cached
-    in the run.
+    Functions, their arguments, and the data of all stages are checked first; rows are encoded once for that.
 
     Raises:
         RlpostError: any of its kinds, see errors.py.
@@ -82,19 +85,20 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         torch.set_num_threads(recipe.threads)
     keep_freed_memory()
     accelerator = the_accelerator()
-    functions = functions_of(resolved)
+    code = functions_of(resolved)
     with (
-        open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, functions, _leaves(recipe)) as run,
+        open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
+        _mirrors(resolved, run) as mirrors,
     ):
         bfloat16 = _bfloat16(run, recipe.model.precision, accelerator.device)
         base = base_checkpoint(resolved, run)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
         shelf = Shelf(run.path)
-        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, functions, memo, shelf)
+        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, code, memo, shelf, mirrors)
         _encode_rows(resolved, run, base, shelf, evaluations)
         evaluations.after("base", base, done.checkpoints)
         for name, stage in _enabled(recipe).items():
@@ -118,6 +122,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 rollouts=recipe.rollouts,
                 allow_change=allow_change,
                 shelf=shelf,
+                mirrors=mirrors,
                 check=readable_references(stage, f"stages.{name}", stage.rows()),
             )
             _run_stage(context, stage, done, evaluations)
@@ -132,6 +137,12 @@ def functions_of(resolved: Resolved) -> dict[str, str]:
     found = {f"{b.file}:{b.name}": b.sha256 for b in bind_all(resolved.config, resolved.folder) if b.sha256}
     found |= {stage.kind: stage.file[1] for stage in _enabled(resolved.config).values() if stage.file}
     return found | {str(file): measure(file)["sha256"] for file in files_of(resolved.config, resolved.folder)}
+
+
+def _mirrors(resolved: Resolved, run: RunDirectory) -> AbstractContextManager[Mirrors]:
+    logging = resolved.config.logging
+    about = About(run.path, run.record.run, logging.project, run.record.config, run.path / TRACKERS)
+    return open_mirrors(logging, about, resolved.folder)
 
 
 def _enabled(recipe: Recipe) -> dict[str, Stage]:
@@ -168,6 +179,7 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         RecipeError: a function or an argument is wrong.
         DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
     """
+    check(resolved.config.logging, resolved.folder)
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
@@ -283,6 +295,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     longer = result is not None and _asks_for_more(context, stage)
     if result is not None and not longer:
         _inputs_must_be_the_same(context, done)
+        context.mirrors.catch_up(context.name, context.out.path)
         console.say(f"{context.name}: done already")
     else:
         evaluations.forget(context.name)

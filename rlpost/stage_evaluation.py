@@ -22,7 +22,7 @@ from rlpost.data.part import Shelf
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate
 from rlpost.evaluate.params import Evaluation
-from rlpost.evaluate.table import print_answers, print_stages, telling_prompts
+from rlpost.evaluate.table import print_answers, print_stages, stage_table, telling_prompts
 from rlpost.policy.identity import identity
 from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
@@ -37,6 +37,7 @@ from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.stages.references import readable_references
+from rlpost.trackers.mirrors import Mirrors
 from rlpost.types import Group
 from rlpost.usercode.binding import bind
 from rlpost.usercode.params import ENVIRONMENT
@@ -60,6 +61,7 @@ class StageEvaluations:
         functions: Mapping[str, str],
         memo: dict[str, Contents],
         shelf: Shelf | None = None,
+        mirrors: Mirrors | None = None,
     ) -> None:
         """Nothing is evaluated yet.
 
@@ -71,7 +73,9 @@ class StageEvaluations:
             functions: file and name -> sha256, of the user's own functions.
             memo: path -> contents of a model's folder, as far as known; added to.
             shelf: the cache of encoded rows.
+            mirrors: trackers that are sent the evaluations.
         """
+        self._mirrors = mirrors or Mirrors()
         self._resolved = resolved
         self._cfg: Evaluation | None = resolved.config.evaluation
         self._run = run
@@ -101,8 +105,11 @@ class StageEvaluations:
             return
         self._names.append(name)
         about = self._about(name, checkpoint, known)
-        if self._is_done(name, about):
-            return
+        if not self._is_done(name, about):
+            self._evaluate(name, checkpoint, known, self._cfg)
+        self._mirror(name)
+
+    def _evaluate(self, name: str, checkpoint: Path, known: Mapping[str, Path], cfg: Evaluation) -> None:
         policy = load_policy(
             checkpoint,
             self._resolved.config.model,
@@ -111,7 +118,7 @@ class StageEvaluations:
             trainable=False,
         )
         console.say(f"evaluating {name}")
-        prompts, result = evaluate_recipe(self._resolved, self._cfg, policy, known, self._shelf)
+        prompts, result = evaluate_recipe(self._resolved, cfg, policy, known, self._shelf)
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
@@ -122,6 +129,15 @@ class StageEvaluations:
         # A model that was just downloaded has contents only now.
         about = self._about(name, checkpoint, known)
         write_atomic(self._file(name, "proof"), seal({**about, "files": files}))
+
+    def _mirror(self, name: str) -> None:
+        results = self._results()
+        number = len(results) - 1
+        self._mirrors.evaluation(name, number, results[name], self._file(name, "jsonl"))
+        self._mirrors.table("evaluation/stages", number, *stage_table(results))
+
+    def _results(self) -> dict[str, Any]:
+        return {name: json.loads(self._file(name).read_text("utf-8")) for name in self._names}
 
     def forget(self, name: str) -> None:
         """Remove the evaluation of stage `name`, which is about to be trained again."""
@@ -196,8 +212,7 @@ class StageEvaluations:
         """The table of all stages, and a few prompts answered before and after."""
         if self._cfg is None or not self._names:
             return
-        results: dict[str, Any] = {n: json.loads(self._file(n).read_text("utf-8")) for n in self._names}
-        print_stages(results)
+        print_stages(self._results())
         if self._cfg.show and self._cfg.greedy and len(self._names) > 1:
             self._print_answers(self._cfg.show)
 

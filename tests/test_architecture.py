@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"console", "objectives", "types"},
     {"usercode"},
     {"data", "rewards", "run"},
-    {"policy"},
+    {"policy", "trackers"},
     {"engine"},
     {"environments", "train"},
     {"evaluate", "oracle"},
@@ -79,7 +79,7 @@ LIGHT = (
         "results",
         "rewards",
     ),
-    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "sweep", "unexpected", "usercode"),
+    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "trackers", "sweep", "unexpected", "usercode"),
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60

@@ -107,6 +107,14 @@ def test_a_data_format(train) -> None:
     assert "2 rows, read as prompt, completion" in err
 
 
+def test_a_tracker(train) -> None:
+    stage, _ = train("tracked")
+    found = {tuple(line.split(",")) for line in (stage.parent / "all.csv").read_text("utf-8").splitlines()}
+    logged = [(row.pop("step"), row) for row in lines(stage / "metrics.jsonl")]
+    assert found == {(f"grpo/{name}", str(step), str(float(row[name]))) for step, row in logged for name in row}
+    assert len(logged) == 2
+
+
 def test_what_python_may_call_is_there() -> None:
     told = re.findall(r"`(rlpost(?:\.\w+)+)\.(\w+)`", PAGE.read_text("utf-8").partition("## From Python")[2])
     assert len(told) > 8

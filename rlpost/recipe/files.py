@@ -21,7 +21,7 @@ MAX_FILES = 50
 SHARED = "(shared"
 """The description of a recipe that only others inherit from begins with this."""
 _KINDS: dict[type, str] = {list: "a list", str: "text"}
-GROUPS = ("model",)
+GROUPS = ("model", "logging")
 """Sections that may be chosen by name: `model: smollm2` is the file model/smollm2.yaml."""
 
 

@@ -23,6 +23,7 @@ from rlpost.recipe.validate import validate
 from rlpost.section import MISSING, Local, join, marked, walk
 from rlpost.strict_yaml import dump
 from rlpost.suggest import asked, edits
+from rlpost.trackers.params import Logging
 from rlpost.usercode.params import Function
 from rlpost.usercode.places import OF_FILE, expanded, locate, users_file
 
@@ -123,6 +124,8 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
             section.fn = locate(section.fn, join(where, "fn"), folders)
         if isinstance(section, EngineChoice):
             section.engine = locate(section.engine, join(where, "engine"), folders)
+        if isinstance(section, Logging):
+            section.to = [locate(to, join(join(where, "to"), i), folders) for i, to in enumerate(section.to)]
         for key, info in type(section).model_fields.items():
             given = getattr(section, key)
             if marked(info, Local) and given and given != MISSING and given not in config.stages:

@@ -11,6 +11,7 @@ from rlpost.engine.params import EngineChoice
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Model
 from rlpost.section import Section
+from rlpost.trackers.params import Logging
 
 
 class Recipe(Section):
@@ -37,8 +38,10 @@ class Recipe(Section):
     rollouts: EngineChoice = Field(default_factory=EngineChoice)
     """What samples completions, unless a stage or the evaluation has its own `rollouts`."""
     stages: dict[str, Any] = Field(default_factory=dict)
-    """Stages by name, in order. A name is the stage's directory: letters, digits, `_` and `-`, but not `base`, `start`
-    or `evaluation`."""
+    """Stages by name, in order. A name is the stage's directory: letters, digits, `_` and `-`, but not `base`,
+    `start`, `evaluation` or `trackers`."""
+    logging: Logging = Field(default_factory=Logging)
+    """Trackers that mirror the run; none by default."""
     evaluation: Evaluation | None = None
     """Held-out evaluation; without it there is none."""
 
@@ -50,6 +53,7 @@ class Recipe(Section):
         """The sections that are used, each with its key path: all but disabled stages."""
         yield "model", self.model
         yield "rollouts", self.rollouts
+        yield "logging", self.logging
         yield from ((f"stages.{name}", stage) for name, stage in self.enabled().items())
         if self.evaluation is not None:
             yield "evaluation", self.evaluation

@@ -20,6 +20,8 @@ from rlpost.usercode.places import users_file
 _RUN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,79}")
 _STAGE = re.compile(r"[A-Za-z0-9_-]{1,80}")  # a dot would end the name in a key path
 _RESERVED = ("base", "start", "evaluation")
+_TRACKERS = "trackers"
+"""The run's folder for them."""
 
 
 def validate(recipe: Recipe) -> list[str]:
@@ -59,6 +61,8 @@ def _stage_names(recipe: Recipe) -> Iterator[str]:
         where = join("stages", name)
         if name in _RESERVED:
             yield f"{where}: {name!r} means something else in `start` and `reference` - choose another name"
+        elif name == _TRACKERS:
+            yield f"{where}: a run keeps its trackers in a folder of that name - choose another name"
         elif not _STAGE.fullmatch(name):
             yield f"{where}: {name!r} is no name for a stage - use letters, digits, '_' and '-'"
 

@@ -127,7 +127,7 @@ def open_run(
 def something_trained(run: Path) -> bool:
     """Whether a stage of the run, of whatever recipe, has a checkpoint or a result."""
     with disk_errors(run):
-        folders = [p for p in run.iterdir() if p.is_dir() and p.name not in (names.BASE, names.EVALUATION)]
+        folders = [p for p in run.iterdir() if p.is_dir() and p.name not in names.FOLDERS]
         return any(_trained(folder).begun for folder in folders)
 
 

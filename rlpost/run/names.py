@@ -1,7 +1,8 @@
 """Names of the files and folders of a run.
 
 runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
-                       base/ (a model made from scratch), evaluation/, data.cache/ (encoded rows; may be deleted)
+                       base/ (a model made from scratch), evaluation/, trackers/, data.cache/ (encoded rows; may be
+                       deleted)
 runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
 *.tmp-PID              being written; left behind only by a kill, and removed on resume
 *.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
@@ -24,8 +25,11 @@ LOCK = ".lock"
 HOLDER = ".pid"
 BASE = "base"
 EVALUATION = "evaluation"
+TRACKERS = "trackers"
 CACHE = "data.cache"
 """No stage can have this name."""
+FOLDERS = (BASE, EVALUATION, TRACKERS)
+"""Folders of a run that are no stage."""
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
 ROLLOUTS = "rollouts"
@@ -91,9 +95,9 @@ def run_path(runs: Path, name: str) -> Path:
 
 def stage_path(run: Path, name: str) -> Path:
     """The directory of a stage; raises RecipeError for a name that is malformed or leads out of the run."""
-    if not _STAGE.fullmatch(name) or name in (BASE, EVALUATION):
+    if not _STAGE.fullmatch(name) or name in FOLDERS:
         raise RecipeError(
-            f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {BASE!r} or {EVALUATION!r}"
+            f"stages.{name}: not a name of a stage: use 1 to 80 of A-Z a-z 0-9 _ -, and not {', '.join(FOLDERS)}"
         )
     path = run / name
     if not path.resolve().is_relative_to(run.resolve()):

@@ -47,6 +47,7 @@ from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import FROM_HERE
 from rlpost.run.stage import StageDirectory
+from rlpost.trackers.mirrors import Mirrors
 from rlpost.train.learner import Learner, Trainable
 from rlpost.train.loop import Loop, Stateful, Weights
 from rlpost.train.schedules import learning_rate_factor
@@ -92,6 +93,8 @@ class Context:
     """Where its rows are kept once they are encoded."""
     check: Check | None = None
     """A further check of its rows."""
+    mirrors: Mirrors = field(default_factory=Mirrors)
+    """Trackers that are sent what is logged."""
 
     def seed_for(self, purpose: str, number: int = 0) -> int:
         """A seed of this stage's own for one purpose, the same in every process and every run."""
@@ -225,6 +228,7 @@ class Context:
             checkpoint_every=cfg.checkpoint_every,
             keep=cfg.keep_checkpoints,
             log_every=cfg.log_every,
+            mirrors=self.mirrors,
         )
 
     def checkpoint(self, name: str) -> Path:

@@ -19,6 +19,7 @@ from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.stage import StageDirectory
+from rlpost.trackers.mirrors import Mirrors
 from rlpost.train.learner import Learner
 from rlpost.train.symptoms import Watch
 from rlpost.train.throughput import Throughput, shown
@@ -74,6 +75,7 @@ class Loop:
         checkpoint_every: int,
         keep: int,
         log_every: int = 1,
+        mirrors: Mirrors | None = None,
     ) -> None:
         """Prepare; nothing is read or written yet.
 
@@ -89,6 +91,7 @@ class Loop:
             checkpoint_every: steps between checkpoints; there is one after the last step in any case.
             keep: checkpoints kept.
             log_every: steps between lines of the log.
+            mirrors: trackers that are sent what is logged.
         """
         self._title = title
         self._out = out
@@ -101,6 +104,7 @@ class Loop:
         self._every = checkpoint_every
         self._keep = keep
         self._log_every = log_every
+        self._mirrors = mirrors or Mirrors()
         self._live: dict[str, float] = {}
         self._saved = 0
         self._watch = Watch(title)
@@ -127,6 +131,8 @@ class Loop:
                 f"ask for at least {first}, or remove {self._out.path} to train it again"
             )
         self._out.reopen()
+        if self._main:
+            self._mirrors.catch_up(self._title, self._out.path)
         if first:
             console.say(f"{self._title}: resumes after step {first} of {self._steps}")
         with console.Progress(self._title, self._steps, start=first) as progress:
@@ -167,11 +173,12 @@ class Loop:
         if self._main and (step + 1) % self._log_every == 0:
             self._out.log(step + 1, metrics)
             self._watch.see(step + 1, metrics)
+            self._mirrors.log(self._title, step + 1, metrics)
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
         if self._main:
-            self._out.rollouts(step + 1, map(_rollout_row, groups))
+            self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
 
     def _resume(self) -> int:
         checkpoint = self._out.resume()

@@ -185,7 +185,7 @@ def _check(function: Function, name: str, signature: inspect.Signature, lookup: 
 
 def _supplied_otherwise(name: str, own: list[str], lookup: Lookup, where: str) -> str:
     return (
-        f"{where}.fn: {name!r} takes ({', '.join(own)}) from the program, which gives "
+        f"{where}.{lookup.key}: {name!r} takes ({', '.join(own)}) from the program, which gives "
         f"({', '.join(lookup.supplied)}) - what a recipe sets stands after `*`"
     )
 
@@ -203,7 +203,9 @@ def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:
         return
     if not own if lookup.some else set(own) != set(lookup.supplied):
         wanted = f"{'some of ' * lookup.some}({', '.join(lookup.supplied)})"
-        raise RecipeError(f"{where}.fn: {name!r} takes ({', '.join(own)}) - a `{lookup.name}` function takes {wanted}")
+        raise RecipeError(
+            f"{where}.{lookup.key}: {name!r} takes ({', '.join(own)}) - a `{lookup.name}` function takes {wanted}"
+        )
 
 
 def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:

@@ -1,0 +1,1 @@
+"""Trackers that mirror a run: one file each, behind one door."""
