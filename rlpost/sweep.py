@@ -149,11 +149,17 @@ def table(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[str]]]:
 
 def show(outcomes: Sequence[Outcome]) -> None:
     """Print the table, and what is to be thought of its order."""
+    from rlpost.evaluate.statistics import Estimate
+    from rlpost.evaluate.table import unit
+
     columns, rows = table(outcomes)
-    evaluated = [outcome.scores[0].prompts for outcome in outcomes if outcome.scores]
-    what = f"held-out accuracy in % [95 % interval], {evaluated[0]} prompts" if evaluated else "runs"
-    console.table(f"{what}, best first" if evaluated else what, columns, rows)
-    if not evaluated:
+    scores = [score for outcome in outcomes for score in outcome.scores]
+    if scores:
+        what = unit(Estimate(s.value, s.low, s.high) for s in scores)
+        console.table(f"{what} [95 % interval], {scores[0].prompts} prompts, best first", columns, rows)
+    else:
+        console.table("runs", columns, rows)
+    if not scores:
         console.say("no run has an evaluation to be ordered by; give the recipe one (`evaluation`)")
     elif close := within_noise(outcomes):
         console.say(f"intervals of {close} of the other runs overlap the best's: their order may be chance")

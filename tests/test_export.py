@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlpost.errors import DiskError, ModelError
 from rlpost.inference import merge
-from rlpost.inference.merge import merge_checkpoint
+from rlpost.inference.card import Written, card
+from rlpost.inference.merge import about, merge_checkpoint
 from rlpost.inference.provenance import licence_of, provenance
+from rlpost.inference.sample import sample
 from rlpost.policy.check import probe_groups
 from rlpost.policy.score import logprobs
+from rlpost.recipe.sampling import sampling_from
 
+GREEDY = sampling_from(greedy=True, max_new_tokens=5)
 EVALUATION = {
     "data": {"held_out": {"task": {"fn": "addition.held_out"}, "limit": 10}},
     "rewards": [{"fn": "rewards.py:digits"}],
@@ -62,22 +68,44 @@ def test_transformers_alone_reads_the_folder_and_stops_at_the_trained_end(folder
     assert model.generation_config.eos_token_id == policy(whole).end_ids[0]
 
 
-def test_every_trained_end_is_named(folder, tmp_path):
+@pytest.fixture(scope="module")
+def turns(folder) -> Path:
     """A base whose template ends turns with a token of its own, which its generation configuration leaves out."""
-    final = tmp_path / "adapter"
-    ours = ("MANIFEST.json", "checkpoint.json", "generation_config.json")
-    shutil.copytree(folder / "runs/run/grpo/final", final, ignore=shutil.ignore_patterns(*ours))
+    base = folder / "turns"
+    shutil.copytree(folder / "runs/run/base", base, ignore=shutil.ignore_patterns("MANIFEST.json", "checkpoint.json"))
     turn = "{{ '1' if m.role == 'user' else '2' }}{{ m.content }}+"
-    tokenizer = AutoTokenizer.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = (
         f"{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}2{{% endif %}}"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["+"]})
-    tokenizer.save_pretrained(final)
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
+    config = json.loads((base / "generation_config.json").read_text("utf-8"))
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+    return base
+
+
+@pytest.mark.parametrize("overrides", [[LORA], []], ids=["adapter", "whole"])
+def test_every_trained_end_is_named_and_the_cards_code_stops_there(folder, turns, tmp_path, capsys, overrides):
+    model = {"path": str(turns), "precision": "float32"}
+    final = run(tmp_path, {"sft": {**SFT, "steps": 2, "learning_rate": 1e-3}}, *overrides, model=model)
     merge_checkpoint(str(final), str(tmp_path / "out"))
-    ends = json.loads((tmp_path / "out/generation_config.json").read_text("utf-8"))["eos_token_id"]
-    assert set(ends) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")}
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    trained = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("+")}
+    for each in (final, tmp_path / "out"):
+        assert set(json.loads((each / "generation_config.json").read_text("utf-8"))["eos_token_id"]) == trained
     assert (tmp_path / "out/chat_template.jinja").is_file()
+    assert {w.dtype for w in weights(tmp_path / "out").values()} == {torch.bfloat16 if overrides else torch.float32}
+    written = Written.adapter if overrides else Written.merged
+    text = card(final, about(policy(final), written, "float32"), str(final))
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", text)
+    code = code.replace("…", "3=").replace("max_new_tokens=256", "max_new_tokens=5, do_sample=False")
+    names: dict[str, Any] = {}
+    capsys.readouterr()
+    exec(code, names)
+    assert set(names["model"].generation_config.eos_token_id) == trained
+    assert [capsys.readouterr().out.removesuffix("\n")] == sample(str(final), "3=", sampling=GREEDY)
 
 
 def test_weights_have_the_precision_of_the_base_or_the_one_asked_for(folder, whole, tmp_path):
@@ -106,14 +134,20 @@ def test_nothing_is_overwritten_and_nothing_is_fetched(folder, tmp_path):
 
 
 def test_the_card_tells_what_the_run_knows(folder, whole):
-    card = (whole / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "trained by sft → grpo with LoRA (r=4, alpha=8)" in card
-    assert "ends with `<eos>`" in card
-    assert "| stage | greedy |\n| --- | --- |\n| base | " in card
-    assert "| grpo | grpo | 1 |" in card
-    assert "Of the base model: unknown" in card
-    assert str(folder) not in card
+    text = (whole / "README.md").read_text("utf-8")
+    assert text.startswith("---\nlibrary_name: transformers\n")
+    assert "A llama model that began as a llama with random weights, trained by sft → grpo with LoRA (r=4" in text
+    assert "ends with `<eos>`" in text
+    assert "| stage | greedy |\n| --- | --- |\n| base | " in text
+    assert "| grpo | grpo | 1 |" in text
+    assert (
+        "Held-out accuracy in %, by `rewards.py:digits`, with 95 % interval: 10 prompts (task addition.held_out)."
+        in text
+    )
+    assert "sampled answers" not in text
+    assert "no base model's licence binds it" in text
+    assert "license:" not in text
+    assert str(folder) not in text
 
 
 def test_the_card_names_no_result_of_later_stages(folder):

@@ -86,7 +86,7 @@ def test_a_finished_run_does_nothing_again_and_says_so(tmp_path, capsys):
     said = capsys.readouterr().err
     assert [f"{name}: done already" in said for name in CHAIN] == 4 * [True]
     assert "steps" not in said
-    assert "held-out accuracy" in said  # the table is printed again from what is on disk
+    assert "[95 % interval], " in said  # the table is printed again from what is on disk
 
 
 def test_a_stage_that_is_disabled_is_left_out(tmp_path):
@@ -145,7 +145,7 @@ def test_stdout_carries_the_final_path_alone(tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "train", file) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path}/runs/run/grpo/final\n"
-    assert "held-out accuracy" in err
+    assert "[95 % interval], " in err
     assert command(monkeypatch, "train", file, "--json") == 0
     assert json.loads(capsys.readouterr().out) == {
         "checkpoint": f"{tmp_path}/runs/run/grpo/final",

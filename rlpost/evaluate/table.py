@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlpost import console
 from rlpost.evaluate.evaluator import ALL, estimate_from, percent
+from rlpost.evaluate.statistics import Estimate
 
 BEST = {"best_of": "rewards", "judged": "judge"}
 """Field of a summary -> what chooses the best of a prompt's samples, as named in the table."""
@@ -35,12 +36,24 @@ def stage_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], li
     return columns, rows
 
 
+def measured(results: Iterable[Mapping[str, Mapping[str, Any]]]) -> str:
+    """What the numbers of a table of saved results (`Result.to_json`) are."""
+    return unit(estimate_from(e) for result in results for s in result.values() for e in s["accuracy"].values())
+
+
+def unit(estimates: Iterable[Estimate]) -> str:
+    """What a table of estimates shows: shares in percent, or means of scores, whose intervals may leave 0 to 100."""
+    if any(v < 0 or v > 1 for e in estimates for v in (e.value, e.low, e.high)):
+        return "held-out mean score × 100 (scores outside 0 to 1: no accuracy)"
+    return "held-out accuracy in %"
+
+
 def print_stages(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table of stages."""
     first = next(iter(results.values()))
     prompts = next(iter(first.values()))["prompts"]
     columns, rows = stage_table(results)
-    console.table(f"held-out accuracy in % [95 % interval], {prompts} prompts", columns, rows)
+    console.table(f"{measured(results.values())} [95 % interval], {prompts} prompts", columns, rows)
 
 
 def print_answers(prompts: Sequence[str], answers: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> None:

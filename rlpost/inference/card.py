@@ -8,8 +8,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rlpost.evaluate.table import stage_table
-from rlpost.inference.provenance import Provenance, is_hub_name, provenance, sources_of
+from rlpost.evaluate.table import measured, stage_table
+from rlpost.inference.provenance import UNKNOWN, Provenance, is_hub_name, provenance, sources_of
 from rlpost.strict_yaml import dump
 
 _FEW = ("steps", "epochs", "learning_rate", "batch_size", "prompts_per_step", "group_size")
@@ -55,8 +55,7 @@ def card(checkpoint: Path, about: About, name: str = REFERENCE) -> str:
         _training(known),
         _evaluation(known),
         _loading(about, name),
-        f"## Licence\n\nOf the base model: {known.licence}."
-        + (" Look it up before you pass these weights on." if known.licence == "unknown" else ""),
+        f"## Licence\n\n{_licence(known)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -75,7 +74,8 @@ def _front(known: Provenance, about: About) -> dict[str, Any]:
     if known.on_hub:
         front["base_model"] = known.base
         front["base_model_relation"] = "adapter" if about.written is Written.adapter else "finetune"
-    front["license"] = known.licence if not known.licence.startswith("see ") else "other"
+    if not known.from_scratch:
+        front["license"] = known.licence if not known.licence.startswith("see ") else "other"
     kinds = [str(s.get("kind")) for s in known.stages.values() if ".py:" not in str(s.get("kind"))]
     front["tags"] = list(dict.fromkeys(["rlpost", *kinds]))
     if known.datasets:
@@ -85,15 +85,24 @@ def _front(known: Provenance, about: About) -> dict[str, Any]:
 
 def _summary(known: Provenance, about: About) -> str:
     base = f"[{known.base}](https://huggingface.co/{known.base})" if known.on_hub else known.base
-    what = "LoRA adapter of" if about.written is Written.adapter else "fine-tuned from"
+    what = (
+        f"A LoRA adapter of {base} ({about.family})"
+        if about.written is Written.adapter
+        else f"A {about.family} model that began as {base}"
+    )
     lora = known.model.get("lora")
     ranks = f" with LoRA (r={lora['r']}, alpha={lora['alpha']:g})" if lora else ""
     path = " → ".join(known.stages) or "an unknown recipe: its run is not at hand"
     ends = ", ".join(f"`{end}`" for end in about.ends)
-    return (
-        f"A {about.family} model, {what} {base}, trained by {path}{ranks}. "
-        f"Weights in {about.dtype}; a completion ends with {ends}."
-    )
+    return f"{what}, trained by {path}{ranks}. Weights in {about.dtype}; a completion ends with {ends}."
+
+
+def _licence(known: Provenance) -> str:
+    if known.from_scratch:
+        return "Trained from random weights: no base model's licence binds it, and this card names none."
+    if known.licence == UNKNOWN:
+        return "Of the base model: unknown. Look it up before you pass these weights on."
+    return f"Of the base model: {known.licence}."
 
 
 def _training(known: Provenance) -> str:
@@ -136,10 +145,14 @@ def _evaluation(known: Provenance) -> str:
     measure = Path(str(rewards[0].get("name") or rewards[0].get("fn") or "reward")).name
     data = ", ".join(_data(known.evaluation))
     sampling = known.evaluation.get("sampling") or {}
-    drawn = [f"{k.replace('_', ' ')} {v}" for k, v in sampling.items() if k in ("temperature", "max_new_tokens")]
+    shown = {"temperature": "temperature {}", "max_new_tokens": "at most {} tokens"}
+    drawn = ", ".join(text.format(sampling[key]) for key, text in shown.items() if key in sampling)
+    is_sampled = any("sampled" in result for result in known.results.values())
+    how = f"; sampled answers at {drawn or 'their defaults'}" if is_sampled else ""
+    what = measured(known.results.values())
     return (
-        f"## Evaluation\n\n`{measure}` in % with 95 % interval, {prompts} prompts ({data}); "
-        f"sampled answers at {', '.join(drawn) or 'their defaults'}.\n\n{_table(columns, rows)}"
+        f"## Evaluation\n\n{what[0].upper()}{what[1:]}, by `{measure}`, with 95 % interval: "
+        f"{prompts} prompts ({data}){how}.\n\n{_table(columns, rows)}"
     )
 
 
@@ -150,8 +163,9 @@ def _loading(about: About, name: str) -> str:
     )
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if about.written is Written.adapter:
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig"
         load = load.replace("AutoModelForCausalLM", "AutoPeftModelForCausalLM")
+        load += f'\nmodel.generation_config = GenerationConfig.from_pretrained("{name}")  # the ends that were trained'
     prompt = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "…"}], add_generation_prompt=True,\n'
         '                                       return_tensors="pt", return_dict=True)'

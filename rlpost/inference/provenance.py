@@ -28,6 +28,8 @@ class Provenance:
     base: str
     """The model that training began with: its hub name, the name of its folder, or what it was made as."""
     on_hub: bool
+    from_scratch: bool
+    """It was made with random weights."""
     licence: str
     """Of the base, an identifier; `unknown` where neither its card nor its folder says."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -52,9 +54,9 @@ def provenance(checkpoint: Path) -> Provenance:
     revision = base_revision(checkpoint) if is_adapter(checkpoint) else None
     if run is None:
         base = base_of(checkpoint) if is_adapter(checkpoint) else str(checkpoint)
-        return Provenance(_shown(base), is_hub_name(base), licence_of(base, revision))
+        return Provenance(_shown(base), is_hub_name(base), False, licence_of(base, revision))
     config = read_config(run)
-    base, earlier = _origin(run, config)
+    base, earlier, from_scratch = _origin(run, config)
     names = list(_until(config["stages"], stage))
     own = {name: config["stages"][name] for name in names if name == stage or not _makes_rows(run, name)}
     measured = [BASE, *(n for n in names if n != stage or checkpoint.resolve().name == FINAL)]
@@ -62,6 +64,7 @@ def provenance(checkpoint: Path) -> Provenance:
     return Provenance(
         base=_shown(base),
         on_hub=is_hub_name(base),
+        from_scratch=from_scratch,
         licence=licence_of(base, revision or (config.get("model") or {}).get("revision")),
         stages={**earlier, **own},
         model=config.get("model") or {},
@@ -119,13 +122,13 @@ def _run_of(checkpoint: Path) -> tuple[Path | None, str]:
     return None, ""
 
 
-def _origin(run: Path, config: Mapping[str, Any], depth: int = 0) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The model that a chain of runs began with, and the stages of the runs before this one."""
+def _origin(run: Path, config: Mapping[str, Any], depth: int = 0) -> tuple[str, dict[str, dict[str, Any]], bool]:
+    """The model that a chain of runs began with, the stages of the runs before this one, and whether it was random."""
     model = config.get("model") or {}
     path = model.get("path")
     if not path:
         family = (model.get("config") or {}).get("model_type", "model")
-        return f"a {family} with random weights", {}
+        return f"a {family} with random weights", {}, True
     folder = Path(path)
     before, stage = _run_of(folder) if folder.is_dir() else (None, "")
     if before is None and (folder / CONFIG).is_file():
@@ -133,11 +136,15 @@ def _origin(run: Path, config: Mapping[str, Any], depth: int = 0) -> tuple[str, 
     if before is None or before == run or depth >= _DEPTH:
         if folder.is_dir() and (folder / ABOUT).is_file():
             path = read_json_object(folder / ABOUT).get("base") or path
-        return str(path), {}
+        return str(path), {}, False
     earlier = read_config(before)
-    base, first = _origin(before, earlier, depth + 1)
+    base, first, from_scratch = _origin(before, earlier, depth + 1)
     stages = {n: s for n, s in earlier["stages"].items() if n in _until(earlier["stages"], stage)}
-    return base, {**first, **{f"{before.name}/{n}": s for n, s in stages.items() if not _makes_rows(before, n)}}
+    return (
+        base,
+        {**first, **{f"{before.name}/{n}": s for n, s in stages.items() if not _makes_rows(before, n)}},
+        from_scratch,
+    )
 
 
 def _until(stages: Mapping[str, Any], last: str) -> list[str]:

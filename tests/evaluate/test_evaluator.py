@@ -9,7 +9,7 @@ import pytest
 from rlpost.evaluate.evaluator import Answers, Result, estimate_from, percent, summarise
 from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, wilson
-from rlpost.evaluate.table import stage_table, telling_prompts
+from rlpost.evaluate.table import measured, stage_table, telling_prompts
 from rlpost.rewards.score import RewardBatch
 from rlpost.types import Completion, Group
 
@@ -110,6 +110,15 @@ def test_the_table_has_a_row_a_stage():
     assert columns == ["stage", "greedy", "greedy, carry"]
     assert [row[0] for row in rows] == ["base", "sft"]
     assert rows[1][1:] == [percent(wilson(1, 2)), percent(wilson(1, 1))]
+
+
+def test_the_table_does_not_call_a_mean_of_other_scores_an_accuracy():
+    def said(right) -> str:
+        return measured([Result({"greedy": summarise(answers(right), "right", Evaluation())}, ()).to_json()])
+
+    assert said([[1.0], [0.0], [0.5]]) == "held-out accuracy in %"
+    for scores in ([[0.0], [0.0], [3.0]], [[5.0], [2.0], [2.0]], [[0.5], [-1.0], [0.6]]):
+        assert said(scores) == "held-out mean score × 100 (scores outside 0 to 1: no accuracy)"
 
 
 def test_the_table_says_how_good_the_best_of_several_are():
