@@ -7,12 +7,15 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_recipes import GRPO, SFT, run
 
+from rlpost.api.run import Score
 from rlpost.cli.app import main
 from rlpost.report.chart import label, line_chart, thinned, ticks
+from rlpost.report.page import not_finite, scores_side_by_side
 
 EVIL = "<script>alert('x')</script>&\"'"
 EVALUATION = {
@@ -102,7 +105,28 @@ def test_a_run_as_it_grows(tmp_path: Path, monkeypatch, capsys) -> None:
     assert len(capsys.readouterr().err.splitlines()) == 5
 
 
+def test_values_that_are_not_finite_are_told_of() -> None:
+    nan = float("nan")
+    lines = [("a", [(1, nan), (3, 0.5)]), ("b", [(2, 1.0)]), ("c", [(5, nan), (4, float("inf"))])]
+    assert not_finite(lines) == "not finite: in a: 1 value, from step 1; in c: 2 values, from step 4"
+    assert not_finite([("", [(7, nan)])]) == "not finite: 1 value, from step 7"
+    assert not_finite([("", [(7, 0.0)])]) == ""
+
+
+def test_scores_of_runs_stand_side_by_side() -> None:
+    def of(*cells: tuple[str, str]) -> SimpleNamespace:
+        return SimpleNamespace(scores=[Score(stage, mode, "all", 0.5, 0.4, 0.6, 9, 1) for stage, mode in cells])
+
+    first = of(("base", "greedy"), ("base", "sampled"), ("sft", "greedy"), ("sft", "sampled"))
+    rows = scores_side_by_side([first, of(("base", "greedy"), ("sft", "sampled"), ("dpo", "greedy"))])
+    assert [(s.stage, s.mode, i) for i, _, s in rows] == [
+        *[("base", "greedy", 0), ("base", "greedy", 1), ("base", "sampled", 0), ("sft", "greedy", 0)],
+        *[("sft", "sampled", 0), ("sft", "sampled", 1), ("dpo", "greedy", 1)],
+    ]
+
+
 def test_charts() -> None:
+    assert ">loss</text>" in line_chart({"a": [(1, 2.0)]}, "loss")
     assert line_chart({"a": []}, "loss") == ""
     assert line_chart({"a": [(1, float("nan"))]}, "loss") == ""
     assert "circle" in line_chart({"a": [(1, 2.0)]}, "loss")

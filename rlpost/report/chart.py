@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 340, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 10, 10, 34
 MOST_POINTS = 240
+_LONGEST = 26
+"""Letters of an axis's name that fit beside it."""
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(series: Mapping[str, Points], title: str) -> str:
-    """An SVG of lines over the step, a line a name; each in its own colour and dashes. Empty without a finite point.
+    """An SVG of lines of `title` over the step, a line a name, each in its colour and dashes.
+
+    Empty without a finite point; other values are left out.
 
     Long lines are shown by the means of up to `MOST_POINTS` equal shares.
     """
@@ -44,6 +48,9 @@ def line_chart(series: Mapping[str, Points], title: str) -> str:
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
+    name = title if len(title) <= _LONGEST else f"{title[: _LONGEST - 1]}…"
+    beside = f"translate(12 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)"
+    parts.append(f'<text class="axis" transform="{beside}" text-anchor="middle">{escape(name)}</text>')
     for index, points in enumerate(lines.values()):
         placed = [place(*point) for point in points]
         if len(placed) == 1:

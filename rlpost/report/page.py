@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rlpost.api.run import Score
 from rlpost.errors import RecipeError
-from rlpost.report.chart import line_chart
+from rlpost.report.chart import Points, line_chart
 from rlpost.report.collect import RunView, StageView, collect
 from rlpost.run.files import write_atomic
 
@@ -41,7 +41,7 @@ def render(runs: Sequence[RunView]) -> str:
     source = Path(__file__).with_name(TEMPLATE).read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"percent": percent, "duration": duration, "number": number}
-    return environment.from_string(source).render(runs=runs, curves=_curves(runs))
+    return environment.from_string(source).render(runs=runs, curves=_curves(runs), scores=scores_side_by_side(runs))
 
 
 def _curves(runs: Sequence[RunView]) -> list[dict[str, Any]]:
@@ -57,11 +57,32 @@ def _curves(runs: Sequence[RunView]) -> list[dict[str, Any]]:
                 str(i): [(r["step"], r[key]) for r in s.metrics if key in r and "step" in r] if s else []
                 for i, s in enumerate(own)
             }
-            if svg := line_chart(series, key):
-                charts.append((key, Markup(svg)))  # its only text, the title, is escaped there
+            names = [run.name if len(runs) > 1 else "" for run in runs]
+            # The chart's only text, the title, is escaped there.
+            note = not_finite(list(zip(names, series.values(), strict=True)))
+            charts.append((key, Markup(line_chart(series, key)), note))
         if charts:
             found.append({"name": name, "kind": next(s.kind for s in own if s), "charts": charts})
     return found
+
+
+def not_finite(lines: Sequence[tuple[str, Points]]) -> str:
+    """What is said of values that a chart leaves out: "not finite in b: 2 values, from step 21"; empty without any."""
+    found = [(name, [x for x, y in points if not math.isfinite(y)]) for name, points in lines]
+    said = [
+        f"{f'in {name}: ' if name else ''}{len(steps)} value{'s' * (len(steps) > 1)}, from step {min(steps):.0f}"
+        for name, steps in found
+        if steps
+    ]
+    return f"not finite: {'; '.join(said)}" if said else ""
+
+
+def scores_side_by_side(runs: Sequence[RunView]) -> list[tuple[int, RunView, Score]]:
+    """(number of the run, run, score): the same stage, mode and prompts of all runs one below the other."""
+    rows = [(i, run, score) for i, run in enumerate(runs) for score in run.scores]
+    order = {key: i for i, key in enumerate(dict.fromkeys((s.stage, s.mode, s.part) for _, _, s in rows))}
+    stages = {stage: i for i, stage in enumerate(dict.fromkeys(s.stage for _, _, s in rows))}
+    return sorted(rows, key=lambda row: (stages[row[2].stage], order[row[2].stage, row[2].mode, row[2].part], row[0]))
 
 
 def percent(score: Score) -> str:
