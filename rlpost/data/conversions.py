@@ -165,6 +165,8 @@ def asked_scored(row: Row, location: str) -> Row:
 
 def _only(item: Any, names: Sequence[str], location: str) -> str:
     given = [name for name in names if isinstance(item, Mapping) and name in item]
+    # In a column of structs every object has every key.
+    given = [name for name in given if item[name] is not None] or given
     if len(given) != 1:
         what = f"{' and '.join(given)}: keep one" if given else f"none of {', '.join(names)}"
         raise DataError(f"{location} has {what}")

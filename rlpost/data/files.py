@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,7 @@ def read_jsonl(path: Path) -> Iterator[Chunk]:
     """
     lines: list[bytes] = []
     numbers: list[int] = []
-    size = 0
+    size, first = 0, True
     with open_bytes(path) as file:
         # Only "\n" ends a line: JSON may hold other line separators inside strings.
         for number, line in enumerate(file, start=1):
@@ -50,17 +52,30 @@ def read_jsonl(path: Path) -> Iterator[Chunk]:
             numbers.append(number)
             size += len(line)
             if len(lines) == AT_ONCE or size > BYTES_AT_ONCE:
-                yield _parsed(lines, numbers, path)
+                yield _parsed(lines, numbers, path, first)
+                first = False
                 lines, numbers, size = [], [], 0
     if lines:
-        yield _parsed(lines, numbers, path)
+        yield _parsed(lines, numbers, path, first)
 
 
-def _parsed(lines: list[bytes], numbers: list[int], path: Path) -> Chunk:
+def _parsed(lines: list[bytes], numbers: list[int], path: Path, first: bool) -> Chunk:
+    if first:
+        _refuse_repeated_keys(lines[0], f"{path}:{numbers[0]}")
     rows = _plainly(lines)
     if rows is None:  # one is malformed, or needs the slow path
         rows = [_row(line, f"{path}:{n}") for n, line in zip(numbers, lines, strict=True)]
     return Chunk(rows, numbers, lines)
+
+
+def _refuse_repeated_keys(line: bytes, location: str) -> None:
+    """Refuse a row that has a column twice, of which the parser would keep the last; the first row tells of all."""
+
+    def keys(pairs: list[tuple[str, Any]]) -> None:
+        _refuse_repeated([key for key, _ in pairs], location)
+
+    with contextlib.suppress(ValueError, RecursionError):  # reported where rows are parsed
+        json.loads(line, object_pairs_hook=keys)
 
 
 def _plainly(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
@@ -123,12 +138,22 @@ def read_parquet(path: Path) -> Iterator[Chunk]:
     first = 1
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _refuse_repeated(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(AT_ONCE):
-                rows = [{k: without_nulls(v) for k, v in row.items()} for row in batch.to_pylist()]
+                found = batch.to_pylist(maps_as_pydicts="strict")
+                rows = [{k: without_nulls(v) for k, v in row.items()} for row in found]
                 yield Chunk(rows, list(range(first, first + len(rows))))
                 first += len(rows)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+    except KeyError as error:
+        raise DataError(f"{path}: a map among the rows from row {first} on has a key twice: {error}") from error
+
+
+def _refuse_repeated(columns: Sequence[str], location: str) -> None:
+    twice = [column for column, times in Counter(columns).items() if times > 1]
+    if twice:
+        raise DataError(f"{location}: it has the column {twice[0]!r} more than once: remove all but one")
 
 
 def in_chunks(rows: Sequence[dict[str, Any]]) -> Iterator[Chunk]:

@@ -57,6 +57,8 @@ def refuse_missing_file(name: str, where: str, base: Path) -> None:
     in_folder = str(path.parent) != "." and (path.parent.exists() or (base / path.parent).exists())
     if not (local or in_folder):
         return
+    if any((p / path.expanduser()).is_symlink() for p in (Path(), base)):
+        raise DataError(f"{where}.path: {name} is a link to what does not exist")
     folder = path.expanduser().parent
     folder = folder if folder.exists() else base / path.parent
     siblings = [p.name for p in folder.iterdir()] if folder.is_dir() else []

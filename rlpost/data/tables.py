@@ -80,6 +80,8 @@ def _row(header: list[str], cells: list[str], location: str) -> Row:
         raise DataError(
             f"{location}: {len(cells)} cells, but the header has {len(header)}: quote cells that hold the separator"
         )
+    if any("\0" in cell for cell in cells):
+        raise DataError(f"{location}: a NUL byte, which is no text: save the file as UTF-8")
     row: Row = dict(zip(header, cells, strict=True))
     for column in _JSON_CELLS:
         if column in row and row[column].lstrip().startswith("["):
