@@ -152,7 +152,7 @@ class Progress:
     """Progress of long work: a bar with rate, remaining time and metrics; lines without a terminal.
 
     Example: ``with Progress("sft", total=500, start=100) as progress: ... progress.advance({"loss": 1.23})``.
-    A nested one shows its bar below while it lasts.
+    A nested one shows its bar below while it lasts; without a terminal it is silent for its first seconds.
     """
 
     def __init__(self, title: str, total: int, start: int = 0) -> None:
@@ -170,11 +170,14 @@ class Progress:
     def __enter__(self) -> Self:
         self._started = time.monotonic()
         self._marks.append((self._started, self._done))
+        self._nested = bool(_open)
+        if self._nested:
+            self._line_at = self._started
+        _open.append(self)
         if _is_terminal(sys.stderr):
             from rich.live import Live
 
             console = _console()
-            self._nested = bool(_live_consoles)
             self._live = Live(
                 console=console,
                 get_renderable=self._bar,
@@ -190,6 +193,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _open.remove(self)
         if self._live:
             self._live.stop()
             _live_consoles.pop()
@@ -206,7 +210,8 @@ class Progress:
         now = time.monotonic()
         if now - self._marks[-1][0] >= 0.25 or len(self._marks) == 1:
             self._marks.append((now, self._done))
-        if not self._live and (now - self._line_at >= _PLAIN_EVERY or self._done >= self._total):
+        over = self._done >= self._total and not (self._nested and self._line_done is None)
+        if not self._live and (now - self._line_at >= _PLAIN_EVERY or over):
             self._line()
 
     def _line(self) -> None:
@@ -257,6 +262,9 @@ class Progress:
                 return line.append(" …", style="dim")
             line.append(f"  {name} ", style="dim").append(shown.ljust(6))
         return line
+
+
+_open: list[Progress] = []
 
 
 _live_consoles: list[Console] = []

@@ -49,7 +49,7 @@ from rlpost.run.manifest import measure, verify
 from rlpost.run.names import TRACKERS
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
-from rlpost.stage_rows import open_rows, own_sources, positions_of
+from rlpost.stage_rows import ROW_KEYS, open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.trackers.api import About
@@ -81,10 +81,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     recipe = resolved.config
     for line in preflight(resolved, rows=False):
         console.say(line)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    keep_freed_memory()
-    accelerator = the_accelerator()
+    accelerator = _set_up(recipe.threads)
     code = functions_of(resolved)
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
@@ -123,6 +120,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 allow_change=allow_change,
                 shelf=shelf,
                 mirrors=mirrors,
+                evaluation=evaluations.during(stage, done.checkpoints),
                 check=readable_references(stage, f"stages.{name}", stage.rows()),
             )
             _run_stage(context, stage, done, evaluations)
@@ -130,6 +128,13 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 prove_base(run, base, recipe.model.revision)
         evaluations.print()
         return done.current
+
+
+def _set_up(threads: int | None) -> Accelerator:
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    return the_accelerator()
 
 
 def functions_of(resolved: Resolved) -> dict[str, str]:
@@ -355,16 +360,18 @@ def _encode_rows(
     model = resolved.config.model
     codec, positions = make_codec(load_tokenizer(str(base), model)), positions_of(base, model.revision)
     for name in names:
-        if own_sources(resolved.config.stages[name]):
-            open_rows(resolved, name, codec, positions, shelf)
+        for key in ROW_KEYS:
+            if own_sources(resolved.config.stages[name], key):
+                open_rows(resolved, name, codec, positions, shelf, key)
     evaluations.open_rows(codec, positions)
 
 
 def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool) -> None:
     """Check the first rows of the stage's sources, with `rows` all of them, and their reference answers."""
     check = readable_references(stage, where, need)
-    for name, source in own_sources(stage).items():
-        key = f"{where}.data.{name}"
+    sources = {f"{key}.{name}": source for key in ROW_KEYS for name, source in own_sources(stage, key).items()}
+    for name, source in sources.items():
+        key = f"{where}.{name}"
         reading = open_source(source, stages=_no_stage, where=key, bind=bind, base=folder)
         if not rows and (source.kfold or source.map):
             continue  # reading its first row may take more than the file's first rows

@@ -43,7 +43,11 @@ def _cuts(recipe: dict[str, Any], steps: int) -> Iterator[tuple[str, Any]]:
     if evaluation := recipe.get("evaluation"):
         needed = max([2 if evaluation["best_of"] or evaluation["judge"] else 1, *evaluation["pass_at"]])
         rows = _first_rows(evaluation["data"], EVALUATED_A_STEP * steps)
-        cut = {"data": rows, "samples": _least(evaluation["samples"], needed)}
+        cut = {
+            "data": rows,
+            "samples": _least(evaluation["samples"], needed),
+            "every": _least(evaluation["every"], steps),
+        }
         yield from _changed("evaluation", evaluation, cut)
 
 
@@ -62,6 +66,10 @@ def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:
     # What happens every so many steps happens once at least, and a critic's warm-up leaves a step for the policy.
     if stage.get("table_every"):
         cut["table_every"] = _least(stage["table_every"], steps)
+    if stage.get("eval_every"):
+        cut["eval_every"] = _least(stage["eval_every"], steps)
+    if stage.get("eval_data"):
+        cut["eval_data"] = _first_rows(stage["eval_data"], EVALUATED_A_STEP * steps)
     for section, key, most in (("refresh", "every", steps), ("critic", "warmup_steps", steps - 1)):
         given = stage.get(section)
         if isinstance(given, dict) and key in given:

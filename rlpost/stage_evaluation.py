@@ -20,7 +20,7 @@ from rlpost.data.messages import question
 from rlpost.data.params import TooLong
 from rlpost.data.part import Shelf
 from rlpost.errors import ModelError
-from rlpost.evaluate.evaluator import Result, evaluate
+from rlpost.evaluate.evaluator import Result, evaluate, numbers
 from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.table import print_answers, print_stages, stage_table, telling_prompts
 from rlpost.policy.identity import identity
@@ -28,6 +28,8 @@ from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved
+from rlpost.recipe.rules import Leaves
+from rlpost.recipe.specs.common import Stage
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import disk_errors, encode_line, write_atomic, write_json
 from rlpost.run.lookup import find_checkpoint
@@ -38,6 +40,7 @@ from rlpost.run.sealed import seal, unseal
 from rlpost.stages.context import make_engine, make_scorer
 from rlpost.stages.references import readable_references
 from rlpost.trackers.mirrors import Mirrors
+from rlpost.train.evaluation import Measure, RecipeMeasure
 from rlpost.types import Group
 from rlpost.usercode.binding import bind
 from rlpost.usercode.params import ENVIRONMENT
@@ -93,7 +96,9 @@ class StageEvaluations:
         Raises:
             DataError: one is malformed or too long.
         """
-        if self._cfg is not None and self._cfg.every_stage:
+        stages = self._resolved.config.enabled().values()
+        during = any(getattr(stage, "eval_every", None) for stage in stages)
+        if self._cfg is not None and (self._cfg.every_stage or self._cfg.every or during):
             evaluation_rows(self._resolved, self._cfg, codec, positions, self._shelf)
 
     def after(self, name: str, checkpoint: Path, known: Mapping[str, Path]) -> None:
@@ -139,6 +144,24 @@ class StageEvaluations:
     def _results(self) -> dict[str, Any]:
         return {name: json.loads(self._file(name).read_text("utf-8")) for name in self._names}
 
+    def during(self, stage: Stage, known: Mapping[str, Path]) -> RecipeMeasure:
+        """What gives the numbers of the stage's policy while it is trained; `known` as in `after`."""
+        cfg, before = self._cfg, dict(known)
+        if cfg is None:
+            return RecipeMeasure()
+
+        def measure_of(policy: Policy) -> Measure:
+            made: list[RecipeEvaluation] = []
+
+            def measure() -> dict[str, float]:
+                if not made:
+                    made.append(RecipeEvaluation(self._resolved, cfg, policy, before, self._shelf, "evaluation_"))
+                return numbers(made[0].result())
+
+            return measure
+
+        return RecipeMeasure(cfg.every, measure_of if stage.leaves is Leaves.policy else None)
+
     def forget(self, name: str) -> None:
         """Remove the evaluation of stage `name`, which is about to be trained again."""
         with disk_errors(self._file(name)):
@@ -150,7 +173,7 @@ class StageEvaluations:
         assert self._cfg is not None
         chosen = self._cfg.rollouts or self._resolved.config.rollouts
         decides = {**self._cfg.model_dump(), "rollouts": {"engine": chosen.engine, "args": chosen.args}}
-        settings = json.loads(json.dumps({**decides, "show": None, "every_stage": None}, default=str))
+        settings = json.loads(json.dumps({**decides, "show": None, "every_stage": None, "every": None}, default=str))
         wanted = {text for text in _texts(settings) if text in known}
         # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.
         own = {text.rpartition("/")[2] for text in _texts(settings) if ".py:" in text}
@@ -255,27 +278,53 @@ def evaluate_recipe(
     Raises:
         ModelError: a reward's model is not there, or no reward model.
     """
-    groups = evaluation_rows(resolved, cfg, make_codec(policy.tokenizer), policy.max_positions, shelf).all()
-    judge_by = judges(resolved, policy, known)
-    scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
-    awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
-    judge = None if awaited else judge_by(str(cfg.judge), "judge")
-    given = cfg.environment
-    environment = bind(given, ENVIRONMENT, "evaluation.environment", resolved.folder) if given else None
-    made = make_engine(policy, cfg.rollouts, resolved.config.rollouts, "evaluation", resolved.folder)
-    with closing(made) as engine:
-        result = evaluate(engine, policy, groups, scorer, cfg, resolved.config.seed, judge, environment)
-    return prompt_texts(policy, groups), result
+    made = RecipeEvaluation(resolved, cfg, policy, known, shelf)
+    return prompt_texts(policy, made.groups), made.result()
 
 
-def judges(resolved: Resolved, policy: Policy, known: Mapping[str, Path]) -> Callable[[str, str], AnyJudge]:
+class RecipeEvaluation:
+    """The recipe's evaluation of one policy, made once and repeated as its weights change."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        cfg: Evaluation,
+        policy: Policy,
+        known: Mapping[str, Path],
+        shelf: Shelf | None = None,
+        prefix: str = "",
+    ) -> None:
+        """Read the rows and load the models of the rewards; `prefix` begins the names of their adapters."""
+        self._resolved = resolved
+        self._cfg = cfg
+        self._policy = policy
+        self.groups = evaluation_rows(resolved, cfg, make_codec(policy.tokenizer), policy.max_positions, shelf).all()
+        judge_by = judges(resolved, policy, known, prefix)
+        self._scorer = make_scorer(cfg.rewards, "evaluation", resolved.folder, judge_by)
+        awaited = cfg.judge is None or (cfg.judge in resolved.config.stages and cfg.judge not in known)
+        self._judge = None if awaited else judge_by(str(cfg.judge), "judge")
+        given = cfg.environment
+        self._environment = bind(given, ENVIRONMENT, "evaluation.environment", resolved.folder) if given else None
+
+    def result(self) -> Result:
+        """Evaluate the policy as it is, with an engine that is closed afterwards."""
+        cfg, resolved = self._cfg, self._resolved
+        made = make_engine(self._policy, cfg.rollouts, resolved.config.rollouts, "evaluation", resolved.folder)
+        seed, judge, environment = resolved.config.seed, self._judge, self._environment
+        with closing(made) as engine:
+            return evaluate(engine, self._policy, self.groups, self._scorer, cfg, seed, judge, environment)
+
+
+def judges(
+    resolved: Resolved, policy: Policy, known: Mapping[str, Path], prefix: str = ""
+) -> Callable[[str, str], AnyJudge]:
     """(name, adapter) -> the judge of that name for completions of `policy`: a stage in `known`, or a checkpoint."""
 
     def judge(name: str, adapter: str) -> AnyJudge:
         if name in resolved.config.stages and name not in known:
             raise ModelError(f"{name!r} is a stage that has not run yet; name a checkpoint of a reward model")
         folder = known.get(name) or find_checkpoint(name) or Path(name)
-        return load_judge(folder, resolved.config.model, policy, name=adapter)
+        return load_judge(folder, resolved.config.model, policy, name=prefix + adapter)
 
     return judge
 

@@ -21,8 +21,13 @@ from rlpost.stages.context import stage_seed
 from rlpost.stages.references import readable_references
 from rlpost.usercode.binding import bind
 
+ROW_KEYS = ("data", "eval_data")
+"""Keys of a stage that hold sources of rows."""
 
-def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None) -> Dataset:
+
+def open_rows(
+    resolved: Resolved, name: str, codec: Codec, positions: int, shelf: Shelf | None = None, key: str = "data"
+) -> Dataset:
     """The rows of stage `name`, without those that an earlier stage writes; there are some.
 
     Raises:
@@ -31,12 +36,12 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf
     stage = resolved.config.stages[name]
     need = stage.rows()
     return open_dataset(
-        own_sources(stage),
+        own_sources(stage, key),
         codec,
         need=need,
         limit=_limit(stage, need, positions),
         seed=stage_seed(resolved.config.seed, name, "data"),
-        where=f"stages.{name}.data",
+        where=f"stages.{name}.{key}",
         stages=_no_stage,
         bind=bind,
         base=resolved.folder,
@@ -45,9 +50,9 @@ def open_rows(resolved: Resolved, name: str, codec: Codec, positions: int, shelf
     )
 
 
-def own_sources(stage: Any) -> dict[str, Source]:
+def own_sources(stage: Any, key: str = "data") -> dict[str, Source]:
     """The stage's sources, without those that an earlier stage writes."""
-    return {key: source for key, source in stage.data.items() if source.stage is None}
+    return {name: source for name, source in getattr(stage, key, {}).items() if source.stage is None}
 
 
 def _limit(stage: Any, need: DataRole, positions: int) -> Limit:

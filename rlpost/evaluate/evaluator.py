@@ -20,7 +20,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
 from rlpost.policy.judge import AnyJudge
 from rlpost.policy.policy import Policy
-from rlpost.rewards.score import Nested, RewardBatch, Scorer
+from rlpost.rewards.score import Nested, RewardBatch, Scorer, mean
 from rlpost.types import Group
 from rlpost.usercode.bound import Bound
 
@@ -127,6 +127,24 @@ def evaluate(
         judged = judge.by_group(groups) if judge is not None and n > 1 else None
         answers.append(Answers(mode, groups, scorer.score(groups), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
+
+
+def numbers(result: Result) -> dict[str, float]:
+    """An evaluation as numbers by name, `greedy/accuracy`, for a log; `Evaluation.metrics` names them all."""
+    found: dict[str, float] = {}
+    for answers in result.answers:
+        summary = result.summaries[answers.mode]
+        count = summary.prompts * summary.samples
+        own = {"accuracy" if part == ALL else f"accuracy/{part}": e.value for part, e in summary.accuracy.items()}
+        total = mean(answers.scores.total)
+        own |= {} if total is None else {"reward": total}
+        own |= {f"reward/{name}": value for name, value in summary.rewards.items()}
+        own |= {"unscored": summary.unscored / count, "truncated": summary.finish.get("length", 0) / count}
+        own |= {"length": summary.length, **{f"pass@{k}": e.value for k, e in summary.pass_at.items()}}
+        best = {"best_of": summary.best_of, "judged": summary.judged}
+        own |= {name: estimate.value for name, estimate in best.items() if estimate is not None}
+        found |= {f"{answers.mode}/{name}": value for name, value in own.items()}
+    return found
 
 
 def _answer(

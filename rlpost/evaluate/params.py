@@ -7,7 +7,7 @@ from pydantic import Field
 
 from rlpost.data.params import Source
 from rlpost.engine.params import EngineChoice, Sampling
-from rlpost.rewards.params import REWARD, Reward
+from rlpost.rewards.params import REWARD, Reward, reward_names
 from rlpost.section import Local, Section
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction
 
@@ -40,12 +40,29 @@ class Evaluation(Section):
     """With an environment: most turns of the model."""
     slices: list[str] = Field(default_factory=list)
     """Columns: prompts for which one is true are reported apart."""
+    every: int = Field(0, ge=0)
+    """Steps between evaluations while a stage trains, beside one after its last step; 0: none. A stage's `eval_every`
+    goes before it."""
     every_stage: bool = True
     """`rlpost train` evaluates the base model and each stage's result, and prints the table."""
     show: int = Field(3, ge=0)
     """Prompts whose answers are printed before and after."""
     batch: int = Field(256, ge=1)
     """Completions generated at a time."""
+
+    def metrics(self) -> list[str]:
+        """Names of the numbers that it gives while a stage trains, as `evaluator.numbers`."""
+        modes = [("greedy", 1)] if self.greedy else []
+        modes += [("sampled", self.samples)] if self.samples else []
+        names = []
+        for mode, samples in modes:
+            own = ["accuracy", *(f"accuracy/{name}" for name in self.slices), "reward"]
+            own += [f"reward/{name}" for name in reward_names(self.rewards)]
+            own += ["unscored", "truncated", "length", *(f"pass@{k}" for k in self.pass_at if k <= samples)]
+            own += ["best_of"] if self.best_of and samples > 1 else []
+            own += ["judged"] if self.judge is not None and samples > 1 else []
+            names += [f"{mode}/{name}" for name in own]
+        return names
 
     def problems(self, where: str) -> Iterator[str]:
         """What needs several samples, or any."""

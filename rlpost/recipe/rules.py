@@ -49,9 +49,15 @@ class Earlier:
         before = list(recipe.stages)[: list(recipe.stages).index(name)]
         self.own = name
         self.rollouts = recipe.rollouts
+        self.evaluation = recipe.evaluation
         self.stages: dict[str, Stage] = {n: recipe.stages[n] for n in before if recipe.stages[n].enabled}
         self.disabled = recipe.stages.keys() - recipe.enabled().keys()
         self.all = set(recipe.stages)
+
+    @property
+    def eval_every(self) -> int:
+        """The recipe's steps between evaluations while a stage trains; 0: none."""
+        return self.evaluation.every if self.evaluation is not None else 0
 
     def problem(self, name: str, where: str, also: tuple[str, ...] = ()) -> str | None:
         """Why `name`, given at `where`, is no earlier stage; None when it is one (or one of `also`)."""

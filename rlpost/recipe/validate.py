@@ -71,6 +71,12 @@ def _evaluation(evaluation: Evaluation, recipe: Recipe) -> Iterator[str]:
     where, stages = "evaluation", recipe.stages
     yield from source_problems(evaluation.data, f"{where}.data", None)
     yield from reward_problems(evaluation.rewards, where, None)
+    trained = [stage for stage in recipe.enabled().values() if hasattr(stage, "eval_every")]
+    longest = max((stage.steps or evaluation.every for stage in trained), default=0)
+    if evaluation.every > longest:
+        most = f"no stage has more than {longest} steps, so give at most that"
+        what = most if trained else "no stage trains, so remove it"
+        yield f"{where}.every: {evaluation.every} - {what}"
     judge = stages.get(evaluation.judge or "")
     if judge is not None and not judge.enabled:
         yield f"{where}.judge: stage {evaluation.judge!r} is disabled - enable it, or name another"

@@ -35,6 +35,13 @@ class Reward(TimedFunction):
     (docs/goals.md#reverse-models), or a checkpoint."""
 
 
+def reward_names(rewards: Sequence[Reward]) -> Iterator[str]:
+    """What every node and leaf of a tree of rewards is logged under."""
+    for reward in rewards:
+        yield reward.name or reward.fn.rpartition(":")[2].rpartition(".")[2]
+        yield from reward_names(reward.of)
+
+
 def reward_leaves(rewards: Sequence[Reward], where: str) -> Iterator[tuple[Reward, str]]:
     """The reward functions of a tree of rewards, each with its key path; `where` is the path of what has them."""
     for i, reward in enumerate(rewards):

@@ -3,7 +3,8 @@
 runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
                        base/ (a model made from scratch), evaluation/, trackers/, data.cache/ (encoded rows; may be
                        deleted)
-runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, rollouts/, checkpoints/step-000500/, final/, DONE
+runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, evaluations.jsonl, rollouts/, checkpoints/step-000500/, final/,
+                       DONE
 *.tmp-PID              being written; left behind only by a kill, and removed on resume
 *.old.tmp-PID          what it replaces, put back on resume if the kill came between the two renames
 step-000500.broken     a checkpoint that failed verification and was skipped on resume
@@ -32,6 +33,7 @@ FOLDERS = (BASE, EVALUATION, TRACKERS)
 """Folders of a run that are no stage."""
 METRICS = "metrics.jsonl"
 TIMINGS = "timings.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 ROLLOUTS = "rollouts"
 CHECKPOINTS = "checkpoints"
 FINAL = "final"

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+BEST = "best"
+"""In a checkpoint's state: the step of the best evaluation until then."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint to resume from."""
@@ -157,6 +161,18 @@ class StageDirectory:
             console.warn(f"{path}: {wrong}; {instead}")
         return found
 
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of a step.
+
+        Raises:
+            DiskError: it is gone or damaged.
+        """
+        path = self.path / names.CHECKPOINTS / names.step_name(step)
+        wrong = (verify(path, self._about(step)) or _not_finite(path)) if path.exists() else "is gone"
+        if wrong is not None:
+            raise DiskError(f"{path}: {wrong}; restore it, or remove {self.path} to train the stage again")
+        return Checkpoint(path, step, read_json(path / names.STATE))
+
     def resume(self) -> Checkpoint | None:
         """The checkpoint to resume from; everything written after it is undone.
 
@@ -191,9 +207,9 @@ class StageDirectory:
         """
         self._append(names.METRICS, step, metrics)
 
-    def logged(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl, numbers only; a line that is damaged is left out."""
-        path = self.path / names.METRICS
+    def logged(self, log: str = names.METRICS) -> list[dict[str, float]]:
+        """The lines of a log, numbers only; a line that is damaged is left out."""
+        path = self.path / log
         with disk_errors(path):
             text = path.read_text("utf-8", errors="replace") if path.exists() else ""
         found = []
@@ -207,6 +223,10 @@ class StageDirectory:
     def timing(self, step: int, timing: Mapping[str, float]) -> None:
         """Append a line to timings.jsonl, the only file with wall-clock seconds, rates and memory."""
         self._append(names.TIMINGS, step, timing)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to evaluations.jsonl: held-out metrics after that step."""
+        self._append(names.EVALUATIONS, step, metrics)
 
     def _append(self, log: str, step: int, numbers: Mapping[str, float]) -> None:
         assert "step" not in numbers, "the step is a key of its own"
@@ -230,7 +250,8 @@ class StageDirectory:
     ) -> Checkpoint:
         """Write checkpoints/step-000500: NAME.safetensors for each name, state.json and the manifest.
 
-        Only the newest `keep` checkpoints stay; older ones are removed after this one was verified.
+        Only the newest `keep` checkpoints stay, and those that they name as the best so far (`best` in `state`); others
+        are removed after this one was verified.
 
         Raises:
             DiskError: it could not be written; nothing is left behind and earlier checkpoints are intact.
@@ -262,7 +283,8 @@ class StageDirectory:
         with disk_errors(self.path / names.CHECKPOINTS):
             set_aside = (self.path / names.CHECKPOINTS).glob(f"step-*{names.BROKEN}")
             passed = [path for path in set_aside if _step(path.with_suffix("")) <= step]
-        for path in reached[:-keep] + passed:
+        best = {_best(path) for path in reached[-keep:]}
+        for path in [path for path in reached[:-keep] if _step(path) not in best] + passed:
             remove_folder(path)
 
     def finish(
@@ -297,6 +319,14 @@ class StageDirectory:
         }
         write_atomic(done, seal(full))
         return self.final
+
+
+def _best(checkpoint: Path) -> int | None:
+    """The step that a checkpoint names as the best so far."""
+    with suppress(DiskError):  # it may be damaged: then it is not gone on from
+        step = read_json(checkpoint / names.STATE).get(BEST)
+        return step if isinstance(step, int) else None
+    return None
 
 
 def _step(path: Path) -> int:

@@ -39,7 +39,7 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.value_head import ValueHeadModel
-from rlpost.recipe.specs.common import Stage, Training
+from rlpost.recipe.specs.common import Offline, Stage, Training
 from rlpost.rewards import tree
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.rewards.score import Scorer
@@ -48,9 +48,12 @@ from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import FROM_HERE
 from rlpost.run.stage import StageDirectory
 from rlpost.trackers.mirrors import Mirrors
+from rlpost.train.evaluation import Measure, RecipeMeasure, StageEvaluation
 from rlpost.train.learner import Learner, Trainable
+from rlpost.train.loop import POLICY as LEARNED
 from rlpost.train.loop import Loop, Stateful, Weights
 from rlpost.train.schedules import learning_rate_factor
+from rlpost.types import Group
 from rlpost.usercode.binding import bind, bind_engine, functions_at
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import OnFailure
@@ -95,6 +98,9 @@ class Context:
     """A further check of its rows."""
     mirrors: Mirrors = field(default_factory=Mirrors)
     """Trackers that are sent what is logged."""
+    evaluation: RecipeMeasure = field(default_factory=RecipeMeasure)
+    """The recipe's evaluation, for while it trains."""
+    _loops: list[Loop] = field(default_factory=list, repr=False)
 
     def seed_for(self, purpose: str, number: int = 0) -> int:
         """A seed of this stage's own for one purpose, the same in every process and every run."""
@@ -115,7 +121,13 @@ class Context:
         return reference_policy(policy, self.checkpoint(name), self.start, self.model)
 
     def data(
-        self, policy: Policy, sources: Mapping[str, Source], need: DataRole, max_length: int, too_long: TooLong
+        self,
+        policy: Policy,
+        sources: Mapping[str, Source],
+        need: DataRole,
+        max_length: int,
+        too_long: TooLong,
+        key: str = "data",
     ) -> Dataset:
         """The stage's dataset, no row longer than the model reads; prints what was recognised and what did not fit."""
         if max_length > policy.max_positions:
@@ -128,7 +140,7 @@ class Context:
             need=need,
             limit=Limit.within(max_length, policy.max_positions, too_long),
             seed=self.seed_for("data"),
-            where=f"stages.{self.name}.data",
+            where=f"stages.{self.name}.{key}",
             stages=self._rows,
             bind=bind,
             base=self.folder,
@@ -139,6 +151,15 @@ class Context:
         for line in dataset.notices:
             console.say(line)
         return dataset
+
+    def held_out(
+        self, policy: Policy, cfg: Offline, measure: Callable[[tuple[Group, ...]], Mapping[str, float]]
+    ) -> Measure | None:
+        """Gives the metrics of the stage's held-out rows, `measure` of all of them; None if it has none."""
+        if not cfg.eval_data:
+            return None
+        data = self.data(policy, cfg.eval_data, cfg.rows(), cfg.max_length, cfg.too_long, key="eval_data")
+        return lambda: measure(tuple(data.every()))
 
     def function(self, cfg: Stage, key: str) -> Bound:
         """The function that a key of the stage names, with its arguments applied."""
@@ -213,10 +234,17 @@ class Context:
         states: Mapping[str, Stateful],
         steps: int,
         weights: Mapping[str, Weights] | None = None,
+        *,
+        held_out: Measure | None = None,
         **learners: Learner,
     ) -> Loop:
-        """The stage's training loop. Learners by name; the stage's result is the model of `policy`."""
-        return Loop(
+        """The stage's training loop, with its learners by name: `policy` is the result. `held_out` measures rows."""
+        measures = [] if held_out is None else [held_out]
+        learned = learners.get(LEARNED)
+        if self.evaluation.of is not None and learned is not None and isinstance(learned.model, Policy):
+            measures.append(self.evaluation.of(learned.model))
+        every = self.evaluation.every if cfg.eval_every is None else cfg.eval_every
+        made = Loop(
             self.name,
             self.out,
             learners,
@@ -229,7 +257,10 @@ class Context:
             keep=cfg.keep_checkpoints,
             log_every=cfg.log_every,
             mirrors=self.mirrors,
+            evaluation=StageEvaluation(every, measures, cfg.keep_best),
         )
+        self._loops.append(made)
+        return made
 
     def checkpoint(self, name: str) -> Path:
         """The model that `name` means: `start`, `base`, an earlier stage, or a run, stage, checkpoint or model."""
@@ -262,9 +293,10 @@ class Context:
             if extra is not None:
                 extra(folder)
 
-        return self.out.finish(
-            write, {**self._about(kind, steps, policy.has_adapter), **(about or {})}, self._proof(steps)
-        )
+        # A stage that stopped early has done fewer steps, and its best weights may be of another step.
+        ended = self._loops[-1] if self._loops else None
+        full = self._about(kind, steps, policy.has_adapter) | (ended.about_result if ended else {}) | dict(about or {})
+        return self.out.finish(write, full, self._proof(ended.done if ended else steps))
 
     def finish_dataset(self, rows: Sequence[Mapping[str, Any]], kind: str) -> Path:
         """Write the result of a stage that makes rows; returns its folder."""

@@ -44,7 +44,17 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     reference = moving or context.reference(policy, cfg.reference)
     references = ReferenceLogprobs(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)
-    loop = context.loop(cfg, {"data": data}, steps, {"reference": moving} if moving else {}, policy=learner)
+    # The reference of held-out rows, unless it moves.
+    known: dict[str, Tensor] = {}
+
+    def measure(groups: tuple[Group, ...]) -> Mapping[str, float]:
+        if moving or not known:
+            known["reference"] = reference.logprobs(groups)
+        return learner.measure(loss, prepared(Experience(groups).with_actions(**known), learner), objective.stats)
+
+    held_out = context.held_out(policy, cfg, measure)
+    kept = {"reference": moving} if moving else {}
+    loop = context.loop(cfg, {"data": data}, steps, kept, held_out=held_out, policy=learner)
 
     for step in loop.steps():
         experience = Experience(tuple(data.next(cfg.batch_size)))

@@ -35,16 +35,21 @@ def kto(context: Context, cfg: Kto) -> Path:
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     reference = context.reference(policy, cfg.reference)
     learner = context.learner(policy, cfg, updates=steps)
-    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+
+    def prepared(groups: Sequence[Group], seed: int) -> tuple[LossFunction, Experience]:
+        update, others = (
+            Experience(tuple(some)).with_actions(reference=reference.logprobs(some))
+            for some in (groups, mismatched(groups, seed))
+        )
+        return unpaired_loss(function, log_ratios(learner, others)), weighted(update, learner)
+
+    seed = context.seed_for("held out mismatch")
+    held_out = context.held_out(policy, cfg, lambda groups: learner.measure(*prepared(groups, seed)))
+    loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
-        groups = data.next(cfg.batch_size)
-        others = mismatched(groups, context.seed_for("mismatch", step))
-        update, others_update = (
-            Experience(tuple(some)).with_actions(reference=reference.logprobs(some)) for some in (groups, others)
-        )
-        loss = unpaired_loss(function, log_ratios(learner, others_update))
-        loop.log(step, learner.update(loss, weighted(update, learner)), live=("loss", "z"))
+        update = prepared(data.next(cfg.batch_size), context.seed_for("mismatch", step))
+        loop.log(step, learner.update(*update), live=("loss", "z"))
     return context.finish(policy, cfg.kind, steps)
 
 

@@ -66,7 +66,7 @@ def on_policy(
         live: metrics shown on the progress line.
     """
     steps = _steps(context, cfg, samples)
-    loop = context.loop(cfg, {"data": samples.data, **states}, steps, weights=None, **learners)
+    loop = context.loop(cfg, {"data": samples.data, **states}, steps, None, held_out=None, **learners)
     for step in loop.steps():
         rollout = _timed(samples, step, loop)
         experience = assemble(rollout, step)

@@ -31,7 +31,10 @@ def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
     loss = step_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps)
-    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+    held_out = context.held_out(
+        model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups), learner))
+    )
+    loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)

@@ -32,7 +32,10 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
     loss = score_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps, whole_groups=True)
-    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+    held_out = context.held_out(
+        model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups), learner))
+    )
+    loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
         experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)

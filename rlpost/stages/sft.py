@@ -8,7 +8,7 @@ Axes: N action tokens of an update, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from rlpost.recipe.specs.sft import Sft
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
-from rlpost.types import labels
+from rlpost.types import Group, labels
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
 """Parameters of a loss that need the whole vocabulary's log-probabilities."""
@@ -42,12 +42,16 @@ def sft(context: Context, cfg: Sft) -> Path:
     loss = supervised_loss(function)
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(policy, cfg, updates=steps)
-    loop = context.loop(cfg, {"data": data}, steps, policy=learner)
+
+    def prepared(groups: Sequence[Group]) -> Experience:
+        update = weighted(Experience(tuple(groups)), cfg, learner)
+        return labelled(update) if cfg.rows() is DataRole.labelled else update
+
+    held_out = context.held_out(policy, cfg, lambda groups: learner.measure(loss, prepared(groups), stats))
+    loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
-        experience = weighted(Experience(tuple(data.next(cfg.batch_size))), cfg, learner)
-        if cfg.rows() is DataRole.labelled:
-            experience = labelled(experience)
+        experience = prepared(data.next(cfg.batch_size))
         metrics = learner.update(loss, experience, stats)
         tokens = learner.totals(experience).actions
         loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))

@@ -56,9 +56,14 @@ class About:
         return f"{self.run.name}-{self.id[:6]}"
 
 
+EVAL = "eval"
+"""Below a stage's name: what was measured on held-out rows while it trained."""
+
+
 def series_of(metric: str) -> str:
-    """The stage of a metric `STAGE/NAME`."""
-    return metric.partition("/")[0]
+    """Where a metric belongs: the stage of `STAGE/NAME`, and `STAGE/eval` of `STAGE/eval/NAME`."""
+    stage, _, name = metric.partition("/")
+    return f"{stage}/{EVAL}" if name.startswith(f"{EVAL}/") else stage
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

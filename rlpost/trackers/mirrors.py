@@ -15,7 +15,7 @@ from typing import Any
 from rlpost.data.messages import question
 from rlpost.errors import RecipeError
 from rlpost.run import names
-from rlpost.trackers.api import About, Key, Tracker
+from rlpost.trackers.api import EVAL, About, Key, Tracker
 from rlpost.trackers.mirror import Mirror
 from rlpost.trackers.params import TRACKER, TRACKERS, Logging, short
 from rlpost.usercode.binding import bind
@@ -67,10 +67,10 @@ class Mirrors:
         """Send what the stage's logs hold."""
         if not self._mirrors:
             return
-        log = folder / names.METRICS
-        for line in log.read_bytes().splitlines() if log.exists() else ():
-            row = json.loads(line)
-            self.log(stage, row.pop("step"), {name: value for name, value in row.items() if value is not None})
+        for log, series in ((folder / names.METRICS, stage), (folder / names.EVALUATIONS, f"{stage}/{EVAL}")):
+            for line in log.read_bytes().splitlines() if log.exists() else ():
+                row = json.loads(line)
+                self.log(series, row.pop("step"), {name: value for name, value in row.items() if value is not None})
         for file in sorted((folder / names.ROLLOUTS).glob("step-*.jsonl")):
             self.rollouts(stage, file)
 

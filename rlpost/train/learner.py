@@ -69,6 +69,11 @@ class Trainable(Protocol):
         """The backward pass of the last forward pass is over."""
         ...
 
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on."""
+        ...
+
     def train(self, mode: bool = True) -> Any:
         """Dropout on, as while training, or off."""
         ...
@@ -335,12 +340,16 @@ class Learner:
         state = self._optimizer.state
         return {f"{n}/{key}": v for n, p in self._named.items() for key, v in state.get(p, {}).items()}
 
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Restore what `weights()` returned."""
+        assert weights.keys() == self._named.keys(), weights.keys() ^ self._named.keys()
+        for name, p in self._named.items():
+            p.copy_(weights[name])
+
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], updates: int) -> None:
         """Restore what `weights()` and `optimizer_state()` returned after `updates` updates."""
-        assert weights.keys() == self._named.keys(), weights.keys() ^ self._named.keys()
-        with torch.no_grad():
-            for name, p in self._named.items():
-                p.copy_(weights[name])
+        self.load_weights(weights)
         state: dict[Tensor, dict[str, Tensor]] = {}
         for key, value in optimizer.items():
             name, what = key.rsplit("/", 1)

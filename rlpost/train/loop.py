@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,9 +17,13 @@ from rlpost.data.messages import question
 from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.run.interrupt import Interrupts
-from rlpost.run.stage import StageDirectory
+from rlpost.run.names import EVALUATIONS
+from rlpost.run.stage import BEST, StageDirectory
+from rlpost.trackers.api import EVAL
 from rlpost.trackers.mirrors import Mirrors
+from rlpost.train.evaluation import StageEvaluation
 from rlpost.train.learner import Learner
+from rlpost.train.random_state import random_state, set_random_state
 from rlpost.train.symptoms import Watch
 from rlpost.train.throughput import Throughput, shown
 from rlpost.types import Group
@@ -76,6 +79,7 @@ class Loop:
         keep: int,
         log_every: int = 1,
         mirrors: Mirrors | None = None,
+        evaluation: StageEvaluation | None = None,
     ) -> None:
         """Prepare; nothing is read or written yet.
 
@@ -92,6 +96,7 @@ class Loop:
             keep: checkpoints kept.
             log_every: steps between lines of the log.
             mirrors: trackers that are sent what is logged.
+            evaluation: measures held-out rows while the stage trains.
         """
         self._title = title
         self._out = out
@@ -105,7 +110,12 @@ class Loop:
         self._keep = keep
         self._log_every = log_every
         self._mirrors = mirrors or Mirrors()
+        self._evaluation = evaluation or StageEvaluation(0, (), None)
+        self._evaluated = 0
         self._live: dict[str, float] = {}
+        self._live_evaluation: dict[str, float] = {}
+        self.done = 0
+        """Steps done, in this process and before."""
         self._saved = 0
         self._watch = Watch(title)
         self.throughput = Throughput(list(learners.values()))
@@ -116,7 +126,8 @@ class Loop:
     def steps(self) -> Iterator[int]:
         """Step numbers from the last checkpoint on; checkpoints are written between steps.
 
-        The state after the last step is saved too: the result can be made from it again, or more steps added.
+        The state after the last step is saved too: the result can be made from it again, or more steps added. With
+        `keep_best` the policy has the weights of the best evaluation in the end.
 
         Raises:
             Interrupted: after a checkpoint, when a signal asked to stop.
@@ -136,27 +147,34 @@ class Loop:
         if first:
             console.say(f"{self._title}: resumes after step {first} of {self._steps}")
         with console.Progress(self._title, self._steps, start=first) as progress:
+            self._evaluate_again(first)
             for step in range(first, self._steps):
+                if self._evaluation.stops:
+                    break
                 self.throughput.begin()
                 self._set_location(step + 1)
                 if in_use():
                     self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
                 yield step
                 self._interrupts.rescue = None
-                done = step + 1
+                done = self.done = step + 1
                 timing = self.throughput.end()
                 if self._main and done % self._log_every == 0:
                     self._out.timing(done, timing)
-                progress.advance({**self._live, **shown(timing)})
-                stopping = self._interrupts.requested
-                due = done % self._every == 0 or done == self._steps
-                if due or (stopping is not None and done < self._steps):
+                if self._interrupts.requested is None or done == self._steps:
+                    self._evaluate(done)
+                progress.advance({**self._live, **self._live_evaluation, **shown(timing)})
+                over = done == self._steps or self._evaluation.stops
+                stopping = None if over else self._interrupts.requested
+                due = done % self._every == 0 or done == self._evaluation.best_step
+                if due or over or stopping is not None:
                     self._save(done)
-                if stopping is not None and done < self._steps:
+                if stopping is not None:
                     raise Interrupted(
                         f"{self._title} stopped after step {done} with a checkpoint; run the same command to go on",
                         stopping,
                     )
+        self._take_best()
 
     def log(self, step: int, metrics: Mapping[str, float], live: Sequence[str] = ()) -> None:
         """Write a step's metrics; those named in `live` also go to the progress line.
@@ -180,6 +198,46 @@ class Loop:
         if self._main:
             self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
 
+    @property
+    def about_result(self) -> dict[str, Any]:
+        """Of the policy after the last step: the step its weights are from, and with `keep_best` why."""
+        return self._evaluation.about_result(self.done)
+
+    def _evaluate_again(self, done: int) -> None:
+        """After a resume: make the evaluation that a signal left out."""
+        if done and self._evaluation.due(done, self._steps) and self._evaluated < done:
+            self._evaluate(done)
+            if self._evaluation.best_step == done:
+                self._save(done)
+
+    def _evaluate(self, done: int) -> None:
+        """Evaluate if it is time to, and log it. Nothing of training changes."""
+        if not self._evaluation.due(done, self._steps):
+            return
+        began = time.perf_counter()
+        if in_use():
+            self._interrupts.rescue = partial(self._rescue, done, copy.deepcopy(self._position()))
+        metrics = self._evaluation.measure([learner.model for learner in self._learners.values()])
+        self._interrupts.rescue = None
+        self._evaluation.note(done, metrics)
+        self._evaluated = done
+        if self._main:
+            self._out.evaluation(done, metrics)
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self._mirrors.log(f"{self._title}/{EVAL}", done, finite)
+        self._live_evaluation = self._evaluation.shown(metrics)
+        seconds = time.perf_counter() - began
+        console.say(f"{self._title}: step {done}: {self._evaluation.line(done, metrics)}, in {seconds:.1f}s")
+
+    def _take_best(self) -> None:
+        """Give the policy the weights of the best evaluation."""
+        best = self._evaluation.best_step
+        if best not in (None, self.done):
+            weights, _ = _files(POLICY)
+            self._learners[POLICY].load_weights(self._out.checkpoint(best).tensors(weights))
+        for line in self._evaluation.outcome(self.done, self._steps):
+            console.say(f"{self._title}: {line}")
+
     def _resume(self) -> int:
         checkpoint = self._out.resume()
         before = checkpoint.state["inputs"] if checkpoint else {}
@@ -197,13 +255,15 @@ class Loop:
             weights, optimizer = _files(name)
             updates = int(checkpoint.state["updates"][name])
             learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
-        _set_random(checkpoint.tensors("random"))
+        set_random_state(checkpoint.tensors("random"))
         for name, extra in self._weights.items():
             extra.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
+        self._evaluation.load(checkpoint.state.get("evaluation", {}))
+        self._evaluated = int(max((row.get("step", 0) for row in self._out.logged(EVALUATIONS)), default=0))
         self._watch.replay(self._out.logged())
-        self._saved = checkpoint.step
+        self._saved = self.done = checkpoint.step
         return checkpoint.step
 
     def _set_location(self, step: int) -> None:
@@ -233,9 +293,11 @@ class Loop:
 
     def _position(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All state but the weights: that of random generators, and the JSON of a checkpoint."""
-        return _random(), {
+        evaluation = self._evaluation.state()
+        return random_state(), {
             "updates": {name: learner.updates for name, learner in self._learners.items()},
             "states": {name: stateful.state() for name, stateful in self._states.items()},
+            **({"evaluation": evaluation, BEST: self._evaluation.best_step} if evaluation else {}),
         }
 
     def _rescue(self, step: int, position: tuple[dict[str, Tensor], dict[str, Any]]) -> str:
@@ -301,34 +363,3 @@ def _rollout_row(group: Group) -> dict[str, Any]:
             for c in group.completions
         ],
     }
-
-
-def _random() -> dict[str, Tensor]:
-    """The state of every generator that training, or a user's reward, may draw from."""
-    version, internal, gauss = random.getstate()
-    numpy = np.random.get_state(legacy=False)
-    state = {
-        "cpu": torch.get_rng_state(),
-        "python": torch.tensor([version, *internal]),
-        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "numpy_place": torch.tensor([numpy["state"]["pos"], numpy["has_gauss"]]),
-        "numpy_gauss": torch.tensor([numpy["gauss"]], dtype=torch.float64),
-    }
-    if torch.cuda.is_available():
-        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
-    return state
-
-
-def _set_random(state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    version, *internal = state["python"].tolist()
-    gauss = state["python_gauss"].tolist()
-    random.setstate((version, tuple(internal), gauss[0] if gauss else None))
-    position, has_gauss = state["numpy_place"].tolist()
-    key = state["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, position, has_gauss, state["numpy_gauss"].item()))
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(
-            [state[f"cuda{i}"] for i in range(torch.cuda.device_count()) if f"cuda{i}" in state]
-        )

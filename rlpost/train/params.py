@@ -1,6 +1,8 @@
 """Parameters of training."""
 
-from rlpost.section import Choice
+from pydantic import Field
+
+from rlpost.section import Choice, Section
 
 
 class Schedule(Choice):
@@ -12,3 +14,38 @@ class Schedule(Choice):
     """Falls towards 0 in a straight line."""
     cosine = "cosine"
     """Falls towards 0 along half a cosine."""
+
+
+class Mode(Choice):
+    """Which values of a metric are better."""
+
+    max = "max"
+    """Higher ones."""
+    min = "min"
+    """Lower ones."""
+
+
+_LOWER = ("loss", "preference_loss", "nll", "chosen_nll", "truncated", "unscored")
+"""Metrics of which lower values are better."""
+
+
+class KeepBest(Section):
+    """Keeps the weights of the best evaluation while the stage trained, rather than the last ones, and may stop early.
+
+    A tie is no improvement.
+    """
+
+    metric: str
+    """What is compared: a metric of `evaluations.jsonl`, such as `loss` or `greedy/accuracy`
+    (docs/runs.md#evaluating-while-a-stage-trains)."""
+    mode: Mode | None = None
+    """Which values are better; by default `min` for losses, `nll`, `truncated` and `unscored`, `max` for others."""
+    min_delta: float = Field(0.0, ge=0)
+    """By how much a value has to be better to count."""
+    patience: int | None = Field(None, ge=1)
+    """Stop the stage early after so many evaluations in a row without a better value; by default it goes on."""
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower values are better."""
+        return self.metric.rpartition("/")[2] in _LOWER if self.mode is None else self.mode is Mode.min

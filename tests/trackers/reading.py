@@ -111,9 +111,11 @@ def logged(run: Path, *stages: str) -> dict[tuple[str, int], list[float]]:
     """The same of the logs of a run."""
     numbers = {}
     for stage in stages:
-        for row in map(json.loads, (run / stage / "metrics.jsonl").read_text("utf-8").splitlines()):
-            step = row.pop("step")
-            numbers |= {(f"{stage}/{name}", step): [float(value)] for name, value in row.items()}
+        for log, series in (("metrics", stage), ("evaluations", f"{stage}/eval")):
+            file = run / stage / f"{log}.jsonl"
+            for row in map(json.loads, file.read_text("utf-8").splitlines() if file.exists() else ()):
+                step = row.pop("step")
+                numbers |= {(f"{series}/{name}", step): [float(value)] for name, value in row.items()}
     return numbers
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.extras
 
 STAGES = {
     "sft": {**SFT, "steps": 9, "checkpoint_every": 3},
-    "grpo": {**GRPO, "steps": 6, "checkpoint_every": 2, "table_every": 2},
+    "grpo": {**GRPO, "steps": 6, "checkpoint_every": 2, "table_every": 2, "eval_every": 2},
 }
 FAILING = {
     "tensorboard": "torch.utils.tensorboard.writer:FileWriter.add_summary",

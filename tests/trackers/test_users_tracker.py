@@ -89,7 +89,7 @@ def test_it_is_sent_all_that_is_logged_and_changes_nothing(tmp_path, capsys):
     run(tmp_path / "without", STAGES, evaluation=EVALUATION)
     capsys.readouterr()
     folder = tmp_path / "with"
-    run(folder, STAGES, own(folder), evaluation=EVALUATION)
+    run(folder, STAGES, own(folder), evaluation={**EVALUATION, "every": 2})
     printed = capsys.readouterr()
     assert "logging" in printed.err
     assert "logging" not in printed.out
@@ -99,6 +99,7 @@ def test_it_is_sent_all_that_is_logged_and_changes_nothing(tmp_path, capsys):
             continue
         assert sha256(here / file.relative_to(plain)) == sha256(file), file
     assert trained(folder) == logged(here, "sft", "grpo")
+    assert ("grpo/eval/greedy/accuracy", 2) in trained(folder)
     greedy = json.loads((here / "evaluation/grpo.json").read_text("utf-8"))["greedy"]["accuracy"]["all"]
     assert sent(folder, "log")["evaluation/greedy", 2] == [greedy["value"]]
     assert sent(folder, "log")["evaluation/greedy/low", 2] == [greedy["low"]]

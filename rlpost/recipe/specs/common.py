@@ -14,7 +14,8 @@ from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problem
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section
 from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
-from rlpost.train.params import Schedule
+from rlpost.suggest import hint_or_list
+from rlpost.train.params import KeepBest, Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
 from rlpost.usercode.signatures import info_of
 
@@ -100,6 +101,11 @@ class Training(Stage):
     """How many checkpoints to keep; older ones are removed."""
     log_every: int = Field(1, ge=1)
     """Steps between lines of `metrics.jsonl`."""
+    eval_every: int | None = Field(None, ge=0)
+    """Steps between evaluations while the stage trains, beside one after its last step; 0: none
+    (docs/runs.md#evaluating-while-a-stage-trains). By default `evaluation.every`."""
+    keep_best: KeepBest | None = None
+    """The result has the weights of the best evaluation; by default the last ones."""
 
     balances: ClassVar[bool] = True
     """Its updates can have a mixture of experts' balance loss."""
@@ -108,6 +114,7 @@ class Training(Stage):
         """Those of every stage, of its length and of its warm-up."""
         yield from super().rules(where, earlier)
         yield from self._length_problems(where)
+        yield from self._evaluation_problems(where, earlier)
         if self.warmup > 1 and self.warmup != int(self.warmup):
             yield f"{where}.warmup: {self.warmup} - a share below 1, or a whole number of updates"
 
@@ -115,6 +122,56 @@ class Training(Stage):
         if (self.steps is None) == (self.epochs is None):
             given = "neither is given" if self.steps is None else "not both"
             yield f"{where}: give exactly one of {where}.steps and {where}.epochs ({given})"
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        """Names of the metrics of held-out rows of its own."""
+        return ()
+
+    def _evaluation_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        whole = earlier.evaluation
+        names = [*self.eval_metrics(), *(whole.metrics() if whole and self.leaves is Leaves.policy else ())]
+        every = earlier.eval_every if self.eval_every is None else self.eval_every
+        own = isinstance(self, Offline)
+        what = f"give an `evaluation`, or {where}.eval_data" if own else "give an `evaluation` on prompts"
+        if self.eval_every and not names:
+            yield f"{where}.eval_every: there is nothing to evaluate - {what if own or whole is None else 'remove it'}"
+        if self.eval_every and self.steps is not None and self.eval_every > self.steps:
+            yield f"{where}.eval_every: {self.eval_every} - the stage has {self.steps} steps, so give at most that"
+        if self.keep_best is None:
+            return
+        if not names:
+            yield f"{where}.keep_best: there is nothing to compare - {what}"
+        elif not every:
+            yield f"{where}.keep_best: compares evaluations while the stage trains - give {where}.eval_every, like 50"
+        elif self.keep_best.metric not in names:
+            metric = self.keep_best.metric
+            yield f"{where}.keep_best.metric: no metric {metric!r}{hint_or_list(metric, names, 'there are')}"
+
+
+class Offline(Training):
+    """What every stage has that learns from given rows."""
+
+    eval_data: dict[str, Source] = Field(default_factory=dict)
+    """Held-out rows, like those of `data`: every `eval_every` steps their loss and the stage's other metrics go to
+    `evaluations.jsonl`. None by default."""
+
+    measured: ClassVar[tuple[str, ...]] = ("loss",)
+    """Metrics of held-out rows."""
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        """Its metrics, if there are held-out rows."""
+        return self.measured if self.eval_data else ()
+
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """Those of every stage that trains, and of its held-out rows."""
+        yield from super().rules(where, earlier)
+        yield from source_problems(self.eval_data, f"{where}.eval_data", earlier)
+        if self.eval_data and not (self.eval_every or (self.eval_every is None and earlier.eval_every)):
+            yield f"{where}.eval_data: is never measured - give {where}.eval_every, like 50"
+        way = next((source.direction for source in self.data.values()), Direction.forward)
+        for name, source in self.eval_data.items():
+            if source.direction is not way:
+                yield f"{where}.eval_data.{name}.direction: {source.direction} - read it as `data` is read: {way}"
 
 
 class Rollouts(Training):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.common import Training
+from rlpost.recipe.specs.common import Offline
 from rlpost.stages.params import Refresh
 from rlpost.usercode.params import Function, Lookup
 from rlpost.usercode.signatures import FunctionInfo, info_of
@@ -25,7 +25,7 @@ LOSS = Lookup(
 MODIFIER = Lookup("dpo.modifiers", "rlpost.objectives.preference_modifiers", ("pairs",), returns="the same")
 
 
-class Dpo(Training):
+class Dpo(Offline):
     """Direct preference optimisation and its relatives, on pairs (with `dpo_plackett_luce`, on ranked completions)."""
 
     kind: str = "dpo"
@@ -47,6 +47,11 @@ class Dpo(Training):
     def rows(self) -> DataRole:
         """Pairs, or ranked completions."""
         return DataRole.ranked if self._loss.takes("delta_PK", "reward_PK") else DataRole.pairs
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        """Fewer of ranked completions."""
+        more = ("margin", "chosen_logratio", "rejected_logratio", "chosen_nll") if self.rows() is DataRole.pairs else ()
+        return ("loss", "preference_loss", "accuracy", *more) if self.eval_data else ()
 
     @property
     def _loss(self) -> FunctionInfo:

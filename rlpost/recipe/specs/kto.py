@@ -9,13 +9,13 @@ from pydantic import Field
 
 from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.common import Training
+from rlpost.recipe.specs.common import Offline
 from rlpost.usercode.params import Function, Lookup
 
 LOSS = Lookup("kto.loss", "rlpost.objectives.unpaired", ("unpaired",), returns="elements")
 
 
-class Kto(Training):
+class Kto(Offline):
     """Learning from completions that are each desirable or not, without pairs. Rows are `prompt, completion, label`."""
 
     kind: str = "kto"
@@ -27,6 +27,7 @@ class Kto(Training):
     """The reference model: `start` (where this stage begins), `base`, or an earlier stage that trains."""
 
     function: ClassVar[str] = "rlpost.stages.kto:kto"
+    measured = ("loss", "desirable_logratio", "undesirable_logratio", "z")
 
     def rows(self) -> DataRole:
         """Completions with labels."""

@@ -8,13 +8,13 @@ from pydantic import Field
 
 from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Leaves
-from rlpost.recipe.specs.common import Training
+from rlpost.recipe.specs.common import Offline
 from rlpost.usercode.params import Function, Lookup
 
 LOSS = Lookup("process_reward_model.loss", "rlpost.objectives.reward_model", ("logit_K", "label_K"), returns="elements")
 
 
-class ProcessRewardModel(Training):
+class ProcessRewardModel(Offline):
     """A model that scores every step of a completion, for `rewards: [{fn: process_reward_model, model: NAME}]`; the
     policy passes unchanged. Rows are `prompt, steps, labels`."""
 
@@ -25,6 +25,7 @@ class ProcessRewardModel(Training):
     """The loss of a completion's steps; in `rlpost/objectives/reward_model.py`."""
 
     function: ClassVar[str] = "rlpost.stages.process_reward_model:process_reward_model"
+    measured = ("loss", "accuracy", "predicted", "label")
     leaves = Leaves.process_reward_model
 
     def rows(self) -> DataRole:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rlpost.data.params import DataRole
 from rlpost.recipe.rules import Leaves
-from rlpost.recipe.specs.common import Training
+from rlpost.recipe.specs.common import Offline
 from rlpost.usercode.params import Function, Lookup
 from rlpost.usercode.signatures import info_of
 
@@ -22,7 +22,7 @@ LOSS = Lookup(
 )
 
 
-class RewardModel(Training):
+class RewardModel(Offline):
     """A model that scores completions, for `rewards: [{fn: reward_model, model: NAME}]`, `critic.start` and `judge`;
     the policy passes unchanged. Rows are pairs, or with `loss: {fn: plackett_luce}` ranked completions."""
 
@@ -33,6 +33,7 @@ class RewardModel(Training):
     """`bradley_terry` of pairs, `plackett_luce` of ranked completions; in `rlpost/objectives/reward_model.py`."""
 
     function: ClassVar[str] = "rlpost.stages.reward_model:reward_model"
+    measured = ("loss", "accuracy", "margin", "score")
     leaves = Leaves.reward_model
 
     def rows(self) -> DataRole:

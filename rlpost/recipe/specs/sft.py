@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlpost.data.params import DataRole, Direction
 from rlpost.recipe.rules import Earlier, Leaves
-from rlpost.recipe.specs.common import Training
+from rlpost.recipe.specs.common import Offline
 from rlpost.section import Local
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function, Lookup
@@ -25,7 +25,7 @@ LOSS = Lookup(
 )
 
 
-class Sft(Training):
+class Sft(Offline):
     """Supervised fine-tuning: maximise the likelihood of completions, or imitate a teacher's distributions."""
 
     kind: str = "sft"
@@ -49,6 +49,11 @@ class Sft(Training):
     def rows(self) -> DataRole:
         """Completions; with labels, where the loss asks for them."""
         return DataRole.labelled if info_of(self.loss, LOSS).takes("label_N") else DataRole.completions
+
+    def eval_metrics(self) -> tuple[str, ...]:
+        """With labels also the likelihood of what is to be avoided."""
+        more = ("unsaid_nll",) if self.rows() is DataRole.labelled else ()
+        return ("loss", "nll", *more) if self.eval_data else ()
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
