@@ -20,6 +20,7 @@ from typing import Any, get_args, get_origin
 
 from recipe_keys import Key, choices, keys_of, sections, summary, write
 
+from rlpost.data.params import TASK
 from rlpost.engine.params import LOCAL, EngineChoice
 from rlpost.recipe.files import GROUPS
 from rlpost.recipe.kinds import kinds, spec_of
@@ -29,6 +30,7 @@ from rlpost.rewards.params import REWARD
 from rlpost.rewards.tree import NODES, SHAPING
 from rlpost.section import Choice, Local, Section
 from rlpost.usercode.binding import offered, settable
+from rlpost.usercode.gym import GYM
 from rlpost.usercode.params import Function, Lookup
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +192,9 @@ def _function(annotation: Any, lookup: Lookup, definitions: Schema) -> Schema:
         names = {fn: about for fn, (_, about) in functions.items()}
         names |= _nodes() if lookup is REWARD else {}
         described = definitions["Function.fn"]["description"]
-        schema["properties"]["fn"] = _described({"anyOf": [_choices(names), OF_FILE]}, described)
+        # Names of an optional package's tasks: not listed, for the schema is the same wherever it is written.
+        of_package: list[Schema] = [{"type": "string", "pattern": rf"^{GYM}\.\w+$"}] if lookup is TASK else []
+        schema["properties"]["fn"] = _described({"anyOf": [_choices(names), OF_FILE, *of_package]}, described)
         schema["allOf"] = [_arguments(fn, signature, lookup) for fn, (signature, _) in functions.items()]
         definitions[name] = schema
     return {"type": "array", "items": _or_reference(reference)} if several else reference

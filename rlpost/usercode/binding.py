@@ -21,10 +21,10 @@ from rlpost.errors import RecipeError
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section, join, marked, walk
 from rlpost.suggest import hint_or_list, shortened
-from rlpost.usercode import signatures
+from rlpost.usercode import gym, signatures
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.here import UsersFile
-from rlpost.usercode.params import Function, Lookup, OnFailure
+from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
 from rlpost.usercode.places import OF_FILE, users_file
 from rlpost.usercode.signatures import owner
 
@@ -108,8 +108,12 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
-    options = {key: info.signature for key, info in signatures.functions_in(module).items()}
-    names = (key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module)
+    if module == f"{TASKS}.{gym.GYM}" and not gym.installed():
+        raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
+    named = signatures.named_by_package(module)
+    options = named | {key: info.signature for key, info in signatures.functions_in(module).items()}
+    own_names = [key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module]
+    names = own_names + [key for key, own in named.items() if _fits(own, lookup)]
     signature = _chosen(options, name, names, f"{place}: no function {shortened(repr(name))} in {module}")
     own = _own(signature, lookup)
     if not lookup.by_name and tuple(own) != lookup.supplied:  # a user's may call them as it likes

@@ -19,7 +19,7 @@ from rlpost.errors import RecipeError
 from rlpost.facts import FACTS
 from rlpost.rewards.params import REWARD
 from rlpost.suggest import hint_or_list
-from rlpost.usercode import calls
+from rlpost.usercode import calls, gym
 from rlpost.usercode.params import TASKS, Function, Lookup
 from rlpost.usercode.places import OF_FILE
 
@@ -78,6 +78,17 @@ def modules_of(lookup: Lookup) -> Iterator[tuple[str, str]]:
 def _tasks() -> list[str]:
     folder = _PACKAGE.joinpath(*TASKS.split(".")[1:])
     return [m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")]
+
+
+@cache
+def named_by_package(module: str) -> dict[str, inspect.Signature]:
+    """Signatures of what a task offers besides its own functions: rows of each task of the installed package."""
+    if module != f"{TASKS}.{gym.GYM}":
+        return {}
+    tree = ast.parse(_PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text("utf-8"))
+    rows = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_rows")
+    _, *given = _signature(rows.args).parameters.values()  # the first is the task's name
+    return dict.fromkeys(gym.names(), inspect.Signature(given))
 
 
 @cache

@@ -24,7 +24,7 @@ from rlpost.usercode.signatures import functions_in, info_of
 DATA = "vars.data=rows.jsonl"
 MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, LOSS, MODIFIER, REWARD)]
 MODULES += [f"rlpost.objectives.{name}" for name in ("supervised", "reward_model", "unpaired")]
-MODULES += [f"rlpost.data.tasks.{name}" for name in ("addition", "calculator", "gsm8k", "maze")]
+MODULES += [f"rlpost.data.tasks.{name}" for name in ("addition", "calculator", "gsm8k", "maze", "reasoning_gym")]
 
 
 @pytest.mark.parametrize("module", MODULES)
