@@ -12,9 +12,6 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
-import reasoning_gym
-from reasoning_gym.factory import DATASETS
-
 from rlpost.errors import RecipeError
 from rlpost.suggest import hint_or_list
 
@@ -30,6 +27,9 @@ def generator(task: str, options: Mapping[str, Any], seed: int) -> Any:
     Raises:
         RecipeError: there is no such task, or it does not take these options.
     """
+    import reasoning_gym  # here: it takes a second, and is optional
+    from reasoning_gym.factory import DATASETS
+
     if task not in DATASETS:
         raise RecipeError(f"no task {task!r} in reasoning_gym{hint_or_list(task, DATASETS, 'there are')}")
     known = [field.name for field in fields(DATASETS[task][1]) if field.name not in _OWN]

@@ -14,6 +14,7 @@ from functools import partial as with_arguments
 from pathlib import Path
 from typing import Any, Literal
 
+from rlpost.data.gym_problems import SIZE, generator
 from rlpost.errors import RecipeError, RewardError
 from rlpost.types import Completion
 from rlpost.usercode.calls import Failed, Remote, describe
@@ -64,8 +65,6 @@ def _rows(
     """
     if size < 1:
         raise RecipeError(f"size={size}: give at least 1")
-    from rlpost.data.gym_problems import SIZE, generator  # only here: importing the package takes a second
-
     start = int.from_bytes(hashlib.sha256(f"{seed}".encode()).digest()[:4]) // 4  # neighbouring seeds share problems
     made, most = generator(task, options, start), min(size * PATIENCE, SIZE)
     rows: list[dict[str, Any]] = []
