@@ -57,7 +57,7 @@ def evaluate(
         bool, typer.Option("--trust-tasks", help="With --harness: task files may run Python and load any data.")
     ] = False,
 ) -> None:
-    """Evaluate a checkpoint as its recipe says, or another, or on tasks of lm-eval."""
+    """Evaluate a checkpoint by its recipe, or by lm-eval tasks."""
     words = list(overrides or [])
     if checkpoint is not None and re.match(r"[\w.\[\]-]+=", checkpoint) and not Path(checkpoint).exists():
         words.insert(0, checkpoint)

@@ -55,6 +55,7 @@ def _misused(error: Any) -> int:
         path.insert(0, context.info_name)
         context = context.parent
     message = re.sub(r"^Invalid value(?: for (.+?))?: ", lambda m: f"{m[1]}: " if m[1] else "", error.format_message())
+    message = message.replace(": Value error, ", ": ")  # pydantic's words, by which typer reads choices
     return _fail(RecipeError(f"{message.rstrip('.')} - see `{' '.join(['rlpost', *path, '--help'])}`"))
 
 

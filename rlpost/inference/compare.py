@@ -13,6 +13,7 @@ from rlpost.evaluate.comparison import Comparison, compare_scores, corrected
 from rlpost.evaluate.evaluator import ALL, Answers, Result
 from rlpost.evaluate.params import Evaluation
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located, recipe_of
+from rlpost.policy.model_files import stored_dtype
 from rlpost.policy.params import Model
 from rlpost.recipe.resolve import Resolved, resolve
 from rlpost.run.names import CONFIG
@@ -34,6 +35,9 @@ def compare_checkpoints(a: str, b: str, recipe: str | None) -> tuple[list[Compar
     if cfg is None:
         raise RecipeError(f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe")
     models = [located(a), located(b)]
+    for model in models:
+        if not Path(model).is_dir():
+            stored_dtype(model, None)  # a wrong name is refused before the other model is evaluated
     evaluated = [_evaluated(model, given, resolved, cfg, recipe) for model, given in zip(models, (a, b), strict=True)]
     results, sizes = [result for result, _ in evaluated], evaluated[0][1]
     comparisons = [

@@ -83,6 +83,8 @@ def must_be_new(out: str) -> Path:
     Raises:
         DiskError: it exists.
     """
+    if not out.strip():
+        raise DiskError("OUT: an empty name; name a new folder")
     target = Path(out)
     if target.exists() or target.is_symlink():
         raise DiskError(f"{out}: it exists already; name a new folder, or remove it first")

@@ -49,7 +49,9 @@ def push(checkpoint: str, repo: str, *, private: bool = False, merged: bool = Fa
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise RecipeError(f"REPO: {first_line(error).rstrip('.')} - write owner/name") from error
+        raise RecipeError(
+            f"REPO: {repo!r} is no name of a repository - write owner/name, of letters, digits, '-', '_' and '.'"
+        ) from error
     folder = must_be_here(checkpoint)
     as_adapter = is_adapter(folder) and not merged
     if as_adapter and not is_hub_name(base := base_of(folder)):

@@ -28,6 +28,7 @@ _REFUSED = {
     "quantization_config": "its weights are quantised, which is not supported; use the model in bfloat16 or float32",
     "fusion_config": "fusion_config replaces parts of the model, which is not supported; remove it from config.json",
 }
+_TOKENIZER_FILES = ("token*", "vocab*", "*.model", "tekken.json", "*.gguf")
 _NUMBERED = re.compile(r"\.\d+(?=\.|$)")
 _BUFFERS = re.compile(r"(inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|\.version)$")
 """Buffers in old checkpoints that are not trained weights."""
@@ -132,6 +133,10 @@ def load_tokenizer(path: str, settings: Model, base: str | None = None) -> Any:
     for name in ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"):
         if (Path(source) / name).is_file():
             read_json_object(Path(source) / name)
+    if Path(source).is_dir() and not any(any(Path(source).glob(name)) for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{path}: it has no tokenizer; copy tokenizer.json and tokenizer_config.json from the model it was made of"
+        )
     template = Path(source) / "chat_template.jinja"
     if template.is_file() and not template.read_bytes().strip():
         raise ModelError(f"{template}: an empty chat template; restore it, or remove the file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def find(recipe: str) -> Path:
             raise RecipeError(f"{recipe}: {what}{_near(recipe)}")
         return path.resolve()
     if recipe not in packaged():
+        from rlpost.run.names import CONFIG  # only here: a recipe that is found is quick
+
+        with suppress(OSError):  # a name that is too long for a file
+            if (path / CONFIG).is_file():
+                raise RecipeError(f"{recipe}: a run, not a recipe - its recipe is {Path(recipe) / CONFIG}")
         raise RecipeError(f"{recipe}: no packaged recipe of that name{_near(recipe)}")
     return (packaged_folder() / f"{recipe}.yaml").resolve()
 
