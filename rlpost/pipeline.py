@@ -378,7 +378,7 @@ def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool
         chunks = reading.chunks()
         first = next(chunks)
         if source.augment is None:
-            read_as(first.rows[:1], label(source, key), need, source.columns)
+            read_as(first.rows[:1], label(source, key), need, source.columns, source.is_made)
         found = chain([first], chunks if rows else ())
         for _ in found if check is None or source.augment is not None else check(found, reading.location):
             pass

@@ -102,7 +102,9 @@ class ReadAs:
         return replace(chunk, rows=rows)
 
 
-def read_as(rows: Sequence[Row], where: str, need: DataRole | None, named: Iterable[str] = ()) -> ReadAs:
+def read_as(
+    rows: Sequence[Row], where: str, need: DataRole | None, named: Iterable[str] = (), made: bool = False
+) -> ReadAs:
     """The format for `need`, and the layout if it takes one, by the first row.
 
     Args:
@@ -110,6 +112,7 @@ def read_as(rows: Sequence[Row], where: str, need: DataRole | None, named: Itera
         where: the source, for messages.
         need: what the stage needs; None for any text.
         named: the roles that the source's `columns` names; they choose where several fit.
+        made: a function of the user's made the rows, so the columns of a format (but `text`) are meant as such.
 
     Raises:
         DataError: none fits, or several.
@@ -127,7 +130,11 @@ def read_as(rows: Sequence[Row], where: str, need: DataRole | None, named: Itera
         form = None
     if form is not None and not any(form in layout.replaces for layout in found):
         found = [layout for layout in found if not set(layout.columns) <= _ROLES]
-        if not found or _is_named(COLUMNS[form], [layout.columns for layout in found], named):
+        if (
+            not found
+            or (made and form is not Format.text)
+            or _is_named(COLUMNS[form], [layout.columns for layout in found], named)
+        ):
             return ReadAs(form, None, form.value)
         options = [(COLUMNS[form], form.value, COLUMNS[form][-1])]
     else:

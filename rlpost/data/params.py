@@ -114,6 +114,11 @@ class Source(Section):
     direction: Direction = Direction.forward
     """The way the text of a row is read."""
 
+    @property
+    def is_made(self) -> bool:
+        """Whether a function makes its rows."""
+        return bool(self.task or self.map or self.augment)
+
     def problems(self, where: str) -> Iterator[str]:
         """Where its rows come from, and its fold."""
         given = [key for key in ("path", "stage", "task") if getattr(self, key)]

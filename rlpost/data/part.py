@@ -115,7 +115,7 @@ def open_part(
         sample = first.rows[:1]
         if augment is not None:
             sample = augmented(augment, sample, [seed], [location(first.numbers[0])])
-        found = read_as(sample, about, need, source.columns)
+        found = read_as(sample, about, need, source.columns, source.is_made)
         encoder = Encoder(found.form, codec, limit, source.direction, source.unrendered)
         outcomes = RowOutcomes()
         rows: Iterator[Chunk] = chain([first], chunks)

@@ -12,6 +12,7 @@ from rlpost.data.fitting import Limit
 from rlpost.data.formats import DataRole
 from rlpost.data.params import Source
 from rlpost.errors import DataError, ModelError
+from rlpost.usercode.params import TimedFunction
 
 SFT, PAIRS, KTO, RANKED, PROMPTS = (
     DataRole.completions,
@@ -304,6 +305,21 @@ def test_formats_that_fit_as_they_are_stay_as_they_are(load):
     )
 
 
+def test_columns_that_a_map_made_are_meant(tmp_path):
+    from rlpost.data.layouts import read_as
+
+    row = {**ALPACA, "prompt": "a", "completion": "b"}
+    assert read_as([row], "main", SFT, made=True).said == "prompt, completion"
+    assert read_as([{**GOOD, "messages": TALK}], "main", SFT, made=True).said == "messages"
+    assert read_as([ALPACA], "main", SFT, made=True).said == "alpaca (instruction, output)"
+    with pytest.raises(DataError, match="can be read as text and as alpaca"):
+        read_as([{**ALPACA, "text": "a"}], "main", SFT, made=True)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    for made in ({"map": "f"}, {"augment": "f"}, {}):
+        source = Source(path="rows.jsonl", **{key: TimedFunction(fn=value) for key, value in made.items()})
+        assert source.is_made is bool(made)
+
+
 def test_equal_dialogues_are_left_out_and_counted(load):
     same_row = {"chosen": PAIR["chosen"], "rejected": PAIR["chosen"]}
     assert len(load([PAIR, same_row], PAIRS)[1]) == 1
@@ -357,7 +373,6 @@ def test_rows_made_by_augment_have_a_layout_too_and_kept_rows_are_read_again(cha
     """The first time and from the shelf."""
     from rlpost.run.shelf import Shelf
     from rlpost.usercode.binding import bind
-    from rlpost.usercode.params import TimedFunction
 
     (tmp_path / "own.py").write_text(
         "def made(row, random):\n    return {'instruction': row['q'], 'output': row['a'] + str(random.randrange(10))}\n"
