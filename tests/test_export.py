@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from tiny_recipes import GRPO, LORA, SFT, greedy, policy, run, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpost.errors import DiskError, ModelError
+from rlpost.errors import DiskError, Interrupted, ModelError
 from rlpost.inference import merge
 from rlpost.inference.card import Written, card
 from rlpost.inference.merge import about, merge_checkpoint
@@ -122,6 +124,14 @@ def test_a_model_that_is_not_the_checkpoint_is_refused(folder, tmp_path, monkeyp
     """Weights that are written without the adapter."""
     monkeypatch.setattr(merge, "proven_merge", lambda bare, loaded, _: loaded.unload())
     with pytest.raises(ModelError, match="log-probabilities are off by"):
+        merge_checkpoint(str(folder / "runs/run"), str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)])
+def test_a_signal_leaves_nothing_half_written(folder, tmp_path, monkeypatch, number, error):
+    monkeypatch.setattr(merge, "save_policy", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(error):
         merge_checkpoint(str(folder / "runs/run"), str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 

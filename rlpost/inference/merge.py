@@ -23,6 +23,7 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.saved import save_policy
 from rlpost.policy.score import logprobs
 from rlpost.run.files import discard, disk_errors
+from rlpost.run.interrupt import signals_raise
 from rlpost.run.names import unfinished
 
 LOST = 0.25
@@ -62,11 +63,12 @@ def merge_checkpoint(checkpoint: str, out: str, dtype: str | None = None, *, ggu
     Raises:
         DiskError: `out` exists, or cannot be written.
         ModelError: the checkpoint is no policy or not here, or the written model is not the checkpoint.
+        Interrupted: SIGTERM or SIGHUP.
     """
     target = must_be_new(out)
     folder = must_be_here(checkpoint)
     temporary = unfinished(target)
-    with disk_errors(target):
+    with disk_errors(target), signals_raise():
         try:
             discard(temporary)
             temporary.mkdir(parents=True)

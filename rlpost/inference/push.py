@@ -22,6 +22,7 @@ from rlpost.policy.load import must_be_policy
 from rlpost.policy.model_files import stored_dtype
 from rlpost.policy.saved import save_policy
 from rlpost.run.files import disk_errors
+from rlpost.run.interrupt import signals_raise
 from rlpost.run.names import ABOUT
 
 _TRANSPORT: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -45,6 +46,7 @@ def push(checkpoint: str, repo: str, *, private: bool = False, merged: bool = Fa
         RecipeError: `repo` is no name of a repository.
         ModelError: the checkpoint is no policy, or an adapter whose base is on this machine alone.
         DiskError: the hub refuses, or cannot be reached.
+        Interrupted: SIGTERM or SIGHUP.
     """
     try:
         validate_repo_id(repo)
@@ -60,7 +62,7 @@ def push(checkpoint: str, repo: str, *, private: bool = False, merged: bool = Fa
     with _hub_errors(repo):
         owner = api.whoami()["name"]
     repo = repo if "/" in repo else f"{owner}/{repo}"
-    with TemporaryDirectory(prefix="rlpost-push-") as made:
+    with signals_raise(), TemporaryDirectory(prefix="rlpost-push-") as made:
         with disk_errors(Path(made)):
             _gather(folder, Path(made), repo, as_adapter)
         with _hub_errors(repo):

@@ -11,14 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rlpost import console
-from rlpost.errors import EngineError, Interrupted, RecipeError
+from rlpost.errors import EngineError, RecipeError
 from rlpost.inference.card import checkpoint_title
 from rlpost.inference.checkpoint import located
 from rlpost.inference.merge import write_merged
@@ -27,6 +27,7 @@ from rlpost.policy.load import must_be_policy
 from rlpost.policy.model_files import load_tokenizer, stored_dtype
 from rlpost.policy.params import Model
 from rlpost.run.files import disk_errors
+from rlpost.run.interrupt import signals_raise
 
 SERVERS = ("transformers", "vllm")
 _NEEDED = ("fastapi", "uvicorn", "openai")
@@ -56,7 +57,7 @@ def serve(checkpoint: str, server: str, host: str, port: int, options: Sequence[
     start = _start_of(server)
     _must_be_free(host, port)
     model = located(checkpoint)
-    with _signals_raise(), TemporaryDirectory(prefix="rlpost-serve-") as made:
+    with signals_raise(), TemporaryDirectory(prefix="rlpost-serve-") as made:
         name = _place(model, Path(made))
         has_template = load_tokenizer(str(Path(made) / name) if name != model else model, Model()).chat_template
         command = [*start, "serve", name, "--host", host, "--port", str(port), *options]
@@ -151,19 +152,3 @@ def _run(command: Sequence[str], folder: Path) -> None:
         process.wait()
     if code:
         raise EngineError(f"{shlex.join(command[:3])}: ended with code {code}; its own lines above say why")
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt."""
-
-    def stop(number: int, _frame: object) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
-
-    heard = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

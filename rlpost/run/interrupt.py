@@ -2,7 +2,8 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -65,3 +66,25 @@ class Interrupts:
         Stop.request()
         name = signal.Signals(number).name
         console.notice(f"{name}: stopping after this step, with a checkpoint (again: stop at once)")
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `Interrupted`, as Ctrl-C raises KeyboardInterrupt: what was begun is removed.
+
+    A signal that is ignored (nohup) stays ignored; outside the main thread the context does nothing.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
