@@ -68,3 +68,10 @@ def test_what_the_guides_name_exists() -> None:
     known = {*re.findall(r"\w+", told), *packaged()}
     words = re.findall(r"`([\w./]+)`", (DOCS / "guides.md").read_text("utf-8"))
     assert [word for word in words if word not in known and not set(re.findall(r"\w+", word)) <= known] == []
+
+
+def test_the_guides_name_every_recipe_of_a_method() -> None:
+    page = (DOCS / "guides.md").read_text("utf-8")
+    shared = {"methods/common", "methods/on_pairs", "methods/on_policy"}
+    methods = {name for name in packaged() if name.startswith("methods/")} - shared
+    assert [name for name in sorted(methods) if f"`{name}`" not in page] == []
