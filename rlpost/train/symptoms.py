@@ -91,6 +91,17 @@ def _share_above(name: str, limit: float, what: str) -> Callable[[Lines, Lines],
     return found
 
 
+def _solved(last: Lines) -> bool:
+    """Whether nearly all is right already: a mean reward from 0.9 to 1. Equal rewards and sure answers are then due."""
+    values = _values(last[-LASTS:], "reward")
+    return bool(values) and 0.9 <= fmean(values) <= 1
+
+
+def _zero_signal(first: Lines, last: Lines) -> str | None:
+    limit = 0.98 if _solved(last) else 0.8
+    return _share_above("zero_signal", limit, "groups have equal rewards, so they teach nothing")(first, last)
+
+
 def _clipped(first: Lines, last: Lines) -> str | None:
     sides = [{"clipped": line["clipped_low"] + line["clipped_high"]} for line in last if "clipped_high" in line]
     if len(sides) < len(last):
@@ -100,28 +111,37 @@ def _clipped(first: Lines, last: Lines) -> str | None:
 
 def _entropy(first: Lines, last: Lines) -> str | None:
     before, now = _values(first, "entropy"), _values(last[-LASTS:], "entropy")
-    if len(last) < 2 * LASTS or not before or not now or max(now) >= 0.1 * fmean(before):
+    if len(last) < 2 * LASTS or not before or not now or _solved(last) or max(now) >= 0.1 * fmean(before):
         return None
     return f"entropy has fallen from {fmean(before):.3g} to {fmean(now):.3g} nats a token"
 
 
 def _kl(_: Lines, last: Lines) -> str | None:
-    """More than 20 nats a completion, and growing by half within a window."""
+    """More than 20 nats a completion, and half as much again as in the first steps of two windows."""
     values = _values(last, "sequence_kl")
-    if len(values) < 2 * LASTS or min(values[LASTS:]) < 20 or fmean(values[LASTS:]) < 1.5 * fmean(values[:LASTS]):
+    if len(values) < 2 * LASTS:
         return None
-    return f"the KL to the reference has grown to {fmean(values[LASTS:]):.3g} nats a completion"
+    before, now = values[: LASTS // 2], values[LASTS:]
+    if min(now) < 20 or fmean(now) < 1.5 * fmean(before):
+        return None
+    return f"the KL to the reference has grown from {fmean(before):.3g} to {fmean(now):.3g} nats a completion"
 
 
 def _cancel(_: Lines, last: Lines) -> str | None:
-    """One reward rises and another falls, each by 5 standard errors, while the total stays within 1."""
+    """One reward rises and another falls, each by 5 standard errors, while the total hardly moves.
+
+    It stays within 1 standard error, or within a tenth of the smaller move.
+    """
     if len(last) < 2 * LASTS:
         return None
     names = [name for name in last[-1] if name.startswith("reward/")]
     moves = {name: _move(_values(last, name)) for name in names}
     up = next((name for name, move in moves.items() if move > 5), None)
     down = next((name for name, move in moves.items() if move < -5), None)
-    if up is None or down is None or abs(_move(_values(last, "reward"))) > 1:
+    if up is None or down is None:
+        return None
+    total, smaller = _change(_values(last, "reward")), min(abs(_change(_values(last, name))) for name in (up, down))
+    if abs(_move(_values(last, "reward"))) > 1 and abs(total) > 0.1 * smaller:
         return None
     return f"{up} rises as {down} falls, and their sum stays where it is"
 
@@ -132,13 +152,18 @@ def _move(values: Sequence[float]) -> float:
         return 0.0
     before, now = values[:LASTS], values[LASTS:]
     error = math.sqrt((variance(before) + variance(now)) / LASTS)
-    return (fmean(now) - fmean(before)) / error if error else 0.0
+    return _change(values) / error if error else 0.0
+
+
+def _change(values: Sequence[float]) -> float:
+    """The change of the mean from the first window to the second."""
+    return fmean(values[LASTS:]) - fmean(values[:LASTS]) if len(values) == 2 * LASTS else 0.0
 
 
 SYMPTOMS = (
     Symptom(
         "zero-signal",
-        _share_above("zero_signal", 0.8, "groups have equal rewards, so they teach nothing"),
+        _zero_signal,
         "try prompts neither always nor never solved, a larger group_size, or dynamic_sampling_rounds",
     ),
     Symptom(

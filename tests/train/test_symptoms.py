@@ -99,3 +99,26 @@ def test_every_symptom_has_its_cause_and_cure_in_the_documentation():
     assert set(found) == {symptom.name for symptom in SYMPTOMS}
     for section in found.values():
         assert re.findall(r"\*\*(\w+)\.\*\*", section) == ["Symptom", "Cause", "Cure"]
+
+
+def test_what_is_nearly_solved_is_no_trouble_but_a_constant_reward_is():
+    easy = noisy(40, 0, entropy=lambda step: 0.8**step)
+    solved = [line | {"reward": 0.97, "zero_signal": 0.93} for line in easy]
+    assert told(solved) == set()
+    assert told([line | {"reward": 0.5, "zero_signal": 0.93} for line in easy]) == {"zero-signal", "entropy-collapse"}
+    assert told([line | {"reward": 1.0, "zero_signal": 1.0} for line in noisy(20, 0)]) == {"zero-signal"}
+
+
+def test_a_kl_that_jumps_within_the_first_steps_is_told_and_a_high_one_that_stays_is_not():
+    jump = noisy(20, 0, sequence_kl=lambda step: min(40.0, 8.0 * step))
+    assert told(jump) == {"kl-running-away"}
+    assert told(noisy(60, 0, sequence_kl=lambda step: 40.0)) == set()
+
+
+def test_rewards_cancel_if_their_sum_moves_by_less_than_a_tenth():
+    def lines(share):
+        made = noisy(40, 0, **SICK["rewards-that-cancel"])
+        return [line | {"reward": 1.0 + share * 0.05 * step} for step, line in enumerate(made)]
+
+    assert told(lines(0.05)) == {"rewards-that-cancel"}
+    assert told(lines(0.3)) == set()
