@@ -62,7 +62,7 @@ def command(monkeypatch, *words: str) -> int:
 
 def test_a_run_as_it_grows(tmp_path: Path, monkeypatch, capsys) -> None:
     stages = {"sft": {**SFT, "steps": 2}, "grpo": {**GRPO, "steps": 2}}
-    trained = run(tmp_path, stages, evaluation=EVALUATION, description=EVIL).parents[1]
+    trained = run(tmp_path, stages, evaluation={**EVALUATION, "every": 1}, description=EVIL).parents[1]
     answers = trained / "evaluation/grpo.jsonl"
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     answers.write_text("".join(json.dumps({**row, "completion": EVIL}) + "\n" for row in rows))
@@ -77,7 +77,15 @@ def test_a_run_as_it_grows(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "http" not in re.sub("http-equiv", "", html)
     logged = {key for stage in stages for line in open(trained / stage / "metrics.jsonl") for key in json.loads(line)}  # noqa: SIM115, PTH123
     assert page.tags.count("polyline") >= len(logged - {"step"})
-    for said in ("base and grpo", "stages.sft.learning_rate", "0.02", "95 % interval", "torch", "finished"):
+    for said in (
+        "base and grpo",
+        "stages.sft.learning_rate",
+        "0.02",
+        "95 % interval",
+        "torch",
+        "finished",
+        "eval/greedy/accuracy",
+    ):
         assert said in page.text
     # Without an evaluation, unfinished, then with nothing logged.
     for file in (trained / "evaluation").iterdir():
@@ -89,6 +97,7 @@ def test_a_run_as_it_grows(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "unfinished" in page.text
     for stage in stages:
         (trained / stage / "metrics.jsonl").unlink()
+        (trained / stage / "evaluations.jsonl").unlink()
     assert command(monkeypatch, str(trained)) == 0
     assert "No step has been logged yet" in Page((trained / "report.html").read_text()).text
     # Damage is one line.

@@ -103,6 +103,10 @@ class Run:
         """
         return self._lines(stage, names.METRICS)
 
+    def evaluations(self, stage: str) -> list[dict[str, float]]:
+        """evaluations.jsonl of a stage: held-out metrics by step, while it trained; errors as `metrics`."""
+        return self._lines(stage, names.EVALUATIONS)
+
     def timings(self, stage: str) -> list[dict[str, float]]:
         """timings.jsonl of a stage: seconds by logged step; errors as `metrics`."""
         return self._lines(stage, names.TIMINGS)

@@ -101,6 +101,9 @@ def collect(path: str) -> RunView:
 def _stage(run: Run, name: str, config: dict[str, Any]) -> StageView:
     folder = run.path / name
     metrics = [{k: v for k, v in row.items() if isinstance(v, int | float)} for row in run.metrics(name)]
+    steps = int(metrics[-1]["step"]) if metrics else 0
+    for row in run.evaluations(name):
+        metrics.append({k if k == "step" else f"eval/{k}": v for k, v in row.items() if isinstance(v, int | float)})
     done = StageDirectory(folder).says_done
     about = _json(folder / names.FINAL / names.ABOUT)
     start = str(about.get("parent") or config.get("start") or "")
@@ -111,7 +114,7 @@ def _stage(run: Run, name: str, config: dict[str, Any]) -> StageView:
         state="done" if done else "unfinished" if folder.exists() else "not begun",
         start=inside[0] if inside else "",
         metrics=metrics,
-        steps=int(metrics[-1]["step"]) if metrics else 0,
+        steps=steps,
         seconds=sum(float(row["seconds"]) for row in run.timings(name)),
     )
 

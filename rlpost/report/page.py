@@ -19,7 +19,10 @@ from rlpost.run.files import write_atomic
 TEMPLATE = "report.html.jinja"
 MOST_RUNS = 6
 """As many as the colours and dashes tell apart."""
-_FIRST = ("reward", "loss", "nll", "preference_loss", "accuracy", "margin", "kl", "entropy", "length")
+_FIRST = (
+    *("reward", "eval/greedy/accuracy", "eval/greedy/reward", "loss", "eval/loss", "nll", "preference_loss"),
+    *("accuracy", "eval/accuracy", "margin", "kl", "entropy", "length"),
+)
 
 
 def write_report(runs: Sequence[str], out: Path | None) -> Path:

@@ -27,7 +27,7 @@ class RecipeMeasure:
     """Gives the numbers of a policy as it is; None where there are none."""
 
 
-_SAID = 5
+_SAID = 4
 """Metrics of an evaluation that are printed; all are in the log."""
 
 

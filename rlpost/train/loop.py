@@ -25,7 +25,7 @@ from rlpost.train.evaluation import StageEvaluation
 from rlpost.train.learner import Learner
 from rlpost.train.random_state import random_state, set_random_state
 from rlpost.train.symptoms import Watch
-from rlpost.train.throughput import Throughput, shown
+from rlpost.train.throughput import SPEED, Throughput, shown
 from rlpost.types import Group
 from rlpost.usercode.calls import in_use
 
@@ -163,7 +163,9 @@ class Loop:
                     self._out.timing(done, timing)
                 if self._interrupts.requested is None or done == self._steps:
                     self._evaluate(done)
-                progress.advance({**self._live, **self._live_evaluation, **shown(timing)})
+                rates = shown(timing)
+                # On a narrow terminal the first ones are seen.
+                progress.advance({**self._live, SPEED: rates[SPEED], **self._live_evaluation, **rates})
                 over = done == self._steps or self._evaluation.stops
                 stopping = None if over else self._interrupts.requested
                 due = done % self._every == 0 or done == self._evaluation.best_step

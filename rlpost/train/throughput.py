@@ -14,6 +14,8 @@ from rlpost.train.learner import Learner
 PARTS = ("sampling", "scoring", "learning")
 """What the time of a step that samples goes to; `learning` is all that is neither of the others."""
 
+SPEED = "tok/s"
+
 
 class Throughput:
     """Measures one step after the other; nothing of it reaches metrics or the state of training."""
@@ -66,4 +68,4 @@ def peak_memory() -> int:
 def shown(timing: Mapping[str, float]) -> dict[str, float]:
     """What the progress line shows of a step: tokens a second, percent of it by part, peak memory in GiB."""
     percent = {f"{part}%": round(100 * timing[part] / timing["seconds"]) for part in PARTS if part in timing}
-    return {"tok/s": round(timing["tokens_per_second"]), **percent, "GiB": timing["peak_memory"] / 2**30}
+    return {SPEED: round(timing["tokens_per_second"]), **percent, "GiB": timing["peak_memory"] / 2**30}
