@@ -32,6 +32,11 @@ class TaskFile:
     settings: Mapping[str, Any]
     """The file's keys, those of its `include`s too."""
 
+    @property
+    def generates(self) -> bool:
+        """Whether answers are generated; else log-probabilities are compared or summed."""
+        return str(self.settings.get("output_type", "generate_until")) == "generate_until"
+
 
 def read_task_files(names: Sequence[str], trusted: bool = False) -> list[TaskFile]:
     """The tasks of files, and of all task files in folders.

@@ -25,7 +25,7 @@ from rlpost.evaluate.statistics import Estimate, clustered_share
 from rlpost.evaluate.task_files import TRUST, TaskFile
 from rlpost.inference.checkpoint import frozen_policy, located, recipe_of
 from rlpost.policy.attention import plain_attention
-from rlpost.policy.params import Model
+from rlpost.policy.params import Model, Precision
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.recipe.resolve import resolve
 from rlpost.run.lookup import newest_finished_run
@@ -119,11 +119,22 @@ def evaluate_harness(
     """
     path = checkpoint or str(newest_finished_run(Path("runs")))
     model = located(path)
-    policy = frozen_policy(model, _model_settings(path, recipe, overrides))
+    policy = frozen_policy(model, exact_enough(_model_settings(path, recipe, overrides), tasks))
     result = score_tasks(policy, tasks, options)
     columns = ["task", "metric", "score [95 % interval]", "rows"]
     console.table(f"{model}, by lm-eval", columns, [[s.task, s.name, _shown(s), str(s.rows)] for s in result.scores])
     return result, model
+
+
+def exact_enough(model: Model, tasks: Sequence[TaskFile]) -> Model:
+    """The settings, with float32 for `auto` where log-probabilities are compared: in bfloat16 choices tie.
+
+    lm-eval takes the first of equals, which in many files is the right one.
+    """
+    if model.precision is not Precision.auto or all(task.generates for task in tasks):
+        return model
+    console.say("log-probabilities are compared in float32; model.precision=bfloat16 is faster, and choices may tie")
+    return model.model_copy(update={"precision": Precision.float32})
 
 
 def score_tasks(policy: Policy, tasks: Sequence[TaskFile], options: HarnessOptions) -> HarnessResult:

@@ -11,6 +11,8 @@ import yaml
 from rlpost.cli.app import main
 from rlpost.errors import DataError, RecipeError
 from rlpost.evaluate.task_files import read_task_files
+from rlpost.inference.harness import exact_enough
+from rlpost.policy.params import Model, Precision
 
 SUMS = {
     "task": "sums",
@@ -141,3 +143,14 @@ def test_the_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("rlpost.evaluate.task_files.find_spec", lambda _name: None)
     with pytest.raises(RecipeError, match=r"pip install 'rlpost\[harness\]'"):
         read_task_files([str(write(tmp_path / "a.yaml"))])
+
+
+def test_choices_are_compared_in_float32_unless_a_recipe_says_otherwise(tmp_path):
+    choices, answers = write(tmp_path / "a.yaml", output_type="multiple_choice"), write(tmp_path / "b.yaml", task="b")
+    auto, half = Model(), Model(precision=Precision.bfloat16)
+    for files, model, found in [
+        ([choices, answers], auto, Precision.float32),
+        ([answers], auto, Precision.auto),
+        ([choices], half, Precision.bfloat16),
+    ]:
+        assert exact_enough(model, read_task_files(list(map(str, files)))).precision is found
