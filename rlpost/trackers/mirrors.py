@@ -59,7 +59,7 @@ class Mirrors:
         if self._mirrors and self._samples:
             with file.open(encoding="utf-8") as lines:
                 groups = map(json.loads, lines)
-                rows = ((question(g["example"]), c["text"], c["reward"]) for g in groups for c in g["completions"])
+                rows = ((_prompt(g["example"]), c["text"], c["reward"]) for g in groups for c in g["completions"])
                 chosen = list(islice(rows, self._samples))
             self.table(f"{stage}/samples", names.step_of(file) or 0, ("prompt", "completion", "reward"), chosen)
 
@@ -111,6 +111,11 @@ def open_mirrors(logging: Logging, about: About, folder: Path) -> Iterator[Mirro
     finally:
         for mirror in mirrors:
             mirror.close()
+
+
+def _prompt(example: Mapping[str, Any]) -> str:
+    """What was asked: the last message of a user, or the text of the prompt."""
+    return question(example) or str(example.get("prompt", ""))
 
 
 def _maker(name: str, number: int, about: About, folder: Path) -> Callable[[Sequence[Key]], Tracker]:

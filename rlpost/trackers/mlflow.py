@@ -44,7 +44,7 @@ class MLflow:
         self._client.update_run(self._id, status="RUNNING")
         self._thread = ThreadPoolExecutor(1, "mlflow")
         self._waiting: deque[Future[None]] = deque()
-        console.say(f"mlflow: {given}" if given else f"mlflow: mlflow server --backend-store-uri {uri}")
+        console.say(f"mlflow: {uri}")
 
     def held(self) -> set[Key]:
         """What it has of this run; numbers of one step are written together."""

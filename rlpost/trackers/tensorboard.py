@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlpost import console
 from rlpost.trackers.api import About, Key, markdown, series_of
@@ -18,16 +20,25 @@ class TensorBoard:
     """Writes event files, one each time that the run is opened. A step's numbers are one record of it."""
 
     def __init__(self, about: About) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
         from torch.utils.tensorboard import summary
-        from torch.utils.tensorboard.writer import FileWriter
 
-        self._folder = about.folder / "tensorboard"
-        self._summary: Any = summary
-        self._held = _tags(self._folder)
-        self._writer: Any = FileWriter(str(self._folder))
+        folder = about.folder / "tensorboard"
+        self._summary: Any = Summary
+        self._text = cast(Any, summary.text)
+        self._event: Any = Event
+        self._held = _tags(folder)
+        folder.mkdir(exist_ok=True)
+        # Not by TensorBoard's own writer, whose thread prints a traceback when the disk is full.
+        self._file = (folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}").open("xb")
+        self._records: Any = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
         if ("config", 0) not in self._held:
-            text = json.dumps(about.config, indent=2, default=str, ensure_ascii=False)
-            self._text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
+            settings = json.dumps(about.config, indent=2, default=str, ensure_ascii=False)
+            code = "\n".join(f"    {line}" for line in settings.splitlines())
+            self._write(summary=self._text("config", code), step=0)
         console.say(f"tensorboard: tensorboard --logdir {about.run.parent}")
 
     def held(self) -> set[Key]:
@@ -36,27 +47,21 @@ class TensorBoard:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """A scalar each."""
-        written = self._summary.scalar("", 0.0, new_style=True)
-        written.ClearField("value")
-        for name, value in metrics.items():
-            one = self._summary.scalar(name, value, new_style=True, double_precision=True)
-            written.value.extend(one.value)
-        self._add(written, step)
+        # In 32 bits: TensorBoard's loader leaves out scalars of 64.
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(summary=self._summary(value=values), step=step)
 
     def table(self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table as Markdown."""
-        self._text(name, markdown(columns, rows), step)
+        self._write(summary=self._text(name, markdown(columns, rows)), step=step)
 
     def close(self) -> None:
         """Close the event file."""
-        self._writer.close()
+        self._file.close()
 
-    def _text(self, name: str, text: str, step: int) -> None:
-        self._add(self._summary.text(name, text), step)
-
-    def _add(self, written: Any, step: int) -> None:
-        self._writer.add_summary(written, step)
-        self._writer.flush()
+    def _write(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
 
 def _tags(folder: Path) -> set[Key]:

@@ -13,7 +13,7 @@ from rlpost.trackers.api import About, Key, series_of
 
 
 class Wandb:
-    """A run of wandb with the id of ours; every stage has its own axis, `STAGE/step`.
+    """A run of wandb with the id of ours; a stage's numbers are over its own axis, `STAGE/step`.
 
     wandb's own step is the number of the row, so that a server drops a row that it has.
 
@@ -25,7 +25,7 @@ class Wandb:
         import wandb
 
         self._table = wandb.Table
-        self._axes: set[str] = set()
+        self._defined: set[str] = set()
         try:
             self._run: Any = wandb.init(
                 project=about.project,
@@ -46,7 +46,7 @@ class Wandb:
             # Rows arrive in order; after a kill the server says how many did.
             self._row = min(self._run.step, len(journal))
             self._held = set(journal[: self._row])
-            console.say(f"wandb: {self._run.url}")
+            console.say(f"wandb: {self._run.url or 'disabled'}")
 
     def held(self) -> set[Key]:
         """What it has of this run."""
@@ -65,12 +65,11 @@ class Wandb:
         self._run.finish()
 
     def _send(self, step: int, row: dict[str, Any]) -> None:
-        stages = {series_of(name) for name in row}
-        for stage in stages - self._axes:
-            self._run.define_metric(f"{stage}/step")
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        self._axes |= stages
-        self._run.log(row | {f"{stage}/step": step for stage in stages}, step=self._row, commit=True)
+        axes = {name: f"{series_of(name)}/step" for name in row}
+        for name in row.keys() - self._defined:
+            self._run.define_metric(name, step_metric=axes[name])
+        self._defined |= row.keys()
+        self._run.log(row | dict.fromkeys(axes.values(), step), step=self._row, commit=True)
         self._row += 1
 
 

@@ -40,6 +40,7 @@ def tensorboard(runs: Path) -> Found:
                     found.tables[name, event.step].append(held.reshape(-1)[0].decode())
                 else:
                     found.numbers[name, event.step].append(held.item())
+                    assert held.dtype == "float32"  # TensorBoard's quick loader leaves out others
     return found
 
 
@@ -59,7 +60,7 @@ def wandb(runs: Path) -> Found:
                 assert row["_step"] not in rows, row["_step"]
                 rows.add(row["_step"])
                 for name, value in row.items():
-                    step = row.get(name.partition("/")[0] + "/step")
+                    step = row.get(_axis(name))
                     if isinstance(value, dict) and not name.startswith("_"):
                         found.tables[name, step].append((file.parent / "files" / value["path"]).read_text("utf-8"))
                     elif not name.startswith("_") and not name.endswith("/step"):
@@ -90,7 +91,7 @@ def trackio(runs: Path) -> Found:
             found.runs.add(run)
             row = json.loads(text)
             for name, value in row.items():
-                step = row[name.partition("/")[0] + "/step"]
+                step = row[_axis(name)]
                 if isinstance(value, dict):
                     found.tables[name, step].append(json.dumps(value))
                 elif not name.endswith("/step"):
@@ -105,6 +106,12 @@ READ: dict[str, Callable[[Path], Found]] = {
     "mlflow": mlflow,
     "trackio": trackio,
 }
+
+
+def _axis(metric: str) -> str:
+    """The name under which the step of a metric stands in its row."""
+    stage, _, name = metric.partition("/")
+    return f"{stage}/eval/step" if name.startswith("eval/") else f"{stage}/step"
 
 
 def logged(run: Path, *stages: str) -> dict[tuple[str, int], list[float]]:

@@ -87,6 +87,7 @@ def trained(folder: Path) -> dict[tuple[str, int], list[Any]]:
 def test_it_is_sent_all_that_is_logged_and_changes_nothing(tmp_path, capsys):
     (tmp_path / "without").mkdir()
     run(tmp_path / "without", STAGES, evaluation=EVALUATION)
+    assert not (tmp_path / "without/runs/run/trackers").exists()
     capsys.readouterr()
     folder = tmp_path / "with"
     run(folder, STAGES, own(folder), evaluation={**EVALUATION, "every": 2})
@@ -113,9 +114,13 @@ def test_it_is_sent_all_that_is_logged_and_changes_nothing(tmp_path, capsys):
     assert columns == ["prompt", "completion", "reward"]
     rollouts = json.loads((here / "grpo/rollouts/step-000002.jsonl").read_text("utf-8").splitlines()[0])
     first = rollouts["completions"][0]
-    assert rows[0][1:] == [first["text"], first["reward"]]
+    assert rows[0] == [rollouts["example"]["prompt"], first["text"], first["reward"]]
     assert len(rows) == 8
     assert [row[0] for row in tables["evaluation/stages", 2][0][1]] == ["base", "sft", "grpo"]
+    # A tracker that is added to a finished run is sent everything too.
+    run(tmp_path / "without", STAGES, own(tmp_path / "without"), evaluation=EVALUATION)
+    assert sent(tmp_path / "without", "table") == sent(folder, "table")
+    assert sent(tmp_path / "without", "log") == {k: v for k, v in sent(folder, "log").items() if "/eval/" not in k[0]}
 
 
 def test_it_fails_is_said_once_and_is_sent_the_rest_later(tmp_path, capsys):
