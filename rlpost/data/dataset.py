@@ -16,7 +16,7 @@ from rlpost.data.formats import DataRole, row_texts
 from rlpost.data.layouts import read_as
 from rlpost.data.order import Draw, Order
 from rlpost.data.origins import Bind, label
-from rlpost.data.params import AUGMENT, Source
+from rlpost.data.params import AUGMENT, Malformed, Source
 from rlpost.data.part import Check, Part, Shelf, open_part
 from rlpost.data.sources import open_source
 from rlpost.errors import DataError, RecipeError
@@ -194,10 +194,11 @@ def texts(
         chunks = reading.chunks()
         first = next(chunks)
         before, convert = len(found), None
+        drop = (lambda _: None) if source.malformed is Malformed.drop else None
         if not any(row_texts(row) for row in first.rows):
             convert = read_as(first.rows, about, None, source.columns)
         for chunk in chain([first], chunks):
-            rows = convert.chunk(chunk, reading.location).rows if convert else chunk.rows
+            rows = convert.chunk(chunk, reading.location, drop).rows if convert else chunk.rows
             found += [text for row in rows for text in row_texts(row)]
         if len(found) == before:
             raise DataError(f"{about} holds no text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -41,6 +42,7 @@ class Encoder:
     limit: Limit
     direction: Direction = Direction.forward
     unrendered: params.Unrendered = params.Unrendered.refuse
+    malformed: params.Malformed = params.Malformed.refuse
 
     def __call__(self, row: Row, location: str, outcomes: RowOutcomes) -> Group | None:
         """The row as a group, or None if it is dropped; adds to `outcomes`.
@@ -49,16 +51,14 @@ class Encoder:
             DataError: it is malformed or too long.
         """
         try:
-            group = encode(row, self.form, self.codec, location)
-        except Unrendered as error:
-            if self.unrendered is params.Unrendered.refuse:
+            group = self._encoded(row, location, outcomes)
+        except DataError as error:
+            if self.malformed is params.Malformed.refuse or isinstance(error, Unrendered):
                 raise
-            kind = "unrendered" if self.unrendered is params.Unrendered.drop else "ignored"
-            outcomes.counts[kind] += 1
-            outcomes.first.setdefault(kind, f"{location}: {error.left_out}")
-            if self.unrendered is params.Unrendered.drop:
-                return None
-            group = encode(row, self.form, replace(self.codec, strict=False), location)
+            self.drop(error, outcomes)
+            return None
+        if group is None:
+            return None
         if self.form is Format.messages:
             outcomes.counts["turns"] += untrained_turns(row, group)
         if self.direction is Direction.reverse:
@@ -72,6 +72,25 @@ class Encoder:
             outcomes.counts["equal"] += 1
             return None
         return fitting
+
+    def drop(self, error: DataError, outcomes: RowOutcomes) -> None:
+        """Count a row that is dropped because it breaks its format."""
+        outcomes.counts["malformed"] += 1
+        outcomes.first.setdefault("malformed", str(error))
+
+    def _encoded(self, row: Row, location: str, outcomes: RowOutcomes) -> Group | None:
+        """The row as a group; None if its chat template leaves out a part, and such rows are dropped."""
+        try:
+            return encode(row, self.form, self.codec, location)
+        except Unrendered as error:
+            if self.unrendered is params.Unrendered.refuse:
+                raise
+            kind = "unrendered" if self.unrendered is params.Unrendered.drop else "ignored"
+            outcomes.counts[kind] += 1
+            outcomes.first.setdefault(kind, f"{location}: {error.left_out}")
+            if self.unrendered is params.Unrendered.drop:
+                return None
+            return encode(row, self.form, replace(self.codec, strict=False), location)
 
 
 _COMPARED = (Format.pair, Format.ranked, Format.ranked_pair)
@@ -116,8 +135,13 @@ class SourceEncoder:
         if self.augment is not None:
             yield self._augmented(chunk, self.augment)
             return
-        chunk = self.read_as.chunk(chunk, self.location)
         encoder = self.encoder
+        drops = encoder.malformed is params.Malformed.drop
+        chunk = self.read_as.chunk(
+            chunk, self.location, partial(encoder.drop, outcomes=self.outcomes) if drops else None
+        )
+        if not chunk.rows:
+            return
         if not is_supported(encoder.form) or encoder.direction is Direction.reverse:
             yield self._one_by_one(chunk)
             return

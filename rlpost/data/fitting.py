@@ -88,6 +88,7 @@ _NOTICES = {
     "cut": "rows cut to {longest} tokens; what was cut is not taught to stop there",
     "emptied": "rows dropped: {longest} tokens leave nothing of the completion to train",
     "equal": "rows dropped: their completions are the same, token by token, so none is better",
+    "malformed": "rows dropped: they break their format",
     "unrendered": "rows dropped: the chat template leaves out a part of them",
     "ignored": "rows are read without what the chat template leaves out",
     "turns": "rows leave earlier turns untrained: the chat template changes them",

@@ -7,7 +7,7 @@ nothing is guessed: the row is refused, unless `columns` names a column of just 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rlpost.data import conversions
@@ -94,12 +94,27 @@ class ReadAs:
                 f"model.chat_template=FILE.jinja, or read plain text with columns: {self.layout.plain}"
             )
 
-    def chunk(self, chunk: Chunk, location: Callable[[int], str]) -> Chunk:
-        """The rows with the columns of their format; `lines` stay those of the file."""
+    def chunk(
+        self, chunk: Chunk, location: Callable[[int], str], drop: Callable[[DataError], None] | None = None
+    ) -> Chunk:
+        """The rows with the columns of their format; `lines` stay those of the file.
+
+        Raises:
+            DataError: a row breaks the layout; with `drop`, it is called instead, and the row is left out.
+        """
         if self.layout is None:
             return chunk
-        rows = [self.layout(row, location(n)) for row, n in zip(chunk.rows, chunk.numbers, strict=True)]
-        return replace(chunk, rows=rows)
+        rows, kept = [], []
+        for i, (row, number) in enumerate(zip(chunk.rows, chunk.numbers, strict=True)):
+            try:
+                rows.append(self.layout(row, location(number)))
+                kept.append(i)
+            except DataError as error:
+                if drop is None:
+                    raise DataError(f"{error}; malformed=drop leaves such rows out") from error
+                drop(error)
+        lines = chunk.lines and [chunk.lines[i] for i in kept]
+        return Chunk(rows, [chunk.numbers[i] for i in kept], lines)
 
 
 def read_as(

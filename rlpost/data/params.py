@@ -44,6 +44,15 @@ class Unrendered(Choice):
     """The row is read without what the template leaves out, and counted."""
 
 
+class Malformed(Choice):
+    """What happens to a row that breaks its format."""
+
+    refuse = "refuse"
+    """The run stops, and names the row."""
+    drop = "drop"
+    """The row is left out, and counted. A line that is not JSON stops the run all the same."""
+
+
 class Direction(Choice):
     """The way a text is read."""
 
@@ -108,6 +117,8 @@ class Source(Section):
     """A function (row, random) -> row, applied anew every time a row is drawn."""
     kfold: KFold | None = None
     """Keep one side of a split of the rows."""
+    malformed: Malformed = Malformed.refuse
+    """What happens to a row that breaks its format (docs/data.md#data-as-it-comes)."""
     unrendered: Unrendered = Unrendered.refuse
     """What happens to a row that says more than its chat template renders
     (docs/data.md#chat-templates-and-what-is-trained)."""

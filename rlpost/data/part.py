@@ -116,7 +116,7 @@ def open_part(
         if augment is not None:
             sample = augmented(augment, sample, [seed], [location(first.numbers[0])])
         found = read_as(sample, about, need, source.columns, source.is_made)
-        encoder = Encoder(found.form, codec, limit, source.direction, source.unrendered)
+        encoder = Encoder(found.form, codec, limit, source.direction, source.unrendered, source.malformed)
         outcomes = RowOutcomes()
         rows: Iterator[Chunk] = chain([first], chunks)
         rows = check(rows, reading.location) if check else rows
@@ -131,12 +131,13 @@ def open_part(
         flat = Flat(in_memory.arrays(), parse)
     else:
         each_draw = [identity_of(source.augment, augment), seed] if source.augment and augment else None
-        options = [about, need, asdict(limit), source.direction, source.unrendered, each_draw, check and check.identity]
+        wishes = [source.direction, source.unrendered, source.malformed]
+        options = [about, need, asdict(limit), *wishes, each_draw, check and check.identity]
         identity = [reading.identity(), options, codec.identity(), _code()]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         flat = Flat.mapped(shelf.folder(digest[:32], key, lambda folder: _fill(folder, write)), parse)
     read = ReadAs.from_json(flat.about)
-    encoder = Encoder(read.form, codec, limit, source.direction, source.unrendered)
+    encoder = Encoder(read.form, codec, limit, source.direction, source.unrendered, source.malformed)
     outcomes = RowOutcomes.from_json(flat.about["became"])
     return Part(about, source.weight, flat, encoder, location, augment, outcomes, source.columns, read)
 

@@ -139,15 +139,9 @@ def check_order(messages: Sequence[Message], location: str) -> None:
         if role in ("system", "developer"):
             continue
         if before is None and role != "user":
-            raise DataError(
-                f"{location}: the first turn is the {role}'s, not the user's: take it out, or leave such rows out with "
-                "a `map`"
-            )
+            raise DataError(f"{location}: the first turn is the {role}'s, not the user's: take it out")
         if role == before and role != "tool":
-            raise DataError(
-                f"{location}: message {i} is a second turn of the {role} in a row: join the two, or leave such rows "
-                "out with a `map`"
-            )
+            raise DataError(f"{location}: message {i} is a second turn of the {role} in a row: join the two")
         before = role
 
 

@@ -305,6 +305,34 @@ def test_formats_that_fit_as_they_are_stay_as_they_are(load):
     )
 
 
+def test_malformed_rows_are_dropped_and_counted_where_that_is_wished(load, chatml, tmp_path):
+    rows = [GOOD, {"conversations": ASKED[1:]}, GOOD, {"conversations": [ASKED[0], said("gpt", " ")]}, GOOD]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def opened(**source):
+        options = {"need": SFT, "limit": Limit(1000), "seed": 0, "where": "data", "stages": None, "bind": None}
+        return open_dataset({"main": Source(path=str(path), **source)}, chatml, **options)
+
+    with pytest.raises(DataError, match=r"bad.jsonl:2.*malformed=drop leaves such rows out"):
+        opened()
+    kept = opened(malformed="drop")
+    assert same(kept.all(), load([GOOD] * 3)[1])
+    assert [part.flat.number(i) for part in kept._parts for i in range(3)] == [1, 3, 5]
+    (notice,) = [line for line in kept.notices if "they break" in line]
+    assert notice.startswith("2 of 5 rows dropped: they break their format (first: data.main (")
+    assert notice.endswith(
+        "bad.jsonl:2), conversations: the first turn is the assistant's, not the user's: take it out)"
+    )
+    path.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(DataError, match="none of 1 rows is left: 1 dropped: they break their format"):
+        opened(malformed="drop")
+    path.write_text(
+        json.dumps({"prompt": 3, "completion": "a"}) + "\n" + json.dumps({"prompt": "a", "completion": "b"})
+    )
+    assert len(opened(malformed="drop")) == 1
+
+
 def test_columns_that_a_map_made_are_meant(tmp_path):
     from rlpost.data.layouts import read_as
 
