@@ -261,3 +261,20 @@ def test_a_finished_stage_made_longer_goes_on_from_its_last_state(tmp_path):
     found, expected = left(tmp_path / "runs/run"), left(tmp_path / "runs/whole")
     assert found.pop("sft") != expected.pop("sft"), "the state of step 21 is still there"
     assert found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [(), (LORA,)], ids=["full", "lora"])
+def test_a_judge_of_the_evaluation_beside_those_of_the_stage_changes_nothing(tmp_path, way):
+    """With LoRA both are adapters on the base that is trained."""
+    judged = [{"fn": "reward_model", "model": "judge"}, {"fn": "rewards.py:digits", "weight": 0.1}]
+    stages = {
+        "sft": {**SFT, "eval_every": 0},
+        "judge": {**DPO, "kind": "reward_model", "eval_every": 0},
+        "ppo": {**GRPO, "kind": "ppo", "rewards": judged, "kl": {"beta": 0.05}, "checkpoint_every": 3},
+    }
+    run(tmp_path, stages, *way, "run=with", evaluation={**EVALUATION, "judge": "judge", "every": 2})
+    run(tmp_path, stages, *way, "run=without", evaluation=EVALUATION)
+    assert trained(tmp_path / "runs/with") == trained(tmp_path / "runs/without")
+    assert "sampled/judged" in rows(tmp_path, "ppo", "with")[0]
+    assert not (tmp_path / "runs/with/sft/evaluations.jsonl").exists()
