@@ -59,7 +59,7 @@ def table(runs: Path) -> Iterator[str]:
         for i, name in enumerate(names):
             values = [row[name] for row in rows if name in row]
             cells = [values[0], *(around(values, place) for place in (0.1, 0.5, 1.0))]
-            first = f"`{recipe}`, `{stage}`" if i == 0 else ""
+            first = f"`{recipe}`, {stage}" if i == 0 else ""
             yield f"| {first} | `{name}` | {' | '.join(map(shown, cells))} |"
 
 
