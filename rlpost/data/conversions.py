@@ -100,7 +100,14 @@ def labelled_conversation(column: str) -> Callable[[Row, str], Row]:
 def conversation_pair(column: str) -> Callable[[Row, str], Row]:
     """`prompt`, of the turns in a column, and the answers to it."""
     read = _talk(column)
-    return lambda row, location: {"prompt": read(row, location), **_answers(row, location)}
+
+    def convert(row: Row, location: str) -> Row:
+        messages = read(row, location)
+        if messages[-1]["role"] == "assistant":
+            raise DataError(f"{location}, {column}: it ends with an answer, and chosen and rejected are others to it")
+        return {"prompt": messages, **_answers(row, location)}
+
+    return convert
 
 
 def dialogue_pair(row: Row, location: str) -> Row:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlpost.data.messages import SYSTEM, Message
+from rlpost.data.messages import ROLES, SYSTEM, Message
 from rlpost.errors import DataError
 
 SPEAKERS = {
@@ -34,11 +34,16 @@ _HEADS = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 def is_turns(value: Any) -> bool:
-    """Whether it is a list of turns whose speaker is `from` rather than `role`, or is JSON text of a list."""
+    """Whether it is a list of turns with a `from`, or with roles like `human`; or the JSON text of a list."""
     if isinstance(value, str):
         return value.lstrip().startswith("[")
     first = value[0] if isinstance(value, list | tuple) and value else None
-    return isinstance(first, Mapping) and first.get("from") is not None and first.get("role") is None
+    if not isinstance(first, Mapping):
+        return False
+    role = first.get("role")
+    if role is None:
+        return first.get("from") is not None
+    return isinstance(role, str) and role not in ROLES and role.strip().lower() in SPEAKERS
 
 
 def quoted_messages(value: Any) -> list[Any] | None:

@@ -113,6 +113,12 @@ CASES = [
     ),
     ("sharegpt", SFT, {"conversations": ASKED}, {"messages": TALK}),
     ("sharegpt", SFT, {"conversation": ASKED, "system": "s"}, {"messages": [system("s"), *TALK]}),
+    (
+        "sharegpt",
+        SFT,
+        {"messages": [{"role": "human", "content": "Hi"}, {"role": "GPT", "content": "Hello"}]},
+        {"messages": TALK},
+    ),
     ("sharegpt", SFT, {"messages": ASKED}, {"messages": TALK}),
     ("sharegpt", SFT, {"messages": json.dumps(TALK)}, {"messages": TALK}),
     ("sharegpt", SFT, {"conversations": TALK}, {"messages": TALK}),
@@ -244,6 +250,7 @@ REFUSED = [
     (SFT, {**ALPACA, "output": ""}, "'output' is empty"),
     (SFT, {**ALPACA, "output": None}, "'output' is None, not text"),
     (SFT, {"instruction": "a"}, "has no 'output' (columns: instruction)"),
+    (PAIRS, {"conversations": ASKED, "chosen": "a", "rejected": "b"}, "it ends with an answer"),
     (KTO, {"conversations": ASKED[:1], "label": 1}, "it does not end with the answer that is labelled"),
     (KTO, {"conversations": ASKED, "label": 2}, "'label' is 2, neither true"),
     (PAIRS, {"chosen": PAIR["chosen"], "rejected": "\n\nHuman: Ho\n\nAssistant: b"}, "no turn in common"),
@@ -260,6 +267,8 @@ FIRST = {SFT: GOOD, PAIRS: PAIR, KTO: {**GOOD, "label": 1}}
 @pytest.mark.parametrize(("need", "row", "reason"), REFUSED)
 def test_a_row_that_breaks_the_layout_is_refused_by_its_line(need, row, reason, load):
     first = ALPACA if "instruction" in row else FIRST[need]
+    if need is PAIRS and "conversations" in row:
+        first = {**row, "conversations": ASKED[:1]}
     with pytest.raises(DataError) as caught:
         load([first, row], need)
     assert "rows.jsonl:2" in str(caught.value)

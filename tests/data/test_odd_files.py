@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,12 +13,13 @@ from conversations import CHATML, make
 from test_file_kinds import compressed, load
 from test_layouts import ASKED, PAIRS, RANKED, SFT, TALK, bot, same, user
 
-from rlpost.data import files, hub
+from rlpost.data import files, hub, tables
 from rlpost.data.codec import make_codec
 from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
 from rlpost.data.params import Source
 from rlpost.errors import DataError
+from rlpost.run.shelf import Shelf
 
 ANSWERS = {"prompt": "Hi", "completions": ["a", "b"], "scores": [2.0, None]}
 FORMS = {
@@ -177,6 +179,24 @@ def test_rows_are_read_a_few_at_a_time(kind, hub_folder, tmp_path, monkeypatch):
     assert [row["prompt"] for row in next(chunks).rows] == [str(i) for i in range(10)]
     assert len(made) == 20  # two columns of ten rows
     assert sum(len(chunk.rows) for chunk in chunks) == 990
+
+
+def test_encoding_takes_no_more_memory_for_more_rows(tmp_path, chatml, monkeypatch):
+    """Rows go to the shelf's files as they are read."""
+    monkeypatch.setattr(tables, "AT_ONCE", 100)
+    peaks = []
+    for count in (500, 2000):
+        rows = [{"prompt": f"{i:0200}", "completion": "x"} for i in range(count)]
+        path = save(tmp_path / f"{count}.csv", rows)
+        run = tmp_path / str(count)
+        run.mkdir()
+        options = {"need": SFT, "limit": Limit(1000), "seed": 0, "where": "data", "stages": None, "bind": None}
+        tracemalloc.start()
+        found = open_dataset({"main": Source(path=str(path))}, chatml, shelf=Shelf(run), **options)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(found) == count
+    assert peaks[1] < 1.3 * peaks[0]
 
 
 LINE = b'{"prompt": "a", "completion": "b"}\n'
