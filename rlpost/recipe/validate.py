@@ -90,6 +90,21 @@ def _evaluation(evaluation: Evaluation, recipe: Recipe) -> Iterator[str]:
                 f"{place}.model: the base model is evaluated before stage {leaf.model!r} has run - "
                 "name a checkpoint, or set evaluation.every_stage=false"
             )
+        elif leaf.model in recipe.enabled() and (early := _evaluated_before(str(leaf.model), evaluation, recipe)):
+            yield (
+                f"{place}.model: {early!r} is evaluated while it trains, before stage {leaf.model!r} has run - "
+                f"name a checkpoint, or set stages.{early}.eval_every=0"
+            )
+
+
+def _evaluated_before(model: str, evaluation: Evaluation, recipe: Recipe) -> str | None:
+    """The first stage before `model` whose policy is evaluated while it trains."""
+    order = recipe.enabled()
+    for name in list(order)[: list(order).index(model)]:
+        every = getattr(order[name], "eval_every", 0)
+        if (evaluation.every if every is None else every) and order[name].leaves is Leaves.policy:
+            return name
+    return None
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
