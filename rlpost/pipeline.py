@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,23 +15,21 @@ import torch
 from accelerate import Accelerator
 
 from rlpost import console
+from rlpost.base_model import base_checkpoint, prove_base
 from rlpost.data.codec import make_codec
-from rlpost.data.dataset import texts
 from rlpost.data.formats import DataRole
 from rlpost.data.layouts import read_as
 from rlpost.data.origins import label
-from rlpost.data.params import TokenizerKind
 from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
-from rlpost.data.tokenizers import make_tokenizer
 from rlpost.errors import Interrupted, ModelError, RecipeError, RlpostError
 from rlpost.evaluate.params import Evaluation
-from rlpost.policy.identity import Inputs, first_difference, identity
+from rlpost.policy.gguf_files import gguf_file, must_be_gguf
+from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.load import decide_bfloat16
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Precision
-from rlpost.policy.scratch import make_model
 from rlpost.recipe.functions import bind_all
 from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
@@ -40,12 +37,10 @@ from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
 from rlpost.run.changes import LENGTHS
-from rlpost.run.contents import Contents, difference
-from rlpost.run.files import write_folder_atomically
+from rlpost.run.contents import Contents
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
-from rlpost.run.lookup import find_checkpoint
-from rlpost.run.manifest import measure, verify
+from rlpost.run.manifest import measure
 from rlpost.run.names import TRACKERS
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
@@ -185,6 +180,8 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
     """
     check(resolved.config.logging, resolved.folder)
+    if gguf := gguf_file(resolved.config.model.path):
+        must_be_gguf(gguf)
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
@@ -214,68 +211,11 @@ def dry_run(resolved: Resolved) -> list[str]:
     return lines
 
 
-def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
-    """The model that the first stage starts from: by path, or made once and kept in the run directory.
-
-    Raises:
-        ModelError: it cannot be made.
-    """
-    model = resolved.config.model
-    if model.path is not None:
-        return find_checkpoint(model.path) or Path(model.path)
-    folder = run.base.resolve()
-    made_from = {"config": model.config, "tokenizer": model.tokenizer.model_dump() if model.tokenizer else None}
-    digest = hashlib.sha256(json.dumps([made_from, resolved.config.seed], default=str).encode()).hexdigest()
-    about = {"run": run.record.run, "stage": "base", "made_from": digest}
-    wrong = verify(folder, about) if folder.exists() else None
-    if folder.is_dir() and wrong is None:
-        return folder
-    if wrong is not None:
-        console.warn(f"{folder}: {wrong}; it is made again")
-    tokenizer = scratch_tokenizer(resolved)
-    write_folder_atomically(folder, lambda into: make_model(model.config, tokenizer, resolved.config.seed, into), about)
-    return folder
-
-
-def prove_base(run: RunDirectory, base: Path, revision: str | None) -> dict[str, Contents]:
-    """Compare the base model with the one the run began with, or record it; returns {path: contents}.
-
-    Raises:
-        ModelError: it has changed, and something was trained from it.
-    """
-    before = run.record.base or {}
-    now = identity(base, before, revision)
-    changed = difference(before, now)
-    if changed is not None and run.trained:
-        raise ModelError(
-            f"model.path: {base} is not the model that this run began with: {changed}; "
-            "restore it or choose another run=NAME"
-        )
-    if now["files"] and now != before:
-        run.record_base(now)
-    return {str(base): now}
-
-
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:
     """Files that the recipe names besides data, models and functions: a chat template, lists of goals."""
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
     goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
     return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
-
-
-def scratch_tokenizer(resolved: Resolved) -> Any:
-    """The tokenizer that the recipe makes.
-
-    Raises:
-        DataError: its text cannot be read.
-    """
-    spec = resolved.config.model.tokenizer
-    assert spec is not None, "validated with the recipe"
-    corpus: list[str] = []
-    if spec.kind is TokenizerKind.bpe:
-        console.say(f"training a tokenizer of {spec.vocab_size} tokens")
-        corpus = texts(spec.data, where="model.tokenizer.data", stages=_no_stage, bind=bind, base=resolved.folder)
-    return make_tokenizer(spec, corpus)
 
 
 def recipe_hash(resolved: Resolved) -> str:

@@ -25,7 +25,7 @@ FLOORS: list[set[str]] = [
     {"evaluate", "oracle"},
     {"recipe"},
     {"stages"},
-    {"smoke", "stage_evaluation", "stage_rows"},
+    {"base_model", "smoke", "stage_evaluation", "stage_rows"},
     {"inference"},
     {"goals"},
     {"pipeline"},
@@ -49,6 +49,7 @@ SHARED_BY_STAGES = (
 """Modules of stages/ that are no stage."""
 READS_RECIPES = (
     "api",
+    "base_model",
     "cli",
     "inference",
     "pipeline",

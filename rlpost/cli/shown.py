@@ -91,19 +91,25 @@ def _figure(value: float | None) -> str:
 
 
 def _tokenizer(resolved: Resolved) -> Any:
-    from rlpost.pipeline import scratch_tokenizer
+    from rlpost.base_model import scratch_tokenizer
+    from rlpost.policy.gguf_files import gguf_file, gguf_tokenizer
     from rlpost.policy.model_files import load_tokenizer, with_chat_template
 
     model = resolved.config.model
     if model.path is None:
         return with_chat_template(scratch_tokenizer(resolved), model)
+    if gguf := gguf_file(model.path):
+        return with_chat_template(gguf_tokenizer(gguf), model)
     return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
 
 
 def _positions(resolved: Resolved) -> int:
+    from rlpost.policy.gguf_files import gguf_file, gguf_positions
     from rlpost.stage_rows import positions_of
 
     model = resolved.config.model
     if model.path is None:
         return int(model.config.get("max_position_embeddings") or 1 << 30)
+    if gguf := gguf_file(model.path):
+        return gguf_positions(gguf)
     return positions_of(find_checkpoint(model.path) or model.path, model.revision)

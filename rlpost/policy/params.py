@@ -51,7 +51,8 @@ class Model(Section):
     """The model that all stages start from: exactly one of `path` and `config`."""
 
     path: Annotated[str | None, Local()] = None
-    """A model folder, a run, stage or checkpoint of rlpost, or the name of a model on the hub."""
+    """A model folder, a run, stage or checkpoint of rlpost, a GGUF file (also `PACKAGE:FILE.gguf`, in an installed
+    package), or the name of a model on the hub."""
     revision: str | None = None
     """Revision of a model on the hub."""
     config: dict[str, Any] = Field(default_factory=dict)

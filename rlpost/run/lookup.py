@@ -66,6 +66,9 @@ def find_checkpoint(path: str | Path) -> Path | None:
         if _may_be_on_hub(str(path)):
             return None
         raise ModelError(f"{folder}: no such folder; {_did_you_mean(folder)}")
+    if folder.is_file():
+        remedy = f"; write it as one with `rlpost import-gguf {folder} OUT`" if folder.suffix == ".gguf" else ""
+        raise ModelError(f"{folder}: a file, not a folder with a model{remedy}")
     role = names.role(folder)
     if role == "checkpoint":
         return _verified(folder)
