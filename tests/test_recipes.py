@@ -303,6 +303,28 @@ def test_dpo_identity(tmp_path, qwen):
     )
 
 
+@pytest.mark.extras
+def test_smollm2(tmp_path, qwen):
+    """Its stages, on a model of random weights; tests/test_import_gguf.py has the model itself."""
+    final = run(
+        tmp_path,
+        "smollm2",
+        f"model.path={qwen}",
+        *("vars.problems.train.task.args.size=16", "evaluation.data.held_out.task.args.size=3"),
+        *("vars.problems.train.task.args.system=Add", "evaluation.data.held_out.task.args.system=Add"),
+        *stage("sft", *TWO, "batch_size=2"),
+        # A model of random weights is never right, and seldom ends: lengths of answers that do give pairs.
+        *stage("pairs", "prompts=8", "group_size=32", "rewards=[{fn: length, args: {target: 3}}]"),
+        *stage("dpo", *TWO, "epochs=null", "batch_size=2"),
+        *stage("grpo", *TWO, "prompts_per_step=2", "group_size=2", "sampling.max_new_tokens=8"),
+        "evaluation.sampling.max_new_tokens=8",
+    )
+    (first,) = (tmp_path / "smollm2/grpo/rollouts").glob("step-*.jsonl")
+    row = json.loads(first.read_text("utf-8").splitlines()[0])
+    assert row["example"]["problem"]["task"] == "chain_sum"
+    assert (final / "adapter_model.safetensors").is_file()
+
+
 def test_no_recipe_is_left_out():
     tests = "".join(file.read_text("utf-8") for file in Path(__file__).parent.glob("test_recipe*.py"))
     trained = set(re.findall(r"(?:run\(\s*tmp_path,|resolve\()\s*\"(\w+)\"", tests))
