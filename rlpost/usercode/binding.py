@@ -28,6 +28,7 @@ from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
 from rlpost.usercode.places import OF_FILE, users_file
 from rlpost.usercode.signatures import owner
 
+_GYM = f"{TASKS}.{gym.GYM}"
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
 T = TypeVar("T")
 
@@ -88,6 +89,8 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
         return Bound(users.bound(found, lookup, where), name, where, file, users.digest, lenient)
     check(function, lookup, where)
     module, name = owner(function.fn, lookup, place)
+    if module == _GYM and not gym.installed():
+        raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
     call = getattr(importlib.import_module(module), name)
     return Bound(partial(call, **function.args) if function.args else call, name, where)
 
@@ -108,8 +111,8 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
-    if module == f"{TASKS}.{gym.GYM}" and not gym.installed():
-        raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
+    if module == _GYM and name not in signatures.functions_in(module) and not gym.installed():
+        return  # its names are the package's: a recipe can be shown without it, and is refused when it is bound
     named = signatures.named_by_package(module)
     options = named | {key: info.signature for key, info in signatures.functions_in(module).items()}
     own_names = [key.rpartition(".")[2] for key, of, _ in offered(lookup) if of == module]
