@@ -314,7 +314,8 @@ def choice(recipe: Shipped, rng: random.Random) -> Typo | None:
     words = [p for p in recipe.settable if isinstance(at(recipe.tree, p), str) and p[-1] != "fn" and is_key(p)]
     rng.shuffle(words)
     for path in words:
-        if choices := recipe.offered(path, NONSENSE):
+        # What is offered beside words is a form, `file.py:function`.
+        if choices := [word for word in recipe.offered(path, NONSENSE) or () if ":" not in word]:
             word = rng.choice(choices)
             typed = misspelt(word, choices, rng)
             override = f"{dotted(path)}={typed}"
