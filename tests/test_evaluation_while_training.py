@@ -201,6 +201,7 @@ KILLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.case
 def test_killed_around_evaluations_it_ends_as_if_it_had_gone_through(tmp_path, tally):
     evaluation = {**EVALUATION, "every": 2}
@@ -213,6 +214,7 @@ def test_killed_around_evaluations_it_ends_as_if_it_had_gone_through(tmp_path, t
     tally("kills", right=len(KILLS))
 
 
+@pytest.mark.slow
 @pytest.mark.case
 def test_a_signal_before_or_during_an_evaluation_loses_and_doubles_none(tmp_path, tally):
     stages = {"grpo": {**GRPO, "steps": 6, "checkpoint_every": 50, "keep_best": {"metric": "greedy/reward"}}}
