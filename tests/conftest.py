@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit, which only a CPU promises.
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+# A shell starts what runs in its background with Ctrl-C ignored, and then no test could send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 Tally = Callable[..., None]

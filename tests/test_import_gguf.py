@@ -57,9 +57,7 @@ def test_other_paths_are_no_gguf_files_and_a_path_is_itself(tmp_path):
     assert [gguf_files.gguf_file(path) for path in (None, "runs/sft", "owner/name")] == [None] * 3
     assert gguf_files.gguf_file("models/m.gguf") == Path("models/m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(
-        ModelError, match=r"a file, not a folder with a model; write it as one with `rlpost import-gguf"
-    ):
+    with pytest.raises(ModelError, match=r"no checkpoint here; write it as one with `rlpost import-gguf"):
         find_checkpoint(tmp_path / "m.gguf")
 
 

@@ -66,9 +66,8 @@ def find_checkpoint(path: str | Path) -> Path | None:
         if _may_be_on_hub(str(path)):
             return None
         raise ModelError(f"{folder}: no such folder; {_did_you_mean(folder)}")
-    if folder.is_file():
-        remedy = f"; write it as one with `rlpost import-gguf {folder} OUT`" if folder.suffix == ".gguf" else ""
-        raise ModelError(f"{folder}: a file, not a folder with a model{remedy}")
+    if folder.is_file() and folder.suffix == ".gguf":
+        raise ModelError(f"{folder}: no checkpoint here; write it as one with `rlpost import-gguf {folder} OUT`")
     role = names.role(folder)
     if role == "checkpoint":
         return _verified(folder)

@@ -31,8 +31,10 @@ class Stage:
     def seed_for(self, purpose: str, number: int) -> int:
         return 1000 * len(purpose) + number
 
-    def loop(self, _, states, steps, **others):
-        self.given = {**states, **others}
+    def loop(self, _, states, steps, weights, *, held_out, **learners):
+        assert weights is None
+        assert held_out is None
+        self.given = {**states, **learners}
         return SimpleNamespace(
             steps=lambda: range(steps),
             throughput=self.throughput,
@@ -72,7 +74,7 @@ def test_a_step_is_samples_then_experience_then_passes_over_minibatches_then_a_l
     stage = Stage(2, num_iterations=2, num_minibatches=3)
     _, kind, steps = stage.run()
     assert (kind, steps) == ("grpo", 2)
-    assert stage.given == {"data": stage.data, "beta": 2, "policy": 1, "weights": None}
+    assert stage.given == {"data": stage.data, "beta": 2, "policy": 1}
     names = [name for name, _ in stage.calls]
     assert names == 2 * ["sample", "assemble", *6 * ["minimise"], "observe"]
     batches = [value for name, value in stage.calls if name == "minimise"]
