@@ -10,6 +10,8 @@ import pytest
 from tiny_recipes import SFT, run
 
 from rlpost.cli.app import main
+from rlpost.evaluate.comparison import compare_scores
+from rlpost.inference.compare import print_comparison
 
 EVALUATION = {
     "data": {name: {"task": {"fn": "addition.held_out"}, "limit": n} for name, n in (("few", 4), ("more", 12))},
@@ -53,3 +55,11 @@ def test_a_recipe_without_an_evaluation_is_refused(tmp_path: Path, monkeypatch, 
     capsys.readouterr()
     assert command(monkeypatch, trained, trained) == 2
     assert "no `evaluation`; name a recipe that has one with --recipe" in capsys.readouterr().err
+
+
+def test_scores_beyond_one_are_not_called_an_accuracy(capsys) -> None:
+    shares = compare_scores("greedy", "all", [[0.0], [1.0]], [[1.0], [1.0]])
+    print_comparison([shares])
+    assert "B against A: held-out accuracy in %" in capsys.readouterr().err
+    print_comparison([compare_scores("greedy", "all", [[0.0], [1.0]], [[5.0], [9.0]])])
+    assert "B against A: held-out mean score × 100" in capsys.readouterr().err

@@ -12,6 +12,8 @@ from rlpost.errors import DataError, RecipeError
 from rlpost.evaluate.comparison import Comparison, compare_scores, corrected
 from rlpost.evaluate.evaluator import ALL, Answers, Result
 from rlpost.evaluate.params import Evaluation
+from rlpost.evaluate.statistics import Estimate
+from rlpost.evaluate.table import unit
 from rlpost.inference.checkpoint import frozen_policy, judges_of, located, recipe_of
 from rlpost.policy.model_files import stored_dtype
 from rlpost.policy.params import Model
@@ -58,7 +60,8 @@ def print_comparison(comparisons: Sequence[Comparison]) -> None:
         counts = [str(c.wins), str(c.losses), str(c.ties)]
         rows.append([c.mode, c.part, str(c.prompts), *score, *counts, interval, f"{c.adjusted_p:.2g}", c.verdict])
     columns = ["mode", "prompts", "n", "A", "B", "wins", "losses", "ties", "B − A [95 %]", "p", ""]
-    console.table("B against A, in %", columns, rows)
+    what = unit(Estimate(score, score, score) for c in comparisons for score in (c.a, c.b))
+    console.table(f"B against A: {what}", columns, rows)
     console.say(f"p: {', '.join(dict.fromkeys(c.test for c in comparisons))}{_correction(len(comparisons))}")
 
 
