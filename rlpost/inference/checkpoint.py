@@ -8,11 +8,11 @@ import torch
 
 from rlpost.errors import RecipeError
 from rlpost.policy.load import decide_bfloat16, load_policy
-from rlpost.policy.params import Model
+from rlpost.policy.params import Attention, Model, Precision
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import JUDGES
-from rlpost.run.lookup import find_checkpoint
+from rlpost.run.lookup import find_checkpoint, read_config
 from rlpost.run.names import CONFIG
 from rlpost.run.stage import StageDirectory
 
@@ -27,16 +27,25 @@ def frozen_policy(path: str, model: Model | None = None, backwards: bool = False
 
     Args:
         path: its folder, or its name on the Hub.
-        model: the settings to load it with; by default the recipe's defaults.
+        model: the settings to load it with; by default as its run loads it.
         backwards: it must be a model of reversed text; otherwise it must be none.
 
     Raises:
         ModelError: it cannot be loaded, or reads the other way.
     """
-    model = model or Model()
+    model = model or _as_in_its_run(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = decide_bfloat16(model.precision, device)
     return load_policy(path, model, bfloat16=half, device=device, trainable=False, backwards=backwards)
+
+
+def _as_in_its_run(path: str) -> Model:
+    """Precision and layout as the recipe of the run says that contains the checkpoint; outside of runs the defaults."""
+    folder = Path(path).resolve()
+    run = next((parent for parent in folder.parents if (parent / CONFIG).is_file()), None) if folder.is_dir() else None
+    section = {} if run is None else read_config(run).get("model") or {}
+    precision, attention = Precision(section.get("precision", "auto")), Attention(section.get("attention", "auto"))
+    return Model(precision=precision, attention=attention)
 
 
 def recipe_of(path: str) -> Path:
