@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tracemalloc
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -200,14 +201,15 @@ def test_encoding_takes_no_more_memory_for_more_rows(tmp_path, chatml, monkeypat
 
 
 LINE = b'{"prompt": "a", "completion": "b"}\n'
+zipped = partial(gzip.compress, mtime=0)  # no time in the names of tests: two workers must agree on them
 ODD = [
-    ("a.jsonl.gz", gzip.compress(gzip.compress(LINE)), "it holds gzip data inside, not UTF-8"),
-    ("a.jsonl", gzip.compress(LINE), "it holds gzip data, not UTF-8"),
+    ("a.jsonl.gz", zipped(zipped(LINE)), "it holds gzip data inside, not UTF-8"),
+    ("a.jsonl", zipped(LINE), "it holds gzip data, not UTF-8"),
     ("a.csv", b"PK\x03\x04", "it holds a zip file, not UTF-8"),
     ("a.jsonl", LINE.decode().encode("utf-16"), "it holds UTF-16 text, not UTF-8"),
     ("a.json", b"PAR1", "it holds a parquet file, not UTF-8"),
     ("a.parquet", LINE, "not a readable parquet file"),
-    ("a.jsonl.gz", gzip.compress(LINE) + b"more", "not readable gzip data"),
+    ("a.jsonl.gz", zipped(LINE) + b"more", "not readable gzip data"),
     ("a.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', "has the column 'prompt' more than once"),
     ("a.jsonl", LINE.replace(b"a", b"a\0"), ":1: not JSON"),
     ("a.jsonl", LINE + b"\0" * 9, ":2: not JSON"),
@@ -215,7 +217,7 @@ ODD = [
     ("a.csv", b"prompt,completion\n", "has no rows"),
     ("a.csv", b"prompt,completion\n,\n", ":2): 'completion' is empty"),
     ("a.csv", b"prompt,completion\nx\n", ":2: 1 cells, but the header has 2"),
-    ("a.csv.gz", gzip.compress(b""), "has no rows"),
+    ("a.csv.gz", zipped(b""), "has no rows"),
     ("a.jsonl", b'{"prompt": NaN, "completion": "b"}\n', ":1): 'prompt' is float (nan), not text"),
     ("a.jsonl", LINE + b'{"prompt": 3, "completion": "b"}\n', ":2): 'prompt' is int (3), not text"),
     ("a.jsonl", LINE + b'{"prompt": "a"}\n', ":2) has no 'completion'"),
@@ -261,7 +263,7 @@ RIGHT = [
     ("a.csv", b'prompt,completion\r"a","b"\r'),
     ("a.jsonl", b"\xef\xbb\xbf\r\n" + LINE.replace(b"\n", b"\r\n")),
     ("a.jsonl", LINE.strip()),
-    ("a.jsonl.gz", gzip.compress(b"") + gzip.compress(LINE)),
+    ("a.jsonl.gz", zipped(b"") + zipped(LINE)),
     ("a.JSONL", LINE),
     ("a.json", b"  \n[" + LINE.strip() + b"]\n\n"),
 ]
