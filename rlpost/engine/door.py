@@ -27,7 +27,7 @@ def engine_for(
     """
     chosen = chosen or EngineChoice()
     if chosen.engine == LOCAL:
-        return LocalEngine(policy, guide=guide, cache_gib=chosen.cache_gib)
+        return LocalEngine(policy, guide=guide, cache_gib=chosen.cache_gib, fused=chosen.fused)
     assert function is not None, "a user's engine comes with its function"
     if guide is not None:
         raise EngineError(

@@ -21,11 +21,14 @@ from rlpost.engine.params import CACHE_GIB
 from rlpost.engine.stopping import finished
 from rlpost.errors import EngineError
 from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
+from rlpost.policy.fused import FusedModel, fused_model
 from rlpost.policy.kept import KeptRows
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Request
 
 ROWS_AT_ONCE = 512
+KEPT_BYTES = 2**27
+"""Packed weights of more bytes are dropped after each call, since learning needs the memory."""
 
 
 class LocalEngine:
@@ -37,6 +40,8 @@ class LocalEngine:
         rows_at_once: int = ROWS_AT_ONCE,
         guide: Guide | None = None,
         cache_gib: float = CACHE_GIB,
+        *,
+        fused: bool = True,
     ) -> None:
         """Sample from `policy` once its weights have a version.
 
@@ -45,6 +50,7 @@ class LocalEngine:
             rows_at_once: completions that run together, at most; the result is the same.
             guide: steers sampling; log-probabilities are those of the guided distribution.
             cache_gib: memory of the prefix cache.
+            fused: decode on packed weights where that is exact; else by the model's own forward.
         """
         assert rows_at_once >= 1
         self.policy = policy
@@ -52,15 +58,20 @@ class LocalEngine:
         self.rows_at_once = rows_at_once
         self.kept = KeptRows(int(cache_gib * 2**30))
         self._version: int | None = None
+        self._fuses = fused
+        self._fused: FusedModel | None = None
+        """The weights of this version, packed by the first tokens that are drawn with them."""
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Sample from `policy` from now on; its weights are not copied, and the cache is cleared."""
+        """Sample from `policy` from now on; what was kept of earlier weights is cleared."""
         self.policy = policy
         self._version = version
+        self._fused = None
         self.kept.clear()
 
     def close(self) -> None:
-        """Clear the cache."""
+        """Clear what is kept."""
+        self._fused = None
         self.kept.clear()
         self._version = None
 
@@ -90,6 +101,8 @@ class LocalEngine:
                 sampled = self._sample(rows[start : start + self.rows_at_once])
                 for owner, completion in zip(owners[start : start + len(sampled)], sampled, strict=True):
                     done[owner].append(completion)
+        if self._fused is not None and self._fused.bytes > KEPT_BYTES:
+            self._fused = None
         return [tuple(done[i]) for i in range(len(requests))]
 
     @contextmanager
@@ -103,6 +116,12 @@ class LocalEngine:
         finally:
             policy.train(was_training)
 
+    def _packed(self) -> FusedModel | None:
+        """The weights packed for single tokens, if that serves the model."""
+        if self._fused is None and self._fuses and self.policy.fused:
+            self._fused = fused_model(self.policy)
+        return self._fused
+
     def _sample(self, rows: Sequence[Row]) -> list[Completion]:
         """The completions of one batch."""
         policy = self.policy
@@ -112,7 +131,7 @@ class LocalEngine:
         limits = [r.request.limit for r in rows]
         own, kept = list(prompts.values()), self.kept if self.kept.limit else None
         keeps = any(r.request.keep for r in rows)
-        decoder = make_decoder(policy, own, prompt_of_row, max(limits), kept, keeps=keeps)
+        decoder = make_decoder(policy, own, prompt_of_row, max(limits), kept, keeps=keeps, fused=self._packed())
         steering = self.guide.begin(own, prompt_of_row, limits) if self.guide is not None else None
         try:
             drawn = Batch(decoder, rows, policy, steering).draw()

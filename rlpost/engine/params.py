@@ -51,6 +51,9 @@ class EngineChoice(Section):
     cache_gib: float = Field(CACHE_GIB, ge=0)
     """GiB of memory in which the local engine keeps what it has computed, for later turns and for completions that are
     gone on from; 0: none."""
+    fused: bool = True
+    """The local engine decodes on weights that it packs once an update, where that is exact; false: by the model's own
+    forward (docs/how-it-works.md#the-fused-decoding-step)."""
 
     def problems(self, where: str) -> Iterator[str]:
         """What only engines of a user's file have."""

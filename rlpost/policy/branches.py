@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost.objectives.ragged import widen
 from rlpost.policy.attention import AttentionOptions
-from rlpost.policy.cache import PromptedLayer, PromptedLayout, product, storable
+from rlpost.policy.cache import PromptedLayer, PromptedLayout, product, scaled, storable
 from rlpost.policy.decoders import FlatDecoder
 from rlpost.policy.policy import Decoding, Policy
 
@@ -66,7 +66,7 @@ class BranchedLayout(PromptedLayout):
         key_heads = layer.branches[0].shape[1]
         by_head = (rows * key_heads, heads // key_heads, candidates)
         key, value = (x.flatten(0, 1)[:, None] for x in layer.branches)
-        q = query.to(key.dtype).reshape(rows * key_heads, -1, width)
+        q, factor = scaled(query.to(key.dtype).reshape(rows * key_heads, -1, width), options)
         # As for a row's own token, one position further.
         first = 0 if options.window is None else max(0, self.width + self.length + 1 - options.window)
         prompt_columns, written = max(0, self.width - first), slice(max(0, first - self.width), self.length)
@@ -80,7 +80,7 @@ class BranchedLayout(PromptedLayout):
             prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
             shared = product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
             scores.insert(0, self._to_rows(shared, key_heads))
-        weights = self._weights(torch.cat(scores, -1), prompt_columns, width, options).to(value.dtype)
+        weights = self._weights(torch.cat(scores, -1), prompt_columns, factor, options).to(value.dtype)
         end = prompt_columns + max(0, self.length - written.start)
         result = (weights[..., end].view(*by_head, 1) * value).flatten(1, 2)
         if end > prompt_columns:

@@ -168,13 +168,13 @@ class PromptedLayout:
         own_key, own_value = (
             x.flatten(0, 1)[: rows * key_heads, max(0, first - self.width) : self.length] for x in layer.own
         )
-        q = query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width)
+        q, factor = scaled(query.to(own_key.dtype).reshape(rows * key_heads, heads // key_heads, width), options)
         scores = product(q, own_key.transpose(1, 2))
         if prompt_columns:
             prompt_key, prompt_value = (x[:, :, first:].flatten(0, 1) for x in layer.prompt)
             shared = product(self._to_slots(q, key_heads), prompt_key.transpose(1, 2))
-            scores = torch.cat([self._to_rows(shared, key_heads), scores], -1)
-        weights = self._weights(scores, prompt_columns, width, options).to(own_value.dtype)
+            scores = self._joined(shared, scores, key_heads)
+        weights = self._weights(scores, prompt_columns, factor, options).to(own_value.dtype)
         # The sink's column, if there is one, comes last and has no value.
         end = prompt_columns + own_key.shape[1]
         result = torch.bmm(weights[..., prompt_columns:end], own_value)
@@ -183,9 +183,22 @@ class PromptedLayout:
             result = result + self._to_rows(shared, key_heads)
         return result.reshape(rows, 1, heads, -1).to(query.dtype)
 
-    def _weights(self, scores: Tensor, prompt_columns: int, width: int, options: AttentionOptions) -> Tensor:
-        """Softmax of scores [B·K, R, columns], of which the first `prompt_columns` belong to prompts."""
-        scores.mul_(width**-0.5 if options.scaling is None else options.scaling)
+    def _joined(self, shared: Tensor, own: Tensor, key_heads: int) -> Tensor:
+        """[B·K, R, W + t] scores of prompts [P·K, S·R, W] and of own tokens [B·K, R, t] in one piece."""
+        r, columns = own.shape[1], shared.shape[-1]
+        scores = own.new_empty(len(own), r, columns + own.shape[-1])
+        scores[..., columns:] = own
+        if self._full:
+            by_slot = shared.view(self._prompts, key_heads, self._slots, r, columns).transpose(1, 2)
+            scores.view(self._prompts, self._slots, key_heads, r, -1)[..., :columns] = by_slot
+        else:
+            scores[..., :columns] = self._to_rows(shared, key_heads)
+        return scores
+
+    def _weights(self, scores: Tensor, prompt_columns: int, factor: float, options: AttentionOptions) -> Tensor:
+        """Softmax of scores [B·K, R, columns] times `factor`; the first `prompt_columns` belong to prompts."""
+        if factor != 1.0:
+            scores.mul_(factor)
         if options.softcap is not None:
             scores = options.softcap * torch.tanh(scores / options.softcap)
         if prompt_columns and self._row_padding is not None:
@@ -234,6 +247,15 @@ class PromptedLayout:
 def storable(x: Tensor) -> Tensor:
     """`x`, on a CPU in at least float32: a CPU has no half-precision product with a float32 result."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def scaled(q: Tensor, options: AttentionOptions) -> tuple[Tensor, float]:
+    """Scaled queries, of which there are fewer than scores, and the factor that remains for the scores.
+
+    In half precision the whole factor remains: it would be rounded into the queries.
+    """
+    factor = q.shape[-1] ** -0.5 if options.scaling is None else options.scaling
+    return (q, factor) if q.dtype.itemsize < 4 else (q * factor, 1.0)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlpost.policy import causality
 from rlpost.policy.attention import FLAT, PLAIN, use_attention
 from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
+from rlpost.policy.fused_check import why_not_fused
 from rlpost.policy.kept import KeptRows
 from rlpost.policy.params import Attention
 from rlpost.policy.policy import Decoding, Policy
@@ -67,6 +68,10 @@ class Exactness:
     """Decoding may continue from the cache of earlier rows."""
     extends_reason: str = ""
     """Why it may not, where it decodes flat rows, or empty."""
+    fused: bool = False
+    """Decoding steps may run on packed weights."""
+    fused_reason: str = ""
+    """Why they may not, where it decodes flat rows, or empty."""
     switch: int | None = None
     """Longer rows are read with other rotary factors."""
     reach: int | None = None
@@ -76,7 +81,8 @@ class Exactness:
 
     def ways(self) -> dict[str, Any]:
         """Keyword arguments of `Policy`, without `flat`."""
-        return {name: getattr(self, name) for name in ("tiled", "single", "decoding", "extends", "switch", "reach")}
+        names = ("tiled", "single", "decoding", "extends", "fused", "switch", "reach")
+        return {name: getattr(self, name) for name in names}
 
 
 def probe_groups(vocabulary: int, max_positions: int, seed: int = 0) -> list[Group]:
@@ -207,9 +213,11 @@ def _ways(probe: _Probe, wish: Attention) -> Exactness:
     kept = KeptRows(1 << 40)
     decoding, why = _decoding(probe, flat, single, tiled, kept)
     extends, no_extending = False, ""
+    not_fused = "it does not decode flat rows"
     if decoding is Decoding.flat:
         extends, no_extending = _extending(probe, tiled, kept)
-    return Exactness(flat, tiled, gap, reason, single, decoding, why, extends, no_extending)
+        not_fused = _not_fused(probe)
+    return Exactness(flat, tiled, gap, reason, single, decoding, why, extends, no_extending, not not_fused, not_fused)
 
 
 def _tiled(probe: _Probe, flat: bool) -> bool:
@@ -293,6 +301,13 @@ def _decoded_gap(probe: _Probe, policy: Policy, kept: KeptRows) -> float:
     if isinstance(decoder, FlatDecoder):
         decoder.close()
     return _largest_gap(probe, found)
+
+
+def _not_fused(probe: _Probe) -> str:
+    """Why decoding steps may not run on packed weights, or empty."""
+    if probe.switch is not None:
+        return "it reads long rows in another way"
+    return why_not_fused(probe.model, probe.groups)
 
 
 def _extending(probe: _Probe, tiled: bool, kept: KeptRows) -> tuple[bool, str]:

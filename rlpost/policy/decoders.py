@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from rlpost.policy.attention import plain_attention
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.fused import FusedModel
 from rlpost.policy.kept import Keeping, KeptRows, Places, kept_layout
 from rlpost.policy.layout import Segment, flat_layout
 from rlpost.policy.policy import Decoding, Policy
@@ -68,6 +69,7 @@ class FlatDecoder:
         kept: KeptRows | None = None,
         *,
         keeps: bool = False,
+        fused: FusedModel | None = None,
     ) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
@@ -78,8 +80,10 @@ class FlatDecoder:
             limit: tokens.
             kept: cache of earlier rows; None for no such cache.
             keeps: add this decoder's rows to it.
+            fused: the model's weights packed for single tokens; None for its own forward.
         """
         self.model = model
+        self._fused = fused
         self.device = model.get_input_embeddings().weight.device
         self.prompts = prompts
         self.keeping = None if kept is None else Keeping(kept, prompts)
@@ -108,7 +112,10 @@ class FlatDecoder:
     def step(self, ids_B: Tensor) -> Tensor:
         """[B, V] logits after one more token a row."""
         self.layout.length += 1
-        logits: Tensor = self._forward(ids_B[:, None], self.position_B[:, None], self.layout, 1)[:, -1]
+        if self._fused is not None:
+            logits = self._fused.step(ids_B, self.position_B, self.cache.layers, self.layout)
+        else:
+            logits = self._forward(ids_B[:, None], self.position_B[:, None], self.layout, 1)[:, -1]
         self.position_B = self.position_B + 1
         return logits
 
@@ -335,6 +342,7 @@ def make_decoder(
     kept: KeptRows | None = None,
     *,
     keeps: bool = False,
+    fused: FusedModel | None = None,
 ) -> Decoder:
     """A decoder that is exact for this policy; arguments as of `FlatDecoder`.
 
@@ -344,14 +352,14 @@ def make_decoder(
         return RecomputingDecoder(policy, prompts, prompt_of_row)
     begin: Start = partial(PaddedDecoder, policy.causal_lm)
     if policy.decoding is Decoding.flat:
-        begin = partial(FlatDecoder, policy.causal_lm)
+        begin = partial(FlatDecoder, policy.causal_lm, fused=fused)
     longest = max(map(len, prompts)) + limit
     if policy.switch is not None and longest > policy.switch:
         if min(map(len, prompts)) > policy.switch:
             return begin(prompts, prompt_of_row, limit)
         return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
     if policy.decoding is Decoding.flat and policy.extends:
-        return FlatDecoder(policy.causal_lm, prompts, prompt_of_row, limit, kept, keeps=keeps)
+        return FlatDecoder(policy.causal_lm, prompts, prompt_of_row, limit, kept, keeps=keeps, fused=fused)
     return begin(prompts, prompt_of_row, limit)
 
 

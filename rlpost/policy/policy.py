@@ -63,6 +63,7 @@ class Policy(nn.Module):
         single: bool = False,
         decoding: Decoding | None = None,
         extends: bool = True,
+        fused: bool = False,
         switch: int | None = None,
         reach: int | None = None,
         known: Vocabulary | None = None,
@@ -80,6 +81,7 @@ class Policy(nn.Module):
             single: each row is read in a pass of its own, since padding changes its logits.
             decoding: by default flat where rows are, else padded.
             extends: flat decoding may continue from the cache of earlier rows.
+            fused: single tokens may be decoded on packed weights (fused.py).
             switch: longer rows are read with other rotary factors (LongRoPE's long ones).
             reach: the longest row whose logits agree with those of its prefixes, if the model has more positions.
             known: the tokenizer's tokens; by default they are read from it.
@@ -95,6 +97,7 @@ class Policy(nn.Module):
         self.single = single
         self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
         self.extends = extends and self.decoding is Decoding.flat
+        self.fused = fused and self.decoding is Decoding.flat
         self.switch = switch
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
@@ -114,6 +117,7 @@ class Policy(nn.Module):
             single=self.single,
             decoding=self.decoding,
             extends=self.extends,
+            fused=self.fused,
             switch=self.switch,
             reach=self._reach,
             known=self.known,

@@ -1,0 +1,262 @@
+"""One decoding step of a pre-norm transformer in few operations: the model's own weights, packed once a version.
+
+A transformers layer runs some forty small operations a token and four to seven products; at the sizes of a decoding
+step most of its time goes into calling them. Here the projections that read the same input are one product (q, k, v;
+gate, up), a norm's weight is multiplied into the product behind it, an adapter is added to its layer's weight, and on a
+CPU the weights lie as oneDNN wants them. Attention and cache are those of the flat decoder.
+
+What is recognised: RMSNorm, linear q, k, v (with or without biases and head norms), rotary positions, SwiGLU and
+residuals, with every parameter accounted for. Anything else keeps the model's own forward (`NotFused` says why), and
+fused_check.py compares the two at load.
+
+Axes: B rows, D hidden width, H query heads, K key heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rlpost.objectives.ragged import widen
+from rlpost.policy import adapters
+from rlpost.policy.attention import AttentionOptions
+from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.policy import Policy
+
+LARGEST = 2**30
+"""Bytes of packed weights, at most: beyond, products take the time and a second copy is not worth its memory."""
+ROWS = 64
+"""Rows that oneDNN lays the weights out for; others give the same sums."""
+
+
+class NotFused(Exception):
+    """The model has something that is not recognised."""
+
+
+class Linear:
+    """y = xWᵀ + b with the weight packed for this machine."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        weight = weight.to(dtype)
+        packs = weight.device.type == "cpu" and dtype != torch.float64 and torch._C._has_mkldnn
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
+        self._weight = None if packs else weight
+        self._bias = None if bias is None else bias.to(dtype)
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, out] from [B, in]."""
+        x = x.to(self._dtype)
+        if self._packed is None:
+            assert self._weight is not None
+            return F.linear(x, self._weight, self._bias)
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One layer, ready to run."""
+
+    into: Linear
+    """q, k and v of the normed input."""
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    eps: tuple[float, float]
+    """Of the norms before attention and before the feed-forward part."""
+    head_norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None
+    """(weight, eps) of queries' and keys'."""
+    options: AttentionOptions
+    heads: tuple[int, int, int]
+    """H, K, and the width of a head."""
+
+    def __call__(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: PromptedLayer, layout: PromptedLayout
+    ) -> Tensor:
+        """[B, D] the residual stream after this layer."""
+        h, k, width = self.heads
+        qkv = self.into(_normed(x, self.eps[0])).view(len(x), h + 2 * k, width)
+        both, value = qkv[:, : h + k], qkv[:, h + k :]
+        if self.head_norms is not None:
+            (q_weight, q_eps), (k_weight, k_eps) = self.head_norms
+            both = torch.cat([_normed(both[:, :h], q_eps) * q_weight, _normed(both[:, h:], k_eps) * k_weight], 1)
+        both = torch.addcmul(both * rotary[0], both.roll(width // 2, -1), rotary[1])
+        query, key, value = both[:, :h, None], both[:, h:, None], value[:, :, None]
+        layer.update(key, value)
+        attended = layout.attend(query, key, value, self.options)
+        x = x + self.out(attended.reshape(len(x), -1))
+        gate, up = self.gate_up(_normed(x, self.eps[1])).chunk(2, -1)
+        return x + self.down(F.silu(gate).mul_(up))
+
+
+class FusedModel:
+    """A model's decoding step with its weights of one version."""
+
+    def __init__(self, model: Any, *, bfloat16: bool = False) -> None:
+        """Pack the weights of a model.
+
+        Args:
+            model: a transformers causal language model, or a peft model around one.
+            bfloat16: products run in it, as under autocast; else in the weights' precision.
+
+        Raises:
+            NotFused: the model has something that is not recognised, or is too large.
+        """
+        reader = _Reader(model, bfloat16)
+        lm = reader.lm
+        trunk = lm.base_model
+        self.bytes = sum(p.numel() for p in lm.parameters()) * (2 if bfloat16 else lm.dtype.itemsize)
+        if self.bytes > LARGEST:
+            raise NotFused(f"{self.bytes / 2**30:.1f} GiB of weights are more than a second copy is worth")
+        with torch.no_grad():
+            self._embedding = reader.table(_part(trunk, "embed_tokens"))
+            self._blocks = [reader.block(layer) for layer in _part(trunk, "layers")]
+            norm, self._eps = reader.norm(_part(trunk, "norm"))
+            self._head = reader.linear([lm.get_output_embeddings()], norm)
+        self._rotary = _part(trunk, "rotary_emb")
+        reader.all_read()
+
+    def step(
+        self, ids_B: Tensor, position_B: Tensor, layers: Sequence[PromptedLayer], layout: PromptedLayout
+    ) -> Tensor:
+        """[B, V] logits after one more token a row, which is added to the cache."""
+        x = F.embedding(ids_B, self._embedding)
+        rotary = self._angles(x, position_B)
+        for block, layer in zip(self._blocks, layers, strict=True):
+            x = block(x, rotary, layer, layout)
+        return self._head(_normed(x, self._eps))
+
+    def _angles(self, x: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 1, width] cosines and sines of the rows' positions; the sines' first half is that of −x₂."""
+        cos, sin = self._rotary(x[:, None], position_B[:, None])
+        half = sin.shape[-1] // 2
+        return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without its weight, in at least float32."""
+    x = widen(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def fused_model(policy: Policy) -> FusedModel | None:
+    """The policy's weights packed, or None where its adapter has something that is not recognised."""
+    try:
+        return FusedModel(policy.model, bfloat16=policy.in_bfloat16)
+    except NotFused:
+        return None
+
+
+class _Reader:
+    """Reads a model's weights, and knows which parameters nobody has read."""
+
+    def __init__(self, model: Any, bfloat16: bool) -> None:
+        self.lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._dtype = torch.bfloat16 if bfloat16 else self.lm.dtype
+        others = set(model.peft_config) - {adapters.POLICY} if isinstance(model, PeftModel) else set()
+        self._left = {
+            id(p): n for n, p in self.lm.named_parameters() if not any(adapters.belongs(n, other) for other in others)
+        }
+
+    def all_read(self) -> None:
+        """Raise NotFused if a parameter, a buffer or a hook is left that the step would ignore."""
+        if self._left:
+            raise NotFused(f"{next(iter(self._left.values()))} has no place in the fused step")
+        for name, module in self.lm.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise NotFused(f"{name} has a hook")
+            if any(True for _ in module.buffers(recurse=False)) and module is not self.lm.base_model.rotary_emb:
+                raise NotFused(f"{name} has a buffer")
+
+    def table(self, module: Any) -> Tensor:
+        """The embedding's weight."""
+        if type(module) is not nn.Embedding:
+            raise NotFused(f"the embedding is {type(module).__name__}")
+        return self._take(module.weight)
+
+    def norm(self, module: Any) -> tuple[Tensor, float]:
+        """The weight and ε of an RMSNorm."""
+        eps = getattr(module, "variance_epsilon", None)
+        if eps is None or set(dict(module.named_parameters())) != {"weight"}:
+            raise NotFused(f"{type(module).__name__} is not an RMSNorm")
+        return self._take(module.weight), float(eps)
+
+    def linear(self, modules: Sequence[Any], norm: Tensor | None = None) -> Linear:
+        """Linear layers of one input as one, after a norm with that weight."""
+        found = [self._weight(m) for m in modules]
+        weight = torch.cat([w for w, _ in found]) if len(found) > 1 else found[0][0]
+        if norm is not None:
+            weight = weight * norm
+        biases = [b for _, b in found]
+        if all(b is None for b in biases):
+            return Linear(weight, None, self._dtype)
+        full = [w.new_zeros(len(w)) if b is None else b for w, b in found]
+        return Linear(weight, torch.cat(full), self._dtype)
+
+    def block(self, layer: Any) -> _Block:
+        """One layer; attribute names as in Llama and the families that follow it."""
+        attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
+        first, first_eps = self.norm(_part(layer, "input_layernorm"))
+        second, second_eps = self.norm(_part(layer, "post_attention_layernorm"))
+        width = int(_part(attention, "head_dim"))
+        q, k, v = (_part(attention, f"{name}_proj") for name in "qkv")
+        norms = None
+        if getattr(attention, "q_norm", None) is not None:
+            norms = self.norm(attention.q_norm), self.norm(_part(attention, "k_norm"))
+        return _Block(
+            self.linear([q, k, v], first),
+            self.linear([_part(attention, "o_proj")]),
+            self.linear([_part(mlp, "gate_proj"), _part(mlp, "up_proj")], second),
+            self.linear([_part(mlp, "down_proj")]),
+            (first_eps, second_eps),
+            norms,
+            AttentionOptions(_part(attention, "scaling"), _window(attention)),
+            (int(_bare(q).out_features) // width, int(_bare(k).out_features) // width, width),
+        )
+
+    def _weight(self, module: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a linear layer, with the policy's adapter added."""
+        base = _bare(module)
+        if type(base) is not nn.Linear:
+            raise NotFused(f"a layer is {type(base).__name__}")
+        weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
+        if isinstance(module, LoraLayer) and adapters.POLICY in module.lora_A:
+            for side in (module.lora_A, module.lora_B):
+                self._take(side[adapters.POLICY].weight)
+            weight = weight + module.get_delta_weight(adapters.POLICY)
+        return weight, bias
+
+    def _take(self, parameter: Tensor) -> Tensor:
+        self._left.pop(id(parameter), None)
+        return parameter.detach()
+
+
+def _part(module: Any, name: str) -> Any:
+    """An attribute of a module.
+
+    Raises:
+        NotFused: there is none.
+    """
+    found = getattr(module, name, None)
+    if found is None:
+        raise NotFused(f"{type(module).__name__} has no {name}")
+    return found
+
+
+def _window(attention: Any) -> int | None:
+    """The layer's own window; Mistral's layers have the configuration's."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
+
+
+def _bare(module: Any) -> Any:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
