@@ -21,6 +21,7 @@ class AtGate(TrainerCallback):
         self._loss: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
+        """Of a step."""
         if logs and "loss" in logs:
             self._loss = logs["loss"]
             self._gate.passed(step=state.global_step, loss=self._loss)
@@ -30,8 +31,7 @@ def trainer(work: dict[str, Any]) -> Any:
     """TRL's trainer for a workload, at its defaults or with what `work["trl"]` sets."""
     import trl
 
-    names = {"sft": ("SFTConfig", "SFTTrainer"), "dpo": ("DPOConfig", "DPOTrainer"), "grpo": ("GRPOConfig", "GRPOTrainer")}
-    config_name, trainer_name = names[work["kind"]]
+    prefix = work["kind"].upper()
     options: dict[str, Any] = {
         "output_dir": f"{work['folder']}/out",
         "max_steps": work["steps"],
@@ -65,9 +65,9 @@ def trainer(work: dict[str, Any]) -> Any:
         from peft import LoraConfig
 
         given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return getattr(trl, trainer_name)(
+    return getattr(trl, f"{prefix}Trainer")(
         model=model,
-        args=getattr(trl, config_name)(**options),
+        args=getattr(trl, f"{prefix}Config")(**options),
         train_dataset=load_dataset("json", data_files=work["rows"], split="train"),
         processing_class=tokenizer,
         **given,
