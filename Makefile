@@ -7,15 +7,17 @@
 # make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
+# make bench   rlpost beside TRL, step by step in turn, in an environment of its own, and how it grows; in twenty minutes
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := .venv-extras
 SITE := .venv-docs
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo smollm2 test check torture extras golden reference docs editor mutants clean
+.PHONY: demo smollm2 test check torture extras golden reference docs editor bench mutants clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -54,6 +56,9 @@ docs: $(SITE)/.installed
 editor: $(STAMP)
 	npm install --no-save --no-audit --no-fund --silent --prefix $(VENV) yaml-language-server@1.25.0
 
+bench: $(STAMP) $(BENCH)/.installed
+	$(BIN)/python scripts/bench.py --out .bench/result $(BENCH_ARGS)
+
 mutants: $(STAMP)
 	$(BIN)/python scripts/mutants.py
 
@@ -77,5 +82,12 @@ $(SITE)/.installed: Makefile
 	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'zensical>=0.0.40,<0.1'
 	touch $@
 
+$(BENCH)/.installed: Makefile
+	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+		trl==1.16.0 transformers==5.24.0 accelerate==1.15.0 datasets==5.2.0 peft==0.21.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(SITE) build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) $(SITE) $(BENCH) .bench build site .pytest_cache .mypy_cache .ruff_cache

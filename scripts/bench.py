@@ -1,89 +1,91 @@
-"""rlpost beside TRL, step by step in turn: `make bench`, or python scripts/bench.py --only sft.
+"""rlpost beside TRL, step by step in turn, and what it costs by itself: `make bench`.
+
+    python scripts/bench.py                              everything but the larger workloads, in about 20 minutes
+    python scripts/bench.py --only sft dpo --steps 4     a quick look at two workloads
 
 Both sides train the same model on the same rows with the same optimiser, each in a process of its own by its own
 command path, and stand still while the other does a step. Printed are medians of the ratios of neighbouring steps.
+The first step's loss and gradient norm must be TRL's, in float32, or a workload is not compared. TRL runs at its
+defaults, and with the best settings of a few that are tried first.
+
+RLPOST_BENCH_PYTHON names an interpreter that has TRL (by default that of .venv-bench), RLPOST_BENCH_VLLM_PYTHON one
+that has vLLM's CPU build (by default it is left out).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import shutil
+import signal
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts/bench"))
+sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT)]
 
-from pairs import Side, in_turn, python_of_peer, ratio, start  # noqa: E402
-from workload import Lengths, make_model, write_rows  # noqa: E402
+import report  # noqa: E402
+from compare import WORKLOADS, chosen_precision, compare  # noqa: E402
+from decode import decode  # noqa: E402
+from growth import growth  # noqa: E402
+from memory import NAMES, memory  # noqa: E402
+from start_up import start_up  # noqa: E402
 
-WARM = 2
-"""First steps that are not counted: they start threads and fill caches."""
-WORK: dict[str, dict[str, Any]] = {
-    "sft": {"kind": "sft", "size": "6M", "batch": 16, "lengths": Lengths(62, 98)},
-    "dpo": {"kind": "dpo", "size": "6M", "batch": 16, "lengths": Lengths(62, 98)},
-    "grpo": {"kind": "grpo", "size": "6M", "batch": 8, "group": 8, "most": 200, "lengths": Lengths(62, 98)},
-}
-TUNED: dict[str, dict[str, Any]] = {
-    "sft": {"gradient_checkpointing": False, "bf16": False},
-    "dpo": {"gradient_checkpointing": False, "bf16": False, "precompute_ref_log_probs": True},
-    "grpo": {"gradient_checkpointing": False, "bf16": False},
-}
-"""What TRL is fastest with on these machines, by measure: no recomputation, float32."""
+OTHERS = ("decode", "memory", "growth", "start")
+DEFAULT = ("sft", "dpo", "dpo-two-epochs", "grpo", "grpo-short", *OTHERS)
 
 
-def measure(name: str, steps: int, folder: Path) -> dict[str, Any]:
-    """One workload: TRL at its defaults, TRL tuned, rlpost."""
-    work = dict(WORK[name])
-    lengths = work.pop("lengths")
-    model = make_model(folder / "model", work.pop("size"))
-    rows = folder / "rows.jsonl"
-    tokens = write_rows(rows, work["kind"], work["batch"] * (steps + 1), lengths)
-    common = {**work, "model": str(model), "rows": str(rows), "steps": steps, "learning_rate": 1e-4}
-    common |= {"precision": "float32"}
-    peer = python_of_peer(ROOT)
-    sides: list[Side] = []
-    try:
-        for label, python, script, more in (
-            ("rlpost", sys.executable, "side_rlpost.py", {}),
-            ("TRL tuned", peer, "side_trl.py", {"trl": TUNED[name]}),
-            ("TRL defaults", peer, "side_trl.py", {"trl": {}}),
-        ):
-            side = start(label, python, script, {**common, **more, "folder": str(folder / label.replace(" ", "-"))}, {})
-            side.step()
-            sides.append(side)
-        in_turn(sides, steps)
-    finally:
-        for side in sides:
-            side.end()
-    own, tuned, defaults = sides
-    return {
-        "workload": name,
-        "tokens": tokens,
-        "seconds": {s.name: statistics.median(s.seconds(WARM)) for s in sides},
-        "peak_gib": {s.name: s.peak for s in sides},
-        "first_loss": {s.name: s.steps[0].get("loss") for s in sides},
-        "times_tuned": vars(ratio(tuned.seconds(WARM), own.seconds(WARM))),
-        "times_defaults": vars(ratio(defaults.seconds(WARM), own.seconds(WARM))),
-    }
+def measure(wanted: list[str], steps: int | None, kept: Path, precision: str) -> Iterator[dict[str, Any]]:
+    """What is asked for, one after the other."""
+    for name in wanted:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        folder = kept / "last" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if name == "decode":
+            yield decode("6M", folder, kept, steps or 6)
+        elif name == "memory":
+            for one in NAMES:
+                if one not in wanted:
+                    (folder / one).mkdir()
+                    yield memory(one, folder / one, kept, precision)
+        elif name == "growth":
+            yield growth(folder, kept, small=steps is not None)
+        elif name == "start":
+            yield start_up(folder, ROOT, steps or 7)
+        else:
+            yield compare(name, WORKLOADS[name], folder, kept, precision, steps)
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(WORK), default=list(WORK))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    every = [*WORKLOADS, *OTHERS]
+    parser.add_argument(
+        "--only", nargs="+", choices=every, default=list(DEFAULT), metavar="WHAT", help=f"some of {', '.join(every)}"
+    )
+    parser.add_argument("--steps", type=int, help="counted steps of each side, for a quick look")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of rlpost")
+    parser.add_argument("--kept", type=Path, default=ROOT / ".bench", help="folder of models, kept for the next time")
+    parser.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     options = parser.parse_args()
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps {options.steps}: give at least 1")
+    precision = chosen_precision() if options.precision == "auto" else options.precision
     found = []
-    for name in options.only:
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(measure(name, options.steps, Path(folder)))
-        print(json.dumps(found[-1], indent=1), flush=True)
+    for one in measure(options.only, options.steps, options.kept.resolve(), precision):
+        found.append(one)
+        for table in report.tables([one]):
+            table.show()
+    about = report.machine(precision)
+    if len(found) > 1:
+        for table in report.tables(found):
+            table.show()
+    for name, value in about.items():
+        print(f"{name}: {value}")
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
+        report.write(found, about, options.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Two sides in turn: each does a step while the other stands still; ratios of neighbours, their median and spread."""
+"""Sides in turn: each does a step while the others stand still; ratios of neighbours, their median and spread."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
@@ -18,6 +19,8 @@ from gate import ADDRESS
 HERE = Path(__file__).parent
 WAIT = 600
 """Seconds after which a side that has not come to the gate is given up."""
+WARM = 2
+"""First steps that are not counted: they load, start threads and fill caches."""
 
 
 @dataclass
@@ -29,63 +32,86 @@ class Side:
     gate: Connection
     log: Path
     steps: list[dict[str, Any]] = field(default_factory=list)
+    scale: float = 1.0
+    """Seconds are multiplied by it: where its steps have another number of tokens than the others'."""
 
     def step(self) -> None:
         """Wait for the end of the step that it was let do."""
-        if not self.gate.poll(WAIT):
-            raise SystemExit(f"{self.name} did no step within {WAIT} s; see {self.log}")
         try:
-            self.steps.append(self.gate.recv())
-        except EOFError:
-            raise SystemExit(f"{self.name} ended; see {self.log}") from None
+            if self.gate.poll(WAIT):
+                self.steps.append(self.gate.recv())
+                return
+        except (EOFError, ConnectionResetError):
+            raise SystemExit(f"{self.name} ended early: {last_line(self.log)}") from None
+        raise SystemExit(f"{self.name} did no step within {WAIT} s; see {self.log}")
 
-    def go_on(self) -> None:
-        """Let it do the next one."""
-        self.gate.send(None)
+    def go_on(self, steps: int = 1) -> None:
+        """Let it do some more steps."""
+        for _ in range(steps):
+            self.gate.send(None)
+            self.step()
 
     def end(self) -> None:
-        """It has done enough."""
-        self.process.kill()
+        """It has done enough: it and what it started are killed."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.gate.close()
 
-    def seconds(self, warm: int) -> list[float]:
-        """Of its steps, without the first ones."""
-        return [s["seconds"] for s in self.steps[warm:]]
+    @property
+    def seconds(self) -> list[float]:
+        """Of its steps, without the first ones; what was done once before them is spread over all of them."""
+        once = self.steps[0].get("once", 0.0) / self.steps[0].get("of", 1)
+        return [self.scale * (s["seconds"] + once) for s in self.steps[WARM:]]
 
     @property
     def peak(self) -> float:
         """GiB that the process took at most."""
-        return max(s["peak_gib"] for s in self.steps)
+        return float(max(s["peak_gib"] for s in self.steps))
+
+    def mean(self, name: str) -> float | None:
+        """Of something that it told of its steps."""
+        told = [s[name] for s in self.steps[WARM:] if s.get(name) is not None]
+        return statistics.fmean(told) if told else None
 
 
-def start(name: str, python: str, script: str, work: Mapping[str, Any], env: Mapping[str, str]) -> Side:
-    """Start a side, which comes to the gate with its first step."""
+def last_line(log: Path) -> str:
+    """Of what a process said, with where the rest stands."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["it said nothing"]
+    return f"{lines[-1].strip()} (all of it: {log})"
+
+
+def start(name: str, command: Sequence[str], work: Mapping[str, Any]) -> Side:
+    """Start a side, which does its first step and comes to the gate."""
     folder = Path(work["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     address = str(folder / "gate")
     log = folder / "log.txt"
     with Listener(address, "AF_UNIX") as listener, log.open("wb") as out:
         process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(work)],
-            env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", ADDRESS: address, **env},
+            [*command, json.dumps(work)],
+            env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", ADDRESS: address},
             stdout=out,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        listener._listener._socket.settimeout(WAIT)  # type: ignore[attr-defined]  # it has no public one
-        try:
-            gate = listener.accept()
-        except TimeoutError:
-            process.kill()
-            raise SystemExit(f"{name} did not come to the gate; see {log}") from None
-    return Side(name, process, gate, log)
+        listener._listener._socket.settimeout(1)  # type: ignore[attr-defined]  # it has no public one
+        for _ in range(WAIT):
+            with suppress(TimeoutError):
+                side = Side(name, process, listener.accept(), log)
+                side.step()
+                return side
+            if process.poll() is not None:
+                raise SystemExit(f"{name} ended early: {last_line(log)}")
+        process.kill()
+        raise SystemExit(f"{name} did not come to the gate within {WAIT} s; see {log}")
 
 
-def in_turn(sides: Sequence[Side], steps: int) -> None:
-    """All sides do `steps` steps, one after the other in every round; all have done their first one."""
-    for _ in range(steps - 1):
+def in_turn(sides: Sequence[Side], rounds: int) -> None:
+    """All sides do a step, one after the other, in every round."""
+    for _ in range(rounds):
         for side in sides:
             side.go_on()
-            side.step()
 
 
 @dataclass(frozen=True)
@@ -102,15 +128,9 @@ class Ratio:
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
-    """Of the seconds of neighbouring steps."""
-    ratios = [a / b for a, b in zip(slow, fast, strict=False)]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    """Of the seconds of neighbouring steps; of the last ones, where one side has done more."""
+    n = min(len(slow), len(fast))
+    assert n, "no step was counted"
+    ratios = [a / b for a, b in zip(slow[-n:], fast[-n:], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if n > 1 else ratios * 3
     return Ratio(statistics.median(ratios), quartiles[0], quartiles[2])
-
-
-def python_of_peer(root: Path) -> str:
-    """The interpreter of .venv-bench, or of RLPOST_BENCH_PYTHON."""
-    python = os.environ.get("RLPOST_BENCH_PYTHON", str(root / ".venv-bench/bin/python"))
-    if not Path(python).exists():
-        sys.exit(f"{python}: no such interpreter; `make bench` makes it")
-    return python

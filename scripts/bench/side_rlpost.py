@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+ONCE: dict[str, float] = {}
+"""Seconds of what is done once, before the steps."""
 
 
-def gate_tracker() -> Any:
+def gate_tracker(run: Any) -> Any:  # noqa: ARG001
     """The tracker of the recipes below: told of every step, it stops at the gate."""
     from gate import Gate
 
     gate = Gate()
+    # A recipe's functions are loaded from their file once more; ONCE is the one that main() fills.
+    once: dict[str, float] = vars(sys.modules["__main__"]).get("ONCE", {})
 
     class AtGate:
-        def log(self, step: int, metrics: dict[str, float]) -> None:
-            loss = next((v for k, v in metrics.items() if k.endswith(("/nll", "/loss"))), None)
-            gate.passed(step=step, loss=loss, tokens=metrics.get("rl/tokens"))
+        def log(self, step: int, metrics: dict[str, float]) -> None:  # noqa: ARG002
+            told = {name.partition("/")[2]: value for name, value in metrics.items()}
+            loss = told.get("nll", told["loss"])
+            gate.passed(loss=loss, grad_norm=told["grad_norm"], length=told.get("length"), **once)
 
         def table(self, *_: Any) -> None:
             pass
@@ -39,7 +45,7 @@ def recipe(work: dict[str, Any]) -> dict[str, Any]:
         "learning_rate": work["learning_rate"],
         "schedule": "constant",
         "max_length": 2048,
-        "checkpoint_every": 10_000,
+        "checkpoint_every": 100_000,
     }
     if work["kind"] == "grpo":
         stage |= {
@@ -47,7 +53,7 @@ def recipe(work: dict[str, Any]) -> dict[str, Any]:
             "group_size": work["group"],
             "sampling": {"max_new_tokens": work["most"]},
             "rewards": [{"fn": f"{HERE / 'rewards.py'}:words"}],
-            "rollouts_every": 10_000,
+            "table_every": 0,
         }
     else:
         stage["batch_size"] = work["batch"]
@@ -64,6 +70,19 @@ def recipe(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def time_reference_pass(steps: int) -> None:
+    """Note the seconds of the reference's pass over the whole dataset, which DPO makes before its steps."""
+    from rlpost.stages import dpo
+
+    class Timed(dpo.ReferenceLogprobs):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            began = time.perf_counter()
+            super().__init__(*given, **named)
+            ONCE.update(once=time.perf_counter() - began, of=steps)
+
+    dpo.ReferenceLogprobs = Timed  # type: ignore[misc]
+
+
 def main() -> None:
     import yaml
 
@@ -73,7 +92,9 @@ def main() -> None:
     folder = Path(work["folder"])
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe(work)))
-    rlpost.train(str(file), [f"runs={folder / 'runs'}", *work.get("overrides", [])])
+    if work["kind"] == "dpo":
+        time_reference_pass(work["steps"])
+    rlpost.train(str(file), [f"runs={folder / 'runs'}"])
 
 
 if __name__ == "__main__":

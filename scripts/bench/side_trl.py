@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from typing import Any
 
 import torch
+import trl
 from datasets import load_dataset
 from gate import Gate
+from peft import LoraConfig
 from rewards import words_of_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+CLASSES = {
+    "sft": (trl.SFTConfig, trl.SFTTrainer),
+    "dpo": (trl.DPOConfig, trl.DPOTrainer),
+    "grpo": (trl.GRPOConfig, trl.GRPOTrainer),
+}
+
 
 class AtGate(TrainerCallback):
-    """Tells each step's loss and stops at the gate."""
+    """Tells each step's numbers and stops at the gate."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, trainer: Any, once: dict[str, float]) -> None:
         self._gate = gate
-        self._loss: float | None = None
+        self._once = once
+        self._losses: list[float] = []
+        self._tokens = 0.0
+        compute = trainer.compute_loss
+
+        def noted(*given: Any, **named: Any) -> Any:
+            found = compute(*given, **named)
+            # What Trainer logs is rounded.
+            self._losses.append(float((found[0] if isinstance(found, tuple) else found).detach()))
+            return found
+
+        trainer.compute_loss = noted
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:  # noqa: ARG002
-        """Of a step."""
-        if logs and "loss" in logs:
-            self._loss = logs["loss"]
-            self._gate.passed(step=state.global_step, loss=self._loss)
+        """A step's numbers, and once the whole training's."""
+        if not logs or "loss" not in logs:
+            return
+        tokens = float(logs.get("num_tokens", 0.0))
+        told = {"length": logs.get("completions/mean_length"), "tokens": tokens - self._tokens}
+        self._tokens = tokens
+        loss = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        self._gate.passed(loss=loss, grad_norm=float(logs["grad_norm"]), **told, **self._once)
 
 
-def trainer(work: dict[str, Any]) -> Any:
-    """TRL's trainer for a workload, at its defaults or with what `work["trl"]` sets."""
-    import trl
-
-    prefix = work["kind"].upper()
+def options_of(work: dict[str, Any]) -> dict[str, Any]:
+    """What the workload asks of TRL's config; all else is TRL's default, or what `work["trl"]` sets."""
     options: dict[str, Any] = {
         "output_dir": f"{work['folder']}/out",
         "max_steps": work["steps"],
@@ -41,47 +63,60 @@ def trainer(work: dict[str, Any]) -> Any:
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
-        "seed": 0,
         "disable_tqdm": True,
+        # The driver has put the rows into the order in which rlpost draws them.
+        "train_sampling_strategy": "sequential",
     }
     if work["kind"] == "grpo":
         options |= {
             "per_device_train_batch_size": work["batch"] * work["group"],
             "num_generations": work["group"],
             "max_completion_length": work["most"],
-            "temperature": 1.0,
-            "beta": 0.0,
+            "shuffle_dataset": False,
         }
     else:
         options |= {"per_device_train_batch_size": work["batch"], "max_length": 2048}
-    options |= work["trl"]
-    dtype = torch.float32
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(work["model"])
+    return options | work["trl"]
+
+
+def make_trainer(work: dict[str, Any]) -> Any:
+    """TRL's trainer for a workload."""
+    config, trainer = CLASSES[work["kind"]]
     given: dict[str, Any] = {}
     if work["kind"] == "grpo":
         given["reward_funcs"] = words_of_all
     if work.get("lora"):
-        from peft import LoraConfig
-
         given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return getattr(trl, f"{prefix}Trainer")(
-        model=model,
-        args=getattr(trl, f"{prefix}Config")(**options),
+    return trainer(
+        model=AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32),
+        args=config(**options_of(work)),
         train_dataset=load_dataset("json", data_files=work["rows"], split="train"),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(work["model"]),
         **given,
     )
+
+
+def timed_reference_pass(work: dict[str, Any], once: dict[str, float]) -> None:
+    """Note the seconds of the reference's pass over the whole dataset, where DPO is told to make one."""
+    compute = trl.DPOTrainer._precompute_ref_logps
+
+    def timed(*given: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        found = compute(*given, **named)
+        once.update(once=time.perf_counter() - began, of=work["steps"])
+        return found
+
+    trl.DPOTrainer._precompute_ref_logps = timed
 
 
 def main() -> None:
     work = json.loads(sys.argv[1])
     torch.set_num_threads(2)
-    made = trainer(work)
-    gate = Gate()
-    made.add_callback(AtGate(gate))
-    gate.restart()
-    made.train()
+    once: dict[str, float] = {}
+    timed_reference_pass(work, once)
+    trainer = make_trainer(work)
+    trainer.add_callback(AtGate(Gate(), trainer, once))
+    trainer.train()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""rlpost beside TRL on one workload: the same numbers first, then ratios of neighbouring steps."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from limit import throughput_of, training_operations
+from pairs import HERE, WARM, Ratio, Side, in_turn, ratio, start
+from workload import SHAPES, Lengths, Row, make_model, make_rows, trained_model, write_rows
+
+ROOT = HERE.parents[1]
+SAME = 1e-5
+"""Relative difference of losses and gradient norms, in float32, from which on nothing is compared."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides train."""
+
+    kind: str
+    lengths: Lengths
+    size: str = "6M"
+    batch: int = 16
+    """Rows a step; of GRPO, prompts."""
+    group: int = 1
+    most: int = 0
+    """New tokens of a completion."""
+    epochs: int = 1
+    rounds: int = 8
+    """Counted steps of each side."""
+    learning_rate: float = 1e-4
+    trl: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further settings that the best is looked for among."""
+
+    @property
+    def lora(self) -> bool:
+        """The largest model is trained by adapters."""
+        return self.size == "135M"
+
+    @property
+    def unit(self) -> str:
+        """What a step is about."""
+        return {"sft": "tokens", "dpo": "pairs", "grpo": "completions"}[self.kind]
+
+
+MEDIAN = Lengths(62, 98)
+WORKLOADS = {
+    "sft": Workload("sft", MEDIAN, rounds=12),
+    "dpo": Workload("dpo", MEDIAN),
+    "dpo-two-epochs": Workload("dpo", MEDIAN, epochs=2),
+    "grpo": Workload("grpo", MEDIAN, batch=8, group=8, most=200, rounds=4, learning_rate=1e-6),
+    "grpo-short": Workload(
+        "grpo", Lengths(8, 5, 0.3), size="0.65M", batch=32, group=16, most=8, rounds=24, learning_rate=1e-6
+    ),
+    "sft-long": Workload("sft", Lengths(512, 98, 0.3, 1024), rounds=4),
+    "grpo-long": Workload(
+        "grpo", Lengths(512, 98, 0.3, 1024), batch=8, group=8, most=200, rounds=3, learning_rate=1e-6
+    ),
+    "sft-50M": Workload("sft", MEDIAN, size="50M", rounds=4),
+    "sft-135M-lora": Workload("sft", MEDIAN, size="135M", batch=8, rounds=3),
+}
+PICK = 1
+"""Counted steps by which TRL's best settings are found."""
+PLAIN = {"gradient_checkpointing": False}
+
+
+def candidates(work: Workload, precision: str, tokens: int) -> dict[str, dict[str, Any]]:
+    """Settings of TRL that are tried for a few steps each."""
+    found = {"float32": {**PLAIN, "bf16": False}}
+    if precision != "float32":
+        found["bfloat16"] = {**PLAIN, "bf16": True}
+    if work.kind == "sft" and not work.lora:
+        longest = 1024
+        found["float32, packed"] = {
+            **found["float32"],
+            "packing": True,
+            "max_length": longest,
+            "per_device_train_batch_size": max(1, round(tokens / longest)),
+        }
+    if work.epochs > 1:
+        found = {name: {**options, "precompute_ref_log_probs": True} for name, options in found.items()}
+    return found
+
+
+def python_of_peer() -> str:
+    """The interpreter of .venv-bench, or of RLPOST_BENCH_PYTHON."""
+    python = os.environ.get("RLPOST_BENCH_PYTHON", str(ROOT / ".venv-bench/bin/python"))
+    if not Path(python).exists():
+        raise SystemExit(f"{python}: no such interpreter; `make bench` makes it")
+    return python
+
+
+@dataclass
+class Bench:
+    """A workload in a folder: starts sides, and has them do their steps."""
+
+    name: str
+    work: Workload
+    folder: Path
+    kept: Path
+    """Models are kept here, from one run to the next."""
+    precision: str
+    """Of rlpost."""
+    rounds: int
+    sides: list[Side] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    common: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Of each side, at most."""
+        return WARM + PICK + self.rounds
+
+    def prepare(self) -> None:
+        """Write the model and the rows."""
+        work, shape = self.work, SHAPES[self.work.size]
+        sampled = work.kind == "grpo"
+        model = (
+            trained_model(self.kept, work.size, work.lengths)
+            if sampled
+            else make_model(self.kept / f"model-{work.size}", work.size)
+        )
+        count = -(-self.steps // work.epochs) * work.batch
+        rows = make_rows(work.kind, count, work.lengths, shape["vocab_size"])
+        self.rows = [rows[i] for i in drawn(count)]
+        write_rows(self.folder / "rows.jsonl", work.kind, rows)
+        write_rows(self.folder / "rows-in-order.jsonl", work.kind, self.rows)
+        wanted = ("kind", "batch", "group", "most", "learning_rate", "lora")
+        self.common = {"model": str(model), "steps": self.steps, **{name: getattr(work, name) for name in wanted}}
+
+    def own(self, name: str, precision: str) -> Side:
+        """Start a side of rlpost."""
+        work = self.common | {"precision": precision, "rows": str(self.folder / "rows.jsonl")}
+        return self._start(name, [sys.executable, str(HERE / "side_rlpost.py")], work)
+
+    def peer(self, name: str, options: Mapping[str, Any]) -> Side:
+        """Start a side of TRL."""
+        work = self.common | {"trl": dict(options), "rows": str(self.folder / "rows-in-order.jsonl")}
+        return self._start(name, [python_of_peer(), str(HERE / "side_trl.py")], work)
+
+    def _start(self, name: str, command: list[str], work: dict[str, Any]) -> Side:
+        work["folder"] = str(self.folder / name.replace(" ", "-").replace(",", ""))
+        self.sides.append(start(f"{self.name}: {name}", command, work))
+        return self.sides[-1]
+
+    def drop(self, side: Side) -> None:
+        """End a side that is needed no more."""
+        self.sides.remove(side)
+        side.end()
+
+    @property
+    def batch_rows(self) -> list[list[tuple[int, int]]]:
+        """The lengths of a mean batch: all rows, as often as their share in a step."""
+        return [row.lengths for row in self.rows]
+
+    @property
+    def tokens(self) -> int:
+        """Of a mean batch, as padded rows have them: each completion with its prompt."""
+        every = sum(p + c for row in self.batch_rows for p, c in row)
+        return round(every * self.work.batch / len(self.rows))
+
+    def tuned(self) -> tuple[str, Side, Side]:
+        """(name of the best settings, its side, the side in float32), after as many steps as a pick takes."""
+        tried: dict[str, Side] = {}
+        for name, options in candidates(self.work, self.precision, self.tokens).items():
+            tried[name] = side = self.peer(f"TRL {name}", options | dict(self.work.trl.get(name, {})))
+            side.go_on(WARM + PICK - 1)
+            packed = side.mean("tokens") if "packed" in name else None
+            side.scale = self.tokens / packed if packed else 1.0
+            print(f"  TRL, {name}: {statistics.median(side.seconds):.2f} s a step", file=sys.stderr, flush=True)
+        best = min(tried, key=lambda name: statistics.median(tried[name].seconds))
+        for name, side in tried.items():
+            if name != best:
+                self.drop(side)
+        return best, tried[best], tried["float32"]
+
+
+def drawn(count: int) -> list[int]:
+    """The order in which rlpost draws `count` rows in its first epoch."""
+    from rlpost.data.order import Order
+    from rlpost.stages.context import stage_seed
+
+    order = Order([count], [1.0], stage_seed(0, "rl", "data"))
+    return [order.next().row for _ in range(count)]
+
+
+def different(own: Mapping[str, float], peer: Mapping[str, float]) -> dict[str, float]:
+    """Relative difference of the first step's loss and gradient norm."""
+    return {name: abs(own[name] - peer[name]) / max(abs(peer[name]), 1e-12) for name in ("loss", "grad_norm")}
+
+
+def chosen_precision() -> str:
+    """What `model.precision: auto` is on this machine, with two threads."""
+    import torch
+
+    from rlpost.policy.load import decide_bfloat16
+    from rlpost.policy.params import Precision
+
+    torch.set_num_threads(2)
+    return "bfloat16" if decide_bfloat16(Precision.auto, "cpu") else "float32"
+
+
+def compare(
+    name: str, work: Workload, folder: Path, kept: Path, precision: str, rounds: int | None = None
+) -> dict[str, Any]:
+    """One workload: TRL at its defaults, TRL tuned, rlpost."""
+    bench = Bench(name, work, folder, kept, precision, rounds or work.rounds)
+    try:
+        bench.prepare()
+        own = bench.own("rlpost", precision)
+        exact = own if precision == "float32" else bench.own("rlpost float32", "float32")
+        best, tuned, in_float32 = bench.tuned()
+        difference = None
+        if work.kind != "grpo":
+            difference = different(exact.steps[0], in_float32.steps[0])
+            if max(difference.values()) > SAME:
+                raise SystemExit(f"{name}: not compared, the first step differs from TRL's: {difference}")
+        if exact is not own:
+            bench.drop(exact)
+        defaults = bench.peer("TRL at its defaults", {})
+        own.go_on(WARM - 1)
+        defaults.go_on(WARM - 1)
+        in_turn([own, tuned, defaults], bench.rounds)
+        return {**figures(bench, own, tuned, defaults), "trl_tuned": best, "differences": difference}
+    finally:
+        for side in bench.sides:
+            side.end()
+
+
+def figures(bench: Bench, own: Side, tuned: Side, defaults: Side) -> dict[str, Any]:
+    """What was measured, for the table."""
+    work = bench.work
+    labelled = {"rlpost": own, "TRL tuned": tuned, "TRL defaults": defaults}
+    seconds = {label: statistics.median(side.seconds[-bench.rounds :]) for label, side in labelled.items()}
+    units = {"sft": bench.tokens, "dpo": work.batch, "grpo": work.batch * work.group}[work.kind]
+    found: dict[str, Any] = {
+        "workload": bench.name,
+        "about": asdict(replace(work, trl={})),
+        "precision": bench.precision,
+        "steps_counted": bench.rounds,
+        "seconds": seconds,
+        "unit": work.unit,
+        "rate": {label: units / s for label, s in seconds.items()},
+        "peak_gib": {label: side.peak for label, side in labelled.items()},
+        "length": {label: side.mean("length") for label, side in labelled.items()},
+        "times": {label: asdict(times(side, own)) for label, side in labelled.items() if side is not own},
+    }
+    if work.kind != "grpo":
+        shape = SHAPES[work.size]
+        every = training_operations(
+            shape, bench.batch_rows, lora=work.lora, reference=(work.kind == "dpo") / work.epochs
+        )
+        needed = every * work.batch / len(bench.rows)
+        limit = throughput_of(shape, bench.tokens, bench.precision)
+        found |= {"operations": needed, "limit": limit, "share": needed / seconds["rlpost"] / limit}
+    return found
+
+
+def times(peer: Side, own: Side) -> Ratio:
+    """How many times as fast rlpost is."""
+    return ratio(peer.seconds, own.seconds)
