@@ -41,7 +41,9 @@ class Table:
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in self.rows:
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        # Into a file or a pipe, lines are as wide as they need.
+        (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def machine(precision: str) -> dict[str, str]:
