@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from limit import throughput_of, training_operations
 from pairs import HERE, WARM, Ratio, Side, in_turn, ratio, start
 from workload import SHAPES, Lengths, Row, make_model, make_rows, trained_model, write_rows
@@ -34,6 +35,8 @@ class Workload:
     epochs: int = 1
     rounds: int = 8
     """Counted steps of each side."""
+    warm: int = WARM
+    """First steps that are not counted."""
     learning_rate: float = 1e-4
     trl: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further settings that the best is looked for among."""
@@ -54,13 +57,13 @@ WORKLOADS = {
     "sft": Workload("sft", MEDIAN, rounds=12),
     "dpo": Workload("dpo", MEDIAN),
     "dpo-two-epochs": Workload("dpo", MEDIAN, epochs=2),
-    "grpo": Workload("grpo", MEDIAN, batch=8, group=8, most=200, rounds=4, learning_rate=1e-6),
+    "grpo": Workload("grpo", MEDIAN, batch=8, group=8, most=200, rounds=4, warm=1, learning_rate=1e-6),
     "grpo-short": Workload(
         "grpo", Lengths(8, 5, 0.3), size="0.65M", batch=32, group=16, most=8, rounds=24, learning_rate=1e-6
     ),
     "sft-long": Workload("sft", Lengths(512, 98, 0.3, 1024), rounds=4),
     "grpo-long": Workload(
-        "grpo", Lengths(512, 98, 0.3, 1024), batch=8, group=8, most=200, rounds=3, learning_rate=1e-6
+        "grpo", Lengths(512, 98, 0.3, 1024), batch=8, group=8, most=200, rounds=3, warm=1, learning_rate=1e-6
     ),
     "sft-50M": Workload("sft", MEDIAN, size="50M", rounds=4),
     "sft-135M-lora": Workload("sft", MEDIAN, size="135M", batch=8, rounds=3),
@@ -115,7 +118,7 @@ class Bench:
     @property
     def steps(self) -> int:
         """Of each side, at most."""
-        return WARM + PICK + self.rounds
+        return self.work.warm + PICK + self.rounds
 
     def prepare(self) -> None:
         """Write the model and the rows."""
@@ -131,8 +134,10 @@ class Bench:
         self.rows = [rows[i] for i in drawn(count)]
         write_rows(self.folder / "rows.jsonl", work.kind, rows)
         write_rows(self.folder / "rows-in-order.jsonl", work.kind, self.rows)
+        if sampled:
+            self.common["given"] = given_completions(shape["vocab_size"])
         wanted = ("kind", "batch", "group", "most", "learning_rate", "lora")
-        self.common = {"model": str(model), "steps": self.steps, **{name: getattr(work, name) for name in wanted}}
+        self.common |= {"model": str(model), "steps": self.steps, **{name: getattr(work, name) for name in wanted}}
 
     def own(self, name: str, precision: str) -> Side:
         """Start a side of rlpost."""
@@ -147,6 +152,7 @@ class Bench:
     def _start(self, name: str, command: list[str], work: dict[str, Any]) -> Side:
         work["folder"] = str(self.folder / name.replace(" ", "-").replace(",", ""))
         self.sides.append(start(f"{self.name}: {name}", command, work))
+        self.sides[-1].warm = self.work.warm
         return self.sides[-1]
 
     def drop(self, side: Side) -> None:
@@ -170,7 +176,7 @@ class Bench:
         tried: dict[str, Side] = {}
         for name, options in candidates(self.work, self.precision, self.tokens).items():
             tried[name] = side = self.peer(f"TRL {name}", options | dict(self.work.trl.get(name, {})))
-            side.go_on(WARM + PICK - 1)
+            side.go_on(self.work.warm + PICK - 1)
             packed = side.mean("tokens") if "packed" in name else None
             side.scale = self.tokens / packed if packed else 1.0
             print(f"  TRL, {name}: {statistics.median(side.seconds):.2f} s a step", file=sys.stderr, flush=True)
@@ -190,9 +196,17 @@ def drawn(count: int) -> list[int]:
     return [order.next().row for _ in range(count)]
 
 
+def given_completions(vocabulary: int) -> list[dict[str, list[int]]]:
+    """Token ids of prompts and completions that both sides score, since each samples its own."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(2, vocabulary, (8, 32)).tolist()
+    return [{"prompt": row[:16], "completion": row[16:]} for row in ids]
+
+
 def different(own: Mapping[str, float], peer: Mapping[str, float]) -> dict[str, float]:
-    """Relative difference of the first step's loss and gradient norm."""
-    return {name: abs(own[name] - peer[name]) / max(abs(peer[name]), 1e-12) for name in ("loss", "grad_norm")}
+    """Relative differences of the first step: of loss and gradient norm, or of given completions' log-probability."""
+    names = ("given_logprob",) if "given_logprob" in own else ("loss", "grad_norm")
+    return {name: abs(own[name] - peer[name]) / max(abs(peer[name]), 1e-12) for name in names}
 
 
 def chosen_precision() -> str:
@@ -216,16 +230,14 @@ def compare(
         own = bench.own("rlpost", precision)
         exact = own if precision == "float32" else bench.own("rlpost float32", "float32")
         best, tuned, in_float32 = bench.tuned()
-        difference = None
-        if work.kind != "grpo":
-            difference = different(exact.steps[0], in_float32.steps[0])
-            if max(difference.values()) > SAME:
-                raise SystemExit(f"{name}: not compared, the first step differs from TRL's: {difference}")
+        difference = different(exact.steps[0], in_float32.steps[0])
+        if not max(difference.values()) <= SAME:
+            raise SystemExit(f"{name}: not compared, the first step differs from TRL's: {difference}")
         if exact is not own:
             bench.drop(exact)
         defaults = bench.peer("TRL at its defaults", {})
-        own.go_on(WARM - 1)
-        defaults.go_on(WARM - 1)
+        own.go_on(work.warm - 1)
+        defaults.go_on(work.warm - 1)
         in_turn([own, tuned, defaults], bench.rounds)
         return {**figures(bench, own, tuned, defaults), "trl_tuned": best, "differences": difference}
     finally:

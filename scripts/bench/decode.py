@@ -44,7 +44,7 @@ def decode(size: str, folder: Path, kept: Path, rounds: int = 6) -> dict[str, An
 
 def per_token(side: Side) -> list[float]:
     """Seconds of a token, call by call."""
-    return [step["seconds"] / step["tokens"] for step in side.steps[WARM:]]
+    return [step["seconds"] / step["tokens"] for step in side.steps[side.warm :]]
 
 
 def figures(size: str, sides: dict[str, Side]) -> dict[str, Any]:

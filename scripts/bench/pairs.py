@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 WAIT = 600
 """Seconds after which a side that has not come to the gate is given up."""
 WARM = 2
-"""First steps that are not counted: they load, start threads and fill caches."""
+"""First steps that are not counted, unless a side says otherwise: they load, start threads and fill caches."""
 
 
 @dataclass
@@ -32,6 +32,8 @@ class Side:
     gate: Connection
     log: Path
     steps: list[dict[str, Any]] = field(default_factory=list)
+    warm: int = WARM
+    """First steps that are not counted."""
     scale: float = 1.0
     """Seconds are multiplied by it: where its steps have another number of tokens than the others'."""
 
@@ -62,7 +64,7 @@ class Side:
     def seconds(self) -> list[float]:
         """Of its steps, without the first ones; what was done once before them is spread over all of them."""
         once = self.steps[0].get("once", 0.0) / self.steps[0].get("of", 1)
-        return [self.scale * (s["seconds"] + once) for s in self.steps[WARM:]]
+        return [self.scale * (s["seconds"] + once) for s in self.steps[self.warm :]]
 
     @property
     def peak(self) -> float:
@@ -71,7 +73,7 @@ class Side:
 
     def mean(self, name: str) -> float | None:
         """Of something that it told of its steps."""
-        told = [s[name] for s in self.steps[WARM:] if s.get(name) is not None]
+        told = [s[name] for s in self.steps[self.warm :] if s.get(name) is not None]
         return statistics.fmean(told) if told else None
 
 

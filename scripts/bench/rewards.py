@@ -9,9 +9,9 @@ def _share(text: str) -> float:
     return sum(len(w) <= 3 for w in words) / max(1, len(words))
 
 
-def words(completion: str) -> float:
-    """Of one text, as rlpost asks."""
-    return _share(completion)
+def words(completion: Any) -> float:
+    """Of one completion, as rlpost asks."""
+    return _share(completion.text)
 
 
 def words_of_all(completions: Sequence[str], **_: Any) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ONCE: dict[str, float] = {}
-"""Seconds of what is done once, before the steps."""
+"""What is told beside every step: the seconds of what is done once, before them, and a number to be the same."""
 
 
 def gate_tracker(run: Any) -> Any:  # noqa: ARG001
@@ -83,6 +83,22 @@ def time_reference_pass(steps: int) -> None:
     dpo.ReferenceLogprobs = Timed  # type: ignore[misc]
 
 
+def given_logprob(work: dict[str, Any]) -> float:
+    """The mean log-probability of given completions, as the update computes it."""
+    import numpy as np
+    import torch
+
+    from rlpost.policy.load import load_policy
+    from rlpost.policy.params import Model
+    from rlpost.types import Completion, Group
+
+    policy = load_policy(work["model"], Model(path=work["model"]), bfloat16=work["precision"] == "bfloat16")
+    rows = [(row["prompt"], row["completion"]) for row in work["given"]]
+    groups = [Group(prompt, [Completion(ids, np.ones(len(ids), bool))]) for prompt, ids in rows]
+    with torch.no_grad():
+        return float(policy(policy.batch(groups)).logp_N.double().mean())
+
+
 def main() -> None:
     import yaml
 
@@ -94,6 +110,8 @@ def main() -> None:
     file.write_text(yaml.safe_dump(recipe(work)))
     if work["kind"] == "dpo":
         time_reference_pass(work["steps"])
+    if work["kind"] == "grpo":
+        ONCE["given_logprob"] = given_logprob(work)
     rlpost.train(str(file), [f"runs={folder / 'runs'}"])
 
 

@@ -96,6 +96,15 @@ def make_trainer(work: dict[str, Any]) -> Any:
     )
 
 
+def given_logprob(trainer: Any, given: list[dict[str, list[int]]]) -> float:
+    """The mean log-probability of given completions, all of one length, as GRPO's loss computes it."""
+    ids = torch.tensor([row["prompt"] + row["completion"] for row in given])
+    kept = len(given[0]["completion"])
+    with torch.no_grad():
+        found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), kept)
+    return float(found[0].double().mean())
+
+
 def timed_reference_pass(work: dict[str, Any], once: dict[str, float]) -> None:
     """Note the seconds of the reference's pass over the whole dataset, where DPO is told to make one."""
     compute = trl.DPOTrainer._precompute_ref_logps
@@ -115,6 +124,8 @@ def main() -> None:
     once: dict[str, float] = {}
     timed_reference_pass(work, once)
     trainer = make_trainer(work)
+    if work["kind"] == "grpo":
+        once["given_logprob"] = given_logprob(trainer, work["given"])
     trainer.add_callback(AtGate(Gate(), trainer, once))
     trainer.train()
 
