@@ -28,34 +28,36 @@ sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT)]
 import report  # noqa: E402
 from compare import WORKLOADS, chosen_precision, compare  # noqa: E402
 from decode import decode  # noqa: E402
+from gate import BenchError  # noqa: E402
 from growth import growth  # noqa: E402
-from memory import NAMES, memory  # noqa: E402
+from memory import MEMORY, NAMES, memory  # noqa: E402
 from start_up import start_up  # noqa: E402
 
 OTHERS = ("decode", "memory", "growth", "start")
 DEFAULT = ("sft", "dpo", "dpo-two-epochs", "grpo", "grpo-short", *OTHERS)
 
 
-def measure(wanted: list[str], steps: int | None, kept: Path, precision: str) -> Iterator[dict[str, Any]]:
-    """What is asked for, one after the other."""
+def measured(name: str, steps: int | None, kept: Path, precision: str) -> dict[str, Any]:
+    """One of what can be asked for."""
+    print(f"{name} …", file=sys.stderr, flush=True)
+    folder = kept / "last" / name.replace(" ", "-")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if name == "decode":
+        return decode("6M", folder, kept, steps or 6)
+    if name == "growth":
+        return growth(folder, kept, small=steps is not None)
+    if name == "start":
+        return start_up(folder, ROOT, steps or 7)
+    if name.startswith(MEMORY):
+        return memory(name.removeprefix(MEMORY), folder, kept, precision)
+    return compare(name, WORKLOADS[name], folder, kept, precision, steps)
+
+
+def single(wanted: list[str]) -> Iterator[str]:
+    """`memory` is one measurement for each workload that is not measured anyway."""
     for name in wanted:
-        print(f"{name} …", file=sys.stderr, flush=True)
-        folder = kept / "last" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if name == "decode":
-            yield decode("6M", folder, kept, steps or 6)
-        elif name == "memory":
-            for one in NAMES:
-                if one not in wanted:
-                    (folder / one).mkdir()
-                    yield memory(one, folder / one, kept, precision)
-        elif name == "growth":
-            yield growth(folder, kept, small=steps is not None)
-        elif name == "start":
-            yield start_up(folder, ROOT, steps or 7)
-        else:
-            yield compare(name, WORKLOADS[name], folder, kept, precision, steps)
+        yield from [MEMORY + one for one in NAMES if one not in wanted] if name == "memory" else [name]
 
 
 def main() -> None:
@@ -73,19 +75,27 @@ def main() -> None:
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give at least 1")
     precision = chosen_precision() if options.precision == "auto" else options.precision
-    found = []
-    for one in measure(options.only, options.steps, options.kept.resolve(), precision):
-        found.append(one)
-        for table in report.tables([one]):
-            table.show()
     about = report.machine(precision)
+    found: list[dict[str, Any]] = []
+    failed = []
+    for name in single(options.only):
+        try:
+            found.append(measured(name, options.steps, options.kept.resolve(), precision))
+        except BenchError as error:
+            failed.append(f"{error}")
+            print(error, file=sys.stderr, flush=True)
+            continue
+        for table in report.tables(found[-1:]):
+            table.show()
+        if options.out:
+            report.write(found, about, options.out)
     if len(found) > 1:
         for table in report.tables(found):
             table.show()
     for name, value in about.items():
         print(f"{name}: {value}")
-    if options.out:
-        report.write(found, about, options.out)
+    if failed:
+        sys.exit("not measured: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 BENCH = Path(__file__).parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
-from compare import SAME, WORKLOADS, candidates, different  # noqa: E402
+from compare import WORKLOADS, candidates, same_numbers  # noqa: E402
+from gate import BenchError  # noqa: E402
 from growth import exponents  # noqa: E402
 from limit import body_parameters, decode_seconds, training_operations  # noqa: E402
 from pairs import WARM, in_turn, ratio, start  # noqa: E402
@@ -71,10 +72,18 @@ def test_growth_is_an_exponent_between_neighbours() -> None:
     assert exponents([1, 2, 8], [3.0, 6.0, 96.0]) == pytest.approx([1.0, 2.0])
 
 
-def test_the_first_step_is_compared_in_relation_to_trls() -> None:
-    same = different({"loss": 2.0, "grad_norm": 1.0, "length": 3.0}, {"loss": 2.0 + 1e-6, "grad_norm": 1.0})
-    assert max(same.values()) < SAME
-    assert max(different({"loss": 2.0, "grad_norm": 1.0}, {"loss": 2.0, "grad_norm": 1.01}).values()) > SAME
+def test_nothing_is_compared_unless_the_first_step_is_trls() -> None:
+    own = {"loss": 2.0, "grad_norm": 1.0, "length": 3.0}
+    assert same_numbers("sft", own, {"loss": 2.000001, "grad_norm": 1.0}) == {
+        "loss": pytest.approx(5e-7),
+        "grad_norm": 0,
+    }
+    with pytest.raises(BenchError, match=r"sft: not compared, .* loss 2 against 2, grad_norm 1 against 1.01"):
+        same_numbers("sft", own, {"loss": 2.0, "grad_norm": 1.01})
+    with pytest.raises(BenchError, match="grad_norm nan"):
+        same_numbers("sft", {**own, "grad_norm": float("nan")}, {"loss": 2.0, "grad_norm": 1.0})
+    with pytest.raises(BenchError, match="given_logprob nan"):
+        same_numbers("grpo", {"given_logprob": float("nan")}, {"given_logprob": -8.0})
 
 
 def test_trl_is_tried_in_the_precisions_and_packed() -> None:
@@ -118,10 +127,10 @@ def test_sides_step_in_turn_and_stand_still_in_between(tmp_path: Path) -> None:
 def test_a_side_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
     work = {"name": "a", "steps": 1, "order": str(tmp_path / "order"), "folder": str(tmp_path / "a")}
     side = start("TRL", [sys.executable, "-c", SIDE], work)
-    with pytest.raises(SystemExit, match="TRL ended early: that was all"):
+    with pytest.raises(BenchError, match="TRL ended early: that was all"):
         side.go_on()
     side.end()
-    with pytest.raises(SystemExit, match="TRL ended early: ModuleNotFoundError: No module named 'trll'"):
+    with pytest.raises(BenchError, match="TRL ended early: ModuleNotFoundError: No module named 'trll'"):
         start("TRL", [sys.executable, "-c", "import trll"], work)
 
 

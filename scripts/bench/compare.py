@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gate import BenchError
 from limit import throughput_of, training_operations
 from pairs import HERE, WARM, Ratio, Side, in_turn, ratio, start
 from workload import SHAPES, Lengths, Row, make_model, make_rows, trained_model, write_rows
@@ -95,7 +96,7 @@ def python_of_peer() -> str:
     """The interpreter of .venv-bench, or of RLPOST_BENCH_PYTHON."""
     python = os.environ.get("RLPOST_BENCH_PYTHON", str(ROOT / ".venv-bench/bin/python"))
     if not Path(python).exists():
-        raise SystemExit(f"{python}: no such interpreter; `make bench` makes it")
+        raise BenchError(f"{python}: no such interpreter; `make bench` makes it")
     return python
 
 
@@ -209,6 +210,19 @@ def different(own: Mapping[str, float], peer: Mapping[str, float]) -> dict[str, 
     return {name: abs(own[name] - peer[name]) / max(abs(peer[name]), 1e-12) for name in names}
 
 
+def same_numbers(name: str, own: Mapping[str, float], peer: Mapping[str, float]) -> dict[str, float]:
+    """The relative differences of the first step.
+
+    Raises:
+        BenchError: one is larger than rounding.
+    """
+    found = different(own, peer)
+    if not all(difference <= SAME for difference in found.values()):
+        shown = ", ".join(f"{key} {own[key]:.7g} against {peer[key]:.7g}" for key in found)
+        raise BenchError(f"{name}: not compared, since the first step is not TRL's: {shown}")
+    return found
+
+
 def chosen_precision() -> str:
     """What `model.precision: auto` is on this machine, with two threads."""
     import torch
@@ -230,9 +244,7 @@ def compare(
         own = bench.own("rlpost", precision)
         exact = own if precision == "float32" else bench.own("rlpost float32", "float32")
         best, tuned, in_float32 = bench.tuned()
-        difference = different(exact.steps[0], in_float32.steps[0])
-        if not max(difference.values()) <= SAME:
-            raise SystemExit(f"{name}: not compared, the first step differs from TRL's: {difference}")
+        difference = same_numbers(name, exact.steps[0], in_float32.steps[0])
         if exact is not own:
             bench.drop(exact)
         defaults = bench.peer("TRL at its defaults", {})

@@ -12,6 +12,10 @@ ADDRESS = "RLPOST_BENCH"
 """Environment variable with the address of the driver's socket."""
 
 
+class BenchError(RuntimeError):
+    """Something cannot be measured; its message is one line."""
+
+
 class Gate:
     """A side's end: reports each step's seconds, and waits to be let on."""
 

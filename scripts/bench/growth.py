@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gate import BenchError
 from pairs import HERE, start
 from workload import SHAPES, Lengths, make_model, make_rows, write_rows
 
@@ -89,7 +90,7 @@ def _point(kept: Path, what: str, size: str, value: int, model: str = "6M") -> d
         text=True,
     )
     if done.returncode:
-        raise SystemExit(f"growth: {what} with {size}={value}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+        raise BenchError(f"growth: {what} with {size}={value}: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from compare import PLAIN, WORKLOADS, Bench
 
+MEMORY = "memory of "
 NAMES = ("sft", "dpo", "grpo", "sft-50M", "sft-135M-lora")
 
 
@@ -25,4 +26,4 @@ def memory(name: str, folder: Path, kept: Path, precision: str) -> dict[str, Any
     finally:
         for side in bench.sides:
             side.end()
-    return {"workload": f"memory of {name}", "peak_gib": peaks}
+    return {"workload": MEMORY + name, "peak_gib": peaks}

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from gate import ADDRESS
+from gate import ADDRESS, BenchError
 
 HERE = Path(__file__).parent
 WAIT = 600
@@ -44,8 +44,8 @@ class Side:
                 self.steps.append(self.gate.recv())
                 return
         except (EOFError, ConnectionResetError):
-            raise SystemExit(f"{self.name} ended early: {last_line(self.log)}") from None
-        raise SystemExit(f"{self.name} did no step within {WAIT} s; see {self.log}")
+            raise BenchError(f"{self.name} ended early: {last_line(self.log)}") from None
+        raise BenchError(f"{self.name} did no step within {WAIT} s; see {self.log}")
 
     def go_on(self, steps: int = 1) -> None:
         """Let it do some more steps."""
@@ -104,9 +104,9 @@ def start(name: str, command: Sequence[str], work: Mapping[str, Any]) -> Side:
                 side.step()
                 return side
             if process.poll() is not None:
-                raise SystemExit(f"{name} ended early: {last_line(log)}")
+                raise BenchError(f"{name} ended early: {last_line(log)}")
         process.kill()
-        raise SystemExit(f"{name} did not come to the gate within {WAIT} s; see {log}")
+        raise BenchError(f"{name} did not come to the gate within {WAIT} s; see {log}")
 
 
 def in_turn(sides: Sequence[Side], rounds: int) -> None:

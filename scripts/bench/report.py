@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from growth import exponents
+from memory import MEMORY
 
 PEERS = ("TRL defaults", "TRL tuned")
 COLOURS = {"rlpost": "#2563eb", "TRL defaults": "#d97706", "TRL tuned": "#9ca3af", "vLLM": "#9ca3af"}
@@ -111,7 +112,7 @@ def _compared(one: dict[str, Any]) -> tuple[str, ...]:
 
 def _peak(one: dict[str, Any]) -> tuple[str, ...]:
     own, defaults, tuned = (one["peak_gib"][label] for label in ("rlpost", *PEERS))
-    name = one["workload"].removeprefix("memory of ")
+    name = one["workload"].removeprefix(MEMORY)
     return (name, *(f"{gib:.2f}" for gib in (own, defaults, tuned)), f"{own / defaults:.2f}×", f"{own / tuned:.2f}×")
 
 
@@ -152,13 +153,12 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
         _draw_ratios(axes[0][0], compared)
         _draw_peaks(axes[0][1], compared)
     if lines:
-        _draw_growth(axes[-1][0], lines, "seconds", "seconds")
-        _draw_growth(axes[-1][1], lines, "peak_gib", "peak memory, GiB")
+        _draw_growth(axes[-1][0], axes[-1][1], lines)
     figure.savefig(file, dpi=110)
 
 
 def _draw_ratios(ax: Any, compared: Sequence[dict[str, Any]]) -> None:
-    for offset, peer in ((0.2, PEERS[0]), (-0.2, PEERS[1])):
+    for offset, peer in ((-0.2, PEERS[0]), (0.2, PEERS[1])):
         times = [one["times"][peer] for one in compared]
         medians = [t["median"] for t in times]
         spread = [[t["median"] - t["low"] for t in times], [t["high"] - t["median"] for t in times]]
@@ -170,7 +170,7 @@ def _draw_ratios(ax: Any, compared: Sequence[dict[str, Any]]) -> None:
     ax.set_yticks(range(len(compared)), [one["workload"] for one in compared])
     ax.invert_yaxis()
     ax.set_xlabel("times as fast (median, quartiles)")
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     ax.margins(x=0.15)
 
 
@@ -182,19 +182,30 @@ def _draw_peaks(ax: Any, compared: Sequence[dict[str, Any]]) -> None:
     ax.set_yticks(range(len(compared)), [one["workload"] for one in compared])
     ax.invert_yaxis()
     ax.set_xlabel("peak memory of the process, GiB")
-    ax.legend(fontsize=8)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
 
 
-def _draw_growth(ax: Any, lines: Sequence[dict[str, Any]], key: str, label: str) -> None:
+def _draw_growth(seconds: Any, memory: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """All sizes from the same point, so that slopes can be compared."""
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     styles = {"update": "-", "sampling": "--"}
-    for line in lines:
-        style = styles.get(line["axis"].partition(",")[0], ":")
-        ax.loglog(line["values"], line[key], style, marker="o", markersize=3, label=line["axis"])
-    ax.set_xlabel("size")
-    ax.set_ylabel(label)
-    ax.grid(True, alpha=0.3)
-    if key == "peak_gib":
-        ax.legend(fontsize=7, loc="upper left")
+    for i, line in enumerate(lines):
+        sizes = [value / line["values"][0] for value in line["values"]]
+        drawn = {"marker": "o", "markersize": 3, "color": f"C{i}", "label": line["axis"]}
+        drawn["linestyle"] = styles.get(line["axis"].partition(",")[0], ":")
+        seconds.plot(sizes, [s / line["seconds"][0] for s in line["seconds"]], **drawn)
+        memory.plot(sizes, line["peak_gib"], **drawn)
+    seconds.plot([1, 100], [1, 100], color="black", linewidth=0.6, label="in proportion")
+    seconds.set(yscale="log", ylabel="seconds, as multiples of the first")
+    memory.set(ylabel="peak memory, GiB", ylim=(0, None))
+    for ax in (seconds, memory):
+        ax.set(xscale="log", xlabel="size, as multiples of the first")
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.grid(True, alpha=0.3)
+    seconds.yaxis.set_major_formatter(ScalarFormatter())
+    seconds.yaxis.set_minor_formatter(NullFormatter())
+    seconds.legend(fontsize=7, loc="upper left")
 
 
 def write(found: Sequence[dict[str, Any]], about: dict[str, str], folder: Path) -> None:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gate import BenchError
+
 COMMANDS = {"rlpost --help": ["--help"], "rlpost show demo": ["show", "demo"]}
 BARS = {"rlpost --help": 0.25, "rlpost show demo": 0.5, "rlpost train demo, to its first step": 6.0}
 
@@ -44,7 +46,7 @@ def _to_first_step(folder: Path, env: dict[str, str]) -> float:
     try:
         while not (log.exists() and log.stat().st_size):
             if process.poll() is not None:
-                raise SystemExit("start: rlpost train demo ended before its first step")
+                raise BenchError("start: rlpost train demo ended before its first step")
             time.sleep(0.005)
         return time.perf_counter() - began
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gate import BenchError
 
 END, PAD = "<end>", "<pad>"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -175,5 +176,6 @@ def trained_model(work: Path, size: str, lengths: Lengths, steps: int = 150) -> 
     command = [sys.executable, "-m", "rlpost", "train", str(recipe), f"runs={work / name}", "run=run"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise BenchError(f"{' '.join(command)} failed: {last}")
     return final
