@@ -110,7 +110,7 @@ def main() -> None:
     file.write_text(yaml.safe_dump(recipe(work)))
     if work["kind"] == "dpo":
         time_reference_pass(work["steps"])
-    if work["kind"] == "grpo":
+    if "given" in work:
         ONCE["given_logprob"] = given_logprob(work)
     rlpost.train(str(file), [f"runs={folder / 'runs'}"])
 

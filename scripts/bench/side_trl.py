@@ -124,7 +124,7 @@ def main() -> None:
     once: dict[str, float] = {}
     timed_reference_pass(work, once)
     trainer = make_trainer(work)
-    if work["kind"] == "grpo":
+    if "given" in work:
         once["given_logprob"] = given_logprob(trainer, work["given"])
     trainer.add_callback(AtGate(Gate(), trainer, once))
     trainer.train()
