@@ -44,7 +44,7 @@ def measured(name: str, steps: int | None, kept: Path, precision: str) -> dict[s
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if name == "decode":
-        return decode("6M", folder, kept, steps or 6)
+        return decode("6M", folder, kept, precision, steps or 6)
     if name == "growth":
         return growth(folder, kept, small=steps is not None)
     if name == "start":

@@ -18,12 +18,13 @@ PROMPTS, GROUP, BEFORE, NEW = 8, 8, 80, 110
 """Rows are PROMPTS times GROUP; their context grows from BEFORE tokens by NEW."""
 
 
-def decode(size: str, folder: Path, kept: Path, rounds: int = 6) -> dict[str, Any]:
+def decode(size: str, folder: Path, kept: Path, precision: str, rounds: int = 6) -> dict[str, Any]:
     """Sample the same prompts again and again; returns rates and the share of the least time a step can take."""
     model = make_model(kept / f"model-{size}", size)
     rows = folder / "rows.jsonl"
     write_rows(rows, "grpo", make_rows("grpo", PROMPTS, Lengths(BEFORE, 2, 0.0), SHAPES[size]["vocab_size"]))
     work = {"model": str(model), "rows": str(rows), "group": GROUP, "most": NEW, "steps": WARM + rounds}
+    work["precision"] = precision
     engines = {"rlpost": sys.executable}
     if VLLM in os.environ:
         engines["vllm"] = os.environ[VLLM]
@@ -36,7 +37,7 @@ def decode(size: str, folder: Path, kept: Path, rounds: int = 6) -> dict[str, An
             sides[engine] = start(f"decode: {engine}", [python, str(HERE / "side_decode.py")], given)
             sides[engine].go_on(WARM - 1)
         in_turn(list(sides.values()), rounds)
-        return figures(size, sides)
+        return figures(size, sides, precision)
     finally:
         for side in sides.values():
             side.end()
@@ -47,13 +48,14 @@ def per_token(side: Side) -> list[float]:
     return [step["seconds"] / step["tokens"] for step in side.steps[side.warm :]]
 
 
-def figures(size: str, sides: dict[str, Side]) -> dict[str, Any]:
+def figures(size: str, sides: dict[str, Side], precision: str) -> dict[str, Any]:
     """What was measured, for the table."""
     shape, rows = SHAPES[size], PROMPTS * GROUP
-    least = decode_seconds(shape, rows, BEFORE + NEW / 2, throughput_of(shape, rows, "float32"), bandwidth())
+    least = decode_seconds(shape, rows, BEFORE + NEW / 2, throughput_of(shape, rows, precision), bandwidth())
     seconds = {name: statistics.median(per_token(side)) for name, side in sides.items()}
     found: dict[str, Any] = {
         "workload": "decode",
+        "precision": precision,
         "about": {"size": size, "rows": rows, "context": [BEFORE, BEFORE + NEW]},
         "unit": "tokens",
         "rate": {name: 1 / s for name, s in seconds.items()},

@@ -90,7 +90,7 @@ def bandwidth() -> float:
 
 
 def decode_seconds(shape: Mapping[str, Any], rows: int, context: float, operations: float, read: float) -> float:
-    """The least that one decoding step takes, in float32: products, or reading weights and keys and values."""
+    """The least that one decoding step takes: products, or reading float32 weights, keys and values."""
     head = shape["hidden_size"] * shape["vocab_size"]
     weights = body_parameters(shape) + head
     keys = shape["hidden_size"] * shape["num_key_value_heads"] / shape["num_attention_heads"]

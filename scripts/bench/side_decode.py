@@ -19,10 +19,13 @@ def of_rlpost(work: dict[str, Any], prompts: list[str]) -> Sample:
     """The engine that stages sample with."""
     import torch
 
-    import rlpost
+    from rlpost.api.generation import Generator
+    from rlpost.inference.checkpoint import frozen_policy
+    from rlpost.policy.params import Model, Precision
 
     torch.set_num_threads(2)
-    model = rlpost.load(work["model"])
+    settings = Model(path=work["model"], precision=Precision(work["precision"]))
+    model = Generator(work["model"], frozen_policy(work["model"], settings))
 
     def sample(seed: int) -> int:
         found = model.generate(prompts, n=work["group"], max_new_tokens=work["most"], seed=seed)
@@ -32,11 +35,11 @@ def of_rlpost(work: dict[str, Any], prompts: list[str]) -> Sample:
 
 
 def of_vllm(work: dict[str, Any], prompts: list[str]) -> Sample:
-    """Sampling as its trainers use it, in float32."""
+    """Sampling as its trainers use it."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2"}
     from vllm import LLM, SamplingParams
 
-    model = LLM(work["model"], dtype="float32", max_model_len=2048, enable_prefix_caching=True)
+    model = LLM(work["model"], dtype=work["precision"], max_model_len=2048, enable_prefix_caching=True)
 
     def sample(seed: int) -> int:  # noqa: ARG001 - seeds of requests are refused on a CPU
         settings = SamplingParams(n=work["group"], temperature=1.0, max_tokens=work["most"])
