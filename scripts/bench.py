@@ -71,7 +71,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of rlpost")
     parser.add_argument("--kept", type=Path, default=ROOT / ".bench", help="folder of models, kept for the next time")
     parser.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
+    parser.add_argument("--docs", action="store_true", help="with --out: put them into docs/benchmarks.md as well")
     options = parser.parse_args()
+    if options.docs and not options.out:
+        parser.error("--docs: give --out FOLDER too")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give at least 1")
     precision = chosen_precision() if options.precision == "auto" else options.precision
@@ -94,6 +97,8 @@ def main() -> None:
             table.show()
     for name, value in about.items():
         print(f"{name}: {value}")
+    if options.docs:
+        report.publish(options.out, ROOT / "docs/benchmarks.md")
     if failed:
         sys.exit("not measured: " + "; ".join(failed))
 

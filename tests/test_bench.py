@@ -16,7 +16,7 @@ from gate import BenchError  # noqa: E402
 from growth import exponents  # noqa: E402
 from limit import body_parameters, decode_seconds, training_operations  # noqa: E402
 from pairs import WARM, in_turn, ratio, start  # noqa: E402
-from report import tables  # noqa: E402
+from report import MARKS, publish, tables  # noqa: E402
 from workload import Lengths, make_rows  # noqa: E402
 
 SMALL = {
@@ -152,3 +152,15 @@ def test_tables_say_ratios_memory_and_growth() -> None:
     assert second.rows == [("sft", "1.00", "4.00", "2.00", "0.25×", "0.50×")]
     assert third.rows == [("update, prompt tokens", "1, 2", "1, 4", "1.00, 1.50", "2.00")]
     assert "| sft | 1.00 | 4.00 |" in second.markdown()
+
+
+def test_results_replace_those_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "docs/benchmarks.md"
+    page.parent.mkdir()
+    page.write_text(f"# Speed\n\n{MARKS[0]}\n\nold\n{MARKS[1]}\n\nThe rest.\n")
+    (tmp_path / "bench.md").write_text("| new |\n")
+    publish(tmp_path, page)
+    assert page.read_text() == f"# Speed\n\n{MARKS[0]}\n\n| new |\n{MARKS[1]}\n\nThe rest.\n"
+    publish(tmp_path, page)
+    assert page.read_text().count("new") == 1
+    assert all(mark in (BENCH.parents[1] / "docs/benchmarks.md").read_text() for mark in MARKS)

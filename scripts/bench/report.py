@@ -15,6 +15,7 @@ from typing import Any
 from growth import exponents
 from memory import MEMORY
 
+MARKS = ("<!-- written by scripts/bench.py --docs -->", "<!-- until here -->")
 PEERS = ("TRL defaults", "TRL tuned")
 COLOURS = {"rlpost": "#2563eb", "TRL defaults": "#d97706", "TRL tuned": "#9ca3af", "vLLM": "#9ca3af"}
 
@@ -216,3 +217,13 @@ def write(found: Sequence[dict[str, Any]], about: dict[str, str], folder: Path) 
     parts = [f"{head}\n", *(f"{table.markdown()}\n" for table in tables(found))]
     (folder / "bench.md").write_text("".join(parts))
     draw(found, folder / "bench.png")
+
+
+def publish(folder: Path, page: Path) -> None:
+    """Put bench.md between the page's two marks, and bench.png beside its pictures."""
+    text = page.read_text()
+    begin, end = (text.index(mark) for mark in MARKS)
+    results = (folder / "bench.md").read_text()
+    page.write_text(f"{text[: begin + len(MARKS[0])]}\n\n{results}{text[end:]}")
+    if (folder / "bench.png").exists():
+        (page.parent / "images/benchmarks.png").write_bytes((folder / "bench.png").read_bytes())
