@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT)]
 
 import report  # noqa: E402
+import torch  # noqa: E402
 from compare import WORKLOADS, chosen_precision, compare  # noqa: E402
 from decode import decode  # noqa: E402
 from gate import BenchError  # noqa: E402
@@ -77,6 +78,7 @@ def main() -> None:
         parser.error("--docs: give --out FOLDER too")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give at least 1")
+    torch.set_num_threads(2)  # as both sides have
     precision = chosen_precision() if options.precision == "auto" else options.precision
     about = report.machine(precision)
     found: list[dict[str, Any]] = []

@@ -224,13 +224,10 @@ def same_numbers(name: str, own: Mapping[str, float], peer: Mapping[str, float])
 
 
 def chosen_precision() -> str:
-    """What `model.precision: auto` is on this machine, with two threads."""
-    import torch
-
+    """What `model.precision: auto` is on this machine."""
     from rlpost.policy.load import decide_bfloat16
     from rlpost.policy.params import Precision
 
-    torch.set_num_threads(2)
     return "bfloat16" if decide_bfloat16(Precision.auto, "cpu") else "float32"
 
 

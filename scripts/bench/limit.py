@@ -56,7 +56,7 @@ def training_operations(
 
 @cache
 def throughput(shapes: tuple[tuple[int, int, int], ...], dtype: str) -> float:
-    """Operations a second of products [rows, inputs] x [inputs, outputs], each by the faster of two libraries, at their best."""
+    """Operations a second of products [rows, inputs] x [inputs, outputs], each by the faster of two libraries."""
     import torch
 
     seconds, operations = 0.0, 0.0
@@ -98,6 +98,7 @@ def decode_seconds(shape: Mapping[str, Any], rows: int, context: float, operatio
 
 
 def _seconds(way: Callable[[], Any]) -> float:
+    """The fewest of some calls."""
     for _ in range(2):
         way()
     found = []
