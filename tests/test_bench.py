@@ -142,13 +142,16 @@ def test_tables_say_ratios_memory_and_growth() -> None:
         "times": times,
         "rate": {"rlpost": 2950.2},
         "unit": "tokens",
+        "precision": "float32",
         "trl_tuned": "float32",
         "share": 0.58,
         "peak_gib": {"rlpost": 1.0, "TRL tuned": 2.0, "TRL defaults": 4.0},
     }
     line = {"axis": "update, prompt tokens", "values": [1, 2], "seconds": [1.0, 4.0], "peak_gib": [1.0, 1.5]}
     first, second, third = tables([compared, {"workload": "growth", "lines": [line]}])
-    assert first.rows == [("sft", "2,950 tokens/s", "2.50× (2.00–3.00)", "2.50× (2.00–3.00)", "float32", "58%")]
+    assert first.rows == [
+        ("sft", "float32", "2,950 tokens/s", "2.50× (2.00–3.00)", "2.50× (2.00–3.00)", "float32", "58%")
+    ]
     assert second.rows == [("sft", "1.00", "4.00", "2.00", "0.25×", "0.50×")]
     assert third.rows == [("update, prompt tokens", "1, 2", "1, 4", "1.00, 1.50", "2.00")]
     assert "| sft | 1.00 | 4.00 |" in second.markdown()

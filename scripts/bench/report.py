@@ -87,7 +87,7 @@ def tables(found: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """Of everything that was measured."""
     compared = [one for one in found if "seconds" in one and "times" in one]
     if compared:
-        columns = ("workload", "rlpost", "TRL at its defaults", "TRL tuned", "tuned is", "of the limit")
+        columns = ("workload", "in", "rlpost", "TRL at its defaults", "TRL tuned", "tuned is", "of the limit")
         yield Table("How many times as fast as TRL: median (quartiles)", columns, [_compared(one) for one in compared])
     peaks = [one for one in found if "TRL defaults" in one.get("peak_gib", {})]
     if peaks:
@@ -108,7 +108,14 @@ def _compared(one: dict[str, Any]) -> tuple[str, ...]:
     rate = one["rate"]["rlpost"]
     cells = [f"{t['median']:.2f}× ({t['low']:.2f}–{t['high']:.2f})" for t in (one["times"][peer] for peer in PEERS)]
     share = f"{one['share']:.0%}" if "share" in one else "–"
-    return (one["workload"], f"{rate:,.{0 if rate >= 100 else 1}f} {one['unit']}/s", *cells, one["trl_tuned"], share)
+    return (
+        one["workload"],
+        one["precision"],
+        f"{rate:,.{0 if rate >= 100 else 1}f} {one['unit']}/s",
+        *cells,
+        one["trl_tuned"],
+        share,
+    )
 
 
 def _peak(one: dict[str, Any]) -> tuple[str, ...]:
