@@ -10,6 +10,7 @@ import typer
 
 from rlpost import console
 from rlpost.cli import options
+from rlpost.cli.importing import importing
 from rlpost.console import clean
 from rlpost.errors import DataError, EngineError, RecipeError
 from rlpost.results import emit, output
@@ -47,7 +48,8 @@ def chat(
         min_p=min_p,
         stop=stop or [],
     )
-    from rlpost.inference.chat import open_conversation
+    with importing():
+        from rlpost.inference.chat import open_conversation
 
     with closing(open_conversation(checkpoint, sampling, system, seed)) as conversation:
         if not conversation.has_template:

@@ -9,6 +9,7 @@ import typer
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Json, OtherRecipe
 
 
@@ -26,7 +27,8 @@ def compare(
 
     Says whether the difference is within noise: exact tests, corrected for their number.
     """
-    from rlpost.inference.compare import compare_checkpoints, conclusion, print_comparison
+    with importing():
+        from rlpost.inference.compare import compare_checkpoints, conclusion, print_comparison
 
     comparisons, models = compare_checkpoints(a, b, recipe)
     print_comparison(comparisons)

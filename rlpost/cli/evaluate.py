@@ -13,6 +13,7 @@ import typer
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import figures, print_result
 from rlpost.cli.completion import checkpoint_or_setting
+from rlpost.cli.importing import importing
 from rlpost.cli.options import OtherRecipe, Overrides
 
 
@@ -81,7 +82,8 @@ def evaluate(
 
 
 def _by_recipe(checkpoint: str | None, recipe: str | None, words: list[str], as_json: bool) -> None:
-    from rlpost.inference import evaluate as inference
+    with importing():
+        from rlpost.inference import evaluate as inference
 
     prompts, result, path = inference.evaluate_checkpoint(checkpoint, recipe, words)
     if as_json:
@@ -107,7 +109,8 @@ def _by_harness(
     from rlpost.evaluate.task_files import read_task_files
 
     files = read_task_files([str(home(name)) for name in tasks], trusted)
-    from rlpost.inference import harness as inference  # torch, only when the files are in order
+    with importing():  # torch, only when the files are in order
+        from rlpost.inference import harness as inference
 
     chosen = inference.HarnessOptions(trusted=trusted, **options)
     result, path = inference.evaluate_harness(checkpoint, recipe, words, files, chosen)

@@ -8,6 +8,7 @@ import typer
 
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.importing import importing
 
 
 def import_gguf(
@@ -15,6 +16,7 @@ def import_gguf(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The folder to write, which must be new.", callback=home)],
 ) -> None:
     """Write a GGUF file as a model folder to train from."""
-    from rlpost.inference import import_gguf as inference
+    with importing():
+        from rlpost.inference import import_gguf as inference
 
     print_result(inference.import_gguf(file, out))

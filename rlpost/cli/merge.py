@@ -9,6 +9,7 @@ import typer
 
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Checkpoint
 
 
@@ -32,6 +33,7 @@ def merge(
     ] = False,
 ) -> None:
     """Write a checkpoint as one model folder, adapters merged."""
-    from rlpost.inference import merge as inference
+    with importing():
+        from rlpost.inference import merge as inference
 
     print_result(inference.merge_checkpoint(checkpoint, out, dtype, gguf=gguf))

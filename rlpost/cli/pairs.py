@@ -9,6 +9,7 @@ import typer
 from rlpost.cli.arguments import home, target
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import recipes
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Checkpoint, Overrides
 
 
@@ -31,6 +32,7 @@ def pairs(
 
     Completions are ranked by a recipe's rewards.
     """
-    from rlpost.inference import pairs as inference
+    with importing():
+        from rlpost.inference import pairs as inference
 
     print_result(inference.write_pairs(checkpoint, recipe, out, list(overrides or [])))

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rlpost.cli.as_text import print_result
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Checkpoint
 
 
@@ -17,6 +18,7 @@ def push(
     merged: Annotated[bool, typer.Option("--merged", help="Merge an adapter into its base first.")] = False,
 ) -> None:
     """Upload a checkpoint to the hub, with a model card."""
-    from rlpost.inference import push as inference
+    with importing():
+        from rlpost.inference import push as inference
 
     print_result(inference.push(checkpoint, repo, private=private, merged=merged))

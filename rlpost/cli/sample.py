@@ -10,6 +10,7 @@ from rlpost.cli import options
 from rlpost.cli.arguments import columns, home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 from rlpost.streams import from_stdin
 
 
@@ -78,7 +79,8 @@ def sample(
         stop=stop or [],
     )
     row = columns(example or [], "--example")
-    from rlpost.inference import sample as inference
+    with importing():
+        from rlpost.inference import sample as inference
 
     texts = inference.sample(
         checkpoint,

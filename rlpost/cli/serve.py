@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Checkpoint
 
 
@@ -32,6 +33,7 @@ def serve(
 
     It runs transformers' or vLLM's own server; an adapter is merged into its base first.
     """
-    from rlpost.inference import serve as inference
+    with importing():
+        from rlpost.inference import serve as inference
 
     inference.serve(checkpoint, engine, host, port, options or ())

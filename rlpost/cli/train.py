@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlpost.cli.as_text import print_result
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Json, Overrides, Recipe
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def train(
     Prints the last checkpoint's path.
     """
     resolved = _resolved(recipe, overrides or [], steps)
-    from rlpost import pipeline
+    with importing():
+        from rlpost import pipeline
 
     if dry_run:
         lines = pipeline.dry_run(resolved)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rlpost.cli.as_text import print_result
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Json
 
 
@@ -32,8 +33,9 @@ def verify(
 
     Exits with 1 if something that must be exact is not.
     """
-    from rlpost.goals.verify import verify_goals
-    from rlpost.oracle.verify import verify as verify_objectives
+    with importing():
+        from rlpost.goals.verify import verify_goals
+        from rlpost.oracle.verify import verify as verify_objectives
 
     prove = verify_goals if what is Proof.goals else verify_objectives
     report = prove(vocab, depth, seed)

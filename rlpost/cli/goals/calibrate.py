@@ -10,6 +10,7 @@ import typer
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 from rlpost.cli.options import Json
 
 
@@ -47,7 +48,8 @@ def calibrate(
 
     The truth is the sum over all likely completions of the prompts.
     """
-    from rlpost.goals.calibration import calibrations, print_table
+    with importing():
+        from rlpost.goals.calibration import calibrations, print_table
 
     found = list(calibrations(network, prompts, goal, depth=max_new_tokens, policy=policy, least=least))
     if as_json:

@@ -10,6 +10,7 @@ from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 
 
 def infill(
@@ -48,7 +49,9 @@ def infill(
     A model searches from the beginning, one of reversed text from the end.
     """
     from rlpost import console
-    from rlpost.goals import infill_text
+
+    with importing():
+        from rlpost.goals import infill_text
 
     sampling = options.sampling_of(max_new_tokens=max_new_tokens, temperature=temperature)
     found, sampled = infill_text.infill_text(

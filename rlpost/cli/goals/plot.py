@@ -11,6 +11,7 @@ import typer
 from rlpost.cli.arguments import home, picture
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 
 
 class Picture(StrEnum):
@@ -38,6 +39,7 @@ def plot(
 
     Prints the picture's path.
     """
-    from rlpost.goals.maze_plot import plot_mazes
+    with importing():
+        from rlpost.goals.maze_plot import plot_mazes
 
     print_result(plot_mazes(Path(run), Path(out) if out else None, stage, mazes))

@@ -10,6 +10,7 @@ from rlpost.cli import options
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import checkpoints
+from rlpost.cli.importing import importing
 from rlpost.streams import from_stdin
 
 
@@ -52,7 +53,8 @@ def sample(
     text = from_stdin("PROMPT") if prompt is None else prompt
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
     sampling = options.sampling_of(greedy, **numbers, top_p=top_p, min_p=min_p, stop=stop or [])
-    from rlpost.goals.sample import guided_sample
+    with importing():
+        from rlpost.goals.sample import guided_sample
 
     texts = guided_sample(
         checkpoint,
