@@ -11,16 +11,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from rlpost.errors import ModelError
 from rlpost.run.names import ABOUT, FROM_HERE
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ADAPTER_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,6 +60,8 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     Raises:
         ModelError: it is not a LoRA, or one with a field that is wrong or not supported.
     """
+    from peft import LoraConfig
+
     given = read_json_object(folder / ADAPTER_FILE)
     kind = given.get("peft_type")
     if kind != "LORA":

@@ -1,7 +1,7 @@
 """LoRA adapters on one base model: which one is active, independently of which one trains.
 
 peft's `set_adapter` also makes the adapter it selects trainable and freezes the others, so selecting the
-reference would train it. Here selection is the layers' active name alone.
+reference would train it. Here selection is the layers' active name alone. peft is imported where there are adapters.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PeftModelForCausalLM,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlpost.errors import ModelError
 from rlpost.policy.adapter_files import SavedAdapter, first_line, read_adapter
 from rlpost.policy.params import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 # peft reads it of every model that it wraps.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -47,6 +40,9 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
     Raises:
         ModelError: if no module of the model matches `target_modules`.
     """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -88,6 +84,8 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     Raises:
         ModelError: it cannot be read, or does not fit the model.
     """
+    from peft import PeftModelForCausalLM
+
     saved = read_adapter(folder)
     saved.config.inference_mode = not trainable
     with _fitting(folder):
@@ -99,11 +97,16 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
 
 def adapted(model: PeftModel, name: str = POLICY) -> set[str]:
     """The modules that an adapter adds low ranks to, by their names in the base."""
+    from peft.tuners.lora import LoraLayer
+
     return {n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer) and _has(m, name)}
 
 
 def asked_for(model: PeftModel, targets: Any) -> set[str]:
     """The modules that `target_modules` means, by their names in the base."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
     base = model.get_base_model()
     layers = {n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
     own = {n: m for n, m in base.named_modules() if not any(n.startswith(f"{layer}.") for layer in layers)}
@@ -118,6 +121,8 @@ def asked_for(model: PeftModel, targets: Any) -> set[str]:
 
 def set_dropout(model: PeftModel, rate: float) -> None:
     """Set the dropout rate of the policy's adapter, whatever it was saved with."""
+    from peft.tuners.lora import LoraLayer
+
     model.peft_config[POLICY].lora_dropout = rate
     for module in model.modules():
         if isinstance(module, LoraLayer) and _has(module, POLICY):
@@ -191,6 +196,8 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
     Raises:
         ModelError: the file lacks weights, has more, or has other weights of the base than the base itself.
     """
+    from peft import set_peft_model_state_dict
+
     for parameter_name, p in model.named_parameters():
         if belongs(parameter_name, name) and p.dtype in (torch.float16, torch.bfloat16):
             p.data = p.data.float()  # as peft does for low ranks: trained weights are float32 on any base
@@ -224,6 +231,8 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """A copy of one adapter's weights, names as in its file."""
+    from peft import get_peft_model_state_dict
+
     # By default peft asks the hub whether the vocabulary has grown; here it never has.
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {key: value.detach().clone() for key, value in state.items()}
@@ -231,6 +240,9 @@ def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
 
 def select(model: nn.Module, name: str | None) -> None:
     """Activate adapter `name` (None: the bare base) and leave every `requires_grad` as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = name is None

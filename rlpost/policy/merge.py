@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from rlpost.policy.adapters import POLICY, select
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def merged(model: PeftModel) -> nn.Module:
     """A new model with the policy's adapter merged into its weights; `model` and its base stay as they are."""
+    from peft.utils.other import ModulesToSaveWrapper
+
     with torch.no_grad():
         own = copy.deepcopy(model)
         _untie(own.get_base_model())
@@ -43,12 +45,18 @@ def _untie(model: Any) -> None:
 
 def _bare(module: Any) -> Any:
     """The layer without adapters around it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _bare(module.original_module)
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _changed(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     if isinstance(module, AuxiliaryTrainingWrapper):
         return POLICY in module._adapters
     return isinstance(module, BaseTunerLayer) and POLICY in module._get_available_adapters()

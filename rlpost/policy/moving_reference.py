@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from rlpost.errors import ModelError
@@ -25,6 +25,9 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import logprobs
 from rlpost.types import Group
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ROOM = 4
 """Times the policy's rank that the reference's adapter may have."""

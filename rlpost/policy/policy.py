@@ -8,6 +8,7 @@ Axes: N action tokens, T tokens, D hidden width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
@@ -15,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from rlpost.objectives.ragged import widen
@@ -131,6 +131,10 @@ class Policy(nn.Module):
     @property
     def has_adapter(self) -> bool:
         """True with LoRA, False for full fine-tuning."""
+        if "peft" not in sys.modules:  # it takes half a second to import; who has wrapped a model has done so
+            return False
+        from peft import PeftModel
+
         return isinstance(self.model, PeftModel)
 
     @property
