@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -39,6 +40,16 @@ class Codec:
         chat = () if self.template is None else (self.template.stop_id,)
         return tuple(dict.fromkeys((self.end, *chat)))
 
+    @cached_property
+    def _unknown(self) -> tuple[int | None, str]:
+        """The unknown token: its id and its name, which a tokenizer takes long to look up."""
+        return self.tokenizer.unk_token_id, self.tokenizer.unk_token
+
+    @cached_property
+    def end_name(self) -> str:
+        """The end token's name."""
+        return str(self.tokenizer.eos_token)
+
     def ids(self, text: str, location: str) -> tuple[int, ...]:
         """Token ids of `text`, nothing added.
 
@@ -48,9 +59,9 @@ class Codec:
         ids = self.known.get(text)
         if ids is None:
             ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-        unknown = self.tokenizer.unk_token_id
+        unknown, name = self._unknown
         # A text may contain the unknown token by name: a model may have written it.
-        if unknown is not None and ids.count(unknown) > text.count(self.tokenizer.unk_token):
+        if unknown is not None and ids.count(unknown) > text.count(name):
             raise DataError(
                 f"{location}: the tokenizer has no token for {self._first_unknown(text)!r}: "
                 "add it to model.tokenizer.alphabet, or change the rows"

@@ -124,7 +124,7 @@ def _ended(text: str, codec: Codec, location: str) -> tuple[tuple[int, ...], str
         raise DataError(f"{location}: the end token stands inside a completion: take it out")
     if ids[-1:] != (codec.end,):
         ids = (*ids, codec.end)
-    return ids, text.removesuffix(codec.tokenizer.eos_token)
+    return ids, text.removesuffix(codec.end_name)
 
 
 def prompt_ids(row: Row, codec: Codec, location: str) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ class Part:
             return [self.flat.group(i) for i in rows]
         locations = [self.location(self.flat.number(i)) for i in rows]
         rows_now = augmented(self.augment, [self.flat.row(i) for i in rows], seeds, locations, self.read_as.layout)
-        return [self.encoder(row, location, RowOutcomes()) for row, location in zip(rows_now, locations, strict=True)]
+        encoder = self.encoder.knowing(rows_now)
+        return [encoder(row, location, RowOutcomes()) for row, location in zip(rows_now, locations, strict=True)]
 
 
 def open_part(

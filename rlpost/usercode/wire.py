@@ -19,6 +19,7 @@ from typing import Any
 from rlpost.types import Completion, Group
 
 _PLAIN = (bool, int, float, str)
+_SIMPLE = frozenset((*_PLAIN, type(None)))
 
 
 class CannotCrossError(Exception):
@@ -48,6 +49,8 @@ def encode(value: Any, path: str = "") -> Any:
     """
     kind = type(value)
     if value is None or kind in _PLAIN:
+        return value
+    if kind is dict and "$" not in value and all(type(k) is str and type(v) in _SIMPLE for k, v in value.items()):
         return value
     if kind is list:
         return [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
