@@ -80,6 +80,7 @@ def test_nothing_is_compared_unless_the_first_step_is_trls() -> None:
     }
     with pytest.raises(BenchError, match=r"sft: not compared, .* loss 2 against 2, grad_norm 1 against 1.01"):
         same_numbers("sft", own, {"loss": 2.0, "grad_norm": 1.01})
+    assert same_numbers("sft", own, {"loss": 2.0, "grad_norm": 1.01}, lora=True) == {"loss": 0}
     with pytest.raises(BenchError, match="grad_norm nan"):
         same_numbers("sft", {**own, "grad_norm": float("nan")}, {"loss": 2.0, "grad_norm": 1.0})
     with pytest.raises(BenchError, match="given_logprob nan"):
