@@ -6,14 +6,14 @@ import os
 import statistics
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gate import BenchError
 from limit import throughput_of, training_operations
-from pairs import HERE, WARM, Ratio, Side, in_turn, ratio, start
+from pairs import HERE, WARM, Side, in_turn, ratio, start
 from workload import SHAPES, Lengths, Row, make_model, make_rows, trained_model, write_rows
 
 ROOT = HERE.parents[1]
@@ -39,8 +39,6 @@ class Workload:
     warm: int = WARM
     """First steps that are not counted."""
     learning_rate: float = 1e-4
-    trl: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Further settings that the best is looked for among."""
 
     @property
     def lora(self) -> bool:
@@ -176,7 +174,7 @@ class Bench:
         """(name of the best settings, its side, the side in float32), after as many steps as a pick takes."""
         tried: dict[str, Side] = {}
         for name, options in candidates(self.work, self.precision, self.tokens).items():
-            tried[name] = side = self.peer(f"TRL {name}", options | dict(self.work.trl.get(name, {})))
+            tried[name] = side = self.peer(f"TRL {name}", options)
             side.go_on(self.work.warm + PICK - 1)
             packed = side.mean("tokens") if "packed" in name else None
             side.scale = self.tokens / packed if packed else 1.0
@@ -245,13 +243,14 @@ def compare(
         bench.prepare()
         own = bench.own("rlpost", precision)
         exact = own if precision == "float32" else bench.own("rlpost float32", "float32")
-        best, tuned, in_float32 = bench.tuned()
-        difference = same_numbers(name, exact.steps[0], in_float32.steps[0], work.lora)
         if exact is not own:
             bench.drop(exact)
+        best, tuned, in_float32 = bench.tuned()
+        difference = same_numbers(name, exact.steps[0], in_float32.steps[0], work.lora)
         defaults = bench.peer("TRL at its defaults", {})
-        own.go_on(work.warm - 1)
-        defaults.go_on(work.warm - 1)
+        # From here on all are at the same step, with the same rows.
+        for side in (own, defaults):
+            side.go_on(work.warm + PICK - 1)
         in_turn([own, tuned, defaults], bench.rounds)
         return {**figures(bench, own, tuned, defaults), "trl_tuned": best, "differences": difference}
     finally:
@@ -267,7 +266,7 @@ def figures(bench: Bench, own: Side, tuned: Side, defaults: Side) -> dict[str, A
     units = {"sft": bench.tokens, "dpo": work.batch, "grpo": work.batch * work.group}[work.kind]
     found: dict[str, Any] = {
         "workload": bench.name,
-        "about": asdict(replace(work, trl={})),
+        "about": asdict(work),
         "precision": bench.precision,
         "steps_counted": bench.rounds,
         "seconds": seconds,
@@ -275,7 +274,11 @@ def figures(bench: Bench, own: Side, tuned: Side, defaults: Side) -> dict[str, A
         "rate": {label: units / s for label, s in seconds.items()},
         "peak_gib": {label: side.peak for label, side in labelled.items()},
         "length": {label: side.mean("length") for label, side in labelled.items()},
-        "times": {label: asdict(times(side, own)) for label, side in labelled.items() if side is not own},
+        "times": {
+            label: asdict(ratio(side.seconds[-bench.rounds :], own.seconds[-bench.rounds :]))
+            for label, side in labelled.items()
+            if side is not own
+        },
     }
     if work.kind != "grpo":
         shape = SHAPES[work.size]
@@ -286,8 +289,3 @@ def figures(bench: Bench, own: Side, tuned: Side, defaults: Side) -> dict[str, A
         limit = throughput_of(shape, bench.tokens, bench.precision)
         found |= {"operations": needed, "limit": limit, "share": needed / seconds["rlpost"] / limit}
     return found
-
-
-def times(peer: Side, own: Side) -> Ratio:
-    """How many times as fast rlpost is."""
-    return ratio(peer.seconds, own.seconds)
