@@ -7,6 +7,7 @@ reference would train it. Here selection is the layers' active name alone. peft 
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,11 +96,27 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
     return wrapped
 
 
-def adapted(model: PeftModel, name: str = POLICY) -> set[str]:
-    """The modules that an adapter adds low ranks to, by their names in the base."""
+def are_in(model: Any) -> bool:
+    """Whether peft has wrapped the model."""
+    if "peft" not in sys.modules:  # it takes half a second to import, and whoever wraps a model has done so
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def is_lora(module: Any) -> bool:
+    """Whether a layer has room for adapters' low ranks."""
+    if "peft" not in sys.modules:
+        return False
     from peft.tuners.lora import LoraLayer
 
-    return {n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer) and _has(m, name)}
+    return isinstance(module, LoraLayer)
+
+
+def adapted(model: PeftModel, name: str = POLICY) -> set[str]:
+    """The modules that an adapter adds low ranks to, by their names in the base."""
+    return {n for n, m in model.get_base_model().named_modules() if is_lora(m) and _has(m, name)}
 
 
 def asked_for(model: PeftModel, targets: Any) -> set[str]:
@@ -121,11 +138,9 @@ def asked_for(model: PeftModel, targets: Any) -> set[str]:
 
 def set_dropout(model: PeftModel, rate: float) -> None:
     """Set the dropout rate of the policy's adapter, whatever it was saved with."""
-    from peft.tuners.lora import LoraLayer
-
     model.peft_config[POLICY].lora_dropout = rate
     for module in model.modules():
-        if isinstance(module, LoraLayer) and _has(module, POLICY):
+        if is_lora(module) and _has(module, POLICY):
             module.lora_dropout[POLICY] = nn.Dropout(rate) if rate > 0 else nn.Identity()
 
 

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rlpost.objectives.ragged import widen
@@ -159,9 +157,9 @@ class _Reader:
     """Reads a model's weights, and knows which parameters nobody has read."""
 
     def __init__(self, model: Any, bfloat16: bool) -> None:
-        self.lm = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.lm = model.get_base_model() if adapters.are_in(model) else model
         self._dtype = torch.bfloat16 if bfloat16 else self.lm.dtype
-        others = set(model.peft_config) - {adapters.POLICY} if isinstance(model, PeftModel) else set()
+        others = set(model.peft_config) - {adapters.POLICY} if adapters.are_in(model) else set()
         self._left = {
             id(p): n for n, p in self.lm.named_parameters() if not any(adapters.belongs(n, other) for other in others)
         }
@@ -228,7 +226,7 @@ class _Reader:
         if type(base) is not nn.Linear:
             raise NotFused(f"a layer is {type(base).__name__}")
         weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
-        if isinstance(module, LoraLayer) and adapters.POLICY in module.lora_A:
+        if adapters.is_lora(module) and adapters.POLICY in module.lora_A:
             for side in (module.lora_A, module.lora_B):
                 self._take(side[adapters.POLICY].weight)
             weight = weight + module.get_delta_weight(adapters.POLICY)
@@ -259,4 +257,4 @@ def _window(attention: Any) -> int | None:
 
 
 def _bare(module: Any) -> Any:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return module.get_base_layer() if adapters.is_lora(module) else module

@@ -8,7 +8,6 @@ Axes: N action tokens, T tokens, D hidden width.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import StrEnum
@@ -131,11 +130,7 @@ class Policy(nn.Module):
     @property
     def has_adapter(self) -> bool:
         """True with LoRA, False for full fine-tuning."""
-        if "peft" not in sys.modules:  # it takes half a second to import; who has wrapped a model has done so
-            return False
-        from peft import PeftModel
-
-        return isinstance(self.model, PeftModel)
+        return adapters.are_in(self.model)
 
     @property
     def device(self) -> torch.device:
