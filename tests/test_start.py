@@ -22,6 +22,14 @@ def log(*_):
 StageDirectory.log = log
 main()
 """
+_SHOW = """
+import json, sys
+from rlpost.__main__ import main
+try:
+    main()
+except SystemExit as end:
+    print(json.dumps([end.code, sorted(sys.modules)]), file=sys.stderr)
+"""
 _NOT_NEEDED = ("peft", "datasets", "pandas", "pyarrow", "tensorboard", "torchvision", "matplotlib", "rich", "gguf")
 
 
@@ -43,3 +51,12 @@ def test_the_first_step_of_training_waits_for_nothing_that_it_does_not_need(tmp_
     assert [name for name in _NOT_NEEDED if name in modules] == []
     assert collects  # garbage is looked for again once all is imported, but not in the modules
     assert frozen > 100_000
+
+
+def test_a_recipe_that_inherits_nothing_is_shown_without_hydra() -> None:
+    done = subprocess.run([sys.executable, "-c", _SHOW, "show", "demo"], capture_output=True, text=True, check=True)
+    code, modules = json.loads(done.stderr.splitlines()[-1])
+    assert code == 0
+    assert "pydantic" in modules
+    assert [name for name in ("hydra", "omegaconf", "numpy", "torch", "transformers", "rich") if name in modules] == []
+    assert len(modules) < 400

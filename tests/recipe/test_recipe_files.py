@@ -6,6 +6,7 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.recipe import files
+from rlpost.recipe.compose import compose
 from rlpost.recipe.files import describe, listing, packaged, packaged_folder, read, runnable
 from rlpost.recipe.resolve import resolve
 
@@ -26,6 +27,18 @@ def test_what_is_only_inherited_from_is_not_suggested() -> None:
     for name in shared:
         assert f"did you mean {name!r}" not in refusal(name.removeprefix("methods/"))
     assert refusal("rloo").endswith("did you mean 'methods/rloo'?")
+
+
+def test_a_recipe_that_inherits_nothing_is_what_hydra_makes_of_it() -> None:
+    chains = {name: files.chain(files.find(name)) for name in packaged()}
+    single = {name: parts[0] for name, parts in chains.items() if len(parts) == 1}
+    assert "demo" in single
+    for part in single.values():
+        alone = compose([part])
+        assert alone == compose([files.Part(part.file, {}), part])
+        assert list(alone) == list(part.keys)
+        alone.clear()
+        assert part.keys
 
 
 def test_a_child_changes_what_it_says_and_inherits_the_rest(adding: str, write) -> None:
