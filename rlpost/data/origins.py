@@ -18,10 +18,13 @@ from rlpost.data.tables import is_array, read_array, read_csv
 from rlpost.data.users import each
 from rlpost.errors import DataError, RecipeError
 from rlpost.usercode import wire
+from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import Function, Lookup
 
 Row = dict[str, Any]
 Json = Any
+_DIGESTS: dict[str, str] = {}
+"""Task of rlpost, as JSON -> digest of its rows: several stages have the same ones, and each is opened twice."""
 
 
 class Bind(Protocol):
@@ -66,7 +69,8 @@ def origin(source: Source, stages: Callable[[str], Path], where: str, bind: Bind
         raise RecipeError(f"{where}: give exactly one of path, stage, task (given: {stated})")
     if source.task is not None:
         make, name = bind(source.task, TASK, f"{where}.task", base), f"{where}.task: {source.task.fn}"
-        return _at_hand(lambda: checked_rows(next(each(make, [{}], [name])), name))
+        own = source.task.model_dump_json() if isinstance(make, Bound) and make.file is None else None
+        return _at_hand(lambda: checked_rows(next(each(make, [{}], [name])), name), own)
     if source.stage is not None:
         return _file(stages(source.stage), read_jsonl, _numbered)
     assert source.path is not None
@@ -116,10 +120,21 @@ def _hub(opened: Callable[[], Callable[[], Iterator[Chunk]]]) -> Reading:
     return Reading(lambda: opened()(), _numbered, lambda: _digest(row for chunk in opened()() for row in chunk.rows))
 
 
-def _at_hand(make: Callable[[], Sequence[Row]]) -> Reading:
-    """Rows from a function; their identity is a digest of all of them."""
+def _at_hand(make: Callable[[], Sequence[Row]], task: str | None = None) -> Reading:
+    """Rows from a function; their identity is a digest of all of them.
+
+    `task` is a function of rlpost with its arguments: it makes the same rows whenever it is called.
+    """
     rows = cache(make)
-    return Reading(lambda: in_chunks(rows()), _numbered, lambda: _digest(rows()))
+
+    def identity() -> Json:
+        if task is None:
+            return _digest(rows())
+        if task not in _DIGESTS:
+            _DIGESTS[task] = _digest(rows())
+        return _DIGESTS[task]
+
+    return Reading(lambda: in_chunks(rows()), _numbered, identity)
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -1,11 +1,13 @@
 import json
 import random
+from pathlib import Path
 
 import pytest
 
 from rlpost.data.params import KFold, KFoldPart, Source
-from rlpost.data.sources import read
+from rlpost.data.sources import open_source, read
 from rlpost.errors import DataError, RecipeError
+from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import TimedFunction
 
 ROWS = [{"question": f"q{i // 2}", "answer": i} for i in range(20)]
@@ -117,6 +119,23 @@ def test_an_earlier_stage_and_a_task(write):
     bind = fake_bind(make=lambda: [{"n": 1}, {"n": 2}], broken=lambda: 3)
     assert load(Source(task=TimedFunction(fn="make")), bind) == [{"n": 1}, {"n": 2}]
     assert "broken returned int" in refused(Source(task=TimedFunction(fn="broken")), bind=bind)
+
+
+def test_the_rows_of_rlposts_own_tasks_are_digested_once_and_those_of_users_whenever_they_are_asked_for():
+    made = []
+
+    def make(n):
+        made.append(n)
+        return [{"prompt": str(len(made) if n < 0 else i)} for i in range(abs(n))]
+
+    def identity(n, file=None):
+        source = Source(task=TimedFunction(fn=f"counted.{n}"))
+        bound = Bound(lambda: make(n), "counted", file=file)
+        return open_source(source, stages=no_stage, where="a", bind=lambda *_: bound, base=Path()).identity()
+
+    assert identity(3) == identity(3) != identity(4)
+    assert made == [3, 4]
+    assert identity(-1, Path("own.py")) != identity(-1, Path("own.py"))
 
 
 def test_exactly_one_origin():
