@@ -54,6 +54,7 @@ class ByStep:
 
 
 Call = Callable[[Given], "list[float | None] | ByStep"]
+_IMMUTABLE = frozenset((str, int, float, bool, type(None)))
 _ONE = {"completion", "example", "steps"}
 _ALL = {"completions", "examples", "all_steps", "groups"}
 
@@ -141,7 +142,8 @@ def _each_here(function: Callable[..., Any], calls: Sequence[Mapping[str, Any]])
 def _protected(name: str, value: Any) -> Any:
     """A row that a reward cannot change: read-only, with copies of its values."""
     if name == "example":
-        return MappingProxyType(copy.deepcopy(dict(value)))
+        row = dict(value)
+        return MappingProxyType(row if all(type(v) in _IMMUTABLE for v in row.values()) else copy.deepcopy(row))
     return [_protected("example", row) for row in value] if name == "examples" else value
 
 
