@@ -15,6 +15,7 @@ that has vLLM's CPU build (by default it is left out).
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -70,6 +71,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, help="counted steps of each side, for a quick look")
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of rlpost")
+    parser.add_argument("--threads", type=int, default=2, help="of every process")
     parser.add_argument("--kept", type=Path, default=ROOT / ".bench", help="folder of models, kept for the next time")
     parser.add_argument("--out", type=Path, help="folder for bench.json, bench.md and bench.png")
     parser.add_argument("--docs", action="store_true", help="with --out: put them into docs/benchmarks.md as well")
@@ -78,7 +80,9 @@ def main() -> None:
         parser.error("--docs: give --out FOLDER too")
     if options.steps is not None and options.steps < 1:
         parser.error(f"--steps {options.steps}: give at least 1")
-    torch.set_num_threads(2)  # as both sides have
+    # Both sides read it; so does what measures the limit.
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    torch.set_num_threads(options.threads)
     precision = chosen_precision() if options.precision == "auto" else options.precision
     about = report.machine(precision)
     found: list[dict[str, Any]] = []

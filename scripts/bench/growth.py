@@ -85,7 +85,7 @@ def _point(kept: Path, what: str, size: str, value: int, model: str = "6M") -> d
         point["completion"] = 1
     done = subprocess.run(
         [sys.executable, str(HERE / "growth_point.py"), json.dumps(point)],
-        env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(HERE.parents[1])},
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
     )

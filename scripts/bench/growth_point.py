@@ -72,7 +72,6 @@ def sampling(policy: Policy, groups: tuple[Group, ...], new: int) -> Callable[[]
 
 def main() -> None:
     point = json.loads(sys.argv[1])
-    torch.set_num_threads(2)
     policy = load_policy(point["model"], Model(path=point["model"]), trainable=True)
     groups = groups_of(point, policy.vocabulary)
     found: dict[str, float] = {}

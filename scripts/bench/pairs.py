@@ -92,7 +92,7 @@ def start(name: str, command: Sequence[str], work: Mapping[str, Any]) -> Side:
     with Listener(address, "AF_UNIX") as listener, log.open("wb") as out:
         process = subprocess.Popen(
             [*command, json.dumps(work)],
-            env={**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", ADDRESS: address},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", ADDRESS: address},
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,

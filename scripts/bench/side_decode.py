@@ -17,13 +17,10 @@ Sample = Callable[[int], int]
 
 def of_rlpost(work: dict[str, Any], prompts: list[str]) -> Sample:
     """The engine that stages sample with."""
-    import torch
-
     from rlpost.api.generation import Generator
     from rlpost.inference.checkpoint import frozen_policy
     from rlpost.policy.params import Model, Precision
 
-    torch.set_num_threads(2)
     settings = Model(path=work["model"], precision=Precision(work["precision"]))
     model = Generator(work["model"], frozen_policy(work["model"], settings))
 

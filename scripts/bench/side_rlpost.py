@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -63,7 +64,7 @@ def recipe(work: dict[str, Any]) -> dict[str, Any]:
     if work.get("lora"):
         model["lora"] = {"r": 16, "alpha": 32}
     return {
-        "threads": 2,
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
         "model": model,
         "stages": {"rl": stage},
         "logging": {"to": [f"{HERE / 'side_rlpost.py'}:gate_tracker"], "samples": 0},

@@ -120,7 +120,6 @@ def timed_reference_pass(work: dict[str, Any], once: dict[str, float]) -> None:
 
 def main() -> None:
     work = json.loads(sys.argv[1])
-    torch.set_num_threads(2)
     once: dict[str, float] = {}
     timed_reference_pass(work, once)
     trainer = make_trainer(work)

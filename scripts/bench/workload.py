@@ -169,9 +169,7 @@ def trained_model(work: Path, size: str, lengths: Lengths, steps: int = 150) -> 
         "max_length": 2048,
     }
     recipe = work / f"{name}.yaml"
-    recipe.write_text(
-        yaml.safe_dump({"threads": 2, "model": {"path": str(base), "precision": "float32"}, "stages": {"ends": stage}})
-    )
+    recipe.write_text(yaml.safe_dump({"model": {"path": str(base), "precision": "float32"}, "stages": {"ends": stage}}))
     print(f"training a {size} model that ends its answers, once", file=sys.stderr)
     command = [sys.executable, "-m", "rlpost", "train", str(recipe), f"runs={work / name}", "run=run"]
     done = subprocess.run(command, capture_output=True, text=True)
