@@ -155,7 +155,7 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
     if not panels:
         return
     rows = panels // 2
-    figure = Figure(figsize=(11, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 4.4 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)
     if compared:
         _draw_ratios(axes[0][0], compared)
@@ -175,7 +175,7 @@ def _draw_ratios(ax: Any, compared: Sequence[dict[str, Any]]) -> None:
         for place, t in zip(places, times, strict=True):
             ax.text(t["high"], place, f"  {t['median']:.1f}×", va="center", fontsize=9)
     ax.axvline(1, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(compared)), [one["workload"] for one in compared])
+    ax.set_yticks(range(len(compared)), [f"{one['workload']}\n{one['precision']}" for one in compared], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("times as fast (median, quartiles)")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
@@ -187,7 +187,7 @@ def _draw_peaks(ax: Any, compared: Sequence[dict[str, Any]]) -> None:
     for i, label in enumerate(labels):
         places = [n + 0.27 * (i - 1) for n in range(len(compared))]
         ax.barh(places, [one["peak_gib"][label] for one in compared], 0.25, label=label, color=COLOURS[label])
-    ax.set_yticks(range(len(compared)), [one["workload"] for one in compared])
+    ax.set_yticks(range(len(compared)), [f"{one['workload']}\n{one['precision']}" for one in compared], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel("peak memory of the process, GiB")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8, frameon=False)
@@ -213,7 +213,7 @@ def _draw_growth(seconds: Any, memory: Any, lines: Sequence[dict[str, Any]]) -> 
         ax.grid(True, alpha=0.3)
     seconds.yaxis.set_major_formatter(ScalarFormatter())
     seconds.yaxis.set_minor_formatter(NullFormatter())
-    seconds.legend(fontsize=7, loc="upper left")
+    seconds.figure.legend(*seconds.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
 
 
 def write(found: Sequence[dict[str, Any]], about: dict[str, str], folder: Path) -> None:
