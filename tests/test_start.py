@@ -54,7 +54,8 @@ def test_the_first_step_of_training_waits_for_nothing_that_it_does_not_need(tmp_
 
 
 def test_a_recipe_that_inherits_nothing_is_shown_without_hydra() -> None:
-    done = subprocess.run([sys.executable, "-c", _SHOW, "show", "demo"], capture_output=True, text=True, check=True)
+    words = ["show", "demo", "runs=/tmp/runs", "seed=1", "stages.dpo.enabled=false", "stages.sft.learning_rate=1e-3"]
+    done = subprocess.run([sys.executable, "-c", _SHOW, *words], capture_output=True, text=True, check=True)
     code, modules = json.loads(done.stderr.splitlines()[-1])
     assert code == 0
     assert "pydantic" in modules

@@ -3,8 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlpost.errors import RecipeError
+from rlpost.recipe import overrides
 from rlpost.recipe.overrides import parse
 
 
@@ -56,3 +59,67 @@ def test_what_is_no_plain_setting_is_refused(override: str, message: str) -> Non
         parse(override)
     assert message in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0",
+        "-0",
+        "01",
+        "7",
+        "-7",
+        "111111111111111111",
+        "1111111111111111111",
+        "0.5",
+        "-0.0",
+        "1.",
+        ".5",
+        "1e-3",
+        "2.5e7",
+        "1E5",
+        "1e05",
+        "1e400",
+        "true",
+        "True",
+        "false",
+        "null",
+        "Null",
+        "nan",
+        "NaN",
+        "inf",
+        "-inf",
+        "yes",
+        "a.b-c",
+        "_",
+        "e5",
+        "a--b",
+        "true.x",
+        "/tmp/x",
+        "/",
+        "//",
+        "/tmp/1e5/true",
+        "/a/null",
+        "./x",
+        "x/y.yaml",
+        "smollm2",
+        "model:x",
+        "-a",
+        "1a",
+    ],
+)
+def test_what_is_read_without_hydra_is_read_as_hydra_does(text: str) -> None:
+    found = []
+    for read in (overrides._value, overrides._parsed):
+        try:
+            value = read(text, text)
+        except RecipeError as error:
+            value = str(error)
+        found.append((type(value), repr(value)))
+    assert found[0] == found[1]
+
+
+@given(st.text("0159eE._/-TrueFalsnNulif", min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_read_without_hydra_is_read_as_hydra_does(text: str) -> None:
+    test_what_is_read_without_hydra_is_read_as_hydra_does(text)
