@@ -7,7 +7,7 @@
 # make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
-# make bench   rlpost beside TRL, step by step in turn, in an environment of its own, and how it grows; in twenty minutes
+# make bench   rlpost beside TRL, step by step in turn, in an environment of its own, and how it grows; in half an hour
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv

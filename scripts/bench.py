@@ -1,6 +1,6 @@
 """rlpost beside TRL, step by step in turn, and what it costs by itself: `make bench`.
 
-    python scripts/bench.py                              everything but the larger workloads, in about 20 minutes
+    python scripts/bench.py                              everything but the larger workloads, in half an hour
     python scripts/bench.py --only sft dpo --steps 4     a quick look at two workloads
 
 Both sides train the same model on the same rows with the same optimiser, each in a process of its own by its own

@@ -54,8 +54,8 @@ class Workload:
 MEDIAN = Lengths(62, 98)
 WORKLOADS = {
     "sft": Workload("sft", MEDIAN, rounds=12),
-    "dpo": Workload("dpo", MEDIAN),
-    "dpo-two-epochs": Workload("dpo", MEDIAN, epochs=2),
+    "dpo": Workload("dpo", MEDIAN, rounds=5),
+    "dpo-two-epochs": Workload("dpo", MEDIAN, epochs=2, rounds=5),
     "grpo": Workload("grpo", MEDIAN, batch=8, group=8, most=200, rounds=4, warm=1, learning_rate=1e-6),
     "grpo-short": Workload(
         "grpo", Lengths(8, 5, 0.3), size="0.65M", batch=32, group=16, most=8, rounds=24, learning_rate=1e-6
