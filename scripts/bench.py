@@ -78,8 +78,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.docs and not options.out:
         parser.error("--docs: give --out FOLDER too")
-    if options.steps is not None and options.steps < 1:
-        parser.error(f"--steps {options.steps}: give at least 1")
+    for key in ("steps", "threads"):
+        number = getattr(options, key)
+        if number is not None and number < 1:
+            parser.error(f"--{key} {number}: give at least 1")
     # Both sides read it; so does what measures the limit.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
@@ -103,7 +105,7 @@ def main() -> None:
             table.show()
     for name, value in about.items():
         print(f"{name}: {value}")
-    if options.docs:
+    if options.docs and found:
         report.publish(options.out, ROOT / "docs/benchmarks.md")
     if failed:
         sys.exit("not measured: " + "; ".join(failed))

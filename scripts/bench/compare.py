@@ -120,7 +120,8 @@ class Bench:
         return self.work.warm + PICK + self.rounds
 
     def prepare(self) -> None:
-        """Write the model and the rows."""
+        """Write the model and the rows; TRL must be there."""
+        python_of_peer()
         work, shape = self.work, SHAPES[self.work.size]
         sampled = work.kind == "grpo"
         model = (
