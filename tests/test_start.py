@@ -30,7 +30,18 @@ try:
 except SystemExit as end:
     print(json.dumps([end.code, sorted(sys.modules)]), file=sys.stderr)
 """
-_NOT_NEEDED = ("peft", "datasets", "pandas", "pyarrow", "tensorboard", "torchvision", "matplotlib", "rich", "gguf")
+_NOT_NEEDED = (
+    "peft",
+    "scipy",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "tensorboard",
+    "torchvision",
+    "matplotlib",
+    "rich",
+    "gguf",
+)
 
 
 def test_the_first_step_of_training_waits_for_nothing_that_it_does_not_need(tmp_path: Path) -> None:

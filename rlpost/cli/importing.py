@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_NOT_WANTED = "scipy"
+"""transformers imports it, where it is installed, for the losses of object detection; it takes a third of a second."""
+
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -17,9 +20,14 @@ def importing() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
+    hidden = _NOT_WANTED not in sys.modules
+    if hidden:
+        sys.modules[_NOT_WANTED] = None  # type: ignore[assignment]
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
+        if hidden:
+            sys.modules.pop(_NOT_WANTED, None)  # who imports it later finds it
