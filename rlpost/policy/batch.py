@@ -92,10 +92,13 @@ def laid_out(groups: Sequence[Group], build: Build) -> Batch:
     return Batch(passes, rows=_rows(groups), **_scored(completions(groups), starts))
 
 
-def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass, ...], list[Start]]:
+def flat_passes(
+    groups: Sequence[Group], share: bool = True, blocks: bool = True
+) -> tuple[tuple[Pass, ...], list[Start]]:
     """A `Build`: all groups as one row without padding; with `share`, each prompt stands once before its completions.
 
-    A prompt is shared only by the completions of its group, which all follow it exactly.
+    A prompt is shared only by the completions of its group, which all follow it exactly. `blocks`: attention in blocks
+    of queries where it serves.
     """
     pieces: list[Ids] = []
     position: list[NDArray[np.int64]] = []
@@ -125,11 +128,13 @@ def flat_passes(groups: Sequence[Group], share: bool = True) -> tuple[tuple[Pass
             end += len(c.ids)
             pieces.append(c.ids)
             position.append(np.arange(width, width + len(c.ids)))
+    layout = flat_layout(segments, end)
+    layout.in_blocks = blocks
     flat = Pass(
         ids_BT=_joined(pieces)[None],
         position_BT=_joined(position)[None],
         mask_BT=None,
-        layout=flat_layout(segments, end),
+        layout=layout,
         copies_BT=torch.from_numpy(np.repeat(np.array(copies, np.int64), [s.length for s in segments]))[None],
     )
     return (flat,), starts

@@ -26,6 +26,7 @@ from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
+from rlpost.policy.fast_layers import FastLinear
 from rlpost.policy.policy import Policy
 
 LARGEST = 2**30
@@ -223,7 +224,7 @@ class _Reader:
     def _weight(self, module: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a linear layer, with the policy's adapter added."""
         base = _bare(module)
-        if type(base) is not nn.Linear:
+        if type(base) not in (nn.Linear, FastLinear):
             raise NotFused(f"a layer is {type(base).__name__}")
         weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
         if adapters.is_lora(module) and adapters.POLICY in module.lora_A:

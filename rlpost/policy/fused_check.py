@@ -1,7 +1,8 @@
 """The check at load of the fused decoding step: its logits beside those of the model's own forward.
 
 The norms' weights and the biases of a new model are ones and zeros, under which wrong orders and forgotten terms give
-right numbers; so every parameter of one axis is changed at random while the two are compared, and restored afterwards.
+right numbers; so every parameter of one axis, and every one of zeros, is changed at random while the two are compared,
+and restored afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def why_not_fused(model: Any, groups: list[Group]) -> str:
         model: a transformers causal language model without adapters, whose attention follows a layout.
         groups: some prompts with completions of random tokens.
     """
-    with _changed(model):
+    with changed(model):
         try:
             fused = FusedModel(model)
         except NotFused as reason:
@@ -60,16 +61,18 @@ def _decoded(model: Any, groups: list[Group], fused: FusedModel | None) -> Tenso
 
 
 @contextmanager
-def _changed(model: Any) -> Iterator[None]:
-    """Norms' weights and biases are off by a tenth or so inside."""
-    flat = [p for p in model.parameters() if p.ndim == 1]
+def changed(model: Any) -> Iterator[None]:
+    """Norms' weights and biases, and the zeros of new adapters, are off by a tenth or so inside."""
+    flat = [p for p in model.parameters() if p.ndim == 1 or not p.any()]
     before = [p.detach().clone() for p in flat]
     generator = torch.Generator().manual_seed(0)
-    for p in flat:
-        noise = torch.rand(2, len(p), generator=generator).to(p)
-        p.mul_(0.9 + 0.2 * noise[0]).add_(0.1 * noise[1] - 0.05)
+    with torch.no_grad():
+        for p in flat:
+            noise = torch.rand(2, *p.shape, generator=generator).to(p)
+            p.mul_(0.9 + 0.2 * noise[0]).add_(0.1 * noise[1] - 0.05)
     try:
         yield
     finally:
-        for p, old in zip(flat, before, strict=True):
-            p.copy_(old)
+        with torch.no_grad():
+            for p, old in zip(flat, before, strict=True):
+                p.copy_(old)

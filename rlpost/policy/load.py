@@ -16,6 +16,7 @@ from rlpost.errors import ModelError
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
+from rlpost.policy.fast_layers import use_fast_linear
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
     as_model_error,
@@ -28,6 +29,7 @@ from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.saved import name_ends
 from rlpost.policy.score import logprobs
+from rlpost.policy.trunk_check import why_no_trunk
 from rlpost.run.names import ABOUT
 
 MERGED_GAP = 1e-2
@@ -82,17 +84,16 @@ def load_policy(
     tokenizer = load_tokenizer(str(path), settings, base)
     must_fit(model, tokenizer, str(path))
     remove_dropout(model)
+    if settings.fast:
+        use_fast_linear(model)
     with as_model_error(f"{base}: the model cannot be run as its config.json says"):
         exact = check_exactness(model, tokenizer, settings.attention)
     flat = choose_rows(exact, settings.attention, type(model).__name__, base)
     revision = None if Path(base).is_dir() else settings.revision
     policy = Policy(model, tokenizer, flat=flat, bfloat16=bfloat16, base=base, revision=revision, **exact.ways())
     policy.model = _with_adapters(policy, adapter, settings.lora, trainable)
-    # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
-    codec = make_codec(tokenizer)
-    # In reversed text a turn begins with its stop token: only the end token ends the text.
-    policy.end_ids = (codec.end,) if backwards else tuple(dict.fromkeys((*policy.end_ids, *codec.stops)))
-    name_ends(policy)
+    _choose_layers(policy, settings.fast)
+    _choose_ends(policy, backwards)
     if settings.gradient_checkpointing:
         policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         policy.causal_lm.enable_input_require_grads()
@@ -101,6 +102,23 @@ def load_policy(
     with as_model_error(f"{path}: the model cannot be run"):
         _must_be_finite(policy.eval(), path)
     return policy
+
+
+def _choose_ends(policy: Policy, backwards: bool) -> None:
+    """Which tokens end its completions."""
+    # A chat template may end turns with another token than the tokenizer's end token (ChatML's <|im_end|>).
+    codec = make_codec(policy.tokenizer)
+    # In reversed text a turn begins with its stop token: only the end token ends the text.
+    policy.end_ids = (codec.end,) if backwards else tuple(dict.fromkeys((*policy.end_ids, *codec.stops)))
+    name_ends(policy)
+
+
+def _choose_layers(policy: Policy, fast: bool) -> None:
+    """Which layers read its rows, once it has its adapters."""
+    policy.blocks = fast
+    if fast:
+        use_fast_linear(policy.model)  # an adapter's matrices are linear layers too
+        policy.trunk = not why_no_trunk(policy, probe_groups(policy.vocabulary, policy.max_positions))
 
 
 def is_backwards(folder: str | Path) -> bool:

@@ -31,6 +31,8 @@ from rlpost.policy.batch import (
 )
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
+from rlpost.policy.products import NotRecognised
+from rlpost.policy.trunk import Trunk
 from rlpost.policy.vocabulary import Vocabulary
 from rlpost.types import Group
 
@@ -63,6 +65,8 @@ class Policy(nn.Module):
         decoding: Decoding | None = None,
         extends: bool = True,
         fused: bool = False,
+        trunk: bool = False,
+        blocks: bool = True,
         switch: int | None = None,
         reach: int | None = None,
         known: Vocabulary | None = None,
@@ -81,6 +85,8 @@ class Policy(nn.Module):
             decoding: by default flat where rows are, else padded.
             extends: flat decoding may continue from the cache of earlier rows.
             fused: single tokens may be decoded on packed weights (fused.py).
+            trunk: flat rows may be read layer by layer in one operation each (trunk.py).
+            blocks: attention over flat rows may be computed in blocks of queries (tile_attention.py).
             switch: longer rows are read with other rotary factors (LongRoPE's long ones).
             reach: the longest row whose logits agree with those of its prefixes, if the model has more positions.
             known: the tokenizer's tokens; by default they are read from it.
@@ -97,6 +103,8 @@ class Policy(nn.Module):
         self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
         self.extends = extends and self.decoding is Decoding.flat
         self.fused = fused and self.decoding is Decoding.flat
+        self.trunk = trunk and flat
+        self.blocks = blocks
         self.switch = switch
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
@@ -117,6 +125,8 @@ class Policy(nn.Module):
             decoding=self.decoding,
             extends=self.extends,
             fused=self.fused,
+            trunk=self.trunk,
+            blocks=self.blocks,
             switch=self.switch,
             reach=self._reach,
             known=self.known,
@@ -160,7 +170,7 @@ class Policy(nn.Module):
         """The batch that `forward` takes, on the policy's device."""
         build: Build = single_passes if self.single else padded_passes
         if self.flat:
-            build = partial(flat_passes, share=self.shares_prompts)
+            build = partial(flat_passes, share=self.shares_prompts, blocks=self.blocks)
         longest = (
             0
             if self.switch is None
@@ -221,8 +231,25 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """[all passes' B·T, D]."""
-        found = [self.causal_lm.base_model(**_inputs(p)).last_hidden_state.flatten(0, 1) for p in batch.passes]
+        trunk = self._trunk()
+        found = [self._states_of(p, trunk) for p in batch.passes]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _states_of(self, p: Pass, trunk: Trunk | None) -> Tensor:
+        """[B·T, D] of one pass."""
+        if trunk is not None and p.layout is not None and trunk.serves(p.layout):
+            return trunk.states(p.ids_BT[0], p.position_BT[0], p.layout)
+        states: Tensor = self.causal_lm.base_model(**_inputs(p)).last_hidden_state
+        return states.flatten(0, 1)
+
+    def _trunk(self) -> Trunk | None:
+        """The model's layers with the adapters that are active now, if they are exact in that way."""
+        if not self.trunk or self.device.type != "cpu" or self.causal_lm.is_activation_checkpointing:
+            return None
+        try:
+            return Trunk(self.causal_lm, bfloat16=self.in_bfloat16)
+        except NotRecognised:  # an adapter with dropout, for example
+            return None
 
     def next_logits(self, batch: Batch) -> Tensor:
         """[S, V] logits of what would follow each completion."""

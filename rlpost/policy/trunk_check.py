@@ -1,0 +1,83 @@
+"""The check at load of layers in one operation each: states and gradients beside those of the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlpost.policy.fused_check import changed
+from rlpost.policy.policy import Policy
+from rlpost.policy.products import NotRecognised
+from rlpost.policy.trunk import Trunk
+from rlpost.types import Group
+
+EXACT = 1e-4
+"""Largest difference, of the largest number in the model's own states or gradients, that counts as rounding."""
+
+
+def why_no_trunk(policy: Policy, groups: Sequence[Group]) -> str:
+    """Why a policy's flat rows may not be read layer by layer in one operation each, or empty if they may.
+
+    Compared are the states after all tokens, and gradients of the embedding, of every parameter of one axis, of every
+    adapter, and of all parameters of the first and the last layer, which go through every operation of every layer.
+
+    Args:
+        policy: it decides by itself how it reads rows, which this leaves as it was.
+        groups: some prompts with completions of random tokens.
+    """
+    model = policy.causal_lm
+    if policy.device.type != "cpu":
+        return "it is not on a CPU"
+    layout = policy.batch(groups).passes[0].layout
+    if layout is None:
+        return "it does not read flat rows"
+    try:
+        if not Trunk(model).serves(layout):
+            return "its attention is more than a softmax of scores"
+    except NotRecognised as reason:
+        return str(reason)
+    before, wanted = (policy.trunk, policy.blocks), {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    found = []
+    try:
+        policy.model.requires_grad_(True)
+        with changed(model):
+            for trunk in (False, True):
+                policy.trunk = policy.blocks = trunk
+                found.append(_states_and_gradients(policy, groups))
+    finally:
+        policy.trunk, policy.blocks = before
+        for name, p in policy.model.named_parameters():
+            p.requires_grad_(wanted[name])
+    for name, own in found[0].items():
+        other = found[1][name]
+        if own is None or other is None:
+            if own is not other:
+                return f"its gradient of {name} is missing in one operation a layer"
+            continue
+        gap = float((own - other).abs().max() / own.abs().max().clamp_min(1e-30))
+        if not gap < EXACT:
+            return f"in one operation a layer, {name} differs from that of its own forward by {gap:.1e}"
+    return ""
+
+
+def _states_and_gradients(policy: Policy, groups: Sequence[Group]) -> dict[str, Tensor | None]:
+    """By name; None where there is no gradient."""
+    with torch.enable_grad():
+        states = policy._hidden(policy.batch(groups))
+        cotangent = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states)
+        named = _checked(policy)
+        gradients = torch.autograd.grad((states * cotangent).sum(), list(named.values()), allow_unused=True)
+    return {"states": states.detach(), **dict(zip(named, gradients, strict=True))}
+
+
+def _checked(policy: Policy) -> dict[str, nn.Parameter]:
+    layers = policy.causal_lm.base_model.layers
+    ends = {id(p) for layer in (layers[0], layers[-1]) for p in layer.parameters()}
+    embedding = id(policy.causal_lm.get_input_embeddings().weight)
+    return {
+        n: p
+        for n, p in policy.model.named_parameters()
+        if p.ndim == 1 or "lora_" in n or id(p) in ends or id(p) == embedding
+    }
