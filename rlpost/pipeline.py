@@ -26,10 +26,10 @@ from rlpost.errors import Interrupted, ModelError, RecipeError, RlpostError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf
 from rlpost.policy.identity import Inputs, first_difference
-from rlpost.policy.load import decide_bfloat16
+from rlpost.policy.load import decide_bfloat16, width_of
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
-from rlpost.policy.params import Precision
+from rlpost.policy.params import Model, Precision
 from rlpost.recipe.functions import bind_all
 from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
@@ -85,8 +85,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         clock_at(lambda: _beginning(run)),
         _mirrors(resolved, run) as mirrors,
     ):
-        bfloat16 = _bfloat16(run, recipe.model.precision, accelerator.device)
         base = base_checkpoint(resolved, run)
+        bfloat16 = _bfloat16(run, recipe.model, base, accelerator.device)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
         shelf = Shelf(run.path)
@@ -228,11 +228,13 @@ def _beginning(run: RunDirectory) -> str:
     return str(run.decide_once("now", lambda: datetime.now().isoformat(timespec="minutes")))
 
 
-def _bfloat16(run: RunDirectory, wish: Precision, device: torch.device) -> bool:
+def _bfloat16(run: RunDirectory, model: Model, base: Path, device: torch.device) -> bool:
     """Whether to run in bfloat16; `auto` is measured once and recorded in the run."""
-    if wish is not Precision.auto:
-        return decide_bfloat16(wish, device)
-    return bool(run.decide_once("bfloat16", lambda: decide_bfloat16(wish, device)))
+
+    def decide() -> bool:
+        return decide_bfloat16(model.precision, device, width_of(base, model.revision))
+
+    return decide() if model.precision is not Precision.auto else bool(run.decide_once("bfloat16", decide))
 
 
 def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: StageEvaluations) -> None:

@@ -9,7 +9,7 @@ from rlpost.policy.params import Precision
 
 def test_precision_and_layout_are_those_of_the_run(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "decide_bfloat16", lambda wish, _: asked.append(wish) or False)
+    monkeypatch.setattr(checkpoint, "decide_bfloat16", lambda wish, *_: asked.append(wish) or False)
     final = run(tmp_path, {"sft": {**SFT, "steps": 1}}, model={**MODEL, "attention": "padded"})
     policy = frozen_policy(str(final))
     assert not policy.flat

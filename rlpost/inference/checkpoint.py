@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlpost.errors import RecipeError
-from rlpost.policy.load import decide_bfloat16, load_policy
+from rlpost.policy.load import decide_bfloat16, load_policy, width_of
 from rlpost.policy.params import Attention, Model, Precision
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved
@@ -35,17 +35,17 @@ def frozen_policy(path: str, model: Model | None = None, backwards: bool = False
     """
     model = model or _as_in_its_run(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    half = decide_bfloat16(model.precision, device)
+    half = decide_bfloat16(model.precision, device, width_of(path, model.revision))
     return load_policy(path, model, bfloat16=half, device=device, trainable=False, backwards=backwards)
 
 
 def _as_in_its_run(path: str) -> Model:
-    """Precision and layout as the recipe of the run says that contains the checkpoint; outside of runs the defaults."""
+    """Precision, layout and kernels as the recipe of the checkpoint's run says; outside of runs the defaults."""
     folder = Path(path).resolve()
     run = next((parent for parent in folder.parents if (parent / CONFIG).is_file()), None) if folder.is_dir() else None
     section = {} if run is None else read_config(run).get("model") or {}
     precision, attention = Precision(section.get("precision", "auto")), Attention(section.get("attention", "auto"))
-    return Model(precision=precision, attention=attention)
+    return Model(precision=precision, attention=attention, fast=section.get("fast", True))
 
 
 def recipe_of(path: str) -> Path:

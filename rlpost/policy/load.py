@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from rlpost import console
 from rlpost.data.codec import make_codec
@@ -39,6 +40,8 @@ BEYOND_RECIPES = (
     *("modules_to_save", "trainable_token_indices"),
 )
 """Options of a saved adapter that `model.lora` does not have."""
+WIDE = 1024
+"""Hidden width of a model that is not known."""
 HEAD_FILE = "scalar_head.safetensors"
 """File of a value head, next to the weights or the adapter of its trunk: weight [1, D] and bias [1]."""
 
@@ -181,13 +184,33 @@ def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "mod
     return exact.flat and wish is not Attention.padded
 
 
-def decide_bfloat16(wish: Precision, device: torch.device | str) -> bool:
-    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if matrix products are 1.5 times as fast in it."""
+def decide_bfloat16(wish: Precision, device: torch.device | str, width: int = WIDE) -> bool:
+    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if the model's layers are 1.5 times as fast in it.
+
+    Args:
+        wish: the recipe's `model.precision`.
+        device: where the model runs.
+        width: the model's hidden width. In narrow models, casts cost more than bfloat16 saves.
+    """
     if wish is not Precision.auto:
         return wish is Precision.bfloat16
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return _product_seconds(torch.float32) > 1.5 * _product_seconds(torch.bfloat16)
+    return _layer_seconds(width, half=False) > 1.5 * _layer_seconds(width, half=True)
+
+
+def width_of(model: str | Path, revision: str | None = None) -> int:
+    """The hidden width of a model, or of an adapter's base.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    base = model
+    if is_adapter(Path(model)):
+        base, revision = base_of(Path(model)), revision or base_revision(Path(model))
+    with as_model_error(f"{base}: the model's config.json cannot be read"):
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+    return int(getattr(config.get_text_config(), "hidden_size", WIDE))
 
 
 def remove_dropout(model: nn.Module) -> None:
@@ -201,12 +224,15 @@ def remove_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    a = torch.ones(512, 512, dtype=dtype)
+def _layer_seconds(width: int, *, half: bool) -> float:
+    """Of a feed-forward product on float32 states, as layers compute it: in bfloat16 with its casts, or in float32."""
+    states, layer = torch.ones(512, width), nn.Linear(width, 4 * width, bias=False).requires_grad_(False)
+    use_fast_linear(layer)
+    layer = layer.bfloat16() if half else layer
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        a @ a
+        layer(states.bfloat16()).float() if half else layer(states)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -11,9 +11,9 @@ from tiny_folders import save, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import ModelError
-from rlpost.policy import adapters
+from rlpost.policy import adapters, load
 from rlpost.policy.adapter_files import base_of
-from rlpost.policy.load import decide_bfloat16, load_policy, remove_dropout
+from rlpost.policy.load import decide_bfloat16, load_policy, remove_dropout, width_of
 from rlpost.policy.params import Attention, Lora, Model, Precision
 from rlpost.policy.policy import Policy, end_ids
 from rlpost.policy.reference import reference_policy
@@ -238,6 +238,20 @@ def test_precision_by_wish():
     assert decide_bfloat16(Precision.bfloat16, "cpu") is True
     assert decide_bfloat16(Precision.float32, "cpu") is False
     assert isinstance(decide_bfloat16(Precision.auto, "cpu"), bool)
+
+
+def test_auto_compares_layers_of_the_models_width(monkeypatch):
+    asked = []
+    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: asked.append((width, half)) or 1.0 - 0.4 * half)
+    assert decide_bfloat16(Precision.auto, "cpu", 96) is True
+    assert asked == [(96, False), (96, True)]
+    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: 1.0 - 0.3 * half)
+    assert decide_bfloat16(Precision.auto, "cpu", 96) is False
+
+
+def test_the_width_is_the_bases_of_an_adapter(llama_folder, adapter_folder):
+    hidden = AutoConfig.from_pretrained(llama_folder).hidden_size
+    assert width_of(adapter_folder) == width_of(llama_folder) == hidden
 
 
 @pytest.mark.parametrize(
