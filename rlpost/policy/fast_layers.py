@@ -68,7 +68,10 @@ class FastLinear(nn.Linear):
 
 
 def use_fast_linear(model: nn.Module) -> None:
-    """Let every plain linear layer of a model call oneDNN; weights, names and checkpoints stay as they are."""
+    """Let every plain linear layer of a model call oneDNN; weights, names and checkpoints stay as they are.
+
+    To be called before there are adapters: one that is added later must compute as those that were there.
+    """
     if not has_onednn():
         return
     for module in model.modules():

@@ -120,7 +120,6 @@ def _choose_layers(policy: Policy, fast: bool) -> None:
     """Which layers read its rows, once it has its adapters."""
     policy.blocks = fast
     if fast:
-        use_fast_linear(policy.model)  # an adapter's matrices are linear layers too
         policy.trunk = not why_no_trunk(policy, probe_groups(policy.vocabulary, policy.max_positions))
 
 
