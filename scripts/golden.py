@@ -12,6 +12,9 @@ of the reference's size plus ABSOLUTE; with --exact, not at all. What a run leav
 too, but for further keys of a rollout. Passes cut in another way stay within that, but where the number is nothing but
 rounding: the level of a reward model's head, and the accuracy of a pair loss while policy and reference are the same.
 
+Runs use PyTorch's own kernels (PLAIN): faster ones add in another order, which AdamW makes visible where a gradient is
+next to nothing. They are held to PyTorch's own by their tests and at load.
+
 A reference is replaced only with --reason, and only of runs whose `marks` say that they sample episodes of several
 turns or go on from inside a completion: there the engine may come to the same tokens by another order of sums. The
 reason is kept in the reference.
@@ -43,6 +46,8 @@ GOLDEN = ROOT / "tests" / "golden"
 REFERENCES = GOLDEN / "references"
 TOLERANCE = 1e-5
 ABSOLUTE = 1e-6
+PLAIN = ("model.fast=false", "rollouts.fused=false")
+"""Overrides of every run."""
 LORA = "model.lora={r: 4, alpha: 8}"
 DIGITS = 9
 """Significant digits of a log-probability: as many as tell every float32 from the next."""
@@ -105,7 +110,7 @@ def listed() -> list[Run]:
     for name, said in yaml.safe_load((GOLDEN / "runs.yaml").read_text("utf-8"))["runs"].items():
         ways = {"both": ("full", "lora")}.get(said["ways"], (said["ways"],))
         for way in ways:
-            overrides = [*([LORA] if way == "lora" else []), *said.get("overrides", [])]
+            overrides = [*PLAIN, *([LORA] if way == "lora" else []), *said.get("overrides", [])]
             others = {key: said[key] for key in ("before", "commands", "marks") if key in said}
             runs.append(Run(name, way, said["recipe"], overrides, **others))
     return runs

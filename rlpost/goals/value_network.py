@@ -168,7 +168,12 @@ def load_value(folder: Path, policy: Policy, goal: Sequence[int], *, avoid: bool
         trained, wanted = ("avoid", "--goal") if settings.avoid else ("reach", "--avoid")
         raise ModelError(f"{folder}: trained to {trained} its goals, and {wanted} asks for the other; train one for it")
     network = load_value_head_model(
-        folder, Model(), share_with=policy, name="value", bfloat16=policy.in_bfloat16, device=policy.device
+        folder,
+        Model(fast=policy.blocks),
+        share_with=policy,
+        name="value",
+        bfloat16=policy.in_bfloat16,
+        device=policy.device,
     )
     if not same_tokens(network.trunk.tokenizer, policy.tokenizer):
         raise ModelError(f"{folder}: its tokenizer is not that of the model it should guide; train it on that model")

@@ -103,7 +103,7 @@ class BranchDecoder(FlatDecoder):
         Args:
             trunk: a policy that decodes flat; gives the hidden states.
         """
-        super().__init__(trunk.causal_lm.base_model, prompts, prompt_of_row, limit)
+        super().__init__(trunk.causal_lm.base_model, prompts, prompt_of_row, limit, blocks=trunk.blocks)
         self._waiting: Tensor | None = None
         """[B] taken tokens that are not in the cache yet."""
         self.start()

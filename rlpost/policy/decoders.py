@@ -70,6 +70,7 @@ class FlatDecoder:
         *,
         keeps: bool = False,
         fused: FusedModel | None = None,
+        blocks: bool = True,
     ) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
@@ -81,8 +82,10 @@ class FlatDecoder:
             kept: cache of earlier rows; None for no such cache.
             keeps: add this decoder's rows to it.
             fused: the model's weights packed for single tokens; None for its own forward.
+            blocks: prompts may be attended in blocks of queries.
         """
         self.model = model
+        self._blocks = blocks
         self._fused = fused
         self.device = model.get_input_embeddings().weight.device
         self.prompts = prompts
@@ -160,6 +163,7 @@ class FlatDecoder:
         else:
             segments = [Segment(int(end) - n, n) for n, end in zip(lengths, ends, strict=True)]
             layout = flat_layout(segments, len(ids)).to(self.device)
+        layout.in_blocks = self._blocks
         return self._forward(self._row(ids), self._row(position), layout, self._row(ends - 1)[0])[0]
 
     def _forward(self, ids: Tensor, position: Tensor, layout: Any, keep: int | Tensor) -> Tensor:
@@ -352,14 +356,14 @@ def make_decoder(
         return RecomputingDecoder(policy, prompts, prompt_of_row)
     begin: Start = partial(PaddedDecoder, policy.causal_lm)
     if policy.decoding is Decoding.flat:
-        begin = partial(FlatDecoder, policy.causal_lm, fused=fused)
+        begin = partial(FlatDecoder, policy.causal_lm, fused=fused, blocks=policy.blocks)
     longest = max(map(len, prompts)) + limit
     if policy.switch is not None and longest > policy.switch:
         if min(map(len, prompts)) > policy.switch:
             return begin(prompts, prompt_of_row, limit)
         return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
     if policy.decoding is Decoding.flat and policy.extends:
-        return FlatDecoder(policy.causal_lm, prompts, prompt_of_row, limit, kept, keeps=keeps, fused=fused)
+        begin = partial(FlatDecoder, policy.causal_lm, fused=fused, blocks=policy.blocks, kept=kept, keeps=keeps)
     return begin(prompts, prompt_of_row, limit)
 
 

@@ -139,41 +139,39 @@ class FlatLayout:
         """[1, T, H, D]; see `attention.Layout`."""
         assert query.shape[0] == 1, "a flat batch is one row"
         heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
-        prompts = [
-            None if t.prompt_PK is None else self.prompt_tokens(key, value, t.prompt_PK.flatten()) for t in self.tiles
-        ]
-        tokens = [_tokens(x) for x in (query, key, value)]
         if self.in_blocks and serves(query, value) and blocks_serve(self.longest, options):
-            scaled = tokens[0] * scale_of(options, heads.width)
-            given = [x for pair in prompts if pair is not None for x in pair]
-            result: Tensor = _InBlocks.apply(self, heads, scaled, *tokens[1:], *given)  # type: ignore[no-untyped-call]
+            tokens = [_tokens(query) * scale_of(options, heads.width), _tokens(key), _tokens(value)]
+            at = [t.prompt_PK.flatten() for t in self.tiles if t.prompt_PK is not None]
+            prompts = [x for index in at for x in self.prompt_tokens(key, value, index)]
+            result: Tensor = _InBlocks.apply(self, heads, *tokens, *prompts)  # type: ignore[no-untyped-call]
         else:
-            result = self._attend_tiles(heads, tokens, prompts, options)
+            result = self._attend_tiles(heads, query, key, value, options)
         return result.view(1, len(self.place_T), heads.query, -1)
 
     def _attend_tiles(
-        self,
-        heads: Heads,
-        tokens: Sequence[Tensor],
-        prompts: Sequence[tuple[Tensor, Tensor] | None],
-        options: AttentionOptions,
+        self, heads: Heads, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        """[T, H·D] from queries, keys and values of tokens, a tile at a time."""
+        """[T, H·D] a tile at a time, by PyTorch's kernel where it serves."""
         query_M, key_M, value_M = (
-            _ToTiles.apply(x, self.token_M, self.place_T)  # type: ignore[no-untyped-call]
-            for x in tokens
+            _ToTiles.apply(_tokens(x), self.token_M, self.place_T)  # type: ignore[no-untyped-call]
+            for x in (query, key, value)
         )
         outputs = []
-        for number, (tile, prompt) in enumerate(zip(self.tiles, prompts, strict=True)):
+        for number, tile in enumerate(self.tiles):
             q, k, v = (_rows(x, tile, n) for x, n in ((query_M, heads.query), (key_M, heads.key), (value_M, heads.key)))
-            if prompt is not None:
-                keys, values = prompt
+            if tile.prompt_PK is not None:
+                keys, values = self.prompt_tokens(key, value, tile.prompt_PK.flatten())
                 k, v = _after_prompt(keys, k, tile), _after_prompt(values, v, tile)
             mask = self._mask(number, options.window)
             out = scaled_attention(q, k, v, mask, options, causal=mask is None)
             outputs.append(out.transpose(1, 2).reshape(-1, heads.query * v.shape[-1]))
         result: Tensor = _FromTiles.apply(torch.cat(outputs), self.token_M, self.place_T)  # type: ignore[no-untyped-call]
         return result
+
+    @cached_property
+    def longest(self) -> int:
+        """Keys of the longest row."""
+        return max((t.key_position_BK.shape[1] for t in self.tiles), default=0)
 
     def in_blocks_forward(
         self, heads: Heads, query_TF: Tensor, key_TF: Tensor, value_TF: Tensor, prompts: Sequence[Tensor]
@@ -233,11 +231,6 @@ class FlatLayout:
                 prompt, into[at] = shape.split_keys(of_keys)
                 of_prompts += [] if prompt is None else [tile.of_prompts(prompt)]
         return [x.index_select(0, self.place_T) for x in (dq, dk, dv)], of_prompts
-
-    @cached_property
-    def longest(self) -> int:
-        """Keys of the longest row."""
-        return max((t.key_position_BK.shape[1] for t in self.tiles), default=0)
 
     def _hidden(self, number: int, dtype: torch.dtype) -> Tensor | None:
         """The same in every layer of a pass."""
