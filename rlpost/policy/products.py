@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from rlpost.policy import adapters
 from rlpost.policy.fast_layers import has_onednn, product
 
 
@@ -156,14 +155,17 @@ def layer_of(module: Any) -> Layer:
     Raises:
         NotRecognised: it is something else, or its adapters are more than a product (dropout, DoRA, merged).
     """
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    has_adapters = adapters.is_lora(module)
+    base = module.get_base_layer() if has_adapters else module
     if not isinstance(base, nn.Linear):
         raise NotRecognised(f"a layer is {type(base).__name__}")
-    return Layer(base.weight, base.bias, tuple(_adapters(module)) if isinstance(module, LoraLayer) else ())
+    return Layer(base.weight, base.bias, tuple(_adapters(module)) if has_adapters else ())
 
 
 def _adapters(module: Any) -> Iterator[Adapter]:
-    if module.merged or type(module) is not LoraLinear:
+    from peft.tuners.lora import Linear
+
+    if module.merged or type(module) is not Linear:
         raise NotRecognised("an adapter is merged or of another kind")
     if module.disable_adapters:
         return
@@ -171,7 +173,7 @@ def _adapters(module: Any) -> Iterator[Adapter]:
         if name not in module.lora_A:
             continue
         dropout = module.lora_dropout[name]
-        if isinstance(dropout, nn.Dropout) and dropout.p > 0:
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training:
             raise NotRecognised("an adapter has dropout")
         if name in module.lora_variant or module.lora_A[name].bias is not None or module.lora_B[name].bias is not None:
             raise NotRecognised("an adapter is more than two matrices")

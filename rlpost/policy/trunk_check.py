@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,31 +28,45 @@ def why_no_trunk(policy: Policy, groups: Sequence[Group]) -> str:
         policy: it decides by itself how it reads rows, which this leaves as it was.
         groups: some prompts with completions of random tokens.
     """
-    model = policy.causal_lm
     if policy.device.type != "cpu":
         return "it is not on a CPU"
-    layout = policy.batch(groups).passes[0].layout
-    if layout is None:
-        return "it does not read flat rows"
-    try:
-        if not Trunk(model).serves(layout):
-            return "its attention is more than a softmax of scores"
-    except NotRecognised as reason:
-        return str(reason)
-    before, wanted = (policy.trunk, policy.blocks), {n: p.requires_grad for n, p in policy.model.named_parameters()}
-    found = []
-    try:
+    with _as_it_was(policy):
+        policy.eval()  # dropout of an adapter
+        layout = policy.batch(groups).passes[0].layout
+        if layout is None:
+            return "it does not read flat rows"
+        try:
+            if not Trunk(policy.causal_lm).serves(layout):
+                return "its attention is more than a softmax of scores"
+        except NotRecognised as reason:
+            return str(reason)
         policy.model.requires_grad_(True)
-        with changed(model):
+        found = []
+        with changed(policy.causal_lm):
             for trunk in (False, True):
                 policy.trunk = policy.blocks = trunk
                 found.append(_states_and_gradients(policy, groups))
+    return _difference(*found)
+
+
+@contextmanager
+def _as_it_was(policy: Policy) -> Iterator[None]:
+    """How a policy reads rows, what it trains, and whether it does, are restored afterwards."""
+    before = policy.trunk, policy.blocks, policy.training
+    wanted = {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    try:
+        yield
     finally:
-        policy.trunk, policy.blocks = before
+        policy.trunk, policy.blocks, training = before
+        policy.train(training)
         for name, p in policy.model.named_parameters():
             p.requires_grad_(wanted[name])
-    for name, own in found[0].items():
-        other = found[1][name]
+
+
+def _difference(found: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None]) -> str:
+    """What differs by more than rounding, or empty."""
+    for name, own in found.items():
+        other = others[name]
         if own is None or other is None:
             if own is not other:
                 return f"its gradient of {name} is missing in one operation a layer"

@@ -17,6 +17,8 @@ from rlpost.suggest import asked, hint_or_list, nearest, shortened
 from rlpost.usercode.places import expanded, packaged_folder
 
 MAX_BYTES = 256_000
+MAX_DEPTH = 100
+"""Mappings and lists in one another, at most: what reads and writes them goes down as far."""
 MAX_FILES = 50
 """Most files that one recipe may inherit from: naming each file twice would double the work with every level."""
 SHARED = "(shared"
@@ -214,6 +216,8 @@ def read(file: Path) -> dict[str, Any]:
         if len(data) > MAX_BYTES:
             raise RecipeError(f"{file}: larger than {MAX_BYTES // 1000} kB - put data into a file of its own")
         tree = yaml.load(data.decode("utf-8-sig"), Loader=Loader)  # a SafeLoader: makes plain data only
+        if _is_deeper(tree, MAX_DEPTH):
+            raise RecursionError
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read - {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -230,6 +234,12 @@ def read(file: Path) -> dict[str, Any]:
             f"{file}: expected keys and values, like `model: {{path: gpt2}}`, got {_KINDS.get(type(tree), 'a value')}"
         )
     return tree or {}
+
+
+def _is_deeper(tree: Any, depth: int) -> bool:
+    """Whether mappings and lists lie more than `depth` deep in one another."""
+    inside = list(tree.values()) if isinstance(tree, dict) else tree if isinstance(tree, list) else []
+    return bool(inside) and (not depth or any(_is_deeper(x, depth - 1) for x in inside))
 
 
 def _remedy(error: yaml.MarkedYAMLError) -> str:

@@ -110,7 +110,8 @@ main()
     [
         ("rlpost.cli", ["list"]),
         ("typer", ["list"]),
-        ("hydra", ["show", "demo"]),
+        ("pydantic", ["show", "demo"]),
+        ("hydra", ["show", "demo", "stages.sft.learning_rate='1e-3'"]),
         ("torch._C", ["train", "demo", "--dry-run"]),
     ],
 )

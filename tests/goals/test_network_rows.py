@@ -30,7 +30,8 @@ BEGIN, END = 62, 63
 class Numbers:
     """A token a character; texts begin with a token of their own."""
 
-    bos_token_id, eos_token_id, unk_token_id, chat_template = BEGIN, END, None, None
+    bos_token_id, eos_token_id, chat_template = BEGIN, END, None
+    unk_token_id = unk_token = None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BEGIN] * add_special_tokens + [ord(c) % 60 for c in text]

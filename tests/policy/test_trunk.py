@@ -135,6 +135,17 @@ def test_adapters_that_are_more_than_two_matrices_are_left_to_peft(options):
         Trunk(model)
 
 
+def test_dropout_of_an_adapter_counts_while_it_trains_only():
+    policy = policy_for("llama", torch.float32)
+    policy.model = adapters.add_policy_adapter(policy.model, Lora(r=2, alpha=4.0, dropout=0.5))
+    for training in (True, False):
+        policy.train(training)
+        assert not why_no_trunk(policy, probe_groups(VOCABULARY, 128))
+        assert policy.training == training
+        policy.trunk = True
+        assert (policy._trunk() is None) == training
+
+
 def test_another_activation_is_noticed():
     policy = policy_for("llama", torch.float32)
     for layer in policy.causal_lm.model.layers:
