@@ -307,7 +307,10 @@ def _not_fused(probe: _Probe) -> str:
     """Why decoding steps may not run on packed weights, or empty."""
     if probe.switch is not None:
         return "it reads long rows in another way"
-    return why_not_fused(probe.model, probe.groups)
+    try:
+        return why_not_fused(probe.model, probe.groups)
+    except FAILURES as error:
+        return f"the fused step does not run on it ({type(error).__name__})"
 
 
 def _extending(probe: _Probe, tiled: bool, kept: KeptRows) -> tuple[bool, str]:

@@ -23,7 +23,7 @@ def has_onednn() -> bool:
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """[T, O] xWᵀ + b in oneDNN; float32 on a CPU."""
+    """[T, O] xWᵀ + b in oneDNN on a CPU, of a weight as it is or packed for it."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
     return found
 

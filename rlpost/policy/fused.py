@@ -6,8 +6,8 @@ gate, up), a norm's weight is multiplied into the product behind it, an adapter 
 CPU the weights lie as oneDNN wants them. Attention and cache are those of the flat decoder.
 
 What is recognised: RMSNorm, linear q, k, v (with or without biases and head norms), rotary positions, SwiGLU and
-residuals, with every parameter accounted for. Anything else keeps the model's own forward (`NotFused` says why), and
-fused_check.py compares the two at load.
+residuals, with every parameter accounted for. Anything else keeps the model's own forward (`NotRecognised` says why),
+and fused_check.py compares the two at load.
 
 Axes: B rows, D hidden width, H query heads, K key heads, V vocabulary.
 """
@@ -26,8 +26,9 @@ from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
-from rlpost.policy.fast_layers import FastLinear
+from rlpost.policy.fast_layers import has_onednn, product
 from rlpost.policy.policy import Policy
+from rlpost.policy.recognise import NotRecognised, linear_of, norm_of, part, window_of
 
 LARGEST = 2**30
 """Bytes of packed weights, at most: beyond, products take the time and a second copy is not worth its memory."""
@@ -35,16 +36,12 @@ ROWS = 64
 """Rows that oneDNN lays the weights out for; others give the same sums."""
 
 
-class NotFused(Exception):
-    """The model has something that is not recognised."""
-
-
 class Linear:
     """y = xWᵀ + b with the weight packed for this machine."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         weight = weight.to(dtype)
-        packs = weight.device.type == "cpu" and dtype != torch.float64 and torch._C._has_mkldnn
+        packs = weight.device.type == "cpu" and dtype != torch.float64 and has_onednn()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
         self._weight = None if packs else weight
         self._bias = None if bias is None else bias.to(dtype)
@@ -56,8 +53,7 @@ class Linear:
         if self._packed is None:
             assert self._weight is not None
             return F.linear(x, self._weight, self._bias)
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return found
+        return product(x, self._packed, self._bias)
 
 
 @dataclass(frozen=True)
@@ -107,20 +103,20 @@ class FusedModel:
             bfloat16: products run in it, as under autocast; else in the weights' precision.
 
         Raises:
-            NotFused: the model has something that is not recognised, or is too large.
+            NotRecognised: the model has something that is not recognised, or is too large.
         """
         reader = _Reader(model, bfloat16)
         lm = reader.lm
         trunk = lm.base_model
         self.bytes = sum(p.numel() for p in lm.parameters()) * (2 if bfloat16 else lm.dtype.itemsize)
         if self.bytes > LARGEST:
-            raise NotFused(f"{self.bytes / 2**30:.1f} GiB of weights are more than a second copy is worth")
+            raise NotRecognised(f"{self.bytes / 2**30:.1f} GiB of weights are more than a second copy is worth")
         with torch.no_grad():
-            self._embedding = reader.table(_part(trunk, "embed_tokens"))
-            self._blocks = [reader.block(layer) for layer in _part(trunk, "layers")]
-            norm, self._eps = reader.norm(_part(trunk, "norm"))
+            self._embedding = reader.table(part(trunk, "embed_tokens"))
+            self._blocks = [reader.block(layer) for layer in part(trunk, "layers")]
+            norm, self._eps = reader.norm(part(trunk, "norm"))
             self._head = reader.linear([lm.get_output_embeddings()], norm)
-        self._rotary = _part(trunk, "rotary_emb")
+        self._rotary = part(trunk, "rotary_emb")
         reader.all_read()
 
     def step(
@@ -150,7 +146,7 @@ def fused_model(policy: Policy) -> FusedModel | None:
     """The policy's weights packed, or None where its adapter has something that is not recognised."""
     try:
         return FusedModel(policy.model, bfloat16=policy.in_bfloat16)
-    except NotFused:
+    except NotRecognised:
         return None
 
 
@@ -166,27 +162,25 @@ class _Reader:
         }
 
     def all_read(self) -> None:
-        """Raise NotFused if a parameter, a buffer or a hook is left that the step would ignore."""
+        """Raise NotRecognised if a parameter, a buffer or a hook is left that the step would ignore."""
         if self._left:
-            raise NotFused(f"{next(iter(self._left.values()))} has no place in the fused step")
+            raise NotRecognised(f"{next(iter(self._left.values()))} has no place in the fused step")
         for name, module in self.lm.named_modules():
             if module._forward_hooks or module._forward_pre_hooks:
-                raise NotFused(f"{name} has a hook")
+                raise NotRecognised(f"{name} has a hook")
             if any(True for _ in module.buffers(recurse=False)) and module is not self.lm.base_model.rotary_emb:
-                raise NotFused(f"{name} has a buffer")
+                raise NotRecognised(f"{name} has a buffer")
 
     def table(self, module: Any) -> Tensor:
         """The embedding's weight."""
         if type(module) is not nn.Embedding:
-            raise NotFused(f"the embedding is {type(module).__name__}")
+            raise NotRecognised(f"the embedding is {type(module).__name__}")
         return self._take(module.weight)
 
     def norm(self, module: Any) -> tuple[Tensor, float]:
         """The weight and ε of an RMSNorm."""
-        eps = getattr(module, "variance_epsilon", None)
-        if eps is None or set(dict(module.named_parameters())) != {"weight"}:
-            raise NotFused(f"{type(module).__name__} is not an RMSNorm")
-        return self._take(module.weight), float(eps)
+        weight, eps = norm_of(module)
+        return self._take(weight), eps
 
     def linear(self, modules: Sequence[Any], norm: Tensor | None = None) -> Linear:
         """Linear layers of one input as one, after a norm with that weight."""
@@ -202,30 +196,28 @@ class _Reader:
 
     def block(self, layer: Any) -> _Block:
         """One layer; attribute names as in Llama and the families that follow it."""
-        attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
-        first, first_eps = self.norm(_part(layer, "input_layernorm"))
-        second, second_eps = self.norm(_part(layer, "post_attention_layernorm"))
-        width = int(_part(attention, "head_dim"))
-        q, k, v = (_part(attention, f"{name}_proj") for name in "qkv")
+        attention, mlp = part(layer, "self_attn"), part(layer, "mlp")
+        first, first_eps = self.norm(part(layer, "input_layernorm"))
+        second, second_eps = self.norm(part(layer, "post_attention_layernorm"))
+        width = int(part(attention, "head_dim"))
+        q, k, v = (part(attention, f"{name}_proj") for name in "qkv")
         norms = None
         if getattr(attention, "q_norm", None) is not None:
-            norms = self.norm(attention.q_norm), self.norm(_part(attention, "k_norm"))
+            norms = self.norm(attention.q_norm), self.norm(part(attention, "k_norm"))
         return _Block(
             self.linear([q, k, v], first),
-            self.linear([_part(attention, "o_proj")]),
-            self.linear([_part(mlp, "gate_proj"), _part(mlp, "up_proj")], second),
-            self.linear([_part(mlp, "down_proj")]),
+            self.linear([part(attention, "o_proj")]),
+            self.linear([part(mlp, "gate_proj"), part(mlp, "up_proj")], second),
+            self.linear([part(mlp, "down_proj")]),
             (first_eps, second_eps),
             norms,
-            AttentionOptions(_part(attention, "scaling"), _window(attention)),
-            (int(_bare(q).out_features) // width, int(_bare(k).out_features) // width, width),
+            AttentionOptions(part(attention, "scaling"), window_of(attention)),
+            (linear_of(q).out_features // width, linear_of(k).out_features // width, width),
         )
 
     def _weight(self, module: Any) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a linear layer, with the policy's adapter added."""
-        base = _bare(module)
-        if type(base) not in (nn.Linear, FastLinear):
-            raise NotFused(f"a layer is {type(base).__name__}")
+        base = linear_of(module)
         weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
         if adapters.is_lora(module) and adapters.POLICY in module.lora_A:
             for side in (module.lora_A, module.lora_B):
@@ -236,26 +228,3 @@ class _Reader:
     def _take(self, parameter: Tensor) -> Tensor:
         self._left.pop(id(parameter), None)
         return parameter.detach()
-
-
-def _part(module: Any, name: str) -> Any:
-    """An attribute of a module.
-
-    Raises:
-        NotFused: there is none.
-    """
-    found = getattr(module, name, None)
-    if found is None:
-        raise NotFused(f"{type(module).__name__} has no {name}")
-    return found
-
-
-def _window(attention: Any) -> int | None:
-    """The layer's own window; Mistral's layers have the configuration's."""
-    owner = attention if hasattr(attention, "sliding_window") else attention.config
-    window: int | None = getattr(owner, "sliding_window", None)
-    return window
-
-
-def _bare(module: Any) -> Any:
-    return module.get_base_layer() if adapters.is_lora(module) else module

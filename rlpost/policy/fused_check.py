@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rlpost.policy.decoders import FlatDecoder
-from rlpost.policy.fused import FusedModel, NotFused
+from rlpost.policy.fused import FusedModel
+from rlpost.policy.recognise import NotRecognised
 from rlpost.types import Group
 
 EXACT = 1e-4
@@ -35,7 +36,7 @@ def why_not_fused(model: Any, groups: list[Group]) -> str:
     with changed(model):
         try:
             fused = FusedModel(model)
-        except NotFused as reason:
+        except NotRecognised as reason:
             return str(reason)
         own, other = _decoded(model, groups, None), _decoded(model, groups, fused)
     gap = float((own - other).abs().max())

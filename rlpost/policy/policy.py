@@ -31,7 +31,7 @@ from rlpost.policy.batch import (
 )
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
-from rlpost.policy.products import NotRecognised
+from rlpost.policy.recognise import NotRecognised
 from rlpost.policy.trunk import Trunk
 from rlpost.policy.vocabulary import Vocabulary
 from rlpost.types import Group

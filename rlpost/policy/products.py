@@ -17,10 +17,7 @@ from torch import Tensor, nn
 
 from rlpost.policy import adapters
 from rlpost.policy.fast_layers import has_onednn, product
-
-
-class NotRecognised(Exception):
-    """A module has something that these products would ignore."""
+from rlpost.policy.recognise import NotRecognised, linear_of
 
 
 @dataclass(frozen=True)
@@ -155,11 +152,8 @@ def layer_of(module: Any) -> Layer:
     Raises:
         NotRecognised: it is something else, or its adapters are more than a product (dropout, DoRA, merged).
     """
-    has_adapters = adapters.is_lora(module)
-    base = module.get_base_layer() if has_adapters else module
-    if not isinstance(base, nn.Linear):
-        raise NotRecognised(f"a layer is {type(base).__name__}")
-    return Layer(base.weight, base.bias, tuple(_adapters(module)) if has_adapters else ())
+    base = linear_of(module)
+    return Layer(base.weight, base.bias, tuple(_adapters(module)) if adapters.is_lora(module) else ())
 
 
 def _adapters(module: Any) -> Iterator[Adapter]:

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from rlpost.objectives.ragged import widen
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.layout import FlatLayout
-from rlpost.policy.products import Joined, NotRecognised, layer_of
+from rlpost.policy.products import Joined, layer_of
+from rlpost.policy.recognise import norm_of, part, window_of
 from rlpost.policy.tile_attention import Heads, blocks_serve, scale_of
 
 
@@ -263,10 +264,10 @@ class Trunk:
             NotRecognised: it has something that is not recognised.
         """
         trunk = model.base_model
-        self._embed = _part(trunk, "embed_tokens")
-        self._rotary = _part(trunk, "rotary_emb")
-        self._norm = _norm(_part(trunk, "norm"))
-        self._blocks = [_block(layer, bfloat16) for layer in _part(trunk, "layers")]
+        self._embed = part(trunk, "embed_tokens")
+        self._rotary = part(trunk, "rotary_emb")
+        self._norm = _norm(part(trunk, "norm"))
+        self._blocks = [_block(layer, bfloat16) for layer in part(trunk, "layers")]
 
     def states(self, ids_T: Tensor, position_T: Tensor, layout: FlatLayout) -> Tensor:
         """[T, D] the last hidden state after every token."""
@@ -287,10 +288,10 @@ class Trunk:
 
 def _block(layer: Any, bfloat16: bool) -> Block:
     """One layer; attribute names as in Llama and the families that follow it."""
-    attention, mlp = _part(layer, "self_attn"), _part(layer, "mlp")
-    width = int(_part(attention, "head_dim"))
+    attention, mlp = part(layer, "self_attn"), part(layer, "mlp")
+    width = int(part(attention, "head_dim"))
     into, out, gate_up, down = (
-        Joined([layer_of(_part(owner, name)) for name in names], bfloat16)
+        Joined([layer_of(part(owner, name)) for name in names], bfloat16)
         for owner, names in (
             (attention, ("q_proj", "k_proj", "v_proj")),
             (attention, ("o_proj",)),
@@ -300,36 +301,19 @@ def _block(layer: Any, bfloat16: bool) -> Block:
     )
     norms = None
     if getattr(attention, "q_norm", None) is not None:
-        norms = _norm(attention.q_norm), _norm(_part(attention, "k_norm"))
+        norms = _norm(attention.q_norm), _norm(part(attention, "k_norm"))
     q, k = (len(x.weight) // width for x in into.layers[:2])
     return Block(
-        (_norm(_part(layer, "input_layernorm")), _norm(_part(layer, "post_attention_layernorm"))),
+        (_norm(part(layer, "input_layernorm")), _norm(part(layer, "post_attention_layernorm"))),
         into,
         norms,
         out,
         gate_up,
         down,
-        AttentionOptions(_part(attention, "scaling"), _window(attention)),
+        AttentionOptions(part(attention, "scaling"), window_of(attention)),
         Heads(q, k, width),
     )
 
 
 def _norm(module: Any) -> Norm:
-    eps = getattr(module, "variance_epsilon", None)
-    if eps is None or set(dict(module.named_parameters())) != {"weight"}:
-        raise NotRecognised(f"{type(module).__name__} is not an RMSNorm")
-    return Norm(module.weight, float(eps))
-
-
-def _part(module: Any, name: str) -> Any:
-    found = getattr(module, name, None)
-    if found is None:
-        raise NotRecognised(f"{type(module).__name__} has no {name}")
-    return found
-
-
-def _window(attention: Any) -> int | None:
-    """The layer's own window; Mistral's layers have the configuration's."""
-    owner = attention if hasattr(attention, "sliding_window") else attention.config
-    window: int | None = getattr(owner, "sliding_window", None)
-    return window
+    return Norm(*norm_of(module))

@@ -15,9 +15,10 @@ from rlpost.policy import adapters, fused, fused_check
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import check_exactness, probe_groups
 from rlpost.policy.decoders import FlatDecoder
-from rlpost.policy.fused import FusedModel, NotFused
+from rlpost.policy.fused import FusedModel
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
+from rlpost.policy.recognise import NotRecognised
 from rlpost.types import Request
 
 FUSED = ["llama", "qwen2", "qwen3", "mistral"]
@@ -130,7 +131,7 @@ def test_an_adapter_is_in_the_packed_weights():
 def test_what_an_adapter_has_beyond_low_ranks_is_not_ignored(options):
     model = flat("llama", torch.float32)
     config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options)
-    with pytest.raises(NotFused):
+    with pytest.raises(NotRecognised):
         FusedModel(get_peft_model(model, config, adapter_name=adapters.POLICY))
 
 
@@ -142,13 +143,13 @@ def test_what_would_be_ignored_is_refused():
     buffered = flat("llama", torch.float32)
     buffered.model.layers[1].register_buffer("scale", torch.ones(()))
     for model, what in ((hooked, "hook"), (scaled, r"layers\.1\.scale"), (buffered, "buffer")):
-        with pytest.raises(NotFused, match=what):
+        with pytest.raises(NotRecognised, match=what):
             FusedModel(model)
 
 
 def test_a_model_too_large_for_a_second_copy_is_not_packed(monkeypatch):
     monkeypatch.setattr(fused, "LARGEST", 1000)
-    with pytest.raises(NotFused, match="second copy"):
+    with pytest.raises(NotRecognised, match="second copy"):
         FusedModel(flat("llama", torch.float32))
 
 

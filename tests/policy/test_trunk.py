@@ -12,12 +12,13 @@ from tiny_folders import randomise
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from rlpost.policy import adapters, tile_attention
+from rlpost.policy import adapters, tile_attention, trunk
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import probe_groups
 from rlpost.policy.fast_layers import FastLinear, use_fast_linear
 from rlpost.policy.params import Lora
-from rlpost.policy.products import NotRecognised, adjacent
+from rlpost.policy.products import adjacent
+from rlpost.policy.recognise import NotRecognised
 from rlpost.policy.trunk import Trunk
 from rlpost.policy.trunk_check import why_no_trunk
 from rlpost.types import Completion, Group
@@ -64,8 +65,8 @@ def shaken(module):
 def both(policy, groups):
     """States and gradients of all parameters, by the model's own forward and by one operation a layer."""
     found = []
-    for trunk in (False, True):
-        policy.trunk = policy.blocks = trunk
+    for fast in (False, True):
+        policy.trunk = policy.blocks = fast
         policy.model.zero_grad()
         states = policy._hidden(policy.batch(groups))
         cotangent = torch.randn(states.shape, dtype=states.dtype, generator=torch.Generator().manual_seed(0))
@@ -229,3 +230,13 @@ def test_in_bfloat16_it_differs_from_float32_by_rounding_alone():
     for name in exact:
         rounding = (own[name].float() - exact[name]).norm()
         assert 0 < (other[name] - exact[name]).norm() < 2 * rounding, name
+
+
+def test_layers_that_do_not_run_in_one_operation_keep_their_own_forward(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("sizes")
+
+    policy = policy_for("llama", torch.float32)
+    monkeypatch.setattr(trunk, "forward", fails)
+    assert "do not run" in why_no_trunk(policy, probe_groups(VOCABULARY, 128))
+    assert not policy.trunk
