@@ -242,10 +242,10 @@ def test_precision_by_wish():
 
 def test_auto_compares_layers_of_the_models_width(monkeypatch):
     asked = []
-    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: asked.append((width, half)) or 1.0 - 0.4 * half)
+    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: asked.append((width, half)) or 1.0 - 0.6 * half)
     assert decide_bfloat16(Precision.auto, "cpu", 96) is True
     assert asked == [(96, False), (96, True)]
-    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: 1.0 - 0.3 * half)
+    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: 1.0 - 0.4 * half)
     assert decide_bfloat16(Precision.auto, "cpu", 96) is False
 
 

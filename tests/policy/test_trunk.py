@@ -16,6 +16,7 @@ from rlpost.policy import adapters, tile_attention, trunk
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import probe_groups
 from rlpost.policy.fast_layers import FastLinear, use_fast_linear
+from rlpost.policy.fused import FusedModel
 from rlpost.policy.params import Lora
 from rlpost.policy.products import adjacent
 from rlpost.policy.recognise import NotRecognised
@@ -145,6 +146,18 @@ def test_dropout_of_an_adapter_counts_while_it_trains_only():
         assert policy.training == training
         policy.trunk = True
         assert (policy._trunk() is None) == training
+
+
+def test_a_layer_derived_from_a_linear_one_is_not_read_as_one():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    policy = policy_for("llama", torch.float32)
+    policy.causal_lm.model.layers[0].mlp.up_proj.__class__ = Scaled
+    for read in (Trunk, FusedModel):
+        with pytest.raises(NotRecognised, match="Scaled"):
+            read(policy.causal_lm)
 
 
 def test_another_activation_is_noticed():
