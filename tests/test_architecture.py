@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"errors", "section", "strict_yaml", "suggest"},
     {"facts", "params"},
     {"results", "streams", "unexpected"},
-    {"console", "objectives", "types"},
+    {"console", "kernels", "objectives", "types"},
     {"usercode"},
     {"data", "rewards", "run"},
     {"policy", "trackers"},

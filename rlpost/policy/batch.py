@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlpost.objectives.ragged import Ragged
-from rlpost.policy.layout import FlatLayout, Segment, flat_layout
+from rlpost.policy.layout import FlatLayout
+from rlpost.policy.tiles import Segment
 from rlpost.types import Completion, Group, Ids, completions
 
 
@@ -128,7 +129,7 @@ def flat_passes(
             end += len(c.ids)
             pieces.append(c.ids)
             position.append(np.arange(width, width + len(c.ids)))
-    layout = flat_layout(segments, end)
+    layout = FlatLayout(segments, end)
     layout.in_blocks = blocks
     flat = Pass(
         ids_BT=_joined(pieces)[None],

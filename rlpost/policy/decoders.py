@@ -23,9 +23,10 @@ from rlpost.policy.attention import plain_attention
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
 from rlpost.policy.fused import FusedModel
 from rlpost.policy.kept import Keeping, KeptRows, Places, kept_layout
-from rlpost.policy.layout import Segment, flat_layout
+from rlpost.policy.layout import FlatLayout
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
+from rlpost.policy.tiles import Segment
 from rlpost.types import Completion, Group, Tokens
 
 RECOMPUTED_TOKENS = 16384
@@ -162,7 +163,7 @@ class FlatDecoder:
             layout = kept_layout(lengths, [b for _, b in rests], self.keeping.kept, self.layout, self.device)
         else:
             segments = [Segment(int(end) - n, n) for n, end in zip(lengths, ends, strict=True)]
-            layout = flat_layout(segments, len(ids)).to(self.device)
+            layout = FlatLayout(segments, len(ids)).to(self.device)
         layout.in_blocks = self._blocks
         return self._forward(self._row(ids), self._row(position), layout, self._row(ends - 1)[0])[0]
 

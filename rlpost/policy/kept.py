@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
-from rlpost.policy.layout import FlatLayout, Segment, flat_layout
+from rlpost.policy.layout import FlatLayout
+from rlpost.policy.tiles import Segment, Tiles, tiles_of
 from rlpost.types import Tokens
 
 Places = NDArray[np.int64]
@@ -235,9 +236,11 @@ class Keeping:
 class KeptLayout(FlatLayout):
     """A flat row of segments that continue kept prefixes: each attends to its prefix, then to itself."""
 
-    def __init__(self, flat: FlatLayout, kept: KeptRows, rows: PromptedLayout) -> None:
-        """`prompt_PK` of the tiles of `flat` are places in the pool of the layer that `rows` is at."""
-        super().__init__(flat.tiles, flat.token_M, flat.place_T)
+    def __init__(
+        self, segments: Sequence[Segment], tokens: int, tiled: Tiles, kept: KeptRows, rows: PromptedLayout
+    ) -> None:
+        """`prompt_PK` of the tiles are places in the pool of the layer that `rows` is at."""
+        super().__init__(segments, tokens, tiled)
         self._kept = kept
         self._rows = rows
 
@@ -261,10 +264,11 @@ def kept_layout(
         Segment(int(start), n, int(offset), len(b))
         for start, n, offset, b in zip(starts, lengths, offsets, before, strict=True)
     ]
-    flat = flat_layout(segments, sum(lengths))
+    tokens = sum(lengths)
+    flat = tiles_of(segments, tokens)
     every = torch.from_numpy(np.concatenate(before))
-    tiles = [t if t.prompt_PK is None else replace(t, prompt_PK=every[t.prompt_PK]) for t in flat.tiles]
-    return KeptLayout(FlatLayout(tiles, flat.token_M, flat.place_T).to(device), kept, rows)
+    tiles = tuple(t if t.prompt_PK is None else replace(t, prompt_PK=every[t.prompt_PK]) for t in flat.tiles)
+    return KeptLayout(segments, tokens, replace(flat, tiles=tiles).to(device), kept, rows)
 
 
 def _key(ids: Tokens) -> bytes:

@@ -9,121 +9,28 @@ Axes: T flat tokens, B rows of a tile, Q queries, K keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlpost.policy.attention import AttentionOptions, scaled_attention, visible
-from rlpost.policy.tile_attention import Heads, TileShape, attend, attend_backward, blocks_serve, scale_of, serves
-
-FAR = 1 << 30
-"""The position of padding keys: later than every query."""
-TILE_TOKENS = 8192
-"""Queries of one tile, padding included."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """`length` tokens from `start`, continuing a prompt of `prefix` tokens from `prefix_start` (0: none)."""
-
-    start: int
-    length: int
-    prefix_start: int = 0
-    prefix: int = 0
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows of similar shape, attended in one call."""
-
-    first: int
-    """Where its queries begin among all tiles' queries."""
-    query_position_BQ: Tensor
-    """Positions within the sequence; a padding query has that of its row's last real one."""
-    key_position_BK: Tensor
-    """Positions of the row's prompt (none for whole segments) and of its own tokens; FAR for padding."""
-    prompt_PK: Tensor | None = None
-    """Index into T of each distinct prompt's tokens; None for whole segments."""
-    prompt_of_B: Tensor | None = None
-    """Which of those prompts each row continues."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and queries."""
-        return self.query_position_BQ.shape[0], self.query_position_BQ.shape[1]
-
-    @property
-    def queries(self) -> slice:
-        """Its queries among all tiles' queries."""
-        rows, queries = self.shape
-        return slice(self.first, self.first + rows * queries)
-
-    def in_blocks(self, heads: Heads) -> TileShape:
-        """Its shape for attention in blocks."""
-        rows, queries = self.shape
-        return TileShape(rows, queries, self.key_position_BK.shape[1] - queries, heads)
-
-    def hidden(self, dtype: torch.dtype) -> Tensor | None:
-        """[B, P] 0 where a row's prompt has a token, −∞ where it is padding; None where there is none."""
-        prompt_BP = self.key_position_BK[:, : self.key_position_BK.shape[1] - self.shape[1]]
-        padding = prompt_BP == FAR
-        if not bool(padding.any()):
-            return None
-        return torch.zeros(padding.shape, dtype=dtype).masked_fill_(padding, float("-inf"))
-
-    def of_rows(self, prompts: Tensor, heads: int) -> Tensor:
-        """[B, K, P, D] each row's prompt, from the tokens of all prompts [P'·P, K·D]."""
-        assert self.prompt_PK is not None
-        assert self.prompt_of_B is not None
-        each = prompts.view(*self.prompt_PK.shape, heads, -1).transpose(1, 2)
-        # Prompts are gathered once each and repeated whole: few large rows to add up in the backward pass.
-        return each.index_select(0, self.prompt_of_B)
-
-    def of_prompts(self, rows: Tensor) -> Tensor:
-        """[P'·P, K·D] the sums of rows [B, K, P, D]: the transpose of `of_rows`."""
-        assert self.prompt_PK is not None
-        assert self.prompt_of_B is not None
-        _, heads, width, d = rows.shape
-        total = rows.new_zeros(len(self.prompt_PK), heads, width, d).index_add_(0, self.prompt_of_B, rows)
-        return total.transpose(1, 2).reshape(-1, heads * d)
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """[B, 1, Q, K], or None where plain causal attention is the same."""
-        if self.prompt_PK is None and (window is None or window >= self.shape[1]):
-            return None
-        return visible(self.query_position_BQ, self.key_position_BK, window)
-
-    def to(self, device: torch.device | str) -> Tile:
-        """The same tile with its indices on `device`."""
-        return Tile(
-            self.first,
-            self.query_position_BQ.to(device),
-            self.key_position_BK.to(device),
-            None if self.prompt_PK is None else self.prompt_PK.to(device),
-            None if self.prompt_of_B is None else self.prompt_of_B.to(device),
-        )
+from rlpost.kernels.attention import Families
+from rlpost.policy.attention import AttentionOptions, scaled_attention
+from rlpost.policy.tile_attention import Heads, attend, attend_backward, blocks_serve, scale_of, serves
+from rlpost.policy.tiles import Segment, Tile, Tiles, tiles_of
 
 
 class FlatLayout:
-    """The tiles of a flat batch, and the index of each token in them."""
+    """The segments of a flat batch; its tiles are made when something reads them."""
 
-    def __init__(self, tiles: Sequence[Tile], token_M: Tensor, place_T: Tensor) -> None:
-        """Hold the tiles.
-
-        Args:
-            tiles: their queries, padding included, are numbered 0 to M − 1 through all tiles.
-            token_M: the token of each query; T for padding.
-            place_T: the query of each token: the inverse of `token_M`.
-        """
-        self.tiles = list(tiles)
-        self.token_M = token_M
-        self.place_T = place_T
+    def __init__(self, segments: Sequence[Segment], tokens: int, tiled: Tiles | None = None) -> None:
+        """Lay out `tokens` flat tokens that `segments` cover exactly once; `tiled` if the tiles are not of them."""
+        self.segments = segments
+        self.tokens = tokens
+        self._tiled = tiled
+        self._device: torch.device | str = "cpu" if tiled is None else tiled.token_M.device
         self.in_blocks = True
         """Attention in blocks of queries (tile_attention.py) where it serves; False: always PyTorch's kernel."""
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
@@ -131,9 +38,35 @@ class FlatLayout:
 
     def to(self, device: torch.device | str) -> FlatLayout:
         """The same layout with its indices on `device`."""
-        moved = FlatLayout([t.to(device) for t in self.tiles], self.token_M.to(device), self.place_T.to(device))
-        moved.in_blocks = self.in_blocks
+        moved = FlatLayout(self.segments, self.tokens, None if self._tiled is None else self._tiled.to(device))
+        moved.in_blocks, moved._device = self.in_blocks, device
         return moved
+
+    @property
+    def _made(self) -> Tiles:
+        if self._tiled is None:
+            self._tiled = tiles_of(self.segments, self.tokens).to(self._device)
+        return self._tiled
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Rows of similar shape."""
+        return self._made.tiles
+
+    @property
+    def token_M(self) -> Tensor:
+        """See `Tiles`."""
+        return self._made.token_M
+
+    @property
+    def place_T(self) -> Tensor:
+        """See `Tiles`."""
+        return self._made.place_T
+
+    @cached_property
+    def families(self) -> Families:
+        """The segments by the tokens that they share, for the compiled kernel."""
+        return Families([(s.start, s.length, s.prefix_start, s.prefix) for s in self.segments])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[1, T, H, D]; see `attention.Layout`."""
@@ -146,7 +79,7 @@ class FlatLayout:
             result: Tensor = _InBlocks.apply(self, heads, *tokens, *prompts)  # type: ignore[no-untyped-call]
         else:
             result = self._attend_tiles(heads, query, key, value, options)
-        return result.view(1, len(self.place_T), heads.query, -1)
+        return result.view(1, self.tokens, heads.query, -1)
 
     def _attend_tiles(
         self, heads: Heads, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
@@ -171,7 +104,7 @@ class FlatLayout:
     @cached_property
     def longest(self) -> int:
         """Keys of the longest row."""
-        return max((t.key_position_BK.shape[1] for t in self.tiles), default=0)
+        return max((s.prefix + s.length for s in self.segments), default=0)
 
     def in_blocks_forward(
         self, heads: Heads, query_TF: Tensor, key_TF: Tensor, value_TF: Tensor, prompts: Sequence[Tensor]
@@ -322,71 +255,3 @@ def _rows(x_MF: Tensor, tile: Tile, heads: int) -> Tensor:
 def _after_prompt(tokens: Tensor, own: Tensor, tile: Tile) -> Tensor:
     """[B, H, K, D] each row's prompt, then its own tokens `own` [B, H, Q, D]; `tokens` [P·K, H·D] are the prompts'."""
     return torch.cat([tile.of_rows(tokens, own.shape[1]), own], 2)
-
-
-def flat_layout(segments: Sequence[Segment], tokens: int) -> FlatLayout:
-    """The layout of `tokens` flat tokens that `segments` cover exactly once."""
-    whole = sorted((s for s in segments if s.length and not s.prefix), key=lambda s: s.length)
-    branches = sorted((s for s in segments if s.length and s.prefix), key=lambda s: (s.prefix, s.length))
-    tiles: list[Tile] = []
-    token_M: list[NDArray[np.int64]] = []
-    first = 0
-    for rows in [*_bunches(whole), *_bunches(branches)]:
-        tile, own_BQ = _tile(rows, first, tokens)
-        tiles.append(tile)
-        token_M.append(own_BQ.ravel())
-        first += own_BQ.size
-    every = np.concatenate(token_M) if token_M else np.zeros(0, np.int64)
-    place_T = np.zeros(tokens + 1, np.int64)
-    place_T[every] = np.arange(first)
-    return FlatLayout(tiles, _t(every), _t(place_T[:tokens]))
-
-
-def _bunches(rows: Sequence[Segment]) -> list[list[Segment]]:
-    """Neighbours in sorted order, as long as padding stays below a third or so and a tile within its budget."""
-    bunches: list[list[Segment]] = []
-    shortest = longest = 0
-    for s in rows:
-        if bunches:
-            low, high = min(shortest, s.length), max(longest, s.length)
-            # Sorted by prefix, the first has the shortest.
-            close = high <= 1.5 * low + 16 and s.prefix <= 1.5 * bunches[-1][0].prefix + 16
-            if close and high * (len(bunches[-1]) + 1) <= TILE_TOKENS:
-                bunches[-1].append(s)
-                shortest, longest = low, high
-                continue
-        bunches.append([s])
-        shortest = longest = s.length
-    return bunches
-
-
-def _tile(rows: Sequence[Segment], first: int, tokens: int) -> tuple[Tile, NDArray[np.int64]]:
-    """The tile of some segments, and the token of each of its queries (`tokens` for padding)."""
-    queries, prefixes = max(s.length for s in rows), max(s.prefix for s in rows)
-    length, prefix, start = (
-        np.array([getattr(s, name) for s in rows], np.int64)[:, None] for name in ("length", "prefix", "start")
-    )
-    column = np.arange(queries)
-    own = np.where(column < length, start + column, tokens)
-    # A padding query stands where the last real one does: a query that sees no key at all would be NaN.
-    position = _t(prefix + np.minimum(column, length - 1))
-    own_position = np.where(column < length, prefix + column, FAR)
-    if not prefixes:
-        return Tile(first, position, _t(own_position)), own
-    distinct = {(s.prefix_start, s.prefix): None for s in rows}
-    number = {prompt: at for at, prompt in enumerate(distinct)}
-    before = np.arange(prefixes)
-    prompts = np.stack([begin + np.minimum(before, n - 1) for begin, n in distinct])
-    prompt_position = np.where(before < prefix, before, FAR)
-    tile = Tile(
-        first,
-        position,
-        _t(np.concatenate([prompt_position, own_position], 1)),
-        _t(prompts),
-        torch.tensor([number[s.prefix_start, s.prefix] for s in rows]),
-    )
-    return tile, own
-
-
-def _t(x: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64))

@@ -14,6 +14,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError
+from rlpost.kernels.build import why_none
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
@@ -184,19 +185,20 @@ def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "mod
 
 
 def decide_bfloat16(wish: Precision, device: torch.device | str, width: int = WIDE) -> bool:
-    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if the model's layers are twice as fast in it.
+    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if the model's products are much faster in it.
 
     Args:
         wish: the recipe's `model.precision`.
         device: where the model runs.
-        width: the model's hidden width. In narrow models, casts cost more than bfloat16 saves.
+        width: the model's hidden width. In narrow models, other things cost more than bfloat16 saves.
     """
     if wish is not Precision.auto:
         return wish is Precision.bfloat16
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Less is lost again: oneDNN prepares a bfloat16 product anew for every number of tokens.
-    return _layer_seconds(width, half=False) > 2 * _layer_seconds(width, half=True)
+    # Compiled layers read and write bfloat16; others cast before and after every product, which loses most of it again.
+    needed = 2.0 if why_none() else 1.5
+    return _layer_seconds(width, half=False) > needed * _layer_seconds(width, half=True)
 
 
 def width_of(model: str | Path, revision: str | None = None) -> int:
@@ -225,14 +227,16 @@ def remove_dropout(model: nn.Module) -> None:
 
 
 def _layer_seconds(width: int, *, half: bool) -> float:
-    """Of a feed-forward product on float32 states, as layers compute it: in bfloat16 with its casts, or in float32."""
+    """Of a feed-forward product, in float32 or bfloat16; with casts, where layers are not compiled."""
+    casts = half and bool(why_none())
     states, layer = torch.ones(512, width), nn.Linear(width, 4 * width, bias=False).requires_grad_(False)
     use_fast_linear(layer)
-    layer = layer.bfloat16() if half else layer
+    if half:
+        layer, states = layer.bfloat16(), states if casts else states.bfloat16()
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        layer(states.bfloat16()).float() if half else layer(states)
+        layer(states.bfloat16()).float() if casts else layer(states)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlpost.kernels.build import why_none
+from rlpost.kernels.ops import log_probability
 from rlpost.policy.batch import Batch
 
 LOGITS_AT_ONCE = 1 << 26
@@ -98,6 +100,8 @@ def score(
     target_N: Tensor,
     stats: LogitStats = LOGPROBS,
     teacher: Distributions | None = None,
+    *,
+    compiled: bool = False,
 ) -> PolicyOutput:
     """Compute what `stats` asks for, of the actions `target_N` taken in the states `hidden_ND`.
 
@@ -108,12 +112,15 @@ def score(
         target_N: the actions.
         stats: what to compute.
         teacher: its distributions at the same actions, if the loss needs them.
+        compiled: log-probabilities alone may come from the compiled kernel.
     """
     n = hidden_ND.shape[0]
     tile = max(1, LOGITS_AT_ONCE // 4 // vocabulary) if n * vocabulary > LOGITS_AT_ONCE else max(n, 1)
 
     def one(hidden_nD: Tensor, where: slice) -> PolicyOutput:
         logits_nV = head(hidden_nD)
+        if compiled and stats.only_logprobs and compiled_serves(logits_nV):
+            return PolicyOutput(log_probability(logits_nV, target_N[where], 1 / stats.temperature))
         logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
         return _tile(logits_nV, target_N[where], stats, None if teacher is None else teacher(where))
 
@@ -129,6 +136,12 @@ def score(
     return PolicyOutput(
         torch.cat([p.logp_N for p in pieces]), *(_joined(c) for c in zip(*(p[1:] for p in pieces), strict=True))
     )
+
+
+def compiled_serves(logits_nV: Tensor) -> bool:
+    """Whether the compiled kernel reads these logits."""
+    known = logits_nV.device.type == "cpu" and logits_nV.dtype in (torch.float32, torch.bfloat16)
+    return known and logits_nV.stride(-1) == 1 and not why_none()
 
 
 def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Tensor | None) -> PolicyOutput:

@@ -197,7 +197,7 @@ class Policy(nn.Module):
         hidden_ND, head = self._scored_states(batch, batch.before_N)
         with self.precision():
             teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
-            return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher)
+            return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher, compiled=self.blocks)
 
     def distributions(self, batch: Batch) -> Distributions:
         """For some of the batch's actions: [n, V] log-probabilities of the whole vocabulary, without gradient."""

@@ -68,9 +68,7 @@ class Joined:
         return self._weight
 
     def _times(self, x: Tensor, weight: Tensor) -> Tensor:
-        """X times the transpose of a weight, in the precision of products."""
-        if self.bfloat16:
-            return nn.functional.linear(x.bfloat16(), weight).float()
+        """X times the transpose of a weight."""
         if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) and has_onednn():
             return product(x, weight)
         return nn.functional.linear(x, weight)
@@ -81,14 +79,14 @@ class Joined:
             yield layer, slice(first, first := first + len(layer.weight))
 
     def forward(self, x_TI: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """[T, O], and what `backward` needs besides the input."""
+        """[T, O], and what the gradients need besides the input."""
         y_TO, kept = self._times(x_TI, self.weight_OI), []
         for layer, at in self._slices():
             if layer.bias is not None:
                 y_TO[:, at] += layer.bias
             for adapter in layer.adapters:
-                low_Tr = x_TI @ adapter.a.t()
-                y_TO[:, at].addmm_(low_Tr, adapter.b.t(), alpha=adapter.scale)
+                low_Tr = x_TI @ adapter.a.t().to(x_TI.dtype)
+                y_TO[:, at].addmm_(low_Tr, adapter.b.t().to(x_TI.dtype), alpha=adapter.scale)
                 kept.append(low_Tr)
         return y_TO, kept
 
@@ -96,30 +94,44 @@ class Joined:
         self, grad_TO: Tensor, x_TI: Tensor, kept: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Gradients of the input, and of `parameters()` as far as they are wanted."""
-        grad_TI = self._times(grad_TO, self.weight_OI.t())
+        grad_TI, of_kept = self.input_gradient(grad_TO)
+        return grad_TI, self.gradients(grad_TO, x_TI, kept, of_kept, wanted)
+
+    def input_gradient(self, grad_TO: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[T, I], and the gradients of what `forward` kept."""
+        grad_TI, of_kept = self._times(grad_TO, self.weight_OI.t()), []
+        for layer, at in self._slices():
+            for adapter in layer.adapters:
+                grad_Tr = (grad_TO[:, at] @ adapter.b.to(grad_TO.dtype)).mul_(adapter.scale)
+                grad_TI.addmm_(grad_Tr, adapter.a.to(grad_TO.dtype))
+                of_kept.append(grad_Tr)
+        return grad_TI, of_kept
+
+    def gradients(
+        self,
+        grad_TO: Tensor,
+        x_TI: Tensor,
+        kept: Sequence[Tensor],
+        of_kept: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Of `parameters()`, as far as they are wanted, in the parameters' types."""
         found: list[Tensor | None] = []
-        lows, wants = iter(kept), iter(wanted)
+        lows, of_lows, wants = iter(kept), iter(of_kept), iter(wanted)
         # One product for all weights; it is there to be read by the first that is wanted.
         every: Tensor | None = None
         for layer, at in self._slices():
             if wants_weight := next(wants):
-                every = self._weight_gradient(grad_TO, x_TI) if every is None else every
+                every = (grad_TO.t() @ x_TI).to(layer.weight.dtype) if every is None else every
             found.append(every[at] if wants_weight and every is not None else None)
             if layer.bias is not None:
-                found.append(grad_TO[:, at].sum(0) if next(wants) else None)
+                found.append(grad_TO[:, at].sum(0, dtype=layer.bias.dtype) if next(wants) else None)
             for adapter in layer.adapters:
-                low_Tr, own = next(lows), grad_TO[:, at]
-                grad_Tr = (own @ adapter.b).mul_(adapter.scale)
-                grad_TI.addmm_(grad_Tr, adapter.a)
-                found.append(grad_Tr.t() @ x_TI if next(wants) else None)
-                found.append((own.t() @ low_Tr).mul_(adapter.scale) if next(wants) else None)
-        return grad_TI, found
-
-    def _weight_gradient(self, grad_TO: Tensor, x_TI: Tensor) -> Tensor:
-        """[O, I]."""
-        if self.bfloat16:
-            return (grad_TO.bfloat16().t() @ x_TI.bfloat16()).float()
-        return grad_TO.t() @ x_TI
+                low_Tr, grad_Tr, own = next(lows), next(of_lows), grad_TO[:, at]
+                found.append((grad_Tr.t() @ x_TI).to(adapter.a.dtype) if next(wants) else None)
+                of_b = (own.t() @ low_Tr).to(adapter.b.dtype).mul_(adapter.scale) if next(wants) else None
+                found.append(of_b)
+        return found
 
 
 def adjacent(weights: Sequence[Tensor]) -> Tensor:

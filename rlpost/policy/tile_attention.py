@@ -40,10 +40,14 @@ class Heads:
         return self.query // self.key
 
 
+def is_plain(longest: int, options: AttentionOptions) -> bool:
+    """Whether rows of up to `longest` keys are a causal softmax: no cap, sinks or window changes it."""
+    return options.softcap is None and options.sinks is None and (options.window or longest) >= longest
+
+
 def blocks_serve(longest: int, options: AttentionOptions) -> bool:
-    """Whether rows of up to `longest` keys are attended in blocks: no cap, sinks or window changes the softmax."""
-    plain = options.softcap is None and options.sinks is None and (options.window or longest) >= longest
-    return plain and longest <= LONGEST
+    """Whether such rows are attended in blocks."""
+    return is_plain(longest, options) and longest <= LONGEST
 
 
 def serves(query: Tensor, value: Tensor) -> bool:

@@ -27,41 +27,19 @@ from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.layout import FlatLayout
 from rlpost.policy.products import Joined, layer_of
 from rlpost.policy.recognise import norm_of, part, window_of
-from rlpost.policy.tile_attention import Heads, blocks_serve, scale_of
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    weight: Tensor
-    eps: float
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed x […, D], and 1/RMS […, 1]."""
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean.add_(self.eps).rsqrt_()
-        return torch.mul(x, inverse).mul_(self.weight), inverse
-
-    def backward(self, grad: Tensor, x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and of the weight."""
-        plain = x * inverse
-        of_weight = torch.mul(grad, plain)
-        total = of_weight.flatten(0, -2).sum(0)
-        mean = of_weight.mul_(self.weight).mean(-1, keepdim=True)
-        of_x = torch.mul(grad, self.weight).sub_(plain.mul_(mean)).mul_(inverse)
-        return of_x, total
+from rlpost.policy.tile_attention import Heads, scale_of
+from rlpost.policy.trunk_ops import LayerOps, Norm, Place, layer_ops
 
 
 class _Normed(torch.autograd.Function):
     """The last norm."""
 
     @staticmethod
-    def forward(ctx: Any, norm: Norm, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, ops: LayerOps, norm: Norm, x: Tensor, weight: Tensor) -> Tensor:
         """[T, D]."""
-        found, inverse = norm.forward(x)
+        _, found, inverse = ops.norm(norm, x)
         ctx.save_for_backward(x, inverse, weight)
-        ctx.norm = norm
+        ctx.ops, ctx.norm = ops, norm
         return found
 
     @staticmethod
@@ -69,7 +47,7 @@ class _Normed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of x and the weight."""
         x, inverse, _ = ctx.saved_tensors
-        return None, *ctx.norm.backward(grad, x, inverse)
+        return None, None, *ctx.ops.norm_backward(ctx.norm, grad.contiguous(), x, inverse)
 
 
 @dataclass(frozen=True)
@@ -88,6 +66,20 @@ class Block:
     options: AttentionOptions
     heads: Heads
 
+    @property
+    def scale(self) -> float:
+        """The factor on attention's scores."""
+        return scale_of(self.options, self.heads.width)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of everything that is read in vectors."""
+        return self.norms[0].weight.shape[0], self.gate_up.weight_OI.shape[0] // 2, *self._head_widths
+
+    @property
+    def _head_widths(self) -> tuple[int, ...]:
+        return () if self.head_norms is None else (self.heads.width,)
+
     def parameters(self) -> list[Tensor]:
         """All, in the order of `backward`'s gradients."""
         norms = [n.weight for n in (*self.norms, *(self.head_norms or ()))]
@@ -99,128 +91,89 @@ class Block:
         return self.into, self.out, self.gate_up, self.down
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the tokens of a pass stand."""
-
-    layout: FlatLayout
-    cos_T1d: Tensor
-    sin_T1d: Tensor
-    """The first half is that of −x₂."""
-
-    def turned(self, x: Tensor) -> Tensor:
-        """[T, heads, d] rotary positions applied (Su et al. 2021, arXiv:2104.09864)."""
-        return torch.addcmul(x * self.cos_T1d, x.roll(x.shape[-1] // 2, -1), self.sin_T1d)
-
-    def turned_back(self, grad: Tensor) -> Tensor:
-        """The transpose of `turned`."""
-        return (grad * self.cos_T1d).add_((grad * self.sin_T1d).roll(grad.shape[-1] // 2, -1))
-
-
-def forward(block: Block, place: Place, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def forward(ops: LayerOps, block: Block, place: Place, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """[T, D] the residual stream after a layer, and what `backward` needs besides its input."""
-    h = block.heads
-    normed, inverse = block.norms[0].forward(x)
+    _, normed, inverse = ops.norm(block.norms[0], x)
     qkv, low_in = block.into.forward(normed)
-    both, value = qkv.view(len(x), -1, h.width).split_with_sizes([h.query + h.key, h.key], 1)
-    of_heads: list[Tensor] = []
-    if block.head_norms is not None:
-        q, k = both.split_with_sizes([h.query, h.key], 1)
-        (q_normed, q_inverse), (k_normed, k_inverse) = (
-            n.forward(y) for n, y in zip(block.head_norms, (q, k), strict=True)
-        )
-        of_heads = [both, q_inverse, k_inverse]
-        both = torch.cat([q_normed, k_normed], 1)
-    query, key = place.turned(both).split_with_sizes([h.query, h.key], 1)
-    query = query * scale_of(block.options, h.width)
-    prompts = _prompts(place.layout, key, value)
-    attended, of_attention = place.layout.in_blocks_forward(
-        h, query.flatten(1), key.flatten(1), value.flatten(1), prompts
-    )
+    parts, of_heads = _with_head_norms(ops, block, qkv)
+    attended, of_attention = ops.attend(place, block.heads, block.scale, parts)
     added, low_out = block.out.forward(attended)
-    middle = added.add_(x)
-    normed_2, inverse_2 = block.norms[1].forward(middle)
+    middle, normed_2, inverse_2 = ops.norm(block.norms[1], x, added)
     gate_up, low_up = block.gate_up.forward(normed_2)
-    gate, up = gate_up.chunk(2, -1)
-    inner = F.silu(gate).mul_(up)
-    added, low_down = block.down.forward(inner)
-    lows = [low_in, low_out, low_up, low_down]
-    kept = [
-        inverse,
-        normed,
-        attended,
-        middle,
-        inverse_2,
-        normed_2,
-        gate_up,
-        *of_heads,
-        *(y for low in lows for y in low),
-    ]
-    return added.add_(middle), [*kept, *of_attention]
+    added, low_down = block.down.forward(ops.swiglu(gate_up))
+    kept = [inverse, normed, qkv, attended, middle, inverse_2, normed_2, gate_up]
+    lows = [y for low in (low_in, low_out, low_up, low_down) for y in low]
+    return ops.add(middle, added), [*kept, *of_heads, *lows, *of_attention]
 
 
-def _prompts(layout: FlatLayout, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Keys and values [n, K·d] of each prompted tile's prompts."""
-    at = [t.prompt_PK.flatten() for t in layout.tiles if t.prompt_PK is not None]
-    return [x.flatten(1).index_select(0, i) for i in at for x in (key, value)]
+def _parts(block: Block, qkv: Tensor) -> list[Tensor]:
+    """Queries, keys and values, as views."""
+    h = block.heads
+    return list(qkv.split_with_sizes([n * h.width for n in (h.query, h.key, h.key)], 1))
+
+
+def _with_head_norms(ops: LayerOps, block: Block, qkv: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """What attention reads; queries and keys normed and their 1/RMS, if the layer norms them."""
+    parts = _parts(block, qkv)
+    kept = []
+    for side, norm in enumerate(block.head_norms or ()):
+        _, normed, inverse = ops.norm(norm, _by_head(block, parts[side]))
+        parts[side] = normed.view(len(qkv), -1)
+        kept += [parts[side], inverse]
+    return parts, kept
+
+
+def _by_head(block: Block, x: Tensor) -> Tensor:
+    """[T·heads, d] in at least float32."""
+    return widen(x).reshape(-1, block.heads.width)
 
 
 def backward(
-    block: Block, place: Place, x: Tensor, kept: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]
+    ops: LayerOps,
+    block: Block,
+    place: Place,
+    x: Tensor,
+    kept: Sequence[Tensor],
+    grad: Tensor,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of a layer's input, and of `block.parameters()` as far as they are wanted."""
     kept_left = iter(kept)
-    inverse, normed, attended, middle, inverse_2, normed_2, gate_up = (next(kept_left) for _ in range(7))
-    of_heads = [next(kept_left) for _ in range(3)] if block.head_norms is not None else []
+    inverse, normed, qkv, attended, middle, inverse_2, normed_2, gate_up = (next(kept_left) for _ in range(8))
+    of_heads = [next(kept_left) for _ in block.head_norms or () for _ in ("normed", "inverse")]
     lows = [[next(kept_left) for layer in j.layers for _ in layer.adapters] for j in block.products]
-    wants = list(_shares(wanted[2 + 2 * (block.head_norms is not None) :], block.products))
+    wants = list(_shares(wanted[2 + len(block.head_norms or ()) :], block.products))
 
-    gate, up = gate_up.chunk(2, -1)
-    shaped = F.silu(gate)
-    of_inner, of_down = block.down.backward(grad, shaped * up, lows[3], wants[3])
-    of_gate_up = torch.empty_like(gate_up)
-    of_gate, of_shaped = of_gate_up.chunk(2, -1)
-    torch.mul(of_inner, shaped, out=of_shaped)
-    of_gate.copy_(torch.ops.aten.silu_backward(of_inner.mul_(up), gate))
+    of_added = grad.to(gate_up.dtype)
+    of_inner, of_low = block.down.input_gradient(of_added)
+    of_gate_up, inner = ops.swiglu_backward(gate_up, of_inner)
+    of_down = block.down.gradients(of_added, inner, lows[3], of_low, wants[3])
     of_normed_2, of_gates = block.gate_up.backward(of_gate_up, normed_2, lows[2], wants[2])
-    of_middle, of_norm_2 = block.norms[1].backward(of_normed_2, middle, inverse_2)
-    of_middle.add_(grad)
+    of_middle, of_norm_2 = ops.norm_backward(block.norms[1], of_normed_2, middle, inverse_2, grad)
 
-    of_attended, of_out = block.out.backward(of_middle, attended, lows[1], wants[1])
-    of_qkv, of_head_norms = _attention_backward(block, place, of_attended, attended, of_heads, list(kept_left))
-    of_normed, of_into = block.into.backward(of_qkv, normed, lows[0], wants[0])
-    of_x, of_norm = block.norms[0].backward(of_normed, x, inverse)
-    return of_x.add_(of_middle), [of_norm, of_norm_2, *of_head_norms, *of_into, *of_out, *of_gates, *of_down]
-
-
-def _attention_backward(
-    block: Block, place: Place, grad: Tensor, attended: Tensor, of_heads: Sequence[Tensor], kept: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of q, k, v [T, (H + 2K)·d] before positions, and of the head norms' weights."""
-    h, layout = block.heads, place.layout
-    (query, key, value), prompts = layout.in_blocks_backward(h, grad, attended, kept)
-    at = [t.prompt_PK.flatten() for t in layout.tiles if t.prompt_PK is not None]
-    for number, index in enumerate(at):
-        key.index_add_(0, index, prompts[2 * number])
-        value.index_add_(0, index, prompts[2 * number + 1])
-    query.mul_(scale_of(block.options, h.width))
-    both = place.turned_back(torch.cat([query, key], 1).view(len(query), -1, h.width))
-    of_norms: list[Tensor] = []
+    of_attended, of_out = block.out.backward(of_middle.to(gate_up.dtype), attended, lows[1], wants[1])
+    parts = _parts(block, qkv)
     if block.head_norms is not None:
-        before, *inverses = of_heads
-        pieces = []
-        for norm, g, y, inverse in zip(
-            block.head_norms,
-            both.split_with_sizes([h.query, h.key], 1),
-            before.split_with_sizes([h.query, h.key], 1),
-            inverses,
-            strict=True,
-        ):
-            piece, of_weight = norm.backward(g, y, inverse)
-            pieces.append(piece)
-            of_norms.append(of_weight)
-        both = torch.cat(pieces, 1)
-    return torch.cat([both.flatten(1), value], 1), of_norms
+        parts[:2] = of_heads[::2]
+    of_qkv = ops.attend_backward(place, block.heads, block.scale, parts, of_attended, attended, list(kept_left))
+    of_head_norms = _through_head_norms(ops, block, qkv, of_heads[1::2], of_qkv)
+    of_normed, of_into = block.into.backward(of_qkv, normed, lows[0], wants[0])
+    of_x, of_norm = ops.norm_backward(block.norms[0], of_normed, x, inverse, of_middle)
+    return of_x, [of_norm, of_norm_2, *of_head_norms, *of_into, *of_out, *of_gates, *of_down]
+
+
+def _through_head_norms(
+    ops: LayerOps, block: Block, qkv: Tensor, inverses: Sequence[Tensor], of_qkv: Tensor
+) -> list[Tensor]:
+    """Gradients of the head norms' weights; those of queries and keys are replaced by those before the norms."""
+    found = []
+    pieces = zip(block.head_norms or (), _parts(block, qkv), _parts(block, of_qkv), inverses, strict=False)
+    for norm, x, grad, inverse in pieces:
+        by_head = grad.reshape(-1, block.heads.width)
+        of_x, of_weight = ops.norm_backward(norm, by_head, _by_head(block, x), inverse)
+        grad.copy_(of_x.view(len(qkv), -1))
+        found.append(of_weight)
+    return found
 
 
 def _shares(wanted: Sequence[bool], products: Sequence[Joined]) -> Iterator[Sequence[bool]]:
@@ -233,11 +186,11 @@ class _Layer(torch.autograd.Function):
     """One layer of autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, block: Block, place: Place, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, ops: LayerOps, block: Block, place: Place, x: Tensor, *_: Tensor) -> Tensor:
         """[T, D]; the last inputs are the block's parameters, for their gradients."""
-        found, kept = forward(block, place, x)
+        found, kept = forward(ops, block, place, x)
         ctx.save_for_backward(x, *kept)
-        ctx.block, ctx.place = block, place
+        ctx.ops, ctx.block, ctx.place = ops, block, place
         return found
 
     @staticmethod
@@ -246,8 +199,9 @@ class _Layer(torch.autograd.Function):
         """Of x and the parameters."""
         x, *kept = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            of_x, of_parameters = backward(ctx.block, ctx.place, x, kept, grad, ctx.needs_input_grad[3:])
-        return None, None, of_x, *of_parameters
+            found = backward(ctx.ops, ctx.block, ctx.place, x, kept, grad.contiguous(), ctx.needs_input_grad[4:])
+        of_x, of_parameters = found
+        return None, None, None, of_x, *of_parameters
 
 
 class Trunk:
@@ -268,22 +222,26 @@ class Trunk:
         self._rotary = part(trunk, "rotary_emb")
         self._norm = _norm(part(trunk, "norm"))
         self._blocks = [_block(layer, bfloat16) for layer in part(trunk, "layers")]
+        dtype, widths = self._norm.weight.dtype, [w for b in self._blocks for w in b.widths]
+        self._ops = layer_ops(dtype, widths, bfloat16)
+        self._last = layer_ops(dtype, widths, False)
 
     def states(self, ids_T: Tensor, position_T: Tensor, layout: FlatLayout) -> Tensor:
         """[T, D] the last hidden state after every token."""
+        tokens = len(ids_T)
         x = widen(self._embed(ids_T))
         cos, sin = self._rotary(x[None], position_T[None])
-        half = sin.shape[-1] // 2
-        place = Place(layout, cos[0, :, None], torch.cat([-sin[..., :half], sin[..., half:]], -1)[0, :, None])
+        place = Place(layout, cos[0].contiguous(), sin[0].contiguous())
         with torch.autocast(x.device.type, enabled=False):
+            x = F.pad(x, (0, 0, 0, self._ops.rows(tokens) - tokens))
             for block in self._blocks:
-                x = _Layer.apply(block, place, x, *block.parameters())  # type: ignore[no-untyped-call]
-            found: Tensor = _Normed.apply(self._norm, x, self._norm.weight)  # type: ignore[no-untyped-call]
-        return found
+                x = _Layer.apply(self._ops, block, place, x, *block.parameters())  # type: ignore[no-untyped-call]
+            found: Tensor = _Normed.apply(self._last, self._norm, x, self._norm.weight)  # type: ignore[no-untyped-call]
+        return found[:tokens]
 
     def serves(self, layout: FlatLayout) -> bool:
-        """Whether attention over the rows of a layout can be computed in blocks in every layer."""
-        return layout.in_blocks and all(blocks_serve(layout.longest, b.options) for b in self._blocks)
+        """Whether attention over the rows of a layout can be computed in every layer."""
+        return layout.in_blocks and all(self._ops.attends(layout.longest, b.options) for b in self._blocks)
 
 
 def _block(layer: Any, bfloat16: bool) -> Block:

@@ -9,9 +9,10 @@ from families import VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.batch import flat_passes, laid_out, padded_passes, single_passes, switched_batch
-from rlpost.policy.layout import Segment, flat_layout
+from rlpost.policy.layout import FlatLayout
 from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.policy import Policy
+from rlpost.policy.tiles import Segment
 from rlpost.types import Completion, Group
 
 TOOL = Completion((7, 8, 9), (True, False, True))
@@ -123,7 +124,7 @@ def test_tiles_attend_and_differentiate_as_one_full_mask_does(window):
     # Two prompts of unlike lengths, whose completions share a tile.
     segments += [Segment(136, 20), Segment(156, 3, 136, 20), Segment(159, 24), Segment(183, 4, 159, 24)]
     tokens = 187
-    layout = flat_layout(segments, tokens)
+    layout = FlatLayout(segments, tokens)
     assert layout.token_M[layout.place_T].tolist() == list(range(tokens))
     assert any(t.prompt_PK is not None and len(t.prompt_PK) > 1 for t in layout.tiles)
     generator = torch.Generator().manual_seed(0)

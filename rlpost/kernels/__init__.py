@@ -1,0 +1,1 @@
+"""Operations in C, compiled for this machine's processor when they are first used."""
