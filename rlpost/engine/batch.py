@@ -70,7 +70,8 @@ class Batch:
         self._ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
         self._limit_R = torch.tensor(limits, device=device)
         self._ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
-        self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device)
+        compiled = isinstance(decoder, FlatDecoder) and decoder.is_fused
+        self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device, compiled)
         self._look_every = 1 if device.type == "cpu" else LOOK_EVERY
         longest = policy.max_positions
         self._must_leave_at = {r.request.limit for r in rows if len(r.request.prompt) + r.request.limit == longest}
@@ -151,7 +152,9 @@ class Batch:
 class _Choices:
     """Chooses tokens and applies stop strings, for rows of one sampling together."""
 
-    def __init__(self, samplings: Sequence[Sampling], tokenizer: Any, device: torch.device) -> None:
+    def __init__(
+        self, samplings: Sequence[Sampling], tokenizer: Any, device: torch.device, compiled: bool = False
+    ) -> None:
         distinct: list[Sampling] = []
         for sampling in samplings:
             if not any(sampling is other for other in distinct) and sampling not in distinct:
@@ -159,6 +162,7 @@ class _Choices:
         self._samplings = distinct
         self._stops = [StopStrings(tokenizer, s.stop) for s in distinct]
         self._device = device
+        self._compiled = compiled
         self._number = np.array([0 if len(distinct) == 1 else distinct.index(s) for s in samplings])
         self.stops_of_rows = [self._stops[i] for i in self._number]
         self._group_rows()
@@ -179,8 +183,8 @@ class _Choices:
     def choose(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
         """[B] tokens and their log-probabilities."""
         if len(self._samplings) == 1:
-            return choose(logits_BV, uniform_B, self._samplings[0])
-        parts = [choose(logits_BV[rows], uniform_B[rows], s) for s, _, rows in self._parts]
+            return choose(logits_BV, uniform_B, self._samplings[0], compiled=self._compiled)
+        parts = [choose(logits_BV[rows], uniform_B[rows], s, compiled=self._compiled) for s, _, rows in self._parts]
         order = torch.cat([rows for *_, rows in self._parts]).argsort()
         return torch.cat([token for token, _ in parts])[order], torch.cat([logp for _, logp in parts])[order]
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlpost.engine.params import Sampling
+from rlpost.kernels.decoding import sample
+from rlpost.policy.logprobs import compiled_serves
 
 BLOCK = 64
 """Tokens of the vocabulary whose mass is summed before it is searched."""
@@ -31,14 +33,24 @@ def is_greedy(sampling: Sampling) -> bool:
     return sampling.temperature == 0
 
 
-def choose(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def is_whole(sampling: Sampling) -> bool:
+    """Whether it draws from the whole distribution."""
+    return sampling.temperature > 0 and sampling.top_k <= 0 and sampling.top_p >= 1.0 and sampling.min_p <= 0.0
+
+
+def choose(
+    logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling, *, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Token ids [B] and their log-probabilities [B].
 
     Args:
         logits_BV: of any floating type; computed with in at least float32.
         uniform_B: float64 in (0, 1); the token is where the cumulative distribution passes it.
         sampling: temperature and filters; at temperature 0 the most likely token is taken.
+        compiled: draws from the whole distribution may come from the compiled kernel; the same up to rounding.
     """
+    if compiled and is_whole(sampling) and compiled_serves(logits_BV):
+        return sample(logits_BV, uniform_B, 1 / sampling.temperature)
     logits = logits_BV if logits_BV.dtype == torch.float64 else logits_BV.float()
     if is_greedy(sampling):
         logp = logits.log_softmax(-1)

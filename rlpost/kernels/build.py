@@ -16,8 +16,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("layers", "attention"))
-HEADERS = (Path(__file__).with_name("common.h"),)
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("layers", "attention", "decode"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("common", "pieces"))
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     # Nobody reads errno or the processor's exception flags; results are the same.
@@ -33,6 +33,8 @@ SIGNATURES = {
     "cross_entropy_backward": "pnpfpppnnii",
     "attend": "pii",
     "attend_backward": "ppii",
+    "decode": "pii",
+    "sample": "pnpfppnnii",
 }
 """Of each function: p a pointer, n a 64-bit and i a 32-bit integer, f a float32."""
 KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}

@@ -133,9 +133,9 @@ class _LogProbability(torch.autograd.Function):
         """Of the logits."""
         logits, target, total = ctx.saved_tensors
         rows, vocabulary = logits.shape
-        of_logits = logits.new_empty(rows, vocabulary)
+        of_logits, grad = logits.new_empty(rows, vocabulary), grad.contiguous()
         library().cross_entropy_backward(
-            *(logits.data_ptr(), logits.stride(0), at(target), ctx.scale, at(total), single(grad.contiguous())),
+            *(logits.data_ptr(), logits.stride(0), at(target), ctx.scale, at(total), single(grad)),
             *(at(of_logits), rows, vocabulary, half(logits), torch.get_num_threads()),
         )
         return of_logits, None, None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from rlpost.kernels.decoding import Cached, Rows, chunks_of, with_slack
 from rlpost.policy.attention import AttentionOptions
 
 FIRST_ROOM = 64
@@ -51,7 +52,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         if self.layout.prefilling:
             self.passes.append((stored[0][0], stored[1][0]))
             return key_states, value_states
-        self._make_room(stored)
+        self.make_room(len(stored[0]), *stored)
         assert self.own is not None
         at = self.layout.length - 1
         for buffer, new in zip(self.own, stored, strict=True):
@@ -75,8 +76,8 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
             values: the same.
             index_PW: index of each prompt's tokens among them; padding may point anywhere.
         """
-        keys, values = keys[index_PW], values[index_PW]
-        self.prompt = keys.permute(0, 2, 3, 1).contiguous().mT, values.transpose(1, 2).contiguous()
+        keys, values = keys[index_PW].permute(0, 2, 3, 1), values[index_PW].transpose(1, 2)
+        self.prompt = _spacious(keys).mT, _spacious(values)
         self.passes, self.latest = [], None
 
     def own_tokens(self, rows: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,15 +94,27 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         for buffer in self.own or ():
             buffer[: len(rows), :, :length] = buffer[rows, :, :length]
         if prompts is not None:
-            self.prompt = self.prompt[0].mT[prompts].mT, self.prompt[1][prompts]
+            self.prompt = _spacious(self.prompt[0].mT[prompts]).mT, _spacious(self.prompt[1][prompts])
 
-    def _make_room(self, new: tuple[Tensor, Tensor]) -> None:
+    def cached(self, rows: int, key_heads: int, width: int) -> Cached:
+        """The cache with room for the next token of so many rows, for the compiled kernel."""
+        assert self.prompt is not None
+        like = self.prompt[0].new_empty(rows, key_heads, 1, width)
+        self.make_room(rows, like, like)
+        assert self.own is not None
+        return Cached(*self.prompt, *self.own)
+
+    def make_room(self, rows: int, key: Tensor, value: Tensor) -> None:
+        """For one more token of so many rows, whose keys and values are like these [.., K, .., D]."""
         room = 0 if self.own is None else self.own[0].shape[2]
         if self.layout.length <= room:
             return
         larger = min(self.layout.limit, max(2 * room, FIRST_ROOM))
-        rows, heads, _, width = new[0].shape
-        grown = new[0].new_empty(rows, heads, width, larger).mT, new[1].new_empty(rows, heads, larger, new[1].shape[3])
+        heads, width = key.shape[1], key.shape[3]
+        grown = (
+            with_slack(key, rows, heads, width, larger).mT,
+            with_slack(value, rows, heads, larger, value.shape[3]),
+        )
         if self.own is not None:
             for old, buffer in zip(self.own, grown, strict=True):
                 buffer[:, :, :room] = old[:rows]
@@ -131,6 +144,7 @@ class PromptedLayout:
         """The layer whose cache was updated last: the one that attends next."""
         column = np.arange(self.width)
         short = column < self.width - np.array(widths)[:, None]
+        self._begin = (self.width - np.array(widths)).astype(np.int32)
         self._padding = torch.from_numpy(np.where(short, -np.inf, 0.0)).float().to(device) if short.any() else None
         self.device = device
         self._assign_slots(np.asarray(prompt_of_row, np.int64))
@@ -142,8 +156,14 @@ class PromptedLayout:
         prompts = None if everyone else torch.from_numpy(staying).to(self.device)
         if prompts is not None and self._padding is not None:
             self._padding = self._padding[prompts]
+        self._begin = np.ascontiguousarray(self._begin[staying])
         self._assign_slots(prompt_of_row)
         return prompts
+
+    def rows(self, window: int | None) -> Rows:
+        """Where the rows are, for the compiled kernel."""
+        first = 0 if window is None else max(0, self.width + self.length - window)
+        return Rows(self._chunks, self._begin, self.length, first)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[B, 1, H, D]; `key` and `value` are the new ones, the others lie in the cache."""
@@ -214,6 +234,7 @@ class PromptedLayout:
     def _assign_slots(self, prompt_of_row: NDArray[np.int64]) -> None:
         """Give every row a slot of its prompt."""
         self._prompt_of_row = prompt_of_row
+        self._chunks = chunks_of(prompt_of_row)
         counts = np.bincount(prompt_of_row)
         self._prompts, self._slots = len(counts), int(counts.max())
         begin = np.cumsum(counts) - counts
@@ -242,6 +263,10 @@ class PromptedLayout:
         if not self._full:
             rows = rows.index_select(0, self._slot_of_row)
         return rows.reshape(-1, r, c)
+
+
+def _spacious(x: Tensor) -> Tensor:
+    return with_slack(x, *x.shape).copy_(x)
 
 
 def storable(x: Tensor) -> Tensor:

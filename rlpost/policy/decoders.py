@@ -98,6 +98,11 @@ class FlatDecoder:
         self._prompt_of_row = np.array(prompt_of_row)
         self.position_B = torch.tensor([widths[p] for p in prompt_of_row], device=self.device)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether single tokens are decoded on packed weights."""
+        return self._fused is not None
+
     def start(self) -> Tensor:
         """[B, V] logits of each row's first token."""
         before = self.keeping.before if self.keeping else [NOWHERE] * len(self.prompts)

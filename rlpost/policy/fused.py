@@ -15,7 +15,6 @@ Axes: B rows, D hidden width, H query heads, K key heads, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,70 +25,13 @@ from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
-from rlpost.policy.fast_layers import has_onednn, product
+from rlpost.policy.fused_blocks import FusedBlock, Linear, compiled_blocks, compiled_serve, torch_blocks
 from rlpost.policy.policy import Policy
 from rlpost.policy.recognise import NotRecognised, linear_of, norm_of, part, window_of
+from rlpost.policy.tile_attention import Heads
 
 LARGEST = 2**30
 """Bytes of packed weights, at most: beyond, products take the time and a second copy is not worth its memory."""
-ROWS = 64
-"""Rows that oneDNN lays the weights out for; others give the same sums."""
-
-
-class Linear:
-    """y = xWᵀ + b with the weight packed for this machine."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        weight = weight.to(dtype)
-        packs = weight.device.type == "cpu" and dtype != torch.float64 and has_onednn()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
-        self._weight = None if packs else weight
-        self._bias = None if bias is None else bias.to(dtype)
-        self._dtype = dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, out] from [B, in]."""
-        x = x.to(self._dtype)
-        if self._packed is None:
-            assert self._weight is not None
-            return F.linear(x, self._weight, self._bias)
-        return product(x, self._packed, self._bias)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """One layer, ready to run."""
-
-    into: Linear
-    """q, k and v of the normed input."""
-    out: Linear
-    gate_up: Linear
-    down: Linear
-    eps: tuple[float, float]
-    """Of the norms before attention and before the feed-forward part."""
-    head_norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None
-    """(weight, eps) of queries' and keys'."""
-    options: AttentionOptions
-    heads: tuple[int, int, int]
-    """H, K, and the width of a head."""
-
-    def __call__(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], layer: PromptedLayer, layout: PromptedLayout
-    ) -> Tensor:
-        """[B, D] the residual stream after this layer."""
-        h, k, width = self.heads
-        qkv = self.into(_normed(x, self.eps[0])).view(len(x), h + 2 * k, width)
-        both, value = qkv[:, : h + k], qkv[:, h + k :]
-        if self.head_norms is not None:
-            (q_weight, q_eps), (k_weight, k_eps) = self.head_norms
-            both = torch.cat([_normed(both[:, :h], q_eps) * q_weight, _normed(both[:, h:], k_eps) * k_weight], 1)
-        both = torch.addcmul(both * rotary[0], both.roll(width // 2, -1), rotary[1])
-        query, key, value = both[:, :h, None], both[:, h:, None], value[:, :, None]
-        layer.update(key, value)
-        attended = layout.attend(query, key, value, self.options)
-        x = x + self.out(attended.reshape(len(x), -1))
-        gate, up = self.gate_up(_normed(x, self.eps[1])).chunk(2, -1)
-        return x + self.down(F.silu(gate).mul_(up))
 
 
 class FusedModel:
@@ -117,29 +59,18 @@ class FusedModel:
             norm, self._eps = reader.norm(part(trunk, "norm"))
             self._head = reader.linear([lm.get_output_embeddings()], norm)
         self._rotary = part(trunk, "rotary_emb")
+        dtype = torch.bfloat16 if bfloat16 else lm.dtype
+        self._compiled = self._embedding.device.type == "cpu" and compiled_serve(self._blocks, dtype)
         reader.all_read()
 
     def step(
         self, ids_B: Tensor, position_B: Tensor, layers: Sequence[PromptedLayer], layout: PromptedLayout
     ) -> Tensor:
         """[B, V] logits after one more token a row, which is added to the cache."""
-        x = F.embedding(ids_B, self._embedding)
-        rotary = self._angles(x, position_B)
-        for block, layer in zip(self._blocks, layers, strict=True):
-            x = block(x, rotary, layer, layout)
-        return self._head(_normed(x, self._eps))
-
-    def _angles(self, x: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, 1, width] cosines and sines of the rows' positions; the sines' first half is that of −x₂."""
+        x = widen(F.embedding(ids_B, self._embedding))
         cos, sin = self._rotary(x[:, None], position_B[:, None])
-        half = sin.shape[-1] // 2
-        return cos, torch.cat([-sin[..., :half], sin[..., half:]], -1)
-
-
-def _normed(x: Tensor, eps: float) -> Tensor:
-    """RMSNorm without its weight, in at least float32."""
-    x = widen(x)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        run = compiled_blocks if self._compiled else torch_blocks
+        return self._head(run(self._blocks, self._eps, x, (cos[:, 0], sin[:, 0]), layers, layout))
 
 
 def fused_model(policy: Policy) -> FusedModel | None:
@@ -194,7 +125,7 @@ class _Reader:
         full = [w.new_zeros(len(w)) if b is None else b for w, b in found]
         return Linear(weight, torch.cat(full), self._dtype)
 
-    def block(self, layer: Any) -> _Block:
+    def block(self, layer: Any) -> FusedBlock:
         """One layer; attribute names as in Llama and the families that follow it."""
         attention, mlp = part(layer, "self_attn"), part(layer, "mlp")
         first, first_eps = self.norm(part(layer, "input_layernorm"))
@@ -204,7 +135,7 @@ class _Reader:
         norms = None
         if getattr(attention, "q_norm", None) is not None:
             norms = self.norm(attention.q_norm), self.norm(part(attention, "k_norm"))
-        return _Block(
+        return FusedBlock(
             self.linear([q, k, v], first),
             self.linear([part(attention, "o_proj")]),
             self.linear([part(mlp, "gate_proj"), part(mlp, "up_proj")], second),
@@ -212,7 +143,8 @@ class _Reader:
             (first_eps, second_eps),
             norms,
             AttentionOptions(part(attention, "scaling"), window_of(attention)),
-            (linear_of(q).out_features // width, linear_of(k).out_features // width, width),
+            Heads(linear_of(q).out_features // width, linear_of(k).out_features // width, width),
+            (len(first), linear_of(mlp.gate_proj).out_features),
         )
 
     def _weight(self, module: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,106 @@
+/* What attention is made of, in training and in decoding: small products, rotary positions, and softmax of a row. */
+
+#pragma once
+#include "common.h"
+
+INLINE int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+
+/* c[m, n] (+)= a[m, k] b[k, n]. */
+INLINE void tile(const float *a, int64_t down, int64_t along, const float *b, int64_t b_stride, float *c,
+                 int64_t c_stride, int64_t k, const int m, const int n, const int adds) {
+    vec s[8][2];
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++)
+            s[i][j] = adds ? load(c + i * c_stride + j * LANES) : all(0);
+    for (int64_t p = 0; p < k; p++) {
+        vec right[2];
+        for (int j = 0; j < n; j++)
+            right[j] = load(b + p * b_stride + j * LANES);
+        for (int i = 0; i < m; i++) {
+            vec left = all(a[i * down + p * along]);
+            for (int j = 0; j < n; j++)
+                s[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++)
+            store(c + i * c_stride + j * LANES, s[i][j]);
+}
+
+INLINE void column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const float *b, int64_t b_stride,
+                   float *c, int64_t c_stride, const int n, const int adds) {
+    int64_t i = 0;
+    for (; i + 8 <= m; i += 8)
+        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 8, n, adds);
+    for (; i + 2 <= m; i += 2)
+        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 2, n, adds);
+    if (i < m)
+        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 1, n, adds);
+}
+
+/* c (+)= a b; n is rounded up to lanes, and so much is written. a's rows are `down` apart, its columns `along`. */
+INLINE void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const float *b,
+                    int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+    int64_t j = 0;
+    for (; j + LANES < n; j += 2 * LANES)
+        column(m, k, a, down, along, b + j, b_stride, c + j, c_stride, 2, adds);
+    if (j < n)
+        column(m, k, a, down, along, b + j, b_stride, c + j, c_stride, 1, adds);
+}
+
+/* One row of a head, padded with zeros. */
+INLINE void row_of(const void *from, int64_t at, int64_t width, int64_t padded, float *to, const int half) {
+    for (int64_t i = 0; i < width; i++)
+        to[i] = get_one(from, at + i, half);
+    for (int64_t i = width; i < padded; i++)
+        to[i] = 0;
+}
+
+/* x turned to its position, times a factor. */
+INLINE void turned(const void *from, int64_t at, const float *cos, const float *sin, float factor, int64_t width,
+                   int64_t padded, float *to, const int half) {
+    int64_t middle = width / 2;
+    for (int64_t i = 0; i < middle; i++) {
+        float a = get_one(from, at + i, half) * factor, b = get_one(from, at + middle + i, half) * factor;
+        to[i] = a * cos[i] - b * sin[i];
+        to[middle + i] = b * cos[middle + i] + a * sin[middle + i];
+    }
+    for (int64_t i = width; i < padded; i++)
+        to[i] = 0;
+}
+
+/* e^(x - less) of the first `seen`, 0 after them up to `end`; returns the sum. */
+INLINE float exp_row(float *x, int64_t seen, int64_t end, float less) {
+    vec sums = all(0);
+    int64_t whole = seen / LANES * LANES, i = 0;
+    for (; i < whole; i += LANES) {
+        vec v = exp_of(load(x + i) - less);
+        store(x + i, v);
+        sums += v;
+    }
+    float total = sum(sums);
+    if (whole < seen) {
+        vec v = exp_of(load(x + whole) - less);
+        for (int64_t j = 0; j < LANES; j++) {
+            v[j] = whole + j < seen ? v[j] : 0;
+            total += v[j];
+        }
+        store(x + whole, v);
+        i += LANES;
+    }
+    for (; i < end; i += LANES)
+        store(x + i, all(0));
+    return total;
+}
+
+INLINE float largest_of(const float *x, int64_t seen, float most) {
+    int64_t whole = seen / LANES * LANES;
+    vec found = all(most);
+    for (int64_t i = 0; i < whole; i += LANES)
+        found = larger(load(x + i), found);
+    most = largest(found);
+    for (int64_t i = whole; i < seen; i++)
+        most = x[i] > most || x[i] != x[i] ? x[i] : most;
+    return most;
+}
+
