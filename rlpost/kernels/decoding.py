@@ -17,7 +17,6 @@ from torch import Tensor
 from rlpost.kernels.build import library
 from rlpost.kernels.ops import LANES, at, half, same, single
 
-
 CHUNK = 8
 """Rows of one prompt that are done together, at most; as in decode.c."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from rlpost.types import Group
 EXACT = 1e-4
 """Largest difference, as a share of the length of the model's own states or gradients, that counts as rounding."""
 ROUGH = 5e-2
-"""The same in bfloat16, in which two orders of the same sums differ by one or two hundredths."""
+"""The same of bfloat16 beside float32, where the model's own forward is as near."""
+Gradients = dict[str, Tensor | None]
+"""States, and gradients by name; None where there is none."""
 
 
 def why_no_trunk(policy: Policy, groups: Sequence[Group]) -> str:
@@ -44,26 +47,43 @@ def why_no_trunk(policy: Policy, groups: Sequence[Group]) -> str:
         except NotRecognised as reason:
             return str(reason)
         policy.model.requires_grad_(True)
-        halves = [False] * (policy.causal_lm.dtype in (torch.float32, torch.float64)) + [True] * policy.in_bfloat16
         with changed(policy.causal_lm):
-            return next(filter(None, (_why_not(policy, groups, half=half) for half in halves)), "")
+            try:
+                return _what_differs(policy, groups)
+            except FAILURES as error:
+                # Parts that have the names and not the shapes (rotary positions of half a head) fail in many ways.
+                return f"its layers do not run in one operation each ({type(error).__name__})"
 
 
-def _why_not(policy: Policy, groups: Sequence[Group], *, half: bool) -> str:
-    """What differs in bfloat16 or not, or empty."""
-    policy.in_bfloat16 = half
-    found = []
-    for trunk in (False, True):
-        policy.trunk = policy.blocks = trunk
-        try:
-            found.append(_states_and_gradients(policy, groups))
-        except FAILURES as error:
-            # Parts that have the names and not the shapes (rotary positions of half a head) fail in many ways.
-            if not trunk:
-                raise
-            return f"its layers do not run in one operation each ({type(error).__name__})"
-    own, other = found
-    return _difference(own, other, ROUGH if half else EXACT)
+def _what_differs(policy: Policy, groups: Sequence[Group]) -> str:
+    """By more than rounding, or empty: in the weights' precision, and in bfloat16 if products run in it."""
+    halves = policy.in_bfloat16
+
+    def found(half: bool, trunk: bool) -> Gradients:
+        policy.in_bfloat16, policy.trunk, policy.blocks = half, trunk, trunk
+        return _states_and_gradients(policy, groups)
+
+    with _widened(policy):
+        own = found(False, False)
+        different = _beyond(_gaps(own, found(False, True)), EXACT)
+    if different or not halves:
+        return different
+    # Sums in bfloat16 may be far from those in float32, in the model's own forward too: no further than there.
+    least = {name: max(ROUGH, 2 * gap) for name, gap in _gaps(own, found(True, False)).items()}
+    return _beyond(_gaps(own, found(True, True)), least)
+
+
+@contextmanager
+def _widened(policy: Policy) -> Iterator[None]:
+    """Weights in half precision are float32 inside."""
+    narrow = {p: p.dtype for p in policy.model.parameters() if p.dtype.itemsize < 4}
+    for p in narrow:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in narrow.items():
+            p.data = p.data.to(dtype)
 
 
 @contextmanager
@@ -80,21 +100,28 @@ def _as_it_was(policy: Policy) -> Iterator[None]:
             p.requires_grad_(wanted[name])
 
 
-def _difference(found: Mapping[str, Tensor | None], others: Mapping[str, Tensor | None], most: float) -> str:
-    """What differs by more, or empty."""
-    for name, own in found.items():
-        other = others[name]
-        if own is None or other is None:
-            if own is not other:
-                return f"its gradient of {name} is missing in one operation a layer"
-            continue
-        gap = float((own - other).norm() / own.norm().clamp_min(1e-30))
-        if not gap < most:
+def _gaps(own: Gradients, other: Gradients) -> dict[str, float]:
+    """Lengths of differences, as shares of the length of one's own; infinite where one is missing."""
+
+    def gap(a: Tensor | None, b: Tensor | None) -> float:
+        if a is None or b is None:
+            return 0.0 if a is b else inf
+        return float((a - b).norm() / a.norm().clamp_min(1e-30))
+
+    return {name: gap(a, other[name]) for name, a in own.items()}
+
+
+def _beyond(gaps: Mapping[str, float], most: float | Mapping[str, float]) -> str:
+    """The first that is larger than it may be, or empty."""
+    for name, gap in gaps.items():
+        if gap == inf:
+            return f"its gradient of {name} is missing in one operation a layer"
+        if not gap < (most if isinstance(most, float) else most[name]):
             return f"in one operation a layer, {name} differs from that of its own forward by {gap:.1e}"
     return ""
 
 
-def _states_and_gradients(policy: Policy, groups: Sequence[Group]) -> dict[str, Tensor | None]:
+def _states_and_gradients(policy: Policy, groups: Sequence[Group]) -> Gradients:
     """By name; None where there is no gradient."""
     with torch.enable_grad():
         states = policy._states(policy.batch(groups))
