@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlpost.engine.params import Sampling
-from rlpost.kernels.decoding import sample
+from rlpost.kernels.ops import sample
 from rlpost.policy.logprobs import compiled_serves
 
 BLOCK = 64

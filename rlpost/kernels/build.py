@@ -16,7 +16,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("layers", "attention", "decode"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("layers", "attention", "step", "sample"))
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("common", "pieces"))
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
@@ -33,7 +33,7 @@ SIGNATURES = {
     "cross_entropy_backward": "pnpfpppnnii",
     "attend": "pii",
     "attend_backward": "ppii",
-    "decode": "pii",
+    "step": "pii",
     "sample": "pnpfppnnii",
 }
 """Of each function: p a pointer, n a 64-bit and i a 32-bit integer, f a float32."""

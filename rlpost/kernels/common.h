@@ -81,11 +81,17 @@ INLINE void put_one(void *to, int64_t i, float x, const int half) {
     ((uint16_t *)to)[i] = x == x ? (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
+/* By halves: shorter than one after the other. */
 INLINE float sum(vec v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++)
-        total += v[i];
-    return total;
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    eight e[2];
+    memcpy(e, &v, sizeof e);
+    e[0] += e[1];
+    four f[2];
+    memcpy(f, e, sizeof f);
+    f[0] += f[1];
+    return (f[0][0] + f[0][2]) + (f[0][1] + f[0][3]);
 }
 
 INLINE vec larger(vec a, vec b) { return choose((a > b) | (a != a), a, b); }
@@ -112,4 +118,9 @@ INLINE vec exp_of(vec x) {
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     vec found = p * (vec)power;
     return choose(x < -87.3f, all(0), found);
+}
+
+INLINE vec sigmoid(vec x) {
+    vec e = exp_of(choose(x < 0, x, -x));
+    return choose(x < 0, e, all(1)) / (1 + e);
 }

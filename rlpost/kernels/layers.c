@@ -65,11 +65,6 @@ EXPORT void norm_backward(const void *grad, const float *x, const float *inverse
     BY_PRECISION(norm_backward_rows, grad, x, inverse, weight, passing, of_x, of_weight, parts, tokens, width, threads);
 }
 
-INLINE vec sigmoid(vec x) {
-    vec e = exp_of(choose(x < 0, x, -x));
-    return choose(x < 0, e, all(1)) / (1 + e);
-}
-
 /* inner = silu(gate) * up, of gate and up side by side. */
 INLINE void swiglu_rows(const void *gate_up, void *inner, int64_t tokens, int64_t width, int threads, const int half) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -151,3 +151,23 @@ def log_probability(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tenso
     """
     found: Tensor = _LogProbability.apply(logits, target, scale)  # type: ignore[no-untyped-call]
     return found
+
+
+def sample(logits: Tensor, uniform: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """[B] the tokens where the cumulative distributions pass numbers, and [B] their log-probabilities in float32.
+
+    Args:
+        logits: [B, V], rows of which may be the beginnings of wider ones.
+        uniform: [B] float64 in (0, 1).
+        scale: logits are multiplied by it: 1 / temperature.
+    """
+    rows, vocabulary = logits.shape
+    assert logits.stride(1) == 1
+    assert uniform.dtype == torch.float64
+    token, logp = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+    uniform = uniform.contiguous()
+    library().sample(
+        *(logits.data_ptr(), logits.stride(0), at(uniform), scale, at(token), at(logp)),
+        *(rows, vocabulary, half(logits), torch.get_num_threads()),
+    )
+    return token, logp

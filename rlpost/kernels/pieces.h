@@ -6,8 +6,8 @@
 INLINE int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 /* c[m, n] (+)= a[m, k] b[k, n]. */
-INLINE void tile(const float *a, int64_t down, int64_t along, const float *b, int64_t b_stride, float *c,
-                 int64_t c_stride, int64_t k, const int m, const int n, const int adds) {
+INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int64_t from, int64_t b_stride, float *c,
+                 int64_t c_stride, int64_t k, const int m, const int n, const int adds, const int half) {
     vec s[8][2];
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++)
@@ -15,7 +15,7 @@ INLINE void tile(const float *a, int64_t down, int64_t along, const float *b, in
     for (int64_t p = 0; p < k; p++) {
         vec right[2];
         for (int j = 0; j < n; j++)
-            right[j] = load(b + p * b_stride + j * LANES);
+            right[j] = get(b, from + p * b_stride + j * LANES, half);
         for (int i = 0; i < m; i++) {
             vec left = all(a[i * down + p * along]);
             for (int j = 0; j < n; j++)
@@ -27,25 +27,32 @@ INLINE void tile(const float *a, int64_t down, int64_t along, const float *b, in
             store(c + i * c_stride + j * LANES, s[i][j]);
 }
 
-INLINE void column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const float *b, int64_t b_stride,
-                   float *c, int64_t c_stride, const int n, const int adds) {
+INLINE void column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const void *b, int64_t from,
+                   int64_t b_stride, float *c, int64_t c_stride, const int n, const int adds, const int half) {
     int64_t i = 0;
     for (; i + 8 <= m; i += 8)
-        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 8, n, adds);
+        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 8, n, adds, half);
     for (; i + 2 <= m; i += 2)
-        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 2, n, adds);
+        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 2, n, adds, half);
     if (i < m)
-        tile(a + i * down, down, along, b, b_stride, c + i * c_stride, c_stride, k, 1, n, adds);
+        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 1, n, adds, half);
 }
 
-/* c (+)= a b; n is rounded up to lanes, and so much is written. a's rows are `down` apart, its columns `along`. */
-INLINE void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const float *b,
-                    int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+/* c (+)= a b; n is rounded up to lanes, and so much is written. a's rows are `down` apart, its columns `along`; b begins
+at index `from` and is float32 or bfloat16. */
+INLINE void product_of(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const void *b,
+                       int64_t from, int64_t b_stride, float *c, int64_t c_stride, const int adds, const int half) {
     int64_t j = 0;
     for (; j + LANES < n; j += 2 * LANES)
-        column(m, k, a, down, along, b + j, b_stride, c + j, c_stride, 2, adds);
+        column(m, k, a, down, along, b, from + j, b_stride, c + j, c_stride, 2, adds, half);
     if (j < n)
-        column(m, k, a, down, along, b + j, b_stride, c + j, c_stride, 1, adds);
+        column(m, k, a, down, along, b, from + j, b_stride, c + j, c_stride, 1, adds, half);
+}
+
+/* With b in float32. */
+INLINE void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const float *b,
+                    int64_t b_stride, float *c, int64_t c_stride, const int adds) {
+    product_of(m, n, k, a, down, along, b, 0, b_stride, c, c_stride, adds, 0);
 }
 
 /* One row of a head, padded with zeros. */

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from rlpost.kernels.decoding import Cached, Rows, chunks_of, with_slack
+from rlpost.kernels.ops import LANES
+from rlpost.kernels.step import Cached, Rows, chunks_of, with_slack
 from rlpost.policy.attention import AttentionOptions
 
 FIRST_ROOM = 64
@@ -42,7 +43,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.prompt: tuple[Tensor, Tensor] | None = None
         """[P, K, W, D]"""
         self.own: tuple[Tensor, Tensor] | None = None
-        """[rows at the last growth, K, room, D]"""
+        """[rows at the last growth, K, room, D]; of the compiled step, keys are [.., K, room / LANES, D, LANES]."""
         self.latest: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -52,7 +53,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         if self.layout.prefilling:
             self.passes.append((stored[0][0], stored[1][0]))
             return key_states, value_states
-        self.make_room(len(stored[0]), *stored)
+        self._make_room(*stored)
         assert self.own is not None
         at = self.layout.length - 1
         for buffer, new in zip(self.own, stored, strict=True):
@@ -84,41 +85,58 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """[n, K, D] keys and values of tokens of some rows: `which` indexes the rows' tokens, concatenated."""
         assert self.own is not None
         length = self.layout.length
-        keys, values = (x[rows, :, :length].transpose(1, 2).flatten(0, 1).index_select(0, which) for x in self.own)
-        return keys, values
+        sides = (x.transpose(3, 4).flatten(2, 3) if x.ndim == 5 else x for x in self.own)
+        keys, values = (x[rows, :, :length].transpose(1, 2).flatten(0, 1).index_select(0, which) for x in sides)
+        return storable(keys), storable(values)
 
     def keep(self, rows: Tensor, prompts: Tensor | None) -> None:
         """Only these rows (ascending) stay, and these prompts (None: all)."""
         assert self.prompt is not None
         length = self.layout.length
         for buffer in self.own or ():
-            buffer[: len(rows), :, :length] = buffer[rows, :, :length]
+            used = _places(buffer, length)
+            buffer[: len(rows), :, :used] = buffer[rows, :, :used]
         if prompts is not None:
             self.prompt = _spacious(self.prompt[0].mT[prompts]).mT, _spacious(self.prompt[1][prompts])
 
-    def cached(self, rows: int, key_heads: int, width: int) -> Cached:
-        """The cache with room for the next token of so many rows, for the compiled kernel."""
+    def cached(self, rows: int, key_heads: int, width: int, dtype: torch.dtype) -> Cached:
+        """The cache with room for the next token of so many rows, for the compiled step."""
         assert self.prompt is not None
-        like = self.prompt[0].new_empty(rows, key_heads, 1, width)
-        self.make_room(rows, like, like)
+        if larger := self._larger_room():
+            larger = -(-larger // LANES) * LANES
+            blocks = larger // LANES
+            self._grow(
+                torch.empty(rows, key_heads, blocks, width, LANES, dtype=dtype),
+                torch.empty(rows, key_heads, larger, width, dtype=dtype),
+            )
         assert self.own is not None
         return Cached(*self.prompt, *self.own)
 
-    def make_room(self, rows: int, key: Tensor, value: Tensor) -> None:
-        """For one more token of so many rows, whose keys and values are like these [.., K, .., D]."""
-        room = 0 if self.own is None else self.own[0].shape[2]
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        """For one more token of each row; keys and values are like these [B, K, 1, D]."""
+        if larger := self._larger_room():
+            rows, heads, _, width = key.shape
+            keys = key.new_empty(rows, heads, width, larger).mT
+            self._grow(keys, value.new_empty(rows, heads, larger, value.shape[3]))
+
+    def _larger_room(self) -> int:
+        """Tokens that there must be room for, if there is less than the next one needs; else 0."""
+        room = 0 if self.own is None else self.own[1].shape[2]
         if self.layout.length <= room:
-            return
-        larger = min(self.layout.limit, max(2 * room, FIRST_ROOM))
-        heads, width = key.shape[1], key.shape[3]
-        grown = (
-            with_slack(key, rows, heads, width, larger).mT,
-            with_slack(value, rows, heads, larger, value.shape[3]),
-        )
-        if self.own is not None:
-            for old, buffer in zip(self.own, grown, strict=True):
-                buffer[:, :, :room] = old[:rows]
-        self.own = grown
+            return 0
+        return min(self.layout.limit, max(2 * room, FIRST_ROOM))
+
+    def _grow(self, *larger: Tensor) -> None:
+        """Keep on in larger buffers."""
+        for old, new in zip(self.own or (), larger, strict=False):
+            new[:, :, : old.shape[2]] = old[: len(new)]
+        keys, values = larger
+        self.own = keys, values
+
+
+def _places(buffer: Tensor, tokens: int) -> int:
+    """What so many tokens take of the third axis of a cache."""
+    return -(-tokens // LANES) if buffer.ndim == 5 else tokens
 
 
 class PromptedLayout:
@@ -160,10 +178,10 @@ class PromptedLayout:
         self._assign_slots(prompt_of_row)
         return prompts
 
-    def rows(self, window: int | None) -> Rows:
-        """Where the rows are, for the compiled kernel."""
-        first = 0 if window is None else max(0, self.width + self.length - window)
-        return Rows(self._chunks, self._begin, self.length, first)
+    @property
+    def rows(self) -> Rows:
+        """Where the rows are, for the compiled step."""
+        return Rows(self._chunks, self._begin, self.length)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[B, 1, H, D]; `key` and `value` are the new ones, the others lie in the cache."""

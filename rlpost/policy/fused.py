@@ -25,13 +25,16 @@ from rlpost.objectives.ragged import widen
 from rlpost.policy import adapters
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
-from rlpost.policy.fused_blocks import FusedBlock, Linear, compiled_blocks, compiled_serve, torch_blocks
+from rlpost.policy.fused_blocks import Affine, CompiledStep, FusedBlock, TorchStep, compiled_serves
 from rlpost.policy.policy import Policy
 from rlpost.policy.recognise import NotRecognised, linear_of, norm_of, part, window_of
 from rlpost.policy.tile_attention import Heads
 
 LARGEST = 2**30
 """Bytes of packed weights, at most: beyond, products take the time and a second copy is not worth its memory."""
+
+FIXED = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose angles depend on the position alone, not on the longest row."""
 
 
 class FusedModel:
@@ -47,7 +50,7 @@ class FusedModel:
         Raises:
             NotRecognised: the model has something that is not recognised, or is too large.
         """
-        reader = _Reader(model, bfloat16)
+        reader = _Reader(model)
         lm = reader.lm
         trunk = lm.base_model
         self.bytes = sum(p.numel() for p in lm.parameters()) * (2 if bfloat16 else lm.dtype.itemsize)
@@ -55,12 +58,18 @@ class FusedModel:
             raise NotRecognised(f"{self.bytes / 2**30:.1f} GiB of weights are more than a second copy is worth")
         with torch.no_grad():
             self._embedding = reader.table(part(trunk, "embed_tokens"))
-            self._blocks = [reader.block(layer) for layer in part(trunk, "layers")]
-            norm, self._eps = reader.norm(part(trunk, "norm"))
-            self._head = reader.linear([lm.get_output_embeddings()], norm)
+            blocks = [reader.block(layer) for layer in part(trunk, "layers")]
+            norm, eps = reader.norm(part(trunk, "norm"))
+            head = reader.linear([lm.get_output_embeddings()], norm)
+            dtype = torch.bfloat16 if bfloat16 else lm.dtype
+            self._step: CompiledStep | TorchStep
+            if compiled_serves(blocks, dtype):
+                self._step = CompiledStep(blocks, head, eps, dtype)
+            else:
+                self._step = TorchStep(blocks, head, eps, dtype)
         self._rotary = part(trunk, "rotary_emb")
-        dtype = torch.bfloat16 if bfloat16 else lm.dtype
-        self._compiled = self._embedding.device.type == "cpu" and compiled_serve(self._blocks, dtype)
+        self._table: tuple[Tensor, Tensor] | None = None
+        """[positions, d] cosines and sines that have been needed so far, where they depend on nothing else."""
         reader.all_read()
 
     def step(
@@ -68,9 +77,20 @@ class FusedModel:
     ) -> Tensor:
         """[B, V] logits after one more token a row, which is added to the cache."""
         x = widen(F.embedding(ids_B, self._embedding))
-        cos, sin = self._rotary(x[:, None], position_B[:, None])
-        run = compiled_blocks if self._compiled else torch_blocks
-        return self._head(run(self._blocks, self._eps, x, (cos[:, 0], sin[:, 0]), layers, layout))
+        return self._step(x, *self._angles(x, position_B), layers, layout)
+
+    def _angles(self, x: Tensor, position_B: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, d] cosines and sines of the rows' positions."""
+        if getattr(self._rotary, "rope_type", None) not in FIXED:
+            cos, sin = self._rotary(x[:, None], position_B[:, None])
+            return cos[:, 0], sin[:, 0]
+        needed = int(position_B.max()) + 1
+        if self._table is None or len(self._table[0]) < needed:
+            every = torch.arange(2 * needed, device=x.device)[None]
+            cos, sin = self._rotary(x[:1, None], every)
+            self._table = cos[0], sin[0]
+        cos, sin = self._table
+        return cos.index_select(0, position_B), sin.index_select(0, position_B)
 
 
 def fused_model(policy: Policy) -> FusedModel | None:
@@ -84,9 +104,8 @@ def fused_model(policy: Policy) -> FusedModel | None:
 class _Reader:
     """Reads a model's weights, and knows which parameters nobody has read."""
 
-    def __init__(self, model: Any, bfloat16: bool) -> None:
+    def __init__(self, model: Any) -> None:
         self.lm = model.get_base_model() if adapters.are_in(model) else model
-        self._dtype = torch.bfloat16 if bfloat16 else self.lm.dtype
         others = set(model.peft_config) - {adapters.POLICY} if adapters.are_in(model) else set()
         self._left = {
             id(p): n for n, p in self.lm.named_parameters() if not any(adapters.belongs(n, other) for other in others)
@@ -113,7 +132,7 @@ class _Reader:
         weight, eps = norm_of(module)
         return self._take(weight), eps
 
-    def linear(self, modules: Sequence[Any], norm: Tensor | None = None) -> Linear:
+    def linear(self, modules: Sequence[Any], norm: Tensor | None = None) -> Affine:
         """Linear layers of one input as one, after a norm with that weight."""
         found = [self._weight(m) for m in modules]
         weight = torch.cat([w for w, _ in found]) if len(found) > 1 else found[0][0]
@@ -121,9 +140,9 @@ class _Reader:
             weight = weight * norm
         biases = [b for _, b in found]
         if all(b is None for b in biases):
-            return Linear(weight, None, self._dtype)
+            return Affine(weight, None)
         full = [w.new_zeros(len(w)) if b is None else b for w, b in found]
-        return Linear(weight, torch.cat(full), self._dtype)
+        return Affine(weight, torch.cat(full))
 
     def block(self, layer: Any) -> FusedBlock:
         """One layer; attribute names as in Llama and the families that follow it."""
@@ -144,7 +163,6 @@ class _Reader:
             norms,
             AttentionOptions(part(attention, "scaling"), window_of(attention)),
             Heads(linear_of(q).out_features // width, linear_of(k).out_features // width, width),
-            (len(first), linear_of(mlp.gate_proj).out_features),
         )
 
     def _weight(self, module: Any) -> tuple[Tensor, Tensor | None]:

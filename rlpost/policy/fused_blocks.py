@@ -1,19 +1,21 @@
-"""The layers of a fused decoding step, in PyTorch's operations or in compiled ones (rlpost/kernels).
+"""The layers of a fused decoding step: in PyTorch's operations, or all in one compiled call (rlpost/kernels/step.c).
 
-Axes: B rows, D hidden width, H query heads, K key heads, d of a head.
+Axes: B rows, D hidden width, H query heads, K key heads, d of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlpost.kernels import decoding, ops
+from rlpost.kernels import step
 from rlpost.kernels.build import why_none
+from rlpost.kernels.ops import LANES
 from rlpost.objectives.ragged import widen
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
@@ -22,132 +24,150 @@ from rlpost.policy.tile_attention import Heads, scale_of
 
 ROWS = 64
 """Rows that oneDNN lays the weights out for; others give the same sums."""
-REPEATS = 64
-"""Query heads of a key head, at most, in the compiled step."""
 
 
-class Linear:
-    """y = xWᵀ + b with the weight packed for this machine."""
+class Affine(NamedTuple):
+    """y = xWᵀ + b."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        weight = weight.to(dtype)
-        packs = weight.device.type == "cpu" and dtype != torch.float64 and has_onednn()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
-        self._weight = None if packs else weight
-        self._bias = None if bias is None else bias.to(dtype)
-        self.dtype = dtype
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, out] from [B, in]."""
-        x = x.to(self.dtype)
-        if self._packed is None:
-            assert self._weight is not None
-            return F.linear(x, self._weight, self._bias)
-        return product(x, self._packed, self._bias)
+    weight: Tensor
+    """[out, in]."""
+    bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class FusedBlock:
-    """One layer, ready to run."""
+    """One layer; the weights of the norms before products are in these."""
 
-    into: Linear
+    into: Affine
     """q, k and v of the normed input."""
-    out: Linear
-    gate_up: Linear
-    down: Linear
+    out: Affine
+    gate_up: Affine
+    down: Affine
     eps: tuple[float, float]
     """Of the norms before attention and before the feed-forward part."""
     head_norms: tuple[tuple[Tensor, float], tuple[Tensor, float]] | None
     """(weight, eps) of queries' and keys'."""
     options: AttentionOptions
     heads: Heads
-    widths: tuple[int, int]
-    """Hidden width, and that of the feed-forward part."""
-
-    def with_head_norms(self, qkv: Tensor) -> Tensor:
-        """[B, H + 2K, d] queries and keys each normed by themselves, if the layer does that."""
-        h = self.heads
-        qkv = qkv.view(len(qkv), -1, h.width)
-        if self.head_norms is None:
-            return qkv
-        sides = qkv.split_with_sizes([h.query, h.key, h.key], 1)
-        normed = [_normed(x, eps) * weight for x, (weight, eps) in zip(sides, self.head_norms, strict=False)]
-        return torch.cat([x.to(qkv.dtype) for x in (*normed, sides[2])], 1)
 
 
-Angles = tuple[Tensor, Tensor]
-"""[B, d] cosines and sines of the rows' positions."""
+class Linear:
+    """An affine map with the weight packed for this machine."""
+
+    def __init__(self, of: Affine, dtype: torch.dtype) -> None:
+        weight = of.weight.to(dtype)
+        packs = weight.device.type == "cpu" and dtype != torch.float64 and has_onednn()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
+        self._weight = None if packs else weight
+        self._bias = None if of.bias is None else of.bias.to(dtype)
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, out] from [B, in]."""
+        x = x.to(self._dtype)
+        if self._packed is None:
+            assert self._weight is not None
+            return F.linear(x, self._weight, self._bias)
+        return product(x, self._packed, self._bias)
 
 
-def torch_blocks(
-    blocks: Sequence[FusedBlock],
-    eps: float,
-    x: Tensor,
-    angles: Angles,
-    layers: Sequence[PromptedLayer],
-    layout: PromptedLayout,
-) -> Tensor:
-    """[B, D] the last hidden state, without the weight of its norm.
+class TorchStep:
+    """In PyTorch's operations, of every type and on every device."""
 
-    Args:
-        blocks: the model's layers.
-        eps: of the last norm.
-        x: [B, D] embeddings.
-        angles: of the new tokens.
-        layers: their cache.
-        layout: of the rows.
-    """
-    cos, sin = angles
-    half = sin.shape[-1] // 2
-    # The first half is that of −x₂.
-    turn = cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], -1)[:, None]
-    for block, layer in zip(blocks, layers, strict=True):
-        h = block.heads
-        qkv = block.with_head_norms(block.into(_normed(x, block.eps[0])))
-        both, value = qkv[:, : h.query + h.key], qkv[:, h.query + h.key :]
-        both = torch.addcmul(both * turn[0], both.roll(half, -1), turn[1])
-        query, key, value = both[:, : h.query, None], both[:, h.query :, None], value[:, :, None]
-        layer.update(key, value)
-        attended = layout.attend(query, key, value, block.options)
-        x = x + block.out(attended.reshape(len(x), -1))
-        gate, up = block.gate_up(_normed(x, block.eps[1])).chunk(2, -1)
-        x = x + block.down(F.silu(gate).mul_(up))
-    return _normed(x, eps)
+    def __init__(self, blocks: Sequence[FusedBlock], head: Affine, eps: float, dtype: torch.dtype) -> None:
+        """Pack the weights.
+
+        Args:
+            blocks: the model's layers.
+            head: its head.
+            eps: of the last norm.
+            dtype: of products.
+        """
+        self._blocks = blocks
+        self._linear = [tuple(Linear(of, dtype) for of in (b.into, b.out, b.gate_up, b.down)) for b in blocks]
+        self._head = Linear(head, dtype)
+        self._eps = eps
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layers: Sequence[PromptedLayer], layout: PromptedLayout
+    ) -> Tensor:
+        """[B, V] logits.
+
+        Args:
+            x: [B, D] embeddings.
+            cos: [B, d] of the new tokens' positions.
+            sin: [B, d].
+            layers: their cache.
+            layout: of the rows.
+        """
+        half = sin.shape[-1] // 2
+        # The first half is that of −x₂.
+        turn = cos[:, None], torch.cat([-sin[:, :half], sin[:, half:]], -1)[:, None]
+        for block, (into, out, gate_up, down), layer in zip(self._blocks, self._linear, layers, strict=True):
+            h = block.heads
+            qkv = into(_normed(x, block.eps[0])).view(len(x), -1, h.width)
+            both, value = qkv[:, : h.query + h.key], qkv[:, h.query + h.key :]
+            if block.head_norms is not None:
+                sides = both.split_with_sizes([h.query, h.key], 1)
+                normed = zip(sides, block.head_norms, strict=True)
+                both = torch.cat([_normed(side, eps) * weight for side, (weight, eps) in normed], 1)
+            both = torch.addcmul(both * turn[0], both.roll(half, -1), turn[1])
+            query, key, value = both[:, : h.query, None], both[:, h.query :, None], value[:, :, None]
+            layer.update(key, value)
+            attended = layout.attend(query, key, value, block.options)
+            x = x + out(attended.reshape(len(x), -1))
+            gate, up = gate_up(_normed(x, block.eps[1])).chunk(2, -1)
+            x = x + down(F.silu(gate).mul_(up))
+        return self._head(_normed(x, self._eps))
 
 
-def compiled_serve(blocks: Sequence[FusedBlock], dtype: torch.dtype) -> bool:
-    """Whether `compiled_blocks` runs these layers, whose products have this type."""
+def compiled_serves(blocks: Sequence[FusedBlock], dtype: torch.dtype) -> bool:
+    """Whether `CompiledStep` runs these layers, whose products have this type."""
+    widths = {n for b in blocks for n in (b.into.weight.shape[1], b.down.weight.shape[1], b.heads.width)}
     return (
-        dtype in (torch.float32, torch.bfloat16)
-        and all(w % ops.LANES == 0 for b in blocks for w in (*b.widths, b.heads.width))
+        blocks[0].into.weight.device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and all(n % LANES == 0 for n in widths)
+        and len({(b.heads, b.down.weight.shape[1]) for b in blocks}) == 1
         and all(b.options.softcap is None and b.options.sinks is None for b in blocks)
-        and all(b.heads.repeats <= REPEATS for b in blocks)
+        and blocks[0].heads.repeats <= step.REPEATS
         and not why_none()
     )
 
 
-def compiled_blocks(
-    blocks: Sequence[FusedBlock],
-    eps: float,
-    x: Tensor,
-    angles: Angles,
-    layers: Sequence[PromptedLayer],
-    layout: PromptedLayout,
-) -> Tensor:
-    """As `torch_blocks`, and the same up to rounding."""
-    cos, sin = (side.float().contiguous() for side in angles)
-    added: Tensor | None = None
-    for block, layer in zip(blocks, layers, strict=True):
-        dtype, h = block.into.dtype, block.heads
-        x, normed, _ = ops.norm(x, added, None, block.eps[0], dtype)
-        qkv = block.with_head_norms(block.into(normed)).view(len(x), -1)
-        cached = layer.cached(len(x), h.key, h.width)
-        attended = decoding.decode(
-            qkv, cos, sin, layout.rows(block.options.window), cached, h.query, scale_of(block.options, h.width)
-        )
-        x, normed, _ = ops.norm(x, block.out(attended), None, block.eps[1], dtype)
-        added = block.down(ops.swiglu(block.gate_up(normed)))
-    return ops.norm(x, added, None, eps, blocks[-1].into.dtype)[1]
+class CompiledStep:
+    """In one call; as `TorchStep`, and the same up to rounding."""
+
+    def __init__(self, blocks: Sequence[FusedBlock], head: Affine, eps: float, dtype: torch.dtype) -> None:
+        """Pack the weights; arguments as of `TorchStep`."""
+        self._dtype = dtype
+        self._heads = blocks[0].heads
+        heads = self._heads.query, self._heads.key, self._heads.width
+        packed = [_compiled(b, dtype) for b in blocks]
+        self._step = step.Step(packed, step.Packed(*head, dtype), eps, heads)
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layers: Sequence[PromptedLayer], layout: PromptedLayout
+    ) -> Tensor:
+        """[B, V] logits; arguments as of `TorchStep`, of which `x` is written over."""
+        h = self._heads
+        caches = [layer.cached(len(x), h.key, h.width, self._dtype) for layer in layers]
+        return self._step(x, cos.float().contiguous(), sin.float().contiguous(), layout.rows, caches)
+
+
+def _compiled(block: FusedBlock, dtype: torch.dtype) -> step.Block:
+    norms = block.head_norms
+    into, out, gate_up, down = (step.Packed(*of, dtype) for of in (block.into, block.out, block.gate_up, block.down))
+    return step.Block(
+        into,
+        out,
+        gate_up,
+        down,
+        block.eps,
+        None if norms is None else ((norms[0][0].float(), norms[0][1]), (norms[1][0].float(), norms[1][1])),
+        scale_of(block.options, block.heads.width),
+        block.options.window,
+    )
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from rlpost.engine.params import Sampling
 from rlpost.engine.sampling import choose, greedy
-from rlpost.kernels import attention, decoding, ops
+from rlpost.kernels import attention, build, ops, step
 from rlpost.kernels.build import why_none
 
 pytestmark = pytest.mark.skipif(bool(why_none()), reason=f"no compiled functions here: {why_none()}")
@@ -200,58 +200,123 @@ def test_families_are_segments_that_share_tokens():
     assert attention.Families([]).families.shape == (0, 4)
 
 
-def cache_of(prompts, columns, rows, key_heads, width, room, seed=0):
-    def side(*shape):
-        return decoding.with_slack(torch.empty(0), *shape).copy_(draw(*shape, seed=seed))
+def affine(out, width, dtype, seed, bias=False):
+    """A packed layer, and what it computes in float64."""
+    weight, offset = draw(out, width, seed=seed, scale=width**-0.5).to(dtype), draw(out, seed=seed) if bias else None
 
-    return decoding.Cached(
-        side(prompts, key_heads, width, columns).mT,
-        side(prompts, key_heads, columns, width),
-        side(rows, key_heads, width, room).mT,
-        side(rows, key_heads, room, width),
-    )
+    def wide(x):
+        return x @ weight.double().T + (0 if offset is None else offset.double())
+
+    return step.Packed(weight, offset, dtype), wide
+
+
+class Reference:
+    """A model of two layers, its caches, and the same in float64 with everything written out."""
+
+    def __init__(self, dtype, heads, key_heads, width, window, head_norms):
+        self.dtype, self.window, self.heads = dtype, window, (heads, key_heads, width)
+        self.columns, self.length, room, hidden, inner = 21, 19, 32, 48, 80
+        self.prompt_of_row = np.array([0] * 11 + [1] + [2] * 3)
+        self.begin = np.array([0, 20, 7], np.int32)
+        rows = len(self.prompt_of_row)
+        both = (heads + 2 * key_heads) * width
+        blocks, self.wide, self.caches, self.own = [], [], [], []
+        for layer in range(2):
+            parts = [
+                affine(both, hidden, dtype, layer + 1, bias=True),
+                affine(hidden, heads * width, dtype, layer + 3),
+                affine(2 * inner, hidden, dtype, layer + 5),
+                affine(hidden, inner, dtype, layer + 7, bias=layer == 1),
+            ]
+            norms = ((draw(width, seed=layer), 1e-4), (draw(width, seed=layer + 1), 1e-3)) if head_norms else None
+            blocks.append(step.Block(*(p for p, _ in parts), (1e-5, 1e-2), norms, 0.3, window))
+            self.wide.append(([w for _, w in parts], norms))
+            prompt_key, prompt_value = (draw(3, key_heads, self.columns, width, seed=layer + n) for n in (1, 2))
+            own = [draw(rows + 2, key_heads, room, width, dtype=dtype, seed=layer + n) for n in (3, 4)]
+            self.own.append([x.clone() for x in own])
+            slack = step.with_slack(torch.empty(0), 3, key_heads, width, self.columns).copy_(prompt_key.mT)
+            lanes = own[0].view(rows + 2, key_heads, -1, ops.LANES, width).transpose(3, 4).contiguous()
+            self.caches.append(step.Cached(slack.mT, prompt_value, lanes, own[1]))
+        head, self.wide_head = affine(37, hidden, dtype, 9)
+        self.step = step.Step(blocks, head, 1e-5, self.heads)
+        self.x, self.cos, self.sin = draw(rows, hidden), draw(rows, width, seed=1), draw(rows, width, seed=2)
+
+    def run(self):
+        rows = step.Rows(step.chunks_of(self.prompt_of_row), self.begin, self.length)
+        return self.step(self.x.clone(), self.cos, self.sin, rows, self.caches)
+
+    def attended(self, layer, query, key, value):
+        """[B, H·d], after writing the new keys and values to `self.own`."""
+        own_key, own_value = self.own[layer]
+        own_key[: len(key), :, self.length - 1], own_value[: len(key), :, self.length - 1] = key, value
+        found = []
+        for row, prompt in enumerate(self.prompt_of_row):
+            cached = self.caches[layer]
+            keys, values = (
+                torch.cat([p[prompt, :, self.begin[prompt] :], own[row, :, : self.length]], 1).double()
+                for p, own in ((cached.prompt_key, own_key), (cached.prompt_value, own_value))
+            )
+            seen = slice(max(0, keys.shape[1] - (self.window or 10**6)), None)
+            keys, values = (x[:, seen].repeat_interleave(self.heads[0] // self.heads[1], 0) for x in (keys, values))
+            weights = torch.einsum("hd,hkd->hk", query[row], keys).softmax(-1)
+            found.append(torch.einsum("hk,hkd->hd", weights, values).flatten())
+        return torch.stack(found)
+
+    def wanted(self):
+        heads, key_heads, width = self.heads
+        x, angles = self.x.double(), (self.cos.double(), self.sin.double())
+        for layer, ((into, back, gate_up, down), norms) in enumerate(self.wide):
+            qkv = into(rms_norm(x, 1, 1e-5)).view(len(x), -1, width)
+            query, key, value = qkv.split_with_sizes([heads, key_heads, key_heads], 1)
+            if norms is not None:
+                query, key = (rms_norm(y, w.double(), eps) for y, (w, eps) in zip((query, key), norms, strict=True))
+            query, key = turned(query, *angles) * 0.3, turned(key, *angles)
+            x = x + back(self.attended(layer, query, key, value))
+            gate, up = gate_up(rms_norm(x, 1, 1e-2)).chunk(2, -1)
+            x = x + down(F.silu(gate) * up)
+        return self.wide_head(rms_norm(x, 1, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "key_heads", "width"), [(2, 2, 16), (6, 2, 32), (8, 1, 48)])
-@pytest.mark.parametrize("window", [None, 9, 4])
-def test_a_decoding_step(dtype, heads, key_heads, width, window):
-    columns, length, room = 21, 6, 24
-    prompt_of_row = np.array([0] * 11 + [1] + [2] * 3)
-    begin = np.array([0, 20, 7], np.int32)
-    rows = len(prompt_of_row)
-    cached = cache_of(3, columns, rows + 2, key_heads, width, room)
-    qkv = draw(rows, (heads + 2 * key_heads) * width, dtype=dtype, scale=1.5)
-    cos, sin = draw(rows, width, seed=1), draw(rows, width, seed=2)
-    first = 0 if window is None else max(0, columns + length - window)
-    before = [x.clone() for x in (cached.own_key, cached.own_value)]
-    where = decoding.Rows(decoding.chunks_of(prompt_of_row), begin, length, first)
-    found = decoding.decode(qkv, cos, sin, where, cached, heads, 0.3)
+@pytest.mark.parametrize("window", [None, 26, 9])
+@pytest.mark.parametrize("head_norms", [False, True])
+def test_a_decoding_step(dtype, heads, key_heads, width, window, head_norms):
+    reference = Reference(dtype, heads, key_heads, width, window, head_norms)
+    found, wanted = reference.run(), reference.wanted()
+    assert found.dtype == dtype
+    assert_near(found, wanted, dtype, times=4)
+    for cached, own in zip(reference.caches, reference.own, strict=True):
+        # The caches hold the new token, and what they held before.
+        assert_near(cached.own_key.transpose(3, 4).flatten(2, 3), own[0], dtype, times=4)
+        assert_near(cached.own_value, own[1], dtype, times=4)
 
-    query, key, value = (
-        x.double().view(rows, -1, width)
-        for x in qkv.split_with_sizes([n * width for n in (heads, key_heads, key_heads)], 1)
-    )
-    query, key = turned(query, cos.double(), sin.double()) * 0.3, turned(key, cos.double(), sin.double())
-    for own, old, new in zip((cached.own_key, cached.own_value), before, (key, value), strict=True):
-        assert_near(own[:rows, :, length - 1], new, torch.float32)
-        others = [t for t in range(room) if t != length - 1]
-        assert torch.equal(own[:, :, others], old[:, :, others])
-        assert torch.equal(own[rows:], old[rows:])
-    for row, prompt in enumerate(prompt_of_row):
-        keys, values = (
-            torch.cat([p[prompt, :, begin[prompt] :], own[row, :, :length]], 1).double()
-            for p, own in ((cached.prompt_key, cached.own_key), (cached.prompt_value, cached.own_value))
-        )
-        seen = slice(max(0, keys.shape[1] - (window or 10**6)), None)
-        keys, values = (x[:, seen].repeat_interleave(heads // key_heads, 0) for x in (keys, values))
-        weights = torch.einsum("hd,hkd->hk", query[row], keys).softmax(-1)
-        assert_near(found[row], torch.einsum("hk,hkd->hd", weights, values).flatten(), dtype)
+
+def test_a_decoding_step_on_a_processor_without_bfloat16(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-U__AVX512BF16__"))
+    build.library.cache_clear()
+    try:
+        reference = Reference(torch.bfloat16, 6, 2, 32, None, False)
+        assert_near(reference.run(), reference.wanted(), torch.bfloat16, times=4)
+    finally:
+        build.library.cache_clear()
+
+
+def test_a_decoding_step_has_the_same_bits_with_any_number_of_threads():
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(Reference(torch.float32, 6, 2, 32, None, True).run())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_chunks_are_rows_of_one_prompt():
-    assert decoding.chunks_of(np.array([0] * 9 + [2])).tolist() == [[0, 0, 8], [0, 8, 9], [2, 9, 10]]
-    assert decoding.chunks_of(np.zeros(0, np.int64)).shape == (0, 3)
+    assert step.chunks_of(np.array([0] * 9 + [2])).tolist() == [[0, 0, 8], [0, 8, 9], [2, 9, 10]]
+    assert step.chunks_of(np.zeros(0, np.int64)).shape == (0, 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,7 +338,7 @@ def test_choices_are_those_of_the_plain_path(dtype, vocabulary, temperature):
 def test_a_token_without_mass_is_never_chosen(uniform, possible):
     logits = torch.full((1, 70), -1e30)
     logits[0, possible] = 3.0
-    token, logp = decoding.sample(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
+    token, logp = ops.sample(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
     assert token.tolist() == [possible]
     assert logp.tolist() == [0.0]
 
