@@ -162,7 +162,8 @@ def in_child(root: Path, work: Callable[[], int]) -> int | None:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.dont_write_bytecode = True
-        os.environ.update(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1")
+        # Compiled functions of changed sources stay in the copy, too.
+        os.environ.update(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1", XDG_CACHE_HOME=str(root / "cache"))
         os.chdir(root)
         sys.path.insert(0, str(root))
         with output.open("w") as file:

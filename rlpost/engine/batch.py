@@ -65,10 +65,13 @@ class Batch:
         limits = [r.request.limit for r in rows]
         shape = len(rows), max(limits)
         noise = uniforms([r.request.seed for r in rows], [r.index for r in rows], shape[1])
-        self._noise_RT = torch.from_numpy(noise).to(device)
-        self._ids_RT = torch.zeros(shape, dtype=torch.long, device=device)
-        self._ended_RT = torch.zeros(shape, dtype=torch.bool, device=device)
+        # A step's numbers lie side by side.
+        self._noise_TR = torch.from_numpy(np.ascontiguousarray(noise.T)).to(device)
+        self._ids_TR = torch.zeros(shape[::-1], dtype=torch.long, device=device)
+        self._ended_TR = torch.zeros(shape[::-1], dtype=torch.bool, device=device)
         self._limit_R = torch.tensor(limits, device=device)
+        self._limit = self._limit_R
+        """Of the live rows."""
         self._ends = torch.tensor(list(policy.end_ids), dtype=torch.long, device=device)
         compiled = isinstance(decoder, FlatDecoder) and decoder.is_fused
         self._choices = _Choices([r.request.sampling for r in rows], policy.tokenizer, device, compiled)
@@ -84,38 +87,49 @@ class Batch:
         """All tokens of all rows."""
         stops = self._choices.stops_of_rows
         logits = self._decoder.start()
-        logp_RT = torch.zeros(self._ids_RT.shape, dtype=widen(logits).dtype, device=logits.device)
-        most = self._ids_RT.shape[1]
+        logp_TR = torch.zeros(self._ids_TR.shape, dtype=widen(logits).dtype, device=logits.device)
+        most = len(self._ids_TR)
         for t in range(most):
             token, logp = self._choose(logits, t)
-            logp_RT[self._live, t] = logp.to(logp_RT.dtype)
+            self._put(logp_TR, t, logp.to(logp_TR.dtype))
             if t + 1 == most or (token_left := self._next(token, t)) is None:
                 break
             if self._steering is not None:
                 self._steering.append(token_left)
             logits = self._decoder.step(token_left)
         self._store(torch.ones_like(self._ended))
-        ended_RT = self._ended_RT.cpu().numpy()
+        ids_RT, ended_RT, logp_RT = (x.t().contiguous().cpu().numpy() for x in (self._ids_TR, self._ended_TR, logp_TR))
         length_R, stopped_R = _lengths(ended_RT, self._limit_R.cpu().numpy())
-        return Drawn(self._ids_RT.cpu().numpy(), logp_RT.cpu().numpy(), length_R, stopped_R, stops)
+        return Drawn(ids_RT, logp_RT, length_R, stopped_R, stops)
+
+    @property
+    def _all_live(self) -> bool:
+        return len(self._live) == self._ids_TR.shape[1]
+
+    def _put(self, whole_TR: Tensor, t: int, of_live: Tensor) -> None:
+        """Record what live rows have at step `t`."""
+        if self._all_live:
+            whole_TR[t] = of_live
+        else:
+            whole_TR[t].index_copy_(0, self._live, of_live)
 
     def _choose(self, logits_BV: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """[B] the rows' tokens number `t` and their log-probabilities; records which rows end with them."""
-        live = self._live
         logits_BV = self._policy.known.cut(logits_BV)
         if self._steering is not None:
             weight_BV = self._steering.weigh(logits_BV, ~self._over(t))
             logits_BV = widen(logits_BV) + self._choices.scale * weight_BV.to(widen(logits_BV).dtype)
-        token, logp = self._choices.choose(logits_BV, self._noise_RT[live, t])
-        self._ids_RT[live, t] = token
-        self._ended = self._ended | (token[:, None] == self._ends).any(1)
-        self._ended = self._choices.with_stopped(self._ended, self._ids_RT, live, t + 1)
-        self._ended_RT[live, t] = self._ended
+        noise = self._noise_TR[t]
+        token, logp = self._choices.choose(logits_BV, noise if self._all_live else noise[self._live])
+        self._put(self._ids_TR, t, token)
+        self._ended = self._ended | torch.isin(token, self._ends)
+        self._ended = self._choices.with_stopped(self._ended, self._ids_TR, self._live, t + 1)
+        self._put(self._ended_TR, t, self._ended)
         return token, logp
 
     def _over(self, length: int) -> Tensor:
         """[B] rows that need no more than the `length` tokens they have."""
-        return self._ended | (self._limit_R[self._live] <= length)
+        return self._ended | (self._limit <= length)
 
     def _next(self, token: Tensor, t: int) -> Tensor | None:
         """The tokens of the rows that stay, after ended ones may have left; None if every row has ended."""
@@ -123,17 +137,18 @@ class Batch:
         if not must_leave and (t + 1) % self._look_every:
             return token
         over = self._over(t + 1)
-        going = (~over).nonzero()[:, 0]
-        if not len(going):
+        going_on = len(over) - int(over.sum())
+        if not going_on:
             return None
-        if len(going) > LEAVE_AT * len(over) and not must_leave:
+        if going_on > LEAVE_AT * len(over) and not must_leave:
             return token
+        going = (~over).nonzero()[:, 0]
         self._store(over)
         self._decoder.keep(going)
         if self._steering is not None:
             self._steering.keep(going)
         self._choices.keep(going)
-        self._live, self._ended = self._live[going], self._ended[going]
+        self._live, self._ended, self._limit = self._live[going], self._ended[going], self._limit[going]
         return token[going]
 
     def _store(self, leaving: Tensor) -> None:
@@ -144,7 +159,8 @@ class Batch:
         numbers = self._live.tolist()
         rows = [b for b in leaving.nonzero()[:, 0].tolist() if numbers[b] in self._keeps]
         which = self._live[torch.tensor(rows, dtype=torch.long, device=leaving.device)]
-        ids, ended, limits = (x[which].cpu().numpy() for x in (self._ids_RT, self._ended_RT, self._limit_R))
+        ids, ended = (x[:, which].t().cpu().numpy() for x in (self._ids_TR, self._ended_TR))
+        limits = self._limit_R[which].cpu().numpy()
         lengths, _ = _lengths(ended, limits)
         self._decoder.store_rows(rows, [x[:n] for x, n in zip(ids, lengths, strict=True)])
 
@@ -188,11 +204,11 @@ class _Choices:
         order = torch.cat([rows for *_, rows in self._parts]).argsort()
         return torch.cat([token for token, _ in parts])[order], torch.cat([logp for _, logp in parts])[order]
 
-    def with_stopped(self, ended: Tensor, ids_RT: Tensor, live: Tensor, length: int) -> Tensor:
+    def with_stopped(self, ended: Tensor, ids_TR: Tensor, live: Tensor, length: int) -> Tensor:
         """[B] ended rows, and those whose last tokens contain a stop string."""
         for _, stops, rows in self._parts:
             if stops:
-                recent = ids_RT[live[rows], max(0, length - stops.tail) : length].tolist()
+                recent = ids_TR[max(0, length - stops.tail) : length, live[rows]].t().tolist()
                 hit = torch.tensor([stops.hit(tail) for tail in recent], device=self._device)
                 ended = ended.index_copy(0, rows, ended[rows] | hit)
         return ended

@@ -13,6 +13,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rlpost.kernels.build import why_none
 from rlpost.run.environment import versions
 
 NO_EXTRAS = ("dev", "docs")
@@ -61,6 +62,8 @@ class Machine:
     gpus: list[Gpu]
     precision: str | None
     """What `model.precision: auto` is here."""
+    no_kernels: str
+    """Why layers are not compiled for the CPU; empty where they are."""
     memory: int | None
     """Of the machine, or what its container may take."""
     memory_free: int | None
@@ -95,6 +98,7 @@ def examine() -> Machine:
         threads=threads,
         gpus=gpus,
         precision=precision,
+        no_kernels=why_none(),
         memory=total,
         memory_free=free,
         disk_free=shutil.disk_usage(Path.cwd()).free,
@@ -144,6 +148,9 @@ def text(machine: Machine) -> str:
     threads = f", torch takes {machine.threads} threads" if machine.threads is not None else ""
     lines.append(("CPU", f"{machine.cpus} cores{threads}"))
     lines.append(("precision", f"{machine.precision or 'unknown'} (what `model.precision: auto` is here)"))
+    lines.append(
+        ("CPU layers", f"not compiled, which is slower: {machine.no_kernels}" if machine.no_kernels else "compiled")
+    )
     lines.append(("memory", f"{_size(machine.memory)}, {_size(machine.memory_free)} free"))
     lines.append(("disk", f"{_size(machine.disk_free)} free in this folder"))
     for name, packages in machine.extras.items():

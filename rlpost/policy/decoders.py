@@ -7,7 +7,6 @@ Axes: P prompts, B rows (live completions), W prompt columns, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,16 +16,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from rlpost.policy.attention import plain_attention
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
 from rlpost.policy.fused import FusedModel
+from rlpost.policy.heads import reproduced_head
 from rlpost.policy.kept import Keeping, KeptRows, Places, kept_layout
 from rlpost.policy.layout import FlatLayout
+from rlpost.policy.padded import PaddedDecoder
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
 from rlpost.policy.tiles import Segment
+from rlpost.policy.trunk import Trunk
 from rlpost.types import Completion, Group, Tokens
 
 RECOMPUTED_TOKENS = 16384
@@ -71,6 +73,7 @@ class FlatDecoder:
         *,
         keeps: bool = False,
         fused: FusedModel | None = None,
+        trunk: Trunk | None = None,
         blocks: bool = True,
     ) -> None:
         """Prepare to decode at most `limit` tokens a row.
@@ -83,11 +86,13 @@ class FlatDecoder:
             kept: cache of earlier rows; None for no such cache.
             keeps: add this decoder's rows to it.
             fused: the model's weights packed for single tokens; None for its own forward.
+            trunk: the model's layers to read prompts with; None for its own forward.
             blocks: prompts may be attended in blocks of queries.
         """
         self.model = model
         self._blocks = blocks
         self._fused = fused
+        self._trunk = trunk
         self.device = model.get_input_embeddings().weight.device
         self.prompts = prompts
         self.keeping = None if kept is None else Keeping(kept, prompts)
@@ -170,7 +175,24 @@ class FlatDecoder:
             segments = [Segment(int(end) - n, n) for n, end in zip(lengths, ends, strict=True)]
             layout = FlatLayout(segments, len(ids)).to(self.device)
         layout.in_blocks = self._blocks
+        if self._trunk is not None and type(layout) is FlatLayout and self._trunk.serves(layout):
+            return self._read(self._trunk, ids, position, layout, ends - 1)
         return self._forward(self._row(ids), self._row(position), layout, self._row(ends - 1)[0])[0]
+
+    def _read(
+        self,
+        trunk: Trunk,
+        ids: NDArray[np.int64],
+        position: NDArray[np.int64],
+        layout: FlatLayout,
+        at: NDArray[np.int64],
+    ) -> Tensor:
+        """[P, V] logits at some of the tokens, whose keys and values go into the cache."""
+        states, cached = trunk.read(torch.from_numpy(ids), torch.from_numpy(position), layout)
+        for number, (key, value) in enumerate(cached):
+            self.cache.update(key, value, number)
+        logits: Tensor = reproduced_head(self.model)(states[torch.from_numpy(at)])
+        return logits
 
     def _forward(self, ids: Tensor, position: Tensor, layout: Any, keep: int | Tensor) -> Tensor:
         logits: Tensor = self.model(
@@ -185,61 +207,6 @@ class FlatDecoder:
 
     def _row(self, x: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(x)[None].to(self.device)
-
-
-class PaddedDecoder:
-    """Left-padded rows with transformers' own cache and mask."""
-
-    def __init__(self, model: Any, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> None:
-        """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`."""
-        self.model = model
-        self.device = model.get_input_embeddings().weight.device
-        self.takes = frozenset(inspect.signature(model.forward).parameters)
-        self.cache = DynamicCache(config=model.config)
-        # Models without attention have another name for their cache, and silently ignore one by the usual name.
-        self.cache_name = "cache_params" if "cache_params" in self.takes else "past_key_values"
-        self.width = max(len(p) for p in prompts)
-        ids = np.zeros((len(prompts), self.width), np.int64)
-        mask = np.ones((len(prompts), self.width + limit), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, self.width - len(prompt) :] = prompt
-            mask[row, : self.width - len(prompt)] = 0
-        self.ids_PW = torch.from_numpy(ids).to(self.device)
-        # One mask for all steps; each takes a slice of it.
-        self.mask = torch.from_numpy(mask).to(self.device)
-        self.position_B = torch.zeros(0)
-        self.prompt_of_row = torch.tensor(prompt_of_row, device=self.device)
-
-    def start(self) -> Tensor:
-        """[B, V] logits of each row's first token."""
-        position = (self.mask[:, : self.width].cumsum(1) - 1).clamp(min=0)
-        logits = self._forward(self.ids_PW, position)
-        self.position_B = position[:, -1]
-        self.keep(self.prompt_of_row)
-        return logits[self.prompt_of_row]
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """[B, V] logits after one more token a row."""
-        self.width += 1
-        self.position_B = self.position_B + 1
-        return self._forward(ids_B[:, None], self.position_B[:, None])
-
-    def keep(self, rows: Tensor) -> None:
-        """Continue with these rows only."""
-        # Unlike `batch_select_indices`, every cache layer of transformers has this.
-        self.cache.reorder_cache(rows)
-        self.mask, self.position_B = self.mask[rows], self.position_B[rows]
-
-    def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
-        optional = {"position_ids": position, "logits_to_keep": 1}
-        logits: Tensor = self.model(
-            input_ids=ids,
-            attention_mask=self.mask[:, : self.width],
-            use_cache=True,
-            **{self.cache_name: self.cache},
-            **{name: value for name, value in optional.items() if name in self.takes},
-        ).logits
-        return logits[:, -1]
 
 
 class RecomputingDecoder:
@@ -362,14 +329,16 @@ def make_decoder(
         return RecomputingDecoder(policy, prompts, prompt_of_row)
     begin: Start = partial(PaddedDecoder, policy.causal_lm)
     if policy.decoding is Decoding.flat:
-        begin = partial(FlatDecoder, policy.causal_lm, fused=fused, blocks=policy.blocks)
+        trunk = policy.written_out() if fused is not None and policy.tiled and policy.switch is None else None
+        flat = partial(FlatDecoder, policy.causal_lm, fused=fused, trunk=trunk, blocks=policy.blocks)
+        begin = flat
     longest = max(map(len, prompts)) + limit
     if policy.switch is not None and longest > policy.switch:
         if min(map(len, prompts)) > policy.switch:
             return begin(prompts, prompt_of_row, limit)
         return SwitchingDecoder(begin, policy.switch, prompts, prompt_of_row, limit)
     if policy.decoding is Decoding.flat and policy.extends:
-        begin = partial(FlatDecoder, policy.causal_lm, fused=fused, blocks=policy.blocks, kept=kept, keeps=keeps)
+        begin = partial(flat, kept=kept, keeps=keeps)
     return begin(prompts, prompt_of_row, limit)
 
 

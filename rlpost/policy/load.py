@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rlpost import console
 from rlpost.data.codec import make_codec
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError
-from rlpost.kernels.build import why_none
+from rlpost.kernels.build import SWITCH, why_none
 from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
@@ -122,6 +124,13 @@ def _choose_layers(policy: Policy, fast: bool) -> None:
     policy.blocks = fast
     if fast:
         policy.trunk = not why_no_trunk(policy, probe_groups(policy.vocabulary, policy.max_positions))
+        if policy.trunk and SWITCH not in os.environ and (reason := why_none()):
+            _tell_once(reason)
+
+
+@cache
+def _tell_once(reason: str) -> None:
+    console.notice(f"layers are not compiled, so training and sampling on the CPU take about twice as long: {reason}")
 
 
 def is_backwards(folder: str | Path) -> bool:

@@ -231,7 +231,7 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """[all passes' B·T, D]."""
-        trunk = self._trunk()
+        trunk = self.written_out()
         found = [self._states_of(p, trunk) for p in batch.passes]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -242,7 +242,7 @@ class Policy(nn.Module):
         states: Tensor = self.causal_lm.base_model(**_inputs(p)).last_hidden_state
         return states.flatten(0, 1)
 
-    def _trunk(self) -> Trunk | None:
+    def written_out(self) -> Trunk | None:
         """The model's layers with the adapters that are active now, if they are exact in that way."""
         if not self.trunk or self.device.type != "cpu" or self.causal_lm.is_activation_checkpointing:
             return None

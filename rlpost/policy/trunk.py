@@ -112,6 +112,18 @@ def _parts(block: Block, qkv: Tensor) -> list[Tensor]:
     return list(qkv.split_with_sizes([n * h.width for n in (h.query, h.key, h.key)], 1))
 
 
+QKV, HEADS = 2, 8
+"""Where `forward` keeps queries, keys and values of all heads; and normed queries, 1/RMS, normed keys, 1/RMS."""
+
+
+def _attended_parts(block: Block, qkv: Tensor, of_heads: Sequence[Tensor]) -> list[Tensor]:
+    """Queries, keys and values as attention reads them, of what `forward` kept."""
+    parts = _parts(block, qkv)
+    if block.head_norms is not None:
+        parts[:2] = of_heads[:4:2]
+    return parts
+
+
 def _with_head_norms(ops: LayerOps, block: Block, qkv: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """What attention reads; queries and keys normed and their 1/RMS, if the layer norms them."""
     parts = _parts(block, qkv)
@@ -152,9 +164,7 @@ def backward(
     of_middle, of_norm_2 = ops.norm_backward(block.norms[1], of_normed_2, middle, inverse_2, grad)
 
     of_attended, of_out = block.out.backward(of_middle.to(gate_up.dtype), attended, lows[1], wants[1])
-    parts = _parts(block, qkv)
-    if block.head_norms is not None:
-        parts[:2] = of_heads[::2]
+    parts = _attended_parts(block, qkv, of_heads)
     of_qkv = ops.attend_backward(place, block.heads, block.scale, parts, of_attended, attended, list(kept_left))
     of_head_norms = _through_head_norms(ops, block, qkv, of_heads[1::2], of_qkv)
     of_normed, of_into = block.into.backward(of_qkv, normed, lows[0], wants[0])
@@ -228,16 +238,33 @@ class Trunk:
 
     def states(self, ids_T: Tensor, position_T: Tensor, layout: FlatLayout) -> Tensor:
         """[T, D] the last hidden state after every token."""
-        tokens = len(ids_T)
-        x = widen(self._embed(ids_T))
-        cos, sin = self._rotary(x[None], position_T[None])
-        place = Place(layout, cos[0].contiguous(), sin[0].contiguous())
+        tokens, place, x = self._begin(ids_T, position_T, layout)
         with torch.autocast(x.device.type, enabled=False):
-            x = F.pad(x, (0, 0, 0, self._ops.rows(tokens) - tokens))
             for block in self._blocks:
                 x = _Layer.apply(self._ops, block, place, x, *block.parameters())  # type: ignore[no-untyped-call]
             found: Tensor = _Normed.apply(self._last, self._norm, x, self._norm.weight)  # type: ignore[no-untyped-call]
         return found[:tokens]
+
+    @torch.no_grad()
+    def read(self, ids_T: Tensor, position_T: Tensor, layout: FlatLayout) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """[T, D] the last hidden states, and each layer's keys (turned to their positions) and values [1, K, T, d]."""
+        tokens, place, x = self._begin(ids_T, position_T, layout)
+        cached = []
+        with torch.autocast(x.device.type, enabled=False):
+            for block in self._blocks:
+                x, kept = forward(self._ops, block, place, x)
+                parts = _attended_parts(block, kept[QKV], kept[HEADS:])[1:]
+                key, value = (widen(y[:tokens]).reshape(tokens, -1, block.heads.width) for y in parts)
+                cached.append((place.turned(key).transpose(0, 1)[None], value.transpose(0, 1)[None]))
+            return self._last.norm(self._norm, x)[1][:tokens], cached
+
+    def _begin(self, ids_T: Tensor, position_T: Tensor, layout: FlatLayout) -> tuple[int, Place, Tensor]:
+        """Tokens, their places, and the residual stream at first."""
+        tokens = len(ids_T)
+        x = widen(self._embed(ids_T))
+        cos, sin = self._rotary(x[None], position_T[None])
+        x = F.pad(x, (0, 0, 0, self._ops.rows(tokens) - tokens))
+        return tokens, Place(layout, cos[0].contiguous(), sin[0].contiguous()), x
 
     def serves(self, layout: FlatLayout) -> bool:
         """Whether attention over the rows of a layout can be computed in every layer."""

@@ -11,14 +11,17 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
-from rlpost.policy import adapters, fused, fused_check
+from rlpost.kernels.build import why_none
+from rlpost.policy import adapters, fused, fused_blocks, fused_check
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import check_exactness, probe_groups
 from rlpost.policy.decoders import FlatDecoder
 from rlpost.policy.fused import FusedModel
+from rlpost.policy.fused_blocks import CompiledStep, TorchStep
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
 from rlpost.policy.recognise import NotRecognised
+from rlpost.policy.trunk import Trunk
 from rlpost.types import Request
 
 FUSED = ["llama", "qwen2", "qwen3", "mistral"]
@@ -42,12 +45,12 @@ def shaken(model, seed: int = 3):
 
 
 @torch.no_grad()
-def decoded(model, packed, steps: int = 20):
+def decoded(model, packed, steps: int = 20, trunk=None):
     """[logits of each step] over rows that leave twice, one of them the last of its prompt."""
-    decoder = FlatDecoder(model, PROMPTS, PROMPT_OF_ROW, steps, fused=packed)
-    decoder.start()
+    decoder = FlatDecoder(model, PROMPTS, PROMPT_OF_ROW, steps, fused=packed, trunk=trunk)
+    first = decoder.start()
     generator = torch.Generator().manual_seed(1)
-    rows, found = len(PROMPT_OF_ROW), []
+    rows, found = len(PROMPT_OF_ROW), [first]
     for t in range(steps):
         found.append(decoder.step(torch.randint(0, VOCABULARY, (rows,), generator=generator)))
         if t in (4, 12):
@@ -68,6 +71,35 @@ def test_which_families_are_fused(family):
 def test_logits_are_those_of_the_models_own_forward(family):
     model = shaken(flat(family))
     assert torch.allclose(decoded(model, FusedModel(model)), decoded(model, None), rtol=0, atol=1e-5)
+
+
+compiled = pytest.mark.skipif(bool(why_none()), reason=f"no compiled functions here: {why_none()}")
+
+
+@compiled
+@pytest.mark.parametrize("family", FUSED)
+def test_compiled_steps_are_the_models_own_forward(family):
+    model = shaken(flat(family, torch.float32))
+    fused = FusedModel(model)
+    assert isinstance(fused._step, CompiledStep)
+    assert torch.allclose(decoded(model, fused), decoded(model, None), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_prompts_read_by_written_out_layers_are_cached_as_by_the_models_own_forward(family):
+    model = shaken(flat(family))
+    for owner in (model.config, *(layer.self_attn for layer in model.model.layers)):
+        if getattr(owner, "sliding_window", None) is not None:
+            owner.sliding_window = 4096
+    assert torch.allclose(decoded(model, None, trunk=Trunk(model)), decoded(model, None), rtol=0, atol=1e-5)
+
+
+def test_without_a_compiler_steps_are_the_models_own_forward_too(monkeypatch):
+    monkeypatch.setattr(fused_blocks, "why_none", lambda: "none here")
+    model = shaken(flat("qwen3", torch.float32))
+    fused = FusedModel(model)
+    assert isinstance(fused._step, TorchStep)
+    assert torch.allclose(decoded(model, fused), decoded(model, None), rtol=0, atol=2e-4)
 
 
 def test_the_check_leaves_the_weights_as_they_were():

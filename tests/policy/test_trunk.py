@@ -12,16 +12,21 @@ from tiny_folders import randomise
 from torch import nn
 from transformers.models.llama import modeling_llama
 
-from rlpost.policy import adapters, tile_attention, trunk
+from rlpost.kernels import ops
+from rlpost.kernels.build import why_none
+from rlpost.policy import adapters, tile_attention, trunk, trunk_ops
 from rlpost.policy.attention import FLAT
 from rlpost.policy.check import probe_groups
 from rlpost.policy.fast_layers import FastLinear, use_fast_linear
 from rlpost.policy.fused import FusedModel
+from rlpost.policy.layout import FlatLayout
 from rlpost.policy.params import Lora
 from rlpost.policy.products import adjacent
 from rlpost.policy.recognise import NotRecognised
+from rlpost.policy.tiles import Segment
 from rlpost.policy.trunk import Trunk
 from rlpost.policy.trunk_check import why_no_trunk
+from rlpost.policy.trunk_ops import CompiledOps, TorchOps, layer_ops
 from rlpost.types import Completion, Group
 
 READ = ["llama", "qwen2", "qwen3", "mistral"]
@@ -101,6 +106,71 @@ def test_states_and_gradients_are_those_of_the_models_own_forward(family, groups
     assert_same(*both(policy, groups), 1e-5)
 
 
+def in_float32(family):
+    policy = widened(policy_for(family, torch.float32))
+    shaken(policy.model)
+    return policy
+
+
+compiled = pytest.mark.skipif(bool(why_none()), reason=f"no compiled functions here: {why_none()}")
+
+
+@compiled
+@pytest.mark.parametrize("family", READ)
+@pytest.mark.parametrize("groups", [sample_groups(VOCABULARY), long_groups()], ids=["shapes", "long"])
+def test_compiled_layers_are_the_models_own(family, groups):
+    policy = in_float32(family)
+    assert isinstance(Trunk(policy.causal_lm)._ops, CompiledOps)
+    assert_same(*both(policy, groups), 2e-4)
+
+
+@compiled
+@pytest.mark.parametrize("family", READ)
+def test_compiled_layers_in_bfloat16_pass_the_check_that_notices_a_wrong_one(family, monkeypatch):
+    policy = in_float32(family)
+    policy.in_bfloat16 = True
+    groups = probe_groups(VOCABULARY, 128)
+    assert not why_no_trunk(policy, groups)
+    assert policy.in_bfloat16
+    swiglu = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda x: swiglu(x) * (1.5 if x.dtype == torch.bfloat16 else 1.0))
+    assert "differs" in why_no_trunk(policy, groups)
+
+
+@compiled
+def test_a_base_in_bfloat16_under_adapters_is_compiled_and_left_as_it_was():
+    policy = in_float32("llama")
+    policy.model = adapters.add_policy_adapter(policy.model.bfloat16(), Lora(r=2, alpha=4.0))
+    policy.in_bfloat16 = True
+    before = {n: p.clone() for n, p in policy.model.named_parameters()}
+    assert not why_no_trunk(policy, probe_groups(VOCABULARY, 128))
+    for name, p in policy.model.named_parameters():
+        assert p.dtype == before[name].dtype
+        assert torch.equal(p, before[name])
+
+
+def test_without_a_compiler_layers_are_the_models_own_too(monkeypatch):
+    monkeypatch.setattr(trunk_ops, "why_none", lambda: "none here")
+    policy = in_float32("qwen3")
+    assert isinstance(Trunk(policy.causal_lm)._ops, TorchOps)
+    assert_same(*both(policy, long_groups()), 2e-4)
+    policy.in_bfloat16 = True
+    assert not why_no_trunk(policy, probe_groups(VOCABULARY, 128))
+
+
+def test_widths_that_are_no_multiples_of_lanes_are_not_compiled():
+    assert isinstance(layer_ops(torch.float32, [32, 40], False), TorchOps)
+    assert isinstance(layer_ops(torch.float64, [32, 48], False), TorchOps)
+
+
+@compiled
+def test_compiled_attention_has_no_longest_row():
+    policy = in_float32("llama")
+    rows = FlatLayout([Segment(0, 5000)], 5000)
+    assert Trunk(policy.causal_lm).serves(rows)
+    assert not Trunk(policy.causal_lm.double()).serves(rows)
+
+
 def test_weights_are_recomputed_where_they_are_not_kept(monkeypatch):
     policy = policy_for("llama")
     monkeypatch.setattr(tile_attention, "KEPT_KEYS", 30)
@@ -145,7 +215,7 @@ def test_dropout_of_an_adapter_counts_while_it_trains_only():
         assert not why_no_trunk(policy, probe_groups(VOCABULARY, 128))
         assert policy.training == training
         policy.trunk = True
-        assert (policy._trunk() is None) == training
+        assert (policy.written_out() is None) == training
 
 
 def test_a_layer_derived_from_a_linear_one_is_not_read_as_one():
