@@ -77,10 +77,18 @@ class EndTokenOnly:
     eos_token_id = 0
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 6.0) -> Any:
-    """A model of `family` whose weights are large enough for attention to matter."""
+def tiny(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 6.0, *, wide: bool = False
+) -> Any:
+    """A model of `family` whose weights are large enough for attention to matter.
+
+    `wide`: heads of 16, which compiled decoding steps serve.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**FAMILIES, **FALLBACK}[family], **NO_END)
+    settings = {**FAMILIES, **FALLBACK}[family]
+    if wide:
+        settings = {**settings, "hidden_size": 64, "head_dim": 16}
+    config = AutoConfig.for_model(family, **settings, **NO_END)
     # Grouped matrix products of experts exist in float32 at most; "eager" ones in float64 too.
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     with torch.no_grad():

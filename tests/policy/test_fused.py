@@ -29,8 +29,8 @@ PROMPTS = [[5, 9, 2, 7, 11, 3, 3, 8, 20, 1], [4, 4, 6], [30, 31, 32, 33, 34]]
 PROMPT_OF_ROW = [0, 0, 0, 1, 2, 2]
 
 
-def flat(family: str, dtype: torch.dtype = torch.float64, scale: float = 6.0):
-    model = tiny(family, dtype, scale=scale)
+def flat(family: str, dtype: torch.dtype = torch.float64, scale: float = 6.0, wide: bool = False):
+    model = tiny(family, dtype, scale=scale, wide=wide)
     model.set_attn_implementation(FLAT)
     return model.eval()
 
@@ -79,7 +79,7 @@ compiled = pytest.mark.skipif(bool(why_none()), reason=f"no compiled functions h
 @compiled
 @pytest.mark.parametrize("family", FUSED)
 def test_compiled_steps_are_the_models_own_forward(family):
-    model = shaken(flat(family, torch.float32))
+    model = shaken(flat(family, torch.float32, scale=3.0, wide=True))
     fused = FusedModel(model)
     assert isinstance(fused._step, CompiledStep)
     assert torch.allclose(decoded(model, fused), decoded(model, None), rtol=0, atol=2e-4)
@@ -96,7 +96,7 @@ def test_prompts_read_by_written_out_layers_are_cached_as_by_the_models_own_forw
 
 def test_without_a_compiler_steps_are_the_models_own_forward_too(monkeypatch):
     monkeypatch.setattr(fused_blocks, "why_none", lambda: "none here")
-    model = shaken(flat("qwen3", torch.float32))
+    model = shaken(flat("qwen3", torch.float32, scale=3.0, wide=True))
     fused = FusedModel(model)
     assert isinstance(fused._step, TorchStep)
     assert torch.allclose(decoded(model, fused), decoded(model, None), rtol=0, atol=2e-4)

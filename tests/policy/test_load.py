@@ -245,8 +245,10 @@ def test_auto_compares_layers_of_the_models_width(monkeypatch):
     monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: asked.append((width, half)) or 1.0 - 0.6 * half)
     assert decide_bfloat16(Precision.auto, "cpu", 96) is True
     assert asked == [(96, False), (96, True)]
-    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: 1.0 - 0.4 * half)
-    assert decide_bfloat16(Precision.auto, "cpu", 96) is False
+    for share, without, needed in ((0.3, "", False), (0.4, "", True), (0.4, "no compiler", False)):
+        monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half, share=share: 1.0 - share * half)
+        monkeypatch.setattr(load, "why_none", lambda without=without: without)
+        assert decide_bfloat16(Precision.auto, "cpu", 96) is needed
 
 
 def test_the_width_is_the_bases_of_an_adapter(llama_folder, adapter_folder):

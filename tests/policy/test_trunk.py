@@ -32,8 +32,8 @@ from rlpost.types import Completion, Group
 READ = ["llama", "qwen2", "qwen3", "mistral"]
 
 
-def policy_for(family: str, dtype: torch.dtype = torch.float64):
-    model = tiny(family, dtype, scale=4.0)
+def policy_for(family: str, dtype: torch.dtype = torch.float64, wide: bool = False):
+    model = tiny(family, dtype, scale=4.0, wide=wide)
     model.set_attn_implementation(FLAT)
     policy = policy_of(model, None)
     policy.flat = True
@@ -107,7 +107,7 @@ def test_states_and_gradients_are_those_of_the_models_own_forward(family, groups
 
 
 def in_float32(family):
-    policy = widened(policy_for(family, torch.float32))
+    policy = widened(policy_for(family, torch.float32, wide=True))
     shaken(policy.model)
     return policy
 

@@ -16,5 +16,6 @@ def test_the_wheel_holds_every_package_and_the_recipes() -> None:
     assert settings["package-dir"]["rlpost.recipes"] == "recipes"
     assert settings["package-data"]["rlpost.recipes"] == ["**/*.yaml", "**/*.jinja"]
     schema = schema_file().relative_to(ROOT / "rlpost").as_posix()
-    assert settings["package-data"]["rlpost"] == ["py.typed", schema, "report/*.jinja"]
+    assert settings["package-data"]["rlpost"] == ["py.typed", schema, "report/*.jinja", "kernels/*.c", "kernels/*.h"]
+    assert {path.parent.name for kind in "ch" for path in ROOT.glob(f"rlpost/**/*.{kind}")} == {"kernels"}
     assert list(ROOT.glob("rlpost/**/*.jinja")) == list(ROOT.glob("rlpost/report/*.jinja")) != []
