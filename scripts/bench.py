@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT / "scripts/bench"), str(ROOT)]
 
 import report  # noqa: E402
 import torch  # noqa: E402
-from compare import WORKLOADS, chosen_precision, compare  # noqa: E402
+from compare import WORKLOADS, compare, precision_of  # noqa: E402
 from decode import decode  # noqa: E402
 from gate import BenchError  # noqa: E402
 from growth import growth  # noqa: E402
@@ -39,21 +39,21 @@ OTHERS = ("decode", "memory", "growth", "start")
 DEFAULT = ("sft", "dpo", "dpo-two-epochs", "grpo", "grpo-short", *OTHERS)
 
 
-def measured(name: str, steps: int | None, kept: Path, precision: str) -> dict[str, Any]:
+def measured(name: str, steps: int | None, kept: Path, wish: str) -> dict[str, Any]:
     """One of what can be asked for."""
     print(f"{name} …", file=sys.stderr, flush=True)
     folder = kept / "last" / name.replace(" ", "-")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if name == "decode":
-        return decode("6M", folder, kept, precision, steps or 6)
+        return decode("6M", folder, kept, precision_of(wish, "6M"), steps or 6)
     if name == "growth":
         return growth(folder, kept, small=steps is not None)
     if name == "start":
         return start_up(folder, ROOT, steps or 7)
     if name.startswith(MEMORY):
-        return memory(name.removeprefix(MEMORY), folder, kept, precision)
-    return compare(name, WORKLOADS[name], folder, kept, precision, steps)
+        return memory(name.removeprefix(MEMORY), folder, kept, wish)
+    return compare(name, WORKLOADS[name], folder, kept, wish, steps)
 
 
 def single(wanted: list[str]) -> Iterator[str]:
@@ -85,13 +85,12 @@ def main() -> None:
     # Both sides read it; so does what measures the limit.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
-    precision = chosen_precision() if options.precision == "auto" else options.precision
-    about = report.machine(precision)
+    about = report.machine()
     found: list[dict[str, Any]] = []
     failed = []
     for name in single(options.only):
         try:
-            found.append(measured(name, options.steps, options.kept.resolve(), precision))
+            found.append(measured(name, options.steps, options.kept.resolve(), options.precision))
         except BenchError as error:
             failed.append(f"{error}")
             print(error, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,8 @@ BEYOND_RECIPES = (
 """Options of a saved adapter that `model.lora` does not have."""
 WIDE = 1024
 """Hidden width of a model that is not known."""
+WIDE_ENOUGH = 256
+"""Hidden width from which on bfloat16 is chosen on a CPU: products are little of a narrower model's time."""
 HEAD_FILE = "scalar_head.safetensors"
 """File of a value head, next to the weights or the adapter of its trunk: weight [1, D] and bias [1]."""
 
@@ -194,20 +195,21 @@ def choose_rows(exact: Exactness, wish: Attention, family: str, path: str = "mod
 
 
 def decide_bfloat16(wish: Precision, device: torch.device | str, width: int = WIDE) -> bool:
-    """True for bfloat16: under `auto` on a GPU made for it; on a CPU if the model's products are much faster in it.
+    """True for bfloat16: under `auto` on a GPU made for it; on a CPU made for it with compiled layers, in wider models.
 
     Args:
         wish: the recipe's `model.precision`.
         device: where the model runs.
-        width: the model's hidden width. In narrow models, other things cost more than bfloat16 saves.
+        width: the model's hidden width.
     """
     if wish is not Precision.auto:
         return wish is Precision.bfloat16
     if torch.device(device).type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # Compiled layers read and write bfloat16; others cast before and after every product, which loses most of it again.
-    needed = 2.0 if why_none() else 1.5
-    return _layer_seconds(width, half=False) > needed * _layer_seconds(width, half=True)
+    # Layers that are not compiled cast before and after every product, and lose what it gains. It is not measured: two
+    # runs on one machine are to be the same.
+    made_for_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return width >= WIDE_ENOUGH and made_for_it and not why_none()
 
 
 def width_of(model: str | Path, revision: str | None = None) -> int:
@@ -233,21 +235,6 @@ def remove_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
                 setattr(module, name, 0.0)
-
-
-def _layer_seconds(width: int, *, half: bool) -> float:
-    """Of a feed-forward product, in float32 or bfloat16; with casts, where layers are not compiled."""
-    casts = half and bool(why_none())
-    states, layer = torch.ones(512, width), nn.Linear(width, 4 * width, bias=False).requires_grad_(False)
-    use_fast_linear(layer)
-    if half:
-        layer, states = layer.bfloat16(), states if casts else states.bfloat16()
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        layer(states.bfloat16()).float() if casts else layer(states)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _with_adapters(bare: Policy, adapter: Path | None, lora: Lora | None, trainable: bool) -> Any:

@@ -14,8 +14,8 @@ class Precision(Choice):
     """Number format of the forward pass."""
 
     auto = "auto"
-    """bfloat16 on a GPU that supports it, and on a CPU where layers of the model's width are at least twice as fast in
-    it, casts included; decided once a run."""
+    """bfloat16 on a GPU that supports it, and for models at least 256 wide on a CPU that has instructions for it
+    (docs/how-it-works.md#fast-layers-on-a-cpu); decided once a run."""
     float32 = "float32"
     """32 bits."""
     bfloat16 = "bfloat16"

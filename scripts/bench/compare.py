@@ -72,10 +72,10 @@ PICK = 1
 PLAIN = {"gradient_checkpointing": False}
 
 
-def candidates(work: Workload, precision: str, tokens: int) -> dict[str, dict[str, Any]]:
-    """Settings of TRL that are tried for a few steps each."""
+def candidates(work: Workload, wish: str, tokens: int) -> dict[str, dict[str, Any]]:
+    """Settings of TRL that are tried for a few steps each; float32 alone, if that is what rlpost was asked to run in."""
     found = {"float32": {**PLAIN, "bf16": False}}
-    if precision != "float32":
+    if wish != "float32":
         found["bfloat16"] = {**PLAIN, "bf16": True}
     if work.kind == "sft" and not work.lora:
         longest = 1024
@@ -107,12 +107,17 @@ class Bench:
     folder: Path
     kept: Path
     """Models are kept here, from one run to the next."""
-    precision: str
-    """Of rlpost."""
+    wish: str
+    """The precision asked for, of rlpost."""
     rounds: int
     sides: list[Side] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     common: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """Of rlpost."""
+        return precision_of(self.wish, self.work.size)
 
     @property
     def steps(self) -> int:
@@ -174,7 +179,7 @@ class Bench:
     def tuned(self) -> tuple[str, Side, Side]:
         """(name of the best settings, its side, the side in float32), after as many steps as a pick takes."""
         tried: dict[str, Side] = {}
-        for name, options in candidates(self.work, self.precision, self.tokens).items():
+        for name, options in candidates(self.work, self.wish, self.tokens).items():
             tried[name] = side = self.peer(f"TRL {name}", options)
             side.go_on(self.work.warm + PICK - 1)
             packed = side.mean("tokens") if "packed" in name else None
@@ -227,23 +232,23 @@ def same_numbers(
     return found
 
 
-def chosen_precision() -> str:
-    """What `model.precision: auto` is on this machine."""
+def precision_of(wish: str, size: str) -> str:
+    """What `model.precision` is on this machine, for a model of that size."""
     from rlpost.policy.load import decide_bfloat16
     from rlpost.policy.params import Precision
 
-    return "bfloat16" if decide_bfloat16(Precision.auto, "cpu") else "float32"
+    return "bfloat16" if decide_bfloat16(Precision(wish), "cpu", SHAPES[size]["hidden_size"]) else "float32"
 
 
 def compare(
-    name: str, work: Workload, folder: Path, kept: Path, precision: str, rounds: int | None = None
+    name: str, work: Workload, folder: Path, kept: Path, wish: str, rounds: int | None = None
 ) -> dict[str, Any]:
     """One workload: TRL at its defaults, TRL tuned, rlpost."""
-    bench = Bench(name, work, folder, kept, precision, rounds or work.rounds)
+    bench = Bench(name, work, folder, kept, wish, rounds or work.rounds)
     try:
         bench.prepare()
-        own = bench.own("rlpost", precision)
-        exact = own if precision == "float32" else bench.own("rlpost float32", "float32")
+        own = bench.own("rlpost", bench.precision)
+        exact = own if bench.precision == "float32" else bench.own("rlpost float32", "float32")
         if exact is not own:
             bench.drop(exact)
         best, tuned, in_float32 = bench.tuned()

@@ -11,15 +11,15 @@ MEMORY = "memory of "
 NAMES = ("sft", "dpo", "grpo", "sft-50M", "sft-135M-lora")
 
 
-def memory(name: str, folder: Path, kept: Path, precision: str) -> dict[str, Any]:
+def memory(name: str, folder: Path, kept: Path, wish: str) -> dict[str, Any]:
     """GiB of rlpost, of TRL in float32 without recomputation, and at its defaults; one process at a time."""
-    bench = Bench(name, WORKLOADS[name], folder, kept, precision, 1)
+    bench = Bench(name, WORKLOADS[name], folder, kept, wish, 1)
     peaks = {}
     try:
         bench.prepare()
         for label in ("rlpost", "TRL tuned", "TRL defaults"):
             options = {**PLAIN, "bf16": False} if label == "TRL tuned" else {}
-            side = bench.own(label, precision) if label == "rlpost" else bench.peer(label, options)
+            side = bench.own(label, bench.precision) if label == "rlpost" else bench.peer(label, options)
             side.go_on()
             peaks[label] = side.peak
             bench.drop(side)

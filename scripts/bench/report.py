@@ -48,7 +48,7 @@ class Table:
         (console if console.is_terminal else Console(width=160)).print(table)
 
 
-def machine(precision: str) -> dict[str, str]:
+def machine() -> dict[str, str]:
     """What the numbers depend on."""
     import torch
     from limit import bandwidth, throughput
@@ -61,7 +61,7 @@ def machine(precision: str) -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "large products": ", ".join(f"{kind} {speed:.0f} GFLOP/s" for kind, speed in speeds.items()),
         "memory is read at": f"{bandwidth() / 1e9:.1f} GB/s",
-        "rlpost": f"{version('rlpost')} at {_commit()}, in {precision}",
+        "rlpost": f"{version('rlpost')} at {_commit()}",
         "torch, transformers": f"{version('torch')}, {version('transformers')}",
         "Python": platform.python_version(),
     }

@@ -240,15 +240,17 @@ def test_precision_by_wish():
     assert isinstance(decide_bfloat16(Precision.auto, "cpu"), bool)
 
 
-def test_auto_compares_layers_of_the_models_width(monkeypatch):
-    asked = []
-    monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half: asked.append((width, half)) or 1.0 - 0.6 * half)
-    assert decide_bfloat16(Precision.auto, "cpu", 96) is True
-    assert asked == [(96, False), (96, True)]
-    for share, without, needed in ((0.3, "", False), (0.4, "", True), (0.4, "no compiler", False)):
-        monkeypatch.setattr(load, "_layer_seconds", lambda width, *, half, share=share: 1.0 - share * half)
-        monkeypatch.setattr(load, "why_none", lambda without=without: without)
-        assert decide_bfloat16(Precision.auto, "cpu", 96) is needed
+@pytest.mark.parametrize(
+    ("made_for_it", "without", "width", "expected"),
+    [(True, "", 256, True), (True, "", 255, False), (True, "no compiler", 256, False), (False, "", 256, False)],
+)
+def test_auto_on_a_cpu_depends_on_the_machine_and_the_models_width_alone(
+    monkeypatch, made_for_it, without, width, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: made_for_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(load, "why_none", lambda: without)
+    assert decide_bfloat16(Precision.auto, "cpu", width) is expected
 
 
 def test_the_width_is_the_bases_of_an_adapter(llama_folder, adapter_folder):
