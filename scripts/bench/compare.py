@@ -73,7 +73,7 @@ PLAIN = {"gradient_checkpointing": False}
 
 
 def candidates(work: Workload, wish: str, tokens: int) -> dict[str, dict[str, Any]]:
-    """Settings of TRL that are tried for a few steps each; float32 alone, if that is what rlpost was asked to run in."""
+    """Settings of TRL that are tried for a few steps each; float32 alone, if rlpost was asked to run in it."""
     found = {"float32": {**PLAIN, "bf16": False}}
     if wish != "float32":
         found["bfloat16"] = {**PLAIN, "bf16": True}
