@@ -37,9 +37,9 @@ def rms_norm(x, weight, eps):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 16), (7, 48), (100, 256)])
-def test_norms(dtype, tokens, width):
-    x, added = draw(tokens, width, seed=1), draw(tokens, width, dtype=dtype, seed=2)
+@pytest.mark.parametrize(("tokens", "width", "scale"), [(1, 16, 1.0), (7, 48, 1e-3), (100, 256, 1.0)])
+def test_norms(dtype, tokens, width, scale):
+    x, added = draw(tokens, width, seed=1, scale=scale), draw(tokens, width, dtype=dtype, seed=2, scale=scale)
     weight, grad, passing = draw(width, seed=3), draw(tokens, width, dtype=dtype, seed=4), draw(tokens, width, seed=5)
     whole = (x.double() + added.double()).requires_grad_()
     wide = weight.double().requires_grad_()
@@ -333,7 +333,13 @@ def test_choices_are_those_of_the_plain_path(dtype, vocabulary, temperature):
     assert_near(found_logp, logp, torch.float32)
 
 
-@pytest.mark.parametrize("uniform", [1e-300, 0.5, 1 - 2**-53])
+def test_a_number_on_a_boundary_takes_the_token_behind_it():
+    uniform = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
+    assert ops.sample(torch.zeros(3, 128), uniform, 1.0)[0].tolist() == [64, 32, 96]
+    assert choose(torch.zeros(3, 128), uniform, Sampling())[0].tolist() == [64, 32, 96]
+
+
+@pytest.mark.parametrize("uniform", [1e-300, 0.5, 1 - 2**-53, 1.0])
 @pytest.mark.parametrize("possible", [0, 63, 64, 69])
 def test_a_token_without_mass_is_never_chosen(uniform, possible):
     logits = torch.full((1, 70), -1e30)
