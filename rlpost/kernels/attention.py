@@ -61,6 +61,8 @@ class Families:
         # The largest first, so that no thread is left with it at the end.
         size = families[:, 1] - families[:, 0]
         self.families: NDArray[np.int32] = np.ascontiguousarray(families[np.argsort(-size, kind="stable")], np.int32)
+        self.end = int(end.max(initial=0))
+        """Tokens that they cover."""
         self.most_tokens = int(size.max(initial=0))
         self.most_keys = int((-(-prompt // 16) * 16 + length).max(initial=0))
 
@@ -95,6 +97,9 @@ class Inputs:
         parts = self.query, self.key, self.value
         assert all(x.stride(1) == 1 and x.dtype == self.query.dtype for x in parts)
         f = self.families
+        # What does not fit would be read from other tensors' memory.
+        assert self.cos.shape == self.sin.shape == (len(self.cos), self.width)
+        assert f.end <= len(self.cos) <= len(self.query) == len(self.key) == len(self.value)
         return _Attention(
             *(f.segments.ctypes.data, f.families.ctypes.data, len(f.families), f.most_tokens, f.most_keys),
             *(x.data_ptr() for x in parts),

@@ -10,9 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -55,13 +57,15 @@ def library() -> ctypes.CDLL:
     """
     if os.environ.get(SWITCH) == "0":
         raise NoKernels(f"{SWITCH} is 0")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
+    name, *options = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if (program := shutil.which(name)) is None:
         raise NoKernels("no C compiler: install one (cc), or name it in the variable CC")
-    try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
-    except OSError as error:
-        raise NoKernels(f"the library cannot be loaded: {error}") from None
+    # A library that could not be kept is loaded from here; once loaded, its file is not needed.
+    with tempfile.TemporaryDirectory(prefix="rlpost-kernels-") as work:
+        try:
+            found = ctypes.CDLL(str(_compiled([program, *options], Path(work))))
+        except OSError as error:
+            raise NoKernels(f"the library cannot be loaded: {error}") from None
     for name, kinds in SIGNATURES.items():
         getattr(found, name).argtypes = [KINDS[kind] for kind in kinds]
     return found
@@ -76,42 +80,43 @@ def why_none() -> str:
     return ""
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(compiler: Sequence[str], work: Path) -> Path:
+    """The library, from the cache folder, or built there or in `work`."""
     name = f"kernels-{_key(compiler)}.so"
-    folder = cache_folder()
-    path = folder / name
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(prefix="rlpost-kernels-") as work:
-        built = _build(compiler, Path(work))
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            # Two processes may do this at once: each moves a whole file of its own into place.
-            own = folder / f"{name}.{os.getpid()}"
-            shutil.copyfile(built, own)
-            own.replace(path)
-        except OSError:  # a home folder that is full or read-only: compiled again the next time
-            kept = Path(tempfile.mkdtemp(prefix="rlpost-kernels-")) / name
-            shutil.copyfile(built, kept)
-            return kept
+    try:
+        folder = cache_folder()
+        path = folder / name
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError):  # the user has no home folder, or one that cannot be read
+        return _build(compiler, work)
+    built = _build(compiler, work)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Two processes may do this at once: each moves a whole file of its own into place.
+        own = folder / f"{name}.{os.getpid()}"
+        shutil.copyfile(built, own)
+        own.replace(path)
+    except OSError:  # a folder that is full or read-only: compiled again the next time
+        return built
     return path
 
 
-def _build(compiler: str, work: Path) -> Path:
+def _build(compiler: Sequence[str], work: Path) -> Path:
     """Compile all files side by side, and link them."""
     objects = [work / f"{source.stem}.o" for source in SOURCES]
     running = [
-        subprocess.Popen([compiler, *FLAGS, "-c", str(source), "-o", str(to)], stderr=subprocess.PIPE)
+        subprocess.Popen([*compiler, *FLAGS, "-c", str(source), "-o", str(to)], stderr=subprocess.PIPE)
         for source, to in zip(SOURCES, objects, strict=True)
     ]
     said = [process.communicate()[1] for process in running]
     built = work / "kernels.so"
     if not any(process.returncode for process in running):
-        link = [compiler, "-shared", "-fopenmp", *map(str, objects), "-lm", "-o", str(built)]
+        link = [*compiler, "-shared", "-fopenmp", *map(str, objects), "-lm", "-o", str(built)]
         said = [subprocess.run(link, stderr=subprocess.PIPE, check=False).stderr]
     if not built.is_file():
         lines = b"".join(said).decode(errors="replace").strip().splitlines()
-        raise NoKernels(f"{compiler} failed: {lines[0] if lines else 'it said nothing'}")
+        raise NoKernels(f"{compiler[0]} failed: {lines[0] if lines else 'it said nothing'}")
     return built
 
 
@@ -121,10 +126,15 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "rlpost"
 
 
-def _key(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+def _key(compiler: Sequence[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
     found = hashlib.sha256()
-    for piece in (*(p.read_bytes() for p in (*SOURCES, *HEADERS)), version, " ".join(FLAGS).encode(), _processor()):
+    for piece in (
+        *(p.read_bytes() for p in (*SOURCES, *HEADERS)),
+        version,
+        " ".join([*compiler, *FLAGS]).encode(),
+        _processor(),
+    ):
         found.update(piece + b"\0")
     return found.hexdigest()[:16]
 

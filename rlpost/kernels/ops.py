@@ -117,6 +117,7 @@ class _LogProbability(torch.autograd.Function):
         """Logits may be the first columns of wider rows."""
         rows, vocabulary = logits.shape
         assert logits.stride(1) == 1
+        assert len(target) == rows
         assert target.dtype == torch.int64
         logp, total = (logits.new_empty(rows, dtype=torch.float32) for _ in "lt")
         library().cross_entropy(
@@ -148,7 +149,12 @@ def log_probability(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tenso
         logits: [N, V], rows of which may be the beginnings of wider ones.
         target: [N].
         scale: logits are multiplied by it: 1 / temperature.
+
+    Raises:
+        IndexError: a target is no column of the logits.
     """
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise IndexError(f"targets from {int(target.min())} to {int(target.max())}, of {logits.shape[1]} columns")
     found: Tensor = _LogProbability.apply(logits, target, scale)  # type: ignore[no-untyped-call]
     return found
 
@@ -164,6 +170,7 @@ def sample(logits: Tensor, uniform: Tensor, scale: float) -> tuple[Tensor, Tenso
     rows, vocabulary = logits.shape
     assert logits.stride(1) == 1
     assert uniform.dtype == torch.float64
+    assert len(uniform) == rows
     token, logp = torch.empty(rows, dtype=torch.long), torch.empty(rows)
     uniform = uniform.contiguous()
     library().sample(

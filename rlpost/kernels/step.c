@@ -145,7 +145,7 @@ typedef struct {
     int64_t count;
     Product head;
     float eps;
-    int64_t rows, hidden, inner, heads, key_heads, width, vocabulary;
+    int64_t rows, hidden, inner, heads, key_heads, width;
     const Chunk *chunks;
     int64_t chunk_count;
     const int32_t *begin;

@@ -49,7 +49,7 @@ class _Step(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("head", _Product),
         ("eps", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("rows", "hidden", "inner", "heads", "key_heads", "width", "vocabulary")),
+        *((name, ctypes.c_int64) for name in ("rows", "hidden", "inner", "heads", "key_heads", "width")),
         ("chunks", ctypes.c_void_p),
         ("chunk_count", ctypes.c_int64),
         ("begin", ctypes.c_void_p),
@@ -198,7 +198,7 @@ class Step:
         made = [torch.empty(count, w, dtype=self._dtype) for w in widths]
         given = _Step(
             *(self._layers, len(self._blocks), self._head.structure(), self._eps),
-            *(count, hidden, inner, heads, key_heads, width, self._head.outputs),
+            *(count, hidden, inner, heads, key_heads, width),
             *(rows.chunks.ctypes.data, len(rows.chunks), rows.begin.ctypes.data, columns, room, rows.length),
             *(single(cos), single(sin), single(x), *(at(m) for m in made)),
         )

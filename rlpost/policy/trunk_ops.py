@@ -271,8 +271,9 @@ def layer_ops(dtype: torch.dtype, widths: Sequence[int], bfloat16: bool) -> Laye
         widths: of everything that is read in vectors.
         bfloat16: products run in it.
     """
-    compiled = dtype != torch.float64 and all(w % ops.LANES == 0 for w in widths) and not why_none()
     precision = torch.bfloat16 if bfloat16 else dtype
+    known = dtype != torch.float64 and precision in (torch.float32, torch.bfloat16)
+    compiled = known and all(w % ops.LANES == 0 for w in widths) and not why_none()
     return CompiledOps(precision) if compiled else TorchOps(precision)
 
 

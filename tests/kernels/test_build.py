@@ -72,3 +72,19 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(anew, monkeypatch
     build.library.cache_clear()
     assert not build.why_none()
     assert blocked.is_file()
+
+
+@needs_compiler
+def test_a_user_without_a_home_folder_has_kernels(anew, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", nowhere)
+    assert not build.why_none()
+
+
+@needs_compiler
+def test_the_compiler_may_have_options(anew, monkeypatch):
+    monkeypatch.setenv("CC", "cc -O2")
+    assert not build.why_none()

@@ -118,6 +118,19 @@ def test_a_row_with_what_is_no_number_has_no_log_probability():
     assert ops.log_probability(logits, torch.zeros(3, dtype=torch.long)).isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("target", [-1, 40, -100])
+def test_a_target_that_is_no_column_is_refused(target):
+    with pytest.raises(IndexError, match=f"{target}"):
+        ops.log_probability(draw(2, 40), torch.tensor([0, target]))
+
+
+def test_angles_of_another_width_are_refused():
+    parts = draw(5, 3 * 32).split_with_sizes([32, 32, 32], 1)
+    inputs = attention.Inputs(attention.Families([(0, 5, 0, 0)]), *parts, draw(5, 16), draw(5, 16), 32, 1.0)
+    with pytest.raises(AssertionError):
+        attention.attend(inputs)
+
+
 # (start, length, start of its prompt, length of its prompt)
 SEGMENTS = {
     "rows": [(0, 1, 0, 0), (1, 33, 0, 0), (34, 70, 0, 0), (104, 0, 0, 0), (104, 32, 0, 0)],
