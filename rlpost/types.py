@@ -111,10 +111,15 @@ class Completion:
         return self.action.tobytes().count(1)
 
     def rewarded(self, reward: float | None) -> Completion:
-        """The same completion with a total reward; its read-only arrays are shared and not checked again."""
-        other = object.__new__(Completion)
-        vars(other).update(vars(self), reward=reward)
-        return other
+        """The same completion with a total reward; its read-only arrays are shared."""
+        return self.of_fields({**vars(self), "reward": reward})
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Completion:
+        """A completion of the fields of another, which are not checked again."""
+        completion = object.__new__(cls)
+        vars(completion).update(fields)
+        return completion
 
     def same(self, other: Completion) -> bool:
         """Whether all fields are the same, bit for bit."""

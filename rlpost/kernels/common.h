@@ -1,7 +1,7 @@
-/* Vectors of 16 floats, which a compiler splits to what the processor has, and numbers in float32 or bfloat16.
+/* Vectors of floats as wide as the processor's, and numbers in float32 or bfloat16.
 
 Every exported function takes `half`: 1 where its activations are bfloat16. All arithmetic is float32. Widths are
-multiples of 16 wherever a comment does not say otherwise. */
+multiples of LINE wherever a comment does not say otherwise. */
 
 #pragma once
 #include <math.h>
@@ -9,7 +9,23 @@ multiples of 16 wherever a comment does not say otherwise. */
 #include <stdlib.h>
 #include <string.h>
 
+#define LINE 16
+/* Numbers that lie together in memory. */
+/* Floats of a vector, never more than the processor has: compilers split wider ones by way of memory. TALL: rows of a
+product whose sums, two vectors each, stay in registers. */
+#if defined(__AVX512F__)
 #define LANES 16
+#define TALL 8
+#elif defined(__AVX__)
+#define LANES 8
+#define TALL 6
+#elif defined(__aarch64__)
+#define LANES 4
+#define TALL 8
+#else
+#define LANES 4
+#define TALL 4
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 /* Calls a body whose last argument is `half` as a constant, so that each precision is compiled by itself. */
@@ -21,10 +37,10 @@ multiples of 16 wherever a comment does not say otherwise. */
             body(__VA_ARGS__, 0);                                                                                      \
     } while (0)
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-typedef uint32_t uvec __attribute__((vector_size(64)));
-typedef uint16_t hvec __attribute__((vector_size(32)));
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t hvec __attribute__((vector_size(2 * LANES)));
 
 INLINE vec all(float x) { return x - (vec){}; }
 
@@ -39,7 +55,7 @@ INLINE vec load(const float *at) {
 
 INLINE void store(float *at, vec v) { memcpy(at, &v, sizeof v); }
 
-/* Sixteen numbers from index i on. */
+/* A vector of numbers from index i on. */
 INLINE vec get(const void *from, int64_t i, const int half) {
     if (!half)
         return load((const float *)from + i);
@@ -83,14 +99,12 @@ INLINE void put_one(void *to, int64_t i, float x, const int half) {
 
 /* By halves: shorter than one after the other. */
 INLINE float sum(vec v) {
-    typedef float eight __attribute__((vector_size(32)));
     typedef float four __attribute__((vector_size(16)));
-    eight e[2];
-    memcpy(e, &v, sizeof e);
-    e[0] += e[1];
-    four f[2];
-    memcpy(f, e, sizeof f);
-    f[0] += f[1];
+    four f[LANES / 4];
+    memcpy(f, &v, sizeof f);
+    for (int n = LANES / 8; n; n /= 2)
+        for (int i = 0; i < n; i++)
+            f[i] += f[i + n];
     return (f[0][0] + f[0][2]) + (f[0][1] + f[0][3]);
 }
 

@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from rlpost.kernels.build import library
 
-LANES = 16
-"""What widths are multiples of."""
+LINE = 16
+"""What widths are multiples of: numbers that lie together, as in common.h."""
 PARTS = 32
 """Parts of the tokens over which the gradient of a norm's weight is summed, whatever the number of threads."""
 

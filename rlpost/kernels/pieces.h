@@ -8,7 +8,7 @@ INLINE int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 /* c[m, n] (+)= a[m, k] b[k, n]. */
 INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int64_t from, int64_t b_stride, float *c,
                  int64_t c_stride, int64_t k, const int m, const int n, const int adds, const int half) {
-    vec s[8][2];
+    vec s[TALL][2];
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++)
             s[i][j] = adds ? load(c + i * c_stride + j * LANES) : all(0);
@@ -30,8 +30,10 @@ INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int
 INLINE void column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const void *b, int64_t from,
                    int64_t b_stride, float *c, int64_t c_stride, const int n, const int adds, const int half) {
     int64_t i = 0;
-    for (; i + 8 <= m; i += 8)
-        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 8, n, adds, half);
+    for (; i + TALL <= m; i += TALL)
+        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, TALL, n, adds, half);
+    for (; i + 4 <= m; i += 4)
+        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 4, n, adds, half);
     for (; i + 2 <= m; i += 2)
         tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 2, n, adds, half);
     if (i < m)

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#define PANEL (2 * LANES)
+#define PANEL (2 * LINE)
 /* Columns of a packed weight that lie together. */
 #define ROWS 64
 /* Of a product, done at once. */
@@ -32,7 +32,7 @@ typedef struct {
     const int32_t *begin;
     /* the first column of each prompt */
     void *own_key, *own_value;
-    /* [rows, key_heads, room / LANES, width, LANES] and [rows, key_heads, room, width], of the precision of products */
+    /* [rows, key_heads, room / LINE, width, LINE] and [rows, key_heads, room, width], of the precision of products */
     int64_t columns, room, length;
     /* length: tokens of each row, this one included */
     int64_t first;
@@ -50,16 +50,17 @@ INLINE void keep_token(const Decoding *a, int64_t row, int64_t head, const int h
     float key[a->width];
     turned(a->key, from, a->cos + row * a->width, a->sin + row * a->width, 1, a->width, a->width, key, half);
     for (int64_t i = 0; i < a->width; i++)
-        put_one(a->own_key, own + (t / LANES * a->width + i) * LANES + t % LANES, key[i], half);
+        put_one(a->own_key, own + (t / LINE * a->width + i) * LINE + t % LINE, key[i], half);
     for (int64_t i = 0; i < a->width; i += LANES)
         put(a->own_value, own + t * a->width + i, get(a->value, from + i, half), half);
 }
 
-/* scores[m, blocks * LANES] of queries [m, width] with keys, from index `from` on. */
-INLINE void own_scores(int64_t m, int64_t blocks, int64_t width, const float *query, const void *key, int64_t from,
+/* scores[m, lines * LINE] of queries [m, width] with keys, from index `from` on. */
+INLINE void own_scores(int64_t m, int64_t lines, int64_t width, const float *query, const void *key, int64_t from,
                        float *scores, int64_t stride, const int half) {
-    for (int64_t b = 0; b < blocks; b++)
-        column(m, width, query, width, 1, key, from + b * width * LANES, LANES, scores + b * LANES, stride, 1, 0, half);
+    for (int64_t n = 0; n < lines; n++)
+        product_of(m, LINE, width, query, width, 1, key, from + n * width * LINE, LINE, scores + n * LINE, stride, 0,
+                   half);
 }
 
 /* Asks for the keys and values of a row before they are needed: each row's lie apart, so the processor does not foresee
@@ -84,8 +85,8 @@ INLINE void decode_chunk(const Decoding *a, const Chunk *c, int64_t head, Desk *
     int64_t begin = a->begin[c->prompt] > a->first ? a->begin[c->prompt] : a->first;
     int64_t of_prompt = begin < a->columns ? a->columns - begin : 0, at_prompt = c->prompt * a->key_heads + head;
     int64_t own_begin = a->first > a->columns ? a->first - a->columns : 0, of_own = a->length - own_begin;
-    /* Keys are read in whole lanes: so many columns of scores before the first that is seen. */
-    int64_t skip = own_begin % LANES;
+    /* Keys are read in whole lines: so many columns of scores before the first that is seen. */
+    int64_t skip = own_begin % LINE;
     prefetch(a, c->first, head, own_begin - skip, half);
     for (int64_t row = c->first; row < c->end; row++)
         for (int64_t i = 0; i < repeats; i++)
@@ -100,7 +101,7 @@ INLINE void decode_chunk(const Decoding *a, const Chunk *c, int64_t head, Desk *
         keep_token(a, row, head, half);
         if (row + 1 < c->end)
             prefetch(a, row + 1, head, own_begin - skip, half);
-        own_scores(repeats, up(of_own + skip) / LANES, width, d->query + at * width, a->own_key,
+        own_scores(repeats, (of_own + skip + LINE - 1) / LINE, width, d->query + at * width, a->own_key,
                    (own * a->room + own_begin - skip) * width, d->scores + at * d->stride + d->middle, d->stride, half);
         for (int64_t i = at; i < at + repeats; i++) {
             float *line = d->scores + i * d->stride, *of_own_line = line + d->middle + skip;
@@ -156,24 +157,18 @@ typedef struct {
     void *normed, *qkv, *attended, *gate_up, *shaped, *logits;
 } Step;
 
-/* c[m, PANEL] = a[m, k] times a packed panel. */
-INLINE void panel_tile(const void *a, int64_t from, int64_t stride, const void *panel, int64_t k, float *c, const int m,
-                       const int half) {
-    if (!half) {
-        tile((const float *)a + from, stride, 1, panel, 0, PANEL, c, PANEL, k, m, 2, 0, 0);
-        return;
-    }
-    const uint16_t *left = (const uint16_t *)a + from, *right = panel;
 #ifdef __AVX512BF16__
-    __m512 s[8][2];
+/* c[m, PANEL] = a[m, k] times a packed panel, both in bfloat16, as the processor multiplies pairs of them. */
+INLINE void half_tile(const uint16_t *a, int64_t stride, const uint16_t *panel, int64_t k, float *c, const int m) {
+    __m512 s[TALL][2];
     for (int i = 0; i < m; i++)
         s[i][0] = s[i][1] = _mm512_setzero_ps();
     for (int64_t p = 0; p < k; p += 2) {
-        __m512bh first = (__m512bh)_mm512_loadu_si512(right + p * PANEL);
-        __m512bh second = (__m512bh)_mm512_loadu_si512(right + p * PANEL + 2 * LANES);
+        __m512bh first = (__m512bh)_mm512_loadu_si512(panel + p * PANEL);
+        __m512bh second = (__m512bh)_mm512_loadu_si512(panel + p * PANEL + 2 * LANES);
         for (int i = 0; i < m; i++) {
             int32_t pair;
-            memcpy(&pair, left + i * stride + p, sizeof pair);
+            memcpy(&pair, a + i * stride + p, sizeof pair);
             __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
             s[i][0] = _mm512_dpbf16_ps(s[i][0], both, first);
             s[i][1] = _mm512_dpbf16_ps(s[i][1], both, second);
@@ -183,15 +178,43 @@ INLINE void panel_tile(const void *a, int64_t from, int64_t stride, const void *
         _mm512_storeu_ps(c + i * PANEL, s[i][0]);
         _mm512_storeu_ps(c + i * PANEL + LANES, s[i][1]);
     }
+}
 #else
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < PANEL; j++) {
-            float total = 0;
-            for (int64_t p = 0; p < k; p++)
-                total += get_one(left, i * stride + p, 1) * get_one(right, (p / 2 * PANEL + j) * 2 + p % 2, 1);
-            c[i * PANEL + j] = total;
+/* The same in float32. */
+INLINE void half_tile(const uint16_t *a, int64_t stride, const uint16_t *panel, int64_t k, float *c, const int m) {
+    for (int64_t at = 0; at < PANEL; at += 2 * LANES) {
+        vec s[TALL][2];
+        for (int i = 0; i < m; i++)
+            s[i][0] = s[i][1] = all(0);
+        for (int64_t p = 0; p < k; p += 2) {
+            uvec pairs[2];
+            memcpy(pairs, panel + p * PANEL + 2 * at, sizeof pairs);
+            for (int i = 0; i < m; i++) {
+                uint32_t pair;
+                memcpy(&pair, a + i * stride + p, sizeof pair);
+                uvec both = pair - (uvec){};
+                for (int j = 0; j < 2; j++) {
+                    s[i][j] += (vec)(both << 16) * (vec)(pairs[j] << 16);
+                    s[i][j] += (vec)(both & 0xffff0000u) * (vec)(pairs[j] & 0xffff0000u);
+                }
+            }
         }
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < 2; j++)
+                store(c + i * PANEL + at + j * LANES, s[i][j]);
+    }
+}
 #endif
+
+/* c[m, PANEL] = a[m, k] times a packed panel. */
+INLINE void panel_tile(const void *a, int64_t from, int64_t stride, const void *panel, int64_t k, float *c, const int m,
+                       const int half) {
+    if (half) {
+        half_tile((const uint16_t *)a + from, stride, panel, k, c, m);
+        return;
+    }
+    for (int64_t at = 0; at < PANEL; at += 2 * LANES)
+        tile((const float *)a + from, stride, 1, panel, at, PANEL, c + at, PANEL, k, m, 2, 0, 0);
 }
 
 /* into = x w^T + b, or residual += it. Every thread of the region takes part. */
@@ -203,8 +226,10 @@ INLINE void multiply(const Product *p, const void *x, int64_t rows, void *into, 
         int64_t count = rows - first < ROWS ? rows - first : ROWS, i = 0;
         const void *panel = (const char *)p->weight + column * p->in * (half ? 2 : 4);
         float c[ROWS * PANEL];
-        for (; i + 8 <= count; i += 8)
-            panel_tile(x, (first + i) * p->in, p->in, panel, p->in, c + i * PANEL, 8, half);
+        for (; i + TALL <= count; i += TALL)
+            panel_tile(x, (first + i) * p->in, p->in, panel, p->in, c + i * PANEL, TALL, half);
+        for (; i + 4 <= count; i += 4)
+            panel_tile(x, (first + i) * p->in, p->in, panel, p->in, c + i * PANEL, 4, half);
         for (; i + 2 <= count; i += 2)
             panel_tile(x, (first + i) * p->in, p->in, panel, p->in, c + i * PANEL, 2, half);
         if (i < count)
@@ -326,7 +351,7 @@ INLINE void run_layers(const Step *s, Desk *desk, const int half) {
 /* Returns whether memory ran out. Up to 15 numbers are read behind the rows of keys: the buffers have room for it. */
 EXPORT int step(const Step *s, int half, int threads) {
     int64_t queries = CHUNK * (s->heads / s->key_heads), middle = up(s->columns);
-    int64_t stride = middle + up(s->length) + 2 * LANES, of_thread = queries * (2 * s->width + stride);
+    int64_t stride = middle + s->length + 2 * LINE, of_thread = queries * (2 * s->width + stride);
     float *memory = malloc(threads * of_thread * sizeof(float));
     if (!memory)
         return 1;

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlpost.kernels.build import library
-from rlpost.kernels.ops import LANES, at, half, same, single
+from rlpost.kernels.ops import LINE, at, half, same, single
 
-PANEL = 2 * LANES
+PANEL = 2 * LINE
 """Columns of a packed weight that lie together, as in step.c."""
 CHUNK = 8
 """Rows of one prompt that are done together, at most, as in step.c."""
@@ -116,11 +116,11 @@ class Cached:
     """One layer's cache."""
 
     prompt_key: Tensor
-    """[P, K, W, d] float32, transposed in memory, [P, K, d, W], with `LANES` numbers of slack."""
+    """[P, K, W, d] float32, transposed in memory, [P, K, d, W], with `LINE` numbers of slack."""
     prompt_value: Tensor
     """[P, K, W, d] float32."""
     own_key: Tensor
-    """[at least B, K, room / LANES, d, LANES] of the products' type."""
+    """[at least B, K, room / LINE, d, LINE] of the products' type."""
     own_value: Tensor
     """[at least B, K, room, d]."""
 
@@ -151,7 +151,7 @@ def chunks_of(prompt_of_row: NDArray[np.int64]) -> NDArray[np.int32]:
 def with_slack(like: Tensor, *shape: int) -> Tensor:
     """An empty contiguous tensor, behind which some more numbers may be read."""
     size = math.prod(shape)
-    return like.new_empty(size + LANES)[:size].view(shape)
+    return like.new_empty(size + LINE)[:size].view(shape)
 
 
 class Step:
@@ -161,7 +161,7 @@ class Step:
         """Hold them.
 
         Args:
-            blocks: all layers, whose widths are multiples of `LANES`.
+            blocks: all layers, whose widths are multiples of `LINE`.
             head: with the weight of the last norm multiplied into it.
             eps: of the last norm.
             heads: H, K and d; at most `REPEATS` query heads a key head.
@@ -187,7 +187,7 @@ class Step:
         for layer, block, cached in zip(self._layers, self._blocks, caches, strict=True):
             assert cached.prompt_key.shape[1:] == (key_heads, columns, width)
             assert cached.own_value.shape[1:] == (key_heads, room, width)
-            assert cached.own_key.shape[1:] == (key_heads, room // LANES, width, LANES)
+            assert cached.own_key.shape[1:] == (key_heads, room // LINE, width, LINE)
             layer.prompt_key, layer.prompt_value = single(cached.prompt_key.mT), single(cached.prompt_value)
             layer.own_key, layer.own_value = (same(x, self._head.weight) for x in (cached.own_key, cached.own_value))
             layer.first = 0 if block.window is None else max(0, columns + rows.length - block.window)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from rlpost.kernels.ops import LANES
+from rlpost.kernels.ops import LINE
 from rlpost.kernels.step import Cached, Rows, chunks_of, with_slack
 from rlpost.policy.attention import AttentionOptions
 
@@ -43,7 +43,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         self.prompt: tuple[Tensor, Tensor] | None = None
         """[P, K, W, D]"""
         self.own: tuple[Tensor, Tensor] | None = None
-        """[rows at the last growth, K, room, D]; of the compiled step, keys are [.., K, room / LANES, D, LANES]."""
+        """[rows at the last growth, K, room, D]; of the compiled step, keys are [.., K, room / LINE, D, LINE]."""
         self.latest: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -103,10 +103,10 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
         """The cache with room for the next token of so many rows, for the compiled step."""
         assert self.prompt is not None
         if larger := self._larger_room():
-            larger = -(-larger // LANES) * LANES
-            blocks = larger // LANES
+            larger = -(-larger // LINE) * LINE
+            blocks = larger // LINE
             self._grow(
-                torch.empty(rows, key_heads, blocks, width, LANES, dtype=dtype),
+                torch.empty(rows, key_heads, blocks, width, LINE, dtype=dtype),
                 torch.empty(rows, key_heads, larger, width, dtype=dtype),
             )
         assert self.own is not None
@@ -136,7 +136,7 @@ class PromptedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is unty
 
 def _places(buffer: Tensor, tokens: int) -> int:
     """What so many tokens take of the third axis of a cache."""
-    return -(-tokens // LANES) if buffer.ndim == 5 else tokens
+    return -(-tokens // LINE) if buffer.ndim == 5 else tokens
 
 
 class PromptedLayout:

@@ -1,8 +1,9 @@
 """Layers whose arithmetic is a transformers model's own, in faster kernels; every family and its adapters gain by them.
 
 On a CPU, PyTorch multiplies float32 matrices with MKL, which leaves AVX-512 unused on processors that are not Intel's;
-oneDNN, which is part of PyTorch too, uses it everywhere. So linear layers call oneDNN forward and for the gradient of
-their input; the gradient of the weight, whose long axis is summed over, is as fast in MKL.
+oneDNN, which is part of PyTorch too, uses it everywhere. So on a processor with AVX-512 linear layers call oneDNN
+forward and for the gradient of their input; the gradient of the weight, whose long axis is summed over, is as fast in
+MKL. On others MKL is the faster one.
 
 Axes: T rows (all leading axes), I inputs, O outputs.
 """
@@ -17,9 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def has_onednn() -> bool:
-    """Whether this build of PyTorch has oneDNN, and the operation used here."""
-    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch has oneDNN and the operation used here, and the CPU runs it in that type."""
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    known = dtype == torch.float32
+    return known or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+def prefers_onednn() -> bool:
+    """Whether it multiplies float32 matrices, as they are, faster than PyTorch does by itself."""
+    return has_onednn(torch.float32) and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -72,7 +81,7 @@ def use_fast_linear(model: nn.Module) -> None:
 
     To be called before there are adapters: one that is added later must compute as those that were there.
     """
-    if not has_onednn():
+    if not prefers_onednn():
         return
     for module in model.modules():
         if type(module) is nn.Linear:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlpost.kernels import step
 from rlpost.kernels.build import why_none
-from rlpost.kernels.ops import LANES
+from rlpost.kernels.ops import LINE
 from rlpost.objectives.ragged import widen
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.cache import PromptedLayer, PromptedLayout
@@ -56,7 +56,7 @@ class Linear:
 
     def __init__(self, of: Affine, dtype: torch.dtype) -> None:
         weight = of.weight.to(dtype)
-        packs = weight.device.type == "cpu" and dtype != torch.float64 and has_onednn()
+        packs = weight.device.type == "cpu" and has_onednn(dtype)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if packs else None
         self._weight = None if packs else weight
         self._bias = None if of.bias is None else of.bias.to(dtype)
@@ -127,7 +127,7 @@ def compiled_serves(blocks: Sequence[FusedBlock], dtype: torch.dtype) -> bool:
     return (
         blocks[0].into.weight.device.type == "cpu"
         and dtype in (torch.float32, torch.bfloat16)
-        and all(n % LANES == 0 for n in widths)
+        and all(n % LINE == 0 for n in widths)
         and len({(b.heads, b.down.weight.shape[1]) for b in blocks}) == 1
         and all(b.options.softcap is None and b.options.sinks is None for b in blocks)
         and blocks[0].heads.repeats <= step.REPEATS

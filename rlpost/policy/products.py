@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.policy import adapters
-from rlpost.policy.fast_layers import has_onednn, product
+from rlpost.policy.fast_layers import prefers_onednn, product
 from rlpost.policy.recognise import NotRecognised, linear_of
 
 
@@ -69,7 +69,7 @@ class Joined:
 
     def _times(self, x: Tensor, weight: Tensor) -> Tensor:
         """X times the transpose of a weight."""
-        if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) and has_onednn():
+        if x.dtype == torch.float32 and x.device.type == "cpu" and len(x) and prefers_onednn():
             return product(x, weight)
         return nn.functional.linear(x, weight)
 

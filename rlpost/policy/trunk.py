@@ -28,7 +28,7 @@ from rlpost.policy.layout import FlatLayout
 from rlpost.policy.products import Joined, layer_of
 from rlpost.policy.recognise import norm_of, part, window_of
 from rlpost.policy.tile_attention import Heads, scale_of
-from rlpost.policy.trunk_ops import LayerOps, Norm, Place, layer_ops
+from rlpost.policy.trunk_ops import Attended, LayerOps, Norm, Place, layer_ops
 
 
 class _Normed(torch.autograd.Function):
@@ -96,7 +96,7 @@ def forward(ops: LayerOps, block: Block, place: Place, x: Tensor) -> tuple[Tenso
     _, normed, inverse = ops.norm(block.norms[0], x)
     qkv, low_in = block.into.forward(normed)
     parts, of_heads = _with_head_norms(ops, block, qkv)
-    attended, of_attention = ops.attend(place, block.heads, block.scale, parts)
+    attended, of_attention = ops.attend(Attended(place, block.heads, block.scale, parts))
     added, low_out = block.out.forward(attended)
     middle, normed_2, inverse_2 = ops.norm(block.norms[1], x, added)
     gate_up, low_up = block.gate_up.forward(normed_2)
@@ -164,8 +164,8 @@ def backward(
     of_middle, of_norm_2 = ops.norm_backward(block.norms[1], of_normed_2, middle, inverse_2, grad)
 
     of_attended, of_out = block.out.backward(of_middle.to(gate_up.dtype), attended, lows[1], wants[1])
-    parts = _attended_parts(block, qkv, of_heads)
-    of_qkv = ops.attend_backward(place, block.heads, block.scale, parts, of_attended, attended, list(kept_left))
+    read = Attended(place, block.heads, block.scale, _attended_parts(block, qkv, of_heads))
+    of_qkv = ops.attend_backward(read, of_attended, attended, list(kept_left))
     of_head_norms = _through_head_norms(ops, block, qkv, of_heads[1::2], of_qkv)
     of_normed, of_into = block.into.backward(of_qkv, normed, lows[0], wants[0])
     of_x, of_norm = ops.norm_backward(block.norms[0], of_normed, x, inverse, of_middle)

@@ -63,6 +63,19 @@ class Place:
         return (grad * cos).add_((grad * sin).roll(grad.shape[-1] // 2, -1))
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What attention reads."""
+
+    place: Place
+    """Of the tokens."""
+    heads: Heads
+    scale: float
+    """The factor on the scores."""
+    parts: Sequence[Tensor]
+    """Queries [T, H·d], keys and values [T, K·d] before positions, each with contiguous rows."""
+
+
 class LayerOps(Protocol):
     """One of the two."""
 
@@ -96,30 +109,11 @@ class LayerOps(Protocol):
         """[T, D] x + added."""
         ...
 
-    def attend(self, place: Place, heads: Heads, scale: float, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Attention.
-
-        Args:
-            place: of the tokens.
-            heads: how many.
-            scale: of the scores.
-            parts: queries [T, H·d], keys and values [T, K·d] before positions, each with contiguous rows.
-
-        Returns:
-            [T, H·d] the result, and what `attend_backward` needs.
-        """
+    def attend(self, of: Attended) -> tuple[Tensor, list[Tensor]]:
+        """[T, H·d] the result of attention, and what `attend_backward` needs."""
         ...
 
-    def attend_backward(
-        self,
-        place: Place,
-        heads: Heads,
-        scale: float,
-        parts: Sequence[Tensor],
-        grad: Tensor,
-        result: Tensor,
-        kept: Sequence[Tensor],
-    ) -> Tensor:
+    def attend_backward(self, of: Attended, grad: Tensor, result: Tensor, kept: Sequence[Tensor]) -> Tensor:
         """[T, (H + 2K)·d] gradients of queries, keys and values, side by side."""
         ...
 
@@ -176,35 +170,27 @@ class TorchOps:
         """See `LayerOps`."""
         return x + added
 
-    def attend(self, place: Place, heads: Heads, scale: float, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, of: Attended) -> tuple[Tensor, list[Tensor]]:
         """See `LayerOps`; scores are float32 at least."""
-        query, key, value = (widen(x) for x in parts)
-        turned = place.turned(torch.cat([query, key], 1).view(len(query), -1, heads.width))
+        heads, layout = of.heads, of.place.layout
+        query, key, value = (widen(x) for x in of.parts)
+        turned = of.place.turned(torch.cat([query, key], 1).view(len(query), -1, heads.width))
         query, key = (x.flatten(1) for x in turned.split_with_sizes([heads.query, heads.key], 1))
-        at = [t.prompt_PK.flatten() for t in place.layout.tiles if t.prompt_PK is not None]
+        at = [t.prompt_PK.flatten() for t in layout.tiles if t.prompt_PK is not None]
         prompts = [x.index_select(0, i) for i in at for x in (key, value)]
-        result, kept = place.layout.in_blocks_forward(heads, query * scale, key, value, prompts)
+        result, kept = layout.in_blocks_forward(heads, query * of.scale, key, value, prompts)
         return result.to(self._dtype), kept
 
-    def attend_backward(
-        self,
-        place: Place,
-        heads: Heads,
-        scale: float,
-        parts: Sequence[Tensor],  # noqa: ARG002
-        grad: Tensor,
-        result: Tensor,
-        kept: Sequence[Tensor],
-    ) -> Tensor:
+    def attend_backward(self, of: Attended, grad: Tensor, result: Tensor, kept: Sequence[Tensor]) -> Tensor:
         """See `LayerOps`."""
-        layout = place.layout
-        (query, key, value), prompts = layout.in_blocks_backward(heads, widen(grad), widen(result), kept)
+        layout = of.place.layout
+        (query, key, value), prompts = layout.in_blocks_backward(of.heads, widen(grad), widen(result), kept)
         at = [t.prompt_PK.flatten() for t in layout.tiles if t.prompt_PK is not None]
         for number, index in enumerate(at):
             key.index_add_(0, index, prompts[2 * number])
             value.index_add_(0, index, prompts[2 * number + 1])
-        both = torch.cat([query.mul_(scale), key], 1).view(len(query), -1, heads.width)
-        return torch.cat([place.turned_back(both).flatten(1), value], 1).to(self._dtype)
+        both = torch.cat([query.mul_(of.scale), key], 1).view(len(query), -1, of.heads.width)
+        return torch.cat([of.place.turned_back(both).flatten(1), value], 1).to(self._dtype)
 
 
 class CompiledOps:
@@ -244,23 +230,14 @@ class CompiledOps:
         """See `LayerOps`."""
         return ops.add(x, added)
 
-    def attend(self, place: Place, heads: Heads, scale: float, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def attend(self, of: Attended) -> tuple[Tensor, list[Tensor]]:
         """See `LayerOps`."""
-        result, total = attention.attend(_inputs(place, heads, scale, parts))
+        result, total = attention.attend(_inputs(of))
         return result, [total]
 
-    def attend_backward(
-        self,
-        place: Place,
-        heads: Heads,
-        scale: float,
-        parts: Sequence[Tensor],
-        grad: Tensor,
-        result: Tensor,
-        kept: Sequence[Tensor],
-    ) -> Tensor:
+    def attend_backward(self, of: Attended, grad: Tensor, result: Tensor, kept: Sequence[Tensor]) -> Tensor:
         """See `LayerOps`."""
-        return attention.attend_backward(_inputs(place, heads, scale, parts), grad, result, *kept)
+        return attention.attend_backward(_inputs(of), grad, result, *kept)
 
 
 def layer_ops(dtype: torch.dtype, widths: Sequence[int], bfloat16: bool) -> LayerOps:
@@ -273,10 +250,10 @@ def layer_ops(dtype: torch.dtype, widths: Sequence[int], bfloat16: bool) -> Laye
     """
     precision = torch.bfloat16 if bfloat16 else dtype
     known = dtype != torch.float64 and precision in (torch.float32, torch.bfloat16)
-    compiled = known and all(w % ops.LANES == 0 for w in widths) and not why_none()
+    compiled = known and all(w % ops.LINE == 0 for w in widths) and not why_none()
     return CompiledOps(precision) if compiled else TorchOps(precision)
 
 
-def _inputs(place: Place, heads: Heads, scale: float, parts: Sequence[Tensor]) -> attention.Inputs:
-    query, key, value = parts
-    return attention.Inputs(place.layout.families, query, key, value, place.cos, place.sin, heads.width, scale)
+def _inputs(of: Attended) -> attention.Inputs:
+    place, (query, key, value) = of.place, of.parts
+    return attention.Inputs(place.layout.families, query, key, value, place.cos, place.sin, of.heads.width, of.scale)

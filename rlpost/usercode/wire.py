@@ -113,25 +113,29 @@ def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-_ARRAYS = {"ids": "<i4", "action": "?", "logprobs": "<f8", "steps": "<i4", "step_labels": "<f8"}
-"""A completion's arrays, and the types they are encoded as."""
+_ARRAYS = {"step_labels": "<f8", "logprobs": "", "ids": "<i4", "steps": "<i4", "action": "?"}
+"""A completion's arrays, wider numbers first, and their types; log-probabilities keep theirs."""
 _VALUES = ("text", "finish", "reward", "label", "score", "weights_version")
 """Its other fields."""
 
 
 def _packed(c: Completion) -> list[Any]:
-    arrays = [_base64(getattr(c, name).astype(kind).tobytes()) for name, kind in _ARRAYS.items()]
-    return [*arrays, c.logprobs.dtype.str, {name: getattr(c, name) for name in _VALUES}]
+    arrays = [getattr(c, name) for name in _ARRAYS]
+    data = b"".join([a.tobytes() for a in arrays])
+    values = [getattr(c, name) for name in _VALUES]
+    return [[len(a) for a in arrays], c.logprobs.dtype.str, _base64(data), values]
 
 
 def _completion(packed: Sequence[Any]) -> Completion:
     import numpy
 
-    *parts, float_kind, values = packed
-    arrays: dict[str, Any] = {}
-    for (name, kind), part in zip(_ARRAYS.items(), parts, strict=True):
-        arrays[name] = numpy.frombuffer(base64.b64decode(part), kind)
-    return Completion(**{**arrays, "logprobs": arrays["logprobs"].astype(float_kind)}, **values)
+    lengths, float_kind, data, values = packed
+    raw, at = base64.b64decode(data), 0
+    fields: dict[str, Any] = dict(zip(_VALUES, values, strict=True))
+    for (name, kind), length in zip(_ARRAYS.items(), lengths, strict=True):
+        fields[name] = numpy.frombuffer(raw, kind or float_kind, length, at)
+        at += fields[name].nbytes
+    return Completion.of_fields(fields)
 
 
 def _zone(zone: Any, path: str) -> Any:

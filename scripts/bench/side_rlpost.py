@@ -103,7 +103,11 @@ def given_logprob(work: dict[str, Any]) -> float:
 def main() -> None:
     import yaml
 
-    import rlpost
+    from rlpost.cli.importing import importing
+
+    with importing():  # as the command does
+        import rlpost
+        from rlpost import pipeline  # noqa: F401
 
     work = json.loads(sys.argv[1])
     folder = Path(work["folder"])

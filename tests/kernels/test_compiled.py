@@ -248,7 +248,7 @@ class Reference:
             own = [draw(rows + 2, key_heads, room, width, dtype=dtype, seed=layer + n) for n in (3, 4)]
             self.own.append([x.clone() for x in own])
             slack = step.with_slack(torch.empty(0), 3, key_heads, width, self.columns).copy_(prompt_key.mT)
-            lanes = own[0].view(rows + 2, key_heads, -1, ops.LANES, width).transpose(3, 4).contiguous()
+            lanes = own[0].view(rows + 2, key_heads, -1, ops.LINE, width).transpose(3, 4).contiguous()
             self.caches.append(step.Cached(slack.mT, prompt_value, lanes, own[1]))
         head, self.wide_head = affine(37, hidden, dtype, 9)
         self.step = step.Step(blocks, head, 1e-5, self.heads)

@@ -285,11 +285,13 @@ def test_one_weight_in_two_places_is_joined_right():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear_layers_by_onednn_are_linear_layers(bias):
+def test_linear_layers_by_onednn_are_linear_layers(bias, monkeypatch):
     own = nn.Linear(24, 40, bias=bias)
     fast = copy.deepcopy(own)
-    use_fast_linear(fast)
-    assert type(fast) is FastLinear
+    for preferred, kind in ((False, nn.Linear), (True, FastLinear)):
+        monkeypatch.setattr("rlpost.policy.fast_layers.prefers_onednn", lambda found=preferred: found)
+        use_fast_linear(fast)
+        assert type(fast) is kind
     for shape in ((7, 24), (2, 3, 24), (0, 24)):
         x = torch.randn(shape, requires_grad=True)
         y = torch.randn(*shape[:-1], 40)
