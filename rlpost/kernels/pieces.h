@@ -5,17 +5,21 @@
 
 INLINE int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* c[m, n] (+)= a[m, k] b[k, n]. */
-INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int64_t from, int64_t b_stride, float *c,
-                 int64_t c_stride, int64_t k, const int m, const int n, const int adds, const int half) {
-    vec s[TALL][2];
+/* Where column j (a multiple of LANES) of a matrix lies behind its first, if lines of LINE columns are `line` apart. */
+INLINE int64_t place(int64_t j, int64_t line) { return j / LINE * line + j % LINE; }
+
+/* c[m, n vectors] (+)= a[m, k] b[k, n vectors]. */
+INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int64_t from, int64_t b_stride,
+                 int64_t line, float *c, int64_t c_stride, int64_t k, const int m, const int n, const int adds,
+                 const int half) {
+    vec s[TALL][4];
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j++)
             s[i][j] = adds ? load(c + i * c_stride + j * LANES) : all(0);
     for (int64_t p = 0; p < k; p++) {
-        vec right[2];
+        vec right[4];
         for (int j = 0; j < n; j++)
-            right[j] = get(b, from + p * b_stride + j * LANES, half);
+            right[j] = get(b, from + p * b_stride + place(j * LANES, line), half);
         for (int i = 0; i < m; i++) {
             vec left = all(a[i * down + p * along]);
             for (int j = 0; j < n; j++)
@@ -28,33 +32,46 @@ INLINE void tile(const float *a, int64_t down, int64_t along, const void *b, int
 }
 
 INLINE void column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const void *b, int64_t from,
-                   int64_t b_stride, float *c, int64_t c_stride, const int n, const int adds, const int half) {
+                   int64_t b_stride, int64_t line, float *c, int64_t c_stride, const int n, const int adds,
+                   const int half) {
     int64_t i = 0;
     for (; i + TALL <= m; i += TALL)
-        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, TALL, n, adds, half);
+        tile(a + i * down, down, along, b, from, b_stride, line, c + i * c_stride, c_stride, k, TALL, n, adds, half);
     for (; i + 4 <= m; i += 4)
-        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 4, n, adds, half);
+        tile(a + i * down, down, along, b, from, b_stride, line, c + i * c_stride, c_stride, k, 4, n, adds, half);
     for (; i + 2 <= m; i += 2)
-        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 2, n, adds, half);
+        tile(a + i * down, down, along, b, from, b_stride, line, c + i * c_stride, c_stride, k, 2, n, adds, half);
     if (i < m)
-        tile(a + i * down, down, along, b, from, b_stride, c + i * c_stride, c_stride, k, 1, n, adds, half);
+        tile(a + i * down, down, along, b, from, b_stride, line, c + i * c_stride, c_stride, k, 1, n, adds, half);
+}
+
+/* One or two rows, by four vectors: a vector's sums must wait for each other. */
+INLINE void wide_column(int64_t m, int64_t k, const float *a, int64_t down, int64_t along, const void *b, int64_t from,
+                        int64_t b_stride, int64_t line, float *c, int64_t c_stride, const int adds, const int half) {
+    if (m == 2)
+        tile(a, down, along, b, from, b_stride, line, c, c_stride, k, 2, 4, adds, half);
+    else
+        tile(a, down, along, b, from, b_stride, line, c, c_stride, k, 1, 4, adds, half);
 }
 
 /* c (+)= a b; n is rounded up to lanes, and so much is written. a's rows are `down` apart, its columns `along`; b begins
-at index `from` and is float32 or bfloat16. */
+at index `from`, has lines of columns that are `line` apart, and is float32 or bfloat16. */
 INLINE void product_of(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const void *b,
-                       int64_t from, int64_t b_stride, float *c, int64_t c_stride, const int adds, const int half) {
+                       int64_t from, int64_t b_stride, int64_t line, float *c, int64_t c_stride, const int adds,
+                       const int half) {
     int64_t j = 0;
+    for (; m <= 2 && j + 3 * LANES < n; j += 4 * LANES)
+        wide_column(m, k, a, down, along, b, from + place(j, line), b_stride, line, c + j, c_stride, adds, half);
     for (; j + LANES < n; j += 2 * LANES)
-        column(m, k, a, down, along, b, from + j, b_stride, c + j, c_stride, 2, adds, half);
+        column(m, k, a, down, along, b, from + place(j, line), b_stride, line, c + j, c_stride, 2, adds, half);
     if (j < n)
-        column(m, k, a, down, along, b, from + j, b_stride, c + j, c_stride, 1, adds, half);
+        column(m, k, a, down, along, b, from + place(j, line), b_stride, line, c + j, c_stride, 1, adds, half);
 }
 
 /* With b in float32. */
 INLINE void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t down, int64_t along, const float *b,
                     int64_t b_stride, float *c, int64_t c_stride, const int adds) {
-    product_of(m, n, k, a, down, along, b, 0, b_stride, c, c_stride, adds, 0);
+    product_of(m, n, k, a, down, along, b, 0, b_stride, LINE, c, c_stride, adds, 0);
 }
 
 /* One row of a head, padded with zeros. */

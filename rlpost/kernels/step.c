@@ -58,9 +58,7 @@ INLINE void keep_token(const Decoding *a, int64_t row, int64_t head, const int h
 /* scores[m, lines * LINE] of queries [m, width] with keys, from index `from` on. */
 INLINE void own_scores(int64_t m, int64_t lines, int64_t width, const float *query, const void *key, int64_t from,
                        float *scores, int64_t stride, const int half) {
-    for (int64_t n = 0; n < lines; n++)
-        product_of(m, LINE, width, query, width, 1, key, from + n * width * LINE, LINE, scores + n * LINE, stride, 0,
-                   half);
+    product_of(m, lines * LINE, width, query, width, 1, key, from, LINE, width * LINE, scores, stride, 0, half);
 }
 
 /* Asks for the keys and values of a row before they are needed: each row's lie apart, so the processor does not foresee
@@ -110,7 +108,7 @@ INLINE void decode_chunk(const Decoding *a, const Chunk *c, int64_t head, Desk *
                             exp_row(of_own_line, of_own, up(of_own), most));
         }
         product_of(repeats, width, of_own, d->scores + at * d->stride + d->middle + skip, d->stride, 1, a->own_value,
-                   (own * a->room + own_begin) * width, width, d->out + at * width, width, 0, half);
+                   (own * a->room + own_begin) * width, width, LINE, d->out + at * width, width, 0, half);
     }
     if (of_prompt)
         product(queries, width, of_prompt, d->scores, d->stride, 1,
@@ -214,13 +212,13 @@ INLINE void panel_tile(const void *a, int64_t from, int64_t stride, const void *
         return;
     }
     for (int64_t at = 0; at < PANEL; at += 2 * LANES)
-        tile((const float *)a + from, stride, 1, panel, at, PANEL, c + at, PANEL, k, m, 2, 0, 0);
+        tile((const float *)a + from, stride, 1, panel, at, PANEL, LINE, c + at, PANEL, k, m, 2, 0, 0);
 }
 
 /* into = x w^T + b, or residual += it. Every thread of the region takes part. */
 INLINE void multiply(const Product *p, const void *x, int64_t rows, void *into, float *residual, const int half) {
     int64_t panels = (p->out + PANEL - 1) / PANEL, blocks = (rows + ROWS - 1) / ROWS;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < panels * blocks; task++) {
         int64_t column = task / blocks * PANEL, first = task % blocks * ROWS;
         int64_t count = rows - first < ROWS ? rows - first : ROWS, i = 0;

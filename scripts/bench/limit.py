@@ -54,6 +54,10 @@ def training_operations(
     return float((passes + reference) * forward + (3 + reference) * attention)
 
 
+LARGE = ((2048, 2048, 2048),)
+"""A shape at which the machine is as fast as it gets."""
+
+
 @cache
 def throughput(shapes: tuple[tuple[int, int, int], ...], dtype: str) -> float:
     """Operations a second of products [rows, inputs] x [inputs, outputs], each by the faster of two libraries."""
@@ -64,11 +68,18 @@ def throughput(shapes: tuple[tuple[int, int, int], ...], dtype: str) -> float:
         x = torch.randn(rows, inputs, dtype=getattr(torch, dtype))
         w = torch.randn(outputs, inputs, dtype=getattr(torch, dtype))
         ways: list[Callable[[], Any]] = [partial(torch.mm, x, w.t())]
-        if torch.backends.mkldnn.is_available():
+        if torch.backends.mkldnn.is_available() and (dtype != "bfloat16" or has_half()):
             ways.append(partial(torch.ops.mkldnn._linear_pointwise, x, w, None, "none", [], ""))
         seconds += min(_seconds(way) for way in ways)
         operations += 2.0 * rows * inputs * outputs
     return operations / seconds
+
+
+def has_half() -> bool:
+    """Whether the processor multiplies in bfloat16; PyTorch does it a number at a time else."""
+    import torch
+
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def throughput_of(shape: Mapping[str, Any], tokens: int, dtype: str) -> float:

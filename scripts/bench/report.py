@@ -51,10 +51,9 @@ class Table:
 def machine() -> dict[str, str]:
     """What the numbers depend on."""
     import torch
-    from limit import bandwidth, throughput
+    from limit import LARGE, bandwidth, throughput
 
-    square = ((2048, 2048, 2048),)
-    speeds = {kind: throughput(square, kind) / 1e9 for kind in ("float32", "bfloat16")}
+    speeds = {kind: throughput(LARGE, kind) / 1e9 for kind in ("float32", "bfloat16")}
     return {
         "date": date.today().isoformat(),
         "processor": _processor(),
@@ -72,9 +71,10 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    kinds = [label for flag, label in (("avx512f", "AVX-512"), ("avx512_bf16", "its bfloat16")) if flag in flags]
+    known = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "its bfloat16"}
+    kinds = [label for flag, label in known.items() if flag in flags]
     cores = sum(line.startswith("processor") for line in lines)
-    return f"{cores} cores of {name}" + (f", with {' and '.join(kinds)}" if kinds else "")
+    return f"{cores} cores of {name}" + (f", with {', '.join(kinds)}" if kinds else "")
 
 
 def _commit() -> str:
