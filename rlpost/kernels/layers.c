@@ -139,19 +139,18 @@ EXPORT void cross_entropy(const void *logits, int64_t stride, const int64_t *tar
     BY_PRECISION(cross_entropy_rows, logits, stride, target, scale, logp, total, rows, vocabulary, threads);
 }
 
-/* Gradients of logits: grad[n] * scale * (one at the target - softmax). */
+/* Gradients of logits: grad[n] * scale * (one at the target - softmax); they may take the place of the logits. */
 INLINE void cross_entropy_backward_rows(const void *logits, int64_t stride, const int64_t *target, float scale,
                                         const float *total, const float *grad, void *of_logits, int64_t rows,
                                         int64_t vocabulary, int threads, const int half) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t n = 0; n < rows; n++) {
         int64_t first = n * stride, into = n * vocabulary, whole = vocabulary / LANES * LANES;
-        float factor = grad[n] * scale;
+        float factor = grad[n] * scale, at = expf(get_one(logits, first + target[n], half) * scale - total[n]);
         for (int64_t i = 0; i < whole; i += LANES)
             put(of_logits, into + i, exp_of(get(logits, first + i, half) * scale - total[n]) * -factor, half);
         for (int64_t i = whole; i < vocabulary; i++)
             put_one(of_logits, into + i, expf(get_one(logits, first + i, half) * scale - total[n]) * -factor, half);
-        float at = expf(get_one(logits, first + target[n], half) * scale - total[n]);
         put_one(of_logits, into + target[n], factor * (1 - at), half);
     }
 }

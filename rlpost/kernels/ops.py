@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from rlpost.kernels.build import library
 
@@ -131,10 +132,12 @@ class _LogProbability(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of the logits."""
+        """Of the logits, in their place: they are the largest tensor of an update."""
         logits, target, total = ctx.saved_tensors
         rows, vocabulary = logits.shape
-        of_logits, grad = logits.new_empty(rows, vocabulary), grad.contiguous()
+        of_logits = logits.detach() if logits.is_contiguous() else logits.new_empty(rows, vocabulary)
+        increment_version(logits)  # so that autograd refuses to go on where anything needs them once more
+        grad = grad.contiguous()
         library().cross_entropy_backward(
             *(logits.data_ptr(), logits.stride(0), at(target), ctx.scale, at(total), single(grad)),
             *(at(of_logits), rows, vocabulary, half(logits), torch.get_num_threads()),
@@ -143,7 +146,7 @@ class _LogProbability(torch.autograd.Function):
 
 
 def log_probability(logits: Tensor, target: Tensor, scale: float = 1.0) -> Tensor:
-    """[N] the log-probability of each target.
+    """[N] the log-probability of each target; the backward pass, of which there may be one, writes over the logits.
 
     Args:
         logits: [N, V], rows of which may be the beginnings of wider ones.

@@ -1,8 +1,9 @@
 """The layers of a pre-norm transformer over a flat batch, forward and backward, each as one operation of autograd.
 
 A transformers layer records some forty operations; each reads and writes all tokens, and most keep a tensor for the
-backward pass. Here a layer keeps its input, the normed inputs of its products, gate and up, and what attention needs;
-projections of one input are one product (products.py), and so are their gradients.
+backward pass. Here a layer keeps its input, the residual stream in its middle, gate and up, and what attention needs;
+norms, which cost little, are computed once more backward. Projections of one input are one product (products.py), and so
+are their gradients.
 
 What is recognised: RMSNorm, linear q, k, v (with or without biases and head norms), rotary positions, SwiGLU and
 residuals, with low-rank adapters on any of the projections. Anything else keeps the model's own forward, and
@@ -93,15 +94,14 @@ class Block:
 
 def forward(ops: LayerOps, block: Block, place: Place, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """[T, D] the residual stream after a layer, and what `backward` needs besides its input."""
-    _, normed, inverse = ops.norm(block.norms[0], x)
-    qkv, low_in = block.into.forward(normed)
+    qkv, low_in = block.into.forward(ops.norm(block.norms[0], x)[1])
     parts, of_heads = _with_head_norms(ops, block, qkv)
     attended, of_attention = ops.attend(Attended(place, block.heads, block.scale, parts))
     added, low_out = block.out.forward(attended)
-    middle, normed_2, inverse_2 = ops.norm(block.norms[1], x, added)
-    gate_up, low_up = block.gate_up.forward(normed_2)
+    middle, normed, _ = ops.norm(block.norms[1], x, added)
+    gate_up, low_up = block.gate_up.forward(normed)
     added, low_down = block.down.forward(ops.swiglu(gate_up))
-    kept = [inverse, normed, qkv, attended, middle, inverse_2, normed_2, gate_up]
+    kept = [qkv, attended, middle, gate_up]
     lows = [y for low in (low_in, low_out, low_up, low_down) for y in low]
     return ops.add(middle, added), [*kept, *of_heads, *lows, *of_attention]
 
@@ -112,7 +112,7 @@ def _parts(block: Block, qkv: Tensor) -> list[Tensor]:
     return list(qkv.split_with_sizes([n * h.width for n in (h.query, h.key, h.key)], 1))
 
 
-QKV, HEADS = 2, 8
+QKV, HEADS = 0, 4
 """Where `forward` keeps queries, keys and values of all heads; and normed queries, 1/RMS, normed keys, 1/RMS."""
 
 
@@ -151,7 +151,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of a layer's input, and of `block.parameters()` as far as they are wanted."""
     kept_left = iter(kept)
-    inverse, normed, qkv, attended, middle, inverse_2, normed_2, gate_up = (next(kept_left) for _ in range(8))
+    qkv, attended, middle, gate_up = (next(kept_left) for _ in range(4))
     of_heads = [next(kept_left) for _ in block.head_norms or () for _ in ("normed", "inverse")]
     lows = [[next(kept_left) for layer in j.layers for _ in layer.adapters] for j in block.products]
     wants = list(_shares(wanted[2 + len(block.head_norms or ()) :], block.products))
@@ -160,13 +160,15 @@ def backward(
     of_inner, of_low = block.down.input_gradient(of_added)
     of_gate_up, inner = ops.swiglu_backward(gate_up, of_inner)
     of_down = block.down.gradients(of_added, inner, lows[3], of_low, wants[3])
-    of_normed_2, of_gates = block.gate_up.backward(of_gate_up, normed_2, lows[2], wants[2])
-    of_middle, of_norm_2 = ops.norm_backward(block.norms[1], of_normed_2, middle, inverse_2, grad)
+    _, normed, inverse = ops.norm(block.norms[1], middle)
+    of_normed, of_gates = block.gate_up.backward(of_gate_up, normed, lows[2], wants[2])
+    of_middle, of_norm_2 = ops.norm_backward(block.norms[1], of_normed, middle, inverse, grad)
 
     of_attended, of_out = block.out.backward(of_middle.to(gate_up.dtype), attended, lows[1], wants[1])
     read = Attended(place, block.heads, block.scale, _attended_parts(block, qkv, of_heads))
     of_qkv = ops.attend_backward(read, of_attended, attended, list(kept_left))
     of_head_norms = _through_head_norms(ops, block, qkv, of_heads[1::2], of_qkv)
+    _, normed, inverse = ops.norm(block.norms[0], x)
     of_normed, of_into = block.into.backward(of_qkv, normed, lows[0], wants[0])
     of_x, of_norm = ops.norm_backward(block.norms[0], of_normed, x, inverse, of_middle)
     return of_x, [of_norm, of_norm_2, *of_head_norms, *of_into, *of_out, *of_gates, *of_down]

@@ -57,15 +57,16 @@ class Experience:
         return [self._take([(g, None) for g in share]) for share in shares if share]
 
     def cut(self, budget: int, *, whole_groups: bool = False, shared_prompts: bool = True) -> list[Experience]:
-        """Parts of at most `budget` tokens (or one completion), for one forward and backward pass each.
+        """Parts of at most `budget` tokens (or one completion), one pass each, of about equal size.
 
         A group at the end of a part is cut between completions, its prompt then repeats; `whole_groups` forbids that.
         """
         parts: list[list[tuple[int, list[int]]]] = []
+        units = list(self._units(whole_groups))
+        budget = self._even(budget, units, shared_prompts)
         used = budget + 1
-        for g, wanted in self._units(whole_groups):
-            prompt = len(self.groups[g].prompt)
-            own = sum(len(self.groups[g].completions[c].ids) for c in wanted)
+        for g, wanted in units:
+            prompt, own = len(self.groups[g].prompt), self._tokens(g, wanted)
             repeats = 1 if shared_prompts else len(wanted)
             open_group = bool(parts) and parts[-1][-1][0] == g and shared_prompts
             cost = own + (0 if open_group else prompt * repeats)
@@ -79,6 +80,17 @@ class Experience:
             else:
                 parts[-1].append((g, list(wanted)))
         return [self._take(part) for part in parts]
+
+    def _even(self, budget: int, units: Sequence[tuple[int, Sequence[int]]], shared_prompts: bool) -> int:
+        """The budget, or less where equal parts need less: the largest part decides how much memory is taken."""
+        every = [self._tokens(g, wanted) for g, wanted in units]
+        prompts = {g for g, _ in units} if shared_prompts else [g for g, wanted in units for _ in wanted]
+        total = sum(every) + sum(len(self.groups[g].prompt) for g in prompts)
+        longest = max((len(self.groups[g].prompt) + own for (g, _), own in zip(units, every, strict=True)), default=0)
+        return min(budget, -(-total // max(1, -(-total // budget))) + longest)
+
+    def _tokens(self, group: int, members: Sequence[int]) -> int:
+        return sum(len(self.groups[group].completions[c].ids) for c in members)
 
     def to(self, device: torch.device | str) -> Experience:
         """The same with its tensors on `device`."""

@@ -105,7 +105,7 @@ class Learner:
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
-        max_tokens_per_microbatch: int = 8192,
+        max_tokens_per_microbatch: int = 4096,
         whole_groups: bool = False,
         balance: Balance | None = None,
     ) -> None:

@@ -112,6 +112,20 @@ def test_log_probabilities(dtype, vocabulary, temperature):
     assert_near(whole.grad, wide.grad, dtype)
 
 
+def test_the_gradient_takes_the_place_of_the_logits():
+    """They are the largest tensor of an update. Who needs them afterwards is told so."""
+    logits, target = draw(9, 32).requires_grad_(), torch.zeros(9, dtype=torch.long)
+    made = logits * 1.0
+    found = ops.log_probability(made, target)
+    found.sum().backward(retain_graph=True)
+    assert torch.equal(made, logits.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.sum().backward()
+    made = logits.tanh()  # its own gradient needs its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ops.log_probability(made, target).sum().backward()
+
+
 def test_a_row_with_what_is_no_number_has_no_log_probability():
     logits = draw(3, 40)
     logits[1, 37] = float("nan")

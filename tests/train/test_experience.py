@@ -80,6 +80,13 @@ def test_whole_groups_are_never_cut_whatever_the_budget():
     assert all(same(p.groups, (g,)) for p, g in zip(parts, GROUPS, strict=True))
 
 
+def test_parts_are_of_about_equal_size():
+    """The largest one decides how much memory an update takes: 30 tokens in two parts, and not 24 and 6."""
+    groups = tuple(Group((1,), (Completion((5, 6), (True, True)),)) for _ in range(10))
+    assert [tokens(part, True) for part in Experience(groups).cut(24)] == [18, 12]
+    assert [tokens(part, True) for part in Experience(groups).cut(100)] == [30]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("budget", [1, 5, 6, 9, 11, 14, 100])
 def test_parts_stay_within_the_budget_or_hold_one_completion(budget, shared):

@@ -84,7 +84,7 @@ class Training(Stage):
     """β₁ and β₂ of AdamW."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
-    max_tokens_per_microbatch: int = Field(8192, ge=1)
+    max_tokens_per_microbatch: int = Field(4096, ge=1)
     """Token budget of one forward and backward pass; the gradient does not depend on it beyond rounding."""
     aux_loss_coef: float | None = Field(None, ge=0)
     """Weight of a mixture of experts' balance loss, `router_balance` in the metrics
