@@ -2,8 +2,8 @@
 
 A transformers layer records some forty operations; each reads and writes all tokens, and most keep a tensor for the
 backward pass. Here a layer keeps its input, the residual stream in its middle, gate and up, and what attention needs;
-norms, which cost little, are computed once more backward. Projections of one input are one product (products.py), and so
-are their gradients.
+norms, which cost little, are computed once more backward. Projections of one input are one product (products.py), and
+so are their gradients.
 
 What is recognised: RMSNorm, linear q, k, v (with or without biases and head norms), rotary positions, SwiGLU and
 residuals, with low-rank adapters on any of the projections. Anything else keeps the model's own forward, and
