@@ -90,6 +90,11 @@ def candidates(work: Workload, wish: str, tokens: int) -> dict[str, dict[str, An
     return found
 
 
+def defaults_of_peer() -> dict[str, Any]:
+    """Nothing, which means bfloat16: on a processor that has none, twenty times as slow as the float32 it is given."""
+    return {} if has_half() else {"bf16": False}
+
+
 def python_of_peer() -> str:
     """The interpreter of .venv-bench, or of RLPOST_BENCH_PYTHON."""
     python = os.environ.get("RLPOST_BENCH_PYTHON", str(ROOT / ".venv-bench/bin/python"))
@@ -253,8 +258,7 @@ def compare(
             bench.drop(exact)
         best, tuned, in_float32 = bench.tuned()
         difference = same_numbers(name, exact.steps[0], in_float32.steps[0], work.lora)
-        # Its default is bfloat16: twenty times as slow as float32 on a processor that has none.
-        defaults = bench.peer("TRL at its defaults", {} if has_half() else {"bf16": False})
+        defaults = bench.peer("TRL at its defaults", defaults_of_peer())
         # From here on all are at the same step, with the same rows.
         for side in (own, defaults):
             side.go_on(work.warm + PICK - 1)

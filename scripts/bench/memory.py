@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from compare import PLAIN, WORKLOADS, Bench
+from compare import PLAIN, WORKLOADS, Bench, defaults_of_peer
 
 MEMORY = "memory of "
 NAMES = ("sft", "dpo", "grpo", "sft-50M", "sft-135M-lora")
@@ -18,7 +18,7 @@ def memory(name: str, folder: Path, kept: Path, wish: str) -> dict[str, Any]:
     try:
         bench.prepare()
         for label in ("rlpost", "TRL tuned", "TRL defaults"):
-            options = {**PLAIN, "bf16": False} if label == "TRL tuned" else {}
+            options = {**PLAIN, "bf16": False} if label == "TRL tuned" else defaults_of_peer()
             side = bench.own(label, bench.precision) if label == "rlpost" else bench.peer(label, options)
             side.go_on()
             peaks[label] = side.peak
