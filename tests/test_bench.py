@@ -11,7 +11,7 @@ import pytest
 BENCH = Path(__file__).parents[1] / "scripts/bench"
 sys.path.insert(0, str(BENCH))
 
-from compare import WORKLOADS, candidates, same_numbers  # noqa: E402
+from compare import WORKLOADS, candidates, defaults_of_peer, same_numbers  # noqa: E402
 from gate import BenchError  # noqa: E402
 from growth import exponents  # noqa: E402
 from limit import body_parameters, decode_seconds, training_operations  # noqa: E402
@@ -87,8 +87,12 @@ def test_nothing_is_compared_unless_the_first_step_is_trls() -> None:
         same_numbers("grpo", {"given_logprob": float("nan")}, {"given_logprob": -8.0})
 
 
-def test_trl_is_tried_in_the_precisions_and_packed() -> None:
-    assert list(candidates(WORKLOADS["sft"], "bfloat16", 3000)) == ["float32", "bfloat16", "float32, packed"]
+@pytest.mark.parametrize("has", [True, False])
+def test_trl_is_tried_in_the_precisions_that_the_processor_has_and_packed(has: bool, monkeypatch) -> None:
+    monkeypatch.setattr("compare.has_half", lambda: has)
+    half = ["bfloat16"] * has
+    assert list(candidates(WORKLOADS["sft"], "bfloat16", 3000)) == ["float32", *half, "float32, packed"]
+    assert defaults_of_peer() == ({} if has else {"bf16": False})
     assert list(candidates(WORKLOADS["grpo"], "float32", 0)) == ["float32"]
     assert all(c["precompute_ref_log_probs"] for c in candidates(WORKLOADS["dpo-two-epochs"], "bfloat16", 0).values())
 
