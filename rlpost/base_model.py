@@ -15,6 +15,7 @@ from rlpost.errors import ModelError
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf, write_as_folder
 from rlpost.policy.identity import identity
 from rlpost.policy.scratch import make_model
+from rlpost.ranks import first_alone
 from rlpost.recipe.resolve import Resolved
 from rlpost.run.contents import Contents, difference
 from rlpost.run.files import write_folder_atomically
@@ -24,6 +25,7 @@ from rlpost.run.manifest import measure, verify
 from rlpost.usercode.binding import bind
 
 
+@first_alone
 def base_checkpoint(resolved: Resolved, run: RunDirectory) -> Path:
     """The model that the first stage starts from: by path, or made once and kept in the run directory.
 

@@ -16,6 +16,7 @@ from io import StringIO
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self, TextIO, cast
 
+from rlpost.ranks import is_first
 from rlpost.results import output
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class _Stderr:
 
 def _is_terminal(stream: TextIO | None) -> bool:
     """Whether it is a terminal with a cursor; the stream may be missing (a daemon) or closed."""
-    if stream is None or stream.closed or os.environ.get("TERM", "") in ("dumb", "unknown"):
+    if not is_first() or stream is None or stream.closed or os.environ.get("TERM", "") in ("dumb", "unknown"):
         return False
     return stream.isatty()
 
@@ -317,7 +318,8 @@ def _console() -> Console:
 
 
 def _write(text: str) -> None:
-    if sys.stderr is not None and not sys.stderr.closed:
+    """To stderr; of the ranks of a run the first one speaks."""
+    if is_first() and sys.stderr is not None and not sys.stderr.closed:
         stream = _Stderr(sys.stderr)
         stream.write(text)
         stream.flush()

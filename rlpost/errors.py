@@ -60,12 +60,22 @@ class EngineError(RlpostError):
     exit_code = 8
 
 
+class RankError(RlpostError):
+    """Another process of the run has ended or cannot be reached."""
+
+    exit_code = 8
+
+
 class Interrupted(RlpostError):
     """A signal asked us to stop; a checkpoint was written first."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
+        """By the arguments that it was made with, so that other processes can raise it too."""
+        return type(self), (str(self), self.exit_code - 128)
 
 
 class DivergedError(RlpostError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -12,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from rlpost import console
+from rlpost import console, ranks
 from rlpost.base_model import base_checkpoint, prove_base
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import DataRole
@@ -22,7 +22,7 @@ from rlpost.data.layouts import read_as
 from rlpost.data.origins import label
 from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
-from rlpost.errors import Interrupted, ModelError, RecipeError, RlpostError
+from rlpost.errors import Interrupted, ModelError, RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf
 from rlpost.policy.identity import Inputs, first_difference
@@ -38,6 +38,7 @@ from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents
+from rlpost.run.environment import versions
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.manifest import measure
@@ -76,7 +77,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     recipe = resolved.config
     for line in preflight(resolved, rows=False):
         console.say(line)
-    accelerator = _set_up(recipe.threads)
+    device = _set_up(recipe)
+    ranks.must_agree({"a recipe of sha256": recipe_hash(resolved), **versions()})
     code = functions_of(resolved)
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
@@ -86,16 +88,16 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         _mirrors(resolved, run) as mirrors,
     ):
         base = base_checkpoint(resolved, run)
-        bfloat16 = _bfloat16(run, recipe.model, base, accelerator.device)
+        bfloat16 = _bfloat16(run, recipe.model, base, device)
         memo = prove_base(run, base, recipe.model.revision)
         done = Progress(base, {"base": base})
         shelf = Shelf(run.path)
-        evaluations = StageEvaluations(resolved, run.path, bfloat16, accelerator.device, code, memo, shelf, mirrors)
+        evaluations = StageEvaluations(resolved, run.path, bfloat16, device, code, memo, shelf, mirrors)
         _encode_rows(resolved, run, base, shelf, evaluations)
         evaluations.after("base", base, done.checkpoints)
         for name, stage in _enabled(recipe).items():
-            if interrupts.requested is not None:
-                raise Interrupted(f"stopped before {name}; run the same command to go on", interrupts.requested)
+            if (signal := interrupts.agreed()) is not None:
+                raise Interrupted(f"stopped before {name}; run the same command to go on", signal)
             context = Context(
                 name=name,
                 model=recipe.model,
@@ -106,7 +108,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 folder=resolved.folder,
                 seed=recipe.seed,
                 bfloat16=bfloat16,
-                accelerator=accelerator,
+                device=device,
                 interrupts=interrupts,
                 lineage={"recipe_sha256": recipe_hash(resolved)},
                 inputs=Inputs(recipe.model.revision, memo),
@@ -125,11 +127,23 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         return done.current
 
 
-def _set_up(threads: int | None) -> Accelerator:
-    if threads:
-        torch.set_num_threads(threads)
+def _set_up(recipe: Recipe) -> torch.device:
+    """Join the other processes of the run, if there are any; returns this one's device.
+
+    Raises:
+        RecipeError: the recipe wants another number of them, or there is no device for one.
+    """
+    device = ranks.start()
+    wanted = recipe.parallel.processes
+    if wanted not in (1, ranks.count()):
+        raise RecipeError(
+            f"parallel.processes: {wanted}, but this run was started as {ranks.count()} - start it by `rlpost train`, "
+            "which starts them, or leave the number to the launcher"
+        )
+    if recipe.threads:
+        torch.set_num_threads(max(1, recipe.threads // ranks.on_this_machine()))
     keep_freed_memory()
-    return the_accelerator()
+    return device
 
 
 def functions_of(resolved: Resolved) -> dict[str, str]:
@@ -152,22 +166,6 @@ def _enabled(recipe: Recipe) -> dict[str, Stage]:
 def _leaves(recipe: Recipe) -> dict[str, str]:
     """Stage -> its kind of result, for stages whose result is not a policy."""
     return {name: str(s.leaves) for name, s in recipe.stages.items() if s.leaves is not Leaves.policy}
-
-
-def the_accelerator() -> Accelerator:
-    """The Accelerator of this process.
-
-    Raises:
-        RlpostError: it is one of several processes.
-    """
-    # Set both, since environment variables could: precision is the recipe's, accumulation the learner's.
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
-    if accelerator.num_processes > 1:
-        raise RlpostError(
-            f"started as {accelerator.num_processes} processes, but a run is one process on one device; "
-            "start it without a launcher, and choose the GPU with CUDA_VISIBLE_DEVICES"
-        )
-    return accelerator
 
 
 def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
@@ -251,8 +249,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         if not isinstance(result, Path):
             what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"
             raise RecipeError(f"{what} - return what context.finish(...) or context.finish_dataset(...) gives")
-        # Accelerate keeps a reference to every model it has prepared.
-        context.accelerator.free_memory()
+        _free_memory(context.device)
     if stage.leaves is Leaves.rows:
         done.rows[context.name] = context.out.rows
         return
@@ -260,6 +257,13 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     if stage.leaves is Leaves.policy:
         done.current = done.checkpoints[context.name]
         evaluations.after(context.name, done.current, done.checkpoints)
+
+
+def _free_memory(device: torch.device) -> None:
+    """Give back what the stage's models have left: the next one loads its own."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def _asks_for_more(context: Context, stage: Stage) -> bool:

@@ -14,19 +14,20 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from rlpost.errors import DiskError
+from rlpost.ranks import is_first
 
 _streams: list[TextIO] = []
 """The streams that results go to, in commands that keep stdout for them."""
 
 
 def emit(text: object, end: str = "\n") -> None:
-    """Print a result.
+    """Print a result; of the ranks of a run the first one does.
 
     Raises:
         DiskError: stdout cannot be written.
     """
     stream = output()
-    if stream is not None:
+    if stream is not None and is_first():
         try:
             stream.write(f"{text}{end}")
             stream.flush()
@@ -70,6 +71,20 @@ def kept_for_results() -> Iterator[None]:
         if kept is not None:
             os.dup2(kept, 1)
             stream.close()
+
+
+@contextmanager
+def given_to_children() -> Iterator[None]:
+    """Inside, processes that are started have the results' stream as their stdout."""
+    stream = output()
+    kept = os.dup(1)
+    try:
+        if stream is not None:
+            os.dup2(stream.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _descriptor_kept(stream: TextIO) -> int | None:

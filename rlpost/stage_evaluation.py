@@ -27,6 +27,7 @@ from rlpost.policy.identity import identity
 from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.policy import Policy
+from rlpost.ranks import first_alone
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.common import Stage
@@ -124,8 +125,7 @@ class StageEvaluations:
         )
         console.say(f"evaluating {name}")
         prompts, result = evaluate_recipe(self._resolved, cfg, policy, known, self._shelf)
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         lines = (encode_line(row) for answers in result.answers for row in answers.rows(prompts))
         write_atomic(self._file(name, "jsonl"), b"".join(lines))
         write_json(self._file(name), result.to_json())
@@ -134,6 +134,11 @@ class StageEvaluations:
         # A model that was just downloaded has contents only now.
         about = self._about(name, checkpoint, known)
         write_atomic(self._file(name, "proof"), seal({**about, "files": files}))
+
+    @first_alone
+    def _make_folder(self) -> None:
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def _mirror(self, name: str) -> None:
         results = self._results()
@@ -162,6 +167,7 @@ class StageEvaluations:
 
         return RecipeMeasure(cfg.every, measure_of if stage.leaves is Leaves.policy else None)
 
+    @first_alone
     def forget(self, name: str) -> None:
         """Remove the evaluation of stage `name`, which is about to be trained again."""
         with disk_errors(self._file(name)):

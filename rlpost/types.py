@@ -112,10 +112,10 @@ class Completion:
 
     def rewarded(self, reward: float | None) -> Completion:
         """The same completion with a total reward; its read-only arrays are shared."""
-        return self.of_fields({**vars(self), "reward": reward})
+        return self._of_fields({**vars(self), "reward": reward})
 
     @classmethod
-    def of_fields(cls, fields: Mapping[str, Any]) -> Completion:
+    def _of_fields(cls, fields: Mapping[str, Any]) -> Completion:
         """A completion of the fields of another, which are not checked again."""
         completion = object.__new__(cls)
         vars(completion).update(fields)

@@ -1,6 +1,7 @@
 """Golden runs: every stage kind on a tiny model, compared with what it gave when its reference was written.
 
     python scripts/golden.py [--only NAME ...] [--way full] [--exact]     compare; exits 1 on any difference
+    python scripts/golden.py --ranks 2                                    each run as so many processes
     python scripts/golden.py --write [--only NAME ...]                    write the references that are missing
 
 tests/golden/runs.yaml holds the recipes. Each is run by the command line (`rlpost train`, and what its `commands` say)
@@ -30,6 +31,7 @@ import math
 import multiprocessing
 import os
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -46,9 +48,14 @@ GOLDEN = ROOT / "tests" / "golden"
 REFERENCES = GOLDEN / "references"
 TOLERANCE = 1e-5
 ABSOLUTE = 1e-6
+OF_RANKS = (1e-3, 1e-2)
+"""Tolerance and absolute tolerance of several processes: AdamW makes full steps of what is left of a gradient that is
+0, which is rounding, and another where an update is cut in another way. invariance.py shows how exact gradients are."""
 PLAIN = ("model.fast=false", "rollouts.fused=false")
 """Overrides of every run."""
 LORA = "model.lora={r: 4, alpha: 8}"
+ROUNDING = ("accuracy", "score")
+"""The accuracy of a pair loss while policy and reference are the same, and the level of a reward model's head."""
 DIGITS = 9
 """Significant digits of a log-probability: as many as tell every float32 from the next."""
 HEAVY = (
@@ -57,6 +64,7 @@ HEAVY = (
     *("rlpost.cli", "rlpost.data.tasks", "rlpost.pipeline"),
 )
 """Imported once, before each run gets a process of its own."""
+RANK = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 LONGEST = 120.0
 """Seconds; a run that takes longer has failed."""
 
@@ -127,20 +135,32 @@ def filled(value: Any, places: Mapping[str, str]) -> Any:
     return value
 
 
-def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Train, and what else the run does, in this process; returns what it left.
+def places_of(folder: Path) -> dict[str, str]:
+    """What a run's words stand for."""
+    runs = folder / "runs"
+    return {"run": f"{runs}/run", "runs": str(runs), "rows": f"{GOLDEN}/rows", "recipe": f"{folder}/tiny.yaml"}
+
+
+def write_recipe(run: Run, folder: Path) -> None:
+    """The run's recipe, as a file."""
+    places = places_of(folder)
+    # By way of JSON: what stands in two places would become an alias.
+    recipe = json.loads(json.dumps(filled({"runs": places["runs"], **run.recipe}, places)))
+    Path(places["recipe"]).write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
+
+
+def perform(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Train, and what else the run does, in this process; returns what it left, but as one of several the first's.
 
     Raises:
         RuntimeError: a command failed.
     """
-    runs = folder / "runs"
-    places = {"run": f"{runs}/run", "runs": str(runs), "rows": f"{GOLDEN}/rows", "recipe": f"{folder}/tiny.yaml"}
-    # By way of JSON: what stands in two places would become an alias.
-    recipe = json.loads(json.dumps(filled({"runs": str(runs), **run.recipe}, places)))
-    Path(places["recipe"]).write_text(yaml.safe_dump(recipe, sort_keys=False), "utf-8")
+    places, runs = places_of(folder), folder / "runs"
     if run.before is not None:
         command(folder, ["train", places["recipe"], *run.overrides, *run.before])
     command(folder, ["train", places["recipe"], *run.overrides])
+    if not alone_again():
+        return None
     said = []
     for number, words in enumerate(run.commands):
         words = filled(list(words), places)
@@ -155,6 +175,17 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     return {"stages": left(runs / "run"), "evaluation": evaluated(runs / "run"), "commands": said}
 
 
+def alone_again() -> bool:
+    """Whether this process goes on alone: the first of several does."""
+    from rlpost import ranks
+
+    first = ranks.is_first()
+    ranks.leave()
+    for name in RANK:
+        os.environ.pop(name, None)
+    return first
+
+
 def command(folder: Path, words: Sequence[str]) -> str:
     """`rlpost WORDS` in this process; returns what it printed.
 
@@ -163,7 +194,8 @@ def command(folder: Path, words: Sequence[str]) -> str:
     """
     from rlpost.__main__ import main
 
-    out, err = folder / "out", folder / "err"
+    number = os.environ.get("RANK", "0")
+    out, err = folder / f"out{number}", folder / f"err{number}"
     code: object = 0
     sys.argv = ["rlpost", *words]
     with out.open("wb") as o, err.open("wb") as e:
@@ -240,31 +272,53 @@ def statistics(file: Path) -> dict[str, Any]:
     }
 
 
-def _child(run: Run, pipe: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            found: Any = perform(run, Path(folder))
-        except BaseException as error:
-            found = f"{type(error).__name__}: {error}"
+def _child(run: Run, folder: Path, rank: Mapping[str, str], pipe: Any) -> None:
+    os.environ |= rank
+    try:
+        found: Any = perform(run, folder)
+    except BaseException as error:
+        found = f"{type(error).__name__}: {error}"
     pipe.send(found)
     pipe.close()
 
 
-def performed(run: Run) -> dict[str, Any] | str:
-    """What the run left, from a process of its own, or in a line why it failed."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(run, theirs))
-    process.start()
-    theirs.close()
+def performed(run: Run, ranks: int = 1) -> dict[str, Any] | str:
+    """What the run left, from a process of its own, or from several; or in a line why it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_recipe(run, Path(folder))
+        context = multiprocessing.get_context("fork")
+        children = []
+        for rank in ranks_of(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(run, Path(folder), rank, theirs))
+            process.start()
+            theirs.close()
+            children.append((process, ours))
+        results = [_received(pipe) for _, pipe in children]
+        for process, _ in children:
+            if process.is_alive() and any(isinstance(found, str) for found in results):
+                process.kill()
+            process.join()
+    failed = [found for found in results if isinstance(found, str)]
+    return failed[0] if failed else results[0]
+
+
+def ranks_of(count: int) -> list[dict[str, str]]:
+    """The environment of each of so many processes of one run; of one process, nothing."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = ("127.0.0.1", port, str(count))
+    return [dict(zip(RANK, (*shared, str(n), str(n), str(count)), strict=True)) for n in range(count)]
+
+
+def _received(pipe: Any) -> Any:
     try:
-        found = ours.recv() if ours.poll(LONGEST) else f"took more than {LONGEST:.0f} seconds"
+        return pipe.recv() if pipe.poll(LONGEST) else f"took more than {LONGEST:.0f} seconds"
     except EOFError:
-        found = "its process ended"
-    if process.is_alive() and isinstance(found, str):
-        process.kill()
-    process.join()
-    return found
+        return "its process ended"
 
 
 def compare(found: Any, expected: Any, tolerance: float, absolute: float) -> Difference:
@@ -303,9 +357,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def checked(run: Run, exact: bool) -> tuple[str, bool]:
+def checked(run: Run, exact: bool, ranks: int) -> tuple[str, bool]:
     """A line of the table, and whether run and reference agree."""
-    found = performed(run)
+    found = performed(run, ranks)
     head = f"{run.key:28} {run.kinds[:34]:34}"
     if isinstance(found, str):
         return f"{head} {'-':>5} {'-':>9}  FAILED {found}", False
@@ -313,8 +367,11 @@ def checked(run: Run, exact: bool) -> tuple[str, bool]:
         return f"{head} {'-':>5} {'-':>9}  NO REFERENCE", False
     expected = json.loads(run.file.read_text("utf-8"))["left"]
     # By way of JSON, in which the reference is.
-    limits = (0.0, 0.0) if exact else (TOLERANCE, ABSOLUTE)
-    difference = compare(json.loads(json.dumps(found)), expected, *limits)
+    limits = (0.0, 0.0) if exact else (TOLERANCE, ABSOLUTE) if ranks == 1 else OF_RANKS
+    found = json.loads(json.dumps(found))
+    for one in (found, expected) if ranks > 1 else ():
+        leave_out_rounding(one)
+    difference = compare(found, expected, *limits)
     good = not difference.others and difference.worst <= 1
     verdict = "same" if good else "DIFFERS"
     line = f"{head} {'no' if difference.others else 'yes':>5} {difference.largest:9.1e}  {verdict}"
@@ -325,6 +382,14 @@ def checked(run: Run, exact: bool) -> tuple[str, bool]:
     if difference.worst > 1:
         line += f"\n    {difference.where}"
     return line, good
+
+
+def leave_out_rounding(found: Mapping[str, Any]) -> None:
+    """Take out the metrics that are nothing but rounding: they differ where an update is cut in another way."""
+    for stage in found["stages"].values():
+        for row in stage.get("metrics", ()):
+            for name in ROUNDING:
+                row.pop(name, None)
 
 
 def written(run: Run, reason: str | None) -> tuple[str, bool]:
@@ -368,6 +433,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these (sft: both ways; sft-lora)")
     parser.add_argument("--way", choices=("full", "lora"), help="only these: half of all")
     parser.add_argument("--exact", action="store_true", help="numbers too must be the same, bit for bit")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each run, compared with one process's")
     parser.add_argument("--reason", help="with --write: why marked runs, named with --only, have other numbers")
     parser.add_argument("--package", type=Path, default=ROOT, help="the tree whose rlpost is run (this one)")
     args = parser.parse_args()
@@ -379,6 +445,8 @@ def main() -> int:
         parser.error("--reason goes with --write and --only")
     runs = [run for run in runs if not args.only or {run.name, run.key} & set(args.only)]
     runs = [run for run in runs if args.way in (None, run.way)]
+    if args.ranks > 1:  # every rank drops at random in its own share
+        runs = [run for run in runs if run.name != "sft_dropout"]
     if args.list:
         print("\n".join(f"{run.key:28} {run.kinds:40} {', '.join(run.marks)}".rstrip() for run in runs))
         return 0
@@ -387,7 +455,7 @@ def main() -> int:
     if not args.write:
         print(f"{'run':28} {'kind':34} {'ids =':>5} {'largest':>9}  verdict")
     for run in runs:
-        line, well = written(run, args.reason) if args.write else checked(run, args.exact)
+        line, well = written(run, args.reason) if args.write else checked(run, args.exact, args.ranks)
         print(line, flush=True)
         good.append(well)
     verdict = f"{sum(good)} of {len(good)} {'written or kept' if args.write else 'the same'}"

@@ -4,16 +4,14 @@
     python scripts/invariance.py grpo kto
 
 Cut by max_tokens_per_microbatch into parts of about 1, 3 or 8 completions, its groups in another order, prompts
-computed once or again for each completion, on flat or padded rows, and spread over two processes; against one pass over
-all of it.
+computed once or again for each completion, on flat or padded rows, and spread over two, three and more processes than
+there is work for; against one pass over all of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +19,12 @@ from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-
 import torch
-from accelerate import Accelerator
 from stage_updates import CASES, Case, Measured
 from torch import multiprocessing
 from worlds import World
 
+from rlpost import ranks
 from rlpost.objectives.weights import token_mean
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
@@ -56,8 +52,8 @@ CUTS = (
 )
 FEWER = (Cut(8, "apart", shuffled=True), Cut(8, "padded"))
 """For models whose rounding is coarser anyway."""
-SHARES = ("even", "one")
-"""How two processes share an update: half each, or all but one group, which in some stages has nothing to teach."""
+PROCESSES = (2, 3, 6)
+"""Of the last ones some have nothing to do."""
 LONE_GROUP = 1
 """The group of which all rewards are equal."""
 
@@ -88,24 +84,21 @@ def budget(case: Case, at_once: int | None, shares_prompts: bool) -> int:
     return tokens if at_once is None else 1 if at_once == 1 else at_once * tokens // len(every)
 
 
-def measured(
-    case: Case, world: World, cut: Cut, share: Sequence[int], accelerator: Accelerator
-) -> tuple[Measured, int]:
-    """The gradient and the metrics of the update, of which this process has the groups `share`; and its passes."""
+def measured(case: Case, world: World, cut: Cut) -> tuple[Measured, int]:
+    """The gradient and the metrics of the update; and the passes of one process."""
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
     tokens = budget(case, cut.at_once, model.shares_prompts)
-    learner = Learner(
-        model, accelerator, learning_rate=1.0, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups
-    )
-    order = random.Random(1).sample(share, len(share)) if cut.shuffled else share
+    learner = Learner(model, learning_rate=1.0, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups)
+    everyone = list(range(len(case.groups)))
+    order = random.Random(1).sample(everyone, len(everyone)) if cut.shuffled else everyone
     update = case.prepare(order, learner)
     parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=model.shares_prompts)
     return case.measure(learner, update), len(parts)
 
 
-def whole(case: Case, world: World, accelerator: Accelerator) -> Measured:
+def whole(case: Case, world: World) -> Measured:
     """What every cut is compared with."""
-    return measured(case, world, WHOLE, list(range(len(case.groups))), accelerator)[0]
+    return measured(case, world, WHOLE)[0]
 
 
 def worst(gaps: Sequence[Gap]) -> Gap:
@@ -115,74 +108,50 @@ def worst(gaps: Sequence[Gap]) -> Gap:
 
 def worst_gap(case: Case, world: World, cuts: Sequence[Cut]) -> Gap:
     """Over the cuts, in one process."""
-    accelerator = Accelerator()
-    expected = whole(case, world, accelerator)
-    everyone = list(range(len(case.groups)))
-    return worst([gap(measured(case, world, cut, everyone, accelerator)[0], expected) for cut in cuts])
+    expected = whole(case, world)
+    return worst([gap(measured(case, world, cut)[0], expected) for cut in cuts])
 
 
-def shares(groups: int, kind: str) -> list[list[int]]:
-    """Numbers of the groups of each of two processes."""
-    everyone = list(range(groups))
-    if kind == "even":
-        return [everyone[: groups // 2], everyone[groups // 2 :]]
-    return [[i for i in everyone if i != LONE_GROUP], [LONE_GROUP]]
-
-
-def two_steps(world: World, share: Sequence[int], idle: Sequence[int], accelerator: Accelerator) -> Measured:
-    """Weights after two updates and the metrics of both; groups of `idle` have nothing to teach in the second one."""
+def two_steps(world: World) -> Measured:
+    """Weights after two updates and the metrics of both; some groups have nothing to teach in the second one."""
     policy = World(world.family, world.dtype).policy()
-    learner = Learner(policy, accelerator, learning_rate=1e-2, max_grad_norm=0.1, max_tokens_per_microbatch=30)
-    groups = world.groups
+    learner = Learner(policy, learning_rate=1e-2, max_grad_norm=0.1, max_tokens_per_microbatch=30)
     lines: dict[str, float] = {}
 
     def loss(scores: Any, part: Experience) -> Any:
         return -(scores.logp_N * part["weight"]).sum(), {"nll": -scores.logp_N.detach()}
 
     for step in range(2):
-        experience = Experience(tuple(groups[i] for i in share))
-        total = learner.totals(experience).actions
-        experience = experience.with_actions(weight=token_mean(experience.rows, total))
+        experience = Experience(tuple(world.groups))
+        rows = experience.rows
+        experience = experience.with_actions(weight=token_mean(rows, rows.actions))
         if step:
-            needed = tuple(i not in idle for i in share for _ in groups[i].completions)
+            needed = tuple(g != LONE_GROUP for g, group in enumerate(world.groups) for _ in group.completions)
             experience = replace(experience, needed_S=needed)
         lines |= {f"{name}/{step}": x for name, x in learner.update(loss, experience).items()}
     return learner.flat_weights(), lines
 
 
-def _rank(rank: int, folder: str, names: Sequence[str]) -> None:
-    """One of two processes: what it finds of every case, on its share, in a file."""
+def _rank(rank: int, count: int, folder: str, names: Sequence[str]) -> None:
+    """One of some processes: what it finds of every case, in a file."""
     torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    os.environ["MASTER_PORT"] = Path(folder, "port").read_text()
-    accelerator = Accelerator()
-    assert accelerator.num_processes == 2
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
+    ranks.join()
     world = World("gpt2", torch.float64)
-    found: dict[str, Measured] = {}
-    for name in names:
-        case = CASES[name](world)
-        for kind in SHARES:
-            own = shares(len(case.groups), kind)[rank]
-            found[f"{name}/{kind}"] = measured(case, world, Cut(3), own, accelerator)[0]
-    for kind in SHARES:
-        each = shares(len(world.groups), kind)
-        found[f"steps/{kind}"] = two_steps(world, each[rank], each[1], accelerator)
+    found = {name: measured(CASES[name](world), world, Cut(3))[0] for name in names}
+    found["steps"] = two_steps(world)
     torch.save(found, Path(folder, f"rank{rank}"))
-    accelerator.wait_for_everyone()
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def on_two_processes(names: Sequence[str]) -> list[dict[str, Measured]]:
-    """What each of two processes that share the updates finds: GPT-2 in float64, keys `case/share`."""
+def on_processes(count: int, names: Sequence[str]) -> list[dict[str, Measured]]:
+    """What each of some processes that share the updates finds: GPT-2 in float64, by case."""
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            Path(folder, "port").write_text(str(free.getsockname()[1]))
         # Forked from a server that has imported what takes long.
         set_forkserver_preload(["rlpost.pipeline"])
-        multiprocessing.start_processes(_rank, (folder, list(names)), nprocs=2, start_method="forkserver")
-        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(2)]
+        multiprocessing.start_processes(_rank, (count, folder, list(names)), nprocs=count, start_method="forkserver")
+        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(count)]
 
 
 def main() -> None:
@@ -192,14 +161,14 @@ def main() -> None:
     wanted = parser.parse_args().stages
     names = [name for name in CASES if name.split()[0] in wanted]
     worlds = [World("gpt2", torch.float64), World("llama", torch.float64), World("llama", torch.float32)]
-    headings = ["gpt2 float64", "2 processes", "llama float64", "llama float32"]
+    headings = ["gpt2 float64", "processes", "llama float64", "llama float32"]
     print(f"{'worst relative error':24}" + "".join(f"{heading:>18}" for heading in headings))
     print(f"{'':24}" + len(headings) * f"{'gradient':>10}{'metrics':>8}")
-    ranks = on_two_processes(names)
+    found = [everything for count in PROCESSES for everything in on_processes(count, names)]
     for name in names:
-        expected = whole(CASES[name](worlds[0]), worlds[0], Accelerator())
+        expected = whole(CASES[name](worlds[0]), worlds[0])
         gaps = [worst_gap(CASES[name](world), world, CUTS) for world in worlds]
-        gaps.insert(1, worst([gap(found[f"{name}/{kind}"], expected) for found in ranks for kind in SHARES]))
+        gaps.insert(1, worst([gap(everything[name], expected) for everything in found]))
         print(f"{name:24}" + "".join(f"{g.gradient:10.0e}{g.metrics:8.0e}" for g in gaps), flush=True)
 
 

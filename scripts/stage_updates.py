@@ -78,7 +78,7 @@ def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Cas
         layout = "shared" if learner.model.flat else "padded"
         stats = sft.stats_of(function, world.policy(layout, step=REFERENCE) if teacher else None)
         experience = Experience(tuple(groups[i] for i in share))
-        return Update(sft.supervised_loss(function), sft.weighted(experience, cfg, learner), stats)
+        return Update(sft.supervised_loss(function), sft.weighted(experience, cfg), stats)
 
     return Case(groups, prepare)
 
@@ -120,7 +120,7 @@ def unpaired(world: World) -> Case:
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         update, mismatched = (with_reference(world, [some[i] for i in share]) for some in (groups, others))
         loss = kto.unpaired_loss(function, kto.log_ratios(learner, mismatched))
-        return Update(loss, kto.weighted(update, learner))
+        return Update(loss, kto.weighted(update))
 
     return Case(groups, prepare)
 
@@ -128,8 +128,8 @@ def unpaired(world: World) -> Case:
 def scored(world: World, fn: str, groups: Sequence[Group]) -> Case:
     loss = reward_model.score_loss(world.function(RewardModel(learning_rate=1.0, loss=Function(fn=fn)), "loss"))
 
-    def prepare(share: Sequence[int], learner: Learner) -> Update:
-        return Update(loss, reward_model.weighted(Experience(tuple(groups[i] for i in share)), learner))
+    def prepare(share: Sequence[int], _: Learner) -> Update:
+        return Update(loss, reward_model.weighted(Experience(tuple(groups[i] for i in share))))
 
     return Case(groups, prepare, scalar=True, whole_groups=True)
 
@@ -138,8 +138,8 @@ def scored_steps(world: World) -> Case:
     loss = process_reward_model.step_loss(world.function(ProcessRewardModel(learning_rate=1.0), "loss"))
     groups = singles()
 
-    def prepare(share: Sequence[int], learner: Learner) -> Update:
-        return Update(loss, process_reward_model.weighted(Experience(tuple(groups[i] for i in share)), learner))
+    def prepare(share: Sequence[int], _: Learner) -> Update:
+        return Update(loss, process_reward_model.weighted(Experience(tuple(groups[i] for i in share))))
 
     return Case(groups, prepare, scalar=True)
 
@@ -153,8 +153,8 @@ def goals_reached(world: World, target: ValueTarget) -> Case:
         value.ValueExample(g, one_hot[i].tolist(), (one_hot[i - 1] == 0).tolist()) for i, g in enumerate(groups)
     ]
 
-    def prepare(share: Sequence[int], learner: Learner) -> Update:
-        return Update(value.goal_value_loss(cfg), value.weighted([examples[i] for i in share], learner))
+    def prepare(share: Sequence[int], _: Learner) -> Update:
+        return Update(value.goal_value_loss(cfg), value.weighted([examples[i] for i in share]))
 
     return Case(groups, prepare, scalar=True)
 
@@ -181,8 +181,8 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         policy, rollout = learner.model, rollout_of(groups, share)
         estimator = AdvantageEstimator(world, cfg, policy, None)
-        experience = grpo.assemble(rollout, 0, cfg, policy, estimator, penalty, learner)
-        return Update(loss, weighted(experience, cfg, learner), stats)
+        experience = grpo.assemble(rollout, 0, cfg, policy, estimator, penalty)
+        return Update(loss, weighted(experience, cfg), stats)
 
     return Case(groups, prepare)
 
@@ -202,10 +202,10 @@ def with_critic(world: World, critic: bool) -> Case:
     loss = ppo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
     stats = LogitStats(SAMPLING.temperature, entropy=True)
 
-    def prepare(share: Sequence[int], learner: Learner) -> Update:
+    def prepare(share: Sequence[int], _: Learner) -> Update:
         # The values are those of a critic that has moved since.
-        experience = ppo.assemble(rollout_of(groups, share), cfg, world.scalar(step=SAMPLER), penalty, learner)
-        experience = weighted(experience, cfg, learner)
+        experience = ppo.assemble(rollout_of(groups, share), cfg, world.scalar(step=SAMPLER), penalty)
+        experience = weighted(experience, cfg)
         return Update(ppo.critic_loss_of(cfg), experience) if critic else Update(loss, experience, stats)
 
     return Case(groups, prepare, scalar=critic)
@@ -242,8 +242,8 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         policy, rollout = learner.model, rollout_of(groups, share)
         estimator = AdvantageEstimator(world, cfg, policy, None)
-        experience = trpo.assemble(rollout, 0, cfg, policy, estimator, penalty, learner)
-        experience = weighted(experience, cfg, learner)
+        experience = trpo.assemble(rollout, 0, cfg, policy, estimator, penalty)
+        experience = weighted(experience, cfg)
         old_NV = learner.evaluate_no_grad(lambda output, _part: output.distribution_NV, experience, stats)
         return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), stats)
 

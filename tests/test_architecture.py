@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors", "section", "strict_yaml", "suggest"},
-    {"facts", "params"},
+    {"facts", "params", "ranks"},
     {"results", "streams", "unexpected"},
     {"console", "kernels", "objectives", "types"},
     {"usercode"},
@@ -80,7 +80,8 @@ LIGHT = (
         "results",
         "rewards",
     ),
-    *("params", "run", "smoke", "streams", "strict_yaml", "suggest", "trackers", "sweep", "unexpected", "usercode"),
+    *("params", "ranks", "run", "smoke", "streams", "strict_yaml", "suggest", "sweep", "trackers", "unexpected"),
+    "usercode",
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""
 LONGEST_FUNCTION = 60

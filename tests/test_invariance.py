@@ -6,18 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from invariance import (
     CUTS,
     FEWER,
     LONE_GROUP,
-    SHARES,
+    PROCESSES,
     WHOLE,
     Cut,
     gap,
     measured,
-    on_two_processes,
-    shares,
+    on_processes,
     two_steps,
     whole,
 )
@@ -47,8 +45,8 @@ def llama() -> dict[torch.dtype, World]:
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What two real processes find of every case."""
-    return on_two_processes(list(CASES))
+    """What each of 2, 3 and 6 real processes finds of every case."""
+    return {(count, rank): found for count in PROCESSES for rank, found in enumerate(on_processes(count, list(CASES)))}
 
 
 def test_every_stage_that_trains_is_here():
@@ -59,17 +57,15 @@ def test_every_stage_that_trains_is_here():
 @pytest.mark.parametrize("name", CASES)
 def test_in_float64_to_the_last_digits(name, gpt2, ranks):
     case = CASES[name](gpt2)
-    everyone = list(range(len(case.groups)))
-    expected, one_pass = measured(case, gpt2, WHOLE, everyone, Accelerator())
+    expected, one_pass = measured(case, gpt2, WHOLE)
     assert one_pass == 1
     assert float(expected[0].norm()) > 1e-3
     for cut in CUTS:
-        found, passes = measured(case, gpt2, cut, everyone, Accelerator())
+        found, passes = measured(case, gpt2, cut)
         assert passes > 1 or cut.at_once not in (1, 3), cut
         assert max(gap(found, expected)) <= EXACT, cut
-    for kind in SHARES:
-        for rank, everything in enumerate(ranks):
-            assert max(gap(everything[f"{name}/{kind}"], expected)) <= EXACT, (kind, rank)
+    for rank, everything in ranks.items():
+        assert max(gap(everything[name], expected)) <= EXACT, rank
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
@@ -77,20 +73,18 @@ def test_in_float64_to_the_last_digits(name, gpt2, ranks):
 def test_where_norms_and_rotations_are_in_float32(name, dtype, tolerance, llama):
     world = llama[dtype]
     case = CASES[name](world)
-    expected = whole(case, world, Accelerator())
+    expected = whole(case, world)
     for cut in FEWER:
-        found, _ = measured(case, world, cut, list(range(len(case.groups))), Accelerator())
+        found, _ = measured(case, world, cut)
         assert max(gap(found, expected)) <= tolerance, cut
 
 
-@pytest.mark.parametrize("kind", SHARES)
-def test_two_processes_take_the_steps_of_one(kind, gpt2, ranks):
-    """AdamW with clipping; in the second step the second process has nothing to teach."""
-    everyone = list(range(len(gpt2.groups)))
-    expected = two_steps(gpt2, everyone, shares(len(everyone), kind)[1], Accelerator())
+def test_processes_take_the_steps_of_one(gpt2, ranks):
+    """AdamW with clipping; in the second step a group has nothing to teach."""
+    expected = two_steps(gpt2)
     assert expected[1]["grad_norm/0"] > 0.1, "nothing was clipped"
-    for everything in ranks:
-        assert max(gap(everything[f"steps/{kind}"], expected)) <= EXACT
+    for rank, everything in ranks.items():
+        assert max(gap(everything["steps"], expected)) <= EXACT, rank
 
 
 @pytest.mark.parametrize("function", [aot, bco])
@@ -109,14 +103,14 @@ def test_a_coupled_loss_that_is_taken_part_by_part_would_be_seen(function, gpt2)
         return Update(objective.loss(), objective.prepared(experience, learner))
 
     apart = replace(coupled, prepare=prepare)
-    expected = whole(coupled, gpt2, Accelerator())
-    assert gap(whole(apart, gpt2, Accelerator()), expected).gradient <= EXACT
-    found, _ = measured(apart, gpt2, Cut(3), list(range(len(groups))), Accelerator())
+    expected = whole(coupled, gpt2)
+    assert gap(whole(apart, gpt2), expected).gradient <= EXACT
+    found, _ = measured(apart, gpt2, Cut(3))
     assert gap(found, expected).gradient > 1e-3
 
 
 def test_leaving_out_completions_of_advantage_zero_changes_nothing(gpt2):
-    learner = Learner(gpt2.policy(), Accelerator(), learning_rate=1.0)
+    learner = Learner(gpt2.policy(), learning_rate=1.0)
     update = CASES["grpo token_mean"](gpt2).prepare([0, 1, 2, 3], learner)
     assert update.experience.needed_S.count(False) > 4, "the group without a signal, and what is unscored or empty"
     part, line = gradient(learner, update)
@@ -129,7 +123,7 @@ def test_nothing_is_proved_of_a_special_case(gpt2):
     """Ratios are clipped on both sides, z is not the constant 0, and some samples have nothing to teach."""
 
     def metrics(name: str) -> dict[str, float]:
-        return whole(CASES[name](gpt2), gpt2, Accelerator())[1]
+        return whole(CASES[name](gpt2), gpt2)[1]
 
     line = metrics("grpo token_mean")
     assert min(line["clipped_low"], line["clipped_high"], line["sampler_gap"]) > 0.05
@@ -137,6 +131,6 @@ def test_nothing_is_proved_of_a_special_case(gpt2):
     assert 0 < metrics("trpo fisher")["divergence"] < 0.1
     assert metrics("grpo correction")["importance"] < 1
     assert metrics("ppo critic")["residual_squared"] > 0.01
-    learner = Learner(gpt2.policy(), Accelerator(), learning_rate=1.0)
+    learner = Learner(gpt2.policy(), learning_rate=1.0)
     idle = CASES["grpo token_mean"](gpt2).prepare([LONE_GROUP], learner)
     assert idle.experience.needed_S == (False,) * 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,11 @@ from tiny_recipes import (
     write,
 )
 
-from rlpost import pipeline
 from rlpost.cli.app import main
-from rlpost.errors import DataError, RecipeError, RlpostError
+from rlpost.errors import DataError, RecipeError
 from rlpost.pipeline import dry_run, train
 from rlpost.recipe.resolve import resolve
+from rlpost.stages.context import Context
 
 CHAIN = {"sft": SFT, "pairs": PAIRS, "dpo": {**DPO, "data": {"own": {"stage": "pairs"}}}, "grpo": GRPO}
 EVALUATION = {
@@ -216,12 +218,6 @@ def test_results_of_another_evaluation_are_not_mixed_in(tmp_path):
     assert json.loads(file.with_name("base.json").read_text("utf-8"))["sampled"]["samples"] == 3
 
 
-def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.Accelerator, "num_processes", 2)
-    with pytest.raises(RlpostError, match="started as 2 processes"):
-        run(tmp_path, {"sft": SFT})
-
-
 def test_a_stage_that_is_trained_anew_is_evaluated_anew(tmp_path):
     run(tmp_path, {"sft": SFT}, evaluation=EVALUATION)
     file = tmp_path / "runs/run/evaluation/sft.json"
@@ -234,15 +230,16 @@ def test_a_stage_that_is_trained_anew_is_evaluated_anew(tmp_path):
 
 def test_no_model_is_held_after_its_stage(tmp_path, monkeypatch):
     made = []
+    policy = Context.policy
 
-    class Recorded(pipeline.Accelerator):
-        def __init__(self, **settings):
-            super().__init__(**settings)
-            made.append(self)
+    def recorded(self):
+        made.append(weakref.ref(found := policy(self)))
+        return found
 
-    monkeypatch.setattr(pipeline, "Accelerator", Recorded)
+    monkeypatch.setattr(Context, "policy", recorded)
     run(tmp_path, {"sft": {**SFT, "steps": 1}})
-    assert [accelerator._models for accelerator in made] == [[]]
+    gc.collect()
+    assert [model() for model in made] == [None]
 
 
 def test_a_recipe_of_an_evaluation_alone_evaluates_its_model(tmp_path):

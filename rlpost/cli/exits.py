@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import Any, NoReturn
 
 import typer
 
+from rlpost import ranks
+from rlpost.cli.launchers import LAUNCHED
 from rlpost.console import clean
-from rlpost.errors import RecipeError, RlpostError
+from rlpost.errors import RankError, RecipeError, RlpostError, UnexpectedError
 from rlpost.streams import broken, in_colour, open_streams
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
@@ -71,5 +74,8 @@ def _fail(error: RlpostError) -> int:
         word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-40:]}" for word in str(error).split()
     )
     line = f"rlpost: {clean(' '.join(words))}"
+    said_by_others = not ranks.is_first() and not isinstance(error, UnexpectedError)
+    if said_by_others or (LAUNCHED in os.environ and isinstance(error, RankError)):
+        return error.exit_code
     print(f"\033[31m{line}\033[0m" if in_colour(sys.stderr) else line, file=sys.stderr)
     return error.exit_code

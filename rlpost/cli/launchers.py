@@ -1,10 +1,17 @@
-"""Refuse launchers of several processes: a run is one process on one device; each other process would repeat it."""
+"""Launchers of several processes: `train` is one run on all of them; each would repeat any other command."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rlpost.errors import RecipeError
+from rlpost.cli.importing import importing
+from rlpost.errors import RankError, RecipeError
+from rlpost.results import given_to_children
 
 _COUNTS = {
     "WORLD_SIZE": "torchrun, accelerate launch or deepspeed",
@@ -17,7 +24,64 @@ _COUNTS = {
 }
 """Variable with the number of processes -> who sets it."""
 _RANKS = ("RANK", "LOCAL_RANK")
+LAUNCHED = "RLPOST_LAUNCHED"
+"""Set for the ranks that `run_on_ranks` starts: it says which of them was lost."""
+_OF_RANKS = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _RENDEZVOUS = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process as one of several that can reach each other."""
+    count = environment.get("WORLD_SIZE", "")
+    return count.isdecimal() and int(count) > 1 and environment.keys() >= _OF_RANKS
+
+
+def run_on_ranks(count: int, words: Sequence[str]) -> int:
+    """Run `rlpost WORDS` as so many processes of one run, by torch's launcher; returns the exit code.
+
+    Each prints as it likes: the first one alone does. All of them end when one does.
+    """
+    with importing():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable()  # torch reports at length what one line says
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    try:
+        with given_to_children():
+            elastic_launch(config, sys.executable)("-m", "rlpost", *words)
+    except ChildFailedError as failed:
+        del os.environ[LAUNCHED]
+        return _outcome(failed.failures, count)
+    return 0
+
+
+def _outcome(failures: Mapping[int, Any], count: int) -> int:
+    """The exit code of a run whose ranks failed, torch's ProcessFailure by rank.
+
+    Raises:
+        RankError: one was killed. That others then lost it is not worth a word.
+    """
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            name = signal.Signals(-failure.exitcode).name
+            raise RankError(
+                f"rank {rank} of {count} (process {failure.pid}) was ended by {name}; "
+                "run the same command to go on from the last checkpoint"
+            )
+    codes = [int(failure.exitcode) for failure in failures.values()]
+    codes.sort(key=lambda code: code == RankError.exit_code)
+    return codes[0] if codes[0] >= 0 else 128 - codes[0]
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:
@@ -39,6 +103,6 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
 
 def _refusal(what: str, variable: str) -> RecipeError:
     return RecipeError(
-        f"started as {what}, but a run is one process on one device - start it without a launcher and choose the GPU "
-        f"with CUDA_VISIBLE_DEVICES (runs of their own in each process: `env -u {variable} rlpost ... run=NAME`)"
+        f"started as {what}, which cannot reach each other or have nothing to share - start `rlpost train` by torchrun "
+        f"(torchrun --nproc-per-node N -m rlpost train ...), or a process by itself: `env -u {variable} rlpost ...`"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from rlpost import ranks
 from rlpost.engine.api import Engine, Guide
+from rlpost.engine.divided import DividedEngine
 from rlpost.engine.foreign import ForeignEngine
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import DEADLINE, LOCAL, EngineChoice
@@ -25,7 +27,12 @@ def engine_for(
     Raises:
         EngineError: the user's function fails, returns no engine, or is to be guided.
     """
-    chosen = chosen or EngineChoice()
+    own = _engine_for(policy, chosen or EngineChoice(), function, guide)
+    return own if ranks.count() == 1 else DividedEngine(own)
+
+
+def _engine_for(policy: Policy, chosen: EngineChoice, function: Bound | None, guide: Guide | None) -> Engine:
+    """This rank's."""
     if chosen.engine == LOCAL:
         return LocalEngine(policy, guide=guide, cache_gib=chosen.cache_gib, fused=chosen.fused)
     assert function is not None, "a user's engine comes with its function"

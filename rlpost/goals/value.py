@@ -30,7 +30,7 @@ from rlpost.recipe.specs.value import Value
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.on_policy import mean_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 from rlpost.types import Completion, Group
 
 
@@ -54,7 +54,7 @@ def value(context: Context, cfg: Value) -> Path:
         groups = collect(engine, data.next(cfg.prompts_per_step), cfg.group_size, cfg.sampling, seed=seed)
         draw = random.Random(context.seed_for("goal", step))
         shares = split([value_example(g, goal_sampler, cfg, codec, draw) for g in groups], cfg.num_minibatches, draw)
-        metrics = mean_of([learner.update(loss, weighted(share, learner)) for share in shares])
+        metrics = mean_of([learner.update(loss, weighted(share)) for share in shares])
         loop.log(step, metrics, live=("loss", "predicted", "reached"))
     settings = ValueSettings(cfg.condition, cfg.avoid, cfg.target.value, cfg.goals.truncated_counts)
 
@@ -109,14 +109,14 @@ def split(examples: Sequence[ValueExample], updates: int, draw: random.Random) -
     return [order[i::updates] for i in range(min(updates, len(order)))]
 
 
-def weighted(examples: Sequence[ValueExample], learner: Learner) -> Experience:
+def weighted(examples: Sequence[ValueExample]) -> Experience:
     """An update: labels, and weights of a mean over the actions of completions that count."""
     experience = Experience(tuple(x.group for x in examples))
     rows = experience.rows
     label_S = torch.tensor([y for x in examples for y in x.label], dtype=torch.float64)
     counts_S = torch.tensor([c for x in examples for c in x.counts])
     counts_N = rows.spread(counts_S.double())
-    total = max(learner.total(float(counts_N.sum())), 1)
+    total = max(float(counts_N.sum()), 1)
     experience = experience.with_actions(label=rows.spread(label_S), weight=counts_N / total)
     return replace(experience, needed_S=tuple(counts_S.tolist()))
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rlpost import ranks
 from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.policy import Policy
 from rlpost.types import Group, completions
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -24,11 +29,16 @@ def logprobs(policy: Policy, groups: Iterable[Group], *, temperature: float = 1.
     """
     was_training = policy.training
     policy.eval()
-    pieces: list[Tensor] = []
-    for some in passes(groups, budget):
-        pieces.append(policy(policy.batch(some), LogitStats(temperature)).logp_N.cpu())
+    pieces = over_passes(groups, budget, lambda some: policy(policy.batch(some), LogitStats(temperature)).logp_N.cpu())
     policy.train(was_training)
     return torch.cat(pieces) if pieces else torch.zeros(0)
+
+
+def over_passes(groups: Iterable[Group], budget: int, work: Callable[[list[Group]], T]) -> list[T]:
+    """`work` of the groups in lists of about `budget` tokens, or of less each where ranks take turns; in order."""
+    own = islice(passes(groups, budget // ranks.count()), ranks.index(), None, ranks.count())
+    every = ranks.together(lambda: [work(some) for some in own])
+    return [found for turn in zip_longest(*every) for found in turn if found is not None]
 
 
 def passes(groups: Iterable[Group], budget: int) -> Iterator[list[Group]]:

@@ -25,7 +25,7 @@ from rlpost.policy.load import HEAD_FILE, load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
-from rlpost.policy.score import passes
+from rlpost.policy.score import over_passes
 from rlpost.types import Group
 
 
@@ -116,8 +116,8 @@ class ValueHeadModel(nn.Module):
     @torch.no_grad()
     def score(self, groups: Sequence[Group], budget: int = 16384) -> Values:
         """`forward` over any number of groups, without gradient, on the CPU."""
-        pieces = [self(self.batch(some)) for some in passes(groups, budget)]
-        return Values(*(torch.cat([x.cpu() for x in column]) for column in zip(*pieces, strict=True)))
+        pieces = over_passes(groups, budget, lambda some: [x.cpu() for x in self(self.batch(some))])
+        return Values(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
     def save(self, folder: Path) -> None:
         """Write the head into a checkpoint's folder."""

@@ -12,6 +12,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Model
 from rlpost.section import Section
 from rlpost.trackers.params import Logging
+from rlpost.train.params import Parallel
 
 
 class Recipe(Section):
@@ -31,6 +32,8 @@ class Recipe(Section):
     """Seed of everything random."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; by default as torch chooses."""
+    parallel: Parallel = Field(default_factory=Parallel)
+    """How many processes train."""
     vars: dict[str, Any] = Field(default_factory=dict)
     """The recipe's own variables, for `${vars.name}`."""
     model: Model = Field(default_factory=Model)
@@ -54,6 +57,7 @@ class Recipe(Section):
         yield "model", self.model
         yield "rollouts", self.rollouts
         yield "logging", self.logging
+        yield "parallel", self.parallel
         yield from ((f"stages.{name}", stage) for name, stage in self.enabled().items())
         if self.evaluation is not None:
             yield "evaluation", self.evaluation

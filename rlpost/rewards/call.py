@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rlpost.errors import RecipeError, RewardError, RlpostError
+from rlpost.ranks import divided, from_first
 from rlpost.rewards.tree import BoundReward
 from rlpost.types import Completion, Group
 from rlpost.usercode.calls import CallError, Failed, Remote
@@ -80,7 +81,7 @@ def _one_by_one(reward: BoundReward, wanted: set[str], given: Given) -> list[flo
         if "steps" in wanted and steps is not None:
             supplied["steps"] = list(steps[s])
         calls.append({name: supplied[name] for name in wanted})
-    found = _each(reward, calls)
+    found = divided(list(enumerate(calls)), [1] * len(calls), partial(_share, reward))
     if "steps" not in wanted:
         return _validated(reward, found, given.completions, partial(_checked, reward), _where)
     counted = [(c, len(call["steps"])) for c, call in zip(given.completions, calls, strict=True)]
@@ -102,7 +103,7 @@ def _together(reward: BoundReward, wanted: set[str], given: Given) -> list[float
     }
     if "all_steps" in wanted:
         supplied["all_steps"] = [list(own) for own in given.steps_of(reward)]
-    (found,) = _each(reward, [{name: supplied[name] for name in wanted}])
+    (found,) = _of_all(reward, {name: supplied[name] for name in wanted})
     steps = supplied.get("all_steps")
     (values,) = _validated(reward, [found], [flat], lambda v, flat: _checked_list(reward, v, flat, steps), _where_all)
     if steps is not None:
@@ -110,11 +111,23 @@ def _together(reward: BoundReward, wanted: set[str], given: Given) -> list[float
     return values or [None for _ in flat]
 
 
-def _each(reward: BoundReward, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _share(reward: BoundReward, numbered: Sequence[tuple[int, Mapping[str, Any]]]) -> list[Any]:
+    """What some of the calls returned, given with their numbers among all."""
+    return _each(reward, [call for _, call in numbered], first=numbered[0][0]) if numbered else []
+
+
+def _of_all(reward: BoundReward, call: Mapping[str, Any]) -> list[Any]:
+    """What the one call of all completions returned: a user's function is called by the first rank alone."""
+    if isinstance(reward.function, Remote):
+        return from_first(lambda: _each(reward, [call]))
+    return _each(reward, [call])
+
+
+def _each(reward: BoundReward, calls: Sequence[Mapping[str, Any]], first: int = 0) -> list[Any]:
     """What each call returned, or a Failed; ends at the first failure if failures stop the run."""
     if isinstance(reward.function, Remote):
         try:
-            return reward.function.each(calls, read_only=True, numbers=True, keep_going=reward.unscored)
+            return reward.function.each(calls, read_only=True, numbers=True, keep_going=reward.unscored, first=first)
         except CallError as error:
             raise RewardError(f"rewards: {reward.name} cannot be called: {error}") from error
     return list(_each_here(reward.function, calls))

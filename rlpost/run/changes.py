@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FREE = ("run", "runs", "description", "threads", "vars", "evaluation.show", "logging")
-"""Keys that change no weight: they may differ (`vars` counts where it is used)."""
+FREE = ("run", "runs", "description", "threads", "vars", "evaluation.show", "logging", "parallel")
+"""Keys that change no weight, or by rounding alone: they may differ (`vars` counts where it is used)."""
 FREE_IN_STAGES = ("log_every", "table_every", "checkpoint_every", "keep_checkpoints")
 """The same, in every stage."""
 LATER = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import DiskError, RlpostError
+from rlpost.ranks import first_alone
 from rlpost.run.manifest import read_manifest, sync, verify, write_manifest
 from rlpost.run.names import set_aside, unfinished
 
@@ -56,6 +57,7 @@ def _disk_error(path: str, number: int) -> DiskError:
     return DiskError(f"{path}: {os.strerror(number)}; {remedy}")
 
 
+@first_alone
 def write_atomic(path: Path, data: bytes) -> None:
     """Write the file whole or not at all; raises DiskError."""
     temporary = unfinished(path)
@@ -70,6 +72,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@first_alone
 def write_folder_atomically(folder: Path, fill: Callable[[Path], None], about: Mapping[str, Json]) -> None:
     """Write the folder whole or not at all: `fill` writes into a temporary one, which gets a manifest.
 
@@ -117,6 +120,7 @@ def _swap(temporary: Path, folder: Path) -> None:
         raise
 
 
+@first_alone
 def discard(path: Path) -> None:
     """Remove a temporary file or folder if it is there.
 
@@ -131,6 +135,7 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@first_alone
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a kill leaves no half of it under its own name; raises DiskError."""
     temporary = unfinished(folder)
@@ -139,6 +144,7 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
+@first_alone
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed process was writing in the folder, and put back what it was replacing."""
     with disk_errors(folder):

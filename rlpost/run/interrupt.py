@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from rlpost import console
+from rlpost import console, ranks
 from rlpost.errors import Interrupted
 from rlpost.usercode.stop import Stop, Stopped
 
@@ -52,6 +52,13 @@ class Interrupts:
             self._before.clear()
             Stop.forget()
 
+    def agreed(self) -> int | None:
+        """`requested`, of whichever rank has it: all of them stop at the same place."""
+        found = next((number for number in ranks.together(lambda: self.requested) if number is not None), None)
+        if self.requested is None:
+            self.requested = found
+        return found
+
     def _interrupted(self) -> Interrupted:
         assert self.requested is not None
         saved = self.rescue() if self.rescue is not None else "stopped while a user's function ran"
@@ -63,7 +70,8 @@ class Interrupts:
                 return
             raise KeyboardInterrupt
         self.requested = number
-        Stop.request()
+        if ranks.count() == 1:  # else the other ranks wait for what a call returns
+            Stop.request()
         name = signal.Signals(number).name
         console.notice(f"{name}: stopping after this step, with a checkpoint (again: stop at once)")
 

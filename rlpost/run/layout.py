@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlpost import console
 from rlpost.errors import RecipeError, RlpostError, RunInUseError
+from rlpost.ranks import first_alone, from_first
 from rlpost.run import names
 from rlpost.run.changes import OF_FILES, Change, Trained, differences, one_line, refusal
 from rlpost.run.environment import environment
@@ -63,6 +64,7 @@ class RunDirectory:
         """The directory of a stage; raises RecipeError for a name that cannot be one."""
         return StageDirectory(names.stage_path(self.path, name))
 
+    @first_alone
     def decide_once(self, key: str, make: Callable[[], Json]) -> Json:
         """A decision that is taken once in a run (its precision); `make` takes it the first time."""
         decisions = self.record.decisions
@@ -72,13 +74,21 @@ class RunDirectory:
             write_copies(self.path, self.record)
         return decisions[key]
 
+    @first_alone
     def record_base(self, contents: Mapping[str, Json]) -> None:
         """Record the contents of the model that the first stage starts from."""
         write_record(self.path, replace(self.record, base=dict(contents)))
 
 
 @contextmanager
-def open_run(
+def open_run(*args: Any, **named: Any) -> Iterator[RunDirectory]:
+    """`_opened` by the first rank; the others have the directory while it does."""
+    with ExitStack() as stack:
+        yield from_first(lambda: stack.enter_context(_opened(*args, **named)))
+
+
+@contextmanager
+def _opened(
     recipe: Mapping[str, Any],
     given: Path | None,
     overrides: Sequence[str],

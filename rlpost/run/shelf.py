@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlpost import console
+from rlpost.ranks import first_alone
 from rlpost.run import names
 from rlpost.run.files import clear_leftovers, disk_errors, remove_folder, write_folder_atomically
 from rlpost.run.manifest import read_manifest, verify
@@ -25,6 +26,7 @@ class Shelf:
         self._whole: set[Path] = set()
         clear_leftovers(self._folder)
 
+    @first_alone
     def folder(self, key: str, whose: str, fill: Callable[[Path], None]) -> Path:
         """The folder of `key`, verified; where it is missing, damaged or of another run, `fill` writes it.
 

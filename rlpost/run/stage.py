@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlpost import console
 from rlpost.errors import DiskError
+from rlpost.ranks import first_alone
 from rlpost.run import logs, names
 from rlpost.run.environment import versions
 from rlpost.run.files import (
@@ -173,6 +174,7 @@ class StageDirectory:
             raise DiskError(f"{path}: {wrong}; restore it, or remove {self.path} to train the stage again")
         return Checkpoint(path, step, read_json(path / names.STATE))
 
+    @first_alone
     def resume(self) -> Checkpoint | None:
         """The checkpoint to resume from; everything written after it is undone.
 
@@ -194,6 +196,7 @@ class StageDirectory:
                     path.rename(broken)
         return checkpoint
 
+    @first_alone
     def reopen(self) -> None:
         """Remove DONE: the finished stage was resumed and is trained further."""
         path = self.path / names.DONE
@@ -228,6 +231,7 @@ class StageDirectory:
         """Append a line to evaluations.jsonl: held-out metrics after that step."""
         self._append(names.EVALUATIONS, step, metrics)
 
+    @first_alone
     def _append(self, log: str, step: int, numbers: Mapping[str, float]) -> None:
         assert "step" not in numbers, "the step is a key of its own"
         row = {"step": step, **{k: v if isinstance(v, int) else float(v) for k, v in numbers.items()}}
@@ -237,6 +241,7 @@ class StageDirectory:
             with path.open("ab", buffering=0) as file:
                 file.write(encode_line(row))
 
+    @first_alone
     def rollouts(self, step: int, rows: Iterable[Mapping[str, Json]]) -> Path:
         """Write rollouts/step-000010.jsonl, whole or not at all."""
         path = self.path / names.ROLLOUTS / f"{names.step_name(step)}.jsonl"
@@ -245,6 +250,7 @@ class StageDirectory:
         write_atomic(path, b"".join(encode_line(row) for row in rows))
         return path
 
+    @first_alone
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json], keep: int
     ) -> Checkpoint:
@@ -287,6 +293,7 @@ class StageDirectory:
         for path in [path for path in reached[:-keep] if _step(path) not in best] + passed:
             remove_folder(path)
 
+    @first_alone
     def finish(
         self, write: Callable[[Path], None], meta: Mapping[str, Json], proof: Mapping[str, Json] | None = None
     ) -> Path:

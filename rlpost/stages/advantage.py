@@ -29,7 +29,6 @@ from rlpost.stages.context import Context
 from rlpost.stages.params import CorrectionMode
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner
 from rlpost.types import Group, completions
 
 DECAY = 0.9
@@ -79,20 +78,16 @@ class AdvantageEstimator:
         """Restore that mean."""
         self._mean = state["running_mean"]
 
-    def advantage(self, rollout: Rollout, experience: Experience, step: int, learner: Learner) -> Tensor:
+    def advantage(self, rollout: Rollout, experience: Experience, step: int) -> Tensor:
         """[N] the advantage of every action, whatever the estimator's own shape."""
         self._step = step
         known = _Known(rollout, experience.groups, experience.rows, self)
         given = {name: make() for name, make in known.by_name().items() if name in self._parameters}
-        # Batch statistics are over all ranks. Ranks must gather in one order, and that of a set differs by process.
-        own = slice(None)
-        for name in (n for n in given if n in _PER_PROMPT):
-            given[name], own = learner.gather(given[name])
         found: Tensor = self._function(**given)
         if "running_mean" in self._parameters:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
-            self._mean = ema(self._mean, learner.gather(rollout.reward_PG)[0], decay)
-        return experience.rows.spread(found[own].flatten()) if found.ndim == 2 else found
+            self._mean = ema(self._mean, rollout.reward_PG, decay)
+        return experience.rows.spread(found.flatten()) if found.ndim == 2 else found
 
     @property
     def running_mean(self) -> float:
@@ -119,9 +114,6 @@ class AdvantageEstimator:
         """[P] rewards of the most likely completions."""
         assert isinstance(self._samples, Sampler), "validated: recorded rollouts give no new ones"
         return self._samples.greedy(groups)
-
-
-_PER_PROMPT = {"reward_PG", "length_PG", "greedy_P", "reward_PGK"}
 
 
 @dataclass(frozen=True)

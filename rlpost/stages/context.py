@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from rlpost import console
 from rlpost.data.codec import make_codec
@@ -78,7 +77,7 @@ class Context:
     seed: int
     """The recipe's."""
     bfloat16: bool
-    accelerator: Accelerator
+    device: torch.device
     interrupts: Interrupts
     lineage: Mapping[str, Any]
     """Further fields of checkpoint.json: the recipe's hash."""
@@ -114,7 +113,7 @@ class Context:
         random.seed(seed)
         np.random.seed(seed)
         self.inputs.note("start", self.start)
-        return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.accelerator.device)
+        return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.device)
 
     def reference(self, policy: Policy, name: str) -> Reference:
         """The reference called `name`, for a policy that was just loaded."""
@@ -196,7 +195,6 @@ class Context:
         """The optimiser of `model` for this stage's `updates`; the stage's learning rate unless another is given."""
         return Learner(
             model,
-            self.accelerator,
             learning_rate=cfg.learning_rate if learning_rate is None else learning_rate,
             factor=learning_rate_factor(cfg.schedule, cfg.warmup, updates),
             betas=cfg.betas,

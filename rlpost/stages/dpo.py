@@ -83,9 +83,9 @@ def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
     return loss
 
 
-def prepared_ranking(update: Experience, learner: Learner) -> Experience:
+def prepared_ranking(update: Experience, _: Learner) -> Experience:
     """The update with its weights, normalised over all of it."""
-    return update.with_groups(pair_weight=pair_mean(len(update.groups), learner.totals(update).groups))
+    return update.with_groups(pair_weight=pair_mean(len(update.groups)))
 
 
 class AnyReference(Protocol):

@@ -33,10 +33,10 @@ def generate_dataset(
             some = prompts[first : first + at_once]
             rows += make(some, first)
             progress.advance(n=len(some))
-            if context.interrupts.requested is not None:
+            if (signal := context.interrupts.agreed()) is not None:
                 raise Interrupted(
                     f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin again",
-                    context.interrupts.requested,
+                    signal,
                 )
     console.say(f"{context.name}: {len(rows)} rows from {len(prompts)} prompts")
     return rows

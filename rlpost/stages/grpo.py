@@ -14,15 +14,16 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlpost.objectives.advantages import whiten
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator, corrected
 from rlpost.stages.context import Context
-from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
+from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 
 
 def grpo(context: Context, cfg: Grpo) -> Path:
@@ -39,8 +40,8 @@ def grpo(context: Context, cfg: Grpo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl, learner),
-        minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg, learner), stats),
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl),
+        minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg), stats),
         observe=kl.observe,
         learners={"policy": learner},
         states={"beta": kl, "baseline": estimator},
@@ -55,14 +56,13 @@ def assemble(
     policy: Policy,
     estimator: AdvantageEstimator,
     kl: KlPenalty,
-    learner: Learner,
 ) -> Experience:
     """The samples with the advantage of every action, less the KL penalty."""
     experience = corrected(rollout.experience, cfg, policy)
     experience = kl.with_reference(experience, cfg.sampling.temperature)
-    advantage_N = estimator.advantage(rollout, experience, step, learner) - kl.to_go(experience, cfg.group_size)
+    advantage_N = estimator.advantage(rollout, experience, step) - kl.to_go(experience, cfg.group_size)
     if cfg.whiten:
-        advantage_N = whitened(advantage_N, learner)
+        advantage_N = whiten(advantage_N)
     experience = experience.with_actions(advantage=advantage_N.to(experience["old_logp"].dtype))
     if kl.in_loss or not cfg.vanishes_without_advantage:
         return experience

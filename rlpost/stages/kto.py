@@ -41,7 +41,7 @@ def kto(context: Context, cfg: Kto) -> Path:
             Experience(tuple(some)).with_actions(reference=reference.logprobs(some))
             for some in (groups, mismatched(groups, seed))
         )
-        return unpaired_loss(function, log_ratios(learner, others)), weighted(update, learner)
+        return unpaired_loss(function, log_ratios(learner, others)), weighted(update)
 
     seed = context.seed_for("held out mismatch")
     held_out = context.held_out(policy, cfg, lambda groups: learner.measure(*prepared(groups, seed)))
@@ -62,20 +62,18 @@ def mismatched(groups: Sequence[Group], seed: int) -> list[Group]:
 
 
 def log_ratios(learner: Learner, update: Experience) -> Tensor:
-    """[U of all ranks] Σ (logp − ref) of each completion, without gradient."""
+    """[U] Σ (logp − ref) of each completion, without gradient."""
 
     def read(output: PolicyOutput, part: Experience) -> Tensor:
         return _delta(output, part)
 
-    everyone, _ = learner.gather(learner.evaluate_no_grad(read, update))
-    return everyone
+    return learner.evaluate_no_grad(read, update)
 
 
-def weighted(update: Experience, learner: Learner) -> Experience:
+def weighted(update: Experience) -> Experience:
     """The update with its labels and weights, counted over all of it."""
     desirable = torch.tensor(labels(update.groups))
-    count = learner.totals(update).groups
-    return update.with_groups(desirable=desirable, group_weight=pair_mean(len(update.groups), count))
+    return update.with_groups(desirable=desirable, group_weight=pair_mean(len(update.groups)))
 
 
 def unpaired_loss(function: Callable[..., Tensor], mismatched_U: Tensor) -> LossFunction:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rlpost.facts import fact
 from rlpost.objectives import kl, metrics
-from rlpost.objectives.advantages import whiten
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.logprobs import PolicyOutput
@@ -179,17 +178,11 @@ class KlPenalty:
             self.beta = float(state["beta"])
 
 
-def weighted(minibatch: Experience, cfg: Grouped | Ppo, learner: Learner) -> Experience:
+def weighted(minibatch: Experience, cfg: Grouped | Ppo) -> Experience:
     """The minibatch with each action's `weight` in the loss, and its `token_weight` in a mean over all actions."""
-    rows, totals = minibatch.rows, learner.totals(minibatch)
-    weight_N = weigh(cfg.weight, rows, totals.actions, totals.completions, cfg.sampling.max_new_tokens)
-    return minibatch.with_actions(weight=weight_N, token_weight=token_mean(rows, totals.actions))
-
-
-def whitened(x_N: Tensor, learner: Learner) -> Tensor:
-    """[N] shifted and scaled to mean 0 and variance 1 over the actions of all ranks."""
-    everyone, own = learner.gather(x_N)
-    return whiten(everyone)[own]
+    rows = minibatch.rows
+    weight_N = weigh(cfg.weight, rows, rows.actions, rows.learned, cfg.sampling.max_new_tokens)
+    return minibatch.with_actions(weight=weight_N, token_weight=token_mean(rows, rows.actions))
 
 
 def clip_of(surrogate: Callable[..., Tensor], loss: Function) -> tuple[float, float] | None:

@@ -41,10 +41,10 @@ def pairs(context: Context, cfg: Pairs) -> Path:
     engine = context.engine(policy, cfg.rollouts)
     for row in preference_rows(engine, policy, prompts, scorer, cfg, context.seed_for("sample"), context.name):
         rows.append(row)
-        if context.interrupts.requested is not None:
+        if (signal := context.interrupts.agreed()) is not None:
             raise Interrupted(
                 f"{context.name} stopped while it sampled, and keeps nothing; run the same command to begin it again",
-                context.interrupts.requested,
+                signal,
             )
     must_have_pairs(rows, prompts, cfg, context.name)
 

@@ -55,21 +55,19 @@ class PairObjective:
 
         For a loss that couples pairs, a first pass without gradient computes the slope of the whole update's loss.
         """
-        count = learner.totals(update).groups
-        update = update.with_actions(chosen_weight=_chosen_mean(update, learner))
-        update = update.with_groups(pair_weight=pair_mean(len(update.groups), count))
+        count = len(update.groups)
+        update = update.with_actions(chosen_weight=_chosen_mean(update))
+        update = update.with_groups(pair_weight=pair_mean(count, count))
         if not self.couples:
             return update
-        everyone, own = learner.gather(
-            learner.evaluate_no_grad(lambda output, part: _pairs(output, part).table_PC, update, self.stats)
-        )
+        every_PC = learner.evaluate_no_grad(lambda output, part: _pairs(output, part).table_PC, update, self.stats)
 
         def whole(table_PC: Tensor) -> Tensor:
             return self.per_pair(PairBatch.from_table(table_PC)).sum() / count
 
-        value, slope_PC = linearised(whole, everyone)
-        # Each pair carries an equal share of the value, so that parts and ranks add up to it.
-        return update.with_groups(slope=slope_PC[own], value=value.expand(len(update.groups)))
+        value, slope_PC = linearised(whole, every_PC)
+        # Each pair carries an equal share of the value, so that parts add up to it.
+        return update.with_groups(slope=slope_PC, value=value.expand(len(update.groups)))
 
     def loss(self) -> LossFunction:
         """Σ loss·weight of a part."""
@@ -107,7 +105,7 @@ def _metrics(pairs: PairBatch, loss_P: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _chosen_mean(update: Experience, learner: Learner) -> Tensor:
+def _chosen_mean(update: Experience) -> Tensor:
     """[N] a token mean over the chosen completions' actions of the whole update, 0 on the rejected ones."""
     chosen_N = update.rows.spread(torch.tensor([1.0, 0.0], dtype=torch.float64).repeat(len(update.groups)))
-    return chosen_N / max(learner.total(float(chosen_N.sum())), 1)
+    return chosen_N / max(float(chosen_N.sum()), 1)

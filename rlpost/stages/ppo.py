@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from rlpost.objectives import metrics
+from rlpost.objectives.advantages import whiten
 from rlpost.objectives.credit import gae, reward_on_last_action
 from rlpost.objectives.values import value_loss
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
-from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted, whitened
+from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.params import OnTruncation, Trunk
 from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 from rlpost.types import Group, completions
 
 
@@ -46,7 +47,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     value_learner = context.learner(critic, cfg, updates, learning_rate=cfg.critic.learning_rate)
 
     def minimise(minibatch: Experience, step: int) -> dict[str, float]:
-        minibatch = weighted(minibatch, cfg, learner)
+        minibatch = weighted(minibatch, cfg)
         line = _critic_metrics(value_learner.update(critic_loss, minibatch))
         if step >= cfg.critic.warmup_steps:
             line |= learner.update(policy_loss, minibatch, stats)
@@ -57,7 +58,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, _: assemble(rollout, cfg, critic, kl, learner),
+        assemble=lambda rollout, _: assemble(rollout, cfg, critic, kl),
         minimise=minimise,
         observe=kl.observe,
         learners={"policy": learner, "critic": value_learner},
@@ -66,7 +67,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     )
 
 
-def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, learner: Learner) -> Experience:
+def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty) -> Experience:
     """The samples with advantages and returns under the current critic."""
     experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
     rows, values = experience.rows, critic.score(experience.groups)
@@ -80,7 +81,7 @@ def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty, 
         bootstrap_S=_bootstrap_values(values, experience.groups, cfg),
     )
     if cfg.whiten:
-        advantage_N = whitened(advantage_N, learner)
+        advantage_N = whiten(advantage_N)
     dtype = experience["old_logp"].dtype
     return experience.with_actions(
         advantage=advantage_N.to(dtype), returns=return_N.to(dtype), old_value=values.before_N

@@ -20,7 +20,7 @@ from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 from rlpost.types import Group
 
 
@@ -31,26 +31,24 @@ def process_reward_model(context: Context, cfg: ProcessRewardModel) -> Path:
     loss = step_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps)
-    held_out = context.held_out(
-        model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups), learner))
-    )
+    held_out = context.held_out(model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups))))
     loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
-        experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)
+        experience = weighted(Experience(tuple(data.next(cfg.batch_size))))
         metrics = learner.update(loss, experience)
         loop.log(step, metrics, live=("loss", "accuracy"))
     return context.finish(model.trunk, cfg.kind, steps, extra=model.save)
 
 
-def weighted(update: Experience, learner: Learner) -> Experience:
+def weighted(update: Experience) -> Experience:
     """The update with its labels and weights, each on the last action of its step: a mean over all steps.
 
     An action that ends no step has NaN for a label.
     """
     label_N = torch.tensor([x for group in update.groups for x in _labels(group)], dtype=torch.float64)
     ends_N = (~label_N.isnan()).double()
-    return update.with_actions(label=label_N, weight=ends_N / max(learner.total(float(ends_N.sum())), 1))
+    return update.with_actions(label=label_N, weight=ends_N / max(float(ends_N.sum()), 1))
 
 
 def step_loss(function: Callable[..., Tensor]) -> LossFunction:

@@ -21,7 +21,7 @@ from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 from rlpost.types import Group
 
 
@@ -32,21 +32,19 @@ def reward_model(context: Context, cfg: RewardModel) -> Path:
     loss = score_loss(context.function(cfg, "loss"))
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     learner = context.learner(model, cfg, updates=steps, whole_groups=True)
-    held_out = context.held_out(
-        model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups), learner))
-    )
+    held_out = context.held_out(model.trunk, cfg, lambda groups: learner.measure(loss, weighted(Experience(groups))))
     loop = context.loop(cfg, {"data": data}, steps, held_out=held_out, policy=learner)
 
     for step in loop.steps():
-        experience = weighted(Experience(tuple(data.next(cfg.batch_size))), learner)
+        experience = weighted(Experience(tuple(data.next(cfg.batch_size))))
         metrics = learner.update(loss, experience)
         loop.log(step, metrics, live=("loss", "accuracy", "margin"))
     return context.finish(model.trunk, cfg.kind, steps, extra=model.save)
 
 
-def weighted(update: Experience, learner: Learner) -> Experience:
+def weighted(update: Experience) -> Experience:
     """The update with its weights, normalised over all of it."""
-    return update.with_groups(weight=pair_mean(len(update.groups), learner.totals(update).groups))
+    return update.with_groups(weight=pair_mean(len(update.groups)))
 
 
 def score_loss(function: Callable[..., Tensor]) -> LossFunction:

@@ -25,7 +25,7 @@ from rlpost.recipe.rules import Leaves
 from rlpost.recipe.specs.sft import Sft
 from rlpost.stages.context import Context, steps_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import LossFunction
 from rlpost.types import Group, labels
 
 FULL = {"logp_NV", "teacher_NV", "target_N"}
@@ -44,7 +44,7 @@ def sft(context: Context, cfg: Sft) -> Path:
     learner = context.learner(policy, cfg, updates=steps)
 
     def prepared(groups: Sequence[Group]) -> Experience:
-        update = weighted(Experience(tuple(groups)), cfg, learner)
+        update = weighted(Experience(tuple(groups)), cfg)
         return labelled(update) if cfg.rows() is DataRole.labelled else update
 
     held_out = context.held_out(policy, cfg, lambda groups: learner.measure(loss, prepared(groups), stats))
@@ -53,18 +53,15 @@ def sft(context: Context, cfg: Sft) -> Path:
     for step in loop.steps():
         experience = prepared(data.next(cfg.batch_size))
         metrics = learner.update(loss, experience, stats)
-        tokens = learner.totals(experience).actions
-        loop.log(step, {**metrics, "tokens": tokens}, live=("nll", "grad_norm"))
+        loop.log(step, {**metrics, "tokens": experience.rows.actions}, live=("nll", "grad_norm"))
     about = {"direction": str(Direction.reverse)} if cfg.leaves is Leaves.reverse else None
     return context.finish(policy, cfg.kind, steps, about=about)
 
 
-def weighted(update: Experience, cfg: Sft, learner: Learner) -> Experience:
+def weighted(update: Experience, cfg: Sft) -> Experience:
     """The update with its weights, normalised over all of it."""
-    totals = learner.totals(update)
-    return update.with_actions(
-        weight=weigh(cfg.weight, update.rows, totals.actions, totals.completions, cfg.max_length)
-    )
+    rows = update.rows
+    return update.with_actions(weight=weigh(cfg.weight, rows, rows.actions, rows.learned, cfg.max_length))
 
 
 def labelled(update: Experience) -> Experience:
@@ -114,9 +111,7 @@ def _teacher(context: Context, policy: Policy, name: str) -> Policy:
         ModelError: it cannot be loaded, or its vocabulary is another one.
     """
     checkpoint = context.checkpoint(name)
-    teacher = load_policy(
-        checkpoint, context.model, bfloat16=context.bfloat16, device=context.accelerator.device, trainable=False
-    )
+    teacher = load_policy(checkpoint, context.model, bfloat16=context.bfloat16, device=context.device, trainable=False)
     if teacher.vocabulary != policy.vocabulary or teacher.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise ModelError(
             f"stages.{context.name}.teacher: {name} has another vocabulary than the model it is to teach; "

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rlpost.errors import ModelError
+from rlpost.objectives.advantages import whiten
 from rlpost.objectives.kl import full_kl
 from rlpost.objectives.surrogates import ratio
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
@@ -23,7 +24,7 @@ from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.trpo import Trpo
 from rlpost.stages.advantage import AdvantageEstimator, corrected
 from rlpost.stages.context import Context
-from rlpost.stages.on_policy import KlPenalty, on_policy, updates_of, weighted, whitened
+from rlpost.stages.on_policy import KlPenalty, on_policy, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
@@ -44,8 +45,8 @@ def trpo(context: Context, cfg: Trpo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl, learner),
-        minimise=lambda minibatch, _: trust_region_update(learner, policy, weighted(minibatch, cfg, learner), cfg),
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl),
+        minimise=lambda minibatch, _: trust_region_update(learner, policy, weighted(minibatch, cfg), cfg),
         observe=kl.observe,
         learners={"policy": learner},
         states={"beta": kl, "baseline": estimator},
@@ -60,7 +61,6 @@ def assemble(
     policy: Policy,
     estimator: AdvantageEstimator,
     kl: KlPenalty,
-    learner: Learner,
 ) -> Experience:
     """The samples with the advantage of every action, less the KL penalty.
 
@@ -68,9 +68,9 @@ def assemble(
     """
     experience = corrected(rollout.experience, cfg, policy)
     experience = kl.with_reference(experience, cfg.sampling.temperature)
-    advantage_N = estimator.advantage(rollout, experience, step, learner) - kl.to_go(experience, cfg.group_size)
+    advantage_N = estimator.advantage(rollout, experience, step) - kl.to_go(experience, cfg.group_size)
     if cfg.whiten:
-        advantage_N = whitened(advantage_N, learner)
+        advantage_N = whiten(advantage_N)
     return experience.with_actions(advantage=advantage_N.to(experience["old_logp"].dtype))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rlpost.data.messages import question
 from rlpost.errors import RecipeError
+from rlpost.ranks import is_first
 from rlpost.run import names
 from rlpost.trackers.api import EVAL, About, Key, Tracker
 from rlpost.trackers.mirror import Mirror
@@ -93,7 +94,7 @@ class Mirrors:
 
 @contextlib.contextmanager
 def open_mirrors(logging: Logging, about: About, folder: Path) -> Iterator[Mirrors]:
-    """The trackers that a recipe names; they are closed in the end, also when the run stops.
+    """The trackers that a recipe names, on the first rank; they are closed in the end, also when the run stops.
 
     Args:
         logging: the recipe's section.
@@ -105,7 +106,7 @@ def open_mirrors(logging: Logging, about: About, folder: Path) -> Iterator[Mirro
     """
     mirrors: list[Mirror] = []
     try:
-        for i, name in enumerate(logging.to):
+        for i, name in enumerate(logging.to if is_first() else ()):
             mirrors.append(Mirror(short(name), about, _maker(name, i, about, folder)))
         yield Mirrors(mirrors, logging.samples)
     finally:

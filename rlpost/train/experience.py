@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from rlpost import ranks
 from rlpost.objectives.ragged import Ragged
 from rlpost.types import Group, completions
 
@@ -55,6 +56,14 @@ class Experience:
         order = torch.randperm(len(self.groups), generator=torch.Generator().manual_seed(seed)).tolist()
         shares = [sorted(order[i::parts]) for i in range(parts)]
         return [self._take([(g, None) for g in share]) for share in shares if share]
+
+    def share(self, number: int, of: int, *, whole_groups: bool = False) -> Experience:
+        """Share `number` of `of`, cut between completions (`whole_groups`: between groups), of about equal tokens."""
+        if of == 1:
+            return self
+        units = list(self._units(whole_groups))
+        costs = [self._tokens(g, members) for g, members in units]
+        return self._take(_by_group(units[ranks.shares(costs, of)[number]]))
 
     def cut(self, budget: int, *, whole_groups: bool = False, shared_prompts: bool = True) -> list[Experience]:
         """Parts of at most `budget` tokens (or one completion), one pass each, of about equal size.
@@ -138,3 +147,14 @@ class Experience:
             {k: v[index_P.to(v.device)] for k, v in self.per_group.items()},
             None if self.needed_S is None else tuple(self.needed_S[s] for s in wanted),
         )
+
+
+def _by_group(units: Sequence[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """Neighbours of one group as one."""
+    found: list[tuple[int, list[int]]] = []
+    for g, members in units:
+        if found and found[-1][0] == g:
+            found[-1] = g, found[-1][1] + members
+        else:
+            found.append((g, members))
+    return found

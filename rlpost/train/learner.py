@@ -1,7 +1,7 @@
 """The one place with a backward pass and an optimiser step.
 
-An update is cut into parts by a token budget; since every weight was counted over the whole update, on all
-ranks, the sum of the parts' gradients is the update's gradient however it is cut.
+An update is cut into shares of the ranks, and those into parts by a token budget; since every weight was counted over
+the whole update, the sum of the parts' gradients is the update's gradient however it is cut.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from rlpost import ranks
 from rlpost.errors import DivergedError
 from rlpost.policy.balance import Balance, Load, add
 from rlpost.policy.batch import Batch
@@ -79,16 +77,6 @@ class Trainable(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sizes of an update, summed over all ranks."""
-
-    actions: int
-    completions: int
-    """Those with at least one action."""
-    groups: int
-
-
 class Learner:
     """A model, its optimiser and its learning rate.
 
@@ -98,7 +86,6 @@ class Learner:
     def __init__(
         self,
         model: Trainable,
-        accelerator: Accelerator,
         *,
         learning_rate: float,
         factor: Callable[[int], float] = lambda _: 1.0,
@@ -113,7 +100,6 @@ class Learner:
 
         Args:
             model: what is trained.
-            accelerator: of this process.
             learning_rate: the peak.
             factor: update number -> factor on the peak.
             betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
@@ -124,11 +110,10 @@ class Learner:
             balance: the balance loss of a mixture of experts, added to every update.
         """
         self.model = model
-        self.accelerator = accelerator
         self.updates = 0
         self.trained_tokens = 0
         self.trained_samples = 0
-        """Actions and completions of the updates that this process has done, for the rate."""
+        """Actions and completions of the updates since the process began, for the rate."""
         self.location = ""
         """Where training stands, for messages: `sft: step 5 (policy)`; empty outside a stage's steps."""
         self._peak = learning_rate
@@ -153,32 +138,12 @@ class Learner:
         """The learning rate of the next update."""
         return self._peak * self._factor(self.updates)
 
-    def totals(self, experience: Experience) -> Totals:
-        """Counts of this update over all ranks: what weights divide by."""
-        rows = experience.rows
-        counts = torch.tensor([rows.actions, rows.learned, len(experience.groups)], device=self.model.device)
-        actions, learned, groups = self.accelerator.reduce(counts, "sum").tolist()
-        return Totals(actions, learned, groups)
-
-    def total(self, count: float) -> float:
-        """The sum of `count` over all ranks."""
-        number = torch.tensor(count, dtype=torch.float64, device=self.model.device)
-        return float(self.accelerator.reduce(number, "sum"))
-
-    def gather(self, x: Tensor) -> tuple[Tensor, slice]:
-        """`x` of all ranks, one after the other along its first axis, on the CPU; and where this rank's own lies."""
-        if self.accelerator.num_processes == 1:
-            return x.cpu(), slice(0, len(x))
-        everyone: list[Tensor] = gather_object([x.cpu()])
-        first = sum(len(other) for other in everyone[: self.accelerator.process_index])
-        return torch.cat(everyone), slice(first, first + len(x))
-
     def update(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
-        """One optimiser step on the whole experience; returns its metrics, averaged over all ranks.
+        """One optimiser step on the whole experience; returns its metrics.
 
         Args:
             loss: of a part of the experience; see `LossFunction`.
-            experience: this rank's share of the update.
+            experience: the update, the same on all ranks.
             stats: what a policy's forward pass computes for each action; by default the log-probability alone.
 
         Raises:
@@ -209,7 +174,7 @@ class Learner:
         self._zero_gradients()
         parts = self._parts(experience)
         # A single part is the whole update, so its own expert load is enough.
-        alone = len(parts) == 1 and self.accelerator.num_processes == 1
+        alone = len(parts) == 1 and ranks.count() == 1
         whole = None if balance is None or alone else self._whole_load(balance, parts, stats)
         for part in parts:
             batch = self.model.batch(part.groups)
@@ -226,10 +191,8 @@ class Learner:
             self.model.backward_done()
             meter.add_part(total.detach(), metrics)
         self.model.train(False)
-        if self.accelerator.num_processes > 1:
-            for p in self._named.values():
-                torch.distributed.all_reduce(p.grad)
-        return {LOSS: 0.0, **meter.averages(self.accelerator)}
+        ranks.sum_over_ranks(p.grad for p in self._named.values() if p.grad is not None)
+        return {LOSS: 0.0, **meter.averages()}
 
     @torch.no_grad()
     def _whole_load(self, balance: Balance, parts: Sequence[Experience], stats: LogitStats | None) -> Load:
@@ -240,21 +203,24 @@ class Learner:
             with balance.recording() as recorded:
                 self._output(batch, stats)
             load = add(load, balance.load(recorded, batch))
-        if self.accelerator.num_processes == 1:
-            return load
-        every = gather_object([(load.chosen_E.cpu(), load.tokens.cpu())])
-        chosen_E, tokens = sum(c for c, _ in every), sum(t for _, t in every)
-        return Load(chosen_E.to(self.model.device), load.probability_E, tokens.to(self.model.device))
+        chosen_E, tokens = load.chosen_E.clone(), load.tokens.clone()
+        ranks.sum_over_ranks([chosen_E, tokens])
+        return Load(chosen_E, load.probability_E, tokens)
 
     @torch.no_grad()
     def evaluate_no_grad(
         self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: LogitStats | None = None
     ) -> Tensor:
         """`take(output, part)` of every part, concatenated along the first axis; no gradient, on the CPU."""
-        pieces = []
-        for part in self._parts(experience):
-            output = self._output(self.model.batch(part.groups), stats)
-            pieces.append(take(output, part.to(self.model.device)).cpu())
+
+        def own() -> list[Tensor]:
+            taken = []
+            for part in self._parts(experience):
+                output = self._output(self.model.batch(part.groups), stats)
+                taken.append(take(output, part.to(self.model.device)).cpu())
+            return taken
+
+        pieces = [piece for some in ranks.together(own) for piece in some]
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
@@ -265,14 +231,16 @@ class Learner:
                 output = self._output(self.model.batch(part.groups), stats)
                 total, metrics = loss(output, part.to(self.model.device))
                 meter.add_part(total, metrics)
-        return {LOSS: 0.0, **meter.averages(self.accelerator)}
+        return {LOSS: 0.0, **meter.averages()}
 
     def _output(self, batch: Batch, stats: LogitStats | None) -> Any:
         """The model's output on a batch; a model with a value head takes no statistics."""
         return self.model(batch) if stats is None else self.model(batch, stats)
 
     def _parts(self, experience: Experience) -> list[Experience]:
-        return experience.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
+        """Of this rank's share."""
+        own = experience.share(ranks.index(), ranks.count(), whole_groups=self._whole)
+        return own.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
 
     def _zero_gradients(self) -> None:
         # Zeros, not None: the optimiser skips None, but a parameter without gradient this time (an unused expert)
@@ -378,14 +346,14 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + x.numel()
 
     def add_part(self, total: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Add a part's metrics and its loss, which sums up over parts and ranks."""
+        """Add a part's metrics and its loss, which sums up over parts."""
         self.add({LOSS: total[None], **metrics})
 
-    def averages(self, accelerator: Accelerator) -> dict[str, float]:
+    def averages(self) -> dict[str, float]:
         """Means over the elements of all ranks, and sums for `SUMMED`; a rank may have added nothing."""
         sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         own = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
-        everyone = [own] if accelerator.num_processes == 1 else gather_object([own])
+        everyone = ranks.together(lambda: own)
         table: dict[str, tuple[float, int]] = {}
         for name, (total, count) in (item for one in everyone for item in one.items()):
             before = table.get(name, (0.0, 0))

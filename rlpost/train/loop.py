@@ -23,7 +23,7 @@ from rlpost.trackers.api import EVAL
 from rlpost.trackers.mirrors import Mirrors
 from rlpost.train.evaluation import StageEvaluation
 from rlpost.train.learner import Learner
-from rlpost.train.random_state import random_state, set_random_state
+from rlpost.train.random_state import random_states, set_random_states
 from rlpost.train.symptoms import Watch
 from rlpost.train.throughput import SPEED, Throughput, shown
 from rlpost.types import Group
@@ -120,8 +120,6 @@ class Loop:
         self._watch = Watch(title)
         self.throughput = Throughput(list(learners.values()))
         """Told by a stage that samples what its steps spend their time on."""
-        self._accelerator = next(iter(learners.values())).accelerator
-        self._main = self._accelerator.is_main_process
 
     def steps(self) -> Iterator[int]:
         """Step numbers from the last checkpoint on; checkpoints are written between steps.
@@ -142,8 +140,7 @@ class Loop:
                 f"ask for at least {first}, or remove {self._out.path} to train it again"
             )
         self._out.reopen()
-        if self._main:
-            self._mirrors.catch_up(self._title, self._out.path)
+        self._mirrors.catch_up(self._title, self._out.path)
         if first:
             console.say(f"{self._title}: resumes after step {first} of {self._steps}")
         with console.Progress(self._title, self._steps, start=first) as progress:
@@ -159,15 +156,15 @@ class Loop:
                 self._interrupts.rescue = None
                 done = self.done = step + 1
                 timing = self.throughput.end()
-                if self._main and done % self._log_every == 0:
+                if done % self._log_every == 0:
                     self._out.timing(done, timing)
-                if self._interrupts.requested is None or done == self._steps:
+                if self._interrupts.agreed() is None or done == self._steps:
                     self._evaluate(done)
                 rates = shown(timing)
                 # On a narrow terminal the first ones are seen.
                 progress.advance({**self._live, SPEED: rates[SPEED], **self._live_evaluation, **rates})
                 over = done == self._steps or self._evaluation.stops
-                stopping = None if over else self._interrupts.requested
+                stopping = None if over else self._interrupts.agreed()
                 due = done % self._every == 0 or done == self._evaluation.best_step
                 if due or over or stopping is not None:
                     self._save(done)
@@ -190,15 +187,14 @@ class Loop:
                 f"{self._title}: step {step + 1}: {wrong} is not finite ({metrics[wrong]}); {self._remedy}"
             )
         self._live = {name: metrics[name] for name in live if name in metrics}
-        if self._main and (step + 1) % self._log_every == 0:
+        if (step + 1) % self._log_every == 0:
             self._out.log(step + 1, metrics)
             self._watch.see(step + 1, metrics)
             self._mirrors.log(self._title, step + 1, metrics)
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
-        if self._main:
-            self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
+        self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
 
     @property
     def about_result(self) -> dict[str, Any]:
@@ -223,10 +219,9 @@ class Loop:
         self._interrupts.rescue = None
         self._evaluation.note(done, metrics)
         self._evaluated = done
-        if self._main:
-            self._out.evaluation(done, metrics)
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self._mirrors.log(f"{self._title}/{EVAL}", done, finite)
+        self._out.evaluation(done, metrics)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self._mirrors.log(f"{self._title}/{EVAL}", done, finite)
         self._live_evaluation = self._evaluation.shown(metrics)
         seconds = time.perf_counter() - began
         console.say(f"{self._title}: step {done}: {self._evaluation.line(done, metrics)}, in {seconds:.1f}s")
@@ -257,7 +252,7 @@ class Loop:
             weights, optimizer = _files(name)
             updates = int(checkpoint.state["updates"][name])
             learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
-        set_random_state(checkpoint.tensors("random"))
+        set_random_states(checkpoint.tensors("random"))
         for name, extra in self._weights.items():
             extra.load_weights(checkpoint.tensors(name))
         for name, stateful in self._states.items():
@@ -296,7 +291,7 @@ class Loop:
     def _position(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All state but the weights: that of random generators, and the JSON of a checkpoint."""
         evaluation = self._evaluation.state()
-        return random_state(), {
+        return random_states(), {
             "updates": {name: learner.updates for name, learner in self._learners.items()},
             "states": {name: stateful.state() for name, stateful in self._states.items()},
             **({"evaluation": evaluation, BEST: self._evaluation.best_step} if evaluation else {}),
@@ -311,14 +306,12 @@ class Loop:
         return f"{self._title} stopped while a user's function ran, after step {step} with a checkpoint"
 
     def _save(self, done: int, position: tuple[dict[str, Tensor], dict[str, Any]] | None = None) -> None:
-        if self._main:
-            random_state, state = position or self._position()
-            tensors = self._tensors()
-            self._must_be_finite(done, tensors)
-            state = {**state, "inputs": self._inputs.identities()}
-            self._out.save(done, {"random": random_state, **tensors}, state, self._keep)
+        random, state = position or self._position()
+        tensors = self._tensors()
+        self._must_be_finite(done, tensors)
+        state = {**state, "inputs": self._inputs.identities()}
+        self._out.save(done, {"random": random, **tensors}, state, self._keep)
         self._saved = done
-        self._accelerator.wait_for_everyone()
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:

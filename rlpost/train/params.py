@@ -5,6 +5,14 @@ from pydantic import Field
 from rlpost.section import Choice, Section
 
 
+class Parallel(Section):
+    """How many processes train (docs/runs.md#several-processes)."""
+
+    processes: int = Field(1, ge=1)
+    """Processes on this machine, each with a whole model and a share of the work; the result is that of one up to
+    rounding. A launcher may start them too: it then says how many."""
+
+
 class Schedule(Choice):
     """Shape of the learning rate after its warm-up."""
 

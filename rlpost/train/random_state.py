@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlpost import ranks
+
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
@@ -21,8 +23,21 @@ def random_state_kept() -> Iterator[None]:
         set_random_state(before)
 
 
+def random_states() -> dict[str, Tensor]:
+    """Of all ranks, as a checkpoint holds them; they differ where there is dropout: each rank drops in its share."""
+    first, *others = ranks.together(random_state)
+    return first | {f"rank{n}/{key}": x for n, state in enumerate(others, 1) for key, x in state.items()}
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Restore this rank's of what `random_states` returned; one that was not there takes the first rank's."""
+    prefix = f"rank{ranks.index()}/"
+    own = {key.removeprefix(prefix): x for key, x in states.items() if key.startswith(prefix)}
+    set_random_state(own or states)
+
+
 def random_state() -> dict[str, Tensor]:
-    """It, as a checkpoint holds it."""
+    """Of this process."""
     version, internal, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     state = {

@@ -134,6 +134,7 @@ class Remote:
         read_only: bool = False,
         numbers: bool = False,
         keep_going: bool = False,
+        first: int = 0,
     ) -> list[Any]:
         """What each call returned, or a Failed.
 
@@ -142,6 +143,7 @@ class Remote:
             read_only: pass rows as read-only mappings; each call gets its own copy either way.
             numbers: results are numbers (or lists of them); anything else comes back as `wire.Odd`.
             keep_going: continue after a failure; else the result ends with the first one.
+            first: number of the first call, where these are some of many: a call's random numbers depend on its own.
 
         Raises:
             CallError: an argument cannot be sent to another process.
@@ -150,7 +152,7 @@ class Remote:
         lost = 0
         while len(found) < len(calls):
             try:
-                request = self._requested(calls[len(found) :], read_only, numbers)
+                request = self._requested(calls[len(found) :], read_only, numbers, first + len(found))
                 for reply in self._ask(request, len(calls) - len(found)):
                     found.append(_result(reply))
                     lost = 0
@@ -174,9 +176,9 @@ class Remote:
                 raise Gone(f"ended its process, and its file no longer loads ({reply['failed']})")
         return process.ask(request, replies, self.deadline)
 
-    def _requested(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool) -> bytes:
+    def _requested(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool, first: int) -> bytes:
         try:
-            return self._request(calls, read_only, numbers)
+            return self._request(calls, read_only, numbers, first)
         except wire.CannotCrossError as error:
             raise CallError(
                 f"it is given {error}, which cannot go to its process: take that column out of the data"
@@ -184,13 +186,14 @@ class Remote:
         except RecursionError as error:
             raise CallError("it is given a row that is nested too deeply to go to its process") from error
 
-    def _request(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool) -> bytes:
+    def _request(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool, first: int) -> bytes:
         rows = _RowTable()
         lines = [{name: rows.put(name, value) for name, value in call.items()} for call in calls]
         head = {
             "call": self._name,
             "args": wire.encode(self._args),
             "positional": self._positional,
+            "first": first,
             "calls": len(calls),
             "rows": rows.encoded,
             "read_only": read_only,

@@ -135,7 +135,7 @@ def _completion(packed: Sequence[Any]) -> Completion:
     for (name, kind), length in zip(_ARRAYS.items(), lengths, strict=True):
         fields[name] = numpy.frombuffer(raw, kind or float_kind, length, at)
         at += fields[name].nbytes
-    return Completion.of_fields(fields)
+    return Completion._of_fields(fields)
 
 
 def _zone(zone: Any, path: str) -> Any:

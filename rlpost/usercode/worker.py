@@ -59,7 +59,7 @@ def _answer(
     """Call one function as often as the request says."""
     function, args = functions[request["call"]], wire.decode(request["args"])
     positional = set(request["positional"])
-    for number in range(request["calls"]):
+    for number in range(request["first"], request["first"] + request["calls"]):
         line = requests.readline()
         _seed(zlib.crc32(line, number))
         given = {name: _given(value, request) for name, value in json.loads(line).items()}

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from rlpost.engine.door import engine_for
 from rlpost.engine.params import Sampling
@@ -51,7 +50,7 @@ def fastest(work: Callable[[], Any], most: float = 4.0) -> float:
 
 def update(policy: Policy, groups: tuple[Group, ...]) -> Callable[[], Any]:
     """An optimiser step on the groups."""
-    learner = Learner(policy, Accelerator(cpu=True), learning_rate=1e-5)
+    learner = Learner(policy, learning_rate=1e-5)
     experience = Experience(groups)
     experience = experience.with_actions(weight=token_mean(experience.rows))
     loss = supervised_loss(nll)

@@ -19,7 +19,6 @@ from rlpost.stages.grpo import surrogate_loss
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.params import Kl
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Totals
 from rlpost.types import Completion, Group
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
@@ -247,21 +246,19 @@ def test_tables_and_rollouts_come_as_often_as_asked(tmp_path, capsys):
 
 
 def test_weights_are_counted_over_the_whole_update():
-    """What a process holds is a part; how many completions there are, everyone together says."""
     groups = (Group((1,), (Completion((5, 6), (True, True)), Completion((7,), (True,)))),)
-    counts = SimpleNamespace(totals=lambda _: Totals(actions=12, completions=5, groups=2))
     sampling = SimpleNamespace(max_new_tokens=10)
     expected = {
-        "token_mean": [1 / 12] * 3,
-        "sequence_mean": [1 / 10, 1 / 10, 1 / 5],
-        "sequence_sum": [1 / 5] * 3,
-        "constant_length": [1 / 50] * 3,
+        "token_mean": [1 / 3] * 3,
+        "sequence_mean": [1 / 4, 1 / 4, 1 / 2],
+        "sequence_sum": [1 / 2] * 3,
+        "constant_length": [1 / 20] * 3,
     }
     for name, weight_N in expected.items():
         cfg = SimpleNamespace(weight=name, sampling=sampling)
-        update = weighted(Experience(groups), cfg, counts)
+        update = weighted(Experience(groups), cfg)
         assert update["weight"].tolist() == pytest.approx(weight_N)
-        assert update["token_weight"].tolist() == pytest.approx([1 / 12] * 3)
+        assert update["token_weight"].tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_the_kl_that_is_logged_is_the_policys_from_the_reference():

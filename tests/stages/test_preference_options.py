@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from families import EndTokenOnly, tiny
 from moved import assert_only_the_policy_moved
 from tiny_recipes import DPO, LORA, PREFERENCES, SFT, base, group, jsonl, metrics, policy, run
@@ -182,7 +181,7 @@ def test_a_coupled_loss_has_the_gradient_of_the_whole_update_however_it_is_cut(l
     wanted = torch.cat([p.grad.flatten() for p in model.trained().values()])
     assert float(wanted.norm()) > 1e-3
     for budget in (1, 20, EVERYTHING):
-        learner = Learner(model, Accelerator(), learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=True)
+        learner = Learner(model, learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=True)
         line = learner.gradient(objective.loss(), objective.prepared(update, learner), objective.stats)
         assert line["loss"] == pytest.approx(float(expected), abs=1e-9)
         assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-9, budget

@@ -53,21 +53,14 @@ GROUPS = [
 ]
 
 
-class Alone:
-    """What weights ask of a learner, on one process."""
-
-    def total(self, count: float) -> float:
-        return count
-
-
 def test_labels_and_weights_are_on_the_last_action_of_each_step():
-    update = weighted(Experience(tuple(GROUPS[:3])), Alone())
+    update = weighted(Experience(tuple(GROUPS[:3])))
     assert update["label"].nan_to_num(-1).tolist() == [-1, 1, 0, -1, -1, 0.5, 0, -1, 1, -1, 0]
     assert (6 * update["weight"]).tolist() == [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]
 
 
 def test_the_loss_by_hand():
-    update = weighted(Experience(tuple(GROUPS[:2])), Alone())
+    update = weighted(Experience(tuple(GROUPS[:2])))
     after_N = torch.tensor([9.0, 2.0, -1.0, 9.0, 9.0, 0.5, 1.0], dtype=torch.float64)
     total, line = step_loss(process_reward)(Values(after_N, after_N, torch.zeros(2)), update)
 

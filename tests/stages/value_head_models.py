@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from families import EndTokenOnly, tiny
 from safetensors.torch import load_file
 from tiny_recipes import base, policy
@@ -41,10 +40,8 @@ def gradient(
     model: ValueHeadModel, groups: Sequence[Group], weighted, loss: LossFunction, budget: int, whole_groups: bool
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The gradient of an update cut by a budget, and its metrics."""
-    learner = Learner(
-        model, Accelerator(), learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=whole_groups
-    )
-    metrics = learner.gradient(loss, weighted(Experience(tuple(groups)), learner))
+    learner = Learner(model, learning_rate=1.0, max_tokens_per_microbatch=budget, whole_groups=whole_groups)
+    metrics = learner.gradient(loss, weighted(Experience(tuple(groups))))
     return learner.flat_gradient(), metrics
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import Accelerator
 from exactness import sample_groups
 from families import EndTokenOnly
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,7 +57,6 @@ def nothing(scores, part):
 def gradient(policy: Policy, groups: list[Group], budget: int) -> tuple[torch.Tensor, float]:
     learner = Learner(
         policy,
-        Accelerator(cpu=True),
         learning_rate=0.0,
         max_grad_norm=0.0,
         max_tokens_per_microbatch=budget,

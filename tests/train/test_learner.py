@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from exactness import sample_groups
 from families import VOCABULARY, EndTokenOnly, tiny
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ def make_policy(family: str = "gpt2", dtype: torch.dtype = torch.float64, flat: 
 
 
 def make_learner(policy: Policy, **settings) -> Learner:
-    return Learner(policy, Accelerator(), **{"learning_rate": 1e-3, "max_grad_norm": 0.0, **settings})
+    return Learner(policy, **{"learning_rate": 1e-3, "max_grad_norm": 0.0, **settings})
 
 
 # --- The gradient of an update; how it is cut in every stage is in test_invariance.py
@@ -49,7 +48,7 @@ def test_a_mean_of_means_would_have_been_seen(budget):
     long, short = (Completion((5,) * n, (True,) * n) for n in (100, 4))
     experience = Experience((Group((1, 2), (long,)), Group((3,), (short,))))
     learner = make_learner(make_policy(), max_tokens_per_microbatch=budget)
-    experience = experience.with_actions(weight=token_mean(experience.rows, learner.totals(experience).actions))
+    experience = experience.with_actions(weight=token_mean(experience.rows, experience.rows.actions))
 
     def loss(scores, part):
         sign_N = part.rows.spread(torch.tensor([1.0 if c.actions == 100 else -1.0 for c in completions(part.groups)]))
@@ -64,8 +63,7 @@ def test_completions_without_actions_are_not_counted():
     """Unscored ones have none: a mean over completions does not divide by them."""
     said, unscored = (Completion((5, 6), (acted,) * 2) for acted in (True, False))
     experience = Experience((Group((1,), (said, unscored, said)), Group((2,), (unscored,))))
-    totals = make_learner(make_policy()).totals(experience)
-    assert (totals.actions, totals.completions, totals.groups) == (4, 2, 2)
+    assert (experience.rows.actions, experience.rows.learned) == (4, 2)
 
 
 # --- The step

@@ -1,0 +1,228 @@
+"""The processes of one run, its ranks: which of them this is, and what they do together.
+
+All ranks run the same program on the same rows with the same seeds. What costs time is divided: each rank samples,
+scores or computes a share, and every rank gets all of it, in order. So what couples completions (baselines of groups,
+whitening, a batch's mean) is computed from all of them, by every rank alike, and a stage does not know of ranks.
+One process runs the same code and waits for nobody.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from rlpost.errors import RankError, RecipeError, RlpostError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+R = TypeVar("R")
+BUCKET = 2**25
+"""Bytes of tensors that are summed over the ranks in one message, at least."""
+
+_count = 1
+_index = int(os.environ.get("RANK") or 0) if "MASTER_PORT" in os.environ else 0
+"""As a launcher says, so that one of several is silent from the beginning."""
+
+
+def start() -> torch.device:
+    """Join the other processes that a launcher started, if it did, and return this one's device.
+
+    Raises:
+        RecipeError: there are fewer devices than processes on this machine.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    device = torch.device("cpu") if found is None else found
+    if device.type == "cuda":
+        number, there = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        if number >= there:
+            raise RecipeError(f"process {number} of this machine has no GPU: there are {there} - start at most {there}")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        if not torch.distributed.is_initialized():
+            # Objects travel by gloo, gradients by what is fastest between the devices.
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            # Its threads must not outlive the interpreter: that would abort the process.
+            atexit.register(torch.distributed.destroy_process_group)
+        join()
+    return device
+
+
+def join() -> None:
+    """Take the number and count of the default process group, which is there."""
+    global _count, _index
+    from torch import distributed
+
+    _count, _index = distributed.get_world_size(), distributed.get_rank()
+
+
+def leave() -> None:
+    """Be alone again."""
+    global _count, _index
+    _count, _index = 1, 0
+
+
+def count() -> int:
+    """Number of ranks."""
+    return _count
+
+
+def index() -> int:
+    """Which of them this process is, from 0."""
+    return _index
+
+
+def on_this_machine() -> int:
+    """Number of ranks that share this machine."""
+    return min(_count, int(os.environ.get("LOCAL_WORLD_SIZE") or _count))
+
+
+def is_first() -> bool:
+    """Whether it is the one that writes files and speaks to the user."""
+    return _index == 0
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` returned on each rank, in their order, on all of them; an error of one is raised by all."""
+    if _count == 1:
+        return [work()]
+    from torch import distributed
+
+    own: tuple[T | None, RlpostError | None]
+    try:
+        own = work(), None
+    except RlpostError as error:
+        own = None, error
+    every: list[Any] = [None] * _count
+    with _reaching_others():
+        distributed.all_gather_object(every, own)
+    for _, raised in every:
+        if raised is not None:
+            raise raised
+    return [found for found, _ in every]
+
+
+def must_agree(what: Mapping[str, str]) -> None:
+    """Refuse ranks that are about to do different things.
+
+    Raises:
+        RecipeError: one has another value of a name than the first rank.
+    """
+    first, *others = together(lambda: what)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                has = f"rank {number} has {name} {other.get(name)}, and rank 0 has {value}"
+                raise RecipeError(f"{has} - start all ranks with the same")
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What `work` returned on the first rank, which alone runs it, once all have come here.
+
+    So all of them find files as they were before it, or as it left them. Within it the first rank is alone.
+    """
+    if _count == 1:
+        return work()
+    from torch import distributed
+
+    with _reaching_others():
+        distributed.barrier()
+    found: list[T] = together(partial(_alone, work) if is_first() else _nothing)
+    return found[0]
+
+
+def first_alone(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that only the first rank runs; all of them call it, and get what it returned."""
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        return from_first(lambda: function(*args, **kwargs))
+
+    return wrapped
+
+
+def divided(items: Sequence[T], costs: Sequence[float], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
+    """What `work` makes of `items`, where each rank works on a share of neighbours of about equal cost."""
+    if _count == 1:
+        return list(work(items))
+    own = items[shares(costs, _count)[_index]]
+    return [found for some in together(lambda: list(work(own)) if own else []) for found in some]
+
+
+def shares(costs: Sequence[float], among: int) -> list[slice]:
+    """Neighbours for each of `among`, cut where the costs so far pass its part; some may be empty."""
+    total = sum(costs)
+    middles = [(after - cost / 2) * among for after, cost in zip(accumulate(costs), costs, strict=True)]
+    owners = [min(among - 1, int(middle / total)) if total else 0 for middle in middles]
+    ends = [sum(owner <= n for owner in owners) for n in range(among)]
+    return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all ranks."""
+    if _count == 1:
+        return
+    for bucket in _buckets(tensors):
+        _sum_together(bucket)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Neighbours of one type, of `BUCKET` bytes at least where there are so many."""
+    bucket: list[Tensor] = []
+    size = 0
+    for x in tensors:
+        if bucket and (size >= BUCKET or x.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(x)
+        size += x.numel() * x.element_size()
+    if bucket:
+        yield bucket
+
+
+def _sum_together(bucket: Sequence[Tensor]) -> None:
+    import torch
+
+    flat = torch.cat([x.detach().reshape(-1) for x in bucket])
+    with _reaching_others():
+        torch.distributed.all_reduce(flat)
+    pieces = flat.split_with_sizes([x.numel() for x in bucket])
+    for x, piece in zip(bucket, pieces, strict=True):
+        x.copy_(piece.view_as(x))
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """Turn an error of communication into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+        raise RankError(
+            f"rank {_index} of {_count}: another rank has ended or cannot be reached ({first}); "
+            "run the same command to go on from the last checkpoint"
+        ) from error
+
+
+def _alone(work: Callable[[], T]) -> T:
+    global _count
+    before, _count = _count, 1
+    try:
+        return work()
+    finally:
+        _count = before
+
+
+def _nothing() -> Any:
+    return None

@@ -1,0 +1,140 @@
+"""Several processes of one run: what they share, that they give what one gives, and what happens when one dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import golden
+import pytest
+
+import rlpost
+from rlpost import ranks
+from rlpost.errors import Interrupted, RecipeError
+
+RUNS = {run.key: run for run in golden.listed()}
+
+
+@pytest.mark.parametrize(
+    ("costs", "among", "expected"),
+    [
+        ([1, 1, 1, 1], 2, [slice(0, 2), slice(2, 4)]),
+        ([5, 1, 1, 1], 2, [slice(0, 1), slice(1, 4)]),
+        ([1, 1, 1, 5], 2, [slice(0, 3), slice(3, 4)]),
+        ([1], 3, [slice(0, 0), slice(0, 1), slice(1, 1)]),
+        ([], 2, [slice(0, 0), slice(0, 0)]),
+        ([0, 0], 2, [slice(0, 2), slice(2, 2)]),
+    ],
+)
+def test_shares_are_neighbours_of_about_equal_cost(costs, among, expected):
+    assert ranks.shares(costs, among) == expected
+
+
+def test_shares_cover_everything_once():
+    costs = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    for among in range(1, 12):
+        found = [i for share in ranks.shares(costs, among) for i in range(len(costs))[share]]
+        assert found == list(range(len(costs)))
+
+
+def test_one_process_waits_for_nobody():
+    assert ranks.divided([1, 2], [1, 1], lambda some: [10 * x for x in some]) == [10, 20]
+    assert ranks.together(lambda: 5) == [5]
+    assert ranks.from_first(lambda: 6) == 6
+    assert (ranks.count(), ranks.index(), ranks.is_first()) == (1, 0, True)
+
+
+@pytest.mark.parametrize("some", [["--only", "grpo-lora"], pytest.param([], marks=pytest.mark.slow)])
+def test_every_kind_of_stage_gives_on_two_processes_what_it_gives_on_one(some: list[str]):
+    """Sampling, rewards and updates by the command line: the same tokens, and the same numbers up to rounding."""
+    command = [sys.executable, str(golden.ROOT / "scripts/golden.py"), "--ranks", "2", *some]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launched(folder: Path, words: list[str]) -> subprocess.Popen[str]:
+    """`rlpost WORDS` on two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlpost", *words, "parallel.processes=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def own_lines(text: str) -> list[str]:
+    """What rlpost itself said of an error."""
+    return [line for line in text.splitlines() if line.startswith("rlpost: ")]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    run = RUNS["sft"]
+    golden.write_recipe(run, tmp_path)
+    return tmp_path / "tiny.yaml"
+
+
+def test_an_error_is_said_once(recipe: Path, tmp_path: Path):
+    process = launched(tmp_path, ["train", str(recipe), "stages.sft.learning_rate=1e30"])
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 9, err
+    assert len(own_lines(err)) == 1, err
+
+
+@pytest.mark.slow
+def test_by_torchrun(recipe: Path, tmp_path: Path):
+    words = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, "-m", *words, "-m", "rlpost", "train", str(recipe)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("sft/final\n")
+    assert done.stdout.count("\n") == 1
+
+
+def test_another_number_than_the_launchers_is_refused(recipe: Path):
+    with pytest.raises(RecipeError, match=r"parallel.processes: 2, but this run was started as 1"):
+        rlpost.train(str(recipe), ["parallel.processes=2"])
+
+
+def test_a_run_whose_rank_is_killed_ends_and_goes_on(recipe: Path, tmp_path: Path):
+    words = ["train", str(recipe), "stages.sft.steps=400", "stages.sft.checkpoint_every=5"]
+    process = launched(tmp_path, words)
+    checkpoints = tmp_path / "runs/run/sft/checkpoints"
+    deadline = time.monotonic() + 100
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 8, err
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert len(own_lines(err)) == 1, err
+    reached = max(int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-??????"))
+    # And on one process.
+    done = subprocess.run(
+        [sys.executable, "-m", "rlpost", *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert f"resumes after step {reached} " in done.stderr
+    assert done.stdout.strip().endswith("sft/final")
+
+
+def test_ranks_that_are_about_to_do_different_things_are_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "together", lambda work: [work(), {"torch": "2.12"}])
+    with pytest.raises(RecipeError, match=r"rank 1 has torch 2.12, and rank 0 has 2.13 - start all"):
+        ranks.must_agree({"torch": "2.13"})
+
+
+def test_an_interruption_can_be_raised_elsewhere():
+    error = pickle.loads(pickle.dumps(Interrupted("stopped", signal.SIGTERM)))
+    assert (str(error), error.exit_code) == ("stopped", 143)
