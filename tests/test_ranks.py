@@ -49,6 +49,7 @@ def test_one_process_waits_for_nobody():
     assert (ranks.count(), ranks.index(), ranks.is_first()) == (1, 0, True)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("some", [["--only", "grpo-lora"], pytest.param([], marks=pytest.mark.slow)])
 def test_every_kind_of_stage_gives_on_two_processes_what_it_gives_on_one(some: list[str]):
     """Sampling, rewards and updates by the command line: the same tokens, and the same numbers up to rounding."""
