@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -148,6 +148,28 @@ def first_alone(function: Callable[P, T]) -> Callable[P, T]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
         return from_first(lambda: function(*args, **kwargs))
+
+    return wrapped
+
+
+def first_enters(opened: Callable[P, AbstractContextManager[T]]) -> Callable[P, AbstractContextManager[T]]:
+    """Decorates a context that only the first rank enters and leaves; all of them get what it gives."""
+
+    @wraps(opened)
+    @contextmanager
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        context = opened(*args, **kwargs)
+        found = from_first(context.__enter__)
+        try:
+            yield found
+        except BaseException as error:
+            # Alone: the others may have left already, and wait for nothing.
+            seen = (type(error), error, error.__traceback__)
+            if not (is_first() and _alone(lambda: context.__exit__(*seen))):
+                raise
+        else:
+            if is_first():
+                _alone(lambda: context.__exit__(None, None, None))
 
     return wrapped
 

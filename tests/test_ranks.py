@@ -89,6 +89,19 @@ def test_an_error_is_said_once(recipe: Path, tmp_path: Path):
     assert len(own_lines(err)) == 1, err
 
 
+def test_a_change_is_taken_back_where_nothing_was_trained_with_it(recipe: Path, tmp_path: Path):
+    """The first rank does so alone: the others have left."""
+    assert launched(tmp_path, ["train", str(recipe)]).wait(100) == 0
+    config = tmp_path / "runs/run/config.resolved.yaml"
+    before = config.read_text("utf-8")
+    changed = ["stages.sft.steps=9", "stages.sft.learning_rate=1e30", "--allow-change"]
+    process = launched(tmp_path, ["train", str(recipe), *changed])
+    _, err = process.communicate(timeout=100)
+    assert process.returncode not in (0, 8), err
+    assert len(own_lines(err)) == 1, err
+    assert config.read_text("utf-8") == before
+
+
 @pytest.mark.slow
 def test_by_torchrun(recipe: Path, tmp_path: Path):
     words = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]

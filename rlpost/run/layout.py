@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rlpost import console
 from rlpost.errors import RecipeError, RlpostError, RunInUseError
-from rlpost.ranks import first_alone, from_first
+from rlpost.ranks import first_alone, first_enters
 from rlpost.run import names
 from rlpost.run.changes import OF_FILES, Change, Trained, differences, one_line, refusal
 from rlpost.run.environment import environment
@@ -80,15 +80,9 @@ class RunDirectory:
         write_record(self.path, replace(self.record, base=dict(contents)))
 
 
+@first_enters
 @contextmanager
-def open_run(*args: Any, **named: Any) -> Iterator[RunDirectory]:
-    """`_opened` by the first rank; the others have the directory while it does."""
-    with ExitStack() as stack:
-        yield from_first(lambda: stack.enter_context(_opened(*args, **named)))
-
-
-@contextmanager
-def _opened(
+def open_run(
     recipe: Mapping[str, Any],
     given: Path | None,
     overrides: Sequence[str],
