@@ -30,6 +30,7 @@ from rlpost.policy.load import decide_bfloat16, width_of
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Model, Precision
+from rlpost.policy.sharded import Shards
 from rlpost.recipe.functions import bind_all
 from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
@@ -50,6 +51,7 @@ from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.trackers.api import About
 from rlpost.trackers.mirrors import Mirrors, check, open_mirrors
+from rlpost.train.params import Strategy
 from rlpost.unexpected import traceback_kept
 from rlpost.usercode.binding import bind
 
@@ -78,6 +80,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     for line in preflight(resolved, rows=False):
         console.say(line)
     device = _set_up(recipe)
+    shards = _shards(recipe, device)
     ranks.must_agree({"a recipe of sha256": recipe_hash(resolved), **versions()})
     code = functions_of(resolved)
     with (
@@ -118,6 +121,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 shelf=shelf,
                 mirrors=mirrors,
                 evaluation=evaluations.during(stage, done.checkpoints),
+                shards=shards,
                 check=readable_references(stage, f"stages.{name}", stage.rows()),
             )
             _run_stage(context, stage, done, evaluations)
@@ -144,6 +148,19 @@ def _set_up(recipe: Recipe) -> torch.device:
         torch.set_num_threads(max(1, recipe.threads // ranks.on_this_machine()))
     keep_freed_memory()
     return device
+
+
+def _shards(recipe: Recipe, device: torch.device) -> Shards | None:
+    """How models are sharded, if the recipe says so.
+
+    Raises:
+        RecipeError: shards are to be kept where they are anyway.
+    """
+    if recipe.parallel.strategy is Strategy.ddp:
+        return None
+    if recipe.parallel.cpu_offload and device.type == "cpu":
+        raise RecipeError("parallel.cpu_offload: weights are on the CPU already, since there is no GPU - leave it out")
+    return Shards(ranks.mesh(device), device, recipe.parallel.cpu_offload)
 
 
 def functions_of(resolved: Resolved) -> dict[str, str]:

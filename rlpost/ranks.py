@@ -21,6 +21,7 @@ from rlpost.errors import RankError, RecipeError, RlpostError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,12 +52,29 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         if not torch.distributed.is_initialized():
-            # Objects travel by gloo, gradients by what is fastest between the devices.
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-            # Its threads must not outlive the interpreter: that would abort the process.
-            atexit.register(torch.distributed.destroy_process_group)
+            _open(device)
         join()
     return device
+
+
+def mesh(device: torch.device) -> DeviceMesh:
+    """All ranks in one row, for sharding; a process by itself is a row too."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if not distributed.is_initialized():
+        _open(device, store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return init_device_mesh(device.type, (_count,))
+
+
+def _open(device: torch.device, **where: Any) -> None:
+    """Open the default process group; by default where the launcher says."""
+    from torch import distributed
+
+    # Objects travel by gloo, tensors by what is fastest between the devices.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
+    # Its threads must not outlive the interpreter: that would abort the process.
+    atexit.register(distributed.destroy_process_group)
 
 
 def join() -> None:
@@ -111,6 +129,18 @@ def together(work: Callable[[], T]) -> list[T]:
         if raised is not None:
             raise raised
     return [found for found, _ in every]
+
+
+def anyone(does: bool) -> bool:
+    """Whether any rank says so."""
+    if _count == 1:
+        return does
+    import torch
+
+    said = torch.tensor([int(does)])
+    with _reaching_others():
+        torch.distributed.all_reduce(said)
+    return bool(said.item())
 
 
 def must_agree(what: Mapping[str, str]) -> None:
@@ -175,11 +205,11 @@ def first_enters(opened: Callable[P, AbstractContextManager[T]]) -> Callable[P, 
 
 
 def divided(items: Sequence[T], costs: Sequence[float], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
-    """What `work` makes of `items`, where each rank works on a share of neighbours of about equal cost."""
+    """What `work` makes of `items`, where each rank works on a share of neighbours of about equal cost, or on none."""
     if _count == 1:
         return list(work(items))
     own = items[shares(costs, _count)[_index]]
-    return [found for some in together(lambda: list(work(own)) if own else []) for found in some]
+    return [found for some in together(lambda: list(work(own))) for found in some]
 
 
 def shares(costs: Sequence[float], among: int) -> list[slice]:
@@ -189,6 +219,13 @@ def shares(costs: Sequence[float], among: int) -> list[slice]:
     owners = [min(among - 1, int(middle / total)) if total else 0 for middle in middles]
     ends = [sum(owner <= n for owner in owners) for n in range(among)]
     return [slice(first, end) for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks."""
+    total = x.clone()
+    sum_over_ranks([total])
+    return total
 
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Golden runs: every stage kind on a tiny model, compared with what it gave when its reference was written.
 
     python scripts/golden.py [--only NAME ...] [--way full] [--exact]     compare; exits 1 on any difference
-    python scripts/golden.py --ranks 2                                    each run as so many processes
+    python scripts/golden.py --ranks 2 [--strategy fsdp2]                 each run as so many processes
     python scripts/golden.py --write [--only NAME ...]                    write the references that are missing
 
 tests/golden/runs.yaml holds the recipes. Each is run by the command line (`rlpost train`, and what its `commands` say)
@@ -37,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +434,7 @@ def main() -> int:
     parser.add_argument("--way", choices=("full", "lora"), help="only these: half of all")
     parser.add_argument("--exact", action="store_true", help="numbers too must be the same, bit for bit")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, compared with one process's")
+    parser.add_argument("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="what each process keeps")
     parser.add_argument("--reason", help="with --write: why marked runs, named with --only, have other numbers")
     parser.add_argument("--package", type=Path, default=ROOT, help="the tree whose rlpost is run (this one)")
     args = parser.parse_args()
@@ -445,6 +446,8 @@ def main() -> int:
         parser.error("--reason goes with --write and --only")
     runs = [run for run in runs if not args.only or {run.name, run.key} & set(args.only)]
     runs = [run for run in runs if args.way in (None, run.way)]
+    if args.strategy != "ddp":
+        runs = [replace(run, overrides=[*run.overrides, f"parallel.strategy={args.strategy}"]) for run in runs]
     if args.ranks > 1:  # every rank drops at random in its own share
         runs = [run for run in runs if run.name != "sft_dropout"]
     if args.list:

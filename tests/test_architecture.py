@@ -38,6 +38,7 @@ FLOORS: list[set[str]] = [
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
 SHARED_BY_STAGES = (
     "advantage",
+    "balancing",
     "context",
     "generate_dataset",
     "on_policy",

@@ -87,7 +87,8 @@ class LocalEngine:
 
     def _generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         if not requests:
-            return []
+            with self._sampling():  # others may still need this rank's shards
+                return []
         _must_fit(self.policy, requests)
         # Prompts of similar length run together, for less padding; equal ones are computed once.
         prompts = [r.prompt.tobytes() for r in requests]
@@ -111,14 +112,14 @@ class LocalEngine:
         policy, was_training = self.policy, self.policy.training
         policy.eval()
         try:
-            with torch.no_grad(), policy.precision(), decoding_attention(policy):
+            with torch.no_grad(), policy.precision(), decoding_attention(policy), policy.in_turn():
                 yield
         finally:
             policy.train(was_training)
 
     def _packed(self) -> FusedModel | None:
         """The weights packed for single tokens, if that serves the model."""
-        if self._fused is None and self._fuses and self.policy.fused:
+        if self._fused is None and self._fuses and self.policy.fused and self.policy.sharding is None:
             self._fused = fused_model(self.policy)
         return self._fused
 

@@ -39,7 +39,7 @@ def guided(context: Context, cfg: Guided) -> Path:
         ModelError: the network cannot guide this policy.
         Interrupted: when a signal asked to stop.
     """
-    policy = context.policy()
+    policy = context.policy(trains=False)
     codec = make_codec(policy.tokenizer)
     folder = context.checkpoint(cfg.network)
     network = load_value(folder, policy, (), avoid=read_settings(folder).avoid)

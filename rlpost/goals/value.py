@@ -42,6 +42,7 @@ def value(context: Context, cfg: Value) -> Path:
     goal_sampler = GoalSampler(cfg.goals, codec, context)
     room = cfg.max_length - cfg.sampling.max_new_tokens - goal_sampler.max_length(cfg.condition, cfg.hindsight_tokens)
     data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
+    context.shard(policy)
     engine = context.engine(policy, cfg.rollouts)
     loss = goal_value_loss(cfg)
     steps = steps_of(cfg, data.epoch_length, cfg.prompts_per_step, f"stages.{context.name}")

@@ -38,7 +38,7 @@ def value_annotations(context: Context, cfg: ValueAnnotations) -> Path:
         ModelError: the network gives no probabilities, or its tokens are not the model's.
         Interrupted: when a signal asked to stop.
     """
-    policy = context.policy()
+    policy = context.policy(trains=False)
     codec = make_codec(policy.tokenizer)
     folder = context.checkpoint(cfg.network)
     if read_settings(folder).target == ValueTarget.contrastive:

@@ -13,9 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Dot = Callable[[Tensor, Tensor], Tensor]
+"""The product of two [M]; over all ranks, where each has a part of them."""
+
 
 def conjugate_gradient(
-    product: Callable[[Tensor], Tensor], g: Tensor, *, iterations: int = 10, tolerance: float = 1e-10
+    product: Callable[[Tensor], Tensor],
+    g: Tensor,
+    *,
+    iterations: int = 10,
+    tolerance: float = 1e-10,
+    dot: Dot = torch.dot,
 ) -> Tensor:
     """[M] x with product(x) ≈ g, after at most `iterations` steps (Hestenes & Stiefel 1952).
 
@@ -26,37 +34,40 @@ def conjugate_gradient(
         g: the right-hand side.
         iterations: most products.
         tolerance: of |residual|²/|g|².
+        dot: the product of two vectors.
     """
     x, residual = torch.zeros_like(g), g.clone()
     direction = residual.clone()
-    size = residual @ residual
+    size = dot(residual, residual)
     enough = tolerance * size
     for _ in range(iterations):
         if size <= enough:
             break
         image = product(direction)
-        along = direction @ image
+        along = dot(direction, image)
         if along <= 0:  # rounding has made the curvature non-positive: stop with the current solution
             break
         step = size / along
         x = x + step * direction
         residual = residual - step * image
-        new = residual @ residual
+        new = dot(residual, residual)
         direction = residual + (new / size) * direction
         size = new
     return x
 
 
-def step_length(x: Tensor, image: Tensor, delta: float) -> float:
+def step_length(x: Tensor, image: Tensor, delta: float, dot: Dot = torch.dot) -> float:
     """√(2δ/xᵀFx), the factor that takes x to the edge of the region; 0 where xᵀFx is not positive.
 
     `image` is F·x without damping: with damping inside, the step is shorter than the region allows.
     """
-    curvature = float(x @ image)
+    curvature = float(dot(x, image))
     return float((2 * delta / curvature) ** 0.5) if curvature > 0 else 0.0
 
 
-def finite_difference(gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilon: float | None = None) -> Tensor:
+def finite_difference(
+    gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilon: float | None = None, dot: Dot = torch.dot
+) -> Tensor:
     """[M] F·v as (∇KL(θ + εv̂) − ∇KL(θ − εv̂))·|v|/2ε, where F is the Hessian of KL(old || new) at θ.
 
     Nothing is differentiated twice, so any attention kernel works.
@@ -66,8 +77,9 @@ def finite_difference(gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilo
         v: what F is multiplied with.
         epsilon: length of the offset; by default the cube root of the dtype's precision, which balances rounding
             against curvature.
+        dot: the product of two vectors.
     """
-    length = v.norm()
+    length = dot(v, v).sqrt()
     if length == 0:
         return torch.zeros_like(v)
     epsilon = torch.finfo(v.dtype).eps ** (1 / 3) if epsilon is None else epsilon

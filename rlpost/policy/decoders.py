@@ -24,7 +24,7 @@ from rlpost.policy.fused import FusedModel
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.kept import Keeping, KeptRows, Places, kept_layout
 from rlpost.policy.layout import FlatLayout
-from rlpost.policy.padded import PaddedDecoder
+from rlpost.policy.padded import PaddedDecoder, Run
 from rlpost.policy.policy import Decoding, Policy
 from rlpost.policy.score import passes
 from rlpost.policy.tiles import Segment
@@ -75,6 +75,8 @@ class FlatDecoder:
         fused: FusedModel | None = None,
         trunk: Trunk | None = None,
         blocks: bool = True,
+        run: Run | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """Prepare to decode at most `limit` tokens a row.
 
@@ -88,12 +90,15 @@ class FlatDecoder:
             fused: the model's weights packed for single tokens; None for its own forward.
             trunk: the model's layers to read prompts with; None for its own forward.
             blocks: prompts may be attended in blocks of queries.
+            run: gives the model's output; by default the model itself.
+            device: where that runs; by default where the model's weights are.
         """
         self.model = model
+        self._run = run or model
         self._blocks = blocks
         self._fused = fused
         self._trunk = trunk
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device or model.get_input_embeddings().weight.device
         self.prompts = prompts
         self.keeping = None if kept is None else Keeping(kept, prompts)
         self._keeps = keeps and kept is not None
@@ -195,7 +200,7 @@ class FlatDecoder:
         return logits
 
     def _forward(self, ids: Tensor, position: Tensor, layout: Any, keep: int | Tensor) -> Tensor:
-        logits: Tensor = self.model(
+        logits: Tensor = self._run(
             input_ids=ids,
             position_ids=position,
             past_key_values=self.cache,
@@ -327,10 +332,18 @@ def make_decoder(
     """
     if policy.decoding is Decoding.recomputed:
         return RecomputingDecoder(policy, prompts, prompt_of_row)
-    begin: Start = partial(PaddedDecoder, policy.causal_lm)
+    begin: Start = partial(PaddedDecoder, policy.causal_lm, run=policy.run, device=policy.device)
     if policy.decoding is Decoding.flat:
         trunk = policy.written_out() if fused is not None and policy.tiled and policy.switch is None else None
-        flat = partial(FlatDecoder, policy.causal_lm, fused=fused, trunk=trunk, blocks=policy.blocks)
+        flat = partial(
+            FlatDecoder,
+            policy.causal_lm,
+            fused=fused,
+            trunk=trunk,
+            blocks=policy.blocks,
+            run=policy.run,
+            device=policy.device,
+        )
         begin = flat
     longest = max(map(len, prompts)) + limit
     if policy.switch is not None and longest > policy.switch:

@@ -153,7 +153,13 @@ AnyJudge = RewardModelJudge | ReverseJudge
 
 
 def load_judge(
-    folder: Path, settings: Model, policy: Policy, *, name: str = "reward", step_end: str | None = None
+    folder: Path,
+    settings: Model,
+    policy: Policy,
+    *,
+    name: str = "reward",
+    step_end: str | None = None,
+    device: torch.device | None = None,
 ) -> AnyJudge:
     """The judge saved in `folder`, for completions of `policy`; it shares the policy's base if it can.
 
@@ -163,21 +169,23 @@ def load_judge(
         policy: writes the completions.
         name: of its adapter on the shared base.
         step_end: see `RewardModelJudge`.
+        device: where to put a model of its own; by default the policy's.
 
     Raises:
         ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
     """
     # It keeps its own chat template, and its float32 weights if it was fully trained.
     settings = settings.model_copy(update={"chat_template": None, "lora": None})
+    device = device or policy.device
     if is_backwards(folder):
         if policy.has_adapter and same_base(folder, policy):
             adapters.add_saved_adapter(policy.model, name, folder)
             return ReverseJudge(policy, name, policy.tokenizer)
-        half, device = policy.in_bfloat16, policy.device
+        half = policy.in_bfloat16
         reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
         return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
     model = load_value_head_model(
-        folder, settings, share_with=policy, name=name, bfloat16=policy.in_bfloat16, device=policy.device
+        folder, settings, share_with=policy, name=name, bfloat16=policy.in_bfloat16, device=device
     )
     return RewardModelJudge(model, policy.tokenizer, step_end)
 

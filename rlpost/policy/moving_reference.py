@@ -24,6 +24,7 @@ from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import logprobs
+from rlpost.policy.sharded import like
 from rlpost.types import Group
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class MovingReference:
         config.r, config.lora_alpha = self._rank, config.lora_alpha * ROOM
         policy.model.add_adapter(adapters.REFERENCE, config)
         self._write(self._padded(first))
+
+    @property
+    def frozen(self) -> Policy | None:
+        """The second model, with full fine-tuning."""
+        return self._frozen
 
     def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
@@ -99,7 +105,7 @@ class MovingReference:
             self._write(weights)
             return
         for name, p in self._frozen.named_parameters():
-            p.copy_(weights[name])
+            p.copy_(like(weights[name], p))
 
     def _write(self, state: dict[str, Tensor]) -> None:
         adapters.add_adapter(self._policy.model, adapters.REFERENCE, state)

@@ -6,7 +6,7 @@ Axes: P prompts, B rows (live completions), V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,26 @@ from transformers.cache_utils import DynamicCache
 
 from rlpost.types import Tokens
 
+Run = Callable[..., Any]
+"""Inputs of a transformers model by name -> its output."""
+
 
 class PaddedDecoder:
     """Left-padded rows with transformers' own cache and mask."""
 
-    def __init__(self, model: Any, prompts: Sequence[Tokens], prompt_of_row: Sequence[int], limit: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Tokens],
+        prompt_of_row: Sequence[int],
+        limit: int,
+        *,
+        run: Run | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """Prepare to decode at most `limit` tokens a row; arguments as of `FlatDecoder`."""
-        self.model = model
-        self.device = model.get_input_embeddings().weight.device
+        self._run = run or model
+        self.device = device or model.get_input_embeddings().weight.device
         self.takes = frozenset(inspect.signature(model.forward).parameters)
         self.cache = DynamicCache(config=model.config)
         # Models without attention have another name for their cache, and silently ignore one by the usual name.
@@ -62,7 +74,7 @@ class PaddedDecoder:
 
     def _forward(self, ids: Tensor, position: Tensor) -> Tensor:
         optional = {"position_ids": position, "logits_to_keep": 1}
-        logits: Tensor = self.model(
+        logits: Tensor = self._run(
             input_ids=ids,
             attention_mask=self.mask[:, : self.width],
             use_cache=True,

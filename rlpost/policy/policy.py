@@ -32,6 +32,7 @@ from rlpost.policy.batch import (
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
 from rlpost.policy.recognise import NotRecognised
+from rlpost.policy.sharded import Sharding
 from rlpost.policy.trunk import Trunk
 from rlpost.policy.vocabulary import Vocabulary
 from rlpost.types import Group
@@ -109,6 +110,8 @@ class Policy(nn.Module):
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
         self.known = known or Vocabulary(tokenizer, int(self.causal_lm.get_output_embeddings().weight.shape[0]))
+        self.sharding: Sharding | None = None
+        """Of its weights over ranks (sharded.py); None while each has all of them."""
         self._awaiting_backward = False
 
     def around(self, model: Any, *, bfloat16: bool) -> Policy:
@@ -144,7 +147,9 @@ class Policy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights live."""
+        """Where its passes run."""
+        if self.sharding is not None:
+            return self.sharding.device
         parameter: Tensor = next(self.model.parameters())
         return parameter.device
 
@@ -199,8 +204,17 @@ class Policy(nn.Module):
             teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
             return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher, compiled=self.blocks)
 
+    def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
+        """Inside, ranks may make different numbers of passes, all with a gradient or all without."""
+        return nullcontext() if self.sharding is None else self.sharding.in_turn(gradient)
+
+    def run(self, **inputs: Any) -> Any:
+        """The transformers model's own output, as decoders ask for it."""
+        return self.causal_lm(**inputs)
+
     def distributions(self, batch: Batch) -> Distributions:
         """For some of the batch's actions: [n, V] log-probabilities of the whole vocabulary, without gradient."""
+        assert self.sharding is None, "the head is used after the pass"
         with torch.no_grad():
             hidden_ND, head = self._scored_states(batch, batch.before_N)
 
@@ -244,7 +258,8 @@ class Policy(nn.Module):
 
     def written_out(self) -> Trunk | None:
         """The model's layers with the adapters that are active now, if they are exact in that way."""
-        if not self.trunk or self.device.type != "cpu" or self.causal_lm.is_activation_checkpointing:
+        sharded = self.sharding is not None
+        if not self.trunk or sharded or self.device.type != "cpu" or self.causal_lm.is_activation_checkpointing:
             return None
         try:
             return Trunk(self.causal_lm, bfloat16=self.in_bfloat16)

@@ -36,6 +36,11 @@ class Reference:
         self._policy = policy
         self._adapter = adapter
 
+    @property
+    def policy(self) -> Policy:
+        """The model that gives them: the trained policy's, or one of its own."""
+        return self._policy
+
     def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
         switch = self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,10 +13,24 @@ from rlpost.errors import ModelError
 from rlpost.policy.adapter_files import read_adapter
 from rlpost.policy.adapters import POLICY, adapter_state, save_adapter
 from rlpost.policy.policy import Policy
+from rlpost.policy.sharded import whole_state
 
 
-def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
+def whole_weights(policy: Policy) -> dict[str, Tensor] | None:
+    """For `save_policy`: the weights of a model in shards, in the first rank's memory; all ranks call this."""
+    return None if policy.sharding is None or policy.has_adapter else whole_state(policy.model)
+
+
+def save_policy(
+    policy: Policy, folder: Path, adapter: str = POLICY, weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the whole model, or one adapter alone, with its tokenizer and generation configuration.
+
+    Args:
+        policy: what to write.
+        folder: where.
+        adapter: the adapter, if it has any.
+        weights: the model's, where `whole_weights` gives them; by default those it has.
 
     Raises:
         ModelError: the files do not hold the policy's weights.
@@ -27,8 +40,8 @@ def save_policy(policy: Policy, folder: Path, adapter: str = POLICY) -> None:
         policy.causal_lm.generation_config.save_pretrained(folder)
         _must_be_adapter(policy, folder, adapter)
     else:
-        policy.model.save_pretrained(folder)
-        _must_be_model(policy.model, folder)
+        policy.model.save_pretrained(folder, state_dict=weights)
+        _must_be_model(policy.model.state_dict() if weights is None else weights, folder)
     policy.tokenizer.save_pretrained(folder)
 
 
@@ -53,9 +66,8 @@ def _must_be_adapter(policy: Policy, folder: Path, adapter: str) -> None:
         raise ModelError(f"{folder}: the adapter as written and as trained differ in {odd}")
 
 
-def _must_be_model(model: Any, folder: Path) -> None:
+def _must_be_model(state: Mapping[str, Tensor], folder: Path) -> None:
     """Compare every weight in the files with memory; weights saved by other names are compared by their sums."""
-    state = model.state_dict()
     compared: set[str] = set()
     others: list[Tensor] = []
     for file in sorted(folder.glob("*.safetensors")):

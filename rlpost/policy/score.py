@@ -29,15 +29,24 @@ def logprobs(policy: Policy, groups: Iterable[Group], *, temperature: float = 1.
     """
     was_training = policy.training
     policy.eval()
-    pieces = over_passes(groups, budget, lambda some: policy(policy.batch(some), LogitStats(temperature)).logp_N.cpu())
+    stats = LogitStats(temperature)
+    pieces = over_passes(policy, groups, budget, lambda some: policy(policy.batch(some), stats).logp_N.cpu())
     policy.train(was_training)
     return torch.cat(pieces) if pieces else torch.zeros(0)
 
 
-def over_passes(groups: Iterable[Group], budget: int, work: Callable[[list[Group]], T]) -> list[T]:
-    """`work` of the groups in lists of about `budget` tokens, or of less each where ranks take turns; in order."""
+def over_passes(policy: Policy, groups: Iterable[Group], budget: int, work: Callable[[list[Group]], T]) -> list[T]:
+    """`work` of the groups in lists of about `budget` tokens, or of less each where ranks take turns; in order.
+
+    `work` makes passes of `policy`'s model.
+    """
     own = islice(passes(groups, budget // ranks.count()), ranks.index(), None, ranks.count())
-    every = ranks.together(lambda: [work(some) for some in own])
+
+    def mine() -> list[T]:
+        with policy.in_turn():
+            return [work(some) for some in own]
+
+    every = ranks.together(mine)
     return [found for turn in zip_longest(*every) for found in turn if found is not None]
 
 

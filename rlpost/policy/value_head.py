@@ -9,6 +9,7 @@ Axes: N action tokens, S completions, D hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,10 @@ class ValueHeadModel(nn.Module):
         value_T = self.head(hidden_TD)[:, 0]
         return Values(value_T[batch.before_N], value_T[batch.after_N], value_T[batch.after_S])
 
+    def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
+        """Inside, ranks may make different numbers of passes."""
+        return self.trunk.in_turn(gradient=gradient and self.trains_trunk)
+
     def backward_done(self) -> None:
         """The backward pass of the last forward pass is over: the policy's adapter is active again."""
         self.trunk.backward_done()
@@ -116,7 +121,7 @@ class ValueHeadModel(nn.Module):
     @torch.no_grad()
     def score(self, groups: Sequence[Group], budget: int = 16384) -> Values:
         """`forward` over any number of groups, without gradient, on the CPU."""
-        pieces = over_passes(groups, budget, lambda some: [x.cpu() for x in self(self.batch(some))])
+        pieces = over_passes(self.trunk, groups, budget, lambda some: [x.cpu() for x in self(self.batch(some))])
         return Values(*(torch.cat(column) for column in zip(*pieces, strict=True)))
 
     def save(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlpost.engine.params import LOCAL, EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Attention, Lora
@@ -14,6 +15,7 @@ from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problem
 from rlpost.recipe.schema import Recipe
 from rlpost.rewards.params import reward_leaves
 from rlpost.section import join, walk
+from rlpost.train.params import Strategy
 from rlpost.usercode.binding import check
 from rlpost.usercode.places import users_file
 
@@ -46,6 +48,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield from inner.problems(where)
     for function, lookup, where in functions_of(recipe):
         users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
+    yield from _engines(recipe)
     if recipe.model.tokenizer:
         yield from source_problems(recipe.model.tokenizer.data, "model.tokenizer.data", None)
     for name, stage in recipe.enabled().items():
@@ -54,6 +57,19 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _evaluation(recipe.evaluation, recipe)
     for function, lookup, where in functions_of(recipe):
         check(function, lookup, where)
+
+
+def _engines(recipe: Recipe) -> Iterator[str]:
+    """A user's engine reads the policy's weights, of which a process has a share only."""
+    if recipe.parallel.strategy is Strategy.ddp:
+        return
+    for top, section in recipe.sections():
+        for where, inner in walk(section, top):
+            if isinstance(inner, EngineChoice) and inner.engine != LOCAL:
+                yield (
+                    f"{where}.engine: {inner.engine} would read weights of which every process has a share - "
+                    "set parallel.strategy=ddp, or use the local engine"
+                )
 
 
 def _stage_names(recipe: Recipe) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import DiskError, RlpostError
-from rlpost.ranks import first_alone
+from rlpost.ranks import first_alone, from_first, is_first
 from rlpost.run.manifest import read_manifest, sync, verify, write_manifest
 from rlpost.run.names import set_aside, unfinished
 
@@ -101,6 +101,24 @@ def write_folder_atomically(folder: Path, fill: Callable[[Path], None], about: M
         raise DiskError(f"{folder}: {wrong} right after it was written; check the disk")
 
 
+@contextmanager
+def shared_folder(beside: Path) -> Iterator[Path]:
+    """A temporary folder that all ranks write into, next to `beside`; it is gone afterwards. Raises DiskError."""
+    folder = from_first(lambda: _made(unfinished(beside.with_name(f"{beside.name}.parts"))))
+    try:
+        yield folder
+    finally:
+        if is_first():  # alone: after an error the others may not come here
+            _remove(folder)
+
+
+def _made(folder: Path) -> Path:
+    with disk_errors(folder):
+        _remove(folder)
+        folder.mkdir(parents=True)
+    return folder
+
+
 def _same(one: Path, other: Path) -> bool:
     if not other.exists() or verify(other):
         return False
@@ -126,6 +144,10 @@ def discard(path: Path) -> None:
 
     What cannot be removed stays until the next resume: an error here would hide the original one.
     """
+    _remove(path)
+
+
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         # rmtree needs file descriptors, which may have run out; rmdir of an empty folder does not.

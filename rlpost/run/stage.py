@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlpost import console
 from rlpost.errors import DiskError
 from rlpost.ranks import first_alone
-from rlpost.run import logs, names
+from rlpost.run import logs, names, shards
 from rlpost.run.environment import versions
 from rlpost.run.files import (
     Json,
@@ -26,6 +26,7 @@ from rlpost.run.files import (
     encode_line,
     read_json,
     remove_folder,
+    shared_folder,
     write_atomic,
     write_folder_atomically,
     write_json,
@@ -36,6 +37,8 @@ from rlpost.run.sealed import seal, unseal
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rlpost.run.shards import ShardedAs
 
 
 BEST = "best"
@@ -52,15 +55,20 @@ class Checkpoint:
     state: dict[str, Any]
     """What `save` was given, and `logs`: the proof of the logs until then."""
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors saved under this name, on the CPU; raises DiskError when they cannot be read."""
+    def tensors(self, name: str, sharded_as: ShardedAs = lambda _: None) -> dict[str, Tensor]:
+        """The tensors saved under this name, on the CPU; of those that were saved in shards, what this rank is to have.
+
+        Raises:
+            DiskError: they cannot be read.
+        """
         from safetensors.torch import load_file
 
-        path = self.path / f"{name}.safetensors"
+        path, folder = self.path / f"{name}.safetensors", self.path / f"{name}{shards.SUFFIX}"
+        found = shards.read(folder, sharded_as) if folder.is_dir() else {}
         with disk_errors(path):
             # Copies: load_file returns views of the file, which would change, or crash the process with a bus error,
             # if the file changed.
-            return {key: tensor.clone() for key, tensor in load_file(path).items()}
+            return found | {key: tensor.clone() for key, tensor in load_file(path).items()}
 
 
 @dataclass(frozen=True)
@@ -250,11 +258,12 @@ class StageDirectory:
         write_atomic(path, b"".join(encode_line(row) for row in rows))
         return path
 
-    @first_alone
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Json], keep: int
     ) -> Checkpoint:
         """Write checkpoints/step-000500: NAME.safetensors for each name, state.json and the manifest.
+
+        Tensors in shards are written by all ranks, to NAME.shards, before the first rank puts everything together.
 
         Only the newest `keep` checkpoints stay, and those that they name as the best so far (`best` in `state`); others
         are removed after this one was verified.
@@ -265,16 +274,41 @@ class StageDirectory:
         assert keep >= 1, keep
         assert "logs" not in state, "`logs` is added here"
         path = self.path / names.CHECKPOINTS / names.step_name(step)
+        every = {name: shards.sharded(named) for name, named in tensors.items()}
+        parts = {name: found for name, found in every.items() if found}
+        if not parts:
+            self._save(path, step, tensors, state, keep, [])
+        else:
+            left = {name: {key: x for key, x in own.items() if key not in every[name]} for name, own in tensors.items()}
+            with shared_folder(path) as beside:
+                written = [beside / f"{name}{shards.SUFFIX}" for name in parts]
+                for folder, found in zip(written, parts.values(), strict=True):
+                    shards.write(folder, found)
+                self._save(path, step, left, state, keep, written)
+        return Checkpoint(path, step, read_json(path / names.STATE))
+
+    @first_alone
+    def _save(
+        self,
+        path: Path,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Json],
+        keep: int,
+        written: Iterable[Path],
+    ) -> None:
+        """Write a checkpoint with the folders that were written for it, and prune the others."""
         full = {**state, "logs": logs.prove(self.path, self._measured)}
 
         def fill(folder: Path) -> None:
+            for part in written:
+                part.rename(folder / part.name)
             for name, named in tensors.items():
                 _save_tensors(folder / f"{name}.safetensors", named)
             write_json(folder / names.STATE, full)
 
         write_folder_atomically(path, fill, self._about(step) | {"versions": versions()})
         self._prune(step, keep)
-        return Checkpoint(path, step, read_json(path / names.STATE))
 
     def _about(self, step: int | None) -> dict[str, Json]:
         return {"run": run_id(self.path.parent), "stage": self.path.name, "step": step}
@@ -346,7 +380,7 @@ def _not_finite(checkpoint: Path) -> str | None:
     """The first tensor of a checkpoint that holds a NaN or an infinity."""
     from safetensors import safe_open
 
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in sorted(checkpoint.rglob("*.safetensors")):
         with disk_errors(path), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 tensor = file.get_tensor(name)

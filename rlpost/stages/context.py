@@ -29,14 +29,14 @@ from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import base_of, is_adapter
 from rlpost.policy.adapters import POLICY
-from rlpost.policy.balance import Balance, balance_of, is_mixture, own_coefficient
 from rlpost.policy.identity import Inputs
 from rlpost.policy.judge import AnyJudge, load_judge
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference, reference_policy
-from rlpost.policy.saved import save_policy
+from rlpost.policy.saved import save_policy, whole_weights
+from rlpost.policy.sharded import Shards
 from rlpost.policy.value_head import ValueHeadModel
 from rlpost.recipe.specs.common import Offline, Stage, Training
 from rlpost.rewards import tree
@@ -46,9 +46,10 @@ from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import FROM_HERE
 from rlpost.run.stage import StageDirectory
+from rlpost.stages.balancing import balance_for
 from rlpost.trackers.mirrors import Mirrors
 from rlpost.train.evaluation import Measure, RecipeMeasure, StageEvaluation
-from rlpost.train.learner import Learner, Trainable
+from rlpost.train.learner import Learner
 from rlpost.train.loop import POLICY as LEARNED
 from rlpost.train.loop import Loop, Stateful, Weights
 from rlpost.train.schedules import learning_rate_factor
@@ -99,25 +100,37 @@ class Context:
     """Trackers that are sent what is logged."""
     evaluation: RecipeMeasure = field(default_factory=RecipeMeasure)
     """The recipe's evaluation, for while it trains."""
+    shards: Shards | None = None
+    """How the models that it trains are sharded; None: every rank has them whole."""
     _loops: list[Loop] = field(default_factory=list, repr=False)
 
     def seed_for(self, purpose: str, number: int = 0) -> int:
         """A seed of this stage's own for one purpose, the same in every process and every run."""
         return stage_seed(self.seed, self.name, purpose, number)
 
-    def policy(self) -> Policy:
-        """The model to train, loaded from where the stage starts."""
+    def policy(self, *, trains: bool = True) -> Policy:
+        """The model to train, or only to sample from, loaded from where the stage starts."""
         seed = self.seed_for("model")
         torch.manual_seed(seed)
         # rlpost draws from neither; a user's reward may.
         random.seed(seed)
         np.random.seed(seed)
         self.inputs.note("start", self.start)
-        return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=self.device)
+        # What will be sharded may be too large for one device.
+        device = "cpu" if self.shards is not None and trains else self.device
+        return load_policy(self.start, self.model, bfloat16=self.bfloat16, device=device)
+
+    def shard(self, model: Policy) -> None:
+        """Shard a model that has all of its adapters, if this run shards its models."""
+        if self.shards is not None:
+            self.shards.apply(model)
 
     def reference(self, policy: Policy, name: str) -> Reference:
         """The reference called `name`, for a policy that was just loaded."""
-        return reference_policy(policy, self.checkpoint(name), self.start, self.model)
+        reference = reference_policy(policy, self.checkpoint(name), self.start, self.model)
+        if reference.policy is not policy:
+            self.shard(reference.policy)
+        return reference
 
     def data(
         self,
@@ -173,7 +186,8 @@ class Context:
         """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`."""
 
         def judge(name: str, adapter: str) -> AnyJudge:
-            return load_judge(self.checkpoint(name), self.model, policy, name=adapter, step_end=step_end)
+            folder = self.checkpoint(name)
+            return load_judge(folder, self.model, policy, name=adapter, step_end=step_end, device=self.device)
 
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
 
@@ -185,14 +199,22 @@ class Context:
 
     def learner(
         self,
-        model: Trainable,
+        model: Policy | ValueHeadModel,
         cfg: Training,
         updates: int,
         *,
         whole_groups: bool = False,
         learning_rate: float | None = None,
     ) -> Learner:
-        """The optimiser of `model` for this stage's `updates`; the stage's learning rate unless another is given."""
+        """The optimiser of `model` for this stage's `updates`; the stage's learning rate unless another is given.
+
+        Its weights are sharded now, so no adapter can be added that it would train.
+        """
+        if isinstance(model, ValueHeadModel):
+            self.shard(model.trunk)
+            model.head.to(model.device)
+        else:
+            self.shard(model)
         return Learner(
             model,
             learning_rate=cfg.learning_rate if learning_rate is None else learning_rate,
@@ -202,29 +224,8 @@ class Context:
             max_grad_norm=cfg.max_grad_norm,
             max_tokens_per_microbatch=cfg.max_tokens_per_microbatch,
             whole_groups=whole_groups,
-            balance=self._balance(model, cfg),
+            balance=balance_for(model, cfg, self.name),
         )
-
-    def _balance(self, model: Trainable, cfg: Training) -> Balance | None:
-        """The balance loss, if the model is a mixture of experts; prints why where such a model has none."""
-        trunk = model if isinstance(model, Policy) else None
-        if isinstance(model, ValueHeadModel) and model.trains_trunk:
-            trunk = model.trunk
-        if trunk is None or not is_mixture(trunk.causal_lm):
-            return None
-        own = own_coefficient(trunk.causal_lm)
-        wish = own if cfg.aux_loss_coef is None else cfg.aux_loss_coef
-        if not wish or not cfg.balances:
-            if cfg.aux_loss_coef is None:
-                console.say(
-                    f"{self.name}: the mixture of experts trains without a balance loss: {_no_balance(cfg, own)}"
-                )
-            return None
-        found = balance_of(trunk.causal_lm, wish)
-        if found is None:
-            kind = type(trunk.causal_lm).__name__
-            console.warn(f"{self.name}: {kind} trains without a balance loss: its router logits cannot be read")
-        return found
 
     def loop(
         self,
@@ -286,8 +287,10 @@ class Context:
         `extra` writes more files into it, such as a head; `about` is added to checkpoint.json.
         """
 
+        state = whole_weights(policy)
+
         def write(folder: Path) -> None:
-            save_policy(policy, folder, adapter or POLICY)
+            save_policy(policy, folder, adapter or POLICY, state)
             if extra is not None:
                 extra(folder)
 
@@ -388,10 +391,3 @@ def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:
     if cfg.epochs is None:
         raise RecipeError(f"{where}: give `steps` or `epochs`")
     return max(1, math.ceil(cfg.epochs * rows / batch_size))
-
-
-def _no_balance(cfg: Training, own: float | None) -> str:
-    if not cfg.balances:
-        return f"{cfg.kind} has none"
-    why = "its configuration names no router_aux_loss_coef" if own is None else "its router_aux_loss_coef is 0"
-    return f"{why}; set aux_loss_coef for one"

@@ -41,6 +41,8 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     )
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     moving = MovingReference(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
+    if moving is not None and moving.frozen is not None:
+        context.shard(moving.frozen)
     reference = moving or context.reference(policy, cfg.reference)
     references = ReferenceLogprobs(reference, data, draws=0 if cfg.refresh else steps * cfg.batch_size)
     learner = context.learner(policy, cfg, updates=steps, whole_groups=True)

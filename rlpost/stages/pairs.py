@@ -32,7 +32,7 @@ def pairs(context: Context, cfg: Pairs) -> Path:
         DataError: if no prompt gave two completions of different reward.
         Interrupted: when a signal asked to stop.
     """
-    policy = context.policy()
+    policy = context.policy(trains=False)
     limit = policy.max_positions - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, DataRole.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))

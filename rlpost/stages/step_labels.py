@@ -36,7 +36,7 @@ def step_labels(context: Context, cfg: StepLabels) -> Path:
         DataError: no completion has steps that could be labelled.
         Interrupted: when a signal asked to stop.
     """
-    policy = context.policy()
+    policy = context.policy(trains=False)
     limit = policy.max_positions - cfg.sampling.max_new_tokens
     data = context.data(policy, cfg.data, DataRole.prompts, limit, TooLong.refuse)
     prompts = data.next(cfg.prompts or len(data))

@@ -94,10 +94,12 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
         return learner.flat_gradient()
 
     def fisher(v: Tensor) -> Tensor:
-        return finite_difference(divergence_gradient, v)
+        return finite_difference(divergence_gradient, v, dot=learner.dot)
 
-    direction = conjugate_gradient(lambda v: fisher(v) + cfg.cg_damping * v, gradient, iterations=cfg.cg_iterations)
-    longest = learner.rate * step_length(direction, fisher(direction), cfg.max_kl)
+    direction = conjugate_gradient(
+        lambda v: fisher(v) + cfg.cg_damping * v, gradient, iterations=cfg.cg_iterations, dot=learner.dot
+    )
+    longest = learner.rate * step_length(direction, fisher(direction), cfg.max_kl, learner.dot)
 
     def measure(share: float) -> tuple[float, float]:
         learner.set_weights(before + share * longest * direction)

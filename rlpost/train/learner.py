@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from rlpost.errors import DivergedError
 from rlpost.policy.balance import Balance, Load, add
 from rlpost.policy.batch import Batch
 from rlpost.policy.logprobs import LogitStats
+from rlpost.policy.sharded import apart, is_sharded, like, local
 from rlpost.train.experience import Experience
 from rlpost.types import Group
 
@@ -65,6 +66,10 @@ class Trainable(Protocol):
 
     def backward_done(self) -> None:
         """The backward pass of the last forward pass is over."""
+        ...
+
+    def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
+        """Inside, ranks may make different numbers of passes."""
         ...
 
     @property
@@ -124,10 +129,14 @@ class Learner:
         self._balance = balance
         self._named = model.trained()
         assert self._named, "nothing to train"
+        self._in_shards = {name for name, p in self._named.items() if is_sharded(p)}
         matrices = [p for p in self._named.values() if p.ndim >= 2]
         others = [p for p in self._named.values() if p.ndim < 2]
         self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                *({"params": some, "weight_decay": weight_decay} for some in apart(matrices)),
+                *({"params": some, "weight_decay": 0.0} for some in apart(others)),
+            ],
             lr=learning_rate,
             betas=betas,
             fused=True,
@@ -176,33 +185,36 @@ class Learner:
         # A single part is the whole update, so its own expert load is enough.
         alone = len(parts) == 1 and ranks.count() == 1
         whole = None if balance is None or alone else self._whole_load(balance, parts, stats)
-        for part in parts:
-            batch = self.model.batch(part.groups)
-            with balance.recording() if balance is not None else nullcontext() as recorded:
-                output = self._output(batch, stats)
-            total, metrics = loss(output, part.to(self.model.device))
-            if balance is not None and recorded is not None:
-                load = balance.load(recorded, batch)
-                extra = load.loss_within(whole or load)
-                meter.add({BALANCE: extra[None]})
-                (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
-            else:
-                total.backward()  # type: ignore[no-untyped-call]
-            self.model.backward_done()
-            meter.add_part(total.detach(), metrics)
+        with self.model.in_turn(gradient=True):
+            for part in parts:
+                batch = self.model.batch(part.groups)
+                with balance.recording() if balance is not None else nullcontext() as recorded:
+                    output = self._output(batch, stats)
+                total, metrics = loss(output, part.to(self.model.device))
+                if balance is not None and recorded is not None:
+                    load = balance.load(recorded, batch)
+                    extra = load.loss_within(whole or load)
+                    meter.add({BALANCE: extra[None]})
+                    (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
+                else:
+                    total.backward()  # type: ignore[no-untyped-call]
+                self.model.backward_done()
+                meter.add_part(total.detach(), metrics)
         self.model.train(False)
-        ranks.sum_over_ranks(p.grad for p in self._named.values() if p.grad is not None)
+        # Those of shards were summed by the backward pass.
+        ranks.sum_over_ranks(p.grad for p in self._named.values() if p.grad is not None and not is_sharded(p))
         return {LOSS: 0.0, **meter.averages()}
 
     @torch.no_grad()
     def _whole_load(self, balance: Balance, parts: Sequence[Experience], stats: LogitStats | None) -> Load:
         """The expert load of the whole update, over all ranks."""
         load = balance.empty(self.model.device)
-        for part in parts:
-            batch = self.model.batch(part.groups)
-            with balance.recording() as recorded:
-                self._output(batch, stats)
-            load = add(load, balance.load(recorded, batch))
+        with self.model.in_turn():
+            for part in parts:
+                batch = self.model.batch(part.groups)
+                with balance.recording() as recorded:
+                    self._output(batch, stats)
+                load = add(load, balance.load(recorded, batch))
         chosen_E, tokens = load.chosen_E.clone(), load.tokens.clone()
         ranks.sum_over_ranks([chosen_E, tokens])
         return Load(chosen_E, load.probability_E, tokens)
@@ -215,9 +227,10 @@ class Learner:
 
         def own() -> list[Tensor]:
             taken = []
-            for part in self._parts(experience):
-                output = self._output(self.model.batch(part.groups), stats)
-                taken.append(take(output, part.to(self.model.device)).cpu())
+            with self.model.in_turn():
+                for part in self._parts(experience):
+                    output = self._output(self.model.batch(part.groups), stats)
+                    taken.append(take(output, part.to(self.model.device)).cpu())
             return taken
 
         pieces = [piece for some in ranks.together(own) for piece in some]
@@ -226,7 +239,7 @@ class Learner:
     def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """The metrics of `loss` on the whole experience, without gradient."""
         meter = Meter()
-        with torch.no_grad():
+        with torch.no_grad(), self.model.in_turn():
             for part in self._parts(experience):
                 output = self._output(self.model.batch(part.groups), stats)
                 total, metrics = loss(output, part.to(self.model.device))
@@ -257,9 +270,13 @@ class Learner:
         Raises:
             DivergedError: it is not finite.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._named.values() if p.grad is not None])
+        grads = {n: local(p.grad) for n, p in self._named.items() if p.grad is not None}
+        norm = torch.nn.utils.get_total_norm([x for n, x in grads.items() if n not in self._in_shards])
+        if self._in_shards:
+            own = torch.nn.utils.get_total_norm([x for n, x in grads.items() if n in self._in_shards])
+            norm = torch.hypot(ranks.summed(own**2).sqrt(), norm.to(own))
         if not torch.isfinite(norm):
-            name = next((n for n, p in self._named.items() if p.grad is not None and not p.grad.isfinite().all()), "?")
+            name = next((n for n, x in grads.items() if not x.isfinite().all()), "?")
             raise DivergedError(f"{self._here}: the gradient of {name} is not finite; {_REMEDY}")
         return norm
 
@@ -281,27 +298,37 @@ class Learner:
     def _clip(self) -> float:
         norm = self.gradient_norm()
         if self._max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._named.values(), self._max_norm, norm)
+            for some in apart(self._named.values()):
+                torch.nn.utils.clip_grads_with_norm_(some, self._max_norm, norm)
         return float(norm)
 
     def flat_gradient(self) -> Tensor:
-        """The gradient as one vector, a copy."""
-        return torch.cat([p.grad.flatten() for p in self._named.values() if p.grad is not None])
+        """The gradient as one vector, a copy; of weights in shards, this rank's part."""
+        return torch.cat([local(p.grad).flatten() for p in self._named.values() if p.grad is not None])
 
     def flat_weights(self) -> Tensor:
-        """The trained parameters as one vector, a copy."""
-        return torch.cat([p.detach().flatten() for p in self._named.values()])
+        """The trained parameters as one vector, a copy; of weights in shards, this rank's part."""
+        return torch.cat([local(p.detach()).flatten() for p in self._named.values()])
+
+    def dot(self, one: Tensor, other: Tensor) -> Tensor:
+        """The product of two vectors such as `flat_gradient` gives."""
+        own = one @ other
+        return ranks.summed(own) if self._in_shards else own
 
     @torch.no_grad()
     def set_weights(self, flat: Tensor) -> None:
         """Write a vector as `flat_weights` gives it into the trained parameters."""
-        pieces = torch.split(flat, [p.numel() for p in self._named.values()])
-        for p, piece in zip(self._named.values(), pieces, strict=True):
-            p.copy_(piece.view_as(p))
+        weights = [local(p) for p in self._named.values()]
+        for w, piece in zip(weights, torch.split(flat, [w.numel() for w in weights]), strict=True):
+            w.copy_(piece.view_as(w))
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters by name."""
         return {name: p.detach() for name, p in self._named.items()}
+
+    def weight_of(self, moment: str) -> Tensor | None:
+        """The parameter that a tensor of `optimizer_state()` is about."""
+        return self._named.get(moment.rpartition("/")[0])
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimiser's moments and counts, keyed `parameter/what`."""
@@ -313,7 +340,7 @@ class Learner:
         """Restore what `weights()` returned."""
         assert weights.keys() == self._named.keys(), weights.keys() ^ self._named.keys()
         for name, p in self._named.items():
-            p.copy_(weights[name])
+            p.copy_(like(weights[name], p))
 
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], updates: int) -> None:
         """Restore what `weights()` and `optimizer_state()` returned after `updates` updates."""
@@ -323,7 +350,8 @@ class Learner:
             name, what = key.rsplit("/", 1)
             p = self._named[name]
             # The step count too: a fused optimiser needs it on the parameter's device.
-            state.setdefault(p, {})[what] = value.to(p.device).clone()
+            moved = like(value, p) if value.shape == p.shape else value
+            state.setdefault(p, {})[what] = moved.to(p.device).clone()
         self._optimizer.state.clear()
         self._optimizer.state.update(state)
         self.updates = updates

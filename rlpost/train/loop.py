@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlpost import console
+from rlpost import console, ranks
 from rlpost.data.messages import question
 from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.policy.identity import Inputs, first_difference
+from rlpost.policy.sharded import local
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.names import EVALUATIONS
 from rlpost.run.stage import BEST, StageDirectory
@@ -231,7 +232,8 @@ class Loop:
         best = self._evaluation.best_step
         if best not in (None, self.done):
             weights, _ = _files(POLICY)
-            self._learners[POLICY].load_weights(self._out.checkpoint(best).tensors(weights))
+            learner = self._learners[POLICY]
+            learner.load_weights(self._out.checkpoint(best).tensors(weights, learner.weights().get))
         for line in self._evaluation.outcome(self.done, self._steps):
             console.say(f"{self._title}: {line}")
 
@@ -251,10 +253,14 @@ class Loop:
         for name, learner in self._learners.items():
             weights, optimizer = _files(name)
             updates = int(checkpoint.state["updates"][name])
-            learner.load(checkpoint.tensors(weights), checkpoint.tensors(optimizer), updates)
+            learner.load(
+                checkpoint.tensors(weights, learner.weights().get),
+                checkpoint.tensors(optimizer, learner.weight_of),
+                updates,
+            )
         set_random_states(checkpoint.tensors("random"))
         for name, extra in self._weights.items():
-            extra.load_weights(checkpoint.tensors(name))
+            extra.load_weights(checkpoint.tensors(name, extra.weights().get))
         for name, stateful in self._states.items():
             stateful.load(checkpoint.state["states"][name])
         self._evaluation.load(checkpoint.state.get("evaluation", {}))
@@ -276,7 +282,8 @@ class Loop:
         return tensors | {name: extra.weights() for name, extra in self._weights.items()}
 
     def _must_be_finite(self, done: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        found = not_finite(tensors)
+        every = ranks.together(lambda: not_finite(tensors))
+        found = next(filter(None, every), None)
         if found is not None:
             raise DivergedError(
                 f"{self._title}: step {done}: {found} is not finite, so nothing is saved of it; {self._remedy}"
@@ -321,7 +328,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
         names = [name for name, x in named.items() if x.is_floating_point()]
         if not names:
             continue
-        finite = torch.stack([named[name].isfinite().all() for name in names]).tolist()
+        finite = torch.stack([local(named[name]).isfinite().all() for name in names]).tolist()
         if not all(finite):
             return f"{file}/{names[finite.index(False)]}"
     return None

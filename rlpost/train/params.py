@@ -1,16 +1,36 @@
 """Parameters of training."""
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from rlpost.section import Choice, Section
 
 
+class Strategy(Choice):
+    """What each process keeps of the models that are trained."""
+
+    ddp = "ddp"
+    """All of it; gradients are summed once an update."""
+    fsdp2 = "fsdp2"
+    """A share of every weight, gradient and optimiser state; a block's weights are gathered while it is used."""
+
+
 class Parallel(Section):
-    """How many processes train (docs/runs.md#several-processes)."""
+    """How many processes train, and what each keeps (docs/runs.md#several-processes)."""
 
     processes: int = Field(1, ge=1)
-    """Processes on this machine, each with a whole model and a share of the work; the result is that of one up to
-    rounding. A launcher may start them too: it then says how many."""
+    """Processes on this machine, each with a share of the work; the result is that of one up to rounding. A launcher
+    may start them too: it then says how many."""
+    strategy: Strategy = Strategy.ddp
+    """What each keeps of the models that are trained, and of references."""
+    cpu_offload: bool = False
+    """With `fsdp2` on GPUs, the shares are kept in the host's memory, and the optimiser steps there."""
+
+    def problems(self, where: str) -> Iterator[str]:
+        """What only shares can do."""
+        if self.cpu_offload and self.strategy is Strategy.ddp:
+            yield f"{where}.cpu_offload: only shares are offloaded - set {where}.strategy=fsdp2 too"
 
 
 class Schedule(Choice):
