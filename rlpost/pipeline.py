@@ -86,6 +86,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
         traceback_kept(run.path),
+        ranks.losses_told(),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
         _mirrors(resolved, run) as mirrors,

@@ -267,11 +267,28 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)[:120]
-        raise RankError(
-            f"rank {_index} of {_count}: another rank has ended or cannot be reached ({first}); "
-            "run the same command to go on from the last checkpoint"
-        ) from error
+        raise _lost(error) from error
+
+
+@contextmanager
+def losses_told() -> Iterator[None]:
+    """Turn errors of communication into one line where torch communicates by itself: in passes of shards."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        if _count > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+            raise _lost(error) from error
+        raise
+
+
+def _lost(error: RuntimeError) -> RankError:
+    first = next(iter(str(error).splitlines()), type(error).__name__)[:120]
+    return RankError(
+        f"rank {_index} of {_count}: another rank has ended or cannot be reached ({first}); "
+        "run the same command to go on from the last checkpoint"
+    )
 
 
 def _alone(work: Callable[[], T]) -> T:

@@ -12,9 +12,10 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +46,13 @@ class Trap:
         setattr(owner, name, trapped)
 
 
-def start(words: list[str], output: Path, trap: Trap | None = None) -> multiprocessing.Process:
+def start(
+    words: list[str], output: Path, trap: Trap | None = None, environment: Mapping[str, str] | None = None
+) -> multiprocessing.Process:
     """Start `rlpost WORDS`; what it prints goes to `output`.out and `output`.err."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rlpost.pipeline", "rlpost.cli.app"])
-    process = context.Process(target=_child, args=(words, str(output), trap))
+    process = context.Process(target=_child, args=(words, str(output), trap, environment or {}))
     process.start()
     return process
 
@@ -69,7 +72,25 @@ def wait_until(ready: Callable[[], bool], seconds: float = 150.0) -> None:
         time.sleep(0.002)
 
 
-def _child(words: list[str], output: str, trap: Trap | None) -> None:
+def finish_on_ranks(count: int, words: list[str], output: Path, traps: Mapping[int, Trap] | None = None) -> list[int]:
+    """Run `rlpost WORDS` as so many processes of one run to their end; returns the exit code of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    environments = [{**shared, "RANK": n, "LOCAL_RANK": n} for n in range(count)] if count > 1 else [{}]
+    processes = [
+        start(words, output.with_name(f"{output.name}{n}"), (traps or {}).get(n), {k: str(v) for k, v in own.items()})
+        for n, own in enumerate(environments)
+    ]
+    for process in processes:
+        process.join(150)
+    assert all(process.exitcode is not None for process in processes), "still running"
+    return [process.exitcode or 0 for process in processes]
+
+
+def _child(words: list[str], output: str, trap: Trap | None, environment: Mapping[str, str]) -> None:
+    os.environ |= environment
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if trap is not None:
