@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from rlpost import ranks
 from rlpost.errors import ModelError, RlpostError
@@ -57,16 +56,10 @@ class Shards:
         if policy.sharding is not None:
             return
         model = policy.causal_lm
-        checkpointing = bool(model.is_activation_checkpointing)
-        if checkpointing:
-            model.gradient_checkpointing_disable()
         adapters = {p for name, p in model.named_parameters() if _is_of_adapter(name)}
         for p in adapters:
             p.data = p.data.to(self.device)
         for block in blocks_of(model):
-            if checkpointing:
-                # Within the gathering, so that weights are gathered once for the second forward pass and backward.
-                block.forward = partial(_checkpointed, block.forward)
             self._shard(block, adapters, torch.bfloat16 if policy.in_bfloat16 else None)
         self._shard(policy, adapters, None)
         policy.sharding = Sharding(policy, self.device)
@@ -147,12 +140,6 @@ class Sharding:
 def _announced(sharding: Sharding, inner: Callable[..., Any], _: Policy, *args: Any, **kwargs: Any) -> Any:
     sharding.announce()
     return inner(*args, **kwargs)
-
-
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def blocks_of(model: Any) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from rlpost.engine.divided import DividedEngine
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
 from rlpost.errors import ModelError
+from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.policy import Policy
 from rlpost.policy.sharded import blocks_of, is_sharded, like, whole_state
 from rlpost.policy.sharded import whole as gathered
@@ -41,6 +42,8 @@ def works() -> dict[str, object]:
         "bytes": bytes_kept(),
         "state": {name: x.clone() for name, x in whole_state(in_shards(world().policy()).model).items()},
         "like": shards_again(),
+        "checkpointing": checkpointing(),
+        "bfloat16": bfloat16(),
     }
 
 
@@ -85,6 +88,44 @@ def shards_again() -> bool:
     return all(torch.equal(like(gathered(p.detach()), p).to_local(), p.to_local()) for p in policy.parameters())
 
 
+def sft_gradient(policy: Policy) -> torch.Tensor:
+    learner = Learner(policy, learning_rate=1e-2, max_tokens_per_microbatch=30)
+    case = CASES["sft nll"](world())
+    update = case.prepare(list(range(len(case.groups))), learner)
+    learner.gradient(update.loss, update.experience)
+    return torch.cat([gathered(p.grad).flatten() for p in policy.trained().values()])
+
+
+def checkpointing(*, sharded: bool = True) -> dict[str, object]:
+    """With blocks computed again in the backward pass: the gradient, and forward passes of a block for one backward."""
+    policy = world().policy()
+    passes = [0, 0]
+
+    def forward(*_: object) -> None:
+        passes[0] += 1
+
+    def backward(*_: object) -> None:
+        passes[1] += 1
+
+    layer = policy.causal_lm.model.layers[0].mlp
+    layer.register_forward_pre_hook(forward)
+    layer.register_full_backward_hook(backward)
+    policy.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    gradient = sft_gradient(in_shards(policy) if sharded else policy)
+    return {"gradient": gradient, "again": passes[0] / passes[1]}
+
+
+def bfloat16(*, sharded: bool = True) -> dict[str, object]:
+    """Under autocast: the gradient, its type, and the type that a block's weights are gathered in."""
+    model = World("llama", torch.float32).policy().around(tiny("llama"), bfloat16=True)
+    use_attention(model.causal_lm, FLAT)
+    seen = set()
+    layer = model.causal_lm.model.layers[0].mlp.up_proj
+    layer.register_forward_pre_hook(lambda module, _: seen.add(module.weight.dtype))
+    gradient = sft_gradient(in_shards(model) if sharded else model)
+    return {"gradient": gradient, "types": {gradient.dtype, *seen}}
+
+
 @pytest.fixture(scope="module")
 def found():
     """What each of two ranks finds."""
@@ -122,6 +163,23 @@ def test_adapters_stay_whole_and_learn_as_ever(found):
         assert len(own["whole"]) == 2 * 7 * 2
         assert torch.allclose(own["weights"], expected["weights"], rtol=0, atol=1e-6)
         assert own["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+
+
+def test_blocks_may_be_computed_again(found):
+    expected = checkpointing(sharded=False)["gradient"]
+    for rank in found:
+        assert torch.allclose(rank["checkpointing"]["gradient"], expected, rtol=0, atol=1e-6)
+        assert rank["checkpointing"]["again"] == 2
+
+
+def test_in_bfloat16_blocks_are_gathered_in_it_and_gradients_summed_in_float32(found):
+    expected = bfloat16(sharded=False)["gradient"]
+    exact = sft_gradient(World("llama", torch.float32).policy())
+    rounding = float((expected - exact).norm() / exact.norm())
+    for rank in found:
+        own = rank["bfloat16"]
+        assert own["types"] == {torch.float32, torch.bfloat16}
+        assert float((own["gradient"] - expected).norm() / expected.norm()) < 2 * rounding
 
 
 def test_each_rank_keeps_its_share(found):
