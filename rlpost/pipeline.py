@@ -79,14 +79,12 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     recipe = resolved.config
     for line in preflight(resolved, rows=False):
         console.say(line)
-    device = _set_up(recipe)
-    shards = _shards(recipe, device)
+    device, shards = _set_up(recipe)
     ranks.must_agree({"a recipe of sha256": recipe_hash(resolved), **versions()})
     code = functions_of(resolved)
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
         traceback_kept(run.path),
-        ranks.losses_told(),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
         _mirrors(resolved, run) as mirrors,
@@ -132,8 +130,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         return done.current
 
 
-def _set_up(recipe: Recipe) -> torch.device:
-    """Join the other processes of the run, if there are any; returns this one's device.
+def _set_up(recipe: Recipe) -> tuple[torch.device, Shards | None]:
+    """Join the other processes of the run, if there are any; returns this one's device, and how models are sharded.
 
     Raises:
         RecipeError: the recipe wants another number of them, or there is no device for one.
@@ -148,7 +146,7 @@ def _set_up(recipe: Recipe) -> torch.device:
     if recipe.threads:
         torch.set_num_threads(max(1, recipe.threads // ranks.on_this_machine()))
     keep_freed_memory()
-    return device
+    return device, _shards(recipe, device)
 
 
 def _shards(recipe: Recipe, device: torch.device) -> Shards | None:
@@ -262,7 +260,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         console.say(f"{context.name}: done already")
     else:
         evaluations.forget(context.name)
-        with context.opened:
+        with context.opened, ranks.losses_told():
             result = function_of(stage)(context, stage)
         if not isinstance(result, Path):
             what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"

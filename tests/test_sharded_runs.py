@@ -20,9 +20,9 @@ SHARDS = "parallel.strategy=fsdp2"
 WHOLE = "parallel.strategy=ddp"
 LONGER = ["stages.sft.steps=6", "--allow-change"]
 KILLS = [
-    (0, Trap("rlpost.run.shards:write", 2)),
-    (1, Trap("rlpost.run.shards:write", 1)),
-    (1, Trap("rlpost.run.shards:write", 4)),
+    (0, Trap("rlpost.run.stage:write_shards", 2)),
+    (1, Trap("rlpost.run.stage:write_shards", 1)),
+    (1, Trap("rlpost.run.stage:write_shards", 4)),
     (0, Trap("rlpost.run.files:_swap", 2)),
     (1, Trap("rlpost.train.learner:Learner.update", 3)),
     (0, Trap("rlpost.policy.sharded:Sharding.announce", 2)),

@@ -23,7 +23,7 @@ def conjugate_gradient(
     *,
     iterations: int = 10,
     tolerance: float = 1e-10,
-    dot: Dot = torch.dot,
+    dot: Dot | None = None,
 ) -> Tensor:
     """[M] x with product(x) ≈ g, after at most `iterations` steps (Hestenes & Stiefel 1952).
 
@@ -34,8 +34,9 @@ def conjugate_gradient(
         g: the right-hand side.
         iterations: most products.
         tolerance: of |residual|²/|g|².
-        dot: the product of two vectors.
+        dot: the product of two vectors, where ranks have parts of them.
     """
+    dot = dot or torch.dot
     x, residual = torch.zeros_like(g), g.clone()
     direction = residual.clone()
     size = dot(residual, residual)
@@ -56,17 +57,17 @@ def conjugate_gradient(
     return x
 
 
-def step_length(x: Tensor, image: Tensor, delta: float, dot: Dot = torch.dot) -> float:
+def step_length(x: Tensor, image: Tensor, delta: float, dot: Dot | None = None) -> float:
     """√(2δ/xᵀFx), the factor that takes x to the edge of the region; 0 where xᵀFx is not positive.
 
     `image` is F·x without damping: with damping inside, the step is shorter than the region allows.
     """
-    curvature = float(dot(x, image))
+    curvature = float((dot or torch.dot)(x, image))
     return float((2 * delta / curvature) ** 0.5) if curvature > 0 else 0.0
 
 
 def finite_difference(
-    gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilon: float | None = None, dot: Dot = torch.dot
+    gradient: Callable[[Tensor], Tensor], v: Tensor, *, epsilon: float | None = None, dot: Dot | None = None
 ) -> Tensor:
     """[M] F·v as (∇KL(θ + εv̂) − ∇KL(θ − εv̂))·|v|/2ε, where F is the Hessian of KL(old || new) at θ.
 
@@ -77,9 +78,9 @@ def finite_difference(
         v: what F is multiplied with.
         epsilon: length of the offset; by default the cube root of the dtype's precision, which balances rounding
             against curvature.
-        dot: the product of two vectors.
+        dot: the product of two vectors, where ranks have parts of them.
     """
-    length = dot(v, v).sqrt()
+    length = (dot or torch.dot)(v, v).sqrt()
     if length == 0:
         return torch.zeros_like(v)
     epsilon = torch.finfo(v.dtype).eps ** (1 / 3) if epsilon is None else epsilon

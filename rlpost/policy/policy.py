@@ -52,6 +52,9 @@ class Decoding(StrEnum):
 class Policy(nn.Module):
     """A causal language model, with or without adapters, and its tokenizer."""
 
+    sharding: Sharding | None = None
+    """Of its weights over ranks (sharded.py); None while each has all of them."""
+
     def __init__(
         self,
         model: Any,
@@ -110,8 +113,6 @@ class Policy(nn.Module):
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
         self.known = known or Vocabulary(tokenizer, int(self.causal_lm.get_output_embeddings().weight.shape[0]))
-        self.sharding: Sharding | None = None
-        """Of its weights over ranks (sharded.py); None while each has all of them."""
         self._awaiting_backward = False
 
     def around(self, model: Any, *, bfloat16: bool) -> Policy:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rlpost import console
 from rlpost.errors import DiskError
 from rlpost.ranks import first_alone
-from rlpost.run import logs, names, shards
+from rlpost.run import logs, names
 from rlpost.run.environment import versions
 from rlpost.run.files import (
     Json,
@@ -34,11 +34,12 @@ from rlpost.run.files import (
 from rlpost.run.manifest import stranger, verify
 from rlpost.run.record import run_id
 from rlpost.run.sealed import seal, unseal
+from rlpost.run.tensors import SUFFIX, first_not_finite, read_shards, sharded, write_shards, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlpost.run.shards import ShardedAs
+    from rlpost.run.tensors import ShardedAs
 
 
 BEST = "best"
@@ -63,8 +64,8 @@ class Checkpoint:
         """
         from safetensors.torch import load_file
 
-        path, folder = self.path / f"{name}.safetensors", self.path / f"{name}{shards.SUFFIX}"
-        found = shards.read(folder, sharded_as) if folder.is_dir() else {}
+        path, folder = self.path / f"{name}.safetensors", self.path / f"{name}{SUFFIX}"
+        found = read_shards(folder, sharded_as) if folder.is_dir() else {}
         with disk_errors(path):
             # Copies: load_file returns views of the file, which would change, or crash the process with a bus error,
             # if the file changed.
@@ -160,7 +161,7 @@ class StageDirectory:
         damaged: list[tuple[Path, str]] = []
         found = None
         for path in reversed(self.checkpoints()):
-            wrong = verify(path, self._about(_step(path))) or _not_finite(path)
+            wrong = verify(path, self._about(_step(path))) or first_not_finite(path)
             if wrong is None:
                 found = Checkpoint(path, _step(path), read_json(path / names.STATE))
                 break
@@ -177,7 +178,7 @@ class StageDirectory:
             DiskError: it is gone or damaged.
         """
         path = self.path / names.CHECKPOINTS / names.step_name(step)
-        wrong = (verify(path, self._about(step)) or _not_finite(path)) if path.exists() else "is gone"
+        wrong = (verify(path, self._about(step)) or first_not_finite(path)) if path.exists() else "is gone"
         if wrong is not None:
             raise DiskError(f"{path}: {wrong}; restore it, or remove {self.path} to train the stage again")
         return Checkpoint(path, step, read_json(path / names.STATE))
@@ -274,16 +275,16 @@ class StageDirectory:
         assert keep >= 1, keep
         assert "logs" not in state, "`logs` is added here"
         path = self.path / names.CHECKPOINTS / names.step_name(step)
-        every = {name: shards.sharded(named) for name, named in tensors.items()}
+        every = {name: sharded(named) for name, named in tensors.items()}
         parts = {name: found for name, found in every.items() if found}
         if not parts:
             self._save(path, step, tensors, state, keep, [])
         else:
             left = {name: {key: x for key, x in own.items() if key not in every[name]} for name, own in tensors.items()}
             with shared_folder(path) as beside:
-                written = [beside / f"{name}{shards.SUFFIX}" for name in parts]
+                written = [beside / f"{name}{SUFFIX}" for name in parts]
                 for folder, found in zip(written, parts.values(), strict=True):
-                    shards.write(folder, found)
+                    write_shards(folder, found)
                 self._save(path, step, left, state, keep, written)
         return Checkpoint(path, step, read_json(path / names.STATE))
 
@@ -304,7 +305,7 @@ class StageDirectory:
             for part in written:
                 part.rename(folder / part.name)
             for name, named in tensors.items():
-                _save_tensors(folder / f"{name}.safetensors", named)
+                write_whole(folder / f"{name}.safetensors", named)
             write_json(folder / names.STATE, full)
 
         write_folder_atomically(path, fill, self._about(step) | {"versions": versions()})
@@ -374,30 +375,3 @@ def _step(path: Path) -> int:
     """The step in the name, -1 for other names."""
     step = names.step_of(path)
     return -1 if step is None else step
-
-
-def _not_finite(checkpoint: Path) -> str | None:
-    """The first tensor of a checkpoint that holds a NaN or an infinity."""
-    from safetensors import safe_open
-
-    for path in sorted(checkpoint.rglob("*.safetensors")):
-        with disk_errors(path), safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                tensor = file.get_tensor(name)
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    return f"{name} in {path.name} is not finite"
-    return None
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors to one safetensors file; views of one storage are copied, since it holds each apart."""
-    from safetensors.torch import save_file
-
-    storages: set[int] = set()
-    ready: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    save_file(ready, path)

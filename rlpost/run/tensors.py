@@ -1,6 +1,7 @@
-"""Tensors in shards on disk: every rank writes its own part, and any number of ranks reads what each needs.
+"""Tensors on disk: whole ones in one file, those in shards in a folder with a file a rank.
 
-By torch's distributed checkpoint, in safetensors files that name the place of each part: nothing in them is executed.
+Shards are written and read by torch's distributed checkpoint, any number of ranks reads what each needs. All files are
+safetensors, those of shards name the place of each part: nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def sharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in tensors.items() if isinstance(x, DTensor)}
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors in shards; all ranks call this, with the same folder.
 
     Raises:
@@ -46,8 +47,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             raise _first(error, folder) from error
 
 
-def read(folder: Path, sharded_as: ShardedAs) -> dict[str, Tensor]:
-    """The tensors in a folder that `write` wrote, of each what this rank is to have.
+def read_shards(folder: Path, sharded_as: ShardedAs) -> dict[str, Tensor]:
+    """The tensors in a folder that `write_shards` wrote, of each what this rank is to have.
 
     Raises:
         DiskError: they cannot be read.
@@ -80,3 +81,30 @@ def _first(error: CheckpointException, folder: Path) -> Exception:
     """The first rank's failure among those of a distributed checkpoint."""
     first = next((failure for failure, _ in error.failures.values()), error)
     return first if isinstance(first, OSError) else DiskError(f"{folder}: {first}; check the disk and run it again")
+
+
+def write_whole(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors to one safetensors file; views of one storage are copied, since it holds each apart."""
+    from safetensors.torch import save_file
+
+    storages: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    save_file(ready, path)
+
+
+def first_not_finite(folder: Path) -> str | None:
+    """The first tensor in the files of a folder that holds a NaN or an infinity."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.rglob("*.safetensors")):
+        with disk_errors(path), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    return f"{name} in {path.name} is not finite"
+    return None
