@@ -29,7 +29,8 @@ from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.load import decide_bfloat16, width_of
 from rlpost.policy.memory import keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
-from rlpost.policy.params import Model, Precision
+from rlpost.policy.params import Lora, Model, Precision
+from rlpost.policy.quantized import must_have_bitsandbytes
 from rlpost.policy.sharded import Shards
 from rlpost.recipe.functions import bind_all
 from rlpost.recipe.kinds import function_of
@@ -192,10 +193,13 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     Raises:
         RecipeError: a function or an argument is wrong.
         DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
+        ModelError: the recipe's model needs a package that is not installed.
     """
     check(resolved.config.logging, resolved.folder)
     if gguf := gguf_file(resolved.config.model.path):
         must_be_gguf(gguf)
+    if in_bits := resolved.config.model.quantization:
+        must_have_bitsandbytes(in_bits)
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
@@ -216,13 +220,21 @@ def dry_run(resolved: Resolved) -> list[str]:
     lines = preflight(resolved)
     recipe = resolved.config
     start = recipe.model.path or f"a new {recipe.model.config.get('model_type')} model"
-    trained = "all weights" if recipe.model.lora is None else f"LoRA r={recipe.model.lora.r}"
+    trained = "all weights" if recipe.model.lora is None else _adapter(recipe.model.lora)
+    trained += f" on weights in {recipe.model.quantization}" if recipe.model.quantization else ""
     lines.append(f"{Path(recipe.runs) / recipe.run}: from {start}, training {trained}")
     for name, stage in recipe.stages.items():
         lines.append(f"  {name}: {_plan(stage)}" if stage.enabled else f"  {name}: left out")
     if isinstance(recipe.evaluation, Evaluation):
         lines.append(f"  evaluation: {', '.join(recipe.evaluation.data)}")
     return lines
+
+
+def _adapter(lora: Lora) -> str:
+    """The adapter in words."""
+    kinds = [name for name, has in (("rank-stabilised", lora.use_rslora), ("PiSSA", lora.init_lora_weights)) if has]
+    name = " ".join([*kinds, "DoRA" if lora.use_dora else "LoRA"])
+    return " and ".join([f"{name} r={lora.r}", *(lora.modules_to_save or ())])
 
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:

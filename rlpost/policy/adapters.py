@@ -9,25 +9,30 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlpost.errors import ModelError
-from rlpost.policy.adapter_files import SavedAdapter, first_line, read_adapter
+from rlpost.policy import pissa
+from rlpost.policy.adapter_files import WEIGHTS_FILE, SavedAdapter, first_line, read_adapter
 from rlpost.policy.params import Lora
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 # peft reads it of every model that it wraps.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# Merging parts a head from an embedding that was tied to it where it has to (merge.py).
+warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer", UserWarning)
 
 POLICY = "policy"
 REFERENCE = "reference"
@@ -36,10 +41,12 @@ ALL_LINEAR = "all-linear"
 
 
 def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
-    """Wrap `model` with a new trainable adapter named `policy`, an exact no-op until it is trained.
+    """Wrap `model` with a new trainable adapter named `policy`, a no-op until it is trained.
+
+    It is an exact one, but for rounding where it begins as the principal part of the weights (pissa.py).
 
     Raises:
-        ModelError: if no module of the model matches `target_modules`.
+        ModelError: if no module of the model matches `target_modules` or one of `modules_to_save`.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -49,6 +56,9 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules or ALL_LINEAR,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
         # GPT-2 stores its weights transposed; without this peft guesses, and warns.
         fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
@@ -61,13 +71,49 @@ def add_policy_adapter(model: nn.Module, lora: Lora) -> PeftModel:
             f"model.lora.target_modules={lora.target_modules}: {named[0]} gives more than its product, "
             "so a LoRA cannot be added to it; leave it out"
         )
+    _must_be_whole(model, lora.modules_to_save or ())
     try:
-        return get_peft_model(model, config, adapter_name=POLICY)
+        wrapped = get_peft_model(model, config, adapter_name=POLICY)
     except (ValueError, TypeError) as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(
             f"model.lora.target_modules={lora.target_modules}: {first_line(error)}; this model has {', '.join(names)}"
         ) from error
+    _in_float32(wrapped, POLICY)
+    if lora.init_lora_weights is not None:
+        flags = trained_now(wrapped)
+        initial = copy.deepcopy(wrapped.peft_config[POLICY])
+        initial.lora_dropout, initial.modules_to_save = 0.0, None
+        wrapped.add_adapter(pissa.INITIAL, initial)
+        pissa.begin(wrapped, POLICY, lora.init_lora_weights)
+        _settle(wrapped, pissa.INITIAL, False, flags)
+    return wrapped
+
+
+def _must_be_whole(model: nn.Module, names: Iterable[str]) -> None:
+    """Check that each of `modules_to_save` is there, and can be trained whole; peft ignores one that is not.
+
+    Raises:
+        ModelError: it is not there, or its weights are in four bits.
+    """
+    for wish in names:
+        found = [m for n, m in model.named_modules() if n == wish or n.endswith(f".{wish}")]
+        if not found:
+            raise ModelError(
+                f"model.lora.modules_to_save: this model has no {wish}; name modules such as lm_head and embed_tokens"
+            )
+        if any(not p.is_floating_point() for m in found for p in m.parameters()):
+            raise ModelError(
+                f"model.lora.modules_to_save: the weights of {wish} are in four bits (model.quantization), which "
+                "cannot be trained; leave it out"
+            )
+
+
+def _in_float32(model: nn.Module, name: str) -> None:
+    """Make an adapter's weights float32 on a base of any precision, as peft does for low ranks."""
+    for parameter_name, p in model.named_parameters():
+        if belongs(parameter_name, name) and p.dtype in (torch.float16, torch.bfloat16):
+            p.data = p.data.float()
 
 
 def _odd_linear(model: nn.Module) -> list[str]:
@@ -123,10 +169,14 @@ def asked_for(model: PeftModel, targets: Any) -> set[str]:
     """The modules that `target_modules` means, by their names in the base."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+    from peft.utils.other import ModulesToSaveWrapper
 
     base = model.get_base_model()
-    layers = {n for n, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
-    own = {n: m for n, m in base.named_modules() if not any(n.startswith(f"{layer}.") for layer in layers)}
+    wrappers = {n: m for n, m in base.named_modules() if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)}
+    # A module that is trained whole gets no low ranks.
+    whole = {n for n, m in wrappers.items() if isinstance(m, ModulesToSaveWrapper)}
+    inside = tuple(f"{n}." for n in wrappers)
+    own = {n: m for n, m in base.named_modules() if n not in whole and not n.startswith(inside)}
     if targets == ALL_LINEAR:
         head = base.get_output_embeddings()
         bare = {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in own.items()}
@@ -152,7 +202,7 @@ def add_adapter(model: PeftModel, name: str, state: dict[str, Tensor], *, traina
     """Add another adapter of the policy's shape, with weights `state`."""
     flags = trained_now(model)
     if name not in model.peft_config:
-        model.add_adapter(name, copy.deepcopy(model.peft_config[POLICY]))
+        model.add_adapter(name, saved_config(model, POLICY))
     _fill(model, name, state, name)
     _settle(model, name, trainable, flags)
 
@@ -213,9 +263,7 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
     """
     from peft import set_peft_model_state_dict
 
-    for parameter_name, p in model.named_parameters():
-        if belongs(parameter_name, name) and p.dtype in (torch.float16, torch.bfloat16):
-            p.data = p.data.float()  # as peft does for low ranks: trained weights are float32 on any base
+    _in_float32(model, name)
     state = model.state_dict()
     # A file may hold weights of the base too: peft saves embeddings that an adapter targets.
     known = {key: x for key, x in weights.items() if key in state}
@@ -245,12 +293,34 @@ def _fill(model: PeftModel, name: str, weights: Mapping[str, Tensor], location: 
 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
-    """A copy of one adapter's weights, names as in its file."""
+    """A copy of one adapter's weights, names as in its file; they are of the shape that `saved_config` says."""
     from peft import get_peft_model_state_dict
 
     # By default peft asks the hub whether the vocabulary has grown; here it never has.
-    state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.detach().clone() for key, value in state.items()}
+    states = [get_peft_model_state_dict(model, adapter_name=n, save_embedding_layers=False) for n in parts(model, name)]
+    return {key: value.detach().clone() for key, value in reduce(pissa.joined, states).items()}
+
+
+def saved_config(model: PeftModel, name: str) -> LoraConfig:
+    """A copy of an adapter's configuration as it is saved."""
+    config = copy.deepcopy(model.peft_config[name])
+    if len(parts(model, name)) > 1:
+        pissa.widen(config)
+    return config
+
+
+def wrapped_like(model: PeftModel, base: nn.Module) -> PeftModel:
+    """Another base with a copy of the adapter that acts as the policy's in `model`."""
+    from peft import PeftModelForCausalLM
+
+    wrapped = PeftModelForCausalLM(base, saved_config(model, POLICY), adapter_name=POLICY)
+    _fill(wrapped, POLICY, adapter_state(model, POLICY), POLICY)
+    return wrapped
+
+
+def parts(model: nn.Module, name: str) -> list[str]:
+    """The names in peft of what acts as adapter `name`."""
+    return [name, pissa.INITIAL] if name == POLICY and pissa.is_in(model) else [name]
 
 
 def select(model: nn.Module, name: str | None) -> None:
@@ -262,7 +332,7 @@ def select(model: nn.Module, name: str | None) -> None:
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = name is None
             if name is not None:
-                module._active_adapter = [name]
+                module._active_adapter = parts(model, name)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             # A wrapper of a module or of tokens that an adapter has its own copy of. If `name` has none, the base's
             # own is active.
@@ -284,14 +354,12 @@ def acting(model: nn.Module, name: str | None) -> Iterator[None]:
 def save_adapter(model: PeftModel, folder: Path, name: str = POLICY, revision: str | None = None) -> None:
     """Write one adapter alone into `folder`, as peft reads it.
 
-    peft puts adapters of other names than "default" into a folder of their own; here each has a checkpoint to itself.
     `revision` is that of a base on the hub.
     """
     base = str(model.get_base_model().name_or_path)
-    model.peft_config[name].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
-    model.peft_config[name].revision = revision
-    model.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-    inner = folder / name
-    for file in inner.iterdir():
-        file.rename(folder / file.name)
-    inner.rmdir()
+    config = saved_config(model, name)
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.revision, config.inference_mode = revision, True
+    config.save_pretrained(folder)
+    state = {key: x.cpu().contiguous() for key, x in adapter_state(model, name).items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})

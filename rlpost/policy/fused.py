@@ -106,7 +106,8 @@ class _Reader:
 
     def __init__(self, model: Any) -> None:
         self.lm = model.get_base_model() if adapters.are_in(model) else model
-        others = set(model.peft_config) - {adapters.POLICY} if adapters.are_in(model) else set()
+        self._adapters = adapters.parts(model, adapters.POLICY) if adapters.are_in(model) else []
+        others = set(model.peft_config).difference(self._adapters) if adapters.are_in(model) else set()
         self._left = {
             id(p): n for n, p in self.lm.named_parameters() if not any(adapters.belongs(n, other) for other in others)
         }
@@ -169,10 +170,11 @@ class _Reader:
         """Weight and bias of a linear layer, with the policy's adapter added."""
         base = linear_of(module)
         weight, bias = self._take(base.weight), None if base.bias is None else self._take(base.bias)
-        if adapters.is_lora(module) and adapters.POLICY in module.lora_A:
-            for side in (module.lora_A, module.lora_B):
-                self._take(side[adapters.POLICY].weight)
-            weight = weight + module.get_delta_weight(adapters.POLICY)
+        for name in self._adapters if adapters.is_lora(module) else ():
+            if name in module.lora_A:
+                for side in (module.lora_A, module.lora_B):
+                    self._take(side[name].weight)
+                weight = weight + module.get_delta_weight(name)
         return weight, bias
 
     def _take(self, parameter: Tensor) -> Tensor:

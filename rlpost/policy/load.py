@@ -16,7 +16,7 @@ from rlpost.data.codec import make_codec
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError
 from rlpost.kernels.build import SWITCH, why_none
-from rlpost.policy import adapters
+from rlpost.policy import adapters, pissa
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.fast_layers import use_fast_linear
@@ -24,12 +24,12 @@ from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
     as_model_error,
     load_generation_config,
-    load_model,
     load_tokenizer,
     must_fit,
 )
-from rlpost.policy.params import Attention, Lora, Model, Precision
+from rlpost.policy.params import Attention, Lora, Model, Precision, Quantization
 from rlpost.policy.policy import Decoding, Policy
+from rlpost.policy.quantized import load_base, recorded
 from rlpost.policy.saved import name_ends
 from rlpost.policy.score import logprobs
 from rlpost.policy.trunk_check import why_no_trunk
@@ -41,7 +41,7 @@ BEYOND_RECIPES = (
     *("use_dora", "use_rslora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "trainable_token_indices"),
 )
-"""Options of a saved adapter that `model.lora` does not have."""
+"""Options of a saved adapter that go on as they were saved, where `model.lora` leaves them out or has none such."""
 WIDE = 1024
 """Hidden width of a model that is not known."""
 WIDE_ENOUGH = 256
@@ -85,7 +85,8 @@ def load_policy(
     # Trained weights are float32, and so is a frozen copy of them, whose scores must be the same. A base under adapters
     # may be in half precision.
     half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
-    model = load_model(base, settings.revision, torch.bfloat16 if half else torch.float32).to(device)
+    dtype = torch.bfloat16 if half else torch.float32
+    model = load_base(base, settings.revision, dtype, _quantization(adapter, settings, trainable)).to(device)
     if adapter is not None:
         load_generation_config(adapter, model)
     tokenizer = load_tokenizer(str(path), settings, base)
@@ -109,6 +110,26 @@ def load_policy(
     with as_model_error(f"{path}: the model cannot be run"):
         _must_be_finite(policy.eval(), path)
     return policy
+
+
+def _quantization(adapter: Path | None, settings: Model, trainable: bool) -> Quantization | None:
+    """The number format of the base: for a new adapter the recipe's, for a saved one that it was trained on.
+
+    Models that are frozen and have no adapter are never quantised: they would say something else.
+
+    Raises:
+        ModelError: a saved adapter is to go on in another one.
+    """
+    found = None if adapter is None else recorded(adapter)
+    asked = settings.quantization
+    if settings.lora is None or not trainable or found is asked:
+        return found
+    if adapter is None or (found is None and not (adapter / ABOUT).is_file()):  # one from elsewhere does not say
+        return asked
+    raise ModelError(
+        f"{adapter}: its adapter was trained on weights in {found or 'full precision'}; "
+        f"set model.quantization={found or 'null'} to go on training it, or merge it and start from the merged folder"
+    )
 
 
 def _choose_ends(policy: Policy, backwards: bool) -> None:
@@ -245,7 +266,7 @@ def _with_adapters(bare: Policy, adapter: Path | None, lora: Lora | None, traina
             return model
         wrapped = adapters.add_policy_adapter(model, lora)
         with as_model_error(f"model.lora.target_modules={lora.target_modules}: {type(model).__name__} fails with it"):
-            logprobs(bare.around(wrapped, bfloat16=False), probe_groups(bare.vocabulary, bare.max_positions))
+            logprobs(bare.around(wrapped, bfloat16=bare.in_bfloat16), probe_groups(bare.vocabulary, bare.max_positions))
         return wrapped
     loaded = adapters.load_adapter(model, adapter, trainable)
     if lora is None and trainable:
@@ -278,11 +299,17 @@ def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
     """
     config = loaded.peft_config[adapters.POLICY]
     r, alpha = config.r, float(config.lora_alpha)
-    if (r, alpha) != (lora.r, lora.alpha):
+    shapes = [(lora.r, lora.alpha)]
+    if lora.init_lora_weights is not None:  # such an adapter is saved with twice the rank
+        shapes.append(pissa.doubled(lora.r, lora.alpha, use_rslora=lora.use_rslora))
+    if (r, alpha) not in shapes:
         raise ModelError(
             f"{adapter}: its adapter has r={r}, alpha={alpha:g} but model.lora says r={lora.r}, "
             f"alpha={lora.alpha:g}; set `model.lora.r={r} model.lora.alpha={alpha:g}` to go on training it"
         )
+    if (r, alpha) != shapes[0]:
+        console.say(f"{adapter}: its adapter goes on as the LoRA of rank {r} that it was saved as")
+    _must_be_of_kind(config, adapter, lora)
     found = adapters.adapted(loaded)
     if lora.target_modules is not None and (wanted := adapters.asked_for(loaded, lora.target_modules)) != found:
         odd = sorted(wanted ^ found)[0]
@@ -291,6 +318,22 @@ def _must_be_shaped(loaded: Any, adapter: Path, lora: Lora) -> None:
             f"{adapter}: model.lora.target_modules={lora.target_modules} {asks} {odd}, which its adapter {has}; "
             "leave target_modules out to go on training it"
         )
-    if more := [name for name in BEYOND_RECIPES if getattr(config, name)]:
+    if more := [name for name in BEYOND_RECIPES if getattr(config, name) and not getattr(lora, name, None)]:
         console.say(f"{adapter}: its adapter goes on as it was saved, with {', '.join(more)}")
     adapters.set_dropout(loaded, lora.dropout)
+
+
+def _must_be_of_kind(config: Any, adapter: Path, lora: Lora) -> None:
+    """Check that a saved adapter has what `model.lora` asks for beyond low ranks.
+
+    Raises:
+        ModelError: it has not.
+    """
+    lacking = [key for key in ("use_rslora", "use_dora") if getattr(lora, key) and not getattr(config, key)]
+    if lora.modules_to_save is not None and {*lora.modules_to_save} != {*(config.modules_to_save or ())}:
+        lacking.append("modules_to_save")
+    for key in lacking:
+        raise ModelError(
+            f"{adapter}: model.lora.{key}={getattr(lora, key)}, and its adapter was made with "
+            f"{getattr(config, key)}; leave {key} out to go on training it"
+        )

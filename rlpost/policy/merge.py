@@ -8,26 +8,43 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rlpost.policy.adapters import POLICY, select
+from rlpost.policy.adapters import POLICY, parts, select, wrapped_like
+from rlpost.policy.quantized import dequantize, is_quantized
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
 def merged(model: PeftModel) -> nn.Module:
-    """A new model with the policy's adapter merged into its weights; `model` and its base stay as they are."""
+    """A new model with the policy's adapter merged into its weights; `model` and its base stay as they are.
+
+    Weights in four bits are dequantised first: rounded to four bits again, they would lose most of the adapter.
+    """
     from peft.utils.other import ModulesToSaveWrapper
 
     with torch.no_grad():
-        own = copy.deepcopy(model)
+        own = _dequantized(model) if is_quantized(model) else copy.deepcopy(model)
         _untie(own.get_base_model())
         select(own, POLICY)
         for module in own.modules():
             if isinstance(module, ModulesToSaveWrapper) and module._active_adapter:
                 # peft's merging looks the module up by this name, not by a list of one.
                 module._active_adapter = POLICY
-        result: nn.Module = own.merge_and_unload(adapter_names=[POLICY])
+        result: nn.Module = own.merge_and_unload(adapter_names=parts(own, POLICY))
     return result
+
+
+def _dequantized(model: PeftModel) -> PeftModel:
+    """A copy with the policy's adapter alone, on weights in float32."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    own = copy.deepcopy(model)
+    for module in own.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module._active_adapter = []  # what is unloaded is the base's own
+    base: nn.Module = own.unload()
+    dequantize(base)
+    return wrapped_like(model, base)
 
 
 def _untie(model: Any) -> None:

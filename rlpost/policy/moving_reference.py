@@ -7,7 +7,6 @@ and the error of that is returned.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +54,7 @@ class MovingReference:
                 )
             return
         first = _adapter_of(checkpoint, policy)
-        config = copy.deepcopy(policy.model.peft_config[adapters.POLICY])
+        config = adapters.saved_config(policy.model, adapters.POLICY)
         self._rank = config.r * ROOM
         config.r, config.lora_alpha = self._rank, config.lora_alpha * ROOM
         policy.model.add_adapter(adapters.REFERENCE, config)
@@ -127,7 +126,7 @@ def _shapes(policy: Policy) -> dict[str, torch.Size]:
 
 def _adapter_of(checkpoint: Path, policy: Policy) -> dict[str, Tensor]:
     """The weights of a checkpoint's adapter on the policy's base; zeros for the base itself."""
-    config = policy.model.peft_config[adapters.POLICY]
+    config = adapters.saved_config(policy.model, adapters.POLICY)
     own = adapters.adapter_state(policy.model, adapters.POLICY)
     if _scale(config) is None or not all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in own):
         raise ModelError(

@@ -33,6 +33,13 @@ class Attention(Choice):
     """Every row for itself, padded to the longest."""
 
 
+class Quantization(Choice):
+    """Number format of the weights under an adapter."""
+
+    nf4 = "nf4"
+    """Four bits, the scales of their blocks in eight: QLoRA (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+
 class Lora(Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685); their weights are float32."""
 
@@ -40,11 +47,31 @@ class Lora(Section):
     """Rank."""
     alpha: float = Field(32.0, gt=0)
     """Scale: the adapter's product is multiplied by `alpha / r`."""
+    use_rslora: bool = False
+    """Multiply by `alpha / √r` instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the length of every row of a weight apart from its direction (DoRA, Liu et al. 2024, arXiv:2402.09353)."""
+    init_lora_weights: str | None = Field(None, pattern=r"^pissa(_niter_[1-9][0-9]*)?$")
+    """How a new adapter begins: by default as nothing; `pissa`: as the principal part of the weights, which is taken
+    from them (Meng et al. 2024, arXiv:2404.02948); `pissa_niter_N`: that part by N iterations, which is faster."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapter; above 0 every row is computed with its own copy of the prompt."""
     target_modules: Any = None
     """Which modules get an adapter, as in peft; by default `all-linear`, or those of a saved adapter that training goes
     on with. Another choice than the saved one is refused."""
+    modules_to_save: list[str] | None = None
+    """Modules, such as `lm_head` and `embed_tokens`, of which the adapter has a copy of its own that is trained whole;
+    by default none, or those of a saved adapter."""
+
+    def problems(self, where: str) -> Iterator[str]:
+        """What does not go together."""
+        if self.init_lora_weights and self.use_dora:
+            yield (
+                f"{where}.init_lora_weights: a DoRA divides by the length of the whole weight, from which PiSSA takes "
+                "a part; leave out one of them"
+            )
+        if self.modules_to_save is not None and not self.modules_to_save:
+            yield f"{where}.modules_to_save: an empty list; leave it out"
 
 
 class Model(Section):
@@ -63,6 +90,8 @@ class Model(Section):
     """A Jinja file that replaces the tokenizer's chat template."""
     lora: Lora | None = None
     """Train low-rank adapters; by default all weights are trained."""
+    quantization: Quantization | None = None
+    """Keep the linear layers under an adapter in four bits (docs/recipes.md#kinds-of-lora); needs `lora`."""
     precision: Precision = Precision.auto
     """Number format of the forward pass."""
     attention: Attention = Attention.auto
@@ -83,5 +112,15 @@ class Model(Section):
         if self.config and "model_type" not in self.config:
             near = hint("model_type", map(str, self.config))
             yield f"{where}.config.model_type: missing - the name of an architecture, such as llama{near}"
+        if self.quantization and self.lora is None:
+            yield (
+                f"{where}.quantization: weights in four bits cannot be trained themselves; set {where}.lora, which "
+                f"trains an adapter on them, or leave {where}.quantization out"
+            )
+        if self.quantization and self.lora and self.lora.init_lora_weights:
+            yield (
+                f"{where}.lora.init_lora_weights: PiSSA begins with singular vectors of weights, and those under "
+                f"{where}.quantization are in four bits; leave out one of them"
+            )
         if self.config and self.tokenizer is None:
             yield f"{where}.tokenizer: missing - a model from scratch needs one: {{kind: characters, alphabet: ...}}"

@@ -60,12 +60,12 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
     Raises:
         ModelError: if the checkpoint cannot be loaded.
     """
+    if policy.has_adapter and same_model(checkpoint, policy.base):
+        return Reference(policy, None)
     if policy.has_adapter and checkpoint == start:
         state = adapters.adapter_state(policy.model, adapters.POLICY)
         adapters.add_adapter(policy.model, adapters.REFERENCE, state)
         return _proven_copy(policy, checkpoint)
-    if policy.has_adapter and same_model(checkpoint, policy.base):
-        return Reference(policy, None)
     if policy.has_adapter and same_base(checkpoint, policy):
         adapters.add_saved_adapter(policy.model, adapters.REFERENCE, checkpoint)
         return Reference(policy, adapters.REFERENCE)

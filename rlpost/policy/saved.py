@@ -13,6 +13,7 @@ from rlpost.errors import ModelError
 from rlpost.policy.adapter_files import read_adapter
 from rlpost.policy.adapters import POLICY, adapter_state, save_adapter
 from rlpost.policy.policy import Policy
+from rlpost.policy.quantized import record
 from rlpost.policy.sharded import whole_state
 
 
@@ -37,6 +38,7 @@ def save_policy(
     """
     if policy.has_adapter:
         save_adapter(policy.model, folder, adapter, policy.revision)
+        record(policy.model, folder)
         policy.causal_lm.generation_config.save_pretrained(folder)
         _must_be_adapter(policy, folder, adapter)
     else:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlpost.errors import ModelError
-from rlpost.policy import adapters
+from rlpost.policy import adapters, pissa
 from rlpost.policy.adapter_files import first_line
 from rlpost.policy.batch import Batch
 from rlpost.policy.load import HEAD_FILE, load_policy
@@ -136,6 +136,12 @@ class ValueHeadModel(nn.Module):
             ModelError: it holds none, or one of another width.
         """
         self.head.load_state_dict(read_head(folder, self.head.in_features))
+
+
+def initial_of(model: object) -> pissa.Initial | None:
+    """What acts beside a trained model's adapter and no update changes, if that began as a part of the weights."""
+    trunk = model.trunk if isinstance(model, ValueHeadModel) else model
+    return pissa.Initial(trunk.model) if isinstance(trunk, Policy) and pissa.is_in(trunk.model) else None
 
 
 def read_head(folder: Path, width: int) -> dict[str, Any]:

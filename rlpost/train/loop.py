@@ -16,7 +16,9 @@ from rlpost import console, ranks
 from rlpost.data.messages import question
 from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.policy.identity import Inputs, first_difference
+from rlpost.policy.pissa import INITIAL
 from rlpost.policy.sharded import local
+from rlpost.policy.value_head import initial_of
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.names import EVALUATIONS
 from rlpost.run.stage import BEST, StageDirectory
@@ -103,7 +105,8 @@ class Loop:
         self._out = out
         self._learners = learners
         self._states = states
-        self._weights = weights
+        initial = {f"{name}_{INITIAL}": initial_of(learner.model) for name, learner in learners.items()}
+        self._weights = {**weights, **{name: found for name, found in initial.items() if found is not None}}
         self._interrupts = interrupts
         self._inputs = inputs
         self._steps = steps
