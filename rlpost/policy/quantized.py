@@ -8,7 +8,6 @@ it would say something else.
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from importlib.util import find_spec
@@ -119,7 +118,7 @@ def _linear(weight: torch.Tensor, bias: nn.Parameter | None) -> nn.Linear:
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.bias = copy.copy(bias)
+    layer.register_parameter("bias", bias)
     return layer
 
 
