@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlpost import ranks
 from rlpost.errors import ModelError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def is_in(model: nn.Module) -> bool:
 def begin(model: PeftModel, adapter: str, how: str) -> None:
     """Give `adapter` the principal part of its layers' weights, and `INITIAL`, which there is, the same with −B.
 
+    All ranks take the first one's, since decompositions on two machines may differ in their last bits.
+
     Args:
         model: whose weights stay as they are.
         adapter: its name.
@@ -52,6 +55,7 @@ def begin(model: PeftModel, adapter: str, how: str) -> None:
     """
     from peft.tuners.lora import Linear, LoraLayer
 
+    begun: list[Tensor] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -66,6 +70,10 @@ def begin(model: PeftModel, adapter: str, how: str) -> None:
         base.weight.data = kept  # peft puts another tensor there
         layer.lora_A[INITIAL].weight.copy_(layer.lora_A[adapter].weight)
         layer.lora_B[INITIAL].weight.copy_(-layer.lora_B[adapter].weight)
+        begun += [side[which].weight.data for side in (layer.lora_A, layer.lora_B) for which in (adapter, INITIAL)]
+    if not ranks.is_first():
+        torch._foreach_zero_(begun)
+    ranks.sum_over_ranks(begun)
 
 
 def joined(state: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlpost import ranks
 from rlpost.errors import ModelError, RlpostError
+from rlpost.policy.quantized import is_quantized
 from rlpost.types import Completion, Group
 
 if TYPE_CHECKING:
@@ -51,11 +52,16 @@ class Shards:
         """Shard a policy's model in place, if it is not yet; adapters that it has stay whole, as do later ones.
 
         Raises:
-            ModelError: its blocks cannot be told.
+            ModelError: its blocks cannot be told, or its weights are in four bits.
         """
         if policy.sharding is not None:
             return
         model = policy.causal_lm
+        if is_quantized(model):
+            raise ModelError(
+                f"{policy.base}: weights in four bits (model.quantization) cannot be kept in shards; use "
+                "parallel.strategy=ddp"
+            )
         adapters = {p for name, p in model.named_parameters() if _is_of_adapter(name)}
         for p in adapters:
             p.data = p.data.to(self.device)

@@ -48,7 +48,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield from inner.problems(where)
     for function, lookup, where in functions_of(recipe):
         users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
-    yield from _engines(recipe)
+    yield from _shards(recipe)
     if recipe.model.tokenizer:
         yield from source_problems(recipe.model.tokenizer.data, "model.tokenizer.data", None)
     for name, stage in recipe.enabled().items():
@@ -59,10 +59,12 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         check(function, lookup, where)
 
 
-def _engines(recipe: Recipe) -> Iterator[str]:
-    """A user's engine reads the policy's weights, of which a process has a share only."""
+def _shards(recipe: Recipe) -> Iterator[str]:
+    """What needs whole weights, of which a process has a share only: four bits, and a user's engine, which reads it."""
     if recipe.parallel.strategy is Strategy.ddp:
         return
+    if recipe.model.quantization:
+        yield "model.quantization: weights in four bits cannot be kept in shards - set parallel.strategy=ddp"
     for top, section in recipe.sections():
         for where, inner in walk(section, top):
             if isinstance(inner, EngineChoice) and inner.engine != LOCAL:

@@ -25,7 +25,9 @@ from adapters_made import (
 from chains import REWARD_MODEL, same_after_interruptions
 from engines import asked, local
 from peft import get_peft_model
-from tiny_recipes import SFT, prepared, run, sha256
+from processes import finish_on_ranks
+from safetensors.torch import load_file
+from tiny_recipes import SFT, prepared, run, sha256, write
 from torch import Tensor
 
 from rlpost.cli.app import main
@@ -69,6 +71,10 @@ WORLDS = [
 
 def settings(base: Path, **fields: Any) -> Model:
     return Model(path=str(base), lora=Lora(**{"r": 4, "alpha": 8.0, **fields}))
+
+
+def overrides(kind: str) -> list[str]:
+    return [f"model.lora.{key}={json.dumps(value)}" for key, value in {"r": 4, "alpha": 8, **KINDS[kind]}.items()]
 
 
 def sampled(policy: Policy) -> tuple[list[Group], Tensor]:
@@ -190,7 +196,34 @@ def test_a_resumed_pissa_has_the_part_it_began_with(
 @pytest.mark.slow  # 25 s each
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stage_goes_on_bit_for_bit(tmp_path: Path, kind: str) -> None:
-    same_after_interruptions(tmp_path, *(f"model.lora.{key}={json.dumps(value)}" for key, value in KINDS[kind].items()))
+    same_after_interruptions(tmp_path, *overrides(kind))
+
+
+def test_every_rank_begins_with_the_first_ones_part(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summed: list[Tensor] = []
+    monkeypatch.setattr(pissa.ranks, "is_first", lambda: False)
+    monkeypatch.setattr(pissa.ranks, "sum_over_ranks", summed.extend)
+    base = base_model(here)
+    policy = load_policy(base, settings(base, init_lora_weights="pissa"))
+    own = {p.data_ptr() for n, p in policy.named_parameters() if "lora_" in n}
+    assert {x.data_ptr() for x in summed} == own
+    assert len(own) == 4 * 14
+    assert not any(bool(x.any()) for x in summed), "another rank's part would be added to the first one's"
+
+
+@pytest.mark.slow  # 15 s each
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_what_one_trains(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path, {"sft": SFT})
+    found = []
+    for count, strategy in ((1, "ddp"), (2, "ddp"), (2, "fsdp2")):
+        words = ["train", str(file), *overrides(kind), f"parallel.strategy={strategy}", f"run=by{count}{strategy}"]
+        assert finish_on_ranks(count, words, tmp_path / "said") == [0] * count
+        found.append(load_file(tmp_path / f"runs/by{count}{strategy}/sft/final/adapter_model.safetensors"))
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.allclose(x, found[0][name], rtol=0, atol=1e-5) for name, x in other.items())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -238,20 +271,21 @@ RECIPES = {
     ("model.lora={init_lora_weights: pisa}",): "model.lora.init_lora_weights",
     ("model.lora={modules_to_save: []}",): "model.lora.modules_to_save: an empty list",
     ("model.lora={init_lora_weights: pissa}", "model.quantization=nf4"): "model.lora.init_lora_weights: PiSSA begins",
+    ("model.lora={r: 4}", "model.quantization=nf4", "parallel.strategy=fsdp2"): "model.quantization: weights in four",
 }
 
 
-@pytest.mark.parametrize("overrides", RECIPES)
+@pytest.mark.parametrize("words", RECIPES)
 def test_refused_in_a_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
     prepared(tmp_path, {"sft": SFT})
-    monkeypatch.setattr(sys, "argv", ["rlpost", "train", str(tmp_path / "tiny.yaml"), *overrides])
+    monkeypatch.setattr(sys, "argv", ["rlpost", "train", str(tmp_path / "tiny.yaml"), *words])
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2
-    assert RECIPES[overrides] in said
+    assert RECIPES[words] in said
     assert not (tmp_path / "runs").exists()
 
 
