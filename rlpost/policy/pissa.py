@@ -51,7 +51,7 @@ def begin(model: PeftModel, adapter: str, how: str) -> None:
         how: `pissa`, or `pissa_niter_N`, as in peft.
 
     Raises:
-        ModelError: it is on something else than linear layers.
+        ModelError: it is on something else than linear layers, or on some with fewer singular vectors than its rank.
     """
     from peft.tuners.lora import Linear, LoraLayer
 
@@ -64,7 +64,12 @@ def begin(model: PeftModel, adapter: str, how: str) -> None:
                 f"model.lora.init_lora_weights={how}: {name} is no linear layer with weights in 16 or 32 bits; leave "
                 "it out of model.lora.target_modules, or init_lora_weights"
             )
-        base = layer.get_base_layer()
+        base, r = layer.get_base_layer(), layer.r[adapter]
+        if r > min(base.weight.shape):
+            raise ModelError(
+                f"model.lora.r={r}: {name} is {tuple(base.weight.shape)} and has {min(base.weight.shape)} singular "
+                f"vectors for model.lora.init_lora_weights={how}; lower r, or leave it out of model.lora.target_modules"
+            )
         kept = base.weight.data
         layer.pissa_init(adapter, how)
         base.weight.data = kept  # peft puts another tensor there

@@ -59,7 +59,7 @@ def is_quantized(model: nn.Module) -> bool:
     return any(_in_four_bits(m) for m in model.modules())
 
 
-def dequantize(model: nn.Module) -> None:
+def dequantize(model: Any) -> None:
     """Replace layers in four bits by linear layers with the same weights in float32."""
     from bitsandbytes.functional import dequantize_4bit
 
@@ -67,6 +67,7 @@ def dequantize(model: nn.Module) -> None:
         if _in_four_bits(layer):
             weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
             setattr(parent, name, _linear(weight, layer.bias))
+    model.is_loaded_in_4bit = False
 
 
 def record(model: nn.Module, folder: Path) -> None:

@@ -232,6 +232,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"init_lora_weights": "pissa", "target_modules": ["q_proj", "embed_tokens"]},
         "embed_tokens is no linear layer",
     ),
+    "more than all singular vectors": (
+        {"init_lora_weights": "pissa", "r": 17},
+        r"model\.lora\.r=17: .*k_proj is \(16, 32\)",
+    ),
 }
 
 
