@@ -127,6 +127,13 @@ def test_right_from_the_first_step_to_the_merged_model(
     tally("kinds of LoRA", right=1)
 
 
+@pytest.mark.parametrize(("use_rslora", "power"), [(False, 1.0), (True, 0.5)])
+def test_an_adapter_of_twice_the_rank_has_the_same_factor(use_rslora: bool, power: float) -> None:
+    r, alpha = pissa.doubled(6, 9.0, use_rslora=use_rslora)
+    assert r == 12
+    assert alpha / r**power == pytest.approx(9.0 / 6**power, rel=1e-15)
+
+
 def test_pissa_trains_as_pefts_does(here: Path) -> None:
     """peft changes the base and trains on the rest; the base here stays, and weights and gradients are the same."""
     base = base_model(here)
