@@ -60,10 +60,13 @@ class Apart(Policy):
 
 
 class World:
-    """The models of one family and precision. To a stage's functions it is the context: functions and a reference."""
+    """The models of one family and precision, on a device.
 
-    def __init__(self, family: str, dtype: torch.dtype) -> None:
-        self.family, self.dtype = family, dtype
+    To a stage's functions it is the context: functions and a reference.
+    """
+
+    def __init__(self, family: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        self.family, self.dtype, self.device = family, dtype, torch.device(device)
         self.policy, self.scalar = cache(self._policy), cache(self._scalar)
 
     def _policy(self, layout: str = "shared", step: float = 0.0) -> Policy:
@@ -79,12 +82,17 @@ class World:
             for p in model.parameters():
                 p.add_(step * torch.randn(p.shape, generator=generator))
         kind = Apart if layout == "apart" else Policy
-        return kind(model, EndTokenOnly(), flat=layout != "padded").eval()
+        return kind(self.placed(model), EndTokenOnly(), flat=layout != "padded").eval()
+
+    def placed(self, model: Any) -> Any:
+        """The model on the world's device."""
+        return model.to(self.device)
 
     def _scalar(self, layout: str = "shared", step: float = 0.0) -> ValueHeadModel:
         model = ValueHeadModel(self.policy(layout, step))
         with torch.no_grad():
-            model.head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+            weight = torch.empty(model.head.weight.shape, dtype=model.head.weight.dtype)
+            model.head.weight.copy_(weight.normal_(std=0.1, generator=torch.Generator().manual_seed(3)))
         return model
 
     def function(self, cfg: Stage, key: str) -> Bound:

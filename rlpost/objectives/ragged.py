@@ -6,6 +6,7 @@ Axes: N action tokens, S completions, L the longest completion.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -14,6 +15,19 @@ from torch import Tensor
 def widen(x: Tensor) -> Tensor:
     """`x` in at least float32: half precision and integers are cast up, float64 stays float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """`x` on `device`; on the way there from the CPU nothing waits for what the device still computes."""
+    if x.device.type != "cpu":
+        return x.to(device)
+    # A copy from memory that may be paged out would wait.
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
+
+
+def true_at(mask_n: Tensor, device: torch.device | str) -> Tensor:
+    """[k] the indices, on `device`, where a mask on the CPU is true: a mask there as an index would be waited for."""
+    return moved(mask_n.nonzero()[:, 0], device)
 
 
 class Ragged:
@@ -25,6 +39,10 @@ class Ragged:
 
     def __init__(self, lengths_S: Sequence[int] | Tensor) -> None:
         self.lengths_S = torch.as_tensor(lengths_S, dtype=torch.long)
+        self.longest = int(self.lengths_S.max()) if len(self.lengths_S) else 0
+        """L."""
+        self.learned = int((self.lengths_S > 0).sum())
+        """Completions with at least one action: the only ones that a mean over completions counts."""
         self.index_N = torch.repeat_interleave(torch.arange(len(self.lengths_S)).to(self.device), self.lengths_S)
         """[N] the completion of each action."""
         self.start_S = torch.cumsum(self.lengths_S, 0) - self.lengths_S
@@ -46,18 +64,20 @@ class Ragged:
         return len(self.lengths_S)
 
     @property
-    def learned(self) -> int:
-        """Completions with at least one action: the only ones that a mean over completions counts."""
-        return int((self.lengths_S > 0).sum())
-
-    @property
     def last(self) -> Tensor:
         """[S] index into N of each completion's last action, -1 where it has none."""
         return torch.where(self.lengths_S > 0, self.start_S + self.lengths_S - 1, -1)
 
     def to(self, device: torch.device | str) -> Ragged:
         """The same rows with their indices on `device`."""
-        return self if torch.device(device) == self.device else Ragged(self.lengths_S.to(device))
+        if torch.device(device) == self.device:
+            return self
+        other = copy(self)
+        # Not made anew from the lengths: that many indices are not known there without waiting for the device.
+        other.lengths_S, other.index_N, other.start_S = (
+            moved(x, device) for x in (self.lengths_S, self.index_N, self.start_S)
+        )
+        return other
 
     def sum(self, x_N: Tensor) -> Tensor:
         """[S] sum over each completion's actions."""
@@ -74,8 +94,7 @@ class Ragged:
 
     def pad(self, x_N: Tensor, fill: float = 0.0) -> Tensor:
         """[S, L] one row a completion, `fill` after its last action."""
-        longest = int(self.lengths_S.max()) if self.completions else 0
-        out = x_N.new_full((self.completions, longest), fill)
+        out = x_N.new_full((self.completions, self.longest), fill)
         out[self.index_N, self._column_N()] = x_N
         return out
 

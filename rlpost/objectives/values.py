@@ -47,8 +47,7 @@ def bellman_residual(logit_N: Tensor, label_N: Tensor, rows: Ragged) -> Tensor:
         return value_N
     next_SL = rows.pad(value_N.detach())[:, 1:]
     next_N = rows.flatten(torch.cat([next_SL, next_SL.new_zeros(rows.completions, 1)], 1))
-    at_end = torch.zeros_like(next_N, dtype=torch.bool)
-    at_end[rows.last[rows.last >= 0]] = True
+    at_end = torch.arange(rows.actions, device=rows.device) == rows.spread(rows.last)
     return 0.5 * (value_N - torch.where(at_end, label_N.to(value_N.dtype), next_N)).square()
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlpost.objectives.ragged import Ragged
+from rlpost.objectives.ragged import Ragged, moved
 from rlpost.policy.layout import FlatLayout
 from rlpost.policy.tiles import Segment
 from rlpost.types import Completion, Group, Ids, completions
@@ -39,11 +39,11 @@ class Pass:
     def to(self, device: torch.device | str) -> Pass:
         """The same on `device`."""
         return Pass(
-            self.ids_BT.to(device),
-            self.position_BT.to(device),
-            None if self.mask_BT is None else self.mask_BT.to(device),
+            moved(self.ids_BT, device),
+            moved(self.position_BT, device),
+            None if self.mask_BT is None else moved(self.mask_BT, device),
             None if self.layout is None else self.layout.to(device),
-            self.copies_BT.to(device),
+            moved(self.copies_BT, device),
         )
 
 
@@ -73,10 +73,10 @@ class Batch:
         return replace(
             self,
             passes=tuple(p.to(device) for p in self.passes),
-            before_N=self.before_N.to(device),
-            after_N=self.after_N.to(device),
-            after_S=self.after_S.to(device),
-            target_N=self.target_N.to(device),
+            before_N=moved(self.before_N, device),
+            after_N=moved(self.after_N, device),
+            after_S=moved(self.after_S, device),
+            target_N=moved(self.target_N, device),
             rows=self.rows.to(device),
         )
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlpost.objectives.ragged import moved
 from rlpost.policy.attention import visible
 from rlpost.policy.tile_attention import Heads, TileShape
 
@@ -97,10 +98,10 @@ class Tile:
         """The same tile with its indices on `device`."""
         return Tile(
             self.first,
-            self.query_position_BQ.to(device),
-            self.key_position_BK.to(device),
-            None if self.prompt_PK is None else self.prompt_PK.to(device),
-            None if self.prompt_of_B is None else self.prompt_of_B.to(device),
+            moved(self.query_position_BQ, device),
+            moved(self.key_position_BK, device),
+            None if self.prompt_PK is None else moved(self.prompt_PK, device),
+            None if self.prompt_of_B is None else moved(self.prompt_of_B, device),
         )
 
 
@@ -117,7 +118,7 @@ class Tiles:
 
     def to(self, device: torch.device | str) -> Tiles:
         """The same with indices on `device`."""
-        return Tiles(tuple(t.to(device) for t in self.tiles), self.token_M.to(device), self.place_T.to(device))
+        return Tiles(tuple(t.to(device) for t in self.tiles), moved(self.token_M, device), moved(self.place_T, device))
 
 
 def tiles_of(segments: Sequence[Segment], tokens: int) -> Tiles:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlpost.objectives.ragged import moved
+
 NEVER = -1e30
 """The logit of an unused id: its probability is exactly 0, and so is 0 times its logarithm."""
 
@@ -38,5 +40,5 @@ class Vocabulary:
         if self._cut:
             logits = logits[..., : self.size]
         if len(self._gaps):
-            logits = logits.index_fill(-1, self._gaps.to(logits.device), NEVER)
+            logits = logits.index_fill(-1, moved(self._gaps, logits.device), NEVER)
         return logits

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
-from rlpost.objectives.ragged import Ragged
+from rlpost.objectives.ragged import Ragged, moved
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.moving_reference import MovingReference
@@ -75,7 +75,7 @@ def ranking_loss(function: Callable[..., Tensor]) -> LossFunction:
         rows = part.rows.to(output.logp_N.device)
         groups = Ragged([len(g.completions) for g in part.groups]).to(rows.device)
         delta_S = rows.sum(output.logp_N) - rows.sum(part["reference"])
-        reward_S = torch.tensor([_number(c.score) for c in completions(part.groups)], device=rows.device)
+        reward_S = moved(torch.tensor([_number(c.score) for c in completions(part.groups)]), rows.device)
         # Groups may differ in size: what is padded is an absent completion.
         delta_PK, reward_PK = groups.pad(delta_S), groups.pad(reward_S.to(delta_S), fill=torch.nan)
         loss_P = function(delta_PK=delta_PK, reward_PK=reward_PK)

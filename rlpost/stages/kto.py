@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlpost.data.formats import DataRole
+from rlpost.objectives.ragged import moved, true_at
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput
@@ -80,11 +81,12 @@ def unpaired_loss(function: Callable[..., Tensor], mismatched_U: Tensor) -> Loss
     """Σ loss·weight, given the log-ratios of the whole update's mismatched completions."""
 
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        delta_U, good_U = _delta(output, part), part["desirable"]
-        loss_U = function(Unpaired(delta_U, mismatched_U.to(delta_U), good_U))
+        delta_U, good_U = _delta(output, part), torch.tensor(labels(part.groups), dtype=torch.bool)
+        mismatched = moved(mismatched_U, delta_U.device).to(delta_U.dtype)
+        loss_U = function(Unpaired(delta_U, mismatched, part["desirable"]))
         metrics = {
-            "desirable_logratio": delta_U.detach()[good_U],
-            "undesirable_logratio": delta_U.detach()[~good_U],
+            "desirable_logratio": delta_U.detach()[true_at(good_U, delta_U.device)],
+            "undesirable_logratio": delta_U.detach()[true_at(~good_U, delta_U.device)],
             "z": mismatched_U.mean().clamp(min=0)[None],
         }
         return (loss_U * part["group_weight"]).sum(), metrics

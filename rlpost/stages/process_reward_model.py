@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlpost.data.formats import DataRole
 from rlpost.data.step_split import ends_of
+from rlpost.objectives.ragged import true_at
 from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
 from rlpost.stages.context import Context, steps_of
@@ -58,9 +59,11 @@ def step_loss(function: Callable[..., Tensor]) -> LossFunction:
     """
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        ends_N = ~part["label"].isnan()
-        logit_K = values.after_N[ends_N]
-        label_K = part["label"][ends_N].to(logit_K.dtype)
+        device = values.after_N.device
+        label_N = torch.tensor([x for g in part.groups for x in _labels(g)])
+        end_K = true_at(~label_N.isnan(), device)
+        logit_K = values.after_N[end_K]
+        label_K = part["label"][end_K].to(logit_K.dtype)
         loss_K = function(logit_K, label_K)
         detached_K = logit_K.detach()
         metrics = {
@@ -68,7 +71,7 @@ def step_loss(function: Callable[..., Tensor]) -> LossFunction:
             "predicted": torch.sigmoid(detached_K),
             "label": label_K,
         }
-        return (loss_K * part["weight"][ends_N]).sum(), metrics
+        return (loss_K * part["weight"][end_K]).sum(), metrics
 
     return loss
 

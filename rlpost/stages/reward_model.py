@@ -13,9 +13,10 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rlpost.objectives.ragged import Ragged
+from rlpost.objectives.ragged import Ragged, moved, true_at
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.reward_model import RewardModel
@@ -57,15 +58,22 @@ def score_loss(function: Callable[..., Tensor]) -> LossFunction:
     rewards = pair_rewards if "score_P2" in parameters else ranked_rewards
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        rows_P = Ragged([len(g.completions) for g in part.groups]).to(values.final_S.device)
-        score_PK = rows_P.pad(values.final_S)
+        dtype, device = values.final_S.dtype, values.final_S.device
+        rows_P = Ragged([len(g.completions) for g in part.groups])
+        score_PK = rows_P.to(device).pad(values.final_S)
         # A shorter group is filled up with unscored completions.
-        reward_PK = rows_P.pad(values.final_S.new_tensor([r for g in part.groups for r in rewards(g)]), math.nan)
-        margin_P = values.final_S.new_tensor([margin(g) if "margin_P" in parameters else 0.0 for g in part.groups])
-        given = {"score_P2": score_PK, "margin_P": margin_P, "score_PK": score_PK, "reward_PK": reward_PK}
+        reward_PK = rows_P.pad(torch.tensor([r for g in part.groups for r in rewards(g)], dtype=dtype), math.nan)
+        margins = [margin(g) if "margin_P" in parameters else 0.0 for g in part.groups]
+        given = {
+            "score_P2": score_PK,
+            "margin_P": moved(torch.tensor(margins, dtype=dtype), device),
+            "score_PK": score_PK,
+            "reward_PK": moved(reward_PK, device),
+        }
         loss_P = function(**{name: x for name, x in given.items() if name in parameters})
         better_PKK = reward_PK[:, :, None] > reward_PK[:, None, :]
-        lead = (score_PK[:, :, None] - score_PK[:, None, :]).detach()[better_PKK]
+        lead_PKK = (score_PK[:, :, None] - score_PK[:, None, :]).detach()
+        lead = lead_PKK.flatten()[true_at(better_PKK.flatten(), device)]
         metrics = {"accuracy": (lead > 0).double(), "margin": lead, "score": values.final_S.detach()}
         return (loss_P * part["weight"]).sum(), metrics
 

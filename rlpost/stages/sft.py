@@ -17,6 +17,7 @@ from torch import Tensor
 from rlpost.data.formats import DataRole
 from rlpost.data.params import Direction
 from rlpost.errors import ModelError, RecipeError
+from rlpost.objectives.ragged import true_at
 from rlpost.objectives.weights import weigh
 from rlpost.policy.load import load_policy
 from rlpost.policy.logprobs import DistributionLoss, LogitStats, PolicyOutput
@@ -66,8 +67,12 @@ def weighted(update: Experience, cfg: Sft) -> Experience:
 
 def labelled(update: Experience) -> Experience:
     """The update with its rows' labels, at every action: True where the completion is to be imitated."""
-    label_S = torch.tensor(labels(update.groups))
-    return update.with_actions(label=label_S.repeat_interleave(update.rows.lengths_S))
+    return update.with_actions(label=_labels(update))
+
+
+def _labels(update: Experience) -> Tensor:
+    """[N] bool, on the CPU."""
+    return torch.tensor(labels(update.groups), dtype=torch.bool).repeat_interleave(update.rows.lengths_S)
 
 
 def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
@@ -77,9 +82,10 @@ def supervised_loss(function: Callable[..., Tensor]) -> LossFunction:
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         nll_N = -output.logp_N.detach()
         if by_label:
-            label_N = part["label"]
-            loss_N = function(logp_N=output.logp_N, label_N=label_N)
-            return (loss_N * part["weight"]).sum(), {"nll": nll_N[label_N], "unsaid_nll": nll_N[~label_N]}
+            loss_N = function(logp_N=output.logp_N, label_N=part["label"])
+            wanted_N = _labels(part)
+            said, unsaid = (nll_N[true_at(mask_N, nll_N.device)] for mask_N in (wanted_N, ~wanted_N))
+            return (loss_N * part["weight"]).sum(), {"nll": said, "unsaid_nll": unsaid}
         loss_N = function(logp_N=output.logp_N) if output.loss_N is None else output.loss_N
         return (loss_N * part["weight"]).sum(), {"nll": nll_N}
 

@@ -115,7 +115,7 @@ def trust_region_update(learner: Learner, policy: Policy, update: Experience, cf
         "step_share": share,
         "step_kl": kl,
         "kl_over_delta": kl / cfg.max_kl,
-        "grad_norm": float(norm),
+        "grad_norm": norm,
     }
 
 

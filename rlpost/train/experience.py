@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlpost import ranks
-from rlpost.objectives.ragged import Ragged
+from rlpost.objectives.ragged import Ragged, moved
 from rlpost.types import Group, completions
 
 
@@ -105,8 +105,8 @@ class Experience:
         """The same with its tensors on `device`."""
         return replace(
             self,
-            per_action={k: v.to(device) for k, v in self.per_action.items()},
-            per_group={k: v.to(device) for k, v in self.per_group.items()},
+            per_action={k: moved(v, device) for k, v in self.per_action.items()},
+            per_group={k: moved(v, device) for k, v in self.per_group.items()},
         )
 
     def _units(self, whole_groups: bool) -> Iterator[tuple[int, list[int]]]:

@@ -264,21 +264,26 @@ class Learner:
             else:
                 p.grad.zero_()
 
-    def gradient_norm(self) -> Tensor:
+    def gradient_norm(self) -> float:
         """The norm of the gradient that `gradient` left.
 
         Raises:
             DivergedError: it is not finite.
         """
+        return self._norm()[1]
+
+    def _norm(self) -> tuple[Tensor, float]:
+        """The norm, where gradients are, and as a number, which waits for them."""
         grads = {n: local(p.grad) for n, p in self._named.items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm([x for n, x in grads.items() if n not in self._in_shards])
         if self._in_shards:
             own = torch.nn.utils.get_total_norm([x for n, x in grads.items() if n in self._in_shards])
             norm = torch.hypot(ranks.summed(own**2).sqrt(), norm.to(own))
-        if not torch.isfinite(norm):
+        number = float(norm)
+        if not math.isfinite(number):
             name = next((n for n, x in grads.items() if not x.isfinite().all()), "?")
             raise DivergedError(f"{self._here}: the gradient of {name} is not finite; {_REMEDY}")
-        return norm
+        return norm, number
 
     def must_be_finite(self, metrics: Mapping[str, float]) -> None:
         """Check an update's metrics before any weight changes.
@@ -296,11 +301,11 @@ class Learner:
         return ", ".join(filter(None, [self.location, f"update {self.updates + 1}"]))
 
     def _clip(self) -> float:
-        norm = self.gradient_norm()
+        norm, value = self._norm()
         if self._max_norm > 0:
             for some in apart(self._named.values()):
                 torch.nn.utils.clip_grads_with_norm_(some, self._max_norm, norm)
-        return float(norm)
+        return value
 
     def flat_gradient(self) -> Tensor:
         """The gradient as one vector, a copy; of weights in shards, this rank's part."""
