@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlpost.objectives.ragged import Ragged, moved
 from rlpost.policy.layout import FlatLayout
+from rlpost.policy.segment_attention import TILES, Kernels
 from rlpost.policy.tiles import Segment
 from rlpost.types import Completion, Group, Ids, completions
 
@@ -94,12 +95,12 @@ def laid_out(groups: Sequence[Group], build: Build) -> Batch:
 
 
 def flat_passes(
-    groups: Sequence[Group], share: bool = True, blocks: bool = True
+    groups: Sequence[Group], share: bool = True, blocks: bool = True, kernels: Kernels = TILES
 ) -> tuple[tuple[Pass, ...], list[Start]]:
     """A `Build`: all groups as one row without padding; with `share`, each prompt stands once before its completions.
 
     A prompt is shared only by the completions of its group, which all follow it exactly. `blocks`: attention in blocks
-    of queries where it serves.
+    of queries where it serves; `kernels`: those that may compute it instead.
     """
     pieces: list[Ids] = []
     position: list[NDArray[np.int64]] = []
@@ -130,7 +131,7 @@ def flat_passes(
             pieces.append(c.ids)
             position.append(np.arange(width, width + len(c.ids)))
     layout = FlatLayout(segments, end)
-    layout.in_blocks = blocks
+    layout.in_blocks, layout.kernels = blocks, kernels
     flat = Pass(
         ids_BT=_joined(pieces)[None],
         position_BT=_joined(position)[None],

@@ -115,7 +115,7 @@ def check_exactness(model: Any, tokenizer: Any, wish: Attention = Attention.auto
     bare = Policy(model, tokenizer, flat=False)
     groups = probe_groups(bare.vocabulary, limit)
     use_attention(model, PLAIN)
-    with _short_windows(model):
+    with short_windows(model):
         try:
             prompt, first = groups[0].prompt.tolist(), groups[0].completions[0].ids.tolist()
             reads = causality.examine(model, prompt, first, bare.vocabulary, limit)
@@ -356,7 +356,7 @@ def _largest_gap(probe: _Probe, found: Mapping[tuple[int, int], Tensor]) -> floa
 
 
 @contextmanager
-def _short_windows(model: Any) -> Iterator[None]:
+def short_windows(model: Any) -> Iterator[None]:
     """Set every window of the model to WINDOW tokens inside, and restore it afterwards."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     owners = [model.config.get_text_config(), *configs.values(), *model.modules()]

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from rlpost.kernels.attention import Families
 from rlpost.policy.attention import AttentionOptions, scaled_attention
+from rlpost.policy.segment_attention import TILES, SegmentAttention
 from rlpost.policy.tile_attention import Heads, attend, attend_backward, blocks_serve, scale_of, serves
 from rlpost.policy.tiles import Segment, Tile, Tiles, tiles_of
 
@@ -33,13 +34,15 @@ class FlatLayout:
         self._device: torch.device | str = "cpu" if tiled is None else tiled.token_M.device
         self.in_blocks = True
         """Attention in blocks of queries (tile_attention.py) where it serves; False: always PyTorch's kernel."""
+        self.kernels = TILES
+        """Kernels that read segments where they lie."""
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._paddings: dict[tuple[int, torch.dtype], Tensor | None] = {}
 
     def to(self, device: torch.device | str) -> FlatLayout:
         """The same layout with its indices on `device`."""
         moved = FlatLayout(self.segments, self.tokens, None if self._tiled is None else self._tiled.to(device))
-        moved.in_blocks, moved._device = self.in_blocks, device
+        moved.in_blocks, moved.kernels, moved._device = self.in_blocks, self.kernels, device
         return moved
 
     @property
@@ -68,9 +71,17 @@ class FlatLayout:
         """The segments by the tokens that they share, for the compiled kernel."""
         return Families([(s.start, s.length, s.prefix_start, s.prefix) for s in self.segments])
 
+    @cached_property
+    def _where_they_lie(self) -> SegmentAttention:
+        return SegmentAttention(self.segments, self.tokens, self._device)
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[1, T, H, D]; see `attention.Layout`."""
         assert query.shape[0] == 1, "a flat batch is one row"
+        if self.kernels != TILES:
+            found = self._where_they_lie.attend(self.kernels, query, key, value, options)
+            if found is not None:
+                return found.transpose(1, 2)
         heads = Heads(query.shape[1], key.shape[1], query.shape[-1])
         if self.in_blocks and serves(query, value) and blocks_serve(self.longest, options):
             tokens = [_tokens(query) * scale_of(options, heads.width), _tokens(key), _tokens(value)]

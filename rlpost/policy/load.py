@@ -20,6 +20,7 @@ from rlpost.policy import adapters, pissa
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read_adapter_config, read_json_object
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.fast_layers import use_fast_linear
+from rlpost.policy.kernel_check import exact_kernels
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
     as_model_error,
@@ -146,13 +147,18 @@ def _choose_layers(policy: Policy, fast: bool) -> None:
     policy.blocks = fast
     if fast:
         policy.trunk = not why_no_trunk(policy, probe_groups(policy.vocabulary, policy.max_positions))
+        policy.kernels, reason = exact_kernels(policy, probe_groups(policy.vocabulary, policy.max_positions))
+        if reason:
+            _tell_once(f"attention runs on padded tiles, which is slower: {reason}")
         if policy.trunk and SWITCH not in os.environ and (reason := why_none()):
-            _tell_once(reason)
+            _tell_once(
+                f"layers are not compiled, so training and sampling on the CPU take about twice as long: {reason}"
+            )
 
 
 @cache
-def _tell_once(reason: str) -> None:
-    console.notice(f"layers are not compiled, so training and sampling on the CPU take about twice as long: {reason}")
+def _tell_once(notice: str) -> None:
+    console.notice(notice)
 
 
 def is_backwards(folder: str | Path) -> bool:

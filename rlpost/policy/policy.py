@@ -32,6 +32,7 @@ from rlpost.policy.batch import (
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
 from rlpost.policy.recognise import NotRecognised
+from rlpost.policy.segment_attention import TILES, Kernels
 from rlpost.policy.sharded import Sharding
 from rlpost.policy.trunk import Trunk
 from rlpost.policy.vocabulary import Vocabulary
@@ -71,6 +72,7 @@ class Policy(nn.Module):
         fused: bool = False,
         trunk: bool = False,
         blocks: bool = True,
+        kernels: Kernels = TILES,
         switch: int | None = None,
         reach: int | None = None,
         known: Vocabulary | None = None,
@@ -91,6 +93,7 @@ class Policy(nn.Module):
             fused: single tokens may be decoded on packed weights (fused.py).
             trunk: flat rows may be read layer by layer in one operation each (trunk.py).
             blocks: attention over flat rows may be computed in blocks of queries (tile_attention.py).
+            kernels: those that may compute attention over flat rows where segments lie (segment_attention.py).
             switch: longer rows are read with other rotary factors (LongRoPE's long ones).
             reach: the longest row whose logits agree with those of its prefixes, if the model has more positions.
             known: the tokenizer's tokens; by default they are read from it.
@@ -109,6 +112,7 @@ class Policy(nn.Module):
         self.fused = fused and self.decoding is Decoding.flat
         self.trunk = trunk and flat
         self.blocks = blocks
+        self.kernels = kernels
         self.switch = switch
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)
@@ -131,6 +135,7 @@ class Policy(nn.Module):
             fused=self.fused,
             trunk=self.trunk,
             blocks=self.blocks,
+            kernels=self.kernels,
             switch=self.switch,
             reach=self._reach,
             known=self.known,
@@ -176,7 +181,7 @@ class Policy(nn.Module):
         """The batch that `forward` takes, on the policy's device."""
         build: Build = single_passes if self.single else padded_passes
         if self.flat:
-            build = partial(flat_passes, share=self.shares_prompts, blocks=self.blocks)
+            build = partial(flat_passes, share=self.shares_prompts, blocks=self.blocks, kernels=self.kernels)
         longest = (
             0
             if self.switch is None

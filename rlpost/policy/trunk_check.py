@@ -36,7 +36,7 @@ def why_no_trunk(policy: Policy, groups: Sequence[Group]) -> str:
     """
     if policy.device.type != "cpu":
         return "it is not on a CPU"
-    with _as_it_was(policy):
+    with as_it_was(policy):
         policy.eval()  # dropout of an adapter
         layout = policy.batch(groups).passes[0].layout
         if layout is None:
@@ -65,12 +65,12 @@ def _what_differs(policy: Policy, groups: Sequence[Group]) -> str:
 
     with _widened(policy):
         own = found(False, False)
-        different = _beyond(_gaps(own, found(False, True)), EXACT)
+        different = _beyond(gaps(own, found(False, True)), EXACT)
     if different or not halves:
         return different
     # Sums in bfloat16 may be far from those in float32, in the model's own forward too: no further than there.
-    least = {name: max(ROUGH, 2 * gap) for name, gap in _gaps(own, found(True, False)).items()}
-    return _beyond(_gaps(own, found(True, True)), least)
+    least = {name: max(ROUGH, 2 * gap) for name, gap in gaps(own, found(True, False)).items()}
+    return _beyond(gaps(own, found(True, True)), least)
 
 
 @contextmanager
@@ -87,20 +87,20 @@ def _widened(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_was(policy: Policy) -> Iterator[None]:
+def as_it_was(policy: Policy) -> Iterator[None]:
     """How a policy reads rows, what it trains, and whether it does, are restored afterwards."""
-    before = policy.trunk, policy.blocks, policy.in_bfloat16, policy.training
+    before = policy.trunk, policy.blocks, policy.kernels, policy.in_bfloat16, policy.training
     wanted = {n: p.requires_grad for n, p in policy.model.named_parameters()}
     try:
         yield
     finally:
-        policy.trunk, policy.blocks, policy.in_bfloat16, training = before
+        policy.trunk, policy.blocks, policy.kernels, policy.in_bfloat16, training = before
         policy.train(training)
         for name, p in policy.model.named_parameters():
             p.requires_grad_(wanted[name])
 
 
-def _gaps(own: Gradients, other: Gradients) -> dict[str, float]:
+def gaps(own: Gradients, other: Gradients) -> dict[str, float]:
     """Lengths of differences, as shares of the length of one's own; infinite where one is missing."""
 
     def gap(a: Tensor | None, b: Tensor | None) -> float:
