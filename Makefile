@@ -8,16 +8,19 @@
 # make docs    the documentation as a site, in an environment of its own, with every link checked
 # make editor  the YAML language server, which one of the slow tests asks about recipes; needs npm
 # make bench   rlpost beside TRL, step by step in turn, in an environment of its own, and how it grows; in half an hour
+# make test-gpu  the tests that need a CUDA device, with a PyTorch for it
+# make fake-cuda every stage's update and sampling on a device without memory: what mixes it with the CPU, what waits for it
 # make mutants whether tests and `rlpost verify` notice single lines that are wrong, in twenty minutes or so
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := .venv-extras
 SITE := .venv-docs
 BENCH := .venv-bench
+CUDA := .venv-cuda
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo smollm2 test check torture extras golden reference docs editor bench mutants clean
+.PHONY: demo smollm2 test check torture extras golden reference docs editor bench mutants test-gpu fake-cuda clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -62,6 +65,13 @@ bench: $(STAMP) $(BENCH)/.installed
 mutants: $(STAMP)
 	$(BIN)/python scripts/mutants.py
 
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+fake-cuda: $(STAMP) $(CUDA)/.installed
+	$(BIN)/python scripts/fake_cuda.py
+	$(CUDA)/bin/python scripts/fake_cuda.py --cuda
+
 # torch first and alone: its constraint decides which build every later package is resolved against.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -82,6 +92,13 @@ $(SITE)/.installed: Makefile
 	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'zensical>=0.0.40,<0.1'
 	touch $@
 
+# The release itself, which is built for CUDA, and not a build of it for CPUs that may lie beside it. Five gigabytes.
+$(CUDA)/.installed: pyproject.toml constraints.txt
+	test -x $(CUDA)/bin/python || $(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check 'torch===2.13.0'
+	$(CUDA)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
 $(BENCH)/.installed: Makefile
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
@@ -90,4 +107,4 @@ $(BENCH)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(SITE) $(BENCH) .bench build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) $(SITE) $(BENCH) $(CUDA) .bench build site .pytest_cache .mypy_cache .ruff_cache

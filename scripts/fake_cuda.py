@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fake_device import Watch, register, where
+from fake_device import Watch, register, where, without_driver
 from families import EndTokenOnly
 from stage_updates import CASES
 from worlds import World, sampled_groups
@@ -28,8 +28,10 @@ from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import Sampling
 from rlpost.engine.sampling import greedy
 from rlpost.policy import adapters
+from rlpost.policy.kernel_check import VARLEN
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
+from rlpost.policy.segment_attention import TILES
 from rlpost.policy.value_head import ValueHeadModel
 from rlpost.train.learner import Learner
 from rlpost.types import Request
@@ -90,6 +92,7 @@ class FakeWorld(World):
     def _policy(self, layout: str = "shared", step: float = 0.0) -> Policy:
         policy = super()._policy(layout, step)
         policy.in_bfloat16 = self._half
+        policy.kernels = VARLEN if self._half else TILES
         return policy
 
     def _scalar(self, layout: str = "shared", step: float = 0.0) -> ValueHeadModel:
@@ -191,7 +194,7 @@ def main() -> int:
     if args.cuda and torch.version.cuda is None:
         print("this build of PyTorch knows no cuda device; `make fake-cuda` installs one that does", file=sys.stderr)
         return 1
-    with Watch(torch.device("cuda", 0) if args.cuda else register()) as watch:
+    with Watch(without_driver() if args.cuda else register()) as watch:
         if not refuses(watch):
             print("this PyTorch lets the device be mixed with the CPU, so nothing is found here", file=sys.stderr)
             return 1

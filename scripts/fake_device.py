@@ -56,6 +56,16 @@ def register() -> torch.device:
     return torch.device(NAME, 0)
 
 
+def without_driver() -> torch.device:
+    """`cuda` of a build of PyTorch for it, where there is no driver to ask; for a process of its own."""
+    torch.cuda._lazy_init = lambda: None  # type: ignore[assignment]
+    Tensor.pin_memory = lambda x, *_: x  # type: ignore[method-assign]
+    # Autocast asks for a GPU that has bfloat16.
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *_, **__: True
+    return torch.device("cuda", 0)
+
+
 class Watch:
     """Inside it, tensors can be on the device; says what a GPU would have been waited for, and where."""
 

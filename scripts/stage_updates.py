@@ -214,7 +214,7 @@ def with_critic(world: World, critic: bool) -> Case:
 def fisher_product(learner: Learner, update: Update) -> Measured:
     """F·v for a random v, and what is measured of the policy a step away."""
     here = learner.flat_weights()
-    v = torch.randn(here.shape, generator=torch.Generator().manual_seed(5), dtype=here.dtype)
+    v = torch.randn(here.shape, generator=torch.Generator().manual_seed(5), dtype=here.dtype).to(here.device)
 
     def divergence_gradient(offset: Tensor) -> Tensor:
         learner.set_weights(here + offset)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from exactness import sample_groups
 from families import VOCABULARY
+from flat_layouts import random_options, random_segments, tensors
 from stubs import tiny_policy
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
@@ -35,34 +36,6 @@ def definition(monkeypatch):
 
 def has_compiler() -> bool:
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-
-
-def random_segments(draw: random.Random, shared: bool) -> tuple[list[Segment], int]:
-    """Prompts with completions behind them, some empty, and whole rows in between."""
-    segments: list[Segment] = []
-    end = 0
-    for _ in range(draw.randint(1, 6)):
-        width = draw.choice([1, 3, 17, 70, 140])
-        segments.append(Segment(end, width))
-        prompt, end = end, end + width
-        for _ in range(draw.randint(0, 4) if shared else 0):
-            length = draw.choice([0, 1, 5, 40, 150])
-            segments.append(Segment(end, length, prompt, width))
-            end += length
-    return segments, end
-
-
-def random_options(draw: random.Random) -> AttentionOptions:
-    return AttentionOptions(
-        draw.choice([None, 0.3]), draw.choice([None, 1, 5, 64, 130, 1000]), draw.choice([None, 0.75])
-    )
-
-
-def tensors(
-    draw: random.Random, tokens: int, heads: int, groups: int, dtype: torch.dtype, width: int = 8
-) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-    return [torch.randn(1, h, tokens, width, generator=generator, dtype=dtype) for h in (heads, groups, groups)]
 
 
 def sees(segments: list[Segment], tokens: int, window: int | None) -> torch.Tensor:
