@@ -39,10 +39,8 @@ class Ragged:
 
     def __init__(self, lengths_S: Sequence[int] | Tensor) -> None:
         self.lengths_S = torch.as_tensor(lengths_S, dtype=torch.long)
-        self.longest = int(self.lengths_S.max()) if len(self.lengths_S) else 0
-        """L."""
-        self.learned = int((self.lengths_S > 0).sum())
-        """Completions with at least one action: the only ones that a mean over completions counts."""
+        self._longest = int(self.lengths_S.max()) if len(self.lengths_S) else 0
+        self._learned = int((self.lengths_S > 0).sum())
         self.index_N = torch.repeat_interleave(torch.arange(len(self.lengths_S)).to(self.device), self.lengths_S)
         """[N] the completion of each action."""
         self.start_S = torch.cumsum(self.lengths_S, 0) - self.lengths_S
@@ -62,6 +60,11 @@ class Ragged:
     def completions(self) -> int:
         """S."""
         return len(self.lengths_S)
+
+    @property
+    def learned(self) -> int:
+        """Completions with at least one action: the only ones that a mean over completions counts."""
+        return self._learned
 
     @property
     def last(self) -> Tensor:
@@ -94,7 +97,7 @@ class Ragged:
 
     def pad(self, x_N: Tensor, fill: float = 0.0) -> Tensor:
         """[S, L] one row a completion, `fill` after its last action."""
-        out = x_N.new_full((self.completions, self.longest), fill)
+        out = x_N.new_full((self.completions, self._longest), fill)
         out[self.index_N, self._column_N()] = x_N
         return out
 

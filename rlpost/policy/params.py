@@ -97,8 +97,9 @@ class Model(Section):
     attention: Attention = Attention.auto
     """How a batch is laid out in the forward pass."""
     fast: bool = True
-    """On a CPU, layers compiled for this machine, in one operation each, and products by oneDNN, where that is exact;
-    false: PyTorch's own (docs/how-it-works.md#fast-layers-on-a-cpu)."""
+    """On a CPU, layers compiled for this machine, in one operation each, and products by oneDNN; on a GPU, attention
+    without padding (docs/how-it-works.md#on-a-gpu); where that is exact. false: PyTorch's own
+    (docs/how-it-works.md#fast-layers-on-a-cpu)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
 

@@ -110,9 +110,7 @@ class Policy(nn.Module):
         self.decoding = decoding or (Decoding.flat if flat else Decoding.padded)
         self.extends = extends and self.decoding is Decoding.flat
         self.fused = fused and self.decoding is Decoding.flat
-        self.trunk = trunk and flat
-        self.blocks = blocks
-        self.kernels = kernels
+        self.trunk, self.blocks, self.kernels = trunk and flat, blocks, kernels
         self.switch = switch
         self._reach = reach
         self.end_ids = end_ids(self.causal_lm, tokenizer)

@@ -93,11 +93,12 @@ class SegmentAttention:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         # A query sees so many keys before itself.
         before = -1 if options.window is None else options.window - 1
-        found: Tensor = varlen_attn(
+        found: Any = varlen_attn(
             q, k, v, ends, ends, longest, longest,
             scale=options.scaling, window_size=(before, 0), enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        return found.transpose(0, 1)[None]
+        result: Tensor = found.transpose(0, 1)[None]
+        return result
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
         """[1, H, T, D] by FlexAttention."""
