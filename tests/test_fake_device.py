@@ -18,6 +18,8 @@ import torch
 from fake_cuda import rows
 from fake_device import Watch, register
 from rlpost.objectives.ragged import moved, true_at
+from rlpost.policy.segment_attention import SegmentAttention
+from rlpost.policy.tiles import Segment
 
 class Mixed(torch.autograd.Function):
     @staticmethod
@@ -57,6 +59,7 @@ with Watch(device) as watch:
     assert counts(lambda: torch.tensor([1.0], device=device)) == (0, 1)
     assert counts(lambda: moved(torch.ones(3), device)) == (0, 0)
     assert counts(lambda: x[true_at(torch.ones(3) > 0, device)]) == (0, 0)
+    assert counts(lambda: SegmentAttention([Segment(0, 200), Segment(200, 4, 0, 200)], 204, device).mask(5)) == (0, 0)
 
     rows(watch, ["grpo token_mean"], learns=True)
 """

@@ -16,11 +16,12 @@ from stubs import tiny_policy
 from torch.nn.attention import flex_attention as flex
 from torch.nn.attention import varlen
 
-from rlpost.policy import segment_attention
+from rlpost.policy import load, segment_attention
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.check import probe_groups
 from rlpost.policy.kernel_check import FLEX, VARLEN, exact_kernels, why_not
 from rlpost.policy.layout import FlatLayout
+from rlpost.policy.params import Model
 from rlpost.policy.segment_attention import BLOCK, TILES, Kernels, SegmentAttention
 from rlpost.policy.tiles import Segment
 from rlpost.types import Group
@@ -174,6 +175,21 @@ def test_a_model_says_the_same(family, half, monkeypatch):
     assert calls == [torch.bfloat16 if half else torch.float32] * policy.causal_lm.config.num_hidden_layers
     difference = (found - expected).abs()
     assert float(difference.mean() if half else difference.max()) < (0.05 if half else 1e-4)
+
+
+def test_a_model_that_keeps_tiles_on_its_device_says_so_once(llama_folder, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(load.console, "notice", said.append)
+    load._tell_once.cache_clear()
+    found = [(FLEX, ""), (TILES, "with FlexAttention its states differ by 1.0e-02")]
+    monkeypatch.setattr(load, "exact_kernels", lambda *_: found[-1])
+    for _ in range(2):
+        assert load.load_policy(llama_folder, Model(path=str(llama_folder))).kernels == TILES
+    told = f"attention runs on padded tiles, which is slower: {found[-1][1]}"
+    assert said.count(told) == 1
+    found.pop()
+    assert load.load_policy(llama_folder, Model(path=str(llama_folder))).kernels == FLEX
+    assert load.load_policy(llama_folder, Model(path=str(llama_folder), fast=False)).kernels == TILES
 
 
 def test_what_cannot_be_proved_exact_is_not_used(monkeypatch):
