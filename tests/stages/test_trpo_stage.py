@@ -119,9 +119,9 @@ def test_the_region_is_a_mean_over_actions_whatever_the_weight(tmp_path):
 def test_what_is_solved_is_damped_and_what_is_measured_is_not(tmp_path, monkeypatch):
     """Of a Fisher matrix of zeros the damping is left."""
     asked = []
-    monkeypatch.setattr(trpo, "finite_difference", lambda _, v: torch.zeros_like(v))
+    monkeypatch.setattr(trpo, "finite_difference", lambda _, v, **_more: torch.zeros_like(v))
 
-    def solve(product, g, *, iterations):
+    def solve(product, g, *, iterations, dot):
         asked.append((g, product(g)))
         return g
 
