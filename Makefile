@@ -2,7 +2,7 @@
 # make smollm2 a real instruct model through the same, offline, in half an hour
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
-# make extras  the tests of optional packages (QLoRA, trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
+# make extras  the tests of optional packages (QLoRA, 8-bit moments, trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked

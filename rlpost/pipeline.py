@@ -37,7 +37,7 @@ from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
-from rlpost.recipe.specs.common import Stage
+from rlpost.recipe.specs.common import Stage, Training
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents
 from rlpost.run.environment import versions
@@ -52,6 +52,7 @@ from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.trackers.api import About
 from rlpost.trackers.mirrors import Mirrors, check, open_mirrors
+from rlpost.train.optimizers import must_be_installed
 from rlpost.train.params import Strategy
 from rlpost.unexpected import traceback_kept
 from rlpost.usercode.binding import bind
@@ -208,6 +209,8 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
         if stage.file is not None:
             file, sha256 = stage.file
             lines.append(f"stages.{name}.kind: {stage.kind.rpartition(':')[2]} from {file} (sha256 {sha256[:12]})")
+        if isinstance(stage, Training):
+            must_be_installed(stage.optimizer, f"stages.{name}.optimizer")
         _check_data(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:

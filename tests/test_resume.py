@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import Trap, finish, start, wait_until
+from safetensors.torch import load_file
 from tiny_recipes import DPO, GRPO, PAIRS, PREFERENCES, SFT, jsonl, run, sha256, write
 
 from rlpost.cli.app import main
@@ -182,9 +183,9 @@ def test_a_signal_at_the_end_of_a_stage_begins_no_other(tmp_path, name, monkeypa
     assert command(monkeypatch, *words) == 0
 
 
-def stopped_in_dpo(folder: Path, monkeypatch) -> list[str]:
+def stopped_in_dpo(folder: Path, monkeypatch, optimizer: str = "adamw", *overrides: str) -> list[str]:
     """A run on pairs.jsonl that stopped in step 5, and the words of its command."""
-    file = write(folder, {"dpo": {**DPO, **EVERY}})
+    file = write(folder, {"dpo": {**DPO, **EVERY, "optimizer": optimizer}})
     update = Learner.update
 
     def failing(self, *args, **kwargs):
@@ -194,8 +195,8 @@ def stopped_in_dpo(folder: Path, monkeypatch) -> list[str]:
 
     with monkeypatch.context() as patched:
         patched.setattr(Learner, "update", failing)
-        assert command(monkeypatch, "train", str(file)) == 130
-    return ["train", str(file)]
+        assert command(monkeypatch, "train", str(file), *overrides) == 130
+    return ["train", str(file), *overrides]
 
 
 def test_another_learning_rate_is_refused_with_the_difference(tmp_path, monkeypatch, capsys):
@@ -209,6 +210,27 @@ def test_another_learning_rate_is_refused_with_the_difference(tmp_path, monkeypa
     assert command(monkeypatch, *words, "stages.dpo.learning_rate=2e-3", "--allow-change") == 0
     assert "resumes after step 3 of 9" in capsys.readouterr().err
     assert json.loads((tmp_path / "runs/run/dpo/metrics.jsonl").read_text().splitlines()[3])["learning_rate"] > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", ["muon", pytest.param("adamw_8bit", marks=pytest.mark.extras)])
+@pytest.mark.parametrize("way", [[], ["model.lora={r: 128, alpha: 128}"]], ids=["full", "lora"])
+def test_every_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch, optimizer, way):
+    wide = "model.config.hidden_size=64"  # moments of 8 bits are those of matrices of 4096 numbers
+    words = stopped_in_dpo(tmp_path, monkeypatch, optimizer, wide, *way)
+    assert command(monkeypatch, *words) == 0
+    assert command(monkeypatch, *words, "run=whole") == 0
+    assert left(tmp_path / "runs/run") == left(tmp_path / "runs/whole")
+    steps = load_file(tmp_path / "runs/run/dpo/checkpoints/step-000009/optimizer.safetensors")
+    assert any(key.endswith({"muon": "/momentum_buffer", "adamw_8bit": "/absmax1"}[optimizer]) for key in steps)
+
+
+def test_a_stage_does_not_go_on_with_another_optimizer(tmp_path, monkeypatch, capsys):
+    words = stopped_in_dpo(tmp_path, monkeypatch, "muon")
+    capsys.readouterr()
+    assert command(monkeypatch, *words, "stages.dpo.optimizer=adamw", "--allow-change") == 2
+    said = capsys.readouterr().err
+    assert 'stages.dpo.optimizer: "muon" -> "adamw"' in said
+    assert "the checkpoints of dpo stand on it" in said
 
 
 def test_settings_that_change_no_weight_may_change(tmp_path, monkeypatch, capsys):

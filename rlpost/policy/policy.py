@@ -31,7 +31,7 @@ from rlpost.policy.batch import (
 )
 from rlpost.policy.heads import reproduced_head
 from rlpost.policy.logprobs import LOGPROBS, Distributions, Head, LogitStats, PolicyOutput, score
-from rlpost.policy.recognise import NotRecognised
+from rlpost.policy.recognise import NotRecognised, layer_matrices
 from rlpost.policy.segment_attention import TILES, Kernels
 from rlpost.policy.sharded import Sharding
 from rlpost.policy.trunk import Trunk
@@ -193,6 +193,10 @@ class Policy(nn.Module):
         """The policy's trainable parameters by name, without those of a critic's adapter on the same base."""
         named = {n: p for n, p in self.named_parameters() if p.requires_grad}
         return {n: p for n, p in named.items() if not self.has_adapter or adapters.belongs(n, adapters.POLICY)}
+
+    def layer_matrices(self) -> frozenset[str]:
+        """Which of `trained()` are matrices of linear layers between embeddings and output head."""
+        return layer_matrices(self.causal_lm, self.trained())
 
     def forward(self, batch: Batch, stats: LogitStats = LOGPROBS) -> PolicyOutput:
         """Score every action of the batch.

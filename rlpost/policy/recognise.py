@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlpost.policy import adapters
 from rlpost.policy.fast_layers import FastLinear
@@ -49,6 +51,23 @@ def linear_of(module: Any) -> nn.Linear:
         raise NotRecognised(f"a layer is {type(base).__name__}")
     found: nn.Linear = base
     return found
+
+
+def layer_matrices(model: Any, named: Mapping[str, nn.Parameter]) -> frozenset[str]:
+    """Which of some parameters are matrices of linear layers between a model's embeddings and its output head.
+
+    Low-rank adapters of such layers are two linear layers in a row. Stacked experts, gains, biases, embeddings and
+    the head, and adapters of these two, are none.
+
+    Args:
+        model: a transformers causal language model.
+        named: parameters, of the model and others.
+    """
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends += [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    outside = {id(p) for m in ends for p in m.parameters()}
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    return frozenset(name for name, p in named.items() if p.ndim == 2 and id(p) in linear - outside)
 
 
 def window_of(attention: Any) -> int | None:

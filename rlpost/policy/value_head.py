@@ -25,6 +25,7 @@ from rlpost.policy.batch import Batch
 from rlpost.policy.load import HEAD_FILE, load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
+from rlpost.policy.recognise import layer_matrices
 from rlpost.policy.reference import same_base
 from rlpost.policy.score import over_passes
 from rlpost.types import Group
@@ -97,6 +98,10 @@ class ValueHeadModel(nn.Module):
         model = self.trunk.causal_lm
         unused = {id(model.get_output_embeddings().weight)} - {id(model.get_input_embeddings().weight)}
         return {n: p for n, p in named.items() if id(p) not in unused} | head
+
+    def layer_matrices(self) -> frozenset[str]:
+        """Which of `trained()` are matrices of the trunk's linear layers; the head is none."""
+        return layer_matrices(self.trunk.causal_lm, self.trained())
 
     def forward(self, batch: Batch) -> Values:
         """The values of the states before and after every action, and at every end."""

@@ -15,7 +15,7 @@ from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problem
 from rlpost.recipe.schema import Recipe
 from rlpost.rewards.params import reward_leaves
 from rlpost.section import join, walk
-from rlpost.train.params import Strategy
+from rlpost.train.params import OptimizerName, Strategy
 from rlpost.usercode.binding import check
 from rlpost.usercode.places import users_file
 
@@ -49,6 +49,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
     for function, lookup, where in functions_of(recipe):
         users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
     yield from _shards(recipe)
+    yield from _optimizers(recipe)
     if recipe.model.tokenizer:
         yield from source_problems(recipe.model.tokenizer.data, "model.tokenizer.data", None)
     for name, stage in recipe.enabled().items():
@@ -72,6 +73,19 @@ def _shards(recipe: Recipe) -> Iterator[str]:
                     f"{where}.engine: {inner.engine} would read weights of which every process has a share - "
                     "set parallel.strategy=ddp, or use the local engine"
                 )
+
+
+def _optimizers(recipe: Recipe) -> Iterator[str]:
+    """An optimiser of whole matrices, of which a process has a share only; adapters stay whole."""
+    if recipe.parallel.strategy is Strategy.ddp or recipe.model.lora is not None:
+        return
+    for name, stage in recipe.enabled().items():
+        chosen = getattr(stage, "optimizer", OptimizerName.adamw)
+        if chosen is not OptimizerName.adamw:
+            yield (
+                f"{join('stages', name)}.optimizer: {chosen} steps whole matrices, of which every process has a share "
+                "- use adamw, train an adapter (model.lora), or set parallel.strategy=ddp"
+            )
 
 
 def _stage_names(recipe: Recipe) -> Iterator[str]:

@@ -18,7 +18,7 @@ LATER = (
     *("model.attention", "model.chat_template", "model.gradient_checkpointing", "model.precision"),
 )
 """Keys outside the stages that take effect from now on; all others are refused once something was trained."""
-FIXED_IN_STAGES = ("kind", "start", "refresh", "recorded", "critic.start", "critic.trunk")
+FIXED_IN_STAGES = ("kind", "start", "optimizer", "refresh", "recorded", "critic.start", "critic.trunk")
 """Keys of a stage that its checkpoints depend on; the others take effect from its last checkpoint on."""
 LENGTHS = ("steps", "epochs")
 """Keys that may make a finished stage longer."""

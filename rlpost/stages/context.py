@@ -219,6 +219,7 @@ class Context:
             model,
             learning_rate=cfg.learning_rate if learning_rate is None else learning_rate,
             factor=learning_rate_factor(cfg.schedule, cfg.warmup, updates),
+            optimizer=cfg.optimizer,
             betas=cfg.betas,
             weight_decay=cfg.weight_decay,
             max_grad_norm=cfg.max_grad_norm,

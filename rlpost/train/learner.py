@@ -21,6 +21,8 @@ from rlpost.policy.batch import Batch
 from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.sharded import apart, is_sharded, like, local
 from rlpost.train.experience import Experience
+from rlpost.train.optimizers import Optimizer
+from rlpost.train.params import OptimizerName
 from rlpost.types import Group
 
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
@@ -54,6 +56,10 @@ class Trainable(Protocol):
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name."""
+        ...
+
+    def layer_matrices(self) -> frozenset[str]:
+        """Which of them are matrices of linear layers between embeddings and output head."""
         ...
 
     def batch(self, groups: Sequence[Group]) -> Batch:
@@ -94,6 +100,7 @@ class Learner:
         *,
         learning_rate: float,
         factor: Callable[[int], float] = lambda _: 1.0,
+        optimizer: OptimizerName = OptimizerName.adamw,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -107,7 +114,8 @@ class Learner:
             model: what is trained.
             learning_rate: the peak.
             factor: update number -> factor on the peak.
-            betas: of AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101).
+            optimizer: of the matrices in the model's layers; all else has AdamW.
+            betas: of AdamW.
             weight_decay: on matrices only; gains and biases are left alone.
             max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
             max_tokens_per_microbatch: budget of one forward and backward pass; it never changes a gradient.
@@ -130,17 +138,8 @@ class Learner:
         self._named = model.trained()
         assert self._named, "nothing to train"
         self._in_shards = {name for name, p in self._named.items() if is_sharded(p)}
-        matrices = [p for p in self._named.values() if p.ndim >= 2]
-        others = [p for p in self._named.values() if p.ndim < 2]
-        self._optimizer = torch.optim.AdamW(
-            [
-                *({"params": some, "weight_decay": weight_decay} for some in apart(matrices)),
-                *({"params": some, "weight_decay": 0.0} for some in apart(others)),
-            ],
-            lr=learning_rate,
-            betas=betas,
-            fused=True,
-        )
+        layers = model.layer_matrices()
+        self._optimizer = Optimizer(self._named, layers, optimizer, betas=betas, weight_decay=weight_decay)
 
     @property
     def rate(self) -> float:
@@ -162,9 +161,7 @@ class Learner:
         norm = self._clip()
         self.must_be_finite(metrics)
         rate = self.rate
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
+        self._optimizer.step(rate)
         self.updates += 1
         rows = experience.rows
         self.trained_tokens += rows.actions
@@ -337,8 +334,7 @@ class Learner:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """The optimiser's moments and counts, keyed `parameter/what`."""
-        state = self._optimizer.state
-        return {f"{n}/{key}": v for n, p in self._named.items() for key, v in state.get(p, {}).items()}
+        return self._optimizer.tensors()
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -350,15 +346,7 @@ class Learner:
     def load(self, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], updates: int) -> None:
         """Restore what `weights()` and `optimizer_state()` returned after `updates` updates."""
         self.load_weights(weights)
-        state: dict[Tensor, dict[str, Tensor]] = {}
-        for key, value in optimizer.items():
-            name, what = key.rsplit("/", 1)
-            p = self._named[name]
-            # The step count too: a fused optimiser needs it on the parameter's device.
-            moved = like(value, p) if value.shape == p.shape else value
-            state.setdefault(p, {})[what] = moved.to(p.device).clone()
-        self._optimizer.state.clear()
-        self._optimizer.state.update(state)
+        self._optimizer.load(optimizer)
         self.updates = updates
 
 

@@ -33,6 +33,19 @@ class Parallel(Section):
             yield f"{where}.cpu_offload: only shares are offloaded - set {where}.strategy=fsdp2 too"
 
 
+class OptimizerName(Choice):
+    """The optimiser of matrices in a model's layers; all else has AdamW (docs/how-it-works.md#optimisers)."""
+
+    adamw = "adamw"
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)."""
+    adamw_8bit = "adamw_8bit"
+    """AdamW with moments of 8 bits (Dettmers et al. 2022, arXiv:2110.02861): 2 bytes a weight, and not 8; needs
+    `pip install 'rlpost[bnb]'`."""
+    muon = "muon"
+    """Muon (Jordan et al. 2024), its steps scaled to the length of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that
+    one learning rate serves both."""
+
+
 class Schedule(Choice):
     """Shape of the learning rate after its warm-up."""
 

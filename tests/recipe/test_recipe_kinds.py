@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlpost.errors import RecipeError
 from rlpost.goals.maze_run import policy_of
 from rlpost.inference.best_of import rewards_of
 from rlpost.recipe.kinds import function_of, kinds, spec_of
@@ -67,3 +68,16 @@ def test_a_maze_is_solved_by_the_last_policy_of_any_kind(write, tmp_path: Path, 
     for name in config.stages:
         StageDirectory(run / name).finish(lambda folder: None, {"stage": name})
     assert policy_of(run, config, None) == StageDirectory(run / "last").final
+
+
+def test_trpo_has_no_optimizer_to_choose(write) -> None:
+    stage = f"  x: {{kind: trpo, {STAGE}, {SAMPLES}, optimizer: muon}}\n"
+    with pytest.raises(RecipeError, match=r"stages\.x\.optimizer: muon - trpo takes its own steps.*remove it"):
+        resolve(recipe(write, stage))
+
+
+def test_shards_are_stepped_by_adamw_alone(write) -> None:
+    stages = f"  x: {{kind: sft, {STAGE}, optimizer: muon}}\nparallel: {{strategy: fsdp2}}\n"
+    with pytest.raises(RecipeError, match=r"stages\.x\.optimizer: muon steps whole matrices.*parallel\.strategy=ddp"):
+        resolve(recipe(write, stages))
+    assert resolve(recipe(write, stages), ["model.lora={r: 4}"]).config.stages["x"].optimizer == "muon"

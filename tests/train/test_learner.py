@@ -26,12 +26,19 @@ from rlpost.types import Completion, Group, completions
 EVERYTHING = 10**6
 
 
-def make_policy(family: str = "gpt2", dtype: torch.dtype = torch.float64, flat: bool = True, lora: bool = False):
-    model = tiny(family, dtype)
+def make_policy(
+    family: str = "gpt2",
+    dtype: torch.dtype = torch.float64,
+    flat: bool = True,
+    lora: bool = False,
+    wide: bool = False,
+    r: int = 2,
+):
+    model = tiny(family, dtype, wide=wide)
     remove_dropout(model)
     use_attention(model, FLAT if flat else "sdpa")
     if lora:
-        model = adapters.add_policy_adapter(model.requires_grad_(False), Lora(r=2, alpha=4.0))
+        model = adapters.add_policy_adapter(model.requires_grad_(False), Lora(r=r, alpha=4.0))
     return Policy(model, EndTokenOnly(), flat=flat).eval()
 
 
@@ -222,13 +229,14 @@ def test_a_model_is_in_training_mode_for_its_gradient_alone():
 # --- Resuming
 
 
-def assert_resumes(make: Callable[[], Policy], losses: Sequence[Callable], at: int) -> None:
+def assert_resumes(make: Callable[[], Policy], losses: Sequence[Callable], at: int, settings: Mapping = {}) -> None:
     """A learner that loads after `at` updates ends where one that went on ends."""
 
-    def settings(policy: Policy) -> Learner:
-        return make_learner(policy, learning_rate=0.01, factor=lambda u: 1 / (u + 1), weight_decay=0.1)
+    def begun(policy: Policy) -> Learner:
+        how = {"learning_rate": 0.01, "factor": lambda u: 1 / (u + 1), "weight_decay": 0.1, **settings}
+        return make_learner(policy, **how)
 
-    learner = settings(make())
+    learner = begun(make())
     saved = {}
     for number, loss in enumerate(losses):
         if number == at:
@@ -240,7 +248,7 @@ def assert_resumes(make: Callable[[], Policy], losses: Sequence[Callable], at: i
         for p in policy.parameters():
             if p.requires_grad:
                 p.add_(1.0)  # a resumed process has other weights until it loads
-    resumed = settings(policy)
+    resumed = begun(policy)
     kept = snapshot(saved["optimizer"])
     resumed.load(**saved)
     for number, loss in list(enumerate(losses))[at:]:

@@ -15,7 +15,7 @@ from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section
 from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.suggest import hint_or_list
-from rlpost.train.params import KeepBest, Schedule
+from rlpost.train.params import KeepBest, OptimizerName, Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
 from rlpost.usercode.signatures import info_of
 
@@ -66,12 +66,14 @@ class Stage(Section):
 
 
 class Training(Stage):
-    """What every stage that updates weights has. The optimiser is AdamW; `trpo` takes its own steps."""
+    """What every stage that updates weights has."""
 
     steps: int | None = Field(None, ge=1)
     """Optimiser steps; or give `epochs`. Of stages that sample: steps of sampling, and required."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the rows; not for stages that sample."""
+    optimizer: OptimizerName = OptimizerName.adamw
+    """What makes a step of a gradient; `trpo` takes its own steps."""
     learning_rate: float = Field(gt=0)
     """The peak of the learning rate."""
     schedule: Schedule = Schedule.linear
@@ -81,7 +83,7 @@ class Training(Stage):
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of matrices; gains and biases have none."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """β₁ and β₂ of AdamW."""
+    """β₁ and β₂ of AdamW; Muon's momentum is 0.95."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them."""
     max_tokens_per_microbatch: int = Field(4096, ge=1)

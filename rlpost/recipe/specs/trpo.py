@@ -8,7 +8,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from rlpost.policy.params import Lora, Model
+from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Grouped
+from rlpost.train.params import OptimizerName
 
 
 class Trpo(Grouped):
@@ -29,6 +31,11 @@ class Trpo(Grouped):
     function: ClassVar[str] = "rlpost.stages.trpo:trpo"
     kl_in_loss: ClassVar[bool] = False
     balances: ClassVar[bool] = False
+
+    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from super().rules(where, earlier)
+        if self.optimizer is not OptimizerName.adamw:
+            yield f"{where}.optimizer: {self.optimizer} - trpo takes its own steps, without an optimiser; remove it"
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
         yield from super().warnings(where, model)
