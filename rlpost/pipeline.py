@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,7 +26,7 @@ from rlpost.evaluate.params import Evaluation
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.load import decide_bfloat16, width_of
-from rlpost.policy.memory import keep_freed_memory
+from rlpost.policy.memory import free_memory, keep_freed_memory
 from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Lora, Model, Precision
 from rlpost.policy.quantized import must_have_bitsandbytes
@@ -280,7 +279,7 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
         if not isinstance(result, Path):
             what = f"stages.{context.name}.kind: {stage.kind} returned {result!r}"
             raise RecipeError(f"{what} - return what context.finish(...) or context.finish_dataset(...) gives")
-        _free_memory(context.device)
+        free_memory(context.device)  # what the stage's models have left: the next one loads its own
     if stage.leaves is Leaves.rows:
         done.rows[context.name] = context.out.rows
         return
@@ -288,13 +287,6 @@ def _run_stage(context: Context, stage: Stage, done: Progress, evaluations: Stag
     if stage.leaves is Leaves.policy:
         done.current = done.checkpoints[context.name]
         evaluations.after(context.name, done.current, done.checkpoints)
-
-
-def _free_memory(device: torch.device) -> None:
-    """Give back what the stage's models have left: the next one loads its own."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
 
 
 def _asks_for_more(context: Context, stage: Stage) -> bool:

@@ -15,7 +15,7 @@ from rlpost.errors import DiskError, OutOfMemoryError, RlpostError, UnexpectedEr
 
 LOG = "error.log"
 _PACKAGE = Path(__file__).parent
-_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """Texts of the plain RuntimeErrors that torch raises when memory is short."""
 
 
@@ -45,7 +45,7 @@ def explained(error: Exception, log: Path | None = None) -> RlpostError:
         return DiskError(f"{shown}: {error.strerror}; use another path, or make this one accessible")
     where = _kept(error, log)
     first = next(iter(str(error).splitlines()), "")[:300] or "no message"
-    if _of_memory(error):
+    if of_memory(error):
         return OutOfMemoryError(
             f"out of memory at {location_of(error)}: {first} - lower the stage's max_tokens_per_microbatch or "
             "model.lora.r, set model.gradient_checkpointing=true, or lower prompts_per_step, group_size, batch_size or "
@@ -77,7 +77,8 @@ def was_interrupted(error: BaseException | None) -> bool:
     return False
 
 
-def _of_memory(error: Exception) -> bool:
+def of_memory(error: Exception) -> bool:
+    """Whether it says that the GPU's or the machine's memory is short."""
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OF_MEMORY))
 

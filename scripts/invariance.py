@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from stage_updates import CASES, Case, Measured
 from torch import multiprocessing
-from worlds import World
+from worlds import Memory, World
 
 from rlpost import ranks
 from rlpost.objectives.weights import token_mean
@@ -54,6 +54,8 @@ FEWER = (Cut(8, "apart", shuffled=True), Cut(8, "padded"))
 """For models whose rounding is coarser anyway."""
 PROCESSES = (2, 3, 6)
 """Of the last ones some have nothing to do."""
+SHORT = 30
+"""Tokens that fit into the memory of the second of two processes, half of what it is asked for."""
 LONE_GROUP = 1
 """The group of which all rewards are equal."""
 
@@ -112,10 +114,14 @@ def worst_gap(case: Case, world: World, cuts: Sequence[Cut]) -> Gap:
     return worst([gap(measured(case, world, cut)[0], expected) for cut in cuts])
 
 
-def two_steps(world: World) -> Measured:
-    """Weights after two updates and the metrics of both; some groups have nothing to teach in the second one."""
+def two_steps(world: World, memory: int | None = None) -> Measured:
+    """Weights after two updates and the metrics of both; some groups have nothing to teach in the second one.
+
+    With `memory` passes over more tokens fail, and the budget is lowered for it.
+    """
     policy = World(world.family, world.dtype).policy()
-    learner = Learner(policy, learning_rate=1e-2, max_grad_norm=0.1, max_tokens_per_microbatch=30)
+    limit = None if memory is None else Memory(policy, memory)
+    learner = Learner(policy, learning_rate=1e-2, max_grad_norm=0.1, max_tokens_per_microbatch=60)
     lines: dict[str, float] = {}
 
     def loss(scores: Any, part: Experience) -> Any:
@@ -129,6 +135,7 @@ def two_steps(world: World) -> Measured:
             needed = tuple(g != LONE_GROUP for g, group in enumerate(world.groups) for _ in group.completions)
             experience = replace(experience, needed_S=needed)
         lines |= {f"{name}/{step}": x for name, x in learner.update(loss, experience).items()}
+    assert limit is None or limit.failed == 1, "the smaller budget stays"
     return learner.flat_weights(), lines
 
 
@@ -140,6 +147,8 @@ def _rank(rank: int, count: int, folder: str, names: Sequence[str]) -> None:
     world = World("gpt2", torch.float64)
     found = {name: measured(CASES[name](world), world, Cut(3))[0] for name in names}
     found["steps"] = two_steps(world)
+    if count == 2:
+        found["short"] = two_steps(world, memory=SHORT if rank else None)
     torch.save(found, Path(folder, f"rank{rank}"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -20,6 +20,7 @@ from families import VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.engine.params import Sampling
 from rlpost.policy.attention import FLAT, use_attention
+from rlpost.policy.batch import Batch
 from rlpost.policy.load import remove_dropout
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
@@ -57,6 +58,30 @@ class Apart(Policy):
     """Flat rows in which every completion has its own copy of the prompt."""
 
     shares_prompts = False
+
+
+class Memory:
+    """Lets a policy's passes over more than `tokens` fail for lack of memory, forward or backward."""
+
+    def __init__(self, policy: Policy, tokens: int, *, backward: bool = False, error: Exception | None = None) -> None:
+        self.failed = 0
+        plain = policy._hidden
+
+        def fail(*_: Any) -> None:
+            self.failed += 1
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        def hidden(batch: Batch) -> torch.Tensor:
+            found = plain(batch)
+            if sum(p.ids_BT.numel() for p in batch.passes) <= tokens:
+                return found
+            if not backward:
+                fail()
+            if found.requires_grad:
+                found.register_hook(fail)
+            return found
+
+        policy._hidden = hidden  # type: ignore[method-assign]
 
 
 class World:

@@ -87,6 +87,12 @@ def test_processes_take_the_steps_of_one(gpt2, ranks):
         assert max(gap(everything["steps"], expected)) <= EXACT, rank
 
 
+def test_all_processes_take_smaller_passes_where_the_memory_of_one_is_short(gpt2, ranks):
+    expected = two_steps(gpt2)
+    for rank in range(2):
+        assert max(gap(ranks[2, rank]["short"], expected)) <= EXACT, rank
+
+
 @pytest.mark.parametrize("function", [aot, bco])
 def test_a_coupled_loss_that_is_taken_part_by_part_would_be_seen(function, gpt2):
     """Declared as one of single pairs, the loss is taken part by part: its sort, or its mean, is then a part's own."""

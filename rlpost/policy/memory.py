@@ -1,9 +1,12 @@
-"""Keeps freed memory in the process instead of giving it back to the system."""
+"""Memory that was freed: kept in the process between passes, given back between models."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
+
+import torch
 
 _TRIM_THRESHOLD = -1  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's malloc.h
 _MMAP_THRESHOLD = -3
@@ -24,3 +27,10 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(any(mallopt(option, size) for size in _BYTES) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def free_memory(device: torch.device) -> None:
+    """Collect what is no longer used, and give back what a device's allocator has kept of it."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()

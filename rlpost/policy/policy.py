@@ -212,6 +212,11 @@ class Policy(nn.Module):
             teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
             return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher, compiled=self.blocks)
 
+    @property
+    def in_shards(self) -> bool:
+        """Every pass gathers weights from all ranks."""
+        return self.sharding is not None
+
     def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
         """Inside, ranks may make different numbers of passes, all with a gradient or all without."""
         return nullcontext() if self.sharding is None else self.sharding.in_turn(gradient)

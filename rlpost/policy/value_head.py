@@ -110,6 +110,11 @@ class ValueHeadModel(nn.Module):
         value_T = self.head(hidden_TD)[:, 0]
         return Values(value_T[batch.before_N], value_T[batch.after_N], value_T[batch.after_S])
 
+    @property
+    def in_shards(self) -> bool:
+        """Every pass gathers the trunk's weights from all ranks."""
+        return self.trunk.in_shards
+
     def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
         """Inside, ranks may make different numbers of passes."""
         return self.trunk.in_turn(gradient=gradient and self.trains_trunk)

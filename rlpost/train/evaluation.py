@@ -9,9 +9,9 @@ from typing import Any
 
 from rlpost.console import compact
 from rlpost.policy.policy import Policy
-from rlpost.train.learner import Trainable
 from rlpost.train.params import KeepBest
 from rlpost.train.random_state import random_state_kept
+from rlpost.train.trainable import Trainable
 
 Measure = Callable[[], Mapping[str, float]]
 """Held-out metrics of the weights as they are."""

@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlpost import ranks
+from rlpost import console, ranks
 from rlpost.errors import DivergedError
 from rlpost.policy.balance import Balance, Load, add
 from rlpost.policy.batch import Batch
 from rlpost.policy.logprobs import LogitStats
+from rlpost.policy.memory import free_memory
 from rlpost.policy.sharded import apart, is_sharded, like, local
 from rlpost.train.experience import Experience
+from rlpost.train.meter import BALANCE, LOSS, Meter, Sums, averages
+from rlpost.train.microbatches import Microbatches
 from rlpost.train.optimizers import Optimizer
 from rlpost.train.params import OptimizerName
-from rlpost.types import Group
+from rlpost.train.random_state import random_state, set_random_state
+from rlpost.train.trainable import Trainable
+from rlpost.unexpected import of_memory
 
+T = TypeVar("T")
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(the model's output on a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
 
@@ -33,59 +40,6 @@ _REMEDY = (
     "nothing was changed by it. Lower learning_rate (--allow-change goes on from the last checkpoint with it), "
     "or look at the last rollouts"
 )
-
-LOSS = "loss"
-BALANCE = "router_balance"
-"""The balance loss of a mixture of experts, before its coefficient; 1 would be the number of experts a token has."""
-SUMMED = (LOSS, BALANCE)
-"""The metrics that are summed over parts and ranks, since their weights were counted over the whole update."""
-
-
-class Trainable(Protocol):
-    """What a learner trains: a policy, or a model with a value head (a critic, a reward model)."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights live."""
-        ...
-
-    @property
-    def shares_prompts(self) -> bool:
-        """A prompt is computed once for its completions."""
-        ...
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name."""
-        ...
-
-    def layer_matrices(self) -> frozenset[str]:
-        """Which of them are matrices of linear layers between embeddings and output head."""
-        ...
-
-    def batch(self, groups: Sequence[Group]) -> Batch:
-        """The batch that its forward pass takes."""
-        ...
-
-    def __call__(self, batch: Batch, *stats: LogitStats) -> Any:
-        """Its output on the batch; a policy also takes the statistics to compute."""
-        ...
-
-    def backward_done(self) -> None:
-        """The backward pass of the last forward pass is over."""
-        ...
-
-    def in_turn(self, *, gradient: bool = False) -> AbstractContextManager[None]:
-        """Inside, ranks may make different numbers of passes."""
-        ...
-
-    @property
-    def training(self) -> bool:
-        """Whether dropout is on."""
-        ...
-
-    def train(self, mode: bool = True) -> Any:
-        """Dropout on, as while training, or off."""
-        ...
 
 
 class Learner:
@@ -118,7 +72,8 @@ class Learner:
             betas: of AdamW.
             weight_decay: on matrices only; gains and biases are left alone.
             max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
-            max_tokens_per_microbatch: budget of one forward and backward pass; it never changes a gradient.
+            max_tokens_per_microbatch: budget of one forward and backward pass; it never changes a gradient, and is
+                halved where memory is short.
             whole_groups: groups are not cut (losses that compare completions).
             balance: the balance loss of a mixture of experts, added to every update.
         """
@@ -132,8 +87,7 @@ class Learner:
         self._peak = learning_rate
         self._factor = factor
         self._max_norm = max_grad_norm
-        self._budget = max_tokens_per_microbatch
-        self._whole = whole_groups
+        self._microbatches = Microbatches(model, max_tokens_per_microbatch, whole_groups=whole_groups)
         self._balance = balance
         self._named = model.trained()
         assert self._named, "nothing to train"
@@ -156,6 +110,7 @@ class Learner:
 
         Raises:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
+            OutOfMemoryError: if a pass of one completion does not fit into memory; nothing was changed then.
         """
         metrics = self._gradient(loss, experience, self._balance, stats)
         norm = self._clip()
@@ -175,43 +130,67 @@ class Learner:
     def _gradient(
         self, loss: LossFunction, experience: Experience, balance: Balance | None, stats: LogitStats | None
     ) -> dict[str, float]:
-        meter = Meter()
+        def attempt() -> list[Sums] | None:
+            whole = None
+            # A single part is the whole update, so its own expert load is enough.
+            if balance is not None and (ranks.count() > 1 or len(self._microbatches.parts(experience)) > 1):
+                whole = self._whole_load(balance, experience, stats)
+                if whole is None:
+                    return None
+            passes = partial(self._passes, loss, balance=balance, whole=whole, stats=stats)
+            return self._attempt(experience, passes, gradient=True)
+
         self.model.train()
-        self._zero_gradients()
-        parts = self._parts(experience)
-        # A single part is the whole update, so its own expert load is enough.
-        alone = len(parts) == 1 and ranks.count() == 1
-        whole = None if balance is None or alone else self._whole_load(balance, parts, stats)
-        with self.model.in_turn(gradient=True):
-            for part in parts:
-                batch = self.model.batch(part.groups)
-                with balance.recording() if balance is not None else nullcontext() as recorded:
-                    output = self._output(batch, stats)
-                total, metrics = loss(output, part.to(self.model.device))
-                if balance is not None and recorded is not None:
-                    load = balance.load(recorded, batch)
-                    extra = load.loss_within(whole or load)
-                    meter.add({BALANCE: extra[None]})
-                    (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
-                else:
-                    total.backward()  # type: ignore[no-untyped-call]
-                self.model.backward_done()
-                meter.add_part(total.detach(), metrics)
+        everyone = self._until_it_fits(attempt)
         self.model.train(False)
         # Those of shards were summed by the backward pass.
         ranks.sum_over_ranks(p.grad for p in self._named.values() if p.grad is not None and not is_sharded(p))
-        return {LOSS: 0.0, **meter.averages()}
+        return {LOSS: 0.0, **averages(everyone)}
+
+    def _passes(
+        self,
+        loss: LossFunction,
+        parts: Sequence[Experience],
+        *,
+        balance: Balance | None,
+        whole: Load | None,
+        stats: LogitStats | None,
+    ) -> Sums:
+        """Forward and backward over this rank's parts; their gradients add up in the parameters."""
+        meter = Meter()
+        self._zero_gradients()
+        for part in parts:
+            batch = self.model.batch(part.groups)
+            with balance.recording() if balance is not None else nullcontext() as recorded:
+                output = self._output(batch, stats)
+            total, metrics = loss(output, part.to(self.model.device))
+            if balance is not None and recorded is not None:
+                load = balance.load(recorded, batch)
+                extra = load.loss_within(whole or load)
+                meter.add({BALANCE: extra[None]})
+                (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
+            else:
+                total.backward()  # type: ignore[no-untyped-call]
+            self.model.backward_done()
+            meter.add_part(total.detach(), metrics)
+        return meter.sums()
 
     @torch.no_grad()
-    def _whole_load(self, balance: Balance, parts: Sequence[Experience], stats: LogitStats | None) -> Load:
-        """The expert load of the whole update, over all ranks."""
+    def _whole_load(self, balance: Balance, experience: Experience, stats: LogitStats | None) -> Load | None:
+        """The expert load of the whole update, over all ranks; None if memory was short."""
+
         load = balance.empty(self.model.device)
-        with self.model.in_turn():
+
+        def own(parts: Sequence[Experience]) -> None:
+            nonlocal load
             for part in parts:
                 batch = self.model.batch(part.groups)
                 with balance.recording() as recorded:
                     self._output(batch, stats)
                 load = add(load, balance.load(recorded, batch))
+
+        if self._attempt(experience, own) is None:
+            return None
         chosen_E, tokens = load.chosen_E.clone(), load.tokens.clone()
         ranks.sum_over_ranks([chosen_E, tokens])
         return Load(chosen_E, load.probability_E, tokens)
@@ -222,35 +201,73 @@ class Learner:
     ) -> Tensor:
         """`take(output, part)` of every part, concatenated along the first axis; no gradient, on the CPU."""
 
-        def own() -> list[Tensor]:
+        def own(parts: Sequence[Experience]) -> list[Tensor]:
             taken = []
-            with self.model.in_turn():
-                for part in self._parts(experience):
-                    output = self._output(self.model.batch(part.groups), stats)
-                    taken.append(take(output, part.to(self.model.device)).cpu())
+            for part in parts:
+                output = self._output(self.model.batch(part.groups), stats)
+                taken.append(take(output, part.to(self.model.device)).cpu())
             return taken
 
-        pieces = [piece for some in ranks.together(own) for piece in some]
+        everyone = self._until_it_fits(lambda: self._attempt(experience, own))
+        pieces = [piece for some in everyone for piece in some]
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
     def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """The metrics of `loss` on the whole experience, without gradient."""
-        meter = Meter()
-        with torch.no_grad(), self.model.in_turn():
-            for part in self._parts(experience):
+
+        @torch.no_grad()
+        def own(parts: Sequence[Experience]) -> Sums:
+            meter = Meter()
+            for part in parts:
                 output = self._output(self.model.batch(part.groups), stats)
                 total, metrics = loss(output, part.to(self.model.device))
                 meter.add_part(total, metrics)
-        return {LOSS: 0.0, **meter.averages()}
+            return meter.sums()
+
+        return {LOSS: 0.0, **averages(self._until_it_fits(lambda: self._attempt(experience, own)))}
+
+    def _until_it_fits(self, attempt: Callable[[], T | None]) -> T:
+        """What `attempt` returns once it is not None, each time from the same random state."""
+        before, state = self._microbatches.tokens, random_state()
+        while (found := attempt()) is None:
+            set_random_state(state)
+        if self._microbatches.tokens < before:
+            console.warn(
+                f"{self._here}: out of memory with max_tokens_per_microbatch={before}; it goes on with "
+                f"max_tokens_per_microbatch={self._microbatches.tokens}, which the stage can begin with"
+            )
+        return found
+
+    def _attempt(
+        self, experience: Experience, work: Callable[[Sequence[Experience]], T], *, gradient: bool = False
+    ) -> list[T] | None:
+        """What `work` returns on each rank of its parts; None if one ran out of memory, and the budget is lower now.
+
+        `work` sends nothing to other ranks: it may end early on one of them.
+        """
+
+        def tried() -> tuple[T] | None:
+            try:
+                with self.model.in_turn(gradient=gradient):
+                    return (work(self._microbatches.parts(experience)),)
+            except (RuntimeError, MemoryError) as error:
+                # A pass of shards that broke off cannot be made again: others wait within theirs.
+                if self.model.in_shards or not of_memory(error):
+                    raise
+                return None
+
+        everyone = ranks.together(tried)
+        short = [rank for rank, found in enumerate(everyone) if found is None]
+        if not short:
+            return [found[0] for found in everyone if found is not None]
+        self.model.backward_done()
+        free_memory(self.model.device)
+        self._microbatches.lower(experience, short, self._here)
+        return None
 
     def _output(self, batch: Batch, stats: LogitStats | None) -> Any:
         """The model's output on a batch; a model with a value head takes no statistics."""
         return self.model(batch) if stats is None else self.model(batch, stats)
-
-    def _parts(self, experience: Experience) -> list[Experience]:
-        """Of this rank's share."""
-        own = experience.share(ranks.index(), ranks.count(), whole_groups=self._whole)
-        return own.cut(self._budget, whole_groups=self._whole, shared_prompts=self.model.shares_prompts)
 
     def _zero_gradients(self) -> None:
         # Zeros, not None: the optimiser skips None, but a parameter without gradient this time (an unused expert)
@@ -348,35 +365,3 @@ class Learner:
         self.load_weights(weights)
         self._optimizer.load(optimizer)
         self.updates = updates
-
-
-class Meter:
-    """Means over all elements of an update, whatever parts and ranks they came in."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add the elements of each 1-D tensor."""
-        for name, x in values.items():
-            assert x.ndim == 1, name
-            # In float64: statistics such as an explained variance are differences of these means.
-            own = x.detach().sum(dtype=torch.float64)
-            self._sums[name] = self._sums[name] + own if name in self._sums else own
-            self._counts[name] = self._counts.get(name, 0) + x.numel()
-
-    def add_part(self, total: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        """Add a part's metrics and its loss, which sums up over parts."""
-        self.add({LOSS: total[None], **metrics})
-
-    def averages(self) -> dict[str, float]:
-        """Means over the elements of all ranks, and sums for `SUMMED`; a rank may have added nothing."""
-        sums = torch.stack(list(self._sums.values())).tolist() if self._sums else []
-        own = dict(zip(self._sums, zip(sums, self._counts.values(), strict=True), strict=True))
-        everyone = ranks.together(lambda: own)
-        table: dict[str, tuple[float, int]] = {}
-        for name, (total, count) in (item for one in everyone for item in one.items()):
-            before = table.get(name, (0.0, 0))
-            table[name] = (before[0] + total, before[1] + count)
-        return {name: total if name in SUMMED else total / max(count, 1) for name, (total, count) in table.items()}

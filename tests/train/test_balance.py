@@ -13,7 +13,8 @@ from rlpost.policy.balance import balance_of, is_mixture, own_coefficient
 from rlpost.policy.check import check_exactness
 from rlpost.policy.policy import Policy
 from rlpost.train.experience import Experience
-from rlpost.train.learner import BALANCE, Learner
+from rlpost.train.learner import Learner
+from rlpost.train.meter import BALANCE
 from rlpost.types import Group
 
 SIZES = {

@@ -33,12 +33,13 @@ def make_policy(
     lora: bool = False,
     wide: bool = False,
     r: int = 2,
+    dropout: float = 0.0,
 ):
     model = tiny(family, dtype, wide=wide)
     remove_dropout(model)
     use_attention(model, FLAT if flat else "sdpa")
     if lora:
-        model = adapters.add_policy_adapter(model.requires_grad_(False), Lora(r=r, alpha=4.0))
+        model = adapters.add_policy_adapter(model.requires_grad_(False), Lora(r=r, alpha=4.0, dropout=dropout))
     return Policy(model, EndTokenOnly(), flat=flat).eval()
 
 
