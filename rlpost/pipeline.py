@@ -23,6 +23,7 @@ from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
 from rlpost.errors import Interrupted, ModelError, RecipeError
 from rlpost.evaluate.params import Evaluation
+from rlpost.inference import memory_plan
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.load import decide_bfloat16, width_of
@@ -229,7 +230,7 @@ def dry_run(resolved: Resolved) -> list[str]:
         lines.append(f"  {name}: {_plan(stage)}" if stage.enabled else f"  {name}: left out")
     if isinstance(recipe.evaluation, Evaluation):
         lines.append(f"  evaluation: {', '.join(recipe.evaluation.data)}")
-    return lines
+    return [*lines, *memory_plan.lines(resolved)]
 
 
 def _adapter(lora: Lora) -> str:

@@ -12,7 +12,6 @@ from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
 from rlpost.policy.params import Attention
 from rlpost.recipe.resolve import Resolved
-from rlpost.run.lookup import find_checkpoint
 from rlpost.types import Group
 
 
@@ -22,6 +21,7 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
     Trained tokens are marked: in colour on a terminal, between » and « elsewhere. Scores, labels and the like stand
     before their completion.
     """
+    from rlpost.inference.recipe_model import positions_in, tokenizer_of
     from rlpost.stage_rows import open_rows, own_sources
 
     lines: list[str] = []
@@ -30,7 +30,7 @@ def show_rows(resolved: Resolved, n: int) -> list[str]:
         if not stage.enabled or not own_sources(stage):
             continue
         if codec is None:
-            codec, positions = make_codec(_tokenizer(resolved)), _positions(resolved)
+            codec, positions = make_codec(tokenizer_of(resolved)), positions_in(resolved)
         data = open_rows(resolved, name, codec, positions)
         lines += [f"stages.{name}", *(f"  {console.clean(line)}" for line in data.notices)]
         lines += (f"  {line}" for line in _lines(resolved, stage, data, codec.tokenizer, n))
@@ -88,28 +88,3 @@ def _annotations(group: Group, need: DataRole) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:g}"
-
-
-def _tokenizer(resolved: Resolved) -> Any:
-    from rlpost.base_model import scratch_tokenizer
-    from rlpost.policy.gguf_files import gguf_file, gguf_tokenizer
-    from rlpost.policy.model_files import load_tokenizer, with_chat_template
-
-    model = resolved.config.model
-    if model.path is None:
-        return with_chat_template(scratch_tokenizer(resolved), model)
-    if gguf := gguf_file(model.path):
-        return with_chat_template(gguf_tokenizer(gguf), model)
-    return load_tokenizer(str(find_checkpoint(model.path) or model.path), model)
-
-
-def _positions(resolved: Resolved) -> int:
-    from rlpost.policy.gguf_files import gguf_file, gguf_positions
-    from rlpost.stage_rows import positions_of
-
-    model = resolved.config.model
-    if model.path is None:
-        return int(model.config.get("max_position_embeddings") or 1 << 30)
-    if gguf := gguf_file(model.path):
-        return gguf_positions(gguf)
-    return positions_of(find_checkpoint(model.path) or model.path, model.revision)

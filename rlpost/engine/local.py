@@ -23,6 +23,7 @@ from rlpost.errors import EngineError
 from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
 from rlpost.policy.fused import FusedModel, fused_model
 from rlpost.policy.kept import KeptRows
+from rlpost.policy.memory import give_back_freed_memory
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Request
 
@@ -61,6 +62,8 @@ class LocalEngine:
         self._fuses = fused
         self._fused: FusedModel | None = None
         """The weights of this version, packed by the first tokens that are drawn with them."""
+        self._takes_turns = False
+        """They are dropped after each call; neither they nor learning can use the buffers that the other has freed."""
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """Sample from `policy` from now on; what was kept of earlier weights is cleared."""
@@ -103,7 +106,8 @@ class LocalEngine:
                 for owner, completion in zip(owners[start : start + len(sampled)], sampled, strict=True):
                     done[owner].append(completion)
         if self._fused is not None and self._fused.bytes > KEPT_BYTES:
-            self._fused = None
+            self._fused, self._takes_turns = None, True
+            give_back_freed_memory()
         return [tuple(done[i]) for i in range(len(requests))]
 
     @contextmanager
@@ -120,6 +124,8 @@ class LocalEngine:
     def _packed(self) -> FusedModel | None:
         """The weights packed for single tokens, if that serves the model."""
         if self._fused is None and self._fuses and self.policy.fused and self.policy.sharding is None:
+            if self._takes_turns:
+                give_back_freed_memory()
             self._fused = fused_model(self.policy)
         return self._fused
 

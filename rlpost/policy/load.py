@@ -21,6 +21,7 @@ from rlpost.policy.adapter_files import base_of, base_revision, is_adapter, read
 from rlpost.policy.check import Exactness, check_exactness, probe_groups
 from rlpost.policy.fast_layers import use_fast_linear
 from rlpost.policy.kernel_check import exact_kernels
+from rlpost.policy.memory import give_back_freed_memory
 from rlpost.policy.merge import merged
 from rlpost.policy.model_files import (
     as_model_error,
@@ -82,10 +83,9 @@ def load_policy(
     if adapter is not None:
         read_adapter_config(adapter)  # before the base, which takes longer
         settings = settings.model_copy(update={"revision": settings.revision or base_revision(adapter)})
-    wants_lora = settings.lora is not None
     # Trained weights are float32, and so is a frozen copy of them, whose scores must be the same. A base under adapters
     # may be in half precision.
-    half = bfloat16 and (wants_lora or (adapter is not None and not trainable))
+    half = bfloat16 and (settings.lora is not None or (adapter is not None and not trainable))
     dtype = torch.bfloat16 if half else torch.float32
     model = load_base(base, settings.revision, dtype, _quantization(adapter, settings, trainable)).to(device)
     if adapter is not None:
@@ -110,6 +110,7 @@ def load_policy(
         policy.requires_grad_(False)
     with as_model_error(f"{path}: the model cannot be run"):
         _must_be_finite(policy.eval(), path)
+    give_back_freed_memory()
     return policy
 
 

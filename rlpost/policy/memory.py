@@ -23,14 +23,30 @@ def keep_freed_memory() -> bool:
     Returns:
         False with another C library or system, where nothing is changed.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(any(mallopt(option, size) for size in _BYTES) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    glibc = _glibc()
+    return glibc is not None and all(
+        any(glibc.mallopt(option, size) for size in _BYTES) for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)
+    )
+
+
+def give_back_freed_memory() -> None:
+    """Give back what was freed since the process began; with another C library than glibc, nothing.
+
+    To be called once a model is loaded: reading, joining and checking its weights has taken twice their memory, partly
+    in threads of their own, whose freed buffers no other thread takes. And once weights that were packed for sampling
+    are dropped: a pass has larger buffers than what they leave.
+    """
+    if (glibc := _glibc()) is not None:
+        glibc.malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> None:
     """Collect what is no longer used, and give back what a device's allocator has kept of it."""
     gc.collect()
+    give_back_freed_memory()
     if device.type != "cpu":
         torch.accelerator.empty_cache()
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc" else None

@@ -95,6 +95,9 @@ def load_model(base: str, revision: str | None, dtype: torch.dtype) -> Any:
         raise ModelError(f"{base}: weights of another shape than config.json says; take both from one model")
     _must_have_read_all(base, model, sorted(found["unexpected_keys"]))
     _must_be_floats(base, model)
+    for p in model.parameters():
+        # What was read lies in the mapped file: a file written anew would change the weights.
+        p.data = p.data.clone()
     return model
 
 

@@ -233,8 +233,8 @@ class Trunk:
         self._embed = part(trunk, "embed_tokens")
         self._rotary = part(trunk, "rotary_emb")
         self._norm = _norm(part(trunk, "norm"))
-        self._blocks = [_block(layer, bfloat16) for layer in part(trunk, "layers")]
-        dtype, widths = self._norm.weight.dtype, [w for b in self._blocks for w in b.widths]
+        self.blocks = [_block(layer, bfloat16) for layer in part(trunk, "layers")]
+        dtype, widths = self._norm.weight.dtype, [w for b in self.blocks for w in b.widths]
         self._ops = layer_ops(dtype, widths, bfloat16)
         self._last = layer_ops(dtype, widths, False)
 
@@ -242,7 +242,7 @@ class Trunk:
         """[T, D] the last hidden state after every token."""
         tokens, place, x = self._begin(ids_T, position_T, layout)
         with torch.autocast(x.device.type, enabled=False):
-            for block in self._blocks:
+            for block in self.blocks:
                 x = _Layer.apply(self._ops, block, place, x, *block.parameters())  # type: ignore[no-untyped-call]
             found: Tensor = _Normed.apply(self._last, self._norm, x, self._norm.weight)  # type: ignore[no-untyped-call]
         return found[:tokens]
@@ -253,7 +253,7 @@ class Trunk:
         tokens, place, x = self._begin(ids_T, position_T, layout)
         cached = []
         with torch.autocast(x.device.type, enabled=False):
-            for block in self._blocks:
+            for block in self.blocks:
                 x, kept = forward(self._ops, block, place, x)
                 parts = _attended_parts(block, kept[QKV], kept[HEADS:])[1:]
                 key, value = (widen(y[:tokens]).reshape(tokens, -1, block.heads.width) for y in parts)
@@ -270,7 +270,7 @@ class Trunk:
 
     def serves(self, layout: FlatLayout) -> bool:
         """Whether attention over the rows of a layout can be computed in every layer."""
-        return layout.in_blocks and all(self._ops.attends(layout.longest, b.options) for b in self._blocks)
+        return layout.in_blocks and all(self._ops.attends(layout.longest, b.options) for b in self.blocks)
 
 
 def _block(layer: Any, bfloat16: bool) -> Block:

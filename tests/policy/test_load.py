@@ -41,6 +41,19 @@ def test_a_full_model(llama_folder, groups):
     assert (score(policy, groups) - alone_logp(tiny("llama"), groups)).abs().max() <= 1e-5
 
 
+def test_a_file_that_is_written_anew_changes_no_weight_of_a_loaded_model(llama_folder, tmp_path):
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    policy = load_policy(folder, Model(lora=Lora(r=2)))
+    (file,) = folder.glob("*.safetensors")
+    with file.open("r+b") as opened:
+        header = 8 + int.from_bytes(opened.read(8), "little")
+        opened.seek(header)
+        opened.write(bytes(file.stat().st_size - header))
+    expected = load_policy(llama_folder, Model(lora=Lora(r=2)))
+    found, known = policy.state_dict(), expected.state_dict()
+    assert [n for n in known if "lora_" not in n and not torch.equal(found[n], known[n])] == []
+
+
 def test_a_new_adapter(llama_folder, groups):
     policy = load_policy(llama_folder, Model(lora=Lora(r=2)))
     assert policy.has_adapter
