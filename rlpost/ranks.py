@@ -30,6 +30,8 @@ BUCKET = 2**25
 """Bytes of tensors that are summed over the ranks in one message, at least."""
 
 _count = 1
+_failed: RlpostError | None = None
+"""What a write failed with that the others did not wait for."""
 _index = int(os.environ.get("RANK") or 0) if "MASTER_PORT" in os.environ else 0
 """As a launcher says, so that one of several is silent from the beginning."""
 
@@ -87,8 +89,8 @@ def join() -> None:
 
 def leave() -> None:
     """Be alone again."""
-    global _count, _index
-    _count, _index = 1, 0
+    global _count, _index, _failed
+    _count, _index, _failed = 1, 0, None
 
 
 def count() -> int:
@@ -112,13 +114,17 @@ def is_first() -> bool:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """What `work` returned on each rank, in their order, on all of them; an error of one is raised by all."""
+    """What `work` returned on each rank, in their order, on all of them; an error of one is raised by all.
+
+    So is what a write failed with since they last met (`first_writes`); the first rank then does not work.
+    """
     if _count == 1:
         return [work()]
     from torch import distributed
 
     own: tuple[T | None, RlpostError | None]
     try:
+        _raise_failed()
         own = work(), None
     except RlpostError as error:
         own = None, error
@@ -131,16 +137,28 @@ def together(work: Callable[[], T]) -> list[T]:
     return [found for found, _ in every]
 
 
-def anyone(does: bool) -> bool:
-    """Whether any rank says so."""
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers, on all of them; at a fraction of what `together` takes.
+
+    Raises:
+        RlpostError: what a write failed with since they last met.
+    """
     if _count == 1:
-        return does
+        return number
     import torch
 
-    said = torch.tensor([int(does)])
+    told = torch.tensor([number, _failed is not None])
     with _reaching_others():
-        torch.distributed.all_reduce(said)
-    return bool(said.item())
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    found, failed = told.tolist()
+    if failed:
+        together(_nothing)
+    return int(found)
+
+
+def anyone(does: bool) -> bool:
+    """Whether any rank says so; raises what `largest` does."""
+    return largest(int(does)) > 0
 
 
 def must_agree(what: Mapping[str, str]) -> None:
@@ -182,6 +200,26 @@ def first_alone(function: Callable[P, T]) -> Callable[P, T]:
     return wrapped
 
 
+def first_writes(function: Callable[P, None]) -> Callable[P, None]:
+    """Decorates a write that nobody reads before the ranks meet again: the first one does it, and no one waits.
+
+    What it fails with is raised by all of them where they meet next; nothing is written in this way until then.
+    """
+
+    @wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        global _failed
+        if _count == 1:
+            function(*args, **kwargs)
+        elif is_first() and _failed is None:
+            try:
+                _alone(lambda: function(*args, **kwargs))
+            except RlpostError as error:
+                _failed = error
+
+    return wrapped
+
+
 def first_enters(opened: Callable[P, AbstractContextManager[T]]) -> Callable[P, AbstractContextManager[T]]:
     """Decorates a context that only the first rank enters and leaves; all of them get what it gives."""
 
@@ -192,6 +230,7 @@ def first_enters(opened: Callable[P, AbstractContextManager[T]]) -> Callable[P, 
         found = from_first(context.__enter__)
         try:
             yield found
+            together(_nothing)  # a write that failed last
         except BaseException as error:
             # Alone: the others may have left already, and wait for nothing.
             seen = (type(error), error, error.__traceback__)
@@ -298,6 +337,13 @@ def _alone(work: Callable[[], T]) -> T:
         return work()
     finally:
         _count = before
+
+
+def _raise_failed() -> None:
+    global _failed
+    error, _failed = _failed, None
+    if error is not None:
+        raise error
 
 
 def _nothing() -> Any:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import golden
 import pytest
+import torch
+from torch.multiprocessing import start_processes
 
 import rlpost
 from rlpost import ranks
-from rlpost.errors import Interrupted, RecipeError
+from rlpost.errors import DiskError, Interrupted, RecipeError
 
 RUNS = {run.key: run for run in golden.listed()}
 
@@ -47,6 +53,55 @@ def test_one_process_waits_for_nobody():
     assert ranks.together(lambda: 5) == [5]
     assert ranks.from_first(lambda: 6) == 6
     assert (ranks.count(), ranks.index(), ranks.is_first()) == (1, 0, True)
+
+
+def _writer(rank: int, folder: str) -> None:
+    """One of two ranks: in a file, how each way to meet ended after a write that failed."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    ranks.join()
+    log, passed = Path(folder, "log"), Path(folder, "passed")
+
+    @ranks.first_writes
+    def write(line: str) -> None:
+        if line == "refused":
+            raise DiskError("the disk is full")
+        with log.open("a") as file:
+            file.write(line)
+        deadline = time.monotonic() + 60
+        while not passed.exists():
+            assert time.monotonic() < deadline, "the other waits"
+            time.sleep(0.001)
+
+    @ranks.first_enters
+    @contextmanager
+    def entered() -> Iterator[None]:
+        yield
+
+    ended: list[object] = []
+    write("written")
+    if rank:
+        passed.touch()
+    ended.append(ranks.largest(rank))
+    meetings = [lambda: ranks.together(lambda: 5), lambda: ranks.largest(5), lambda: ranks.from_first(log.unlink), None]
+    for meet in meetings:
+        try:
+            with entered():
+                write("refused")
+                write("not written")
+                if meet is not None:
+                    meet()
+        except DiskError as error:
+            ended.append(str(error))
+    Path(folder, f"ended{rank}").write_text(json.dumps(ended))
+    torch.distributed.destroy_process_group()
+
+
+def test_nobody_waits_for_a_write_and_its_error_is_raised_by_all_where_they_meet(tmp_path: Path):
+    set_forkserver_preload(["rlpost.pipeline"])
+    start_processes(_writer, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    ended = [json.loads((tmp_path / f"ended{rank}").read_text()) for rank in range(2)]
+    assert ended == [[1, *["the disk is full"] * 4]] * 2
+    assert (tmp_path / "log").read_text() == "written"
 
 
 @pytest.mark.timeout(900)

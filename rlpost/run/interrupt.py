@@ -54,7 +54,7 @@ class Interrupts:
 
     def agreed(self) -> int | None:
         """`requested`, of whichever rank has it: all of them stop at the same place."""
-        found = next((number for number in ranks.together(lambda: self.requested) if number is not None), None)
+        found = ranks.largest(self.requested or 0) or None
         if self.requested is None:
             self.requested = found
         return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlpost import console
 from rlpost.errors import DiskError
-from rlpost.ranks import first_alone
+from rlpost.ranks import first_alone, first_writes
 from rlpost.run import logs, names
 from rlpost.run.environment import versions
 from rlpost.run.files import (
@@ -240,7 +240,7 @@ class StageDirectory:
         """Append a line to evaluations.jsonl: held-out metrics after that step."""
         self._append(names.EVALUATIONS, step, metrics)
 
-    @first_alone
+    @first_writes
     def _append(self, log: str, step: int, numbers: Mapping[str, float]) -> None:
         assert "step" not in numbers, "the step is a key of its own"
         row = {"step": step, **{k: v if isinstance(v, int) else float(v) for k, v in numbers.items()}}

@@ -19,6 +19,7 @@ from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.pissa import INITIAL
 from rlpost.policy.sharded import local
 from rlpost.policy.value_head import initial_of
+from rlpost.ranks import first_writes
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.names import EVALUATIONS
 from rlpost.run.stage import BEST, StageDirectory
@@ -162,7 +163,8 @@ class Loop:
                 timing = self.throughput.end()
                 if done % self._log_every == 0:
                     self._out.timing(done, timing)
-                if self._interrupts.agreed() is None or done == self._steps:
+                measured = self._evaluation.due(done, self._steps)
+                if measured and (done == self._steps or self._interrupts.agreed() is None):
                     self._evaluate(done)
                 rates = shown(timing)
                 # On a narrow terminal the first ones are seen.
@@ -196,6 +198,7 @@ class Loop:
             self._watch.see(step + 1, metrics)
             self._mirrors.log(self._title, step + 1, metrics)
 
+    @first_writes
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
         self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
@@ -213,9 +216,7 @@ class Loop:
                 self._save(done)
 
     def _evaluate(self, done: int) -> None:
-        """Evaluate if it is time to, and log it. Nothing of training changes."""
-        if not self._evaluation.due(done, self._steps):
-            return
+        """Evaluate, and log it. Nothing of training changes."""
         began = time.perf_counter()
         if in_use():
             self._interrupts.rescue = partial(self._rescue, done, copy.deepcopy(self._position()))
