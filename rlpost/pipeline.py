@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     for line in preflight(resolved, rows=False):
         console.say(line)
     device, shards = _set_up(recipe)
-    ranks.must_agree({"a recipe of sha256": recipe_hash(resolved), **versions()})
+    ranks.must_agree({"a recipe of sha256": resolved.sha256, **versions()})
     code = functions_of(resolved)
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
@@ -114,7 +113,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
                 bfloat16=bfloat16,
                 device=device,
                 interrupts=interrupts,
-                lineage={"recipe_sha256": recipe_hash(resolved)},
+                lineage={"recipe_sha256": resolved.sha256},
                 inputs=Inputs(recipe.model.revision, memo),
                 settings=run.record.config["stages"][name],
                 rollouts=recipe.rollouts,
@@ -245,11 +244,6 @@ def files_of(recipe: Recipe, folder: Path) -> list[Path]:
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
     goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
     return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
-
-
-def recipe_hash(resolved: Resolved) -> str:
-    """sha256 of the resolved recipe."""
-    return hashlib.sha256(resolved.to_yaml().encode()).hexdigest()
 
 
 def _beginning(run: RunDirectory) -> str:

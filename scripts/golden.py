@@ -155,23 +155,28 @@ def perform(run: Run, folder: Path) -> dict[str, Any] | None:
     Raises:
         RuntimeError: a command failed.
     """
+    from rlpost.cli.launchers import ON_RANKS
+
     places, runs = places_of(folder), folder / "runs"
     if run.before is not None:
         command(folder, ["train", places["recipe"], *run.overrides, *run.before])
     command(folder, ["train", places["recipe"], *run.overrides])
-    if not alone_again():
-        return None
-    said = []
+    shared, said = True, []
     for number, words in enumerate(run.commands):
         words = filled(list(words), places)
         if "--recipe" in words:
             words += run.overrides
+        shared = shared and words[0] in ON_RANKS
+        if not shared and not alone_again():
+            return None
         out = command(folder, words)
         said.append([_plain(line, places) for line in out.splitlines()])
         written = runs / "run/out.jsonl"
-        if written.exists():
+        if written.exists() and os.environ.get("RANK", "0") == "0":
             said[number] += read_lines(written)
             written.unlink()
+    if not alone_again():
+        return None
     return {"stages": left(runs / "run"), "evaluation": evaluated(runs / "run"), "commands": said}
 
 

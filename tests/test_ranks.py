@@ -17,12 +17,14 @@ from pathlib import Path
 import golden
 import pytest
 import torch
+from tiny_recipes import PAIRS, SFT, write
 from torch.multiprocessing import start_processes
 
 import rlpost
 from rlpost import ranks
 from rlpost.errors import DiskError, Interrupted, RecipeError
 
+THREADS = {**os.environ, "OMP_NUM_THREADS": "1"}
 RUNS = {run.key: run for run in golden.listed()}
 
 
@@ -121,7 +123,7 @@ def launched(folder: Path, words: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=THREADS,
     )
 
 
@@ -161,11 +163,43 @@ def test_a_change_is_taken_back_where_nothing_was_trained_with_it(recipe: Path, 
 def test_by_torchrun(recipe: Path, tmp_path: Path):
     words = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [sys.executable, "-m", *words, "-m", "rlpost", "train", str(recipe)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=THREADS, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("sft/final\n")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.slow  # a minute
+def test_eval_and_pairs_give_on_two_processes_what_they_give_on_one(tmp_path: Path):
+    rewards = [{"fn": "rewards.py:digits"}]
+    data = {"held_out": {"task": {"fn": "addition.held_out"}, "limit": 30}}
+    evaluation = {"data": data, "rewards": rewards, "sampling": {"max_new_tokens": 4}, "samples": 3, "batch": 8}
+    file = str(write(tmp_path, {"sft": SFT, "pairs": PAIRS}, evaluation=evaluation))
+    rlpost.train(file)
+    run = str(tmp_path / "runs/run")
+    assert_same(tmp_path, ["eval", run, "--json"])
+    out = tmp_path / "made.jsonl"
+    assert_same(tmp_path, ["pairs", run, "--recipe", file, "--out", str(out)], out)
+
+
+def assert_same(folder: Path, words: list[str], file: Path | None = None) -> None:
+    """One process, two by the command itself, and two by torchrun print, and write, the same."""
+    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    left = []
+    for command in (
+        ["rlpost", *words],
+        ["rlpost", *words, "parallel.processes=2"],
+        [*torchrun, "-m", "rlpost", *words],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, cwd=folder, env=THREADS, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        left.append((done.stdout, file.read_bytes() if file else b"no file"))
+        if file:
+            file.unlink()
+    assert all(left[0])
+    assert left == [left[0]] * 3
 
 
 def test_another_number_than_the_launchers_is_refused(recipe: Path):

@@ -32,7 +32,7 @@ from rlpost.cli import (
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
-from rlpost.cli.launchers import is_rank, refuse_several_processes
+from rlpost.cli.launchers import ON_RANKS, is_rank, refuse_several_processes
 
 # Commands import torch and the like only when they run: --help stays quick.
 # rich_markup_mode=None: help by rich takes twice the time.
@@ -84,7 +84,7 @@ app.add_typer(goals, name="goals")
 @app.callback()
 def _before(context: typer.Context) -> None:
     anywhere = context.invoked_subcommand in ("copy", "doctor", "list", "report", "schema", "show", "verify")
-    if not anywhere and not (context.invoked_subcommand == "train" and is_rank(os.environ)):
+    if not anywhere and not (context.invoked_subcommand in ON_RANKS and is_rank(os.environ)):
         refuse_several_processes(os.environ)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -14,6 +15,7 @@ from rlpost.cli.arguments import home
 from rlpost.cli.as_text import figures, print_result
 from rlpost.cli.completion import checkpoint_or_setting
 from rlpost.cli.importing import importing
+from rlpost.cli.launchers import on_ranks, refuse_several_processes
 from rlpost.cli.options import OtherRecipe, Overrides
 
 
@@ -85,6 +87,8 @@ def _by_recipe(checkpoint: str | None, recipe: str | None, words: list[str], as_
     with importing():
         from rlpost.inference import evaluate as inference
 
+    _, resolved = inference.evaluated_by(checkpoint, recipe, words)
+    on_ranks(resolved.config.parallel.processes)
     prompts, result, path = inference.evaluate_checkpoint(checkpoint, recipe, words)
     if as_json:
         for row in inference.sample_rows(prompts, result):
@@ -104,6 +108,7 @@ def _by_harness(
     trusted: bool = False,
     **options: Any,
 ) -> None:
+    refuse_several_processes(os.environ)
     if not tasks:
         raise typer.BadParameter("--harness: needs --tasks FILE, a task file of lm-eval or a folder of them")
     from rlpost.evaluate.task_files import read_task_files

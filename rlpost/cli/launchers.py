@@ -1,4 +1,4 @@
-"""Launchers of several processes: `train` is one run on all of them; each would repeat any other command."""
+"""Launchers of several processes: some commands share their work among them; each would repeat any other command."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import typer
 
 from rlpost.cli.importing import importing
 from rlpost.errors import RankError, RecipeError
@@ -25,9 +27,13 @@ _COUNTS = {
 """Variable with the number of processes -> who sets it."""
 _RANKS = ("RANK", "LOCAL_RANK")
 LAUNCHED = "RLPOST_LAUNCHED"
-"""Set for the ranks that `run_on_ranks` starts: it says which of them was lost."""
+"""Set for the ranks that `on_ranks` starts: it says which of them was lost."""
 _OF_RANKS = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _RENDEZVOUS = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"}
+
+
+ON_RANKS = ("train", "eval", "pairs")
+"""The commands that share their work."""
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
@@ -36,7 +42,17 @@ def is_rank(environment: Mapping[str, str]) -> bool:
     return count.isdecimal() and int(count) > 1 and environment.keys() >= _OF_RANKS
 
 
-def run_on_ranks(count: int, words: Sequence[str]) -> int:
+def on_ranks(count: int) -> None:
+    """Leave the command to so many processes, unless that is one or this is one of them.
+
+    Raises:
+        typer.Exit: they have run it.
+    """
+    if count > 1 and not is_rank(os.environ):
+        raise typer.Exit(_run_on_ranks(count, sys.argv[1:]))
+
+
+def _run_on_ranks(count: int, words: Sequence[str]) -> int:
     """Run `rlpost WORDS` as so many processes of one run, by torch's launcher; returns the exit code.
 
     Each prints as it likes: the first one alone does. All of them end when one does.
@@ -103,6 +119,7 @@ def refuse_several_processes(environment: Mapping[str, str]) -> None:
 
 def _refusal(what: str, variable: str) -> RecipeError:
     return RecipeError(
-        f"started as {what}, which cannot reach each other or have nothing to share - start `rlpost train` by torchrun "
-        f"(torchrun --nproc-per-node N -m rlpost train ...), or a process by itself: `env -u {variable} rlpost ...`"
+        f"started as {what}, which cannot reach each other or have nothing to share - start `rlpost train`, eval or "
+        "pairs by torchrun (torchrun --nproc-per-node N -m rlpost train ...), or a process by itself: "
+        f"`env -u {variable} rlpost ...`"
     )

@@ -10,6 +10,7 @@ from rlpost.cli.arguments import home, target
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import recipes
 from rlpost.cli.importing import importing
+from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Checkpoint, Overrides
 
 
@@ -32,7 +33,11 @@ def pairs(
 
     Completions are ranked by a recipe's rewards.
     """
+    from rlpost.recipe.resolve import resolve
+
+    words = list(overrides or [])
+    on_ranks(resolve(recipe, words).config.parallel.processes)
     with importing():
         from rlpost.inference import pairs as inference
 
-    print_result(inference.write_pairs(checkpoint, recipe, out, list(overrides or [])))
+    print_result(inference.write_pairs(checkpoint, recipe, out, words))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +9,7 @@ import typer
 
 from rlpost.cli.as_text import print_result
 from rlpost.cli.importing import importing
-from rlpost.cli.launchers import is_rank, run_on_ranks
+from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Json, Overrides, Recipe
 
 if TYPE_CHECKING:
@@ -38,9 +36,8 @@ def train(
     Prints the last checkpoint's path.
     """
     resolved = _resolved(recipe, overrides or [], steps)
-    processes = resolved.config.parallel.processes
-    if processes > 1 and not dry_run and not is_rank(os.environ):
-        raise typer.Exit(run_on_ranks(processes, sys.argv[1:]))
+    if not dry_run:
+        on_ranks(resolved.config.parallel.processes)
     with importing():
         from rlpost import pipeline
 

@@ -6,15 +6,27 @@ from pathlib import Path
 
 import torch
 
+from rlpost import ranks
 from rlpost.errors import RecipeError
 from rlpost.policy.load import decide_bfloat16, load_policy, width_of
 from rlpost.policy.params import Attention, Model, Precision
 from rlpost.policy.policy import Policy
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import JUDGES
+from rlpost.run.environment import versions
 from rlpost.run.lookup import find_checkpoint, read_config
 from rlpost.run.names import CONFIG
 from rlpost.run.stage import StageDirectory
+
+
+def join_ranks(resolved: Resolved, model: str) -> None:
+    """Join the other processes of a command, where a launcher started several: they share its work.
+
+    Raises:
+        RecipeError: they are about to do different things, or there are fewer devices than processes.
+    """
+    ranks.start()
+    ranks.must_agree({"a recipe of sha256": resolved.sha256, "a model": model, **versions()})
 
 
 def located(name: str) -> str:

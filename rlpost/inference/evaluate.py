@@ -9,8 +9,8 @@ from typing import Any
 from rlpost.errors import RecipeError
 from rlpost.evaluate.evaluator import Result
 from rlpost.evaluate.table import print_stages
-from rlpost.inference.checkpoint import frozen_policy, judges_of, located, recipe_of
-from rlpost.recipe.resolve import resolve
+from rlpost.inference.checkpoint import frozen_policy, join_ranks, judges_of, located, recipe_of
+from rlpost.recipe.resolve import Resolved, resolve
 from rlpost.run.lookup import newest_finished_run
 from rlpost.stage_evaluation import evaluate_recipe
 
@@ -28,9 +28,9 @@ def evaluate_checkpoint(
     Raises:
         RecipeError: no recipe is known, or it has no evaluation.
     """
-    path = checkpoint or str(newest_finished_run(Path("runs")))
+    path, resolved = evaluated_by(checkpoint, recipe, overrides)
     model = located(path)
-    resolved = resolve(recipe or str(recipe_of(path)), overrides)
+    join_ranks(resolved, model)
     cfg = resolved.config.evaluation
     if cfg is None:
         raise RecipeError(f"{resolved.file}: it has no `evaluation`; name a recipe that has one with --recipe")
@@ -38,6 +38,12 @@ def evaluate_checkpoint(
     prompts, result = evaluate_recipe(resolved, cfg, policy, judges_of(resolved, path if recipe is None else None))
     print_stages({_title(model): result.to_json()})
     return prompts, result, model
+
+
+def evaluated_by(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Resolved]:
+    """What `evaluate_checkpoint` evaluates, as it is named, and the recipe; its arguments and errors are the same."""
+    path = checkpoint or str(newest_finished_run(Path("runs")))
+    return path, resolve(recipe or str(recipe_of(path)), overrides)
 
 
 def sample_rows(prompts: Sequence[str], result: Result) -> Iterator[dict[str, Any]]:

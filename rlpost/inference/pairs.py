@@ -11,7 +11,7 @@ from rlpost.data.dataset import open_dataset
 from rlpost.data.fitting import Limit
 from rlpost.data.formats import DataRole
 from rlpost.errors import RecipeError
-from rlpost.inference.checkpoint import frozen_policy, judges_of, located
+from rlpost.inference.checkpoint import frozen_policy, join_ranks, judges_of, located
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.specs.pairs import Pairs
 from rlpost.run.files import encode_line, write_atomic
@@ -33,7 +33,9 @@ def write_pairs(checkpoint: str, recipe: str, out: str, overrides: Sequence[str]
     if name is None:
         raise RecipeError(f"{resolved.file}: it has no enabled stage of kind pairs, which says how to sample them")
     cfg: Pairs = stages[name]
-    policy = frozen_policy(located(checkpoint), resolved.config.model)
+    model = located(checkpoint)
+    join_ranks(resolved, model)
+    policy = frozen_policy(model, resolved.config.model)
     limit = Limit(policy.max_positions - cfg.sampling.max_new_tokens)
     data = open_dataset(
         cfg.data,

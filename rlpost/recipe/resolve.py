@@ -6,6 +6,7 @@ builds the sections; the rules between keys come last. Nothing heavy is imported
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Resolved:
     def to_yaml(self) -> str:
         """The configuration as a recipe that resolves to itself."""
         return dump(self.tree)
+
+    @property
+    def sha256(self) -> str:
+        """Of the configuration."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
 
 
 def resolve(recipe: str, overrides: Sequence[str] = (), lenient: bool = False) -> Resolved:

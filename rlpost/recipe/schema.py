@@ -33,7 +33,7 @@ class Recipe(Section):
     threads: int | None = Field(None, ge=1)
     """CPU threads; by default as torch chooses."""
     parallel: Parallel = Field(default_factory=Parallel)
-    """How many processes train."""
+    """How many processes share the work of `train`, `eval` and `pairs`."""
     vars: dict[str, Any] = Field(default_factory=dict)
     """The recipe's own variables, for `${vars.name}`."""
     model: Model = Field(default_factory=Model)

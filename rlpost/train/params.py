@@ -17,7 +17,7 @@ class Strategy(Choice):
 
 
 class Parallel(Section):
-    """How many processes train, and what each keeps (docs/runs.md#several-processes)."""
+    """How many processes share the work, and what each keeps (docs/runs.md#several-processes)."""
 
     processes: int = Field(1, ge=1)
     """Processes on this machine, each with a share of the work; the result is that of one up to rounding. A launcher

@@ -61,10 +61,11 @@ def test_reading_commands_run_anywhere(recipe: Path, monkeypatch) -> None:
     assert rlpost("list").code == 0
 
 
-def test_other_commands_are_refused_even_to_ranks(recipe: Path, monkeypatch, tally) -> None:
+@pytest.mark.parametrize("words", [["sample", "m", "1+1="], ["eval", "m", "--harness", "lm_eval", "--tasks", "t.yaml"]])
+def test_other_commands_are_refused_even_to_ranks(words, recipe: Path, monkeypatch, tally) -> None:
     environment = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    ran = rlpost("pairs", "m", "--recipe", "r.yaml", "--out", "p.jsonl")
+    ran = rlpost(*words)
     assert ran.refused(2, "nothing to share", "started as"), ran.err
     tally("launchers of several processes", refused=1)
