@@ -78,10 +78,10 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         RlpostError: any of its kinds, see errors.py.
     """
     recipe = resolved.config
-    for line in preflight(resolved, rows=False):
-        console.say(line)
     device, shards = _set_up(recipe)
     ranks.must_agree({"a recipe of sha256": resolved.sha256, **versions()})
+    for line in ranks.on_all(lambda: preflight(resolved, rows=False)):
+        console.say(line)
     code = functions_of(resolved)
     with (
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,

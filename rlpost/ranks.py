@@ -12,6 +12,7 @@ import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from functools import partial, wraps
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -34,6 +35,12 @@ _failed: RlpostError | None = None
 """What a write failed with that the others did not wait for."""
 _index = int(os.environ.get("RANK") or 0) if "MASTER_PORT" in os.environ else 0
 """As a launcher says, so that one of several is silent from the beginning."""
+_local = int(os.environ.get("LOCAL_RANK") or 0) if "MASTER_PORT" in os.environ else 0
+"""Which of this machine's processes this is."""
+_store: Any = None
+"""What the ranks met at; torch's Store."""
+_ENDED = "rlpost/ended"
+"""In the store: the error that the first rank ends with."""
 
 
 def start() -> torch.device:
@@ -41,22 +48,39 @@ def start() -> torch.device:
 
     Raises:
         RecipeError: there are fewer devices than processes on this machine.
+        RankError: they cannot be reached, or the port where they meet is taken.
     """
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
     device = torch.device("cpu") if found is None else found
     if device.type == "cuda":
-        number, there = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
-        if number >= there:
-            raise RecipeError(f"process {number} of this machine has no GPU: there are {there} - start at most {there}")
-        device = torch.device("cuda", number)
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+        if max(here, _local + 1) > there:
+            raise RecipeError(f"{max(here, _local + 1)} processes on a machine of {there} GPUs - start at most {there}")
+        device = torch.device("cuda", _local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         if not torch.distributed.is_initialized():
-            _open(device)
+            _meet(device)
         join()
     return device
+
+
+def _meet(device: torch.device) -> None:
+    """Open the default process group where the launcher says."""
+    global _store
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        _store, number, count = next(rendezvous("env://"))
+        _open(device, store=_store, rank=number, world_size=count)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RankError(
+            f"rank {_index}: cannot meet the others at {where} ({_first_line(error)}); if the port is taken choose "
+            "another one (torchrun --master-port N, or --standalone on one machine)"
+        ) from error
 
 
 def mesh(device: torch.device) -> DeviceMesh:
@@ -70,7 +94,7 @@ def mesh(device: torch.device) -> DeviceMesh:
 
 
 def _open(device: torch.device, **where: Any) -> None:
-    """Open the default process group; by default where the launcher says."""
+    """Open the default process group."""
     from torch import distributed
 
     # Objects travel by gloo, tensors by what is fastest between the devices.
@@ -111,6 +135,48 @@ def on_this_machine() -> int:
 def is_first() -> bool:
     """Whether it is the one that writes files and speaks to the user."""
     return _index == 0
+
+
+def left_to_first(text: str) -> bool:
+    """Whether the error that ends this rank is for the first one to say: that ends with the same one.
+
+    Before they have met, the first of each machine speaks.
+    """
+    if _store is None:
+        return _local > 0
+    if is_first():
+        _store.set(_ENDED, text)
+        return False
+    try:
+        _store.wait([_ENDED], timedelta(seconds=2))
+        return bool(_store.get(_ENDED).decode() == text)
+    except RuntimeError:  # the first one goes on, or was killed
+        return False
+
+
+def on_all(work: Callable[[], T]) -> T:
+    """What `work` returned here, after it has come to its end on every rank; an error of one is raised by all.
+
+    It is told whose it is, unless all have one.
+    """
+    if _count == 1:
+        return work()
+    found: list[T] = []
+
+    def attempt() -> RlpostError | None:
+        try:
+            found.append(work())
+        except RlpostError as error:
+            return error
+        return None
+
+    errors = together(attempt)
+    for number, error in enumerate(errors):
+        if error is not None:
+            if None in errors:
+                error.args = (f"rank {number}: {error}", *error.args[1:])
+            raise error
+    return found[0]
 
 
 def together(work: Callable[[], T]) -> list[T]:
@@ -323,11 +389,14 @@ def losses_told() -> Iterator[None]:
 
 
 def _lost(error: RuntimeError) -> RankError:
-    first = next(iter(str(error).splitlines()), type(error).__name__)[:120]
     return RankError(
-        f"rank {_index} of {_count}: another rank has ended or cannot be reached ({first}); "
+        f"rank {_index} of {_count}: another rank has ended or cannot be reached ({_first_line(error)}); "
         "run the same command to go on from the last checkpoint"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]
 
 
 def _alone(work: Callable[[], T]) -> T:

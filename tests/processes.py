@@ -49,7 +49,7 @@ class Trap:
 def start(
     words: list[str], output: Path, trap: Trap | None = None, environment: Mapping[str, str] | None = None
 ) -> multiprocessing.Process:
-    """Start `rlpost WORDS`; what it prints goes to `output`.out and `output`.err."""
+    """Start `rlpost WORDS`, with more variables; what it prints goes to `output`.out and `output`.err."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rlpost.pipeline", "rlpost.cli.app"])
     process = context.Process(target=_child, args=(words, str(output), trap, environment or {}))

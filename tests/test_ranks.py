@@ -6,17 +6,20 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import golden
 import pytest
 import torch
+from processes import start
 from tiny_recipes import PAIRS, SFT, write
 from torch.multiprocessing import start_processes
 
@@ -24,6 +27,7 @@ import rlpost
 from rlpost import ranks
 from rlpost.errors import DiskError, Interrupted, RecipeError
 
+PRELOADED = ["rlpost.pipeline", "rlpost.cli.app"]
 THREADS = {**os.environ, "OMP_NUM_THREADS": "1"}
 RUNS = {run.key: run for run in golden.listed()}
 
@@ -57,10 +61,16 @@ def test_one_process_waits_for_nobody():
     assert (ranks.count(), ranks.index(), ranks.is_first()) == (1, 0, True)
 
 
-def _writer(rank: int, folder: str) -> None:
-    """One of two ranks: in a file, how each way to meet ended after a write that failed."""
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    ranks.join()
+def _rank(rank: int, environments: list[dict[str, str]], folder: str) -> None:
+    """One of two ranks: in a file, what it was told."""
+    os.environ |= environments[rank]
+    ranks.start()
+    told = {"writes": _writes(rank, folder), "errors": _errors(rank), "ends": _ends(rank)}
+    Path(folder, f"told{rank}").write_text(json.dumps(told))
+
+
+def _writes(rank: int, folder: str) -> list[object]:
+    """How each way to meet ended after a write that failed."""
     log, passed = Path(folder, "log"), Path(folder, "passed")
 
     @ranks.first_writes
@@ -94,16 +104,120 @@ def _writer(rank: int, folder: str) -> None:
                     meet()
         except DiskError as error:
             ended.append(str(error))
-    Path(folder, f"ended{rank}").write_text(json.dumps(ended))
-    torch.distributed.destroy_process_group()
+    return ended
 
 
-def test_nobody_waits_for_a_write_and_its_error_is_raised_by_all_where_they_meet(tmp_path: Path):
-    set_forkserver_preload(["rlpost.pipeline"])
-    start_processes(_writer, (str(tmp_path),), nprocs=2, start_method="forkserver")
-    ended = [json.loads((tmp_path / f"ended{rank}").read_text()) for rank in range(2)]
-    assert ended == [[1, *["the disk is full"] * 4]] * 2
-    assert (tmp_path / "log").read_text() == "written"
+def _errors(rank: int) -> list[str]:
+    """What was raised where the second one, and where both had an error."""
+
+    def failing(who: tuple[int, ...]) -> int:
+        if rank in who:
+            raise RecipeError(f"wrong for {len(who)}")
+        return rank
+
+    raised = []
+    for who in ((1,), (0, 1)):
+        with pytest.raises(RecipeError) as caught:
+            ranks.on_all(partial(failing, who))
+        raised.append(str(caught.value))
+    return [*raised, f"no error: {ranks.on_all(partial(failing, ()))}"]
+
+
+def _ends(rank: int) -> list[bool]:
+    """Whether an error is left to the first: one that the second alone ends with, another one than the first's."""
+    left = [ranks.left_to_first("memory")] if rank else []
+    ranks.largest(0)
+    left += [ranks.left_to_first("the same"), *([ranks.left_to_first("another")] if rank else [])]
+    ranks.largest(0)  # the first one holds what they met at
+    return left
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> tuple[Path, list[dict[str, object]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    set_forkserver_preload(PRELOADED)
+    start_processes(_rank, (golden.ranks_of(2), str(folder)), nprocs=2, start_method="forkserver")
+    return folder, [json.loads((folder / f"told{rank}").read_text()) for rank in range(2)]
+
+
+def test_nobody_waits_for_a_write_and_its_error_is_raised_by_all_where_they_meet(told):
+    folder, by_rank = told
+    assert [one["writes"] for one in by_rank] == [[1, *["the disk is full"] * 4]] * 2
+    assert (folder / "log").read_text() == "written"
+
+
+def test_an_error_of_one_rank_names_it_and_one_of_all_does_not(told):
+    _, by_rank = told
+    both = ["rank 1: wrong for 1", "wrong for 2"]
+    assert [one["errors"] for one in by_rank] == [[*both, "no error: 0"], [*both, "no error: 1"]]
+
+
+def test_an_error_is_left_to_the_first_rank_only_where_that_ends_with_it(told):
+    _, by_rank = told
+    assert [one["ends"] for one in by_rank] == [[False], [False, True, False]]
+
+
+def on_two(folder: Path, words: list[list[str]]) -> tuple[list[int | None], list[str]]:
+    """The exit codes of two ranks that run these words, and all lines that they say of errors."""
+    # As a launcher does, which outlives the ranks, so that they can say to each other what ended them.
+    meeting = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launcher = {"MASTER_PORT": str(meeting.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    launcher["TORCHELASTIC_RESTART_COUNT"] = "0"
+    environments = [environment | launcher for environment in golden.ranks_of(2)]
+    started = [start(words[n], folder / f"rank{n}", environment=environments[n]) for n in range(2)]
+    for process in started:
+        process.join(100)
+    said = [own_lines((folder / f"rank{n}.err").read_text()) for n in range(2)]
+    return [process.exitcode for process in started], said[0] + said[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([[], ["stages.sft.steps=9"]], "rank 1 has a recipe of sha256 "),
+        ([[], ["stages.sft.stepz=9"]], "rank 1: stages.sft.stepz: "),
+        ([["stages.sft.stepz=9"], ["stages.sft.stepz=9"]], "stages.sft.stepz: "),
+        ([["stages.sft.data.sums.task.fn=addition.no"]] * 2, "stages.sft.data.sums.task.fn: "),
+    ],
+    ids=["other recipes", "one is wrong", "both are wrong", "both lack a function"],
+)
+def test_wrong_ranks_are_refused_in_one_line_before_anything_is_written(recipe: Path, tmp_path: Path, change, said):
+    codes, lines = on_two(tmp_path, [["train", str(recipe), *words] for words in change])
+    assert codes == [2, 2]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"rlpost: {said}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_harness_is_one_process(tmp_path: Path):
+    codes, lines = on_two(tmp_path, [["eval", "m", "--harness", "lm_eval", "--tasks", "t.yaml"]] * 2)
+    assert codes == [2, 2]
+    (line,) = lines
+    assert line.startswith("rlpost: started as 2 processes by torchrun")
+
+
+def test_a_port_that_is_taken_is_said_in_one_line(recipe: Path, tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment = golden.ranks_of(2)[0] | {"MASTER_PORT": str(taken.getsockname()[1])}
+        process = start(["train", str(recipe)], tmp_path / "rank", environment=environment)
+        process.join(100)
+    assert process.exitcode == 8
+    (line,) = own_lines((tmp_path / "rank.err").read_text())
+    assert line.startswith(f"rlpost: rank 0: cannot meet the others at 127.0.0.1:{environment['MASTER_PORT']} ")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("here", "local"), [("3", 0), ("1", 2)])
+def test_more_processes_than_gpus_are_refused(monkeypatch, here, local):
+    """By all processes of the machine, so that its first one says it; or by the one that has none."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(ranks, "_local", local)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    with pytest.raises(RecipeError, match="3 processes on a machine of 2 GPUs - start at most 2"):
+        ranks.start()
 
 
 @pytest.mark.timeout(900)
@@ -159,10 +273,15 @@ def test_a_change_is_taken_back_where_nothing_was_trained_with_it(recipe: Path, 
     assert config.read_text("utf-8") == before
 
 
-@pytest.mark.slow
-def test_by_torchrun(recipe: Path, tmp_path: Path):
-    words = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command = [sys.executable, "-m", *words, "-m", "rlpost", "train", str(recipe)]
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+"""Which starts as many processes on a machine without a GPU too."""
+
+
+@pytest.mark.slow  # half a minute
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_by_a_launcher(launcher: list[str], recipe: Path, tmp_path: Path):
+    command = [sys.executable, "-m", *launcher, "-m", "rlpost", "train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=THREADS, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("sft/final\n")
@@ -184,12 +303,11 @@ def test_eval_and_pairs_give_on_two_processes_what_they_give_on_one(tmp_path: Pa
 
 def assert_same(folder: Path, words: list[str], file: Path | None = None) -> None:
     """One process, two by the command itself, and two by torchrun print, and write, the same."""
-    torchrun = ["torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     left = []
     for command in (
         ["rlpost", *words],
         ["rlpost", *words, "parallel.processes=2"],
-        [*torchrun, "-m", "rlpost", *words],
+        [*TORCHRUN, "-m", "rlpost", *words],
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command], capture_output=True, cwd=folder, env=THREADS, check=False

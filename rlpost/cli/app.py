@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from rlpost import ranks
 from rlpost.cli import (
     chat,
     compare,
@@ -32,6 +33,7 @@ from rlpost.cli import (
 from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
+from rlpost.cli.importing import importing
 from rlpost.cli.launchers import ON_RANKS, is_rank, refuse_several_processes
 
 # Commands import torch and the like only when they run: --help stays quick.
@@ -84,7 +86,11 @@ app.add_typer(goals, name="goals")
 @app.callback()
 def _before(context: typer.Context) -> None:
     anywhere = context.invoked_subcommand in ("copy", "doctor", "list", "report", "schema", "show", "verify")
-    if not anywhere and not (context.invoked_subcommand in ON_RANKS and is_rank(os.environ)):
+    if context.invoked_subcommand in ON_RANKS and is_rank(os.environ):
+        with importing():
+            import torch  # noqa: F401 - which takes long
+        ranks.start()
+    elif not anywhere:
         refuse_several_processes(os.environ)
 
 

@@ -17,6 +17,7 @@ from rlpost.cli.completion import checkpoint_or_setting
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks, refuse_several_processes
 from rlpost.cli.options import OtherRecipe, Overrides
+from rlpost.ranks import on_all
 
 
 class Harness(StrEnum):
@@ -87,7 +88,7 @@ def _by_recipe(checkpoint: str | None, recipe: str | None, words: list[str], as_
     with importing():
         from rlpost.inference import evaluate as inference
 
-    _, resolved = inference.evaluated_by(checkpoint, recipe, words)
+    _, resolved = on_all(lambda: inference.evaluated_by(checkpoint, recipe, words))
     on_ranks(resolved.config.parallel.processes)
     prompts, result, path = inference.evaluate_checkpoint(checkpoint, recipe, words)
     if as_json:

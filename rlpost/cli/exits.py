@@ -74,8 +74,16 @@ def _fail(error: RlpostError) -> int:
         word if len(word) <= _LONGEST else f"{word[: _LONGEST // 2]}...{word[-40:]}" for word in str(error).split()
     )
     line = f"rlpost: {clean(' '.join(words))}"
-    said_by_others = not ranks.is_first() and not isinstance(error, UnexpectedError)
-    if said_by_others or (LAUNCHED in os.environ and isinstance(error, RankError)):
+    if _is_said_elsewhere(error, line):
         return error.exit_code
     print(f"\033[31m{line}\033[0m" if in_colour(sys.stderr) else line, file=sys.stderr)
     return error.exit_code
+
+
+def _is_said_elsewhere(error: RlpostError, line: str) -> bool:
+    """Whether another rank, or who started the ranks, says why the run ends."""
+    if isinstance(error, UnexpectedError):
+        return False
+    if isinstance(error, RankError) and ranks.count() > 1:
+        return LAUNCHED in os.environ or not ranks.is_first()
+    return ranks.left_to_first(line)

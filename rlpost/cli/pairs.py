@@ -12,6 +12,7 @@ from rlpost.cli.completion import recipes
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Checkpoint, Overrides
+from rlpost.ranks import on_all
 
 
 def pairs(
@@ -36,7 +37,8 @@ def pairs(
     from rlpost.recipe.resolve import resolve
 
     words = list(overrides or [])
-    on_ranks(resolve(recipe, words).config.parallel.processes)
+    resolved = on_all(lambda: resolve(recipe, words))
+    on_ranks(resolved.config.parallel.processes)
     with importing():
         from rlpost.inference import pairs as inference
 

@@ -11,6 +11,7 @@ from rlpost.cli.as_text import print_result
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Json, Overrides, Recipe
+from rlpost.ranks import on_all
 
 if TYPE_CHECKING:
     from rlpost.recipe.resolve import Resolved
@@ -35,7 +36,7 @@ def train(
 
     Prints the last checkpoint's path.
     """
-    resolved = _resolved(recipe, overrides or [], steps)
+    resolved = on_all(lambda: _resolved(recipe, overrides or [], steps))
     if not dry_run:
         on_ranks(resolved.config.parallel.processes)
     with importing():
