@@ -66,10 +66,12 @@ def fail(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Print a message from a signal handler; it appears below the bar of a live Progress.
+    """Print a message from a signal handler, on the first rank; it appears below the bar of a live Progress.
 
     It avoids sys.stderr and rich, which the signal may have interrupted in a write.
     """
+    if not is_first():
+        return
     if _live_consoles:
         _notices.append(clean(text))
         return

@@ -19,7 +19,7 @@ from pathlib import Path
 import golden
 import pytest
 import torch
-from processes import start
+from processes import start, wait_until
 from tiny_recipes import PAIRS, SFT, write
 from torch.multiprocessing import start_processes
 
@@ -348,6 +348,43 @@ def test_a_run_whose_rank_is_killed_ends_and_goes_on(recipe: Path, tmp_path: Pat
     )
     assert f"resumes after step {reached} " in done.stderr
     assert done.stdout.strip().endswith("sft/final")
+
+
+@pytest.mark.slow  # ten seconds each
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_signal_to_their_launcher_stops_all_ranks_after_the_step(number, code, recipe: Path, tmp_path: Path):
+    process = launched(
+        tmp_path, ["train", str(recipe), "stages.sft.steps=100000", "stages.sft.checkpoint_every=100000"]
+    )
+    log = tmp_path / "runs/run/sft/metrics.jsonl"
+    wait_until(lambda: process.poll() is not None or (log.exists() and log.read_bytes().count(b"\n") > 3))
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)  # ranks have it open too
+    assert process.returncode == code, err
+    # Without the launcher each rank says it.
+    assert {line.partition(" after ")[0] for line in own_lines(err)} == {"rlpost: sft stopped"}
+    assert len(own_lines(err)) == 1 or number == signal.SIGKILL
+    assert len(list((tmp_path / "runs/run/sft/checkpoints").glob("step-??????"))) == 1
+    wait_until(lambda: all(ended(int(child)) for child in children))
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is no more, but perhaps for its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.slow  # three minutes
+@pytest.mark.timeout(1200)
+def test_killed_at_random_instants_a_run_ends_as_an_undisturbed_one():
+    command = [sys.executable, str(golden.ROOT / "scripts/kills.py"), "--kills", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ranks_that_are_about_to_do_different_things_are_refused(monkeypatch):

@@ -34,7 +34,7 @@ from rlpost.cli.command import Command, Sections
 from rlpost.cli.goals import calibrate, infill, plot
 from rlpost.cli.goals import sample as goals_sample
 from rlpost.cli.importing import importing
-from rlpost.cli.launchers import ON_RANKS, is_rank, refuse_several_processes
+from rlpost.cli.launchers import ON_RANKS, end_with_launcher, is_rank, refuse_several_processes
 
 # Commands import torch and the like only when they run: --help stays quick.
 # rich_markup_mode=None: help by rich takes twice the time.
@@ -89,6 +89,7 @@ def _before(context: typer.Context) -> None:
     if context.invoked_subcommand in ON_RANKS and is_rank(os.environ):
         with importing():
             import torch  # noqa: F401 - which takes long
+        end_with_launcher()
         ranks.start()
     elif not anywhere:
         refuse_several_processes(os.environ)

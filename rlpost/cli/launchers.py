@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ _COUNTS = {
 }
 """Variable with the number of processes -> who sets it."""
 _RANKS = ("RANK", "LOCAL_RANK")
+_PR_SET_PDEATHSIG = 1
+"""Of Linux: the signal that a process gets when its parent ends."""
 LAUNCHED = "RLPOST_LAUNCHED"
 """Set for the ranks that `on_ranks` starts: it says which of them was lost."""
 _OF_RANKS = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -58,6 +61,7 @@ def _run_on_ranks(count: int, words: Sequence[str]) -> int:
     Each prints as it likes: the first one alone does. All of them end when one does.
     """
     with importing():
+        from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -72,6 +76,7 @@ def _run_on_ranks(count: int, words: Sequence[str]) -> int:
         monitor_interval=0.1,
     )
     os.environ[LAUNCHED] = "1"
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the ranks' too
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     try:
         with given_to_children():
@@ -79,7 +84,15 @@ def _run_on_ranks(count: int, words: Sequence[str]) -> int:
     except ChildFailedError as failed:
         del os.environ[LAUNCHED]
         return _outcome(failed.failures, count)
+    except SignalException as stopped:  # the ranks were sent the signal too, and have ended
+        return 128 + stopped.sigval
     return 0
+
+
+def end_with_launcher() -> None:
+    """Of a rank that `on_ranks` started: stop after the step, as by SIGTERM, should the launcher be killed."""
+    if LAUNCHED in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _outcome(failures: Mapping[int, Any], count: int) -> int:
