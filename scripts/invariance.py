@@ -2,6 +2,7 @@
 
     python scripts/invariance.py                # every stage
     python scripts/invariance.py grpo kto
+    python scripts/invariance.py --ranks        # one process against two and three, as a table
 
 Cut by max_tokens_per_microbatch into parts of about 1, 3 or 8 completions, its groups in another order, prompts
 computed once or again for each completion, on flat or padded rows, and spread over two, three and more processes than
@@ -13,15 +14,16 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from stage_updates import CASES, Case, Measured
-from torch import multiprocessing
+from stage_updates import CASES, Case, Measured, Update
+from torch import Tensor, multiprocessing
 from worlds import Memory, World
 
 from rlpost import ranks
@@ -56,6 +58,8 @@ PROCESSES = (2, 3, 6)
 """Of the last ones some have nothing to do."""
 SHORT = 30
 """Tokens that fit into the memory of the second of two processes, half of what it is asked for."""
+RATE = 1e-3
+"""Learning rate, where weights are changed."""
 LONE_GROUP = 1
 """The group of which all rewards are equal."""
 
@@ -88,14 +92,20 @@ def budget(case: Case, at_once: int | None, shares_prompts: bool) -> int:
 
 def measured(case: Case, world: World, cut: Cut) -> tuple[Measured, int]:
     """The gradient and the metrics of the update; and the passes of one process."""
+    learner, update = _prepared(case, world, cut)
+    shared = learner.model.shares_prompts
+    tokens = budget(case, cut.at_once, shared)
+    parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=shared)
+    return case.measure(learner, update), len(parts)
+
+
+def _prepared(case: Case, world: World, cut: Cut) -> tuple[Learner, Update]:
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
     tokens = budget(case, cut.at_once, model.shares_prompts)
-    learner = Learner(model, learning_rate=1.0, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups)
+    learner = Learner(model, learning_rate=RATE, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups)
     everyone = list(range(len(case.groups)))
     order = random.Random(1).sample(everyone, len(everyone)) if cut.shuffled else everyone
-    update = case.prepare(order, learner)
-    parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=model.shares_prompts)
-    return case.measure(learner, update), len(parts)
+    return learner, case.prepare(order, learner)
 
 
 def whole(case: Case, world: World) -> Measured:
@@ -112,6 +122,17 @@ def worst_gap(case: Case, world: World, cuts: Sequence[Cut]) -> Gap:
     """Over the cuts, in one process."""
     expected = whole(case, world)
     return worst([gap(measured(case, world, cut)[0], expected) for cut in cuts])
+
+
+def moved(case: Case, world: World, cut: Cut) -> Tensor:
+    """How the weights have changed after five updates with the same tokens, as one vector; the world stays as it is."""
+    learner, update = _prepared(case, world, cut)
+    before = learner.flat_weights()
+    for _ in range(5):
+        case.step(learner, update)
+    change = learner.flat_weights() - before
+    learner.set_weights(before)
+    return change
 
 
 def two_steps(world: World, memory: int | None = None) -> Measured:
@@ -139,41 +160,113 @@ def two_steps(world: World, memory: int | None = None) -> Measured:
     return learner.flat_weights(), lines
 
 
-def _rank(rank: int, count: int, folder: str, names: Sequence[str]) -> None:
-    """One of some processes: what it finds of every case, in a file."""
+class Way(NamedTuple):
+    """One column of the table, full or with LoRA."""
+
+    dtype: torch.dtype
+    lora: bool
+
+    @property
+    def world(self) -> World:
+        """Its models."""
+        return World("gpt2", self.dtype, lora=self.lora)
+
+
+WAYS = tuple(Way(dtype, lora) for lora in (False, True) for dtype in (torch.float64, torch.float32))
+
+
+def _rank(rank: int, count: int, folder: str, work: Callable[[], Any]) -> None:
+    """One of some processes: what it finds, in a file."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
     ranks.join()
-    world = World("gpt2", torch.float64)
-    found = {name: measured(CASES[name](world), world, Cut(3))[0] for name in names}
-    found["steps"] = two_steps(world)
-    if count == 2:
-        found["short"] = two_steps(world, memory=SHORT if rank else None)
-    torch.save(found, Path(folder, f"rank{rank}"))
+    torch.save(work(), Path(folder, f"rank{rank}"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def on_processes(count: int, names: Sequence[str]) -> list[dict[str, Measured]]:
-    """What each of some processes that share the updates finds: GPT-2 in float64, by case."""
+def on_processes(count: int, work: Callable[[], Any]) -> list[Any]:
+    """What each of some processes finds that share the work."""
     with tempfile.TemporaryDirectory() as folder:
         # Forked from a server that has imported what takes long.
         set_forkserver_preload(["rlpost.pipeline"])
-        multiprocessing.start_processes(_rank, (count, folder, list(names)), nprocs=count, start_method="forkserver")
+        multiprocessing.start_processes(_rank, (count, folder, work), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder, f"rank{rank}")) for rank in range(count)]
+
+
+def every_gradient(names: Sequence[str]) -> dict[str, Measured]:
+    """The gradient of every case and two steps: GPT-2 in float64."""
+    world = World("gpt2", torch.float64)
+    found = {name: measured(CASES[name](world), world, Cut(3))[0] for name in names}
+    found["steps"] = two_steps(world)
+    if ranks.count() == 2:
+        found["short"] = two_steps(world, memory=SHORT if ranks.index() else None)
+    return found
+
+
+def every_way(names: Sequence[str], ways: Sequence[Way], cut: Cut) -> dict[tuple[str, int], tuple[Measured, Tensor]]:
+    """By case and number of the way: its gradient and metrics, and the change by five updates."""
+    found = {}
+    for number, way in enumerate(ways):
+        world = way.world
+        for name in names:
+            case = CASES[name](world)
+            found[name, number] = (measured(case, world, cut)[0], moved(case, world, cut))
+    return found
+
+
+class Distance(NamedTuple):
+    """How far several processes are from one."""
+
+    gradient: float
+    """Of the gradient, as a share of its norm."""
+    weights: float
+    """Of the weights after five updates, as a share of how far they moved."""
+
+
+def distances(names: Sequence[str], ways: Sequence[Way], counts: Sequence[int]) -> dict[tuple[str, int], Distance]:
+    """The worst over all ranks of so many processes, by case and number of the way."""
+    expected = every_way(names, ways, WHOLE)
+    found = [one for count in counts for one in on_processes(count, partial(every_way, names, ways, Cut(3)))]
+    far: dict[tuple[str, int], Distance] = {}
+    for key, (known, change) in expected.items():
+        gradients = [gap(one[key][0], known).gradient for one in found]
+        weights = [float((one[key][1] - change).norm() / change.norm()) for one in found]
+        far[key] = Distance(max(gradients), max(weights))
+    return far
+
+
+def table(names: Sequence[str]) -> str:
+    """A row a stage, full and with LoRA: the worst of its cases."""
+    far = distances(names, WAYS, (2, 3))
+    lines = [
+        "| stage | trained | gradient, float64 | gradient, float32 | weights, float64 | weights, float32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for stage in dict.fromkeys(name.split()[0] for name in names):
+        own = [name for name in names if name.split()[0] == stage]
+        for lora in (False, True):
+            numbers = [number for number, way in enumerate(WAYS) if way.lora == lora]
+            cells = [max(far[name, n][what] for name in own) for what in range(2) for n in numbers]
+            lines.append(f"| `{stage}` | {'LoRA' if lora else 'all'} | " + " | ".join(f"{x:.0e}" for x in cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = sorted({name.split()[0] for name in CASES})
     parser.add_argument("stages", nargs="*", default=stages, help=", ".join(stages))
-    wanted = parser.parse_args().stages
-    names = [name for name in CASES if name.split()[0] in wanted]
+    parser.add_argument("--ranks", action="store_true", help="the table of one process against several")
+    args = parser.parse_args()
+    names = [name for name in CASES if name.split()[0] in args.stages]
+    if args.ranks:
+        print(table(names))
+        return
     worlds = [World("gpt2", torch.float64), World("llama", torch.float64), World("llama", torch.float32)]
     headings = ["gpt2 float64", "processes", "llama float64", "llama float32"]
     print(f"{'worst relative error':24}" + "".join(f"{heading:>18}" for heading in headings))
     print(f"{'':24}" + len(headings) * f"{'gradient':>10}{'metrics':>8}")
-    found = [everything for count in PROCESSES for everything in on_processes(count, names)]
+    found = [one for count in PROCESSES for one in on_processes(count, partial(every_gradient, names))]
     for name in names:
         expected = whole(CASES[name](worlds[0]), worlds[0])
         gaps = [worst_gap(CASES[name](world), world, CUTS) for world in worlds]

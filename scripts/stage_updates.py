@@ -56,6 +56,11 @@ def gradient(learner: Learner, update: Update) -> Measured:
     return learner.flat_gradient(), metrics
 
 
+def step(learner: Learner, update: Update) -> None:
+    """One step of the optimiser."""
+    learner.update(update.loss, update.experience, update.stats)
+
+
 @dataclass(frozen=True)
 class Case:
     """An update of a stage."""
@@ -67,6 +72,8 @@ class Case:
     """A model of scalars is trained."""
     whole_groups: bool = False
     measure: Callable[[Learner, Update], Measured] = gradient
+    step: Callable[[Learner, Update], object] = step
+    """How the stage changes the weights."""
 
 
 def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Case:
@@ -235,6 +242,7 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
         sampling=SAMPLING,
         advantage=Function(fn="leave_one_out"),
         weight="sequence_sum",
+        cg_iterations=3,  # a product is a difference of gradients: each one blows the rounding of those before up
     )
     groups = world.groups
     penalty, stats = penalty_of(world, cfg), LogitStats(SAMPLING.temperature, distribution=True)
@@ -247,7 +255,10 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
         old_NV = learner.evaluate_no_grad(lambda output, _part: output.distribution_NV, experience, stats)
         return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), stats)
 
-    return Case(groups, prepare, measure=measure)
+    def step(learner: Learner, update: Update) -> object:
+        return trpo.trust_region_update(learner, learner.model, update.experience, cfg)
+
+    return Case(groups, prepare, measure=measure, step=step)
 
 
 def sampled_pairs(world: World) -> Case:

@@ -19,9 +19,11 @@ import torch
 from families import VOCABULARY, EndTokenOnly, tiny
 
 from rlpost.engine.params import Sampling
+from rlpost.policy.adapters import add_policy_adapter
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.batch import Batch
 from rlpost.policy.load import remove_dropout
+from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.policy.score import logprobs
@@ -85,13 +87,15 @@ class Memory:
 
 
 class World:
-    """The models of one family and precision, on a device.
+    """The models of one family and precision, full or with LoRA, on a device.
 
     To a stage's functions it is the context: functions and a reference.
     """
 
-    def __init__(self, family: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self.family, self.dtype, self.device = family, dtype, torch.device(device)
+    def __init__(
+        self, family: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, lora: bool = False
+    ) -> None:
+        self.family, self.dtype, self.device, self.lora = family, dtype, torch.device(device), lora
         self.policy, self.scalar = cache(self._policy), cache(self._scalar)
 
     def _policy(self, layout: str = "shared", step: float = 0.0) -> Policy:
@@ -106,6 +110,12 @@ class World:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(step * torch.randn(p.shape, generator=generator))
+        if self.lora:
+            model = add_policy_adapter(model, Lora(r=2, alpha=4.0)).to(self.dtype)
+            with torch.no_grad():  # the product of new ones is 0, and so is half of their gradients
+                for name, p in model.named_parameters():
+                    if "lora_" in name:
+                        p.normal_(std=0.2, generator=generator)
         kind = Apart if layout == "apart" else Policy
         return kind(self.placed(model), EndTokenOnly(), flat=layout != "padded").eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from invariance import (
     FEWER,
     LONE_GROUP,
     PROCESSES,
+    WAYS,
     WHOLE,
     Cut,
+    distances,
+    every_gradient,
     gap,
     measured,
     on_processes,
@@ -46,7 +50,8 @@ def llama() -> dict[torch.dtype, World]:
 @pytest.fixture(scope="module")
 def ranks():
     """What each of 2, 3 and 6 real processes finds of every case."""
-    return {(count, rank): found for count in PROCESSES for rank, found in enumerate(on_processes(count, list(CASES)))}
+    work = partial(every_gradient, list(CASES))
+    return {(count, rank): found for count in PROCESSES for rank, found in enumerate(on_processes(count, work))}
 
 
 def test_every_stage_that_trains_is_here():
@@ -66,6 +71,24 @@ def test_in_float64_to_the_last_digits(name, gpt2, ranks):
         assert max(gap(found, expected)) <= EXACT, cut
     for rank, everything in ranks.items():
         assert max(gap(everything[name], expected)) <= EXACT, rank
+
+
+def assert_equal_on_ranks(names, ways):
+    """Gradients and the weights after five updates; in float32 a weight without a gradient moves by its rounding."""
+    for (name, number), far in distances(names, ways, (2, 3)).items():
+        gradient, weights = (EXACT, 1e-8) if ways[number].dtype is torch.float64 else (1e-5, 1e-2)
+        assert far.gradient <= gradient, (name, ways[number])
+        assert far.weights <= weights, (name, ways[number])
+
+
+def test_five_updates_of_lora_in_float32_on_processes():
+    assert_equal_on_ranks(["grpo token_mean", "ppo critic"], WAYS[3:])
+
+
+@pytest.mark.slow  # three minutes
+@pytest.mark.timeout(1800)
+def test_gradients_and_weights_of_every_stage_full_and_with_lora_on_processes():
+    assert_equal_on_ranks(list(CASES), WAYS)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
