@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlpost import console, ranks
+from rlpost.agreement import must_agree, on_all
 from rlpost.base_model import base_checkpoint, prove_base
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import DataRole
@@ -79,8 +80,8 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
     """
     recipe = resolved.config
     device, shards = _set_up(recipe)
-    ranks.must_agree({"a recipe of sha256": resolved.sha256, **versions()})
-    for line in ranks.on_all(lambda: preflight(resolved, rows=False)):
+    must_agree({"a recipe of sha256": resolved.sha256, **versions()})
+    for line in on_all(lambda: preflight(resolved, rows=False)):
         console.say(line)
     code = functions_of(resolved)
     with (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial, wraps
@@ -154,31 +154,6 @@ def left_to_first(text: str) -> bool:
         return False
 
 
-def on_all(work: Callable[[], T]) -> T:
-    """What `work` returned here, after it has come to its end on every rank; an error of one is raised by all.
-
-    It is told whose it is, unless all have one.
-    """
-    if _count == 1:
-        return work()
-    found: list[T] = []
-
-    def attempt() -> RlpostError | None:
-        try:
-            found.append(work())
-        except RlpostError as error:
-            return error
-        return None
-
-    errors = together(attempt)
-    for number, error in enumerate(errors):
-        if error is not None:
-            if None in errors:
-                error.args = (f"rank {number}: {error}", *error.args[1:])
-            raise error
-    return found[0]
-
-
 def together(work: Callable[[], T]) -> list[T]:
     """What `work` returned on each rank, in their order, on all of them; an error of one is raised by all.
 
@@ -225,20 +200,6 @@ def largest(number: int) -> int:
 def anyone(does: bool) -> bool:
     """Whether any rank says so; raises what `largest` does."""
     return largest(int(does)) > 0
-
-
-def must_agree(what: Mapping[str, str]) -> None:
-    """Refuse ranks that are about to do different things.
-
-    Raises:
-        RecipeError: one has another value of a name than the first rank.
-    """
-    first, *others = together(lambda: what)
-    for number, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other.get(name) != value:
-                has = f"rank {number} has {name} {other.get(name)}, and rank 0 has {value}"
-                raise RecipeError(f"{has} - start all ranks with the same")
 
 
 def from_first(work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors", "section", "strict_yaml", "suggest"},
     {"facts", "params", "ranks"},
-    {"results", "streams", "unexpected"},
+    {"agreement", "results", "streams", "unexpected"},
     {"console", "kernels", "objectives", "types"},
     {"usercode"},
     {"data", "rewards", "run"},
@@ -70,6 +70,7 @@ LIGHT = (
     *(
         "__init__",
         "__main__",
+        "agreement",
         "api",
         "cli",
         "console",

@@ -25,6 +25,7 @@ from torch.multiprocessing import start_processes
 
 import rlpost
 from rlpost import ranks
+from rlpost.agreement import must_agree, on_all
 from rlpost.errors import DiskError, Interrupted, RecipeError
 
 PRELOADED = ["rlpost.pipeline", "rlpost.cli.app"]
@@ -118,9 +119,9 @@ def _errors(rank: int) -> list[str]:
     raised = []
     for who in ((1,), (0, 1)):
         with pytest.raises(RecipeError) as caught:
-            ranks.on_all(partial(failing, who))
+            on_all(partial(failing, who))
         raised.append(str(caught.value))
-    return [*raised, f"no error: {ranks.on_all(partial(failing, ()))}"]
+    return [*raised, f"no error: {on_all(partial(failing, ()))}"]
 
 
 def _ends(rank: int) -> list[bool]:
@@ -390,7 +391,7 @@ def test_killed_at_random_instants_a_run_ends_as_an_undisturbed_one():
 def test_ranks_that_are_about_to_do_different_things_are_refused(monkeypatch):
     monkeypatch.setattr(ranks, "together", lambda work: [work(), {"torch": "2.12"}])
     with pytest.raises(RecipeError, match=r"rank 1 has torch 2.12, and rank 0 has 2.13 - start all"):
-        ranks.must_agree({"torch": "2.13"})
+        must_agree({"torch": "2.13"})
 
 
 def test_an_interruption_can_be_raised_elsewhere():

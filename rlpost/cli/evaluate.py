@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
+from rlpost.agreement import on_all
 from rlpost.cli.arguments import home
 from rlpost.cli.as_text import figures, print_result
 from rlpost.cli.completion import checkpoint_or_setting
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks, refuse_several_processes
 from rlpost.cli.options import OtherRecipe, Overrides
-from rlpost.ranks import on_all
 
 
 class Harness(StrEnum):

@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
+from rlpost.agreement import on_all
 from rlpost.cli.arguments import home, target
 from rlpost.cli.as_text import print_result
 from rlpost.cli.completion import recipes
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Checkpoint, Overrides
-from rlpost.ranks import on_all
 
 
 def pairs(

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlpost.agreement import on_all
 from rlpost.cli.as_text import print_result
 from rlpost.cli.importing import importing
 from rlpost.cli.launchers import on_ranks
 from rlpost.cli.options import Json, Overrides, Recipe
-from rlpost.ranks import on_all
 
 if TYPE_CHECKING:
     from rlpost.recipe.resolve import Resolved

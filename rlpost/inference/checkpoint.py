@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlpost import ranks
+from rlpost.agreement import must_agree
 from rlpost.errors import RecipeError
 from rlpost.policy.load import decide_bfloat16, load_policy, width_of
 from rlpost.policy.params import Attention, Model, Precision
@@ -26,7 +27,7 @@ def join_ranks(resolved: Resolved, model: str) -> None:
         RecipeError: they are about to do different things, or there are fewer devices than processes.
     """
     ranks.start()
-    ranks.must_agree({"a recipe of sha256": resolved.sha256, "a model": model, **versions()})
+    must_agree({"a recipe of sha256": resolved.sha256, "a model": model, **versions()})
 
 
 def located(name: str) -> str:
