@@ -73,22 +73,22 @@ def test_in_float64_to_the_last_digits(name, gpt2, ranks):
         assert max(gap(everything[name], expected)) <= EXACT, rank
 
 
-def assert_equal_on_ranks(names, ways):
+def assert_equal_on_ranks(names, ways, counts):
     """Gradients and the weights after five updates; in float32 a weight without a gradient moves by its rounding."""
-    for (name, number), far in distances(names, ways, (2, 3)).items():
+    for (name, number), far in distances(names, ways, counts).items():
         gradient, weights = (EXACT, 1e-8) if ways[number].dtype is torch.float64 else (1e-5, 1e-2)
         assert far.gradient <= gradient, (name, ways[number])
         assert far.weights <= weights, (name, ways[number])
 
 
 def test_five_updates_of_lora_in_float32_on_processes():
-    assert_equal_on_ranks(["grpo token_mean", "ppo critic"], WAYS[3:])
+    assert_equal_on_ranks(["grpo token_mean"], WAYS[3:], [2])
 
 
 @pytest.mark.slow  # three minutes
 @pytest.mark.timeout(1800)
 def test_gradients_and_weights_of_every_stage_full_and_with_lora_on_processes():
-    assert_equal_on_ranks(list(CASES), WAYS)
+    assert_equal_on_ranks(list(CASES), WAYS, [2, 3])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)], ids=str)
