@@ -144,13 +144,13 @@ def left_to_first(text: str) -> bool:
     """
     if _store is None:
         return _local > 0
-    if is_first():
-        _store.set(_ENDED, text)
-        return False
     try:
+        if is_first():
+            _store.set(_ENDED, text)
+            return False
         _store.wait([_ENDED], timedelta(seconds=2))
         return bool(_store.get(_ENDED).decode() == text)
-    except RuntimeError:  # the first one goes on, or was killed
+    except RuntimeError:  # the first one goes on or was killed, or what they met at is gone
         return False
 
 
