@@ -24,8 +24,8 @@ from families import EndTokenOnly
 from stage_updates import CASES
 from worlds import World, sampled_groups
 
-from rlpost.engine.local import LocalEngine
-from rlpost.engine.params import Sampling
+from rlpost.engine.door import engine_for
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.engine.sampling import greedy
 from rlpost.policy import adapters
 from rlpost.policy.kernel_check import VARLEN
@@ -127,7 +127,7 @@ def sample(world: FakeWorld, settings: Sampling) -> Callable[[], None]:
     """Two prompts' completions, ready to be sampled."""
     policy = world.policy()
     policy.tokenizer = Tokens()
-    engine = LocalEngine(policy, cache_gib=0)
+    engine = engine_for(policy, EngineChoice(cache_gib=0))
     engine.update_weights(policy, 0)
     requests = [Request(g.prompt, 3, settings, seed=i) for i, g in enumerate(sampled_groups()[:2])]
 

@@ -2,6 +2,7 @@
 
     python scripts/invariance.py                # every stage
     python scripts/invariance.py grpo kto
+    python scripts/invariance.py --shards       # one process against several with weights in shards
     python scripts/invariance.py --ranks        # one process against two and three, as a table
 
 Cut by max_tokens_per_microbatch into parts of about 1, 3 or 8 completions, its groups in another order, prompts
@@ -24,10 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from stage_updates import CASES, Case, Measured, Update
 from torch import Tensor, multiprocessing
+from torch.distributed.tensor import DTensor
 from worlds import Memory, World
 
 from rlpost import ranks
 from rlpost.objectives.weights import token_mean
+from rlpost.policy import sharded
+from rlpost.policy.sharded import Shards
+from rlpost.policy.value_head import ValueHeadModel
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 from rlpost.types import completions
@@ -41,6 +46,8 @@ class Cut:
     """Completions a pass, about; None for all of them."""
     layout: str = "shared"
     shuffled: bool = False
+    shards: bool = False
+    """The trained weights are in shards over the ranks."""
 
 
 WHOLE = Cut()
@@ -96,11 +103,35 @@ def measured(case: Case, world: World, cut: Cut) -> tuple[Measured, int]:
     shared = learner.model.shares_prompts
     tokens = budget(case, cut.at_once, shared)
     parts = update.experience.cut(tokens, whole_groups=case.whole_groups, shared_prompts=shared)
-    return case.measure(learner, update), len(parts)
+    vector, metrics = case.measure(learner, update)
+    return (of_all_ranks(learner, vector), metrics), len(parts)
+
+
+def in_shards(model: Any) -> Any:
+    """The model with its weights in shards over all ranks."""
+    device = torch.device("cpu")
+    Shards(ranks.mesh(device), device).apply(model.trunk if isinstance(model, ValueHeadModel) else model)
+    return model
+
+
+def of_all_ranks(learner: Learner, vector: Tensor) -> Tensor:
+    """A vector as the learner gives it, of whole weights: where they are in shards, it has this rank's parts."""
+    parameters = list(learner.model.trained().values())
+    pieces = vector.split([sharded.local(p).numel() for p in parameters])
+    return torch.cat([_whole(piece, p).flatten() for piece, p in zip(pieces, parameters, strict=True)])
+
+
+def _whole(piece: Tensor, of: Tensor) -> Tensor:
+    if not isinstance(of, DTensor):
+        return piece
+    own = piece.view_as(of.to_local())
+    return DTensor.from_local(own, of.device_mesh, of.placements, shape=of.shape, stride=of.stride()).full_tensor()
 
 
 def _prepared(case: Case, world: World, cut: Cut) -> tuple[Learner, Update]:
     model = world.scalar(cut.layout) if case.scalar else world.policy(cut.layout)
+    if cut.shards:
+        in_shards(model)
     tokens = budget(case, cut.at_once, model.shares_prompts)
     learner = Learner(model, learning_rate=RATE, max_tokens_per_microbatch=tokens, whole_groups=case.whole_groups)
     everyone = list(range(len(case.groups)))
@@ -130,7 +161,7 @@ def moved(case: Case, world: World, cut: Cut) -> Tensor:
     before = learner.flat_weights()
     for _ in range(5):
         case.step(learner, update)
-    change = learner.flat_weights() - before
+    change = of_all_ranks(learner, learner.flat_weights() - before)
     learner.set_weights(before)
     return change
 
@@ -224,10 +255,13 @@ class Distance(NamedTuple):
     """Of the weights after five updates, as a share of how far they moved."""
 
 
-def distances(names: Sequence[str], ways: Sequence[Way], counts: Sequence[int]) -> dict[tuple[str, int], Distance]:
+def distances(
+    names: Sequence[str], ways: Sequence[Way], counts: Sequence[int], *, shards: bool = False
+) -> dict[tuple[str, int], Distance]:
     """The worst over all ranks of so many processes, by case and number of the way."""
     expected = every_way(names, ways, WHOLE)
-    found = [one for count in counts for one in on_processes(count, partial(every_way, names, ways, Cut(3)))]
+    work = partial(every_way, names, ways, Cut(3, shards=shards))
+    found = [one for count in counts for one in on_processes(count, work)]
     far: dict[tuple[str, int], Distance] = {}
     for key, (known, change) in expected.items():
         gradients = [gap(one[key][0], known).gradient for one in found]
@@ -236,9 +270,9 @@ def distances(names: Sequence[str], ways: Sequence[Way], counts: Sequence[int]) 
     return far
 
 
-def table(names: Sequence[str]) -> str:
+def table(names: Sequence[str], *, shards: bool) -> str:
     """A row a stage, full and with LoRA: the worst of its cases."""
-    far = distances(names, WAYS, (2, 3))
+    far = distances(names, WAYS, (2, 3), shards=shards)
     lines = [
         "| stage | trained | gradient, float64 | gradient, float32 | weights, float64 | weights, float32 |",
         "|---|---|---|---|---|---|",
@@ -257,10 +291,12 @@ def main() -> None:
     stages = sorted({name.split()[0] for name in CASES})
     parser.add_argument("stages", nargs="*", default=stages, help=", ".join(stages))
     parser.add_argument("--ranks", action="store_true", help="the table of one process against several")
+    parser.add_argument("--shards", action="store_true", help="that table with weights in shards")
     args = parser.parse_args()
     names = [name for name in CASES if name.split()[0] in args.stages]
-    if args.ranks:
-        print(table(names))
+    if args.ranks or args.shards:
+        # That case's vector is drawn by each rank for its own part.
+        print(table([name for name in names if not (args.shards and name == "trpo fisher")], shards=args.shards))
         return
     worlds = [World("gpt2", torch.float64), World("llama", torch.float64), World("llama", torch.float32)]
     headings = ["gpt2 float64", "processes", "llama float64", "llama float32"]

@@ -10,57 +10,27 @@ weights, in one pass.
 from __future__ import annotations
 
 import argparse
-import tempfile
-from collections.abc import Callable, Sequence
-from multiprocessing import set_forkserver_preload
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from families import COMMON, EndTokenOnly
-from invariance import PROCESSES, budget, gap, whole, worst
+from invariance import PROCESSES, budget, gap, in_shards, on_processes, whole, worst
 from stage_updates import CASES, Case, Measured, gradient
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from worlds import World
 
-from rlpost import ranks
 from rlpost.objectives.weights import token_mean
 from rlpost.policy.policy import Policy
-from rlpost.policy.sharded import Shards, local
+from rlpost.policy.sharded import local
 from rlpost.policy.sharded import whole as gathered
-from rlpost.policy.value_head import ValueHeadModel
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 
 COUNTS = (1, 2, 4)
 FAMILIES = ("gpt2", "llama")
-
-
-def on_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` returns on each of so many ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        set_forkserver_preload(["rlpost.pipeline"])
-        multiprocessing.start_processes(
-            _rank, (count, folder, work, arguments), nprocs=count, start_method="forkserver"
-        )
-        return [torch.load(Path(folder, f"rank{rank}")) for rank in range(count)]
-
-
-def _rank(rank: int, count: int, folder: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
-    ranks.join()
-    torch.save(work(*arguments), Path(folder, f"rank{rank}"))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def in_shards(model: Policy | ValueHeadModel) -> Any:
-    """The model, sharded over all ranks."""
-    device = torch.device("cpu")
-    Shards(ranks.mesh(device), device).apply(model.trunk if isinstance(model, ValueHeadModel) else model)
-    return model
 
 
 def update_of(case: Case, world: World, *, sharded: bool = True) -> tuple[Learner, Any]:
@@ -137,7 +107,7 @@ def bytes_kept(width: int = 256, layers: int = 6) -> dict[str, int]:
 
 
 def print_bytes() -> None:
-    found = {count: on_ranks(count, bytes_kept) for count in COUNTS}
+    found = {count: on_processes(count, bytes_kept) for count in COUNTS}
     print(f"{'largest rank, MiB':20}" + "".join(f"{f'{count} ranks':>12}" for count in COUNTS))
     for kind in found[1][0]:
         row = [max(kept[kind] for kept in found[count]) / 2**20 for count in COUNTS]
@@ -146,7 +116,7 @@ def print_bytes() -> None:
 
 def print_gradients() -> None:
     names = names_of_gradients()
-    every = [found for count in PROCESSES for found in on_ranks(count, gradients, names)]
+    every = [found for count in PROCESSES for found in on_processes(count, partial(gradients, names))]
     print(f"{'worst relative error':24}" + "".join(f"{family:>18}" for family in FAMILIES))
     print(f"{'':24}" + len(FAMILIES) * f"{'gradient':>10}{'metrics':>8}")
     for name in names:

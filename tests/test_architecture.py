@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS: list[set[str]] = [
     {"errors", "section", "strict_yaml", "suggest"},
-    {"facts", "params", "ranks"},
+    {"devices", "facts", "params", "ranks"},
     {"agreement", "results", "streams", "unexpected"},
     {"console", "kernels", "objectives", "types"},
     {"usercode"},

@@ -17,7 +17,7 @@ TOLD = """
 import torch
 from fake_cuda import rows
 from fake_device import Watch, register
-from rlpost.objectives.ragged import moved, true_at
+from rlpost.devices import moved, true_at
 from rlpost.policy.segment_attention import SegmentAttention
 from rlpost.policy.tiles import Segment
 

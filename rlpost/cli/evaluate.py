@@ -88,8 +88,7 @@ def _by_recipe(checkpoint: str | None, recipe: str | None, words: list[str], as_
     with importing():
         from rlpost.inference import evaluate as inference
 
-    _, resolved = on_all(lambda: inference.evaluated_by(checkpoint, recipe, words))
-    on_ranks(resolved.config.parallel.processes)
+    on_ranks(on_all(lambda: inference.processes_of(checkpoint, recipe, words)))
     prompts, result, path = inference.evaluate_checkpoint(checkpoint, recipe, words)
     if as_json:
         for row in inference.sample_rows(prompts, result):

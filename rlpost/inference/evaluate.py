@@ -28,8 +28,7 @@ def evaluate_checkpoint(
     Raises:
         RecipeError: no recipe is known, or it has no evaluation.
     """
-    path, resolved = evaluated_by(checkpoint, recipe, overrides)
-    model = located(path)
+    path, model, resolved = _evaluated_by(checkpoint, recipe, overrides)
     join_ranks(resolved, model)
     cfg = resolved.config.evaluation
     if cfg is None:
@@ -40,10 +39,16 @@ def evaluate_checkpoint(
     return prompts, result, model
 
 
-def evaluated_by(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[str, Resolved]:
-    """What `evaluate_checkpoint` evaluates, as it is named, and the recipe; its arguments and errors are the same."""
+def processes_of(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> int:
+    """How many processes the recipe asks for; arguments and errors are those of `evaluate_checkpoint`."""
+    return _evaluated_by(checkpoint, recipe, overrides)[2].config.parallel.processes
+
+
+def _evaluated_by(checkpoint: str | None, recipe: str | None, overrides: Sequence[str]) -> tuple[str, str, Resolved]:
+    """What is evaluated, as it is named; where it is; and the recipe."""
     path = checkpoint or str(newest_finished_run(Path("runs")))
-    return path, resolve(recipe or str(recipe_of(path)), overrides)
+    model = located(path)
+    return path, model, resolve(recipe or str(recipe_of(path)), overrides)
 
 
 def sample_rows(prompts: Sequence[str], result: Result) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlpost.objectives.ragged import Ragged, moved
+from rlpost.devices import moved
+from rlpost.objectives.ragged import Ragged
 from rlpost.policy.layout import FlatLayout
 from rlpost.policy.segment_attention import TILES, Kernels
 from rlpost.policy.tiles import Segment

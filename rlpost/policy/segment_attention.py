@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlpost.objectives.ragged import moved
+from rlpost.devices import moved
 from rlpost.policy.attention import AttentionOptions
 from rlpost.policy.tile_attention import scale_of
 from rlpost.policy.tiles import FAR, Segment

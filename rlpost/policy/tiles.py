@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlpost.objectives.ragged import moved
+from rlpost.devices import moved
 from rlpost.policy.attention import visible
 from rlpost.policy.tile_attention import Heads, TileShape
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.objectives.ragged import moved
+from rlpost.devices import moved
 
 NEVER = -1e30
 """The logit of an unused id: its probability is exactly 0, and so is 0 times its logarithm."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
-from rlpost.objectives.ragged import Ragged, moved
+from rlpost.devices import moved
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.moving_reference import MovingReference

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlpost.data.formats import DataRole
-from rlpost.objectives.ragged import moved, true_at
+from rlpost.devices import moved, true_at
 from rlpost.objectives.unpaired import Unpaired
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.logprobs import PolicyOutput

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlpost.data.formats import DataRole
 from rlpost.data.step_split import ends_of
-from rlpost.objectives.ragged import true_at
+from rlpost.devices import true_at
 from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.process_reward_model import ProcessRewardModel
 from rlpost.stages.context import Context, steps_of

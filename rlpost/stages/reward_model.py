@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlpost.objectives.ragged import Ragged, moved, true_at
+from rlpost.devices import moved, true_at
+from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.weights import pair_mean
 from rlpost.policy.value_head import ValueHeadModel, Values
 from rlpost.recipe.specs.reward_model import RewardModel

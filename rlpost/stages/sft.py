@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rlpost.data.formats import DataRole
 from rlpost.data.params import Direction
+from rlpost.devices import true_at
 from rlpost.errors import ModelError, RecipeError
-from rlpost.objectives.ragged import true_at
 from rlpost.objectives.weights import weigh
 from rlpost.policy.load import load_policy
 from rlpost.policy.logprobs import DistributionLoss, LogitStats, PolicyOutput

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rlpost import ranks
-from rlpost.objectives.ragged import Ragged, moved
+from rlpost.devices import moved
+from rlpost.objectives.ragged import Ragged
 from rlpost.types import Group, completions
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import peft
 import pytest
 import torch
 from families import tiny
-from invariance import gap, whole
-from sharding import bytes_kept, gradients, in_shards, names_of_gradients, on_ranks, steps
+from invariance import gap, in_shards, on_processes, whole
+from sharding import bytes_kept, gradients, names_of_gradients, steps
 from stage_updates import CASES
 from stubs import tiny_policy
 from worlds import World
@@ -129,7 +131,7 @@ def bfloat16(*, sharded: bool = True) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def found():
     """What each of two ranks finds."""
-    return on_ranks(2, works)
+    return on_processes(2, works)
 
 
 def test_gradients_are_those_of_whole_weights(found):
@@ -205,7 +207,7 @@ def test_whole_weights_are_in_the_first_ranks_memory(found):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("count", [2, 3, 6])
 def test_every_stage_on_more_ranks(count):
-    for rank in on_ranks(count, gradients, names_of_gradients()):
+    for rank in on_processes(count, partial(gradients, names_of_gradients())):
         for (family, name), measured in rank.items():
             own = World(family, torch.float64)
             assert max(gap(measured, whole(CASES[name](own), own))) <= EXACT.get(family, COARSE), (family, name)
@@ -216,7 +218,7 @@ def test_every_stage_on_more_ranks(count):
 def test_other_families():
     """Tied and untied heads, soft caps, experts, biases, windows."""
     families = ["qwen2", "qwen3", "gemma2", "gpt_neox", "granite", "cohere", "gpt_oss"]
-    for rank in on_ranks(2, gradients, ["sft nll", "reward_model pairs"], families):
+    for rank in on_processes(2, partial(gradients, ["sft nll", "reward_model pairs"], families)):
         for (family, name), measured in rank.items():
             own = World(family, torch.float64)
             assert max(gap(measured, whole(CASES[name](own), own))) <= COARSE, (family, name)
