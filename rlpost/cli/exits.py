@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
@@ -17,6 +19,8 @@ from rlpost.streams import broken, in_colour, open_streams
 
 _UsageError: Any = typer.BadParameter.__mro__[2]
 """click's UsageError, or typer's own copy of it."""
+_ELASTIC = "TORCHELASTIC_RUN_ID"
+"""Set by torch's launcher for the processes that it starts."""
 _LONGEST = 300
 """Longer words of a message are cut, in characters."""
 
@@ -36,7 +40,23 @@ def run(app: typer.Typer) -> NoReturn:
         code = _misused(error)
     except Exception as error:
         code = _unexpected(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if ranks.count() > 1 and _ELASTIC in os.environ:
+        _end(code)
+    sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    """End one of several ranks as `sys.exit` does, but leave its memory to the system.
+
+    Of gloo's threads one may still run when what they stand on is taken down, and abort the process: its launcher would
+    say that the rank was killed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or its reader has left
+            stream.flush()
+    os._exit(code)
 
 
 def _unexpected(error: Exception) -> int:
