@@ -261,6 +261,7 @@ def test_an_error_is_said_once(recipe: Path, tmp_path: Path):
     assert len(own_lines(err)) == 1, err
 
 
+@pytest.mark.slow
 def test_a_change_is_taken_back_where_nothing_was_trained_with_it(recipe: Path, tmp_path: Path):
     """The first rank does so alone: the others have left."""
     assert launched(tmp_path, ["train", str(recipe)]).wait(100) == 0

@@ -75,7 +75,7 @@ def command(monkeypatch, *words: str) -> int:
     return 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "lora")) for way in WAYS])
 def test_killed_twice_in_every_stage_it_ends_as_if_it_had_gone_through(tmp_path, way, tally):
     run(tmp_path, STAGES, *WAYS[way], "run=whole")
     words = ["train", str(tmp_path / "tiny.yaml"), *WAYS[way]]

@@ -64,6 +64,7 @@ def test_it_is_compiled_once_and_for_every_source_anew(anew, monkeypatch, tmp_pa
     assert len(list(build.cache_folder().glob("*.so"))) == 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_folder_that_cannot_be_written_is_done_without(anew, monkeypatch):
     blocked = anew / "file"
@@ -84,6 +85,7 @@ def test_a_user_without_a_home_folder_has_kernels(anew, monkeypatch):
     assert not build.why_none()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_compiler_may_have_options(anew, monkeypatch):
     monkeypatch.setenv("CC", "cc -O2")
