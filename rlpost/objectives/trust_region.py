@@ -80,7 +80,7 @@ def finite_difference(
             against curvature.
         dot: the product of two vectors, where ranks have parts of them.
     """
-    length = (dot or torch.dot)(v, v).sqrt()
+    length = v.norm() if dot is None else dot(v, v).sqrt()
     if length == 0:
         return torch.zeros_like(v)
     epsilon = torch.finfo(v.dtype).eps ** (1 / 3) if epsilon is None else epsilon

@@ -329,10 +329,10 @@ class Learner:
         """The trained parameters as one vector, a copy; of weights in shards, this rank's part."""
         return torch.cat([local(p.detach()).flatten() for p in self._named.values()])
 
-    def dot(self, one: Tensor, other: Tensor) -> Tensor:
-        """The product of two vectors such as `flat_gradient` gives."""
-        own = one @ other
-        return ranks.summed(own) if self._in_shards else own
+    @property
+    def dot(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The product of vectors such as `flat_gradient` gives, where each rank has a part; None where all have all."""
+        return (lambda one, other: ranks.summed(one @ other)) if self._in_shards else None
 
     @torch.no_grad()
     def set_weights(self, flat: Tensor) -> None:
