@@ -34,8 +34,8 @@ warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view
 
 ENTRIES = ("states", "next_logits", "run")
 """Besides its forward, the policy's methods that call into the model."""
-
 SHORTEST = Group((0,), (Completion((), ()),))
+"""What an empty pass reads: one token."""
 
 
 @dataclass(frozen=True)
