@@ -232,10 +232,13 @@ def test_sample_names_an_engine_and_a_wrong_one_is_exit_code_8(recorded, monkeyp
     ("chosen", "message"),
     [
         ({"engine": "locl"}, r"rollouts.engine: no engine 'locl' - did you mean 'local'\?"),
-        ({"engine": "vllm"}, r"rollouts.engine: no engine 'vllm' \(there are: local, file.py:function\)"),
+        ({"engine": "sglang"}, r"rollouts.engine: no engine 'sglang' \(there are: local, vllm, vllm_server, file"),
         ({"engine": "nowhere.py:f"}, r"rollouts.engine: no file 'nowhere.py'"),
-        ({"args": {"a": 1}}, "rollouts.args: is for an engine of file.py:function, not for local - remove it"),
-        ({"deadline": 3}, "rollouts.deadline: is for an engine of file.py:function"),
+        (
+            {"args": {"a": 1}},
+            "rollouts.args: is for file.py:function or vllm or vllm_server, not for local",
+        ),
+        ({"deadline": 3}, "rollouts.deadline: is for file.py:function or vllm_server, not for local"),
         ({"deadline": 0}, "rollouts.deadline: expected more than 0"),
         ({"cache_gib": -1}, "rollouts.cache_gib: expected at least 0"),
         ({"engin": "local"}, "rollouts.engin: unknown key - did you mean '{}rollouts.engine'"),

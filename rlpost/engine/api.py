@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,6 +39,32 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds; no request follows."""
+        ...
+
+
+@runtime_checkable
+class FreeEngine(Engine, Protocol):
+    """An engine that takes further requests while it works on others, so that episodes do not wait for each other."""
+
+    async def complete(self, request: Request) -> tuple[Completion, ...]:
+        """What `generate` gives for one request; coroutines of one event loop may wait for many at a time.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        ...
+
+
+@runtime_checkable
+class SideEngine(Engine, Protocol):
+    """An engine that samples beside training: the weights change while it works with those that it was given."""
+
+    def stage(self, policy: Policy, version: int) -> Callable[[], None]:
+        """Copy the weights that `policy` has now; returns what makes the engine sample from them.
+
+        The thread that trains calls this. What it returns is called in the thread that samples, between requests, in
+        the order of versions.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlpost.engine.params import LOCAL, EngineChoice
+from rlpost.engine.params import EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Attention, Lora
@@ -68,10 +68,10 @@ def _shards(recipe: Recipe) -> Iterator[str]:
         yield "model.quantization: weights in four bits cannot be kept in shards - set parallel.strategy=ddp"
     for top, section in recipe.sections():
         for where, inner in walk(section, top):
-            if isinstance(inner, EngineChoice) and inner.engine != LOCAL:
+            if isinstance(inner, EngineChoice) and inner.is_users:
                 yield (
                     f"{where}.engine: {inner.engine} would read weights of which every process has a share - "
-                    "set parallel.strategy=ddp, or use the local engine"
+                    "set parallel.strategy=ddp, or use an engine of rlpost"
                 )
 
 

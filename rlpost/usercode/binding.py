@@ -16,7 +16,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlpost.engine.params import ENGINE, LOCAL, EngineChoice
+from rlpost.engine.params import BUILT_IN, ENGINE, USERS, EngineChoice
 from rlpost.errors import RecipeError
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section, join, marked, walk
@@ -52,12 +52,12 @@ def functions_at(section: Section, key: str, where: str) -> Iterator[tuple[Funct
 
 
 def _of_engine(chosen: EngineChoice, where: str) -> Iterator[tuple[Function, Lookup, str]]:
-    if chosen.engine != LOCAL:
+    if chosen.is_users:
         yield Function(fn=chosen.engine, args=chosen.args), ENGINE, where
 
 
 def bind_engine(chosen: EngineChoice, where: str, base: Path) -> Bound | None:
-    """The function behind a choice of engine, which stands at `where`; None for the local one.
+    """The function behind a choice of engine, which stands at `where`; None for one of rlpost's.
 
     Raises:
         RecipeError: as `bind`.
@@ -108,7 +108,7 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         if getattr(function, key, None) is not None:
             raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
     if lookup is ENGINE:
-        near = hint_or_list(function.fn, [LOCAL, "file.py:function"], "there are")
+        near = hint_or_list(function.fn, [*BUILT_IN, USERS], "there are")
         raise RecipeError(f"{place}: no engine {function.fn!r}{near}")
     module, name = owner(function.fn, lookup, place)
     if module == _GYM and name not in signatures.functions_in(module) and not gym.installed():
