@@ -41,6 +41,7 @@ SHARED_BY_STAGES = (
     "balancing",
     "context",
     "generate_dataset",
+    "off_policy",
     "on_policy",
     "pairwise",
     "params",

@@ -86,7 +86,8 @@ TURNS = """\
 def reply(text, turns):
     return "+4=" if len(turns) < 2 else None
 """
-ONE = {**GRPO, "steps": 1, "group_size": 2, "table_every": 1}
+ANY = {**GRPO, "steps": 1, "group_size": 2, "table_every": 1}
+ONE = {**ANY, "correction": {"mode": "none"}}
 STAGES: dict[str, Any] = {
     "sft": SFT,
     "grpo": ONE,
@@ -100,7 +101,7 @@ STAGES: dict[str, Any] = {
     "remax": {**ONE, "advantage": {"fn": "greedy_baseline"}},
     "ppo": {**ONE, "kind": "ppo"},
     "trpo": {**ONE, "kind": "trpo", "learning_rate": 1.0, "cg_iterations": 2},
-    "online_dpo": {**ONE, "kind": "online_dpo", "group_size": 4},
+    "online_dpo": {**ANY, "kind": "online_dpo", "group_size": 4},
     "value": {
         **{k: ONE[k] for k in ("data", "steps", "prompts_per_step", "group_size", "sampling", "learning_rate")},
         "kind": "value",

@@ -19,41 +19,17 @@ from torch import Tensor
 from rlpost.data.step_split import ends_of, step_starts
 from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
 from rlpost.objectives.advantages import ema
-from rlpost.objectives.correction import correction
 from rlpost.objectives.credit import Steps, reward_on_last_action
 from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
-from rlpost.policy.score import logprobs
 from rlpost.recipe.specs.common import Grouped
 from rlpost.stages.context import Context
-from rlpost.stages.params import CorrectionMode
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
 from rlpost.types import Group, completions
 
 DECAY = 0.9
 """Of the running mean, where the estimator's `args` give no other."""
-
-
-def corrected(experience: Experience, cfg: Grouped, policy: Policy) -> Experience:
-    """The experience with `old_logp` recomputed by the trainer, and its importance weight `correction` to the sampler.
-
-    Unchanged if the recipe has no correction.
-    """
-    wanted = cfg.correction
-    if wanted.mode is CorrectionMode.none:
-        return experience
-    old_N = logprobs(policy, experience.groups, temperature=cfg.sampling.temperature)
-    weight_N = correction(
-        old_N,
-        experience["sampled_logp"],
-        experience.rows,
-        per=wanted.per.value,
-        cap=wanted.cap,
-        mode=wanted.mode.value,
-        floor=wanted.floor,
-    )
-    return experience.with_actions(old_logp=old_N, correction=weight_N)
 
 
 class AdvantageEstimator:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from rlpost.objectives.advantages import whiten
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
-from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.grpo import Grpo
-from rlpost.stages.advantage import AdvantageEstimator, corrected
+from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
+from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
@@ -30,6 +30,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     """Train on sampled completions and their rewards; returns the final checkpoint."""
     policy = context.policy()
     samples = samples_of(context, cfg, policy)
+    correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
@@ -40,7 +41,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl),
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, correction, estimator, kl),
         minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg), stats),
         observe=kl.observe,
         learners={"policy": learner},
@@ -53,12 +54,12 @@ def assemble(
     rollout: Rollout,
     step: int,
     cfg: Grpo,
-    policy: Policy,
+    correction: SamplerCorrection,
     estimator: AdvantageEstimator,
     kl: KlPenalty,
 ) -> Experience:
     """The samples with the advantage of every action, less the KL penalty."""
-    experience = corrected(rollout.experience, cfg, policy)
+    experience = correction.of(rollout.experience)
     experience = kl.with_reference(experience, cfg.sampling.temperature)
     advantage_N = estimator.advantage(rollout, experience, step) - kl.to_go(experience, cfg.group_size)
     if cfg.whiten:

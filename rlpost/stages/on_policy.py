@@ -28,6 +28,7 @@ from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context, steps_of
+from rlpost.stages.off_policy import Gap
 from rlpost.stages.params import Kl, KlEstimator, KlPlacement
 from rlpost.stages.rollouts import Rollout, Samples
 from rlpost.train.experience import Experience
@@ -66,6 +67,7 @@ def on_policy(
     """
     steps = _steps(context, cfg, samples)
     loop = context.loop(cfg, {"data": samples.data, **states}, steps, None, held_out=None, **learners)
+    gap = Gap(context.name, cfg.rollouts or context.rollouts)
     for step in loop.steps():
         rollout = _timed(samples, step, loop)
         experience = assemble(rollout, step)
@@ -75,6 +77,7 @@ def on_policy(
             for minibatch in experience.split(cfg.num_minibatches, seed):
                 updates.append(minimise(minibatch, step))
         line = rollout.metrics | observe(experience) | metrics.without_parts(mean_of(updates))
+        gap.report(line, step)
         loop.log(step, line, live)
         if cfg.table_every and (step == 0 or (step + 1) % cfg.table_every == 0):
             loop.rollouts(step, rollout.groups)

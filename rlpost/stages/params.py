@@ -1,9 +1,11 @@
 """What stages choose from: weights, KL, corrections, critics, references that follow, pairs."""
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
+from rlpost.engine.params import EngineChoice
 from rlpost.section import Choice, Local, Section
 
 
@@ -87,14 +89,26 @@ class Per(Choice):
 class Correction(Section):
     """Importance weights between the sampler's probabilities and the trainer's (TIS, MIS)."""
 
-    mode: CorrectionMode = CorrectionMode.none
-    """What is done about probabilities that differ."""
+    mode: CorrectionMode | None = None
+    """What is done about probabilities that differ. By default `truncate` where another engine than the local one
+    samples, or `rollouts.staleness` lets it sample with earlier weights; else `none`."""
     per: Per = Per.token
     """What a ratio of probabilities is of."""
     cap: float = Field(2.0, gt=0)
     """Largest weight."""
     floor: float = Field(0.0, ge=0)
     """With `mask`: smallest weight."""
+
+    def mode_for(self, engine: EngineChoice | None) -> CorrectionMode:
+        """The mode for samples of that engine; None: they were recorded."""
+        if self.mode is not None:
+            return self.mode
+        return CorrectionMode.none if engine is None or engine.own_numerics else CorrectionMode.truncate
+
+    def problems(self, where: str) -> Iterator[str]:
+        """Of a floor above the cap."""
+        if self.mode is not CorrectionMode.none and self.floor >= self.cap:
+            yield f"{where}.floor: {self.floor:g} is not below cap={self.cap:g}"
 
 
 class Trunk(Choice):

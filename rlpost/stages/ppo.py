@@ -24,6 +24,7 @@ from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.context import Context
+from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.params import OnTruncation, Trunk
 from rlpost.stages.rollouts import Rollout, Sampler
@@ -39,6 +40,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     critic = make_critic(policy, context.start, critic_start, context.model, trains_trunk=cfg.critic.trunk is Trunk.own)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
+    correction = SamplerCorrection(context, cfg, policy)
     policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
     critic_loss = critic_loss_of(cfg)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
@@ -58,7 +60,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, _: assemble(rollout, cfg, critic, kl),
+        assemble=lambda rollout, _: assemble(rollout, cfg, correction, critic, kl),
         minimise=minimise,
         observe=kl.observe,
         learners={"policy": learner, "critic": value_learner},
@@ -67,9 +69,11 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     )
 
 
-def assemble(rollout: Rollout, cfg: Ppo, critic: ValueHeadModel, kl: KlPenalty) -> Experience:
+def assemble(
+    rollout: Rollout, cfg: Ppo, correction: SamplerCorrection, critic: ValueHeadModel, kl: KlPenalty
+) -> Experience:
     """The samples with advantages and returns under the current critic."""
-    experience = kl.with_reference(rollout.experience, cfg.sampling.temperature)
+    experience = kl.with_reference(correction.of(rollout.experience), cfg.sampling.temperature)
     rows, values = experience.rows, critic.score(experience.groups)
     reward_N = reward_on_last_action(rollout.reward_S, rows) - kl.per_action(experience)
     advantage_N, return_N = gae(
@@ -96,6 +100,8 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(output.logp_N.device)
         loss_N = surrogate(output.logp_N, part["old_logp"], part["advantage"], rows)
+        if "correction" in part.per_action:
+            loss_N = loss_N * part["correction"]
         total = (loss_N * part["weight"]).sum()
         if output.entropy_N is not None:
             total = total - cfg.entropy_coef * (output.entropy_N * part["token_weight"]).sum()

@@ -22,8 +22,9 @@ from rlpost.objectives.trust_region import conjugate_gradient, finite_difference
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.trpo import Trpo
-from rlpost.stages.advantage import AdvantageEstimator, corrected
+from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
+from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, on_policy, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
@@ -37,6 +38,7 @@ def trpo(context: Context, cfg: Trpo) -> Path:
     """Train on sampled completions and their rewards; returns the final checkpoint."""
     policy = context.policy()
     samples = samples_of(context, cfg, policy)
+    correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
@@ -45,7 +47,7 @@ def trpo(context: Context, cfg: Trpo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, step: assemble(rollout, step, cfg, policy, estimator, kl),
+        assemble=lambda rollout, step: assemble(rollout, step, cfg, correction, estimator, kl),
         minimise=lambda minibatch, _: trust_region_update(learner, policy, weighted(minibatch, cfg), cfg),
         observe=kl.observe,
         learners={"policy": learner},
@@ -58,7 +60,7 @@ def assemble(
     rollout: Rollout,
     step: int,
     cfg: Trpo,
-    policy: Policy,
+    correction: SamplerCorrection,
     estimator: AdvantageEstimator,
     kl: KlPenalty,
 ) -> Experience:
@@ -66,7 +68,7 @@ def assemble(
 
     Actions without an advantage count too: the trust region is over all states visited.
     """
-    experience = corrected(rollout.experience, cfg, policy)
+    experience = correction.of(rollout.experience)
     experience = kl.with_reference(experience, cfg.sampling.temperature)
     advantage_N = estimator.advantage(rollout, experience, step) - kl.to_go(experience, cfg.group_size)
     if cfg.whiten:

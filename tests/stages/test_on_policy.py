@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlpost.engine.params import EngineChoice
 from rlpost.stages import on_policy as driver
 from rlpost.stages.on_policy import KlPenalty, mean_of, on_policy, updates_of
 from rlpost.stages.params import Kl
@@ -23,7 +24,10 @@ class Stage:
     def __init__(self, steps: int, **cfg: int) -> None:
         self.name, self.calls, self.lines, self.shown = "mine", [], [], []
         self.given: dict[str, object] = {}
-        self.cfg = SimpleNamespace(kind="grpo", steps=steps, prompts_per_step=PROMPTS, table_every=0, **cfg)
+        self.cfg = SimpleNamespace(
+            kind="grpo", steps=steps, prompts_per_step=PROMPTS, table_every=0, rollouts=None, **cfg
+        )
+        self.rollouts = EngineChoice()
         self.data = SimpleNamespace(epoch_length=100)
         self.throughput = Throughput([])
         self.scoring_seconds = 0.0

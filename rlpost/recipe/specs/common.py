@@ -13,7 +13,7 @@ from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section
-from rlpost.stages.params import Correction, CorrectionMode, Kl, KlEstimator, KlPlacement, Weight
+from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.suggest import hint_or_list
 from rlpost.train.params import KeepBest, OptimizerName, Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
@@ -187,6 +187,8 @@ class Rollouts(Training):
     """How completions are drawn."""
     rollouts: EngineChoice | None = None
     """What samples; by default the recipe's `rollouts`."""
+    correction: Correction = Field(default_factory=Correction)
+    """Importance weights between sampler and trainer."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
     """Rewards of a completion; at least one."""
     kl: Kl = Field(default_factory=Kl)
@@ -295,8 +297,6 @@ class Grouped(Rollouts):
     """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
     recorded: bool = False
     """Rows are rollouts that another policy made (`rollouts/*.jsonl` of a run): nothing is sampled."""
-    correction: Correction = Field(default_factory=Correction)
-    """Importance weights between sampler and trainer."""
 
     @property
     def compares_completions(self) -> bool:
@@ -327,8 +327,6 @@ class Grouped(Rollouts):
             yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
         elif k is not None and self.group_size == 1:
             yield f"{where}.group_size: {name} compares completions - give at least 2"
-        if self.correction.mode != CorrectionMode.none and self.correction.floor >= self.correction.cap:
-            yield f"{where}.correction.floor: {self.correction.floor:g} is not below cap={self.correction.cap:g}"
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
         """Of a group that has nothing to compare."""

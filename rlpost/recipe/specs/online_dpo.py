@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
+from rlpost.stages.params import Correction
 from rlpost.usercode.params import Function, Lookup
 
 LOSS = Lookup("online_dpo.loss", "rlpost.objectives.preference", ("pairs",), returns="elements")
@@ -29,6 +30,8 @@ class OnlineDpo(Rollouts):
         yield from super().rules(where, earlier)
         if self.group_size < 2:
             yield f"{where}.group_size: a pair needs two completions - give at least 2"
+        if self.correction != Correction():
+            yield f"{where}.correction: online_dpo learns from pairs, whatever sampled them - remove it"
         if self.kl.beta:
             yield (
                 f"{where}.kl.beta: the loss of online_dpo holds to the reference by itself - use 0, and loss.args.beta"
