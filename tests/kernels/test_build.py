@@ -75,6 +75,7 @@ def test_a_cache_folder_that_cannot_be_written_is_done_without(anew, monkeypatch
     assert blocked.is_file()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_user_without_a_home_folder_has_kernels(anew, monkeypatch):
     def nowhere():

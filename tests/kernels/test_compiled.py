@@ -319,6 +319,7 @@ def test_a_decoding_step(dtype, heads, key_heads, width, window, head_norms):
         assert_near(cached.own_value, own[1], dtype, times=4)
 
 
+@pytest.mark.slow
 def test_a_decoding_step_on_a_processor_without_bfloat16(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-U__AVX512BF16__"))
