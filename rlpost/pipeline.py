@@ -32,19 +32,20 @@ from rlpost.policy.model_files import load_tokenizer
 from rlpost.policy.params import Lora, Model, Precision
 from rlpost.policy.quantized import must_have_bitsandbytes
 from rlpost.policy.sharded import Shards
-from rlpost.recipe.functions import bind_all
+from rlpost.recipe.functions import bind_all, files_given
 from rlpost.recipe.kinds import function_of
 from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage, Training
+from rlpost.rewards.judge_answers import kept_in
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents
 from rlpost.run.environment import versions
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.manifest import measure
-from rlpost.run.names import TRACKERS
+from rlpost.run.names import JUDGED, TRACKERS
 from rlpost.run.shelf import Shelf
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stage_rows import ROW_KEYS, open_rows, own_sources, positions_of
@@ -89,6 +90,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         traceback_kept(run.path),
         Interrupts() as interrupts,
         clock_at(lambda: _beginning(run)),
+        kept_in(run.path / JUDGED, run.record.run),
         _mirrors(resolved, run) as mirrors,
     ):
         base = base_checkpoint(resolved, run)
@@ -241,9 +243,10 @@ def _adapter(lora: Lora) -> str:
 
 
 def files_of(recipe: Recipe, folder: Path) -> list[Path]:
-    """Files that the recipe names besides data, models and functions: a chat template, lists of goals."""
+    """Files that the recipe names besides data, models and functions: templates, lists of goals."""
     named = [recipe.model.chat_template] if recipe.model.chat_template else []
     goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
+    named += files_given(recipe)
     return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
 
 

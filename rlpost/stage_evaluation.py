@@ -183,7 +183,8 @@ class StageEvaluations:
         wanted = {text for text in _texts(settings) if text in known}
         # `rewards.py:digits` in a recipe is a file of that name, wherever the recipe's folder is.
         own = {text.rpartition("/")[2] for text in _texts(settings) if ".py:" in text}
-        code = {key: digest for key, digest in self._functions.items() if key.rpartition("/")[2] in own}
+        own |= {text for text in _texts(settings) if text in self._functions}  # a judge's template, by its path
+        code = {k: digest for k, digest in self._functions.items() if k in own or k.rpartition("/")[2] in own}
         return {
             "run": run_id(self._run),
             "stage": name,

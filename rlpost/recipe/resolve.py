@@ -25,8 +25,10 @@ from rlpost.section import MISSING, Local, join, marked, walk
 from rlpost.strict_yaml import dump
 from rlpost.suggest import asked, edits
 from rlpost.trackers.params import Logging
+from rlpost.usercode.binding import functions_in
 from rlpost.usercode.params import Function
 from rlpost.usercode.places import OF_FILE, expanded, locate, users_file
+from rlpost.usercode.signatures import paths_in
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
             given = getattr(section, key)
             if marked(info, Local) and given and given != MISSING and given not in config.stages:
                 setattr(section, key, _absolute(given, join(where, key), folders))
+    for function, lookup, where in functions_in(config, ""):
+        for name in paths_in(function, lookup):
+            if function.args[name] != MISSING:
+                function.args[name] = _absolute(function.args[name], f"{where}.args.{name}", folders)
 
 
 def _absolute(given: str, where: str, folders: list[Path]) -> str:

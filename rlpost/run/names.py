@@ -2,7 +2,7 @@
 
 runs/NAME/             run.json, recipe.yaml, overrides.txt, config.resolved.yaml, environment.json, decisions.json,
                        base/ (a model made from scratch), evaluation/, trackers/, data.cache/ (encoded rows; may be
-                       deleted)
+                       deleted), judge.sqlite (what a language model that judges has answered)
 runs/NAME/STAGE/       metrics.jsonl, timings.jsonl, evaluations.jsonl, rollouts/, checkpoints/step-000500/, final/,
                        DONE
 *.tmp-PID              being written; left behind only by a kill, and removed on resume
@@ -29,6 +29,7 @@ EVALUATION = "evaluation"
 TRACKERS = "trackers"
 CACHE = "data.cache"
 """No stage can have this name."""
+JUDGED = "judge.sqlite"
 FOLDERS = (BASE, EVALUATION, TRACKERS)
 """Folders of a run that are no stage."""
 METRICS = "metrics.jsonl"

@@ -92,6 +92,8 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     if module == _GYM and not gym.installed():
         raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
     call = getattr(importlib.import_module(module), name)
+    if ready := getattr(call, "ready", None):  # it checks its arguments now, and keeps something from call to call
+        return Bound(ready(function.args, f"{where}.args", base), name, where)
     return Bound(partial(call, **function.args) if function.args else call, name, where)
 
 
@@ -218,12 +220,15 @@ def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:
 def _check_type(parameter: inspect.Parameter, value: Any, where: str) -> None:
     """Refuse a value that a plain annotation rules out: a step too late it would be a traceback."""
     annotation = parameter.annotation
-    name = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    written = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    name = written.removesuffix(" | None")
+    if value is None and name != written:
+        return
     options = _LITERAL.fullmatch(name)
     if options and value not in (given := ast.literal_eval(f"({options[1]},)")):
         raise RecipeError(f"{where}: no choice {value!r}{hint_or_list(str(value), list(map(str, given)), 'there are')}")
-    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}.get(name)
-    called = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(name)
+    accepted = {"int": int, "float": (int, float), "bool": bool, "str": str, "LocalPath": str}.get(name)
+    called = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(name, "text")
     wrong_bool = isinstance(value, bool) and name in ("int", "float")
     if accepted is not None and (wrong_bool or not isinstance(value, accepted)):  # type: ignore[arg-type]
         raise RecipeError(f"{where}: expected {called}, got {shortened(repr(value))}")

@@ -50,6 +50,15 @@ def info_of(function: Function, lookup: Lookup) -> FunctionInfo:
     return functions_in(module).get(name, FunctionInfo())
 
 
+def paths_in(function: Function, lookup: Lookup) -> list[str]:
+    """The given arguments of a function of rlpost that name local files: annotated with `LocalPath`."""
+    if "." in function.fn or lookup.module in ("", TASKS):
+        return []
+    known = functions_in(lookup.module).get(function.fn, FunctionInfo()).signature.parameters
+    marked = [name for name, p in known.items() if str(p.annotation).removesuffix(" | None") == "LocalPath"]
+    return [name for name in marked if isinstance(function.args.get(name), str)]
+
+
 def owner(fn: str, lookup: Lookup, where: str) -> tuple[str, str]:
     """Module and name of a function of rlpost; `where` it is named, for errors.
 
