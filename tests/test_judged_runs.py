@@ -1,0 +1,136 @@
+"""Runs whose reward is a language model's: resumed without a question asked twice, on ranks, with `rlpost serve`."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from judge_server import JudgeServer, Refusal, judging, shown
+from processes import Trap, finish, finish_on_ranks
+from test_resume import left
+from tiny_recipes import GRPO, metrics, prepared, rollouts, run, write
+
+from rlpost.errors import RecipeError
+from rlpost.pipeline import dry_run, functions_of, train
+from rlpost.recipe.resolve import resolve
+from rlpost.train.learner import Learner
+
+FEW = {"steps": 4, "checkpoint_every": 2, "prompts_per_step": 2}
+CRITERIA = {"odd": {"text": "Is it odd?"}}
+
+
+class Once:
+    """A judge of its own mind (its verdict is a hash), which refuses to be asked the same again."""
+
+    def __init__(self) -> None:
+        self.asked: set[str] = set()
+        self.lock = threading.Lock()
+
+    def __call__(self, prompt: str) -> str | Refusal:
+        with self.lock:
+            if prompt in self.asked:
+                return Refusal(401, "you have asked that before")
+            self.asked.add(prompt)
+        odd = hashlib.sha256((shown(prompt, "question") + shown(prompt, "answer")).encode()).digest()[0] % 5
+        return f'{{"odd": {odd}}}'
+
+
+def stages(server: JudgeServer, **args: Any) -> dict[str, Any]:
+    given = {"url": server.url, "model_name": "m", "criteria": CRITERIA, "scale": [0, 4], **args}
+    return {"grpo": {**GRPO, **FEW, "rewards": [{"fn": "judge", "args": given}]}}
+
+
+def test_a_run_that_was_interrupted_asks_nothing_twice_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    once = Once()
+    with judging(once) as server:
+        run(tmp_path, stages(server), "run=whole")
+        once.asked.clear()
+        update, calls = Learner.update, []
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return update(*args, **kwargs)
+
+        monkeypatch.setattr(Learner, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, stages(server))
+        asked = len(once.asked)
+        run(tmp_path, stages(server))
+    assert len(once.asked) > asked > 10
+    assert left(tmp_path / "runs/run") == left(tmp_path / "runs/whole")
+    assert (tmp_path / "runs/run/judge.sqlite").is_file()
+    assert len({c["reward"] for row in rollouts(tmp_path, "grpo", 1) for c in row["completions"]}) > 2
+    assert len({row["reward/judge"] for row in metrics(tmp_path, "grpo")}) > 2
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_midst_of_its_questions_and_on_two_ranks(tmp_path):
+    """Takes 40 seconds."""
+    once = Once()
+    with judging(once) as server:
+        write(tmp_path, stages(server))
+        words = ["train", str(tmp_path / "tiny.yaml")]
+        assert finish([*words, "run=whole"], tmp_path / "whole") == 0
+        once.asked.clear()
+        for at in (5, 20):
+            trap = Trap("rlpost.rewards.judge_answers:Answers.put", at)
+            assert (
+                finish([*words, "stages.grpo.rewards.0.args.concurrency=1"], tmp_path / "killed", trap)
+                == -signal.SIGKILL
+            )
+            # What was on its way when the process ended is asked again.
+            once.asked.discard(server.prompts[-1])
+        assert finish([*words, "stages.grpo.rewards.0.args.concurrency=1"], tmp_path / "resumed") == 0
+        assert left(tmp_path / "runs/run") == left(tmp_path / "runs/whole")
+        once.asked.clear()
+        asked = len(server.bodies)
+        assert finish_on_ranks(2, [*words, "run=ranks"], tmp_path / "ranks") == [0, 0]
+        assert len(server.bodies) - asked == len(once.asked), "one rank asks"
+    assert [row["reward"] for row in metrics(tmp_path, "grpo", "ranks")] == [
+        row["reward"] for row in metrics(tmp_path, "grpo", "whole")
+    ]
+
+
+def test_a_template_belongs_to_the_run(tmp_path):
+    (tmp_path / "judge.txt").write_text("{{question}} {{answer}}", "utf-8")
+    with judging(lambda _: '{"score": 1}') as server:
+        args = {"template": "judge.txt", "criteria": None}
+        resolved = prepared(tmp_path, stages(server, **args))
+        assert (
+            functions_of(resolved)[str(tmp_path / "judge.txt")]
+            == hashlib.sha256(b"{{question}} {{answer}}").hexdigest()
+        )
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "config.resolved.yaml").write_text(resolved.to_yaml(), "utf-8")
+        assert functions_of(resolve(str(elsewhere / "config.resolved.yaml"))) == functions_of(resolved)
+        short = {"grpo": {**stages(server, **args)["grpo"], "steps": 1}}
+        run(tmp_path, short)
+        (tmp_path / "judge.txt").write_text("{{question}} {{answer}}!", "utf-8")
+        with pytest.raises(RecipeError, match=r"judge\.txt"):
+            run(tmp_path, short)
+
+
+def test_a_judge_that_cannot_be_asked_is_told_before_a_model_is_made(tmp_path):
+    with judging(lambda _: "") as server:
+        resolved = prepared(tmp_path, stages(server, api_key_env="NO_SUCH_KEY"))
+        for begin in (dry_run, train):
+            with pytest.raises(RecipeError, match=r"^stages\.grpo\.rewards\[0\]\.args\.api_key_env: 'NO_SUCH_KEY'"):
+                begin(resolved)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_example_of_the_documentation_is_a_recipe(tmp_path):
+    page = (Path(__file__).parents[1] / "docs/rewards.md").read_text("utf-8")
+    block = page.partition("## A language model as judge")[2].partition("```yaml\n")[2].partition("```")[0]
+    rewards = yaml.safe_load(block)["rewards"]
+    config = prepared(tmp_path, {"grpo": {**GRPO, "rewards": rewards}}).config
+    assert [reward.fn for reward in config.stages["grpo"].rewards] == [reward["fn"] for reward in rewards]
+    assert "judge" in {reward["fn"] for reward in rewards}
