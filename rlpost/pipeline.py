@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
@@ -89,8 +89,7 @@ def train(resolved: Resolved, allow_change: bool = False) -> Path:
         open_run(resolved.tree, resolved.file, resolved.overrides, allow_change, code, _leaves(recipe)) as run,
         traceback_kept(run.path),
         Interrupts() as interrupts,
-        clock_at(lambda: _beginning(run)),
-        kept_in(run.path / JUDGED, run.record.run),
+        _kept_by(run),
         _mirrors(resolved, run) as mirrors,
     ):
         base = base_checkpoint(resolved, run)
@@ -248,6 +247,13 @@ def files_of(recipe: Recipe, folder: Path) -> list[Path]:
     goals = [getattr(stage, "goals", None) for stage in recipe.stages.values() if stage.enabled]
     named += files_given(recipe)
     return [folder / name for name in [*named, *(g.path for g in goals if g and g.path)] if (folder / name).is_file()]
+
+
+@contextmanager
+def _kept_by(run: RunDirectory) -> Iterator[None]:
+    """Inside, templates get the time from the run, and judges keep their answers in it."""
+    with clock_at(lambda: _beginning(run)), kept_in(run.path / JUDGED, run.record.run):
+        yield
 
 
 def _beginning(run: RunDirectory) -> str:

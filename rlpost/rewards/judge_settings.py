@@ -37,7 +37,7 @@ def rubric_of(args: Mapping[str, Any], where: str, base: Path) -> Rubric:
     if compares and args["reference"] is None:
         raise RecipeError(f"{where}.reference: missing - name the column of the answers to compare with")
     if criteria is None and template is None:
-        raise RecipeError(f"{where}.criteria: missing - say what is judged, as {{correct: {{text: Is it right?}}}}")
+        raise RecipeError(f"{where}.criteria: missing - say what is judged, as {{right: {{text: 'Is it right?'}}}}")
     shows_reference = args["reference"] is not None and not compares
     text = packaged_template(mode, shows_reference)
     if template is not None:
