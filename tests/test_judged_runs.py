@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
+import string
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,13 @@ import yaml
 from judge_server import JudgeServer, Refusal, judging, shown
 from processes import Trap, finish, finish_on_ranks
 from test_resume import left
-from tiny_recipes import GRPO, metrics, prepared, rollouts, run, write
+from test_serve import TEMPLATE, free_port, listens, wait_for
+from tiny_recipes import GRPO, MODEL, SFT, jsonl, metrics, prepared, rollouts, run, write
 
 from rlpost.errors import RecipeError
 from rlpost.pipeline import dry_run, functions_of, train
 from rlpost.recipe.resolve import resolve
+from rlpost.rewards.judge_settings import rubric_of
 from rlpost.train.learner import Learner
 
 FEW = {"steps": 4, "checkpoint_every": 2, "prompts_per_step": 2}
@@ -134,3 +140,45 @@ def test_the_example_of_the_documentation_is_a_recipe(tmp_path):
     config = prepared(tmp_path, {"grpo": {**GRPO, "rewards": rewards}}).config
     assert [reward.fn for reward in config.stages["grpo"].rewards] == [reward["fn"] for reward in rewards]
     assert "judge" in {reward["fn"] for reward in rewards}
+
+
+@pytest.mark.extras
+def test_a_model_that_rlpost_serves_judges_the_completions_of_another(tmp_path):
+    """From a judge that is trained to say one verdict, over the server of transformers, to the rewards of a run."""
+    given = {
+        "mode": "score",
+        "criteria": CRITERIA,
+        "scale": [0, 4],
+        "pairs": "all",
+        "template": None,
+        "reference": None,
+    }
+    rubric = rubric_of(given, "", tmp_path)
+    said = [{"question": f"{n}+{n}=", "answer": "<pad>+" * (n % 4) + "12345"[: n % 6]} for n in range(10, 74)]
+    turns = [[("user", rubric.prompt(texts)), ("assistant", '{"odd": 3}')] for texts in said]
+    jsonl(tmp_path / "said.jsonl", [{"messages": [{"role": r, "content": c} for r, c in own]} for own in turns])
+    (tmp_path / "turns.jinja").write_text(TEMPLATE, "utf-8")
+    judge = {
+        **MODEL,
+        "config": {**MODEL["config"], "max_position_embeddings": 4096},
+        "tokenizer": {"kind": "characters", "alphabet": string.printable},
+        "chat_template": str(tmp_path / "turns.jinja"),
+    }
+    data = {"said": {"path": "said.jsonl"}}
+    sft = {**SFT, "data": data, "steps": 200, "batch_size": 4, "max_length": 4096}
+    trained = run(tmp_path, {"sft": sft}, "run=judge", model=judge)
+    port = free_port()
+    words = [sys.executable, "-m", "rlpost", "serve", str(trained), "--port", str(port)]
+    with (tmp_path / "told").open("w") as told:
+        server = subprocess.Popen(words, stdout=told, stderr=told)
+    try:
+        wait_for(lambda: listens(port), lambda: server.poll() is None)
+        named = re.search(r"/v1, model (\S+),", (tmp_path / "told").read_text("utf-8"))
+        assert named is not None
+        args = {"url": f"http://localhost:{port}/v1", "model_name": named[1], "criteria": CRITERIA, "scale": [0, 4]}
+        rewards = [{"fn": "judge", "args": {**args, "max_tokens": 20}}]
+        run(tmp_path, {"grpo": {**GRPO, **FEW, "steps": 1, "rewards": rewards}})
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    assert [row["reward/judge"] for row in metrics(tmp_path, "grpo")] == [0.75]
