@@ -38,6 +38,7 @@ from rlpost.recipe.resolve import Resolved
 from rlpost.recipe.rules import Leaves
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Stage, Training
+from rlpost.rewards.judge import Judge
 from rlpost.rewards.judge_answers import kept_in
 from rlpost.run.changes import LENGTHS
 from rlpost.run.contents import Contents
@@ -206,6 +207,8 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
             lines.append(f"{b.where}: {b.name} from {b.file} (sha256 {(b.sha256 or '')[:12]})")
+        if isinstance(b.call, Judge):
+            lines.append(f"{b.where}: {b.call}")
     for name, stage in _enabled(resolved.config).items():
         if stage.file is not None:
             file, sha256 = stage.file

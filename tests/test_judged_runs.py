@@ -124,6 +124,12 @@ def test_a_template_belongs_to_the_run(tmp_path):
             run(tmp_path, short)
 
 
+@pytest.mark.parametrize("missing", ["???", {"url": "???", "model_name": "m", "template": "???"}])
+def test_a_judge_can_be_shown_with_what_is_still_to_be_given(tmp_path, missing):
+    file = write(tmp_path, {"grpo": {**GRPO, "rewards": [{"fn": "judge", "args": missing}]}})
+    assert resolve(str(file), lenient=True).missing
+
+
 def test_a_judge_that_cannot_be_asked_is_told_before_a_model_is_made(tmp_path):
     with judging(lambda _: "") as server:
         resolved = prepared(tmp_path, stages(server, api_key_env="NO_SUCH_KEY"))
@@ -131,6 +137,15 @@ def test_a_judge_that_cannot_be_asked_is_told_before_a_model_is_made(tmp_path):
             with pytest.raises(RecipeError, match=r"^stages\.grpo\.rewards\[0\]\.args\.api_key_env: 'NO_SUCH_KEY'"):
                 begin(resolved)
     assert not (tmp_path / "runs").exists()
+
+
+def test_where_texts_are_sent_is_said_before_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
+    with judging(lambda _: "") as server:
+        told = dry_run(prepared(tmp_path, stages(server, api_key_env="JUDGE_KEY")))
+        sent = f"shows questions and completions to m at {server.url} with the key in JUDGE_KEY"
+        assert f"stages.grpo.rewards[0]: {sent}" in told
+    assert "sk-secret" not in "".join(told)
 
 
 def test_the_example_of_the_documentation_is_a_recipe(tmp_path):

@@ -140,8 +140,7 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
                 setattr(section, key, _absolute(given, join(where, key), folders))
     for function, lookup, where in functions_in(config, ""):
         for name in paths_in(function, lookup):
-            if function.args[name] != MISSING:
-                function.args[name] = _absolute(function.args[name], f"{where}.args.{name}", folders)
+            function.args[name] = _absolute(function.args[name], f"{where}.args.{name}", folders)
 
 
 def _absolute(given: str, where: str, folders: list[Path]) -> str:

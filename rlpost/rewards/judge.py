@@ -62,7 +62,8 @@ def judge(
         DataError: a row lacks a column.
         DiskError: answers cannot be kept.
     """
-    given = {name: value for name, value in locals().items() if name != "groups"}
+    given = dict(locals())
+    del given["groups"]
     return ready(given, "judge", Path())(groups)
 
 
@@ -103,7 +104,7 @@ class Judge:
     rubric: Rubric
     endpoint: Endpoint
     body: Mapping[str, Any]
-    """What every request holds besides its messages and vote."""
+    """What every request holds besides its messages."""
     votes: int
     question: str | None
     """Column of the question; None: `prompt` or `messages`."""
@@ -118,16 +119,17 @@ class Judge:
     alone: Spell = field(default_factory=Spell, compare=False)
     """Whether its last prompts had one completion each."""
 
+    def __str__(self) -> str:
+        """Where texts are sent, and with what key: for the user, before they are."""
+        key = f" with the key in {self.endpoint.api_key_env}" if self.endpoint.api_key_env else ""
+        return f"shows questions and completions to {self.body['model']} at {self.endpoint.url}{key}"
+
     def __call__(self, groups: Sequence[Group]) -> list[float | None]:
         """[S] rewards; raises as `judge`."""
         if self.rubric.mode == "score":
-            asked = [(group.example, c.text) for group in groups for c in group.completions]
-            return self.scores(asked)
+            return self.scores([(g.example, c.text) for g in groups for c in g.completions])
         if self.against_reference:
-            rows = [
-                (group.example, c.text, self._reference(group.example)) for group in groups for c in group.completions
-            ]
-            return [_mean([won]) for won in self.wins(rows)]
+            return self.wins([(g.example, c.text, self._reference(g.example)) for g in groups for c in g.completions])
         return self._of_groups(groups)
 
     def scores(self, asked: Sequence[tuple[Mapping[str, Any], str]]) -> list[float | None]:
@@ -211,13 +213,11 @@ class Judge:
     def _answered(self, questions: Sequence[Question]) -> list[float | Unanswered]:
         home = judge_answers.home()
         file = self.cache / FILE if self.cache is not None else home.file if home is not None else None
-        failed = None if not self.unscored else f"/failed/{home.run if home is not None else ''}"
-        return self.endpoint.ask(questions, file, failed)
+        return self.endpoint.ask(questions, file, home.run if home is not None else None, stop=not self.unscored)
 
     def _ask(self, prompt: str, vote: int) -> Question:
-        seed = {"seed": vote} if self.body.get("temperature", 1.0) else {}
-        body = {"messages": [{"role": "user", "content": prompt}], **self.body, **seed}
-        return Question(body, self.rubric.read, self.rubric.form)
+        body = {"messages": [{"role": "user", "content": prompt}], **self.body}
+        return Question(body, vote, self.rubric.read, self.rubric.form)
 
 
 def _column(row: Mapping[str, Any], name: str, argument: str) -> str:
@@ -229,8 +229,13 @@ def _column(row: Mapping[str, Any], name: str, argument: str) -> str:
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The content of a single message of a user; else every message with its role before it."""
+    """The content of a single message of a user; else every message with its role before it.
+
+    An answer that the row ends with is left out, as it is from the prompt.
+    """
     texts = [(str(m.get("role")), m.get("content")) for m in messages]
+    if texts[-1][0] == "assistant":
+        texts.pop()
     for role, content in texts:
         if not isinstance(content, str):
             raise DataError(f"judge: a message of {role} is {content!r:.40}, not text; it cannot be shown to the judge")

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlpost.errors import RewardError, RlpostError
+from rlpost.errors import DiskError, RewardError, RlpostError
 from rlpost.rewards.judge_answers import Answers, opened
 from rlpost.rewards.judge_prompts import Unreadable
 from rlpost.usercode.stop import Stop, Stopped
@@ -33,7 +33,7 @@ LONGEST_WAIT = 60.0
 LONGEST_HOLD = 3600.0
 """Seconds that a server may ask to wait; one that asks for more has failed."""
 _WINDOW = 60.0
-_LATER = frozenset((408, 409, 425, 429, 500, 502, 503, 504, 529))
+_LATER = frozenset((408, 409, 425, 429, *range(500, 600)))
 """Status codes that may pass."""
 _OF_ONE = frozenset((400, 413, 422))
 """Status codes that may be one question's own fault: it is too long, or refused."""
@@ -56,10 +56,18 @@ class Question:
 
     body: Mapping[str, Any]
     """What is posted."""
+    vote: int
+    """Which of several requests with this body it is."""
     read: Callable[[str], float]
     """The verdict of an answer; raises Unreadable."""
     form: str
     """What is said about the form of an answer when one could not be read."""
+
+
+@cache
+def pace_of(url: str, per_minute: int | None) -> Pace:  # noqa: ARG001 - one for each address
+    """The pace of all who ask at that address with that limit."""
+    return Pace(per_minute)
 
 
 class Pace:
@@ -103,7 +111,9 @@ class Endpoint:
     """Most requests at once."""
     pace: Pace = field(compare=False)
 
-    def ask(self, questions: Sequence[Question], file: Path | None, failed_key: str | None) -> list[float | Unanswered]:
+    def ask(
+        self, questions: Sequence[Question], file: Path | None, run: str | None, stop: bool
+    ) -> list[float | Unanswered]:
         """The verdict of each question, or why there is none; equal questions are asked once.
 
         Waits in the calling thread, which a signal can end; answers that came before are kept.
@@ -111,34 +121,49 @@ class Endpoint:
         Args:
             questions: to ask.
             file: where answers are kept; None: nowhere.
-            failed_key: what keys of failures end with: they are kept too. None: the first failure stops all.
+            run: the run that failures are kept for, so that it repeats itself when it is resumed; None: for none.
+            stop: the first failure stops all.
 
         Raises:
             RewardError: a question has no answer, and failures stop all; or the endpoint is not what it should be.
             DiskError: answers cannot be kept.
         """
-        by_key = {self.key(question.body): question for question in questions}
-        work = _Work(self, failed_key)
-        found = _in_thread(work.all_of(by_key, file))
-        return [found[self.key(question.body)] for question in questions]
+        keys = [self._key(question) for question in questions]
+        work = _Work(self, run, stop)
+        found = _in_thread(work.all_of(dict(zip(keys, questions, strict=True)), file))
+        return [found[key] for key in keys]
 
-    def key(self, body: Mapping[str, Any]) -> str:
+    def _key(self, question: Question) -> str:
         """A hash of all that an answer depends on."""
-        return hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+        all_of_it = json.dumps([self.url, question.body, question.vote], sort_keys=True)
+        return hashlib.sha256(all_of_it.encode()).hexdigest()
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of a request. The key is read from the environment each time, and kept nowhere."""
-        secret = os.environ.get(self.api_key_env) if self.api_key_env else None
-        return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {secret}"} if secret else {})
+        """Of a request."""
+        return {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {self._secret}"} if self._secret else {}
+        )
+
+    def clipped(self, text: str) -> str:
+        """What a server or a library says, in one line without the key, should it repeat it."""
+        text = " ".join(text.split())
+        return (text.replace(self._secret, "***") if self._secret else text)[:160]
+
+    @property
+    def _secret(self) -> str:
+        """Read from the environment each time, and kept nowhere."""
+        return os.environ.get(self.api_key_env, "").strip() if self.api_key_env else ""
 
 
 class _Work:
     """One call's questions on their way."""
 
-    def __init__(self, endpoint: Endpoint, failed_key: str | None) -> None:
+    def __init__(self, endpoint: Endpoint, run: str | None, stop: bool) -> None:
         self._endpoint = endpoint
-        self._failed_key = failed_key
+        self._of_failure = None if run is None or stop else f"/{run}"
+        """What keys of failures end with, where they are kept."""
+        self._stop = stop
         self._room = asyncio.Semaphore(endpoint.concurrency)
 
     async def all_of(self, questions: Mapping[str, Question], file: Path | None) -> dict[str, float | Unanswered]:
@@ -168,10 +193,20 @@ class _Work:
         return found | {key: task.result() for key, task in tasks.items()}
 
     def _kept(self, answers: Answers, key: str, question: Question) -> float | Unanswered | None:
-        if self._failed_key is not None and (reason := answers.get(key + self._failed_key)) is not None:
+        """What came of the question before.
+
+        Raises:
+            DiskError: it is no answer to it.
+        """
+        if self._of_failure is not None and (reason := answers.get(key + self._of_failure)) is not None:
             return Unanswered(reason)
         answer = answers.get(key)
-        return None if answer is None else question.read(answer)
+        try:
+            return None if answer is None else question.read(answer)
+        except Unreadable as error:
+            raise DiskError(
+                f"judge: a kept answer cannot be read ({error}); remove judge.sqlite to ask again"
+            ) from error
 
     async def _one(
         self, client: httpx2.AsyncClient, answers: Answers, key: str, question: Question
@@ -180,12 +215,14 @@ class _Work:
             try:
                 answer = await self._readable(client, question)
             except Unanswered as error:
-                if self._failed_key is None:
+                if self._stop:
                     raise RewardError(
                         f"judge: {self._endpoint.url}: {error}; mend that and run the same command again, or set "
                         "args.on_failure: unscored"
                     ) from error
-                return Unanswered(answers.put(key + self._failed_key, str(error)))
+                if self._of_failure is not None:
+                    answers.put(key + self._of_failure, str(error))
+                return error
         return question.read(answers.put(key, answer))
 
     async def _readable(self, client: httpx2.AsyncClient, question: Question) -> str:
@@ -239,10 +276,10 @@ class _Work:
         except TimeoutError:
             raise _Later(f"no answer within {endpoint.timeout:g} s") from None
         except httpx2.HTTPError as error:
-            raise _Later(f"{type(error).__name__} {error}".strip()) from None
+            raise _Later(endpoint.clipped(f"{type(error).__name__} {error}")) from None
         if reply.status_code == 200:
             return _content(reply.text)
-        told = f"status {reply.status_code}: {_clipped(reply.text, endpoint)}"
+        told = f"status {reply.status_code}: {endpoint.clipped(reply.text)}"
         if reply.status_code in _LATER:
             seconds = retry_after(reply.headers.get("Retry-After"), time.time())
             if seconds > LONGEST_HOLD:
@@ -290,13 +327,6 @@ def _content(text: str) -> tuple[str, bool]:
     return content if isinstance(content, str) else "", reason == "length"
 
 
-def _clipped(text: str, endpoint: Endpoint) -> str:
-    """What a server says, without the key, should it repeat it."""
-    secret = os.environ.get(endpoint.api_key_env or "")
-    text = " ".join(text.split())
-    return (text.replace(secret, "***") if secret else text)[:160]
-
-
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error that the user is shown, of those that ended the questions."""
     flat: list[BaseException] = []
@@ -309,16 +339,16 @@ def _in_thread(work: Coroutine[Any, Any, dict[str, float | Unanswered]]) -> dict
     """Run `work` in a thread, since this one may have an event loop of its own; ended by a signal to stop."""
     results: list[dict[str, float | Unanswered]] = []
     errors: list[BaseException] = []
-    loop = asyncio.new_event_loop()
+    runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+    loop = runner.get_loop()
     task = loop.create_task(work)
 
     def run() -> None:
         try:
-            results.append(loop.run_until_complete(task))
+            with runner:
+                results.append(loop.run_until_complete(task))
         except BaseException as error:  # raised again below, in the thread that waits
             errors.append(error)
-        finally:
-            loop.close()
 
     thread = threading.Thread(target=run, name="judge", daemon=True)
     thread.start()

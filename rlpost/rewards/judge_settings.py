@@ -5,18 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from rlpost.errors import RecipeError
-from rlpost.rewards.judge_client import Endpoint, Pace
+from rlpost.rewards.judge_client import Endpoint, pace_of
 from rlpost.rewards.judge_prompts import Criterion, Rubric, check_template, packaged_template
 from rlpost.suggest import hint_or_list
 
-_SET_OTHERWISE = ("model", "messages", "temperature", "max_tokens", "seed", "n", "stream")
-"""Keys of a request that arguments of their own set, or that would change what comes back."""
+_SET_OTHERWISE = {
+    "model": "set `model_name`",
+    "messages": "write a `template`",
+    "temperature": "set `temperature`",
+    "max_tokens": "set `max_tokens`",
+    "n": "set `votes`",
+    "stream": "remove it",
+}
+"""Keys of a request that other arguments set, or that would change what comes back; and what to do instead."""
 
 
 def rubric_of(args: Mapping[str, Any], where: str, base: Path) -> Rubric:
@@ -63,14 +71,17 @@ def endpoint_of(args: Mapping[str, Any], where: str) -> Endpoint:
     if args["retries"] < 0:
         raise RecipeError(f"{where}.retries: {args['retries']} - give 0 or more")
     variable = args["api_key_env"]
-    if variable is not None and not os.environ.get(variable):
+    secret = "" if variable is None else os.environ.get(variable, "").strip()
+    if variable is not None and not secret:
         # Whoever puts the key itself here should not find it in a log.
         shown = repr(variable) if variable.isupper() and variable.isidentifier() else "what is given"
         raise RecipeError(
             f"{where}.api_key_env: {shown} is no environment variable that is set - export it, and give its name here"
         )
+    if not (secret.isascii() and secret.isprintable()):
+        raise RecipeError(f"{where}.api_key_env: {variable!r} holds signs that no key has - export it anew")
     numbers = {name: args[name] for name in ("timeout", "retries", "concurrency")}
-    return Endpoint(url=url, api_key_env=variable, pace=Pace(args["per_minute"]), **numbers)
+    return Endpoint(url=url, api_key_env=variable, pace=pace_of(url, args["per_minute"]), **numbers)
 
 
 def body_of(args: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -95,7 +106,9 @@ def body_of(args: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise RecipeError(f"{where}.extra_body: expected keys of the request, got {extra!r:.40}")
     for key in extra:
         if key in _SET_OTHERWISE:
-            raise RecipeError(f"{where}.extra_body.{key}: cannot be set here - {_instead(str(key))}")
+            raise RecipeError(f"{where}.extra_body.{key}: cannot be set here - {_SET_OTHERWISE[key]}")
+    if args["votes"] > 1 and "seed" in extra:
+        raise RecipeError(f"{where}.extra_body.seed: {args['votes']} votes of one seed are one vote - remove it")
     try:
         json.dumps(extra, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -104,19 +117,15 @@ def body_of(args: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"model": args["model_name"], **{k: v for k, v in sampling.items() if v is not None}, **extra}
 
 
-def _instead(key: str) -> str:
-    others = {"model": "set `model_name`", "seed": "a vote's number is its seed", "n": "set `votes`"}
-    return others.get(key, f"set `{key}`" if key in ("temperature", "max_tokens") else "remove it")
-
-
 def _url(given: str, where: str) -> str:
     example = "give it like http://localhost:8000/v1"
     try:
         parts = urlsplit(given)
-        port_is_number = parts.port is None or parts.port > 0
+        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        raise RecipeError(f"{where}: no address - {example}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_number:
+        is_address = False
+    # What stands before an @ may be a password.
+    if not is_address or re.search(r"[^!-~]", given):
         raise RecipeError(f"{where}: {given.rpartition('@')[2]!r:.80} is no address - {example}")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise RecipeError(f"{where}: holds more than an address, perhaps a key - {example}, a key by `api_key_env`")

@@ -18,6 +18,7 @@ from pathlib import Path
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS
 from rlpost.rewards.params import REWARD
+from rlpost.section import MISSING
 from rlpost.suggest import hint_or_list
 from rlpost.usercode import calls, gym
 from rlpost.usercode.params import TASKS, Function, Lookup
@@ -51,12 +52,13 @@ def info_of(function: Function, lookup: Lookup) -> FunctionInfo:
 
 
 def paths_in(function: Function, lookup: Lookup) -> list[str]:
-    """The given arguments of a function of rlpost that name local files: annotated with `LocalPath`."""
-    if "." in function.fn or lookup.module in ("", TASKS):
-        return []
+    """The arguments given to a function of rlpost that name local files: annotated with `LocalPath`."""
+    if "." in function.fn or lookup.module in ("", TASKS) or not isinstance(function.args, dict):
+        return []  # of a task, of a user's file, an engine; or the arguments are still to be given
     known = functions_in(lookup.module).get(function.fn, FunctionInfo()).signature.parameters
     marked = [name for name, p in known.items() if str(p.annotation).removesuffix(" | None") == "LocalPath"]
-    return [name for name in marked if isinstance(function.args.get(name), str)]
+    given = {name: function.args.get(name) for name in marked}
+    return [name for name, value in given.items() if isinstance(value, str) and value != MISSING]
 
 
 def owner(fn: str, lookup: Lookup, where: str) -> tuple[str, str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def longest(prompt: str) -> str:
 
 
 @pytest.fixture
-def waits(monkeypatch) -> list[float]:
+def waits(monkeypatch) -> Iterator[list[float]]:
     """The waits that were asked for, which take no time."""
     now, asked = [1000.0], []
 
@@ -59,7 +61,9 @@ def waits(monkeypatch) -> list[float]:
 
     monkeypatch.setattr(judge_client, "sleep", sleep)
     monkeypatch.setattr(judge_client, "clock", lambda: now[0])
-    return asked
+    judge_client.pace_of.cache_clear()
+    yield asked
+    judge_client.pace_of.cache_clear()  # it has seen a time that is not the real one
 
 
 def test_scores_are_weighted_means_over_the_scale_in_the_completions_order():
@@ -141,7 +145,7 @@ def test_without_a_readable_answer_the_run_stops_or_the_completion_is_unscored(t
         assert judge([group("good", "bad")]) == [1.0, None]
         asked = len(server.bodies)
         assert judge([group("bad"), group("good")]) == [None, 1.0]
-        assert len(server.bodies) == asked, "a failure is kept too"
+        assert len(server.bodies) == asked + 3, "outside of a run no failure is kept"
         assert judge([group("good")]) == [1.0]
     told = capsys.readouterr().err
     assert told.count("1 of 2 questions have no answer") == 1
@@ -276,6 +280,34 @@ def test_of_two_answers_to_one_question_the_first_is_kept(tmp_path):
         assert other.get("r") is None
 
 
+def test_a_kept_answer_that_was_tampered_with(tmp_path):
+    with judging(by_length) as server:
+        judge = made(server, cache=str(tmp_path))
+        judge([group("1")])
+        with sqlite3.connect(tmp_path / "judge.sqlite") as connection:
+            connection.execute("UPDATE answers SET answer = '\"?\"'")
+        with pytest.raises(DiskError, match=r"kept answer cannot be read .* remove judge\.sqlite"):
+            judge([group("1")])
+
+
+def test_processes_that_share_a_file_keep_the_same_answers(tmp_path):
+    found: list[list[str]] = []
+    start = threading.Barrier(4)
+
+    def keep(own: int) -> None:
+        start.wait(20)
+        with opened(tmp_path / "x.sqlite") as answers:
+            found.append([answers.put(str(n), str(own)) for n in range(20)])
+
+    threads = [threading.Thread(target=keep, args=(own,)) for own in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(answers == found[0] for answers in found)
+
+
 def test_a_file_that_keeps_no_answers(tmp_path):
     (tmp_path / "judge.sqlite").write_bytes(b"no database" * 100)
     with judging(by_length) as server, pytest.raises(DiskError, match=r"judge\.sqlite: .*remove it to ask again"):
@@ -296,7 +328,7 @@ def test_votes_are_asked_apart_and_averaged():
 
     with judging(answer) as server:
         assert made(server, votes=4, temperature=1.0)([group("1", "2")]) == [0.75 * 0.375] * 2
-    assert Counter(body["seed"] for body in server.bodies) == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert set(counts.values()) == {4}
 
 
 def test_pairs_are_asked_in_both_orders_and_rewarded_by_wins():
@@ -362,7 +394,7 @@ def test_a_question_of_several_turns_and_columns_of_ones_own():
     ]
     rows = [
         ({"prompt": [turns[0]]}, "Hi"),
-        ({"messages": turns}, "user:\nHi\n\nassistant:\nYes?\n\nuser:\n8?"),
+        ({"messages": [*turns, {"role": "assistant", "content": "42"}]}, "user:\nHi\n\nassistant:\nYes?\n\nuser:\n8?"),
         ({"asked": "Why?", "prompt": "no"}, "Why?"),
     ]
     with judging(by_length) as server:
@@ -415,8 +447,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_name": ...}, r"args\.model_name: missing"),
     ({"model_name": ""}, r"args\.model_name: empty"),
     ({"url": "localhost:8000"}, r"args\.url: 'localhost:8000' is no address - give it like http://"),
-    ({"url": "http://me:pw@host/v1"}, r"args\.url: holds more than an address, perhaps a key"),
-    ({"url": "http://host:99999/v1"}, r"args\.url: no address"),
+    ({"url": "http://ho st/v1"}, r"args\.url: 'http://ho st/v1' is no address"),
+    ({"url": "ftp://me:sk-123@host/v1"}, r"args\.url: 'host/v1' is no address"),
+    ({"url": "http://me:sk-123@host/v1"}, r"args\.url: holds more than an address, perhaps a key"),
+    ({"url": "http://host:99999/v1"}, r"args\.url: 'http://host:99999/v1' is no address"),
     ({"url": "http://host/v1/chat/completions/"}, r"leave out /chat/completions"),
     ({"criteria": ...}, r"args\.criteria: missing - say what is judged"),
     ({"criteria": {}}, r"args\.criteria: expected"),
@@ -449,6 +483,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"per_minute": 0}, r"args\.per_minute: 0 - give at least 1"),
     ({"extra_body": [1]}, r"args\.extra_body: expected keys"),
     ({"extra_body": {"n": 2}}, r"args\.extra_body\.n: cannot be set here - set `votes`"),
+    ({"extra_body": {"seed": 1}, "votes": 2, "temperature": 1}, r"extra_body\.seed: 2 votes of one seed"),
+    ({"extra_body": {"a": float("inf")}}, r"extra_body: cannot be sent as JSON"),
+    ({"api_key_env": "ODD_KEY"}, r"'ODD_KEY' holds signs that no key has"),
     ({"api_key_env": "NO_SUCH_KEY"}, r"'NO_SUCH_KEY' is no environment variable that is set - export it"),
     ({"api_key_env": "sk-123"}, r"api_key_env: what is given is no environment variable"),
     ({"crteria": {}}, r"has no argument 'crteria' - did you mean 'criteria'"),
@@ -456,7 +493,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("wrong", "message"), WRONG)
-def test_wrong_arguments_are_one_line_before_anything_is_asked(tmp_path, wrong, message):
+def test_wrong_arguments_are_one_line_before_anything_is_asked(tmp_path, monkeypatch, wrong, message):
+    monkeypatch.setenv("ODD_KEY", "ключ")
     (tmp_path / "t.txt").write_text("{{answer}}", "utf-8")
     (tmp_path / "u.txt").write_text("{{question}} {{anwser}}", "utf-8")
     (tmp_path / "v.txt").write_text("{{question}} {{answer}} {{reference}}", "utf-8")
