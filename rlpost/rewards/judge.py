@@ -176,7 +176,7 @@ class Judge:
     def _shown(self, row: Mapping[str, Any]) -> dict[str, str]:
         """The texts besides what is judged."""
         shown = {"question": self.question_of(row)}
-        if self.reference is not None and not self.against_reference:
+        if self.reference is not None:  # where it is compared with, a template has no field for it
             shown["reference"] = self._reference(row)
         return shown
 

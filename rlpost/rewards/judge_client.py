@@ -180,7 +180,7 @@ class _Work:
                     found[key] = kept
             if not left:
                 return found
-            limits = httpx2.Limits(max_connections=self._endpoint.concurrency)
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self._endpoint.concurrency)
             async with httpx2.AsyncClient(timeout=None, limits=limits, verify=_tls()) as client:
                 try:
                     async with asyncio.TaskGroup() as group:

@@ -6,6 +6,7 @@ import json
 import random
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from rlpost.errors import DataError, DiskError, RecipeError, RewardError
 from rlpost.rewards import judge_client
 from rlpost.rewards.functions import judge
 from rlpost.rewards.judge import Judge, ready
-from rlpost.rewards.judge_answers import kept_in, opened
+from rlpost.rewards.judge_answers import home, kept_in, opened
 from rlpost.rewards.judge_client import Pace, retry_after
 from rlpost.rewards.judge_prompts import Criterion, Rubric, Unreadable, packaged_template
 from rlpost.rewards.params import REWARD, Reward
@@ -84,15 +85,16 @@ def test_many_at_once_are_as_many_as_allowed_and_come_back_in_order():
 
     def answer(prompt: str) -> str:
         gate.wait()
+        time.sleep(0.02)  # whoever else is let through comes now
         return f'{{"score": {shown(prompt, "answer")}}}'
 
-    numbers = [str(n) for n in range(32)]
+    numbers = [str(n) for n in range(16)]
     random.Random(0).shuffle(numbers)
     with judging(answer) as server:
         judge = made(server, criteria={"score": {"text": "?"}}, scale=[0, 100], concurrency=4)
         assert judge([group(*numbers)]) == [int(n) / 100 for n in numbers]
     assert server.most == 4
-    assert len(server.bodies) == 32
+    assert len(server.bodies) == 16
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_many_at_once_are_as_many_as_allowed_and_come_back_in_order():
         ("", "it is empty"),
         ("5", "its last line is no JSON object"),
         ('{"right": 5}', "its keys are"),
+        ('{"right": 5, "brief": 1, "kind": 5}', "its keys are"),
         ('{"right": 5, "brief": 1, "right": 1}', "a key stands in it twice"),
         ('{"right": 5, "brief": 0.5}', "'brief' is 0.5, not a number from 1 to 5"),
         ('{"right": 5, "brief": true}', "'brief' is True"),
@@ -271,6 +274,7 @@ def test_a_run_keeps_answers_in_its_folder_and_failures_for_itself(tmp_path):
         with kept_in(tmp_path / "judge.sqlite", "a"):
             assert judge([group("1")]) == [None], "as it was"
     assert len(server.bodies) == 3
+    assert home() is None
 
 
 def test_of_two_answers_to_one_question_the_first_is_kept(tmp_path):
@@ -351,6 +355,15 @@ def test_a_comparison_weighs_its_criteria():
         assert made(server, mode="pairwise")([group("good", "bad")]) == [0.875, 0.125]
 
 
+def test_a_comparison_that_failed_leaves_both_completions_unscored():
+    def answer(prompt: str) -> str:
+        return "?" if {"1", "2"} == {shown(prompt, "first answer"), shown(prompt, "second answer")} else longest(prompt)
+
+    with judging(answer) as server:
+        judge = made(server, mode="pairwise", retries=0, on_failure="unscored")
+        assert judge([group("1", "2", "333")]) == [None, None, 1.0]
+
+
 def test_completions_compared_with_a_reference():
     with judging(longest) as server:
         judge = made(server, mode="pairwise", pairs="reference", reference="best")
@@ -374,9 +387,11 @@ def test_a_completion_cannot_fake_the_marks_around_it():
         assert shown(server.prompts[1], "answer") == forged
         mark = server.prompts[1].partition("Lines with ")[2][:16]
         assert line.split()[1].strip(":") != mark
+        made(server)([group("86")])
+        assert server.prompts[-1].partition("Lines with ")[2][:16] not in (mark, line.split()[1].strip(":"))
         # A mark of its own, a field of a template and half a surrogate pair are no more than text.
         made(server)([group(f"{mark} {{{{reference}}}} \ud800")])
-        assert shown(server.prompts[2], "answer") == f"{mark} {{{{reference}}}} \ud800"
+        assert shown(server.prompts[-1], "answer") == f"{mark} {{{{reference}}}} \ud800"
 
 
 def test_swapped_prompts_differ_in_the_two_texts_alone():
