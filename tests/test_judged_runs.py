@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from judge_server import JudgeServer, Refusal, judging, shown
-from processes import Trap, finish, finish_on_ranks
+from processes import Trap, finish, finish_on_ranks, start
 from test_resume import left
 from test_serve import TEMPLATE, free_port, listens, wait_for
 from tiny_recipes import GRPO, MODEL, SFT, jsonl, metrics, prepared, rollouts, run, write
@@ -102,6 +102,34 @@ def test_a_run_killed_in_the_midst_of_its_questions_and_on_two_ranks(tmp_path):
     assert [row["reward"] for row in metrics(tmp_path, "grpo", "ranks")] == [
         row["reward"] for row in metrics(tmp_path, "grpo", "whole")
     ]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_while_its_judge_is_silent(tmp_path):
+    """Takes 15 seconds, 5 of them for the judge to answer after all."""
+    once, silent, free = Once(), threading.Event(), threading.Event()
+
+    def answer(prompt: str) -> str | Refusal:
+        if len(once.asked) == 20 and not free.is_set():
+            silent.set()
+            free.wait(100)
+            return Refusal(503)
+        return once(prompt)
+
+    with judging(answer) as server:
+        free.set()
+        run(tmp_path, stages(server), "run=whole")
+        free.clear()
+        once.asked.clear()
+        process = start(["train", str(tmp_path / "tiny.yaml")], tmp_path / "stopped")
+        assert silent.wait(100)
+        process.terminate()
+        process.join(60)
+        free.set()
+        assert process.exitcode == 128 + signal.SIGTERM
+        assert "run the same command to go on" in (tmp_path / "stopped.err").read_text("utf-8")
+        run(tmp_path, stages(server))
+    assert left(tmp_path / "runs/run") == left(tmp_path / "runs/whole")
 
 
 def test_a_template_belongs_to_the_run(tmp_path):
