@@ -19,7 +19,7 @@ from rlpost.evaluate.judge_agreement import KnownPair, beyond_chance, judge_agre
 from rlpost.evaluate.statistics import wilson
 from rlpost.rewards.judge import Judge, ready
 
-PAIRS = [KnownPair({"prompt": f"q{n}"}, f"good answer {n}", f"bad answer {n}") for n in range(120)]
+PAIRS = [KnownPair({"prompt": f"q{n}"}, f"good answer {n}", f"bad answer {n}") for n in range(60)]
 
 
 def chance(*texts: str) -> float:
@@ -43,15 +43,15 @@ def comparing(server: JudgeServer, **args: Any) -> Judge:
 
 def test_a_judge_of_a_known_error_rate():
     error = sum(chance("error", *sorted((p.chosen, p.rejected))) < 0.2 for p in PAIRS)
-    assert 12 < error < 40
+    assert 5 < error < 22
     with judging(lambda prompt: noisy(prompt, 0.2)) as server:
         found = judge_agreement(comparing(server), PAIRS)
-    assert (found.pairs, found.failed, found.ties) == (120, 0, 0)
-    assert found.agreement == wilson(120 - error, 120)
+    assert (found.pairs, found.failed, found.ties) == (60, 0, 0)
+    assert found.agreement == wilson(60 - error, 60)
     assert found.agreement.low < 0.8 < found.agreement.high
-    assert found.kappa.value == pytest.approx(1 - 2 * error / 120, abs=0.05)
+    assert found.kappa.value == pytest.approx(1 - 2 * error / 60, abs=0.05)
     assert found.kappa.low < 0.6 < found.kappa.high
-    assert found.consistent == wilson(120, 120)
+    assert found.consistent == wilson(60, 60)
     assert found.first is not None
     assert found.first.value == 0.5
 
@@ -64,7 +64,7 @@ def test_a_judge_that_prefers_what_comes_first():
         # A tie where the order with the right text second is one of those in which the first text wins.
         assert found.consistent.low < 0.5 < found.consistent.high
         assert found.first.low < 0.75 < found.first.high
-        assert found.ties == round(120 * (1 - found.consistent.value)) == 120 - round(120 * found.agreement.value)
+        assert found.ties == round(60 * (1 - found.consistent.value)) == 60 - round(60 * found.agreement.value)
         server.answer = lambda _: '{"better": "first"}'
         always = judge_agreement(comparing(server), PAIRS[:20])
     assert (always.ties, always.agreement.value, always.kappa.value) == (20, 0.0, 0.0)
@@ -88,7 +88,7 @@ def test_a_judge_that_scores_has_no_order_and_may_fail():
 
 
 def test_pairs_of_one_question_are_no_more_than_one_trial():
-    pairs = [KnownPair({"prompt": f"q{n % 4}"}, pair.chosen, pair.rejected) for n, pair in enumerate(PAIRS[:80])]
+    pairs = [KnownPair({"prompt": f"q{n % 4}"}, pair.chosen, pair.rejected) for n, pair in enumerate(PAIRS[:40])]
 
     def answer(prompt: str) -> str:
         return noisy(prompt, 0.0 if shown(prompt, "question") in ("q0", "q1") else 1.0)
