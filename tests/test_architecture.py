@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"devices", "facts", "params", "ranks"},
     {"agreement", "results", "streams", "unexpected"},
     {"console", "kernels", "objectives", "types"},
-    {"usercode"},
+    {"sandbox", "usercode"},
     {"data", "rewards", "run"},
     {"policy", "trackers"},
     {"engine"},
@@ -84,6 +84,7 @@ LIGHT = (
         "rewards",
     ),
     *("params", "ranks", "run", "smoke", "streams", "strict_yaml", "suggest", "sweep", "trackers", "unexpected"),
+    "sandbox",
     "usercode",
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""

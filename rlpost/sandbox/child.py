@@ -1,0 +1,313 @@
+"""The script that starts one program in a sandbox and waits for it: the standard library alone, `python -I -S`.
+
+It is called as `child.py JOB STATUS`, two descriptors: it reads its job from the first, and writes to the second one
+line about how the program ended. Two processes run it. The first stays outside, watches the clock, ends the program
+and all that it left. The second, its child, gives up one right after the other and then becomes the program: another
+Python, in whose memory nothing of this script is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import signal
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+_OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c")
+"""As `-I -S`, but for the environment, which has one variable."""
+STARTER = "import site,runpy;site.setquit();runpy.run_path('program.py',run_name='__main__')"
+"""What the program's Python is told: `exit` and `quit` are there though no packages are."""
+UNKNOWN = 65534
+"""The user that a program is within a user namespace."""
+MIB = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER = 1, 22, 24, 36
+_PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+_NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = (0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 1 << 30)
+_RDONLY, _NOSUID, _NODEV, _NOEXEC, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
+_KEPT = 2 | 4 | 8 | 1024 | 2048 | 4096
+"""ST_NOSUID and the like: flags of a mount that a user namespace may not take away."""
+_RELATIME = 1 << 21
+_DETACH = 2
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_CAPSET = {"x86_64": 126, "aarch64": 91}
+_LANDLOCK = 444
+"""landlock_create_ruleset, on every machine; add_rule and restrict_self follow."""
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL = 1, 2, 4, 8, 1 << 14, 1 << 15
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
+_MAKE_SPECIAL = 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11
+"""Devices, sockets and pipes with a name."""
+_RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 5: 0xFFFF}
+"""Version of Landlock from which on it knows these rights of files."""
+_NO_TCP, _NO_ABSTRACT_SOCKETS, _NO_SIGNALS = 3, 1, 2
+
+
+def main() -> None:
+    """Run the job."""
+    with os.fdopen(int(sys.argv[1])) as file:
+        job = json.load(file)
+    status = int(sys.argv[2])
+    os.set_inheritable(status, False)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job["parent"]:
+        os._exit(1)  # whoever wanted to know has ended
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
+    try:
+        job["user"] = _unshare_processes() if job["level"] == "namespaces" else None
+        if job["level"] == "rlimits":
+            _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        watched, alive = os.pipe()
+        began = time.monotonic()
+        child = os.fork()
+    except OSError as error:
+        _tell(status, {"broken": _reason(error)})
+        return
+    if child == 0:
+        os.close(alive)
+        _become_program(job, status, watched)
+    late, code, cpu = _wait(child, began + job["seconds"])
+    if job["level"] == "rlimits":
+        _end_descendants()
+    _tell(status, {"code": code, "late": late, "cpu": cpu, "seconds": time.monotonic() - began})
+
+
+_NEWS = (signal.SIGCHLD, signal.SIGTERM)
+"""What the waiting process is told: the program has ended, or whoever reads its output has had enough."""
+
+
+def _wait(child: int, limit: float) -> tuple[bool, int, float]:
+    """(whether it ran over the time, its exit code or minus its signal, seconds it computed)."""
+    late = False
+    while True:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            return late, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        news = signal.sigtimedwait(_NEWS, max(0.0, limit - time.monotonic()))
+        if news is None or news.si_signo == signal.SIGTERM:
+            late = late or news is None
+            os.kill(child, signal.SIGKILL)
+            limit = time.monotonic() + 1.0
+
+
+def _end_descendants() -> None:
+    """End every process that the program has left, wherever it went: this process has inherited them all."""
+    while True:
+        with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+            left = [int(word) for word in file.read().split()]
+        for process in left:
+            os.kill(process, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _become_program(job: dict[str, Any], status: int, watched: int) -> NoReturn:
+    """Give up every right, and be the program."""
+    try:
+        _end_with_parent(watched)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.setsid()
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")  # the first to go when the machine's memory ends
+        _write_program(job)
+        _limit(job["limits"])
+        os.umask(0o077)
+        _drop_rights(job["user"])
+        _end_with_parent(watched)  # a change of user has undone it
+        if job["level"] != "rlimits":
+            _landlock(job)
+            _filter(job["filter"])
+        os.execve(job["python"], [job["python"], *_OPTIONS, STARTER], job["environment"])
+    except BaseException as error:  # the process must not go on in its parent's code
+        _tell(status, {"broken": _reason(error)})
+    finally:
+        os._exit(1)
+
+
+def _end_with_parent(watched: int) -> None:
+    """Be killed when the waiting process ends; it holds the other end of a pipe, closed if it has ended already."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if select.select([watched], [], [], 0)[0]:
+        os._exit(1)
+
+
+def _write_program(job: dict[str, Any]) -> None:
+    """Put the program where it will run, and go there."""
+    if job["level"] == "namespaces":
+        _new_root(job)
+    os.chdir(job["box"])
+    with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
+        file.write(job["program"])
+    os.chmod("program.py", 0o644)
+
+
+def _unshare_processes() -> tuple[int, int] | None:
+    """Let the child be alone among processes. The user and group it is to become, None where it has no choice."""
+    if os.geteuid() == 0:
+        try:
+            _check("unshare", _libc.unshare(_NEWPID))
+            return job_user()
+        except PermissionError:
+            pass  # root without the right to: as everybody else
+    user, group = os.geteuid(), os.getegid()
+    _check("unshare", _libc.unshare(_NEWUSER | _NEWPID))
+    for name, line in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{UNKNOWN} {user} 1"),
+        ("gid_map", f"{UNKNOWN} {group} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+            file.write(line)
+    return None
+
+
+def job_user() -> tuple[int, int]:
+    """A user that nobody is: what the kernel counts by user, it counts for this program alone."""
+    own = (1 << 30) + struct.unpack("I", os.urandom(4))[0] % (1 << 29)
+    return own, own
+
+
+def _new_root(job: dict[str, Any]) -> None:
+    """A file system with Python, its libraries, four devices and an empty folder in it."""
+    _check("unshare", _libc.unshare(_NEWNS | _NEWNET | _NEWIPC | _NEWUTS))
+    _mount(None, "/", None, _REC | _PRIVATE)
+    root = job["root"]
+    _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "mode=755,size=1m")
+    for path in job["read"]:
+        _bind(path, root + path, _RDONLY)
+    for path in job["devices"]:
+        _bind(path, root + path, 0)
+    box = root + job["box"]
+    os.makedirs(box)
+    own, group = job["user"] or (UNKNOWN, UNKNOWN)
+    size = job["limits"]["disk"] * MIB
+    options = f"mode=700,uid={own},gid={group},size={size},nr_inodes=4096"
+    _mount("tmpfs", box, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
+    os.chdir(root)
+    _check("pivot_root", _libc.syscall(_PIVOT_ROOT[job["machine"]], b".", b"."))
+    _check("umount", _libc.umount2(b".", _DETACH))
+    os.chdir("/")
+    _mount(None, "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+
+
+def _bind(path: str, target: str, flags: int) -> None:
+    """Show a file or folder in the new root, or the symbolic link that it is."""
+    if os.path.lexists(target):
+        return
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), target)
+        return
+    if os.path.isdir(path):
+        os.mkdir(target)
+    else:
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    _mount(path, target, None, _BIND | _REC)
+    kept = os.statvfs(target).f_flag & _KEPT
+    kept = kept & ~4096 | (_RELATIME if kept & 4096 else 0)
+    _mount(None, target, None, _REMOUNT | _BIND | _NOSUID | kept | flags)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
+    words = [None if word is None else os.fsencode(word) for word in (source, target, kind, options)]
+    _check(f"mount {target}", _libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]))
+
+
+def _limit(limits: dict[str, int]) -> None:
+    """Resource limits, which no process can raise again without rights."""
+    for name, most in (
+        ("CPU", limits["cpu_seconds"]),
+        ("AS", limits["memory"] * MIB),
+        ("FSIZE", limits["disk"] * MIB),
+        ("NOFILE", limits["files"]),
+        ("NPROC", limits["threads"]),
+        ("CORE", 0),
+        ("MEMLOCK", 0),
+        ("MSGQUEUE", 0),
+        ("RTPRIO", 0),
+        ("STACK", 8 * MIB),
+    ):
+        number = getattr(resource, f"RLIMIT_{name}")
+        _, hard = resource.getrlimit(number)
+        least = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(number, (least, least))
+
+
+def _drop_rights(user: tuple[int, int] | None) -> None:
+    """Become a user without rights, for good."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    for number in range(64):  # fails beyond the last one, and without the right to: then there is nothing to drop
+        _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0)
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user[1], user[1], user[1])
+        os.setresuid(user[0], user[0], user[0])
+    header = struct.pack("Ii", 0x20080522, 0)
+    _check("capset", _libc.syscall(_CAPSET[os.uname().machine], header, bytes(24)))
+
+
+def _landlock(job: dict[str, Any]) -> None:
+    """Of all files, leave it those of Python to read and its own folder; no TCP, no signals to others."""
+    version = _check("landlock", _libc.syscall(_LANDLOCK, None, ctypes.c_size_t(0), 1))
+    rights = _RIGHTS[max(known for known in _RIGHTS if known <= version)]
+    attributes = struct.pack("QQQ", rights, _NO_TCP, _NO_ABSTRACT_SOCKETS | _NO_SIGNALS)
+    attributes = attributes[: 8 if version < 4 else 16 if version < 6 else 24]
+    rules = _check("landlock", _libc.syscall(_LANDLOCK, attributes, ctypes.c_size_t(len(attributes)), 0))
+    read = _EXECUTE | _READ_FILE | _READ_DIR
+    own = rights & ~_EXECUTE & ~_MAKE_SPECIAL
+    for paths, granted in ((job["read"], read), (job["devices"], _READ_FILE | _WRITE_FILE), ([job["box"]], own)):
+        for path in paths:
+            opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            of_this = granted if os.path.isdir(path) else granted & _OF_FILES
+            rule = struct.pack("=Qi", of_this & rights, opened)
+            _check(f"landlock {path}", _libc.syscall(_LANDLOCK + 1, rules, 1, rule, 0))
+            os.close(opened)
+    _check("landlock", _libc.syscall(_LANDLOCK + 2, rules, 0))
+    os.close(rules)
+
+
+def _filter(lines: Sequence[Sequence[Any]]) -> None:
+    """Install the filter of system calls; None among its operands is this process."""
+    own = os.getpid()
+    packed = b"".join(struct.pack("HBBI", code, yes, no, own if k is None else k) for code, yes, no, k in lines)
+    text = ctypes.create_string_buffer(packed, len(packed))
+    header = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(text)))
+    _check("seccomp", _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), header, 0, 0))
+
+
+def _prctl(option: int, value: int) -> None:
+    _check(f"prctl {option}", _libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
+
+
+def _check(what: str, result: int) -> int:
+    """The result of a call of the C library; OSError if it failed."""
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    if not isinstance(error, OSError):
+        return f"{type(error).__name__}: {error}"
+    name = f" {error.filename}" if error.filename else ""
+    return f"{error.strerror}{name} ({errno.errorcode.get(error.errno or 0, 'no number')})"
+
+
+def _tell(status: int, report: dict[str, Any]) -> None:
+    os.write(status, json.dumps(report).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
