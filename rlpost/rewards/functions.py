@@ -5,12 +5,14 @@ keyword-only arguments that a recipe sets with `args`. It returns a number, or N
 unscored.
 """
 
+from rlpost.rewards.code import code
 from rlpost.rewards.judge import judge
 from rlpost.rewards.math import math_answer
 from rlpost.rewards.models import process_reward_model, process_steps, reverse_likelihood, reward_model
 from rlpost.rewards.text import ends, length, pattern, repetition
 
 __all__ = [
+    "code",
     "ends",
     "judge",
     "length",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -118,27 +118,28 @@ def read_reference(example: Mapping[str, Any], column: str = "answer") -> Value:
 
 
 class References:
-    """Parses the reference answers in one column of many rows, before anything is trained."""
+    """Reads what a reward needs of one column of many rows, before anything is trained; `read` raises DataError."""
 
-    def __init__(self, column: str) -> None:
+    def __init__(self, column: str, read: Callable[[Mapping[str, Any], str], object] = read_reference) -> None:
         self._column = column
+        self._read = read
         self._rows = 0
         self._wrong: list[tuple[str, DataError]] = []
 
     def read(self, examples: Sequence[Mapping[str, Any]], locations: Sequence[str]) -> None:
-        """Parse those of some rows; `locations` are for messages."""
+        """Read it in some rows; `locations` are for messages."""
         self._rows += len(examples)
         for example, location in zip(examples, locations, strict=True):
             try:
-                read_reference(example, self._column)
+                self._read(example, self._column)
             except DataError as error:
                 self._wrong.append((location, error))
 
     def refuse(self) -> None:
-        """Raise if one could not be parsed.
+        """Raise if one could not be read.
 
         Raises:
-            DataError: that of `read_reference` for the first such row, with the number of others.
+            DataError: that of the first such row, with the number of others.
         """
         if self._wrong:
             location, first = self._wrong[0]

@@ -23,8 +23,11 @@ from typing import Any, NoReturn
 
 _OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c")
 """As `-I -S`, but for the environment, which has one variable."""
-STARTER = "import site,runpy;site.setquit();runpy.run_path('program.py',run_name='__main__')"
-"""What the program's Python is told: `exit` and `quit` are there though no packages are."""
+STARTER = (
+    "import site; site.setquit(); del site; __file__ = 'program.py'; "
+    "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
+)
+"""What it is told: the file, as if it were its argument, but with `exit` and `quit`, which packages would bring."""
 UNKNOWN = 65534
 """The user that a program is within a user namespace."""
 MIB = 1 << 20

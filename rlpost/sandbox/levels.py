@@ -63,7 +63,9 @@ def choose(level: str | None = None) -> Level:
     """
     if level is not None:
         if level not in list(Level):
-            raise RecipeError(f"sandbox: no level {level!r}{hint_or_list(level, list(Level), 'there are')}")
+            raise RecipeError(
+                f"sandbox: no level {level!r}{hint_or_list(level, [str(each) for each in Level], 'there are')}"
+            )
         if reason := why_not(Level(level)):
             raise RecipeError(f"sandbox: level {level} is not to be had here: {reason}; `rlpost doctor` says which are")
         return Level(level)
