@@ -1,28 +1,33 @@
-"""The script that starts one program in a sandbox and waits for it: the standard library alone, `python -I -S`.
+"""Starts one program in a sandbox and waits for its end: run by itself, with the standard library alone.
 
-It is called as `child.py JOB STATUS`, two descriptors: it reads its job from the first, and writes to the second one
-line about how the program ended. Two processes run it. The first stays outside, watches the clock, ends the program
-and all that it left. The second, its child, gives up one right after the other and then becomes the program: another
-Python, in whose memory nothing of this script is left.
+Its job is on its command line, as `name=value`, a name again for each value of a list; the program's text comes by the
+pipe `control`, whose other end whoever waits holds open for as long as it wants to know. Two processes run this. The
+first stays outside, watches the clock, ends the program and all that it left, and writes to the pipe `status` one line:
+`ended CODE LATE COMPUTED SECONDS`, or `broken REASON`. The second, its child, gives up one right after the other and
+then becomes the program: another Python, in whose memory nothing of this is left.
+
+It is started for every program, so it imports what is quick to import.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import resource
 import select
-import signal
 import struct
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, NoReturn
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn  # slower to import than all of the above together
+
+OWN_ID = 0xFFFFFFFF
+"""Stands for the program's process id among the operands of the filter."""
 _OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c")
-"""As `-I -S`, but for the environment, which has one variable."""
+"""Of the program's Python: as `-I -S`, but for the environment, which has one variable."""
 STARTER = (
     "import site; site.setquit(); del site; __file__ = 'program.py'; "
     "exec(compile(open(__file__, 'rb').read(), __file__, 'exec'))"
@@ -32,6 +37,7 @@ UNKNOWN = 65534
 """The user that a program is within a user namespace."""
 MIB = 1 << 20
 
+_SIGKILL = 9
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER = 1, 22, 24, 36
 _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
@@ -54,51 +60,80 @@ _RIGHTS = {1: 0x1FFF, 2: 0x3FFF, 3: 0x7FFF, 5: 0xFFFF}
 _NO_TCP, _NO_ABSTRACT_SOCKETS, _NO_SIGNALS = 3, 1, 2
 
 
+class Job:
+    """What is to be run, and how."""
+
+    def __init__(self, words: list[str]) -> None:
+        named: dict[str, list[str]] = {}
+        for name, _, value in (word.partition("=") for word in words):
+            named.setdefault(name, []).append(value)
+
+        def number(name: str) -> int:
+            return int(named[name][0])
+
+        self.control = number("control")
+        self.status = number("status")
+        self.size = number("size")
+        """Bytes of the program's text."""
+        self.level = named["level"][0]
+        self.python = named["python"][0]
+        self.environment = dict(word.split("=", 1) for word in named["environment"])
+        self.root = named["root"][0]
+        """An empty folder, where the file system of its own is put together."""
+        self.box = named["box"][0]
+        """The program's folder."""
+        self.read = named["read"]
+        self.devices = named["device"]
+        self.filter = bytes.fromhex(named["filter"][0])
+        self.seconds = float(named["seconds"][0])
+        self.cpu_seconds = number("cpu_seconds")
+        self.memory = number("memory")
+        self.disk = number("disk")
+        self.files = number("files")
+        self.threads = number("threads")
+        self.user: tuple[int, int] | None = None
+        """The user and group to become, where that can be chosen."""
+
+
 def main() -> None:
-    """Run the job."""
-    with os.fdopen(int(sys.argv[1])) as file:
-        job = json.load(file)
-    status = int(sys.argv[2])
-    os.set_inheritable(status, False)
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != job["parent"]:
-        os._exit(1)  # whoever wanted to know has ended
-    signal.pthread_sigmask(signal.SIG_BLOCK, _NEWS)
+    """Run the job of the command line."""
+    job = Job(sys.argv[1:])
+    for pipe in (job.control, job.status):
+        os.set_inheritable(pipe, False)
+    with open(job.control, "rb", closefd=False) as file:
+        text = file.read(job.size)
     try:
-        job["user"] = _unshare_processes() if job["level"] == "namespaces" else None
-        if job["level"] == "rlimits":
+        if job.level == "namespaces":
+            job.user = _unshare_processes()
+        elif job.level == "rlimits":
             _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         watched, alive = os.pipe()
         began = time.monotonic()
         child = os.fork()
     except OSError as error:
-        _tell(status, {"broken": _reason(error)})
+        _tell(job, f"broken {_reason(error)}")
         return
     if child == 0:
         os.close(alive)
-        _become_program(job, status, watched)
-    late, code, cpu = _wait(child, began + job["seconds"])
-    if job["level"] == "rlimits":
+        _become_program(job, text, watched)
+    late = _wait(job, child, began + job.seconds)
+    _, status, usage = os.wait4(child, 0)
+    if job.level == "rlimits":
         _end_descendants()
-    _tell(status, {"code": code, "late": late, "cpu": cpu, "seconds": time.monotonic() - began})
+    computed = usage.ru_utime + usage.ru_stime
+    _tell(job, f"ended {os.waitstatus_to_exitcode(status)} {late:d} {computed} {time.monotonic() - began}")
 
 
-_NEWS = (signal.SIGCHLD, signal.SIGTERM)
-"""What the waiting process is told: the program has ended, or whoever reads its output has had enough."""
-
-
-def _wait(child: int, limit: float) -> tuple[bool, int, float]:
-    """(whether it ran over the time, its exit code or minus its signal, seconds it computed)."""
-    late = False
-    while True:
-        ended, status, usage = os.wait4(child, os.WNOHANG)
-        if ended:
-            return late, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        news = signal.sigtimedwait(_NEWS, max(0.0, limit - time.monotonic()))
-        if news is None or news.si_signo == signal.SIGTERM:
-            late = late or news is None
-            os.kill(child, signal.SIGKILL)
-            limit = time.monotonic() + 1.0
+def _wait(job: Job, child: int, limit: float) -> bool:
+    """Wait for the end of the program, and bring it about at the limit (True) or when nobody wants to know."""
+    ended = os.pidfd_open(child)
+    poll = select.poll()
+    poll.register(ended, select.POLLIN)
+    poll.register(job.control, 0)  # closing it is told in any case
+    news = poll.poll(1000 * max(0.0, limit - time.monotonic()))
+    if ended not in dict(news):
+        os.kill(child, _SIGKILL)
+    return not news
 
 
 def _end_descendants() -> None:
@@ -107,51 +142,45 @@ def _end_descendants() -> None:
         with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
             left = [int(word) for word in file.read().split()]
         for process in left:
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, _SIGKILL)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
 
 
-def _become_program(job: dict[str, Any], status: int, watched: int) -> NoReturn:
+def _become_program(job: Job, text: bytes, watched: int) -> NoReturn:
     """Give up every right, and be the program."""
     try:
         _end_with_parent(watched)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         os.setsid()
         with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
             file.write("1000")  # the first to go when the machine's memory ends
-        _write_program(job)
-        _limit(job["limits"])
+        if job.level == "namespaces":
+            _new_root(job)
+        os.chdir(job.box)
+        with open("program.py", "wb") as program:
+            program.write(text)
+        os.chmod("program.py", 0o644)
+        _limit(job)
         os.umask(0o077)
-        _drop_rights(job["user"])
+        _drop_rights(job.user)
         _end_with_parent(watched)  # a change of user has undone it
-        if job["level"] != "rlimits":
+        if job.level != "rlimits":
             _landlock(job)
-            _filter(job["filter"])
-        os.execve(job["python"], [job["python"], *_OPTIONS, STARTER], job["environment"])
+            _filter(job.filter)
+        os.execve(job.python, [job.python, *_OPTIONS, STARTER], job.environment)
     except BaseException as error:  # the process must not go on in its parent's code
-        _tell(status, {"broken": _reason(error)})
+        _tell(job, f"broken {_reason(error)}")
     finally:
         os._exit(1)
 
 
 def _end_with_parent(watched: int) -> None:
     """Be killed when the waiting process ends; it holds the other end of a pipe, closed if it has ended already."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     if select.select([watched], [], [], 0)[0]:
         os._exit(1)
-
-
-def _write_program(job: dict[str, Any]) -> None:
-    """Put the program where it will run, and go there."""
-    if job["level"] == "namespaces":
-        _new_root(job)
-    os.chdir(job["box"])
-    with open("program.py", "w", encoding="utf-8", errors="surrogatepass") as file:
-        file.write(job["program"])
-    os.chmod("program.py", 0o644)
 
 
 def _unshare_processes() -> tuple[int, int] | None:
@@ -159,7 +188,7 @@ def _unshare_processes() -> tuple[int, int] | None:
     if os.geteuid() == 0:
         try:
             _check("unshare", _libc.unshare(_NEWPID))
-            return job_user()
+            return _nobody_else()
         except PermissionError:
             pass  # root without the right to: as everybody else
     user, group = os.geteuid(), os.getegid()
@@ -174,30 +203,30 @@ def _unshare_processes() -> tuple[int, int] | None:
     return None
 
 
-def job_user() -> tuple[int, int]:
+def _nobody_else() -> tuple[int, int]:
     """A user that nobody is: what the kernel counts by user, it counts for this program alone."""
     own = (1 << 30) + struct.unpack("I", os.urandom(4))[0] % (1 << 29)
     return own, own
 
 
-def _new_root(job: dict[str, Any]) -> None:
+def _new_root(job: Job) -> None:
     """A file system with Python, its libraries, four devices and an empty folder in it."""
     _check("unshare", _libc.unshare(_NEWNS | _NEWNET | _NEWIPC | _NEWUTS))
     _mount(None, "/", None, _REC | _PRIVATE)
-    root = job["root"]
+    root = job.root
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "mode=755,size=1m")
-    for path in job["read"]:
+    for path in job.read:
         _bind(path, root + path, _RDONLY)
-    for path in job["devices"]:
+    for path in job.devices:
         _bind(path, root + path, 0)
-    box = root + job["box"]
+    box = root + job.box
     os.makedirs(box)
-    own, group = job["user"] or (UNKNOWN, UNKNOWN)
-    size = job["limits"]["disk"] * MIB
+    own, group = job.user or (UNKNOWN, UNKNOWN)
+    size = job.disk * MIB
     options = f"mode=700,uid={own},gid={group},size={size},nr_inodes=4096"
     _mount("tmpfs", box, "tmpfs", _NOSUID | _NODEV | _NOEXEC, options)
     os.chdir(root)
-    _check("pivot_root", _libc.syscall(_PIVOT_ROOT[job["machine"]], b".", b"."))
+    _check("pivot_root", _libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."))
     _check("umount", _libc.umount2(b".", _DETACH))
     os.chdir("/")
     _mount(None, "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
@@ -226,14 +255,14 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
     _check(f"mount {target}", _libc.mount(words[0], words[1], words[2], ctypes.c_ulong(flags), words[3]))
 
 
-def _limit(limits: dict[str, int]) -> None:
+def _limit(job: Job) -> None:
     """Resource limits, which no process can raise again without rights."""
     for name, most in (
-        ("CPU", limits["cpu_seconds"]),
-        ("AS", limits["memory"] * MIB),
-        ("FSIZE", limits["disk"] * MIB),
-        ("NOFILE", limits["files"]),
-        ("NPROC", limits["threads"]),
+        ("CPU", job.cpu_seconds),
+        ("AS", job.memory * MIB),
+        ("FSIZE", job.disk * MIB),
+        ("NOFILE", job.files),
+        ("NPROC", job.threads),
         ("CORE", 0),
         ("MEMLOCK", 0),
         ("MSGQUEUE", 0),
@@ -260,7 +289,7 @@ def _drop_rights(user: tuple[int, int] | None) -> None:
     _check("capset", _libc.syscall(_CAPSET[os.uname().machine], header, bytes(24)))
 
 
-def _landlock(job: dict[str, Any]) -> None:
+def _landlock(job: Job) -> None:
     """Of all files, leave it those of Python to read and its own folder; no TCP, no signals to others."""
     version = _check("landlock", _libc.syscall(_LANDLOCK, None, ctypes.c_size_t(0), 1))
     rights = _RIGHTS[max(known for known in _RIGHTS if known <= version)]
@@ -269,7 +298,7 @@ def _landlock(job: dict[str, Any]) -> None:
     rules = _check("landlock", _libc.syscall(_LANDLOCK, attributes, ctypes.c_size_t(len(attributes)), 0))
     read = _EXECUTE | _READ_FILE | _READ_DIR
     own = rights & ~_EXECUTE & ~_MAKE_SPECIAL
-    for paths, granted in ((job["read"], read), (job["devices"], _READ_FILE | _WRITE_FILE), ([job["box"]], own)):
+    for paths, granted in ((job.read, read), (job.devices, _READ_FILE | _WRITE_FILE), ([job.box], own)):
         for path in paths:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
             of_this = granted if os.path.isdir(path) else granted & _OF_FILES
@@ -280,11 +309,11 @@ def _landlock(job: dict[str, Any]) -> None:
     os.close(rules)
 
 
-def _filter(lines: Sequence[Sequence[Any]]) -> None:
-    """Install the filter of system calls; None among its operands is this process."""
+def _filter(packed: bytes) -> None:
+    """Install the filter of system calls, instructions of eight bytes."""
     own = os.getpid()
-    packed = b"".join(struct.pack("HBBI", code, yes, no, own if k is None else k) for code, yes, no, k in lines)
-    text = ctypes.create_string_buffer(packed, len(packed))
+    lines = [(*line[:3], own if line[3] == OWN_ID else line[3]) for line in struct.iter_unpack("HBBI", packed)]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines), len(packed))
     header = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(text)))
     _check("seccomp", _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), header, 0, 0))
 
@@ -308,9 +337,5 @@ def _reason(error: BaseException) -> str:
     return f"{error.strerror}{name} ({errno.errorcode.get(error.errno or 0, 'no number')})"
 
 
-def _tell(status: int, report: dict[str, Any]) -> None:
-    os.write(status, json.dumps(report).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    main()
+def _tell(job: Job, report: str) -> None:
+    os.write(job.status, report.encode("utf-8", "replace") + b"\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import selectors
@@ -11,7 +10,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ BOX = "/box"
 """The folder of a program where the file system is its own."""
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """All of the program's environment: sets of text have the same order in every run."""
+_START = "import sys; sys.path.append(sys.argv.pop(1)); import child; child.main()"
+"""Imported, for a script would be compiled each time."""
 _SCRIPT = Path(__file__).with_name("child.py")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -43,33 +44,29 @@ def execute(program: str, stdin: str, limits: Limits, level: Level) -> Outcome:
     """
     folder = tempfile.mkdtemp(prefix="rlpost-")
     try:
-        return _Run(_job(program, limits, level, folder), stdin, limits, level).outcome()
+        return _Run(program.encode("utf-8", "surrogatepass"), stdin, limits, level, folder).outcome()
     finally:
         clear(Path(folder))
 
 
-def _job(program: str, limits: Limits, level: Level, folder: str) -> dict[str, Any]:
+def _words(limits: Limits, level: Level, folder: str) -> list[str]:
+    """What does not change with the program of the job, as `child.Job` reads it."""
     machine = platform.machine()
-    lines = seccomp.program(machine)
-    if lines is None or sys.platform != "linux":
+    rules = seccomp.program(machine)
+    if rules is None or sys.platform != "linux":
         raise Broken(f"there is none for {sys.platform} on {machine}")
     python, read = _python()
-    apart = level is Level.namespaces
-    return {
-        "parent": os.getpid(),
-        "machine": machine,
-        "level": level.value,
-        "program": program,
-        "limits": asdict(limits),
-        "seconds": limits.seconds,
-        "filter": lines if level is not Level.rlimits else [],
-        "python": python,
-        "environment": ENVIRONMENT,
-        "read": read,
-        "devices": _DEVICES,
-        "root": folder,
-        "box": BOX if apart else folder,
-    }
+    return [
+        f"level={level}",
+        f"python={python}",
+        *(f"environment={name}={value}" for name, value in ENVIRONMENT.items()),
+        f"root={folder}",
+        f"box={BOX if level is Level.namespaces else folder}",
+        *(f"read={path}" for path in read),
+        *(f"device={path}" for path in _DEVICES),
+        f"filter={rules.hex()}",
+        *(f"{field.name}={getattr(limits, field.name)}" for field in fields(limits)),
+    ]
 
 
 @cache
@@ -89,34 +86,40 @@ def _python() -> tuple[str, list[str]]:
 class _Run:
     """The process that waits for a program, and the pipes to both."""
 
-    def __init__(self, job: dict[str, Any], stdin: str, limits: Limits, level: Level) -> None:
+    def __init__(self, program: bytes, stdin: str, limits: Limits, level: Level, folder: str) -> None:
+        words = _words(limits, level, folder)
         self._limits = limits
         self._level = level
         self._limit = time.monotonic() + limits.seconds + START_LIMIT
         self._selector = selectors.DefaultSelector()
-        job_read, job_write = os.pipe()
+        control_read, control_write = os.pipe()
         status_read, status_write = os.pipe()
         try:
             self._process = subprocess.Popen(
-                [job["python"], "-I", "-S", str(_SCRIPT), str(job_read), str(status_write)],
+                [
+                    *(_python()[0], "-I", "-S", "-c", _START, str(_SCRIPT.parent)),
+                    *(f"control={control_read}", f"status={status_write}", f"size={len(program)}"),
+                    *words,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                pass_fds=(job_read, status_write),
+                pass_fds=(control_read, status_write),
                 env={},
                 cwd="/",
                 start_new_session=True,  # a terminal's Ctrl-C is ours alone
             )
         except BaseException:
-            os.close(job_write)
+            os.close(control_write)
             os.close(status_read)
             raise
         finally:
-            os.close(job_read)
+            os.close(control_read)
             os.close(status_write)
+        self._control = control_write
         self._status, self._stdout, self._stderr = status_read, _own(self._process.stdout), _own(self._process.stderr)
         self._unsent = {
-            job_write: memoryview(json.dumps(job).encode()),
+            control_write: memoryview(program),
             _own(self._process.stdin): memoryview(stdin.encode("utf-8", "surrogatepass")),
         }
         self._read = {self._status: bytearray(), self._stdout: bytearray(), self._stderr: bytearray()}
@@ -137,21 +140,20 @@ class _Run:
         finally:
             self._process.kill()
             self._process.wait()
+            self._stop()
             for key in list(self._selector.get_map().values()):
                 self._close(key.fd)
             self._selector.close()
-        report = bytes(self._read[self._status]).partition(b"\n")[0]
-        if not report:
-            raise Broken(f"the process that watches it ended with {self._process.returncode}")
-        told = json.loads(report)
-        if "broken" in told:
-            raise Broken(told["broken"])
+        said, _, report = self._read[self._status].decode("utf-8", "replace").partition("\n")[0].partition(" ")
+        if said != "ended":
+            raise Broken(report or f"the process that watches it ended with {self._process.returncode}")
+        code, late, computed, seconds = report.split(" ")
         stdout, stderr = (
             bytes(self._read[pipe][: self._limits.output]).decode("utf-8", "replace")
             for pipe in (self._stdout, self._stderr)
         )
-        reason = Reason.output if flooded else self._reason(told, stderr)
-        return Outcome(stdout, stderr, reason, abs(told["code"]), told["seconds"], self._level)
+        reason = Reason.output if flooded else self._reason(int(code), late == "1", float(computed), stderr)
+        return Outcome(stdout, stderr, reason, abs(int(code)), float(seconds), self._level)
 
     def _talk(self) -> bool:
         """Write and read until the waiting process has said how it ended; whether too much was written."""
@@ -161,12 +163,14 @@ class _Run:
             if not ready:
                 raise Broken(f"no answer {START_LIMIT:g} s after the program's time was over")
             for key, _ in ready:
+                if key.fd not in self._selector.get_map():
+                    continue  # closed on account of another one
                 if key.fd in self._unsent:
                     self._send(key.fd)
                 elif self._receive(key.fd) and key.fd != self._status and not flooded:
                     flooded = len(self._read[key.fd]) > self._limits.output
                     if flooded:
-                        self._process.terminate()
+                        self._stop()
         self._drain()
         return flooded or any(len(self._read[p]) > self._limits.output for p in (self._stdout, self._stderr))
 
@@ -189,8 +193,18 @@ class _Run:
             return
         except BrokenPipeError:  # it does not read, or has ended; then the status says how
             unsent = unsent[:0]
-        if not unsent:
+        if not unsent and pipe == self._control:
+            self._selector.unregister(pipe)  # it stays open: when it is closed, the program is ended
+        elif not unsent:
             self._close(pipe)
+
+    def _stop(self) -> None:
+        """Have the program ended."""
+        if self._control >= 0:
+            if self._control in self._selector.get_map():
+                self._selector.unregister(self._control)
+            os.close(self._control)
+            self._control = -1
 
     def _receive(self, pipe: int) -> bool:
         """Read what is there, and keep what may be kept; False at the end."""
@@ -209,10 +223,9 @@ class _Run:
                 return
         os.close(pipe)
 
-    def _reason(self, told: dict[str, Any], stderr: str) -> Reason:
-        code = told["code"]
+    def _reason(self, code: int, late: bool, computed: float, stderr: str) -> Reason:
         killed = code in (-9, -24)  # SIGKILL, SIGXCPU
-        if told["late"] or (killed and told["cpu"] > self._limits.cpu_seconds - 0.1):
+        if late or (killed and computed > self._limits.cpu_seconds - 0.1):
             return Reason.time
         if code == -31:  # SIGSYS
             return Reason.refused

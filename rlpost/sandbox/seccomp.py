@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import socket
+import struct
 from collections.abc import Sequence
 
-Line = tuple[int, int, int, int | None]
-"""(code, jump if true, jump if false, operand); the operand None stands for the program's own process id."""
+from rlpost.sandbox.child import OWN_ID
+
+Line = tuple[int, int, int, int]
+"""(code, jump if true, jump if false, operand)."""
 
 ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,
@@ -79,8 +82,11 @@ _PRCTL = (15, 16)
 _O_TRUNC, _O_ACCMODE = 0o1000, 0o3
 
 
-def program(machine: str) -> list[Line] | None:
-    """The filter for a machine as `platform.machine` names it; None if its numbers are not known."""
+def program(machine: str) -> bytes | None:
+    """The filter for a machine as `platform.machine` names it, packed; None if its numbers are not known.
+
+    Where an operand is `OWN_ID`, the program's process id belongs.
+    """
     if machine not in ARCHITECTURES:
         return None
     which, arch = ARCHITECTURES[machine]
@@ -98,7 +104,8 @@ def program(machine: str) -> list[Line] | None:
         known = ARGUMENTS[name][which]
         if known is not None:
             lines += [(_EQUAL, 0, len(block), known), *block]
-    return [*lines, (_AT_LEAST, 0, 1, LAST + 1), _fail(errno.ENOSYS), _fail(errno.EPERM)]
+    lines += [(_AT_LEAST, 0, 1, LAST + 1), _fail(errno.ENOSYS), _fail(errno.EPERM)]
+    return b"".join(struct.pack("HBBI", *line) for line in lines)
 
 
 def _by_arguments() -> dict[str, list[Line]]:
@@ -118,9 +125,9 @@ def _by_arguments() -> dict[str, list[Line]]:
             *_one_of([_CLONE_THREAD], _allow(), _fail(errno.EPERM)),
         ],
         "clone3": [_fail(errno.ENOSYS)],  # its flags lie in memory, out of sight; the C library then calls clone
-        "kill": [_argument(0), *_one_of([None], _allow(), _fail(errno.EPERM))],
-        "tgkill": [_argument(0), *_one_of([None], _allow(), _fail(errno.EPERM))],
-        "prlimit64": [_argument(0), *_one_of([0, None], _allow(), _fail(errno.EPERM))],
+        "kill": [_argument(0), *_one_of([OWN_ID], _allow(), _fail(errno.EPERM))],
+        "tgkill": [_argument(0), *_one_of([OWN_ID], _allow(), _fail(errno.EPERM))],
+        "prlimit64": [_argument(0), *_one_of([0, OWN_ID], _allow(), _fail(errno.EPERM))],
         "fcntl": [_argument(1), *_one_of(_FCNTL, _allow(), _fail(errno.EPERM))],
         "ioctl": [_argument(1), *_one_of(_IOCTL, _allow(), _fail(errno.ENOTTY))],
         "prctl": [_argument(0), *_one_of(_PRCTL, _allow(), _fail(errno.EPERM))],
@@ -148,7 +155,7 @@ def _fail(code: int) -> Line:
     return _RETURN, 0, 0, _FAIL | code
 
 
-def _one_of(values: Sequence[int | None], then: Line, otherwise: Line) -> list[Line]:
+def _one_of(values: Sequence[int], then: Line, otherwise: Line) -> list[Line]:
     """Return `then` if what was loaded is one of the values."""
     tests: list[Line] = [(_EQUAL, len(values) - i, 0, value) for i, value in enumerate(values)]
     return [*tests, otherwise, then]
