@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 
 from rlpost.kernels.build import why_none
 from rlpost.run.environment import versions
+from rlpost.sandbox.levels import why_not
+from rlpost.sandbox.outcome import Level
 
 NO_EXTRAS = ("dev", "docs")
 """Extras for work on rlpost itself."""
@@ -64,6 +66,8 @@ class Machine:
     """What `model.precision: auto` is here."""
     no_kernels: str
     """Why layers are not compiled for the CPU; empty where they are."""
+    sandbox: dict[str, str]
+    """For each level at which programs of a model can be run, why it does not hold; empty where it does."""
     memory: int | None
     """Of the machine, or what its container may take."""
     memory_free: int | None
@@ -99,6 +103,7 @@ def examine() -> Machine:
         gpus=gpus,
         precision=precision,
         no_kernels=why_none(),
+        sandbox={str(level): why_not(level) for level in Level},
         memory=total,
         memory_free=free,
         disk_free=shutil.disk_usage(Path.cwd()).free,
@@ -151,6 +156,8 @@ def text(machine: Machine) -> str:
     lines.append(
         ("CPU layers", f"not compiled, which is slower: {machine.no_kernels}" if machine.no_kernels else "compiled")
     )
+    levels = {level: why for level, why in machine.sandbox.items() if level != Level.rlimits}  # which is none
+    lines.append(("sandbox", "; ".join(f"{level}: {why or 'holds'}" for level, why in levels.items())))
     lines.append(("memory", f"{_size(machine.memory)}, {_size(machine.memory_free)} free"))
     lines.append(("disk", f"{_size(machine.disk_free)} free in this folder"))
     for name, packages in machine.extras.items():

@@ -198,8 +198,11 @@ def _unshare_processes() -> tuple[int, int] | None:
         ("uid_map", f"{UNKNOWN} {user} 1"),
         ("gid_map", f"{UNKNOWN} {group} 1"),
     ):
-        with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-            file.write(line)
+        try:
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, f"{name}: {error.strerror}") from error
     return None
 
 
@@ -262,7 +265,8 @@ def _limit(job: Job) -> None:
         ("AS", job.memory * MIB),
         ("FSIZE", job.disk * MIB),
         ("NOFILE", job.files),
-        ("NPROC", job.threads),
+        # By user: where the program has a user of its own, its threads, else whatever that user runs elsewhere too.
+        *([("NPROC", job.threads)] if job.level != "landlock" else []),
         ("CORE", 0),
         ("MEMLOCK", 0),
         ("MSGQUEUE", 0),

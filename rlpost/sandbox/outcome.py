@@ -60,7 +60,7 @@ class Limits:
     files: int = 64
     """Open at one time."""
     threads: int = 16
-    """At one time, its first one included. The kernel counts them for `namespaces` alone."""
+    """At one time, its first one included; at level `namespaces`. At `landlock` memory is what limits them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -54,6 +54,16 @@ def test_json_has_the_same(monkeypatch, capsys) -> None:
     assert found["problems"] == []
     assert found["threads"] >= 1
     assert found["precision"] in ("bfloat16", "float32")
+    assert list(found["sandbox"]) == ["namespaces", "landlock", "rlimits"]
+
+
+def test_levels_of_the_sandbox_are_said_with_what_they_lack(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(
+        machine, "why_not", lambda level: "" if level == "landlock" else "unshare: not permitted (EPERM)"
+    )
+    assert doctor(monkeypatch) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sandbox ")]
+    assert line.split(maxsplit=1)[1] == "namespaces: unshare: not permitted (EPERM); landlock: holds"
 
 
 def test_without_an_installation_nothing_is_said_of_packages(monkeypatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,7 +123,7 @@ def test_no_program_seems_right_that_is_not():
         list(FAKES.values()), {"tests": ["assert area(2, 3) == 6", "assert area(4, 5) == 20"]}, partial=False
     )
     assert {name: score for name, score in zip(FAKES, found, strict=True) if score} == {}
-    assert len(FAKES) >= 20
+    assert f"{len(FAKES)} ways to seem right" in (Path(__file__).parents[2] / "docs/sandbox.md").read_text("utf-8")
 
 
 def test_some_of_them_seem_right_where_assertions_run_beside_the_program():
