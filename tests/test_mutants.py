@@ -20,7 +20,7 @@ def test_the_list_is_long_and_covers_its_areas():
     mutants = read()
     assert len(mutants) >= 150
     areas = ("objectives", "experience", "learner", "stages", "policy", "engine", "chat", "rewards", "evaluate")
-    assert {m.area for m in mutants} == {*areas, "export", "kernels"}
+    assert {m.area for m in mutants} == {*areas, "export", "kernels", "sandbox"}
 
 
 def test_a_line_that_has_moved_is_told(tmp_path: Path):

@@ -83,7 +83,7 @@ def program_of(text: str) -> str:
     found = None
     block: list[str] | None = None
     fence = ""
-    for line in text.splitlines():
+    for line in text.replace("\r\n", "\n").split("\n"):
         mark = _FENCE.fullmatch(line)
         if block is None and mark is not None:
             block, fence = [], mark[1]

@@ -240,6 +240,7 @@ def clear(folder: Path) -> None:
 
     One folder is open at a time and paths are never joined, so that no depth is too much; nothing else writes here.
     """
+    folder.chmod(0o700)
     here = os.open(folder, _FOLDER)
     way: list[str] = []
     while True:

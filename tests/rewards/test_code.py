@@ -36,7 +36,8 @@ def scores(programs: list[str], example: dict[str, Any], **arguments: Any) -> li
         ("```\nx = 1\n```\nor\n~~~py\nx = 2\n~~~\n", "x = 2\n"),
         ("```python\nx = 1\n```\nrun\n```bash\nls\n```", "x = 1\n"),
         ("````python\nx = '''\n```\n'''\n````", "x = '''\n```\n'''\n"),
-        ("```Python3\nx = 1\n", "x = 1\n"),
+        ("```Python3\nx = 1", "x = 1\n"),
+        ("```python\r\nx = '\x0c'\r\n```\r\n", "x = '\x0c'\n"),
         ("```bash\nls\n```", "```bash\nls\n```"),
     ],
 )

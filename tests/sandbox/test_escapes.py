@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import socket
@@ -240,6 +241,16 @@ if os.fork() == 0:
     os._exit(0)
 print("left")
 """
+
+
+def test_even_resource_limits_come_without_rights():
+    program = "for line in open('/proc/self/status'):\n    if line[:3] in ('Cap', 'NoN'): print(line.split())"
+    held = dict(ast.literal_eval(line) for line in run(program, level=Level.rlimits).stdout.splitlines())
+    assert held.pop("NoNewPrivs:") == "1"
+    own = dict(line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Cap"))
+    assert set(held) == set(own)
+    assert {name for name, rights in held.items() if int(rights, 16)} <= {"CapBnd:"}
+    assert os.geteuid() != 0 or held["CapBnd:"] == "0" * 16
 
 
 def test_without_a_sandbox_no_daemon_is_left_behind_either(tmp_path: Path):
