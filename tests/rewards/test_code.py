@@ -127,6 +127,11 @@ def test_no_program_seems_right_that_is_not():
     assert f"{len(FAKES)} ways to seem right" in (Path(__file__).parents[2] / "docs/sandbox.md").read_text("utf-8")
 
 
+def test_an_answer_counts_only_if_it_is_the_only_one():
+    """The first of these guesses is right."""
+    assert scores([FAKES["all guesses"]], {"tests": ["assert area(2, 3) == 6"]}) == [0]
+
+
 def test_some_of_them_seem_right_where_assertions_run_beside_the_program():
     """As a judge would see it that runs both in one process and looks at its exit code."""
     beside = "\nassert area(2, 3) == 6\nassert area(4, 5) == 20\n"

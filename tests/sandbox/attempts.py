@@ -62,7 +62,7 @@ BODIES = {
     "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40,) * 2); return True",
     "dump core": "import resource; resource.setrlimit(resource.RLIMIT_CORE, (1 << 20,) * 2); return True",
     "take another core": "os.sched_setaffinity(0, os.sched_getaffinity(0)); return True",
-    "have priority": "os.setpriority(os.PRIO_PROCESS, 0, 0); return True",
+    "change its priority": "os.setpriority(os.PRIO_PROCESS, 0, 19); return True",
     "become root": "os.setuid(0); return True",
     "change its root": "os.mkdir('root'); os.chroot('root'); return True",
     "leave its user namespace": "return libc('unshare', 0x10000000) == 0",
