@@ -24,8 +24,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn  # slower to import than all of the above together
 
-OWN_ID = 0xFFFFFFFF
-"""Stands for the program's process id among the operands of the filter."""
 _OPTIONS = ("-P", "-s", "-S", "-B", "-X", "utf8", "-c")
 """Of the program's Python: as `-I -S`, but for the environment, which has one variable."""
 STARTER = (
@@ -85,6 +83,8 @@ class Job:
         self.read = named["read"]
         self.devices = named["device"]
         self.filter = bytes.fromhex(named["filter"][0])
+        self.own_id = number("own_id")
+        """What stands for the program's process id among the operands of the filter."""
         self.seconds = float(named["seconds"][0])
         self.cpu_seconds = number("cpu_seconds")
         self.memory = number("memory")
@@ -168,7 +168,7 @@ def _become_program(job: Job, text: bytes, watched: int) -> NoReturn:
         _end_with_parent(watched)  # a change of user has undone it
         if job.level != "rlimits":
             _landlock(job)
-            _filter(job.filter)
+            _filter(job.filter, job.own_id)
         os.execve(job.python, [job.python, *_OPTIONS, STARTER], job.environment)
     except BaseException as error:  # the process must not go on in its parent's code
         _tell(job, f"broken {_reason(error)}")
@@ -313,10 +313,10 @@ def _landlock(job: Job) -> None:
     os.close(rules)
 
 
-def _filter(packed: bytes) -> None:
+def _filter(packed: bytes, own_id: int) -> None:
     """Install the filter of system calls, instructions of eight bytes."""
     own = os.getpid()
-    lines = [(*line[:3], own if line[3] == OWN_ID else line[3]) for line in struct.iter_unpack("HBBI", packed)]
+    lines = [(*line[:3], own if line[3] == own_id else line[3]) for line in struct.iter_unpack("HBBI", packed)]
     text = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines), len(packed))
     header = ctypes.create_string_buffer(struct.pack("HP", len(lines), ctypes.addressof(text)))
     _check("seccomp", _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), header, 0, 0))

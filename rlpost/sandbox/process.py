@@ -65,6 +65,7 @@ def _words(limits: Limits, level: Level, folder: str) -> list[str]:
         *(f"read={path}" for path in read),
         *(f"device={path}" for path in _DEVICES),
         f"filter={rules.hex()}",
+        f"own_id={seccomp.OWN_ID}",
         *(f"{field.name}={getattr(limits, field.name)}" for field in fields(limits)),
     ]
 

@@ -12,10 +12,10 @@ import socket
 import struct
 from collections.abc import Sequence
 
-from rlpost.sandbox.child import OWN_ID
-
 Line = tuple[int, int, int, int]
 """(code, jump if true, jump if false, operand)."""
+OWN_ID = 0xFFFFFFFF
+"""Stands for the program's process id among the operands, until it has one."""
 
 ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70,

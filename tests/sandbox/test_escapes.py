@@ -177,7 +177,7 @@ FLOODS = {
     "stdout": ("while True: print('x' * 1000)", Limits(output=5000), Reason.output),
     "stderr": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", Limits(output=5000), Reason.output),
     "once": ("print('x' * 6000)", Limits(output=5000), Reason.output),
-    "memory": ("held = []\nwhile True: held.append(bytearray(1 << 20))", Limits(), Reason.memory),
+    "memory": ("held = []\nwhile True: held.append(bytearray(1 << 20))", Limits(memory=128), Reason.memory),
     "recursion": ("def f(): return f()\nf()", Limits(), Reason.ended),
     "segmentation": ("import ctypes\nctypes.string_at(0)", Limits(), Reason.signal),
     "abortion": ("import os\nos.abort()", Limits(), Reason.signal),
