@@ -25,6 +25,8 @@ BODIES = {
     "append": "return open(secret, 'a')",
     "empty by opening": "os.open(f'{there}/to_empty', os.O_RDONLY | os.O_TRUNC); return True",
     "empty by its path": "os.truncate(f'{there}/to_cut', 0); return True",
+    "empty by opening for nothing": "os.open(f'{there}/to_void', 3 | os.O_TRUNC); return True",
+    "open for nothing": "return os.open(secret, 3)",
     "delete": "os.unlink(f'{there}/to_delete'); return True",
     "rename": "os.rename(f'{there}/to_rename', f'{there}/renamed'); return True",
     "take away": "os.rename(f'{there}/to_take', 'taken'); return True",

@@ -28,7 +28,7 @@ SMALL = Limits(seconds=60, cpu_seconds=20, disk=8)
 @pytest.fixture
 def outside(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A folder, a process and sockets that a program should not reach."""
-    for name in ("secret", "to_empty", "to_cut", "to_delete", "to_rename", "to_take"):
+    for name in ("secret", "to_empty", "to_void", "to_cut", "to_delete", "to_rename", "to_take"):
         (tmp_path / name).write_text("not for programs")
     victim = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
     os.environ["RLPOST_SECRET"] = "not for programs"

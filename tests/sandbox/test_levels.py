@@ -144,7 +144,7 @@ victim = subprocess.Popen(["/bin/sleep", "60"])
 found = {}
 for level in Level:
     with tempfile.TemporaryDirectory() as there:
-        for name in ("secret", "to_empty", "to_cut", "to_delete", "to_rename", "to_take"):
+        for name in ("secret", "to_empty", "to_void", "to_cut", "to_delete", "to_rename", "to_take"):
             Path(there, name).write_text("not for programs")
         given = json.dumps({"there": there, "victim": victim.pid, "port": 9})
         names = frozenset(BODIES) if level is not Level.rlimits else NAKED
