@@ -157,7 +157,7 @@ ENDLESS = {
 
 
 def test_a_program_does_not_outlast_its_time():
-    check_time({name: ENDLESS[name] for name in ("by the clock", "deaf")}, Level.namespaces)
+    check_time({name: ENDLESS[name] for name in ("by the clock",)}, Level.namespaces)
 
 
 @pytest.mark.slow
