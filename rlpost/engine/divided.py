@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlpost import ranks
-from rlpost.engine.api import Engine
+from rlpost.engine.api import Engine, FreeEngine
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Request
 
@@ -29,3 +29,21 @@ class DividedEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._own.close()
+
+
+class DividedFreeEngine(DividedEngine):
+    """Of engines that take requests one by one: whoever asks so has divided the work among ranks."""
+
+    def __init__(self, own: FreeEngine) -> None:
+        """`own` is this rank's."""
+        super().__init__(own)
+        self._free = own
+
+    async def complete(self, request: Request) -> tuple[Completion, ...]:
+        """See `FreeEngine.complete`: by this rank's engine."""
+        return await self._free.complete(request)
+
+
+def divided_engine(own: Engine) -> DividedEngine:
+    """The engines of all ranks as one; it takes requests one by one if `own`, this rank's, does."""
+    return DividedFreeEngine(own) if isinstance(own, FreeEngine) else DividedEngine(own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlpost import ranks
 from rlpost.engine.api import Engine, Guide
-from rlpost.engine.divided import DividedEngine
+from rlpost.engine.divided import divided_engine
 from rlpost.engine.foreign import ForeignEngine
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import DEADLINE, LOCAL, EngineChoice
@@ -28,7 +28,7 @@ def engine_for(
         EngineError: the user's function fails, returns no engine, or is to be guided.
     """
     own = _engine_for(policy, chosen or EngineChoice(), function, guide)
-    return own if ranks.count() == 1 else DividedEngine(own)
+    return own if ranks.count() == 1 else divided_engine(own)
 
 
 def _engine_for(policy: Policy, chosen: EngineChoice, function: Bound | None, guide: Guide | None) -> Engine:

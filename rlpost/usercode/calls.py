@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rlpost.usercode import wire
-from rlpost.usercode.process import Gone, UserProcess
+from rlpost.usercode.pipe import Call, Gone, Pipe
+from rlpost.usercode.process import UserProcess
 
 DEADLINE = 60.0
 """Seconds that a call may take by default."""
@@ -43,26 +46,55 @@ class Failed:
     """The process has ended, and the function's state with it."""
 
 
-_processes: dict[tuple[Path, str], UserProcess] = {}
-_signatures: dict[tuple[Path, str], dict[str, inspect.Signature]] = {}
+@dataclass(frozen=True)
+class Reply:
+    """What came of a call."""
+
+    found: Any
+    """What it returned, or a Failed."""
+    life: int | None = None
+    """Of the process that replied, or was lost: the next one has another number. None where there was none."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the process, and what it kept, was lost."""
+        return isinstance(self.found, Failed) and self.found.gone
 
 
-def describe(file: Path, digest: str, limit: float) -> dict[str, inspect.Signature]:
-    """Signatures of the public functions of a user's file (sha256 `digest`), by name; the file runs in its process.
+@dataclass(frozen=True)
+class Description:
+    """What a process says of a function of its file."""
+
+    signature: inspect.Signature
+    together: bool = False
+    """It is a coroutine function (`async def`), of which many calls may be under way."""
+
+
+_processes: dict[tuple[int, Path, str], UserProcess] = {}
+"""By the process of ours that uses it, the file and its sha256."""
+_described: dict[tuple[Path, str], dict[str, Description]] = {}
+_requests = count(1)
+
+
+def describe(file: Path, digest: str, limit: float) -> dict[str, Description]:
+    """The public functions of a user's file (sha256 `digest`), by name; the file runs in its process.
 
     Raises:
         CallError: it fails to load, ends its process, or takes over `limit` seconds.
     """
     key = (file, digest)
-    if key not in _signatures:
+    if key not in _described:
         try:
             reply = _process(key).start(limit)
         except Gone as gone:
             raise CallError(f"{file}: {gone}") from gone
         if "failed" in reply:
             raise CallError(reply["failed"]) from TheirTraceback(reply["trace"])
-        _signatures[key] = {name: _signature(parameters) for name, parameters in reply["functions"].items()}
-    return _signatures[key]
+        _described[key] = {
+            name: Description(_signature(said["parameters"]), said["together"])
+            for name, said in reply["functions"].items()
+        }
+    return _described[key]
 
 
 def in_use() -> bool:
@@ -76,7 +108,7 @@ def unneeded(file: Path, digest: str) -> None:
 
 
 def _process(key: tuple[Path, str]) -> UserProcess:
-    return _processes.setdefault(key, UserProcess(*key))
+    return _processes.setdefault((os.getpid(), *key), UserProcess(*key))
 
 
 def _signature(parameters: Sequence[Sequence[Any]]) -> inspect.Signature:
@@ -91,11 +123,16 @@ def _signature(parameters: Sequence[Sequence[Any]]) -> inspect.Signature:
     return inspect.Signature(made)
 
 
+def untried(lost: int) -> Reply:
+    """Of a call that is not made, after so many in a row lost their process."""
+    return Reply(Failed(f"not tried, after {lost} calls in a row lost their process", gone=True))
+
+
 class Remote:
     """A function of a user's file with its recipe's arguments applied, called in the file's own process.
 
     `each` returns failures; a single call raises them. All functions of a file share one process and its module's
-    globals, which last until the process ends.
+    globals, which last until the process ends. Any thread may call them.
     """
 
     def __init__(
@@ -104,7 +141,7 @@ class Remote:
         digest: str,
         name: str,
         args: Mapping[str, Any],
-        signature: inspect.Signature,
+        described: Description,
         deadline: float = DEADLINE,
     ) -> None:
         self._key = (file, digest)
@@ -112,8 +149,10 @@ class Remote:
         self.__module__ = str(file)
         self._args = dict(args)
         self.deadline = deadline
-        left = [p for p in signature.parameters.values() if p.name not in args]
-        self.__signature__ = signature.replace(parameters=left)
+        self.together = described.together
+        """It is a coroutine function: calls made at a time are under way together."""
+        left = [p for p in described.signature.parameters.values() if p.name not in args]
+        self.__signature__ = described.signature.replace(parameters=left)
         self._positional = [p.name for p in left if p.kind is p.POSITIONAL_ONLY]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,37 +187,120 @@ class Remote:
         Raises:
             CallError: an argument cannot be sent to another process.
         """
-        found: list[Any] = []
+        asked = [_Asked(call, first + number) for number, call in enumerate(calls)]
+        how = _How(read_only, numbers)
+        return [reply.found for reply in self._replies(asked, how, keep_going)]
+
+    def seeded(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        seeds: Sequence[int],
+        lives: Sequence[int | None],
+        *,
+        keep_going: bool = False,
+    ) -> list[Reply]:
+        """The replies to calls that draw their random numbers from seeds of their own.
+
+        Args:
+            calls: arguments by name.
+            seeds: one a call.
+            lives: of the process that a call is for, which keeps what it needs; None: of any.
+            keep_going: continue after a failure; else the result ends with the first one.
+
+        Raises:
+            CallError: as `each`.
+        """
+        asked = [_Asked(*one) for one in zip(calls, [0] * len(calls), seeds, lives, strict=True)]
+        return self._replies(asked, _How(), keep_going)
+
+    async def once(self, call: Mapping[str, Any], seed: int, life: int | None) -> Reply | None:
+        """The reply to one such call; None if its process was lost before its turn: ask again.
+
+        Coroutines, of any event loops, may wait for many at a time. A call that is cancelled ends there too.
+
+        Raises:
+            CallError: as `each`.
+        """
+        import asyncio
+
+        asked, pipe = _Asked(call, 0, seed, life), self._pipe()
+        if asked.lost(pipe):
+            return _lost(asked)
+        sent: list[Call] = []
+        try:
+            (one,) = sent = self._send(pipe, [asked], _How())
+            return Reply(_result(await asyncio.wrap_future(one.reply)), pipe.life)
+        except Gone as gone:
+            return Reply(Failed(str(gone), gone=True), pipe.life) if gone.begun else None
+        finally:
+            pipe.abandon(sent)
+
+    def _replies(self, asked: Sequence[_Asked], how: _How, keep_going: bool) -> list[Reply]:
+        found: list[Reply] = []
         lost = 0
-        while len(found) < len(calls):
-            try:
-                request = self._requested(calls[len(found) :], read_only, numbers, first + len(found))
-                for reply in self._ask(request, len(calls) - len(found)):
-                    found.append(_result(reply))
-                    lost = 0
-                    if isinstance(found[-1], Failed) and not keep_going:
-                        return found
-            except Gone as gone:
-                lost += 1
-                found.append(Failed(str(gone), gone=True))
-                if lost >= GIVE_UP:
-                    missing = len(calls) - len(found)
-                    found += [Failed(f"not tried, after {lost} calls in a row lost their process", gone=True)] * missing
-                if not keep_going:
-                    return found
+        while len(found) < len(asked):
+            pipe, left = self._pipe(), asked[len(found) :]
+            if left[0].lost(pipe):
+                found.append(_lost(left[0]))
+            elif lost >= GIVE_UP:
+                found += [untried(lost)] * len(left)
+            else:
+                fit = next((number for number, one in enumerate(left) if one.lost(pipe)), len(left))
+                for reply in self._from(pipe, left[:fit], how, keep_going):
+                    found.append(reply)
+                    lost = lost + 1 if reply.gone else 0
+            if found and isinstance(found[-1].found, Failed) and not keep_going:
+                return found
         return found
 
-    def _ask(self, request: bytes, replies: int) -> Iterator[dict[str, Any]]:
-        process = _process(self._key)
-        if not process.running:
-            reply = process.start(max(LOADING, self.deadline))
-            if "failed" in reply:
-                raise Gone(f"ended its process, and its file no longer loads ({reply['failed']})")
-        return process.ask(request, replies, self.deadline)
-
-    def _requested(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool, first: int) -> bytes:
+    def _from(self, pipe: Pipe, asked: Sequence[_Asked], how: _How, keep_going: bool) -> list[Reply]:
+        """The replies of one process, up to a call that must be asked again."""
+        found: list[Reply] = []
+        sent: list[Call] = []
         try:
-            return self._request(calls, read_only, numbers, first)
+            sent = self._send(pipe, asked, how)
+            for one in sent:
+                try:
+                    found.append(Reply(_result(one.reply.result()), pipe.life))
+                except Gone as gone:
+                    if not gone.begun:
+                        break
+                    found.append(Reply(Failed(str(gone), gone=True), pipe.life))
+                if isinstance(found[-1].found, Failed) and not keep_going:
+                    break
+        except Gone:  # it ended before they were sent
+            pass
+        finally:
+            pipe.abandon(sent)
+        return found
+
+    def _pipe(self) -> Pipe:
+        return _process(self._key).pipe(max(LOADING, self.deadline))
+
+    def _send(self, pipe: Pipe, asked: Sequence[_Asked], how: _How) -> list[Call]:
+        number = next(_requests)
+        calls = [Call((number, index), self.deadline, self.together) for index in range(len(asked))]
+        pipe.send(self._requested(asked, how, number), calls)
+        return calls
+
+    def _requested(self, asked: Sequence[_Asked], how: _How, number: int) -> list[bytes]:
+        """The lines of a request."""
+        try:
+            rows = _RowTable()
+            lines = [{name: rows.put(name, value) for name, value in one.arguments.items()} for one in asked]
+            head = {
+                "number": number,
+                "call": self._name,
+                "args": wire.encode(self._args),
+                "positional": self._positional,
+                "first": asked[0].number,
+                "seeds": [one.seed for one in asked if one.seed is not None],
+                "calls": len(asked),
+                "rows": rows.encoded,
+                "read_only": how.read_only,
+                "numbers": how.numbers,
+            }
+            return [json.dumps(line).encode() + b"\n" for line in (head, *lines)]
         except wire.CannotCrossError as error:
             raise CallError(
                 f"it is given {error}, which cannot go to its process: take that column out of the data"
@@ -186,20 +308,33 @@ class Remote:
         except RecursionError as error:
             raise CallError("it is given a row that is nested too deeply to go to its process") from error
 
-    def _request(self, calls: Sequence[Mapping[str, Any]], read_only: bool, numbers: bool, first: int) -> bytes:
-        rows = _RowTable()
-        lines = [{name: rows.put(name, value) for name, value in call.items()} for call in calls]
-        head = {
-            "call": self._name,
-            "args": wire.encode(self._args),
-            "positional": self._positional,
-            "first": first,
-            "calls": len(calls),
-            "rows": rows.encoded,
-            "read_only": read_only,
-            "numbers": numbers,
-        }
-        return b"".join(json.dumps(line).encode() + b"\n" for line in (head, *lines))
+
+@dataclass(frozen=True)
+class _Asked:
+    """A call that is to be made."""
+
+    arguments: Mapping[str, Any]
+    number: int
+    """Its random numbers are made from it and the arguments, if it has no seed."""
+    seed: int | None = None
+    life: int | None = None
+    """Of the process that it is for; None: of any."""
+
+    def lost(self, pipe: Pipe) -> bool:
+        """Whether the process that it is for is gone."""
+        return self.life not in (None, pipe.life)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How arguments are passed and results are returned."""
+
+    read_only: bool = False
+    numbers: bool = False
+
+
+def _lost(asked: _Asked) -> Reply:
+    return Reply(Failed("lost its process after its last reply, and what it kept there", gone=True), asked.life)
 
 
 class _RowTable:
@@ -224,7 +359,7 @@ class _RowTable:
         return self._index_of[id(row)]
 
 
-def _result(reply: Mapping[str, Any]) -> Any:
+def _result(reply: dict[str, Any]) -> Any:
     if "failed" in reply:
         return Failed(reply["failed"], TheirTraceback(reply["trace"]) if reply["trace"] else None)
     return wire.decode(reply["v"])

@@ -35,12 +35,11 @@ class UsersFile:
         self._given = getattr(function, "deadline", None)
         self._deadline = DEADLINE if self._given is None else float(self._given)
         try:
-            signatures = calls.describe(file, self.digest, max(calls.LOADING, self._given or 0.0))
+            self._described = calls.describe(file, self.digest, max(calls.LOADING, self._given or 0.0))
         except CallError as error:
             raise RecipeError(f"{error} ({where})") from error
         self.functions: Mapping[str, Remote] = {
-            name: Remote(file, self.digest, name, {}, signature, self._deadline)
-            for name, signature in signatures.items()
+            name: Remote(file, self.digest, name, {}, one, self._deadline) for name, one in self._described.items()
         }
 
     def bound(self, found: Any, lookup: Lookup, where: str) -> Callable[..., Any]:
@@ -51,7 +50,13 @@ class UsersFile:
         """
         args = self._function.args
         if lookup.apart and "model" not in inspect.signature(found).parameters:
-            return Remote(self._file, self.digest, found.__name__, args, found.__signature__, self._deadline)
+            described = self._described[found.__name__]
+            return Remote(self._file, self.digest, found.__name__, args, described, self._deadline)
+        if found.together:
+            raise RecipeError(
+                f"{where}.{lookup.key}: {found.__name__!r} is `async def`, but this process calls it and waits - "
+                "write it with `def`"
+            )
         for key in ("deadline", "on_failure"):
             if getattr(self._function, key, None) is not None:
                 raise RecipeError(

@@ -126,10 +126,10 @@ def _of_users(file: Path, name: str) -> FunctionInfo:
     if found is not None:
         return found
     try:
-        signatures = calls.describe(file, hashlib.sha256(data).hexdigest(), calls.LOADING)
+        described = calls.describe(file, hashlib.sha256(data).hexdigest(), calls.LOADING)
     except calls.CallError:
         return FunctionInfo()  # the error comes when the function is bound
-    return FunctionInfo(signatures[name]) if name in signatures else FunctionInfo()
+    return FunctionInfo(described[name].signature) if name in described else FunctionInfo()
 
 
 def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
@@ -145,7 +145,9 @@ def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
     return {
         node.name: FunctionInfo(_signature(node.args), facts.get(node.name, {}))
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and not node.decorator_list and not node.name.startswith("_")
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and not node.decorator_list
+        and not node.name.startswith("_")
     }
 
 

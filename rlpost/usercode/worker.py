@@ -1,13 +1,18 @@
 """The process that runs a user's functions: a script on a pipe, ended by the parent when a call takes too long.
 
 It speaks lines of JSON: it reads the file's path, replies `up`, runs the file, and lists its functions. A request is a
-line that names a function, then a line for each call; each call is answered by a line. It ends when its input does.
+line that names a function, then a line for each call; each call is answered by a line that says which it is `of`. It
+ends when its input does.
+
+Plain functions are called one at a time, in the order asked, outside any event loop: they may run their own. Coroutine
+functions run in one loop, all together; a plain call stops the loop while it is at work. A line `cancel` ends one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import inspect
+import io
 import json
 import os
 import random
@@ -16,7 +21,9 @@ import signal
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
@@ -38,39 +45,100 @@ def main() -> None:
         # The parent decides; a handler, unlike SIG_IGN, is not inherited by processes of the user's code.
         signal.signal(number, lambda *_: None)
     _leave_memory_to_others()
-    hello = json.loads(requests.readline())
+    hello = json.loads(requests.readline())  # byte by byte: what follows is for whoever reads on
     sys.path[:] = hello["path"]
     file = Path(hello["file"])
-    _say(replies, {"up": True})
+    _say(replies, 0, {"up": True})
     try:
         module = load.load(file, hello["digest"])
     except BaseException as error:
-        _say(replies, {"failed": load.not_loaded(error, file), "trace": "".join(traceback.format_exception(error))})
+        trace = "".join(traceback.format_exception(error))
+        _say(replies, 1, {"failed": load.not_loaded(error, file), "trace": trace})
         return
     functions = load.public_functions(module)
-    _say(replies, {"functions": {name: _parameters(function) for name, function in functions.items()}})
-    while line := requests.readline():
-        _answer(json.loads(line), functions, file, requests, replies)
+    _say(replies, 1, {"functions": {name: _described(function) for name, function in functions.items()}})
+    calls = Calls(functions, file, replies)
+    if any(map(inspect.iscoroutinefunction, functions.values())):
+        from rlpost.usercode.coroutines import Loop  # asyncio takes as long as the rest of this process's start
+
+        Loop(calls, requests.fileno()).serve()
+        return
+    lines = io.BufferedReader(requests, 1 << 16)
+    while line := lines.readline():
+        calls.take(line)
+        while calls.plain:
+            calls.answer(calls.plain.popleft())
 
 
-def _answer(
-    request: dict[str, Any], functions: dict[str, Callable[..., Any]], file: Path, requests: BinaryIO, replies: BinaryIO
-) -> None:
-    """Call one function as often as the request says."""
-    function, args = functions[request["call"]], wire.decode(request["args"])
-    positional = set(request["positional"])
-    for number in range(request["first"], request["first"] + request["calls"]):
-        line = requests.readline()
-        _seed(zlib.crc32(line, number))
-        given = {name: _given(value, request) for name, value in json.loads(line).items()}
+@dataclass
+class OneCall:
+    """One call of a request."""
+
+    request: dict[str, Any]
+    index: int
+    line: bytes
+    """Its arguments, encoded."""
+
+
+class Calls:
+    """What is asked, line by line, and how it is answered."""
+
+    def __init__(self, functions: Mapping[str, Callable[..., Any]], file: Path, replies: BinaryIO) -> None:
+        self.plain: deque[OneCall] = deque()
+        """Calls of plain functions, in the order asked."""
+        self.coroutines: deque[OneCall] = deque()
+        self.cancelled: deque[tuple[int, int]] = deque()
+        """Numbers of calls of coroutine functions that are to end."""
+        self._functions = functions
+        self._file = file
+        self._replies = replies
+        self._request: dict[str, Any] = {"calls": 0}
+        self._read = 0
+
+    def take(self, line: bytes) -> None:
+        """Take a line."""
+        if self._read < self._request["calls"]:
+            together = inspect.iscoroutinefunction(self._functions[self._request["call"]])
+            (self.coroutines if together else self.plain).append(OneCall(self._request, self._read, line))
+            self._read += 1
+        elif "cancel" in (asked := json.loads(line)):
+            self.cancelled.append(tuple(asked["cancel"]))
+        else:
+            self._request, self._read = {**asked, "args": wire.decode(asked["args"])}, 0
+
+    def answer(self, call: OneCall) -> None:
+        """Call a plain function."""
         try:
-            by_position = [value for name, value in given.items() if name in positional]
-            by_name = {name: value for name, value in given.items() if name not in positional}
-            found = function(*by_position, **by_name, **args)
-            reply = {"v": _returned(found, request["numbers"])}
+            reply = self._returned(call, self._called(call))
         except BaseException as error:
-            reply = _failed(error, file)
-        _say(replies, reply)
+            reply = _failed(error, self._file)
+        self.reply(call, reply)
+
+    async def answered(self, call: OneCall) -> dict[str, Any]:
+        """The reply to a call of a coroutine function."""
+        try:
+            return self._returned(call, await self._called(call))
+        except GeneratorExit:  # the loop is gone
+            raise
+        except BaseException as error:
+            return _failed(error, self._file)
+
+    def reply(self, call: OneCall, reply: dict[str, Any]) -> None:
+        """Say what became of a call."""
+        _say(self._replies, call.index, reply, call.request["number"])
+
+    def _called(self, call: OneCall) -> Any:
+        """What the function returns, or its coroutine, which then begins at once."""
+        request, number = call.request, call.request["first"] + call.index
+        _seed(request["seeds"][call.index] if request["seeds"] else zlib.crc32(call.line, number))
+        given = {name: _given(value, request) for name, value in json.loads(call.line).items()}
+        positional = set(request["positional"])
+        by_position = [value for name, value in given.items() if name in positional]
+        by_name = {name: value for name, value in given.items() if name not in positional}
+        return self._functions[request["call"]](*by_position, **by_name, **request["args"])
+
+    def _returned(self, call: OneCall, found: Any) -> dict[str, Any]:
+        return {"v": _returned(found, call.request["numbers"])}
 
 
 def _given(value: Any, request: dict[str, Any]) -> Any:
@@ -109,15 +177,15 @@ def _clip(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def _parameters(function: Callable[..., Any]) -> list[list[Any]]:
-    """Name, kind, whether there is a default, annotation: of every parameter."""
+def _described(function: Callable[..., Any]) -> dict[str, Any]:
+    """Name, kind, whether there is a default, annotation: of all parameters; and whether it is a coroutine function."""
     found = []
     for p in inspect.signature(function).parameters.values():
         annotation = None
         if p.annotation is not p.empty:
             annotation = p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation)
         found.append([p.name, int(p.kind), p.default is not p.empty, annotation])
-    return found
+    return {"parameters": found, "together": inspect.iscoroutinefunction(function)}
 
 
 def _seed(seed: int) -> None:
@@ -125,26 +193,27 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     numpy: Any = sys.modules.get("numpy")
     if numpy is not None and hasattr(numpy, "random"):
-        numpy.random.seed(seed)
+        numpy.random.seed(seed % 2**32)
     torch: Any = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "manual_seed"):
         torch.manual_seed(seed)
 
 
-def _own_pipes() -> tuple[BinaryIO, BinaryIO]:
+def _own_pipes() -> tuple[io.FileIO, BinaryIO]:
     """The two pipes; the user's code gets an empty stdin, and its prints go to stderr."""
     requests, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    return os.fdopen(requests, "rb", 1 << 16), os.fdopen(replies, "wb", 1 << 16)
+    return io.FileIO(requests), os.fdopen(replies, "wb", 1 << 16)
 
 
-def _say(replies: BinaryIO, message: dict[str, Any]) -> None:
+def _say(replies: BinaryIO, index: int, message: dict[str, Any], request: int = 0) -> None:
+    """Write a reply to one call of a request, or (0) to the first line."""
     if not getattr(sys.stdout, "closed", True):  # the user's code may replace it
         sys.stdout.flush()
-    replies.write(json.dumps(message).encode() + b"\n")
+    replies.write(json.dumps({"of": [request, index], **message}).encode() + b"\n")
     replies.flush()
 
 

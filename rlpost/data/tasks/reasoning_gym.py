@@ -125,8 +125,8 @@ def score_answer(
             raise RewardError("reasoning_gym.score_answer: a row has no 'problem': it scores rows of its own tasks")
         calls.append({"answer": _answer(completion.text, find), "problem": example["problem"]})
     digest = hashlib.sha256(_PROBLEMS.read_bytes()).hexdigest()
-    signature = describe(_PROBLEMS, digest, DEADLINE * 12)["score"]
-    verifier = Remote(_PROBLEMS, digest, "score", {"partial": partial}, signature, DEADLINE)
+    described = describe(_PROBLEMS, digest, DEADLINE * 12)["score"]
+    verifier = Remote(_PROBLEMS, digest, "score", {"partial": partial}, described, DEADLINE)
     found = verifier.each(calls, keep_going=True)
     failed = [value for value in found if isinstance(value, Failed)]
     if len(failed) == len(found) > 1:

@@ -1,0 +1,94 @@
+"""One episode: what is asked of the engine, turn by turn, what becomes of replies, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlpost.data.codec import Codec
+from rlpost.engine.params import Sampling
+from rlpost.engine.seeds import prompt_seeds
+from rlpost.types import FAILED, Completion, Group, Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What holds for all episodes of a call."""
+
+    sampling: Sampling
+    """`max_new_tokens` of a whole episode, replies included."""
+    turns: int
+    """Most turns of the model."""
+    max_positions: int
+    """Of the model."""
+
+
+@dataclass(eq=False)
+class Episode:
+    """One completion as it grows."""
+
+    group: Group
+    seed: int
+    limits: Limits
+    ids: list[int] = field(default_factory=list)
+    action: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    """The model's, as text."""
+    finish: str = ""
+    """Empty until it has ended."""
+    weights_version: int | None = None
+    life: int | None = None
+    """Of the process that replied last, and may keep something of it; None before the first reply."""
+
+    @property
+    def next_seed(self) -> int:
+        """The seed of what comes next: the environment's reply to the last turn, and the turn after it."""
+        return prompt_seeds(self.seed, len(self.turns), 1)[0]
+
+    def request(self) -> Request:
+        """The engine's request for the model's next turn, which may use all remaining tokens."""
+        prompt = np.concatenate([self.group.prompt, np.array(self.ids, np.int32)])
+        sampling = self.limits.sampling
+        room = min(sampling.max_new_tokens - len(self.ids), self.limits.max_positions - len(prompt))
+        more = len(self.turns) + 1 < self.limits.turns
+        return Request(prompt, 1, sampling, self.next_seed, limit=room, keep=more)
+
+    def add_turn(self, turn: Completion) -> None:
+        """Append the model's turn; the last one, or one that was cut off, ends the episode."""
+        self.weights_version = turn.weights_version
+        self.ids += turn.ids.tolist()
+        self.action += turn.action.tolist()
+        self.logprobs += turn.logprobs.tolist()
+        self.turns.append(turn.text)
+        if turn.finish == "length" or len(self.turns) == self.limits.turns:
+            self.finish = turn.finish
+
+    def arguments(self) -> dict[str, Any]:
+        """What an environment may be told of the model's last turn."""
+        return {"text": self.turns[-1], "turns": list(self.turns), "example": self.group.example}
+
+    def add_reply(self, reply: str | None, codec: Codec) -> None:
+        """Append the environment's reply, as tokens that are no actions; None, or no room for it, ends the episode."""
+        if reply is None:
+            self.finish = "stop"
+            return
+        ids = codec.ids(reply, "the environment's reply")
+        used = len(self.ids) + len(ids)
+        # The next turn needs room for at least one token.
+        if used >= self.limits.sampling.max_new_tokens or len(self.group.prompt) + used >= self.limits.max_positions:
+            self.finish = "length"
+            return
+        self.ids += ids
+        self.action += [False] * len(ids)
+
+    def fail(self) -> None:
+        """End it unscored, unless it has ended."""
+        self.finish = self.finish or FAILED
+
+    def completion(self) -> Completion:
+        """The whole episode as a completion; its text, which rewards read, is the last turn's."""
+        text = self.turns[-1] if self.turns else ""
+        return Completion(self.ids, self.action, text, self.finish, self.logprobs, weights_version=self.weights_version)
