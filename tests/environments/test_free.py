@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import golden
 import numpy as np
 import pytest
 from engines import local
 from stubs import LETTERS, tiny_policy
+from torch.multiprocessing import start_processes
 
 from rlpost import ranks
 from rlpost.engine.api import FreeEngine
@@ -281,3 +285,39 @@ def test_an_engine_of_ranks_is_free_where_theirs_are():
     divided = divided_engine(local(tiny_policy(eos=0)))
     assert isinstance(divided, DividedEngine)
     assert not isinstance(divided, FreeEngine)
+
+
+def _rank(rank: int, launcher: list[dict[str, str]], folder: str) -> None:
+    """One of two ranks: in a file, its episodes, how many turns it sampled, and how a failure on one of them ended."""
+    os.environ |= launcher[rank]
+    ranks.start()
+    bound = bind(EnvironmentFunction(fn="my.py:plain"), ENVIRONMENT, "environment", Path(folder))
+    engine = Scripted()
+    found = episodes(divided_engine(engine), bound, n=2)
+    failing = bind(EnvironmentFunction(fn="my.py:fails_for_second"), ENVIRONMENT, "environment", Path(folder))
+    with pytest.raises(RewardError) as caught:
+        episodes(divided_engine(Scripted()), failing, n=1)
+    told = {"ids": [c.ids.tolist() for c in found], "asked": len(engine.asked), "raised": str(caught.value)}
+    Path(folder, f"told{rank}").write_text(json.dumps(told))
+
+
+@pytest.mark.slow  # half a minute
+def test_two_ranks_run_the_episodes_of_one(tmp_path, environment):
+    alone = Scripted()
+    whole = [c.ids.tolist() for c in episodes(alone, environment("plain"), n=2)]
+    start_processes(_rank, (golden.ranks_of(2), str(tmp_path)), nprocs=2, start_method="forkserver")
+    told = [json.loads((tmp_path / f"told{rank}").read_text()) for rank in (0, 1)]
+    assert [t["ids"] for t in told] == [whole, whole]
+    assert min(t["asked"] for t in told) > 0
+    assert sum(t["asked"] for t in told) == len(alone.asked)
+    assert told[0]["raised"] == told[1]["raised"]
+    assert "raised ValueError: no" in told[0]["raised"]
+
+
+def test_the_example_of_the_docs_runs_programs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/environments.md").read_text("utf-8")
+    (source,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "async def" in block]
+    (tmp_path / "program.py").write_text(source)
+    reply = bind(EnvironmentFunction(fn="program.py:reply"), ENVIRONMENT, "environment", tmp_path)
+    calls = [{"text": f"print({n} + 1)", "turns": ["one"]} for n in range(10)] + [{"text": "", "turns": ["one", "two"]}]
+    assert reply.call.each(calls) == [*(f"{n + 1}\n" for n in range(10)), None]

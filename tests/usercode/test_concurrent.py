@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
+from rlpost.engine.params import ENGINE
+from rlpost.errors import RecipeError
+from rlpost.rewards.params import REWARD, Reward
+from rlpost.rewards.score import Scorer
+from rlpost.rewards.tree import BoundReward
+from rlpost.types import Completion, Group
 from rlpost.usercode import pipe, stop
+from rlpost.usercode.binding import bind
 from rlpost.usercode.calls import Failed, Remote, describe
+from rlpost.usercode.params import Function
 from rlpost.usercode.process import end_all
 from rlpost.usercode.stop import Stop, Stopped
 
@@ -283,3 +291,25 @@ def test_a_signal_that_asks_to_stop_ends_calls_of_both_kinds(remote, monkeypatch
             asyncio.run(function.once(arguments, 0, None))
     finally:
         Stop.forget()
+
+
+def test_a_reward_may_be_async(tmp_path):
+    source = "import asyncio\nmet = asyncio.Barrier(2)\nasync def f(completion):\n    await met.wait()\n"
+    (tmp_path / "my.py").write_text(source + "    return len(completion.text)\n")
+    bound = bind(Reward(fn="my.py:f"), REWARD, "rewards[0]", tmp_path)
+    group = Group((1,), tuple(Completion((3,), (True,), text, "stop") for text in ("a", "bcd")), {})
+    assert Scorer([BoundReward("mine", 1.0, bound.call)]).score([group]).total == [[1.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("source", "lookup", "where"),
+    [("policy", ENGINE, "rollouts.engine"), ("groups, model", REWARD, "rewards[0].fn")],
+)
+def test_what_is_called_in_the_trainers_process_may_not(tmp_path, source, lookup, where):
+    (tmp_path / "my.py").write_text(f"async def f({source}):\n    pass\n")
+    function = Reward(fn="my.py:f", model="m") if lookup is REWARD else Function(fn="my.py:f")
+    with pytest.raises(RecipeError) as caught:
+        bind(function, lookup, where.partition(".")[0], tmp_path)
+    assert str(caught.value) == (
+        f"{where}: 'f' is `async def`, but this process calls it and waits - write it with `def`"
+    )
