@@ -62,6 +62,8 @@ class Call:
     """When its time is over; of calls in turn, of the first alone."""
     cancelled: bool = False
     """It was told to end."""
+    abandoned: bool = False
+    """Nobody waits for its reply."""
 
     def __post_init__(self) -> None:
         self.reply.set_running_or_notify_cancel()  # whoever waits may stop waiting; the reply comes all the same
@@ -130,14 +132,23 @@ class Pipe:
             self._rouse()
 
     def abandon(self, calls: Collection[Call]) -> None:
-        """Wait no longer for these calls: coroutines are cancelled, a plain function is ended with its process."""
+        """Nobody waits for these calls any more.
+
+        Coroutines are cancelled. A plain function can only be ended with its process, and is unless others wait for it.
+        """
         left = [call for call in calls if not call.reply.done()]
-        if any(not call.together for call in left):
-            self.end()
+        if not left:
+            return
         with self._lock:
-            if not self._over and left:
-                self._cancel(left, time.monotonic())
-                self._rouse()
+            if self._over:
+                return
+            for call in left:
+                call.abandoned = True
+            self._cancel([call for call in left if call.together], time.monotonic())
+            needed = any(not call.abandoned for call in (*self._in_turn, *self._together.values()))
+            self._rouse()
+        if not needed and any(not call.together for call in left):
+            self.end()
 
     def end(
         self, why: str = "its process was ended", blamed: Collection[Call] = (), error: BaseException | None = None

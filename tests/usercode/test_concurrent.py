@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ async def raises(text):
 def frees(seconds):
     time.sleep(seconds)
     freed.set()
+
+def until(path):
+    open(path + ".begun", "w").close()
+    while not os.path.exists(path):
+        time.sleep(0.01)
 
 def what_was_seen():
     return seen
@@ -226,6 +232,31 @@ def test_a_call_that_nobody_waits_for_is_cancelled(remote):
     assert asyncio.run(given_up()) == ["a"]
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_a_plain_call_that_nobody_waits_for_ends_its_process_unless_others_need_it(remote, tmp_path, others):
+    path = tmp_path / "path"
+
+    async def given_up() -> bool:
+        before = await remote("doubles").once({"number": 1}, 0, None)
+        waiting = asyncio.ensure_future(once(remote("until"), path=str(path)))
+        while not Path(f"{path}.begun").exists():
+            await asyncio.sleep(0)
+        behind = asyncio.ensure_future(remote("doubles").once({"number": 2}, 0, None))
+        await asyncio.sleep(0)
+        if not others:
+            behind.cancel()
+        waiting.cancel()
+        await asyncio.wait([waiting, behind])
+        path.touch()
+        after = await behind if others else await remote("doubles").once({"number": 2}, 0, None)
+        assert after.found == 4
+        return after.life == before.life
+
+    if others:
+        threading.Timer(0.1, path.touch).start()
+    assert asyncio.run(given_up()) == others
+
+
 def test_a_call_for_a_process_that_is_gone_is_lost(remote):
     meets, draws = remote("meets"), remote("draws")
     (first,) = draws.seeded(texts("a"), [1], [None])
@@ -268,7 +299,7 @@ def test_calls_that_wait_behind_one_that_hangs_are_made_in_the_next_process(remo
     hanging = threading.Thread(target=lambda: found.extend(slow.each(texts("hang", "next"), keep_going=True)))
     hanging.start()
     while not (tmp_path / "marker").exists():
-        pass
+        time.sleep(0.01)
     after = patient(text="after")
     hanging.join()
     assert found[0] == Failed("ran for over 1 s", gone=True)
