@@ -108,7 +108,8 @@ def unneeded(file: Path, digest: str) -> None:
 
 
 def _process(key: tuple[Path, str]) -> UserProcess:
-    return _processes.setdefault((os.getpid(), *key), UserProcess(*key))
+    ours = (os.getpid(), *key)
+    return _processes.get(ours) or _processes.setdefault(ours, UserProcess(*key))
 
 
 def _signature(parameters: Sequence[Sequence[Any]]) -> inspect.Signature:

@@ -146,9 +146,10 @@ class Pipe:
                 call.abandoned = True
             self._cancel([call for call in left if call.together], time.monotonic())
             needed = any(not call.abandoned for call in (*self._in_turn, *self._together.values()))
+            open_calls = None if needed or all(call.together for call in left) else self._close(None)
             self._rouse()
-        if not needed and any(not call.together for call in left):
-            self.end()
+        if open_calls is not None:
+            self._fail(*open_calls, "its process was ended")
 
     def end(
         self, why: str = "its process was ended", blamed: Collection[Call] = (), error: BaseException | None = None
@@ -163,22 +164,26 @@ class Pipe:
         if self._owner != os.getpid():
             return
         with self._lock:
-            if self._over:
-                return
-            self._over, self._error = True, error
-            hello = [call for call in self._in_turn if call in (self._up, self._description)]
-            waiting = [call for call in self._in_turn if call not in hello]
-            begun = [*waiting[:1], *self._together.values()]
-            process = self._process
-            self._rouse()
-        _kill(process)
-        for call in [*hello, *begun, *waiting[1:]]:
-            if error is not None:
-                call.reply.set_exception(error)
-            elif blamed and call in begun and call not in blamed:
-                call.reply.set_exception(Gone(f"was lost with its process, as another call of its file {why}"))
-            else:
-                call.reply.set_exception(Gone(why, begun=call in hello or call in begun))
+            open_calls = None if self._over else self._close(error)
+        if open_calls is not None:
+            self._fail(*open_calls, why, blamed)
+
+    def _close(self, error: BaseException | None) -> tuple[list[Call], list[Call]]:
+        """Take no more requests; returns the calls that had begun, and those whose turn had not come."""
+        self._over, self._error = True, error
+        self._rouse()
+        hello = [call for call in self._in_turn if call in (self._up, self._description)]
+        in_turn = list(self._in_turn)[len(hello) :]
+        return [*hello, *in_turn[:1], *self._together.values()], in_turn[1:]
+
+    def _fail(self, begun: Sequence[Call], behind: Sequence[Call], why: str, blamed: Collection[Call] = ()) -> None:
+        """End the process and tell the callers."""
+        _kill(self._process)
+        for call in begun:
+            alone = f"was lost with its process, as another call of its file {why}"
+            call.reply.set_exception(self._error or Gone(alone if blamed and call not in blamed else why))
+        for call in behind:
+            call.reply.set_exception(self._error or Gone(why, begun=False))
         if self._thread is not threading.current_thread():
             self._thread.join(GRACE)
 
@@ -240,10 +245,14 @@ class Pipe:
     def _patience(self) -> float | None:
         """Seconds until something must be looked at, if nothing comes."""
         with self._lock:
-            waiting = [*list(self._in_turn)[:1], *self._together.values()]
-            if not waiting:
-                return None
-            return max(0.0, min(_PATIENCE, min(call.limit for call in waiting) - time.monotonic()))
+            timed = self._timed()
+        if not timed:
+            return None
+        return max(0.0, min(_PATIENCE, min(call.limit for call in timed) - time.monotonic()))
+
+    def _timed(self) -> list[Call]:
+        """The calls whose clocks run."""
+        return [self._in_turn[0]] if self._in_turn else list(self._together.values())
 
     def _write(self, stdin: int) -> None:
         data = self._unsent[0]
@@ -292,11 +301,11 @@ class Pipe:
     def _keep_time(self, now: float) -> None:
         """End what was asked to stop, or has taken too long."""
         with self._lock:
-            first, together = list(self._in_turn)[:1], list(self._together.values())
-            late = [call for call in first or together if now >= call.limit]
+            timed = self._timed()
+            late = [call for call in timed if now >= call.limit]
             still = [call for call in late if call.together and not call.cancelled]
             self._cancel(still, now)
-        if (first or together) and Stop.over(now):
+        if timed and Stop.over(now):
             self.end(error=Stopped())
         if hopeless := [call for call in late if call not in still]:
             begins = hopeless[0] in (self._up, self._description)

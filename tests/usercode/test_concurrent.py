@@ -52,6 +52,11 @@ async def waits(text):
         seen.append(text)
         raise
 
+async def lingers(text):
+    await freed.wait()
+    await asyncio.sleep(0.2)
+    return text
+
 async def stubborn(text):
     while True:
         try:
@@ -213,7 +218,7 @@ def test_a_plain_function_is_called_between_coroutines_and_may_run_a_loop_of_its
 
 def test_the_clock_of_coroutines_stands_still_while_a_plain_function_works(remote):
     async def both() -> list[Any]:
-        return await asyncio.gather(once(remote("waits", 0.5), text="a"), once(remote("frees"), seconds=1.0))
+        return await asyncio.gather(once(remote("lingers", 1.0), text="a"), once(remote("frees"), seconds=1.1))
 
     assert asyncio.run(both()) == ["a", None]
 
