@@ -259,6 +259,28 @@ def test_episodes_of_an_environment_that_ended_its_process_are_unscored(here: Pa
     tally("users' functions", right=1)
 
 
+ASYNC = """
+import asyncio
+replied = asyncio.Barrier(4)
+async def reply(text, turns):
+    await replied.wait()  # all four episodes of a turn are replied to together
+    return "?" if len(turns) < 3 else None
+async def f(completion):
+    await replied.wait()
+    return len(completion.text)
+"""
+
+
+def test_an_environment_and_a_reward_may_be_async(here: Path, model: Path, tally):
+    every = [chr(i) for i in range(1, 256)]
+    stage = {"environment": {"fn": "my.py:reply"}, "max_turns": 3, "sampling": {"max_new_tokens": 24, "stop": every}}
+    done = train(here, model, ASYNC, **stage, table_every=1, rewards=[{"fn": "my.py:f", "deadline": 30}])
+    assert done.code == 0, done.err
+    rows = (here / "runs/r/g/rollouts/step-000001.jsonl").read_text().splitlines()
+    assert {c["finish"] for row in rows for c in json.loads(row)["completions"]} == {"stop"}
+    tally("users' functions", right=1)
+
+
 @pytest.mark.parametrize(
     ("reward", "told"),
     [

@@ -27,11 +27,12 @@ from rlpost.environments import replies
 from rlpost.environments.loop import collect_turns
 from rlpost.errors import EngineError, RewardError
 from rlpost.types import FAILED, Completion, Group, Request, completions
-from rlpost.usercode import pipe
+from rlpost.usercode import pipe, stop
 from rlpost.usercode.binding import bind
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, OnFailure
 from rlpost.usercode.process import end_all
+from rlpost.usercode.stop import Stop, Stopped
 
 CODEC = SimpleNamespace(ids=lambda text, where: tuple(LETTERS.index(c) for c in text))
 PROMPTS = [Group((1, 2, 3), (), {"n": 1}), Group((4, 5), (), {"n": 2}), Group((6,), (), {"n": 3})]
@@ -258,6 +259,16 @@ def test_ctrl_c_ends_all_episodes(in_a_notebook):
     with pytest.raises(KeyboardInterrupt):
         asyncio.new_event_loop().run_until_complete(notebook()) if in_a_notebook else episodes(engine, here)
     assert engine.cancelled == 3
+
+
+def test_a_signal_that_asks_to_stop_ends_all_episodes(environment, monkeypatch):
+    monkeypatch.setattr(stop, "GRACE", 0.0)
+    Stop.request()
+    try:
+        with pytest.raises(Stopped):
+            episodes(Scripted(), environment("plain", OnFailure.unscored))
+    finally:
+        Stop.forget()
 
 
 def test_a_loop_that_runs_already_is_left_alone(environment):
