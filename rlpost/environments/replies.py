@@ -75,7 +75,7 @@ class Replies:
             if not self._environment.unscored:
                 raise RewardError(f"environment: {wrong}") from getattr(reply.found, "error", None)
             episode.fail()
-        if not isinstance(reply.found, Failed):
+        if not reply.gone:
             self._in_a_row.clear()
         if reply.gone and reply.life is not None:
             self._lost.add(reply.life)

@@ -156,6 +156,7 @@ def test_episodes_are_what_they_are_in_lock_step(environment, name):
     assert same(together, alone)
     assert len({c.finish for c in alone}) == 2
     assert any(len(request.prompt) > 6 for request in free.asked)
+    assert len({request.seed for request in free.asked}) == len(free.asked)
     assert max(sum(np.diff(c.action.astype(int)) > 0) for c in alone) == 2
 
 

@@ -22,7 +22,7 @@ from rlpost.usercode import pipe, stop
 from rlpost.usercode.binding import bind
 from rlpost.usercode.calls import Failed, Remote, describe
 from rlpost.usercode.params import Function
-from rlpost.usercode.process import end_all
+from rlpost.usercode.process import UserProcess, end_all
 from rlpost.usercode.stop import Stop, Stopped
 
 SOURCE = """
@@ -327,6 +327,15 @@ def test_a_signal_that_asks_to_stop_ends_calls_of_both_kinds(remote, monkeypatch
             asyncio.run(function.once(arguments, 0, None))
     finally:
         Stop.forget()
+
+
+def test_what_ended_a_process_is_told_to_all_who_ask_it(tmp_path):
+    (tmp_path / "my.py").touch()
+    ended = UserProcess(tmp_path / "my.py", "").pipe(60.0)
+    ended.end(error=OSError("out of memory"))
+    for asked in (ended.described, lambda: ended.send([], [])):
+        with pytest.raises(OSError, match="out of memory"):
+            asked()
 
 
 def test_a_reward_may_be_async(tmp_path):
