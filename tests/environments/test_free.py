@@ -118,6 +118,11 @@ def _no_process_left() -> Iterator[None]:
     end_all()
 
 
+@pytest.fixture(scope="module")
+def policy() -> Any:
+    return tiny_policy(eos=0)
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> Any:
     (tmp_path / "my.py").write_text(SOURCE)
@@ -147,12 +152,10 @@ def same(some: Sequence[Completion], others: Sequence[Completion]) -> bool:
     return told[0] == told[1] and np.allclose(*logprobs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["here", "plain", "coroutine"])
-def test_episodes_are_what_they_are_in_lock_step(environment, name):
-    bound = here if name == "here" else environment(name)
-    policy = tiny_policy(eos=0)
+@pytest.mark.parametrize("name", ["plain", "coroutine"])
+def test_episodes_are_what_they_are_in_lock_step(environment, policy, name):
     free = Freed(local(policy))
-    together, alone = (episodes(engine, bound, n=2, budget=40) for engine in (local(policy), free))
+    together, alone = (episodes(engine, environment(name), n=2, budget=40) for engine in (local(policy), free))
     assert same(together, alone)
     assert len({c.finish for c in alone}) == 2
     assert any(len(request.prompt) > 6 for request in free.asked)
@@ -160,8 +163,7 @@ def test_episodes_are_what_they_are_in_lock_step(environment, name):
     assert max(sum(np.diff(c.action.astype(int)) > 0) for c in alone) == 2
 
 
-def test_what_an_environment_draws_does_not_depend_on_episodes_beside_it(environment):
-    policy = tiny_policy(eos=0)
+def test_what_an_environment_draws_does_not_depend_on_episodes_beside_it(environment, policy):
     for engine in (local(policy), Freed(local(policy))):
         three, one = (episodes(engine, environment("plain"), n=n) for n in (3, 1))
         assert same(one, three[::3])
@@ -294,9 +296,9 @@ def test_ranks_divide_whole_episodes(environment, monkeypatch):
     assert same(found, whole)
 
 
-def test_an_engine_of_ranks_is_free_where_theirs_are():
+def test_an_engine_of_ranks_is_free_where_theirs_are(policy):
     assert isinstance(divided_engine(Scripted()), FreeEngine)
-    divided = divided_engine(local(tiny_policy(eos=0)))
+    divided = divided_engine(local(policy))
     assert isinstance(divided, DividedEngine)
     assert not isinstance(divided, FreeEngine)
 
@@ -333,5 +335,5 @@ def test_the_example_of_the_docs_runs_programs(tmp_path):
     (source,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "async def" in block]
     (tmp_path / "program.py").write_text(source)
     reply = bind(EnvironmentFunction(fn="program.py:reply"), ENVIRONMENT, "environment", tmp_path)
-    calls = [{"text": f"print({n} + 1)", "turns": ["one"]} for n in range(10)] + [{"text": "", "turns": ["one", "two"]}]
-    assert reply.call.each(calls) == [*(f"{n + 1}\n" for n in range(10)), None]
+    calls = [{"text": f"print({n} + 1)", "turns": ["one"]} for n in range(3)] + [{"text": "", "turns": ["one", "two"]}]
+    assert reply.call.each(calls) == [*(f"{n + 1}\n" for n in range(3)), None]

@@ -54,7 +54,7 @@ async def waits(text):
 
 async def lingers(text):
     await freed.wait()
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.1)
     return text
 
 async def stubborn(text):
@@ -218,7 +218,7 @@ def test_a_plain_function_is_called_between_coroutines_and_may_run_a_loop_of_its
 
 def test_the_clock_of_coroutines_stands_still_while_a_plain_function_works(remote):
     async def both() -> list[Any]:
-        return await asyncio.gather(once(remote("lingers", 1.0), text="a"), once(remote("frees"), seconds=1.1))
+        return await asyncio.gather(once(remote("lingers", 0.6), text="a"), once(remote("frees"), seconds=0.7))
 
     assert asyncio.run(both()) == ["a", None]
 
