@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
 
 from rlpost import console
-from rlpost.engine.stopping import StopStrings, finished
+from rlpost.engine.answers import fault, made_whole, shown
+from rlpost.engine.stopping import StopStrings
 from rlpost.errors import EngineError, RlpostError
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Request
 from rlpost.usercode.bound import Bound
 
-ROUNDING = 1e-3
-"""How far above 0 rounding may put a log-probability."""
-FINISHES = ("stop", "length", "")
 CLOSING = 30.0
 """Seconds that closing an engine may take."""
 METHODS = ("generate", "update_weights", "close")
@@ -64,13 +61,13 @@ class ForeignEngine:
         if not requests:
             return []
         what = f"{len(requests)} requests, the first" if len(requests) > 1 else "a request"
-        given = self._call(lambda: self._engine.generate(list(requests)), f"{what} {_shown(requests[0], self._policy)}")
+        given = self._call(lambda: self._engine.generate(list(requests)), f"{what} {shown(requests[0], self._policy)}")
         many = f"{len(given)} groups of completions" if isinstance(given, Sequence) else f"a {type(given).__name__}"
         if not isinstance(given, Sequence) or len(given) < len(requests):
             location = self._location(requests, len(given) if isinstance(given, Sequence) else 0)
             raise self._error(f"returned {many} for {len(requests)} requests, none for {location}; return one for each")
         if len(given) > len(requests):
-            raise self._error(f"returned {many} for {what} {_shown(requests[0], self._policy)}; return one for each")
+            raise self._error(f"returned {many} for {what} {shown(requests[0], self._policy)}; return one for each")
         return [self._checked(requests, number, given[number]) for number in range(len(requests))]
 
     def close(self) -> None:
@@ -92,26 +89,16 @@ class ForeignEngine:
         elif len(given) != request.n:
             problem = f"gave {_count(len(given), 'completion')}, not {request.n}; return as many as its n says"
         for at, completion in enumerate(given if not problem else ()):
-            if wrong := _problem(completion, request, self._policy, self._version):
+            if wrong := fault(completion, request, self._policy, self._version):
                 problem = f"gave completion {at + 1} of {request.n} {wrong}"
                 break
         if problem:
             raise self._error(f"{self._location(requests, number)}: it {problem}")
         stops = StopStrings(self._policy.tokenizer, request.sampling.stop)
-        return tuple(self._finished(completion, stops) for completion in given)
-
-    def _finished(self, completion: Completion, stops: StopStrings) -> Completion:
-        """The completion as the local engine makes it: its text is decoded from its ids."""
-        ids, ends = completion.ids, self._policy.end_ids
-        ended = completion.finish == "stop" or int(ids[-1]) in ends
-        ended = ended or (bool(stops) and stops.hit(ids[-stops.tail :].tolist()))
-        # In the trainer's type: a list of numbers has become float64.
-        wide = self._policy.model.dtype is torch.float64
-        logprobs = completion.logprobs.astype(np.float64 if wide else np.float32)
-        return finished(ids, logprobs, ended, ends, stops, self._version)
+        return tuple(made_whole(completion, stops, self._policy, self._version) for completion in given)
 
     def _location(self, requests: Sequence[Request], number: int) -> str:
-        return f"request {number + 1} of {len(requests)} {_shown(requests[number], self._policy)}"
+        return f"request {number + 1} of {len(requests)} {shown(requests[number], self._policy)}"
 
     def _call(self, function: Callable[[], Any], what: str) -> Any:
         try:
@@ -130,40 +117,6 @@ class ForeignEngine:
 
     def _error(self, what: str) -> EngineError:
         return EngineError(f"{self._where}: engine {self._name}: {what}")
-
-
-def _problem(completion: Any, request: Request, policy: Policy, version: int | None) -> str:
-    """What is wrong with a completion, and the remedy; empty if nothing is."""
-    if not isinstance(completion, Completion):
-        return f"as a {type(completion).__name__}; return rlpost.types.Completion"
-    ids, logprobs = completion.ids, completion.logprobs
-    if not len(ids):
-        return "without a token; the token that ends it belongs to it"
-    if len(ids) > request.limit:
-        return f"of {len(ids)} tokens; its limit is {request.limit}"
-    strange = ids[(ids < 0) | (ids >= policy.vocabulary)]
-    if len(strange):
-        return f"with id {strange[0]}; the vocabulary has ids from 0 to {policy.vocabulary - 1}"
-    if np.isin(ids[:-1], policy.end_ids).any():
-        return "that goes on after an end token; end it there"
-    if not completion.action.all():
-        return "with tokens that are not actions; an engine chooses every token"
-    if len(logprobs) != len(ids):
-        return f"with {len(logprobs)} log-probabilities for {len(ids)} tokens; give one for each"
-    if not np.isfinite(logprobs).all() or (logprobs > ROUNDING).any():
-        wrong = logprobs[~np.isfinite(logprobs) | (logprobs > ROUNDING)][0]
-        return f"with a log-probability of {wrong:g}; give finite ones of at most 0"
-    if completion.finish not in FINISHES:
-        return f"with finish={completion.finish!r}; say 'stop' or 'length', or nothing"
-    if completion.weights_version not in (None, version):
-        return f"of weights version {completion.weights_version}; sample with version {version}, or leave it out"
-    return ""
-
-
-def _shown(request: Request, policy: Policy) -> str:
-    """A request's prompt, shortened."""
-    text = str(policy.tokenizer.decode(request.prompt.tolist(), skip_special_tokens=False))
-    return f"({text if len(text) <= 40 else text[:20] + '…' + text[-19:]!r})"
 
 
 def _count(n: int, what: str) -> str:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from rlpost.engine.answers import NO_NUMBERS, must_fit
 from rlpost.engine.api import Guide
 from rlpost.engine.batch import Batch, Row
 from rlpost.engine.params import CACHE_GIB
@@ -92,7 +93,7 @@ class LocalEngine:
         if not requests:
             with self._sampling():  # others may still need this rank's shards
                 return []
-        _must_fit(self.policy, requests)
+        must_fit(requests, self.policy.max_positions)
         # Prompts of similar length run together, for less padding; equal ones are computed once.
         prompts = [r.prompt.tobytes() for r in requests]
         first = {prompt: i for i, prompt in reversed(list(enumerate(prompts)))}
@@ -146,22 +147,9 @@ class LocalEngine:
             if isinstance(decoder, FlatDecoder):
                 decoder.close()
         if np.isnan(drawn.logp_RT).any():
-            raise EngineError(
-                "the model's logits are not numbers (nan), so nothing can be sampled; "
-                "lower the learning_rate, or set model.precision=float32"
-            )
+            raise EngineError(NO_NUMBERS)
         columns = zip(drawn.ids_RT, drawn.logp_RT, drawn.length_R, drawn.stopped_R, drawn.stops_R, strict=True)
         return [
             finished(ids[:n], logp[:n], bool(stopped), policy.end_ids, stops, self._version)
             for ids, logp, n, stopped, stops in columns
         ]
-
-
-def _must_fit(policy: Policy, requests: Sequence[Request]) -> None:
-    longest = max(requests, key=lambda r: len(r.prompt) + r.limit)
-    prompt, limit, most = len(longest.prompt), longest.limit, policy.max_positions
-    if prompt + limit > most:
-        raise EngineError(
-            f"sampling.max_new_tokens={limit}: with a prompt of {prompt} tokens that is beyond "
-            f"the model's {most} positions; set it to at most {max(0, most - prompt)} or leave out longer prompts"
-        )

@@ -23,11 +23,21 @@ def uniforms(seeds: Sequence[int], index: Sequence[int], steps: int) -> NDArray[
         index: [B] which of its prompt's completions the row is.
         steps: numbers a row.
     """
-    row_B = _hash(_hash(_words(seeds)) + _GOLDEN * _words(index))
+    row_B = _rows(seeds, index)
     bits = _hash(row_B[:, None] + _GOLDEN * np.arange(1, steps + 1, dtype=np.uint64))
     # 52 bits and a half: with 53 the largest would round to 1.
     result: NDArray[np.float64] = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return result
+
+
+def row_seed(seed: int, index: int) -> int:
+    """A 64-bit seed for one row, for a sampler that has its own generator for each.
+
+    Args:
+        seed: of the row's prompt.
+        index: which of its prompt's completions it is.
+    """
+    return int(_rows([seed], [index])[0])
 
 
 def prompt_seeds(seed: int, first: int, count: int) -> list[int]:
@@ -35,6 +45,10 @@ def prompt_seeds(seed: int, first: int, count: int) -> list[int]:
     number = np.arange(first, first + count, dtype=np.uint64)
     seeds: list[int] = _hash(_hash(_words([seed])) ^ _hash(number)).tolist()
     return seeds
+
+
+def _rows(seeds: Sequence[int], index: Sequence[int]) -> NDArray[np.uint64]:
+    return _hash(_hash(_words(seeds)) + _GOLDEN * _words(index))
 
 
 def _words(numbers: Sequence[int]) -> NDArray[np.uint64]:

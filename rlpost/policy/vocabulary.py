@@ -33,7 +33,10 @@ class Vocabulary:
         self.size = min(rows, 1 + max(known, default=rows - 1))
         """K: one more than the largest id."""
         self._cut = self.size < rows
-        self._gaps = torch.tensor([i for i in range(self.size) if i not in known], dtype=torch.long)
+        gaps = [i for i in range(self.size) if i not in known]
+        self._gaps = torch.tensor(gaps, dtype=torch.long)
+        self.unused = (*gaps, *range(self.size, rows))
+        """Ids of rows that stand for no token."""
 
     def cut(self, logits: Tensor) -> Tensor:
         """[..., V] logits -> [..., K], with `NEVER` at unused ids."""
