@@ -85,12 +85,18 @@ def _meet(device: torch.device) -> None:
 
 def mesh(device: torch.device) -> DeviceMesh:
     """All ranks in one row, for sharding; a process by itself is a row too."""
-    from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
+
+    open_group(device)
+    return init_device_mesh(device.type, (_count,))
+
+
+def open_group(device: torch.device) -> None:
+    """Open the default process group, if it is not: a process by itself has one of its own."""
+    from torch import distributed
 
     if not distributed.is_initialized():
         _open(device, store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return init_device_mesh(device.type, (_count,))
 
 
 def _open(device: torch.device, **where: Any) -> None:

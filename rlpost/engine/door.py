@@ -7,14 +7,19 @@ from rlpost.engine.api import Engine, Guide
 from rlpost.engine.divided import divided_engine
 from rlpost.engine.foreign import ForeignEngine
 from rlpost.engine.local import LocalEngine
-from rlpost.engine.params import DEADLINE, LOCAL, EngineChoice
+from rlpost.engine.params import DEADLINE, LOCAL, VLLM, EngineChoice
+from rlpost.engine.vllm_here import VllmEngine
 from rlpost.errors import EngineError
 from rlpost.policy.policy import Policy
 from rlpost.usercode.bound import Bound
 
 
 def engine_for(
-    policy: Policy, chosen: EngineChoice | None = None, function: Bound | None = None, guide: Guide | None = None
+    policy: Policy,
+    chosen: EngineChoice | None = None,
+    function: Bound | None = None,
+    guide: Guide | None = None,
+    where: str = "rollouts",
 ) -> Engine:
     """An engine for `policy`; call `update_weights` before the first request.
 
@@ -23,24 +28,30 @@ def engine_for(
         chosen: the recipe's choice; by default the local engine.
         function: (policy) -> an engine: the user's function that `chosen` names, if it does.
         guide: steers completions; only the local engine can be guided.
+        where: the key path of `chosen`.
 
     Raises:
-        EngineError: the user's function fails, returns no engine, or is to be guided.
+        EngineError: the engine cannot be made, or is to be guided and cannot be.
+        ModelError: vLLM is not installed, or cannot be given what the policy is.
     """
-    own = _engine_for(policy, chosen or EngineChoice(), function, guide)
+    own = _engine_for(policy, chosen or EngineChoice(), function, guide, where)
     return own if ranks.count() == 1 else divided_engine(own)
 
 
-def _engine_for(policy: Policy, chosen: EngineChoice, function: Bound | None, guide: Guide | None) -> Engine:
+def _engine_for(
+    policy: Policy, chosen: EngineChoice, function: Bound | None, guide: Guide | None, where: str
+) -> Engine:
     """This rank's."""
     if chosen.engine == LOCAL:
         return LocalEngine(policy, guide=guide, cache_gib=chosen.cache_gib, fused=chosen.fused)
-    assert function is not None, "a user's engine comes with its function"
     if guide is not None:
+        name, place = (chosen.engine, where) if function is None else (function.name, function.where)
         raise EngineError(
-            f"{function.where}: a guide needs every token's logits, which {function.name} does not give; "
-            f"use the {LOCAL} engine"
+            f"{place}: a guide needs every token's logits, which {name} does not give; use the {LOCAL} engine"
         )
+    if chosen.engine == VLLM:
+        return VllmEngine(policy, chosen, where)
+    assert function is not None, "a user's engine comes with its function"
     return ForeignEngine(function, policy, chosen.deadline or DEADLINE)
 
 

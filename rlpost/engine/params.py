@@ -41,6 +41,18 @@ KEYS = {
 STARTED = ("args", "cache_gib", "memory_share", "prefix_caching", "program", "devices")
 """Keys of a server that the run starts."""
 
+VLLM_OWN = (
+    *("model", "tokenizer", "revision", "trust_remote_code", "model_impl", "load_format", "hf_overrides"),
+    *("logprobs_mode", "generation_config", "weight_transfer_config", "distributed_executor_backend", "worker_cls"),
+    *("enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "lora_dtype", "enable_sleep_mode"),
+    *("gpu_memory_utilization", "enable_prefix_caching", "skip_tokenizer_init", "logits_processors"),
+)
+"""Arguments of vLLM's that are not for `args`: the run says them, by keys of its own or by what it trains."""
+ALONE = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+"""Such that need processes of vLLM's own."""
+COOLEST, HOTTEST = 0.01, 2.0
+"""Temperatures above 0 that vLLM takes; it raises cooler ones to the first without an error."""
+
 ENGINE = Lookup("engine", "", ("policy",), by_name=True, key="engine")
 
 
@@ -64,6 +76,17 @@ class Sampling(Section):
         """A text that every completion contains."""
         if "" in self.stop:
             yield f"{where}.stop: an empty string stops every completion at once - remove it"
+
+    def unlike_vllm(self, where: str) -> Iterator[str]:
+        """In what vLLM would sample otherwise than rlpost."""
+        t = self.temperature
+        if t and not COOLEST <= t <= HOTTEST:
+            yield f"{where}.temperature: vLLM takes {COOLEST:g} to {HOTTEST:g}, not {t:g} - use engine: {LOCAL}"
+        if t and self.top_p < 1 and self.min_p > 0:
+            yield (
+                f"{where}.min_p: vLLM filters by it before top_p, and rlpost after - leave out one of the two, or use "
+                f"engine: {LOCAL}"
+            )
 
 
 class EngineChoice(Section):
@@ -121,6 +144,12 @@ class EngineChoice(Section):
         for key, engines in KEYS.items():
             if not self._is_default(key) and (USERS if self.is_users else self.engine) not in engines:
                 yield f"{where}.{key}: is for {' or '.join(engines)}, not for {self.engine} - remove it"
+        if self.engine in (VLLM, SERVER):
+            for key in self.args.keys() & set(VLLM_OWN):
+                yield f"{where}.args.{key}: is said by the run itself - remove it"
+        if self.engine == VLLM:
+            for key in self.args.keys() & set(ALONE):
+                yield f"{where}.args.{key}: needs processes of vLLM's own - use engine: {SERVER}"
         for key in STARTED:
             if self.engine == SERVER and self.urls and not self._is_default(key):
                 yield f"{where}.{key}: is for a server that the run starts, and urls names one - remove one of the two"

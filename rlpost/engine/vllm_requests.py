@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from rlpost.engine.answers import NO_NUMBERS, fault, made_whole, shown
-from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import row_seed
 from rlpost.engine.stopping import StopStrings
 from rlpost.errors import EngineError
@@ -21,11 +20,9 @@ from rlpost.types import Completion, Request
 
 LOGPROBS_MODE = "processed_logprobs"
 """For vLLM's `logprobs_mode`: at the sampling temperature, renormalised over what the filters kept."""
-COOLEST, HOTTEST = 0.01, 2.0
-"""Temperatures above 0 that vLLM takes; it raises cooler ones to the first without an error."""
 NEVER = -100.0
-"""What is added to the logits of ids without a token, at most as far as a server allows: at `HOTTEST` they still have
-e⁻⁵⁰ of the likeliest token's probability."""
+"""What is added to the logits of ids without a token, at most as far as a server allows: at temperature 2
+they still have e⁻⁵⁰ of the likeliest token's probability."""
 SEED_BITS = 63
 """A server takes no larger seeds."""
 STOP, LENGTH = "stop", "length"
@@ -46,9 +43,9 @@ def sampling_params(
     Raises:
         EngineError: vLLM would sample something else.
     """
-    if problem := unlike(request.sampling):
-        raise EngineError(problem)
     sampling = request.sampling
+    for problem in sampling.unlike_vllm("sampling"):
+        raise EngineError(problem)
     stop = [s for s in sampling.stop if s]
     greedy = sampling.temperature == 0
     found: dict[str, Any] = {
@@ -68,19 +65,6 @@ def sampling_params(
     if unused:
         found["logit_bias"] = dict.fromkeys(unused, NEVER)
     return found
-
-
-def unlike(sampling: Sampling) -> str:
-    """In what vLLM would sample otherwise than rlpost, and the remedy; empty if in nothing."""
-    t = sampling.temperature
-    if t and not COOLEST <= t <= HOTTEST:
-        return f"sampling.temperature={t:g}: vLLM takes {COOLEST:g} to {HOTTEST:g}; choose such a one, or engine: local"
-    if t and sampling.top_p < 1 and sampling.min_p > 0:
-        return (
-            f"sampling.min_p={sampling.min_p:g}: vLLM filters by it before top_p={sampling.top_p:g}, and rlpost after; "
-            "leave out one of the two, or use engine: local"
-        )
-    return ""
 
 
 def completion_of(

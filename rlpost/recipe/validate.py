@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlpost.engine.params import EngineChoice
+from rlpost.engine.params import SERVER, VLLM, EngineChoice, Sampling
 from rlpost.errors import RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.policy.params import Attention, Lora
@@ -48,6 +48,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
             yield from inner.problems(where)
     for function, lookup, where in functions_of(recipe):
         users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
+    yield from _vllm(recipe)
     yield from _shards(recipe)
     yield from _optimizers(recipe)
     if recipe.model.tokenizer:
@@ -58,6 +59,15 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         yield from _evaluation(recipe.evaluation, recipe)
     for function, lookup, where in functions_of(recipe):
         check(function, lookup, where)
+
+
+def _vllm(recipe: Recipe) -> Iterator[str]:
+    """What vLLM would sample otherwise."""
+    for top, section in recipe.sections():
+        for where, inner in walk(section, top):
+            sampling, own = getattr(inner, "sampling", None), getattr(inner, "rollouts", None)
+            if isinstance(sampling, Sampling) and (own or recipe.rollouts).engine in (VLLM, SERVER):
+                yield from sampling.unlike_vllm(f"{where}.sampling")
 
 
 def _shards(recipe: Recipe) -> Iterator[str]:

@@ -346,7 +346,7 @@ def make_engine(
         EngineError: that function fails, or its engine cannot be guided.
     """
     chosen, location = (top, "rollouts") if own is None else (own, f"{where}.rollouts")
-    return engine_for(policy, chosen, bind_engine(chosen, location, folder), guide)
+    return engine_for(policy, chosen, bind_engine(chosen, location, folder), guide, location)
 
 
 def stage_seed(seed: int, stage: str, purpose: str, number: int = 0) -> int:

@@ -78,9 +78,9 @@ def test_ids_without_a_token_are_not_drawn():
 @pytest.mark.parametrize(
     ("sampling", "line"),
     [
-        ({"temperature": 0.001}, "sampling.temperature=0.001: vLLM takes 0.01 to 2"),
-        ({"temperature": 2.5}, "sampling.temperature=2.5: vLLM takes 0.01 to 2"),
-        ({"top_p": 0.9, "min_p": 0.1}, "sampling.min_p=0.1: vLLM filters by it before top_p=0.9"),
+        ({"temperature": 0.001}, "sampling.temperature: vLLM takes 0.01 to 2, not 0.001 - use engine: local"),
+        ({"temperature": 2.5}, "sampling.temperature: vLLM takes 0.01 to 2, not 2.5"),
+        ({"top_p": 0.9, "min_p": 0.1}, "sampling.min_p: vLLM filters by it before top_p"),
     ],
 )
 def test_what_vllm_samples_otherwise_is_refused(sampling, line):
