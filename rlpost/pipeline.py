@@ -24,6 +24,7 @@ from rlpost.data.templates import clock_at
 from rlpost.errors import Interrupted, ModelError, RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.inference import memory_plan
+from rlpost.inference.vllm_check import must_have_vllm
 from rlpost.policy.gguf_files import gguf_file, must_be_gguf
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.load import decide_bfloat16, width_of
@@ -196,13 +197,14 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     Raises:
         RecipeError: a function or an argument is wrong.
         DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
-        ModelError: the recipe's model needs a package that is not installed.
+        ModelError: the recipe's model or engine needs a package that is not installed, or vLLM has not the model.
     """
     check(resolved.config.logging, resolved.folder)
     if gguf := gguf_file(resolved.config.model.path):
         must_be_gguf(gguf)
     if in_bits := resolved.config.model.quantization:
         must_have_bitsandbytes(in_bits)
+    must_have_vllm(resolved)
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:

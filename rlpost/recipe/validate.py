@@ -62,9 +62,21 @@ def _problems(recipe: Recipe) -> Iterator[str]:
 
 
 def _vllm(recipe: Recipe) -> Iterator[str]:
-    """What vLLM would sample otherwise."""
+    """What vLLM would sample otherwise, and what it cannot load as an adapter."""
+    lora = recipe.model.lora
+    beyond = lora is not None and (lora.use_dora or lora.modules_to_save or recipe.model.quantization)
     for top, section in recipe.sections():
         for where, inner in walk(section, top):
+            if (
+                isinstance(inner, EngineChoice)
+                and inner.engine in (VLLM, SERVER)
+                and beyond
+                and not inner.merge_adapter
+            ):
+                yield (
+                    f"{where}.merge_adapter: vLLM's adapters are low ranks alone (model.lora), on weights that are "
+                    "not quantised - set it to true"
+                )
             sampling, own = getattr(inner, "sampling", None), getattr(inner, "rollouts", None)
             if isinstance(sampling, Sampling) and (own or recipe.rollouts).engine in (VLLM, SERVER):
                 yield from sampling.unlike_vllm(f"{where}.sampling")

@@ -71,6 +71,16 @@ def test_five_updates_are_handed_over_and_none_is_missed(folder, lora, chosen):
     made.close()
 
 
+def test_in_bfloat16_it_is_as_near_as_that_allows(folder):
+    policy = load(folder, bfloat16=True)
+    made = engine(policy)
+    made.update_weights(policy, 0)
+    asked = requests(16)
+    far = gaps(policy, asked, made.generate(asked))
+    made.close()
+    assert NEAR < far.mean() < 100 * NEAR
+
+
 def test_prompts_that_were_cached_are_read_anew_after_an_update(folder):
     policy = load(folder)
     made = engine(policy)

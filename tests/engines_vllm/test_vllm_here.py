@@ -193,7 +193,7 @@ def test_an_argument_that_vllm_does_not_have_is_one_line(policy):
 
 
 def test_a_cache_that_is_too_small_is_one_line(folder):
-    with pytest.raises(EngineError, match=r"rollouts.engine=vllm: does not start with this model: ") as error:
+    with pytest.raises(EngineError, match=r"rollouts.engine=vllm: does not start: .*rollouts.cache_gib") as error:
         engine(load(folder), cache_gib=1e-9)
     assert "\n" not in str(error.value)
 

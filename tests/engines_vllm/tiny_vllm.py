@@ -67,9 +67,9 @@ def write_model(folder: Path, family: str = "llama", **more: Any) -> Path:
     return folder
 
 
-def load(folder: Path, **lora: Any) -> Policy:
+def load(folder: Path, *, bfloat16: bool = False, **lora: Any) -> Policy:
     settings = Model(path=str(folder), lora=Lora(**lora) if lora else None)
-    return load_policy(folder, settings).eval()
+    return load_policy(folder, settings, bfloat16=bfloat16).eval()
 
 
 def change(policy: Policy, size: float = 0.05) -> None:
