@@ -8,6 +8,7 @@ group is the run's: vLLM takes the default group that is there, and would otherw
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import signal
@@ -109,8 +110,9 @@ def first_words(error: BaseException) -> str:
 
 def load_vllm() -> Any:
     """The package vllm, which says nothing but errors."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.update(SETTINGS)
+    # Also before vLLM has given its logger a handler, when warnings would go to stderr as they are.
+    logging.getLogger("vllm").setLevel(os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR").upper())
     with untouched(), warnings.catch_warnings(action="ignore"):
         import vllm
     from vllm.v1.engine import core
