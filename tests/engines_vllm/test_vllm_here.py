@@ -13,6 +13,7 @@ import torch
 from engines import local
 from tiny_vllm import END, NEAR, NEEDS_VLLM, WORDS, engine, gaps, ids, load, next_logits, requests, write_model
 
+from rlpost.engine.api import FreeEngine
 from rlpost.engine.params import EngineChoice
 from rlpost.engine.vllm_here import VllmEngine
 from rlpost.errors import EngineError, ModelError
@@ -114,6 +115,7 @@ def test_a_completions_tokens_hang_on_its_seed_and_number(here):
 
 
 def test_coroutines_share_its_steps_and_others_run_between(policy, here):
+    assert isinstance(here, FreeEngine)
     asked = requests(12, n=2)
     ticks = 0
 
