@@ -85,6 +85,17 @@ def test_on_two_processes_it_learns_what_it_learns_on_one(more, whole, tmp_path)
         assert torch.allclose(own[name], x, atol=1e-3), name
 
 
+def test_episodes_run_at_their_own_pace(tmp_path):
+    (tmp_path / "says.py").write_text("def reply(text, turns):\n    return None if len(turns) > 2 else '7+'\n")
+    turns = {"environment": {"fn": "says.py:reply"}, "max_turns": 4, "mask_truncated": False}
+    sampling = {"sampling": {"max_new_tokens": 24, "stop": ["="]}}
+    stage = {**GRPO, **turns, **sampling, "steps": 2, "max_length": 48}
+    assert finish(words(tmp_path, stages={"grpo": stage}), tmp_path / "said") == 0
+    rows, _ = result(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert max(row["sampler_gap"] for row in rows) < 1e-3
+
+
 def test_a_family_that_vllm_does_not_have_is_refused_before_anything_is_written(tmp_path):
     config = {"model_type": "gpt_neox", **{k: v for k, v in MODEL["config"].items() if k != "model_type"}}
     file = write(tmp_path, STAGES, model={**MODEL, "config": config}, rollouts=HERE)
