@@ -150,6 +150,9 @@ class EngineChoice(Section):
         if self.engine == VLLM:
             for key in self.args.keys() & set(ALONE):
                 yield f"{where}.args.{key}: needs processes of vLLM's own - use engine: {SERVER}"
+        for number, url in enumerate(self.urls):
+            if not url.startswith(("http://", "https://")):
+                yield f"{where}.urls[{number}]: {url!r} is no address - write it like http://localhost:8000"
         for key in STARTED:
             if self.engine == SERVER and self.urls and not self._is_default(key):
                 yield f"{where}.{key}: is for a server that the run starts, and urls names one - remove one of the two"

@@ -1,0 +1,112 @@
+"""HTTP to vLLM's servers: one event loop in a thread of its own, which the run's threads and coroutines share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import httpx2
+
+T = TypeVar("T")
+AT_ONCE = 512
+"""Requests under way: each has a connection, and processes commonly may open 1024 files."""
+AGAIN = (408, 429)
+"""Statuses of a server that is busy."""
+_SHOWN = 300
+"""Characters of a server's own message."""
+
+
+class Unanswered(Exception):
+    """No answer, or none that counts: the request may be sent again."""
+
+
+class Failed(Unanswered):
+    """The server failed at the request (a status from 500)."""
+
+
+class Refused(Exception):
+    """The server refuses the request, and would again (a status between 400 and 499)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Client:
+    """Sends requests, as many at a time as there are; `close` ends its thread."""
+
+    def __init__(self) -> None:
+        key = os.environ.get("VLLM_API_KEY")  # which `vllm serve` reads, too
+        self._http = httpx2.AsyncClient(
+            timeout=None,  # requests have their own
+            trust_env=False,  # servers are near, and a proxy is not meant for them
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+        )
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine that sends requests returns; any thread but the loop's own may wait for it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # an interrupt: nobody waits for the answers any more
+            raise
+
+    async def awaited(self, work: Coroutine[Any, Any, T]) -> T:
+        """The same for a coroutine of another event loop; cancelling it cancels the requests."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def ask(
+        self, method: str, url: str, deadline: float, body: dict[str, Any] | None = None, **params: str
+    ) -> httpx2.Response:
+        """A server's answer; for coroutines that `run` or `awaited` is given.
+
+        Args:
+            method: of HTTP.
+            url: with the route.
+            deadline: seconds until the answer is there as a whole, from when the request is sent.
+            body: as JSON.
+            params: of the URL.
+
+        Raises:
+            Unanswered: no connection, no answer in time, or the server `Failed`.
+            Refused: it does not know the route, or refuses what it is sent.
+        """
+        try:
+            async with self._slots, asyncio.timeout(deadline):
+                answer = await self._http.request(method, url, json=body, params=params)
+        except TimeoutError:
+            raise Unanswered(f"no answer within {deadline:g} s") from None
+        except httpx2.HTTPError as error:
+            raise Unanswered(f"no answer ({str(error) or type(error).__name__})") from error
+        if answer.status_code >= 500 or answer.status_code in AGAIN:
+            raise Failed(f"it failed: {_message(answer)}")
+        if answer.status_code >= 400:
+            raise Refused(answer.status_code, _message(answer))
+        return answer
+
+    def close(self) -> None:
+        """End connections and the thread."""
+        self.run(self._http.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _message(answer: httpx2.Response) -> str:
+    """What a server says about its failure, in one line."""
+    try:
+        said = answer.json()
+        said = said.get("error", said)
+        text = str(said["message"] if isinstance(said, dict) and "message" in said else said)
+    except (ValueError, AttributeError):  # not JSON, or no object
+        text = answer.text
+    return " ".join(text.split())[:_SHOWN] or f"status {answer.status_code}"
