@@ -21,6 +21,8 @@ from rlpost.data.layouts import read_as
 from rlpost.data.origins import label
 from rlpost.data.sources import open_source
 from rlpost.data.templates import clock_at
+from rlpost.engine.params import SERVER, EngineChoice
+from rlpost.engine.vllm_command import must_have_program
 from rlpost.errors import Interrupted, ModelError, RecipeError
 from rlpost.evaluate.params import Evaluation
 from rlpost.inference import memory_plan
@@ -49,6 +51,7 @@ from rlpost.run.layout import RunDirectory, open_run
 from rlpost.run.manifest import measure
 from rlpost.run.names import JUDGED, TRACKERS
 from rlpost.run.shelf import Shelf
+from rlpost.section import walk
 from rlpost.stage_evaluation import StageEvaluations
 from rlpost.stage_rows import ROW_KEYS, open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
@@ -195,7 +198,7 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     With `rows` all rows are read. Without, only the first ones of sources that will be encoded before training.
 
     Raises:
-        RecipeError: a function or an argument is wrong.
+        RecipeError: a function or an argument is wrong, or there is no command for a server to be started.
         DataError: a source is missing, empty, or lacks a column, or a reference answer cannot be read.
         ModelError: the recipe's model or engine needs a package that is not installed, or vLLM has not the model.
     """
@@ -205,6 +208,7 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
     if in_bits := resolved.config.model.quantization:
         must_have_bitsandbytes(in_bits)
     must_have_vllm(resolved)
+    _check_engines(resolved.config)
     lines = [f"warning: {w}" for w in resolved.warnings]
     for b in bind_all(resolved.config, resolved.folder):
         if b.file is not None:
@@ -343,6 +347,14 @@ def _encode_rows(
             if own_sources(resolved.config.stages[name], key):
                 open_rows(resolved, name, codec, positions, shelf, key)
     evaluations.open_rows(codec, positions)
+
+
+def _check_engines(recipe: Recipe) -> None:
+    """Check that servers of vLLM that the run is to start can be started."""
+    for top, section in recipe.sections():
+        for where, inner in walk(section, top):
+            if isinstance(inner, EngineChoice) and inner.engine == SERVER:
+                must_have_program(inner, where)
 
 
 def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool) -> None:

@@ -7,8 +7,9 @@ from rlpost.engine.api import Engine, Guide
 from rlpost.engine.divided import divided_engine
 from rlpost.engine.foreign import ForeignEngine
 from rlpost.engine.local import LocalEngine
-from rlpost.engine.params import DEADLINE, LOCAL, VLLM, EngineChoice
+from rlpost.engine.params import DEADLINE, LOCAL, SERVER, VLLM, EngineChoice
 from rlpost.engine.vllm_here import VllmEngine
+from rlpost.engine.vllm_server import VllmServer
 from rlpost.errors import EngineError
 from rlpost.policy.policy import Policy
 from rlpost.usercode.bound import Bound
@@ -51,6 +52,8 @@ def _engine_for(
         )
     if chosen.engine == VLLM:
         return VllmEngine(policy, chosen, where)
+    if chosen.engine == SERVER:
+        return VllmServer(policy, chosen, where)
     assert function is not None, "a user's engine comes with its function"
     return ForeignEngine(function, policy, chosen.deadline or DEADLINE)
 

@@ -13,8 +13,8 @@ from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import EngineChoice
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {"LocalEngine", "ForeignEngine"}
-OWN = {"rlpost/engine/local.py", "rlpost/engine/foreign.py"}
+ENGINES = {"LocalEngine", "ForeignEngine", "VllmServer"}
+OWN = {"rlpost/engine/local.py", "rlpost/engine/foreign.py", "rlpost/engine/vllm_server.py"}
 
 
 def names(file: Path) -> set[str]:
