@@ -13,7 +13,7 @@ from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import EngineChoice
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {"LocalEngine", "ForeignEngine", "VllmServer"}
+ENGINES = {"LocalEngine", "ForeignEngine", "VllmEngine", "VllmServer"}
 OWN = {"rlpost/engine/local.py", "rlpost/engine/foreign.py", "rlpost/engine/vllm_server.py"}
 
 
