@@ -14,7 +14,7 @@ from rlpost.engine.params import EngineChoice
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"LocalEngine", "ForeignEngine", "VllmEngine", "VllmServer"}
-OWN = {"rlpost/engine/local.py", "rlpost/engine/foreign.py", "rlpost/engine/vllm_server.py"}
+OWN = {f"rlpost/engine/{name}.py" for name in ("local", "foreign", "vllm_here", "vllm_server")}
 
 
 def names(file: Path) -> set[str]:
