@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -41,6 +42,16 @@ _store: Any = None
 """What the ranks met at; torch's Store."""
 _ENDED = "rlpost/ended"
 """In the store: the error that the first rank ends with."""
+_beside: Any = None
+"""The process group of the ranks' second threads, once there are any."""
+
+
+class _Thread(threading.local):
+    alone = False  # it does what only the first rank does, and meets nobody
+    group: Any = None  # where it meets the same thread of the other ranks; None: in the default process group
+
+
+_thread = _Thread()
 
 
 def start() -> torch.device:
@@ -119,13 +130,26 @@ def join() -> None:
 
 def leave() -> None:
     """Be alone again."""
-    global _count, _index, _failed
-    _count, _index, _failed = 1, 0, None
+    global _count, _index, _failed, _beside
+    _count, _index, _failed, _beside = 1, 0, None, None
+
+
+def beside() -> Callable[[], None]:
+    """For a thread beside this one: it calls what this returns first, and then meets the others' such threads.
+
+    Messages of the two threads never mix. All ranks call this, at the same place. There is one such thread at a time.
+    """
+    global _beside
+    if count() > 1 and _beside is None:
+        from torch import distributed
+
+        _beside = distributed.new_group(backend="gloo")
+    return partial(setattr, _thread, "group", _beside)
 
 
 def count() -> int:
-    """Number of ranks."""
-    return _count
+    """Number of ranks that this thread works with."""
+    return 1 if _thread.alone else _count
 
 
 def index() -> int:
@@ -135,7 +159,7 @@ def index() -> int:
 
 def on_this_machine() -> int:
     """Number of ranks that share this machine."""
-    return min(_count, int(os.environ.get("LOCAL_WORLD_SIZE") or _count))
+    return min(count(), int(os.environ.get("LOCAL_WORLD_SIZE") or _count))
 
 
 def is_first() -> bool:
@@ -165,19 +189,22 @@ def together(work: Callable[[], T]) -> list[T]:
 
     So is what a write failed with since they last met (`first_writes`); the first rank then does not work.
     """
-    if _count == 1:
+    if count() == 1:
         return [work()]
     from torch import distributed
 
+    global _failed
     own: tuple[T | None, RlpostError | None]
     try:
-        _raise_failed()
+        if _thread.group is None and _failed is not None:  # the thread that writes is told
+            error, _failed = _failed, None
+            raise error
         own = work(), None
     except RlpostError as error:
         own = None, error
     every: list[Any] = [None] * _count
     with _reaching_others():
-        distributed.all_gather_object(every, own)
+        distributed.all_gather_object(every, own, group=_thread.group)
     for _, raised in every:
         if raised is not None:
             raise raised
@@ -190,13 +217,13 @@ def largest(number: int) -> int:
     Raises:
         RlpostError: what a write failed with since they last met.
     """
-    if _count == 1:
+    if count() == 1:
         return number
     import torch
 
-    told = torch.tensor([number, _failed is not None])
+    told = torch.tensor([number, _thread.group is None and _failed is not None])
     with _reaching_others():
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=_thread.group)
     found, failed = told.tolist()
     if failed:
         together(_nothing)
@@ -213,12 +240,12 @@ def from_first(work: Callable[[], T]) -> T:
 
     So all of them find files as they were before it, or as it left them. Within it the first rank is alone.
     """
-    if _count == 1:
+    if count() == 1:
         return work()
     from torch import distributed
 
     with _reaching_others():
-        distributed.barrier()
+        distributed.barrier(group=_thread.group)
     found: list[T] = together(partial(_alone, work) if is_first() else _nothing)
     return found[0]
 
@@ -242,7 +269,7 @@ def first_writes(function: Callable[P, None]) -> Callable[P, None]:
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         global _failed
-        if _count == 1:
+        if count() == 1:
             function(*args, **kwargs)
         elif is_first() and _failed is None:
             try:
@@ -278,7 +305,7 @@ def first_enters(opened: Callable[P, AbstractContextManager[T]]) -> Callable[P, 
 
 def divided(items: Sequence[T], costs: Sequence[float], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
     """What `work` makes of `items`, where each rank works on a share of neighbours of about equal cost, or on none."""
-    if _count == 1:
+    if count() == 1:
         return list(work(items))
     own = items[shares(costs, _count)[_index]]
     return [found for some in together(lambda: list(work(own))) for found in some]
@@ -302,7 +329,7 @@ def summed(x: Tensor) -> Tensor:
 
 def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all ranks."""
-    if _count == 1:
+    if count() == 1:
         return
     for bucket in _buckets(tensors):
         _sum_together(bucket)
@@ -327,7 +354,7 @@ def _sum_together(bucket: Sequence[Tensor]) -> None:
 
     flat = torch.cat([x.detach().reshape(-1) for x in bucket])
     with _reaching_others():
-        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(flat, group=_thread.group)
     pieces = flat.split_with_sizes([x.numel() for x in bucket])
     for x, piece in zip(bucket, pieces, strict=True):
         x.copy_(piece.view_as(x))
@@ -350,7 +377,7 @@ def losses_told() -> Iterator[None]:
     except RuntimeError as error:
         from torch.distributed import DistError
 
-        if _count > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+        if count() > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
             raise _lost(error) from error
         raise
 
@@ -367,19 +394,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _alone(work: Callable[[], T]) -> T:
-    global _count
-    before, _count = _count, 1
+    before, _thread.alone = _thread.alone, True
     try:
         return work()
     finally:
-        _count = before
-
-
-def _raise_failed() -> None:
-    global _failed
-    error, _failed = _failed, None
-    if error is not None:
-        raise error
+        _thread.alone = before
 
 
 def _nothing() -> Any:

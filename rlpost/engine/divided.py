@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rlpost import ranks
-from rlpost.engine.api import Engine, FreeEngine
+from rlpost.engine.api import Engine, FreeEngine, SideEngine
 from rlpost.policy.policy import Policy
 from rlpost.types import Completion, Request
 
@@ -47,3 +47,16 @@ class DividedFreeEngine(DividedEngine):
 def divided_engine(own: Engine) -> DividedEngine:
     """The engines of all ranks as one; it takes requests one by one if `own`, this rank's, does."""
     return DividedFreeEngine(own) if isinstance(own, FreeEngine) else DividedEngine(own)
+
+
+class DividedSideEngine(DividedEngine):
+    """The same of engines that sample beside training."""
+
+    def __init__(self, own: SideEngine) -> None:
+        """`own` is this rank's."""
+        super().__init__(own)
+        self._side = own
+
+    def stage(self, policy: Policy, version: int) -> Callable[[], None]:
+        """See `SideEngine.stage`."""
+        return self._side.stage(policy, version)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from rlpost import ranks
-from rlpost.engine.api import Engine, Guide
-from rlpost.engine.divided import divided_engine
+from rlpost.engine.api import Engine, Guide, SideEngine
+from rlpost.engine.divided import DividedSideEngine, divided_engine
 from rlpost.engine.foreign import ForeignEngine
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import DEADLINE, LOCAL, SERVER, VLLM, EngineChoice
+from rlpost.engine.side import LocalSideEngine, Origin
 from rlpost.engine.vllm_here import VllmEngine
 from rlpost.engine.vllm_server import VllmServer
 from rlpost.errors import EngineError
@@ -37,6 +38,27 @@ def engine_for(
     """
     own = _engine_for(policy, chosen or EngineChoice(), function, guide, where)
     return own if ranks.count() == 1 else divided_engine(own)
+
+
+def side_engine_for(policy: Policy, chosen: EngineChoice, origin: Origin, threads: int, where: str) -> SideEngine:
+    """The engine that samples beside training, as `staleness` asks for.
+
+    Args:
+        policy: to sample from.
+        chosen: the recipe's choice.
+        origin: what the policy was loaded from.
+        threads: CPU threads of a process that samples on this machine.
+        where: the key path of `chosen`.
+
+    Raises:
+        EngineError: it cannot be started.
+    """
+    if chosen.engine == LOCAL:
+        own: Engine = LocalSideEngine(policy, origin, chosen, threads)
+    else:
+        own = _engine_for(policy, chosen, None, None, where)
+    assert isinstance(own, SideEngine), "validated: staleness is for engines that have it"
+    return own if ranks.count() == 1 else DividedSideEngine(own)
 
 
 def _engine_for(

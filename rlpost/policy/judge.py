@@ -160,6 +160,7 @@ def load_judge(
     name: str = "reward",
     step_end: str | None = None,
     device: torch.device | None = None,
+    shares: bool = True,
 ) -> AnyJudge:
     """The judge saved in `folder`, for completions of `policy`; it shares the policy's base if it can.
 
@@ -170,6 +171,7 @@ def load_judge(
         name: of its adapter on the shared base.
         step_end: see `RewardModelJudge`.
         device: where to put a model of its own; by default the policy's.
+        shares: False gives it a model of its own in any case, which another thread than the policy's may use.
 
     Raises:
         ModelError: it cannot be loaded, or is neither a reward model nor a model of reversed text.
@@ -178,14 +180,14 @@ def load_judge(
     settings = settings.model_copy(update={"chat_template": None, "lora": None})
     device = device or policy.device
     if is_backwards(folder):
-        if policy.has_adapter and same_base(folder, policy):
+        if shares and policy.has_adapter and same_base(folder, policy):
             adapters.add_saved_adapter(policy.model, name, folder)
             return ReverseJudge(policy, name, policy.tokenizer)
         half = policy.in_bfloat16
         reverse = load_policy(folder, settings, bfloat16=half, device=device, trainable=False, backwards=True)
         return ReverseJudge(reverse, adapters.POLICY if reverse.has_adapter else None, policy.tokenizer)
     model = load_value_head_model(
-        folder, settings, share_with=policy, name=name, bfloat16=policy.in_bfloat16, device=device
+        folder, settings, share_with=policy if shares else None, name=name, bfloat16=policy.in_bfloat16, device=device
     )
     return RewardModelJudge(model, policy.tokenizer, step_end)
 

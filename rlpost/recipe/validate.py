@@ -13,6 +13,7 @@ from rlpost.policy.params import Attention, Lora
 from rlpost.recipe.functions import functions_of
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
 from rlpost.recipe.schema import Recipe
+from rlpost.recipe.specs.common import Rollouts
 from rlpost.rewards.params import reward_leaves
 from rlpost.section import join, walk
 from rlpost.train.params import OptimizerName, Strategy
@@ -50,6 +51,7 @@ def _problems(recipe: Recipe) -> Iterator[str]:
         users_file(function.fn, f"{where}.{lookup.key}", Path(recipe.folder or "."))
     yield from _vllm(recipe)
     yield from _shards(recipe)
+    yield from _ahead(recipe)
     yield from _optimizers(recipe)
     if recipe.model.tokenizer:
         yield from source_problems(recipe.model.tokenizer.data, "model.tokenizer.data", None)
@@ -95,6 +97,14 @@ def _shards(recipe: Recipe) -> Iterator[str]:
                     f"{where}.engine: {inner.engine} would read weights of which every process has a share - "
                     "set parallel.strategy=ddp, or use an engine of rlpost"
                 )
+
+
+def _ahead(recipe: Recipe) -> Iterator[str]:
+    """Sampling ahead of training where nothing trains; at the top of the recipe it is for the stages that do."""
+    for top, section in recipe.sections():
+        for where, inner in walk(section, top):
+            if isinstance(inner, EngineChoice) and inner.staleness and not isinstance(section, EngineChoice | Rollouts):
+                yield f"{where}.staleness: nothing is trained on these samples, so none are drawn ahead - remove it"
 
 
 def _optimizers(recipe: Recipe) -> Iterator[str]:

@@ -182,12 +182,18 @@ class Context:
         """The functions of a key that may name several, or none."""
         return [bind(*named, self.folder) for named in functions_at(cfg, key, f"stages.{self.name}")]
 
-    def scorer(self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None) -> Scorer:
-        """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`."""
+    def scorer(
+        self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None, *, shares: bool = True
+    ) -> Scorer:
+        """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`.
+
+        With `shares` they may be adapters on its base; without, another thread may ask them while it trains.
+        """
 
         def judge(name: str, adapter: str) -> AnyJudge:
             folder = self.checkpoint(name)
-            return load_judge(folder, self.model, policy, name=adapter, step_end=step_end, device=self.device)
+            how = {"name": adapter, "step_end": step_end, "device": self.device, "shares": shares}
+            return load_judge(folder, self.model, policy, **how)
 
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
 

@@ -9,7 +9,6 @@ Axes: N action tokens, S completions.
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -27,10 +26,11 @@ from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.recipe.specs.ppo import Ppo
+from rlpost.stages.ahead import Ahead
 from rlpost.stages.context import Context, steps_of
 from rlpost.stages.off_policy import Gap
 from rlpost.stages.params import Kl, KlEstimator, KlPlacement
-from rlpost.stages.rollouts import Rollout, Samples
+from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 from rlpost.train.loop import Loop, Stateful, show_samples
@@ -57,7 +57,7 @@ def on_policy(
         context: the stage's surroundings.
         cfg: its section of the recipe.
         policy: samples, and is trained.
-        samples: gives a step's rollouts.
+        samples: gives a step's rollouts; where the recipe has `staleness`, ahead of training from now on.
         assemble: (scored samples, step) -> experience.
         minimise: (minibatch of it, step) -> metrics, after one update.
         observe: experience -> further metrics of the step; called once, after its updates.
@@ -66,7 +66,9 @@ def on_policy(
         live: metrics shown on the progress line.
     """
     steps = _steps(context, cfg, samples)
-    loop = context.loop(cfg, {"data": samples.data, **states}, steps, None, held_out=None, **learners)
+    if isinstance(samples, Sampler) and samples.staleness:
+        samples = Ahead(samples, steps)
+    loop = context.loop(cfg, {"data": samples, **states}, steps, None, held_out=None, **learners)
     gap = Gap(context.name, cfg.rollouts or context.rollouts)
     for step in loop.steps():
         rollout = _timed(samples, step, loop)
@@ -86,11 +88,10 @@ def on_policy(
 
 
 def _timed(samples: Samples, step: int, loop: Loop) -> Rollout:
-    """The step's samples; the loop is told how long drawing and scoring took."""
-    began, scored = time.perf_counter(), samples.scoring_seconds
+    """The step's samples; the loop is told how long their parts took."""
+    before = dict(samples.seconds)
     rollout = samples.sample(step)
-    scoring = samples.scoring_seconds - scored
-    loop.throughput.spent(sampling=time.perf_counter() - began - scoring, scoring=scoring)
+    loop.throughput.spent({part: seconds - before[part] for part, seconds in samples.seconds.items()})
     drawn = completions(rollout.groups)
     loop.throughput.count(sum(c.actions for c in drawn), len(drawn))
     return rollout

@@ -5,6 +5,7 @@ Axes: N action tokens, S completions, P prompts of a step, G completions a promp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
@@ -18,16 +19,21 @@ from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
 from rlpost.data.step_split import split_steps, step_texts
+from rlpost.engine.api import Engine
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import collector
-from rlpost.errors import DataError
+from rlpost.errors import DataError, RecipeError
 from rlpost.objectives.ragged import has_signal
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.rewards.score import RewardBatch, Scorer, joined, rewarded
+from rlpost.stages.beside import side_engine
 from rlpost.stages.context import Context
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
+
+AHEAD = "ahead"
+"""In a state: what was drawn for later steps."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Rollout:
     """Of each reward of the recipe's list, by name."""
     drawn_means: Mapping[str, float] = field(default_factory=dict)
     """Mean of each reward over all that was drawn, where groups were chosen from it."""
+    staleness: float | None = None
+    """Where sampling is ahead of training: mean number of steps since the weights that completions were drawn with."""
 
     @property
     def experience(self) -> Experience:
@@ -100,6 +108,7 @@ class Rollout:
                 # The mean of −log p over samples is an unbiased estimate of the entropy.
                 "entropy": -sum(logprobs) / max(len(logprobs), 1),
             }
+            | ({} if self.staleness is None else {"staleness": self.staleness})
             | ({"drawn": self.drawn} if self.drawn > len(self.groups) else {})
             | {f"drawn/{name}": value for name, value in self.drawn_means.items()}
         )
@@ -137,12 +146,20 @@ class Samples(Protocol):
         ...
 
     @property
-    def scoring_seconds(self) -> float:
-        """Spent on scoring so far."""
+    def seconds(self) -> Mapping[str, float]:
+        """What `sample` has spent on its parts so far: `sampling`, `scoring`, …"""
         ...
 
     def sample(self, step: int) -> Rollout:
         """The rollouts of a step."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The position in the data, and what is drawn already, as JSON."""
+        ...
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
         ...
 
 
@@ -166,31 +183,60 @@ class Sampler:
         self.signal = Signal(context.name, cfg)
         room = cfg.max_length - cfg.sampling.max_new_tokens
         self.data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
-        self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end)
+        chosen = cfg.rollouts or context.rollouts
+        self.staleness = chosen.staleness
+        self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end, shares=not self.staleness)
         self.dynamic_sampling_rounds = cfg.dynamic_sampling_rounds if isinstance(cfg, Grouped) else 0
-        self.engine = context.engine(policy, cfg.rollouts)
+        self.engine: Engine = (
+            side_engine(context, policy, chosen) if self.staleness else context.engine(policy, cfg.rollouts)
+        )
         environment = context.function(cfg, "environment") if cfg.environment else None
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
         self._collect = collector(self.engine, policy, environment, cfg.max_turns, keep=keep)
+        self._seconds = 0.0
 
     @property
-    def scoring_seconds(self) -> float:
-        """Spent on scoring so far."""
-        return self.scorer.seconds
+    def seconds(self) -> Mapping[str, float]:
+        """Spent on sampling and on scoring so far."""
+        return {"sampling": self._seconds - self.scorer.seconds, "scoring": self.scorer.seconds}
+
+    def state(self) -> dict[str, Any]:
+        """The position in the data."""
+        return self.data.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that position.
+
+        Raises:
+            RecipeError: there are samples besides, which would be left out.
+        """
+        if state.get(AHEAD):
+            raise RecipeError(
+                f"stages.{self.context.name}: its checkpoint holds samples of {len(state[AHEAD])} steps that are not "
+                "learned from yet, which rollouts.staleness=0 would leave out: keep a staleness of at least 1"
+            )
+        self.data.load(state)
 
     def sample(self, step: int) -> Rollout:
-        """The step's samples; up to `dynamic_sampling_rounds` more draws of prompts replace groups without a signal.
-
-        The prompts kept are those with a signal first, in the order drawn (dynamic sampling: DAPO, Yu et al. 2025,
-        arXiv:2503.14476, §3.2).
-        """
+        """The step's samples, by the policy as it is."""
+        began = time.perf_counter()
         self.engine.update_weights(self.policy, step)
+        rollout = self.draw(step)
+        self._seconds += time.perf_counter() - began
+        return self.signal.report(rollout, step)
+
+    def draw(self, step: int) -> Rollout:
+        """The step's samples, with the weights that the engine has.
+
+        Up to `dynamic_sampling_rounds` more draws of prompts replace groups without a signal. The prompts kept are
+        those with a signal first, in the order drawn (dynamic sampling: DAPO, Yu et al. 2025, arXiv:2503.14476, §3.2).
+        """
         prompts = self.cfg.prompts_per_step
         rounds = [self._round(step, 0)]
         while len(rounds) <= self.dynamic_sampling_rounds and _with_signal(rounds) < prompts:
             rounds.append(self._round(step, len(rounds) * prompts))
-        return self.signal.report(rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts), step)
+        return rounds[0] if len(rounds) == 1 else _chosen(rounds, prompts)
 
     def score(self, groups: Sequence[Group]) -> RewardBatch:
         """The rewards of any completions, by step too if they are split into steps."""
@@ -225,10 +271,21 @@ class Recorded:
         self.signal = signal
         self.scorer = scorer
 
+        self._seconds = 0.0
+
     @property
-    def scoring_seconds(self) -> float:
-        """Spent on scoring so far."""
-        return self.scorer.seconds if self.scorer else 0.0
+    def seconds(self) -> Mapping[str, float]:
+        """Spent on reading rollouts and on scoring so far."""
+        scoring = self.scorer.seconds if self.scorer else 0.0
+        return {"sampling": self._seconds - scoring, "scoring": scoring}
+
+    def state(self) -> dict[str, Any]:
+        """The position in the data."""
+        return self.data.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from that position."""
+        self.data.load(state)
 
     def sample(self, step: int) -> Rollout:
         """The next recorded groups.
@@ -236,6 +293,12 @@ class Recorded:
         Raises:
             DataError: a group has another number of completions than `group_size`.
         """
+        began = time.perf_counter()
+        rollout = self._read()
+        self._seconds += time.perf_counter() - began
+        return self.signal.report(rollout, step)
+
+    def _read(self) -> Rollout:
         groups = self.data.next(self.cfg.prompts_per_step)
         for group in groups:
             if len(group.completions) != self.cfg.group_size:
@@ -250,7 +313,7 @@ class Recorded:
         else:
             rewards = scored(self.scorer, groups, self.policy)
         weights = self.scorer.weights if self.scorer else {}
-        return self.signal.report(rollout_of(groups, rewards, weights, self.cfg.mask_truncated), step)
+        return rollout_of(groups, rewards, weights, self.cfg.mask_truncated)
 
 
 def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> RewardBatch:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class Stateful(Protocol):
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore that state."""
+        ...
+
+
+@runtime_checkable
+class Beside(Stateful, Protocol):
+    """Something that works in a thread beside training."""
+
+    def settle(self) -> None:
+        """Wait until it has done what it was given."""
         ...
 
 
@@ -106,6 +115,7 @@ class Loop:
         self._out = out
         self._learners = learners
         self._states = states
+        self._beside = [one for one in states.values() if isinstance(one, Beside)]
         initial = {f"{name}_{INITIAL}": initial_of(learner.model) for name, learner in learners.items()}
         self._weights = {**weights, **{name: found for name, found in initial.items() if found is not None}}
         self._interrupts = interrupts
@@ -155,8 +165,7 @@ class Loop:
                     break
                 self.throughput.begin()
                 self._set_location(step + 1)
-                if in_use():
-                    self._interrupts.rescue = partial(self._rescue, step, copy.deepcopy(self._position()))
+                self._begin_rescue(step)
                 yield step
                 self._interrupts.rescue = None
                 done = self.done = step + 1
@@ -218,8 +227,9 @@ class Loop:
     def _evaluate(self, done: int) -> None:
         """Evaluate, and log it. Nothing of training changes."""
         began = time.perf_counter()
-        if in_use():
-            self._interrupts.rescue = partial(self._rescue, done, copy.deepcopy(self._position()))
+        for one in self._beside:  # it may call the same functions of the user's
+            one.settle()
+        self._begin_rescue(done)
         metrics = self._evaluation.measure([learner.model for learner in self._learners.values()])
         self._interrupts.rescue = None
         self._evaluation.note(done, metrics)
@@ -308,6 +318,14 @@ class Loop:
             **({"evaluation": evaluation, BEST: self._evaluation.best_step} if evaluation else {}),
         }
 
+    def _begin_rescue(self, done: int) -> None:
+        """Until `rescue` is None again, a signal that ends a call of a user's function leaves the state of now.
+
+        Where something works beside training, that state is known only once it is done.
+        """
+        if in_use() and not self._beside:
+            self._interrupts.rescue = partial(self._rescue, done, copy.deepcopy(self._position()))
+
     def _rescue(self, step: int, position: tuple[dict[str, Tensor], dict[str, Any]]) -> str:
         """Save the state from before an interrupted step, unless its weights have changed; returns what was saved."""
         if any(position[1]["updates"][name] != learner.updates for name, learner in self._learners.items()):
@@ -365,6 +383,7 @@ def _rollout_row(group: Group) -> dict[str, Any]:
                 "ids": c.ids.tolist(),
                 "action": c.action.astype(int).tolist(),
                 "logprobs": c.logprobs.tolist(),
+                "weights_version": c.weights_version,
             }
             for c in group.completions
         ],

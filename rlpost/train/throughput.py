@@ -11,8 +11,9 @@ import torch
 
 from rlpost.train.learner import Learner
 
-PARTS = ("sampling", "scoring", "learning")
-"""What the time of a step that samples goes to; `learning` is all that is neither of the others."""
+PARTS = ("sampling", "scoring", "waited", "learning")
+"""What the time of a step that samples goes to; `learning` is all that is none of the others. Where sampling is ahead
+of training, a step waits for it at most."""
 
 SPEED = "tok/s"
 
@@ -33,9 +34,9 @@ class Throughput:
         self._spent, self._counted, self._trained = {}, None, self._totals()
         self._began = time.perf_counter()
 
-    def spent(self, *, sampling: float, scoring: float) -> None:
-        """Seconds of the step that went to sampling and to scoring."""
-        self._spent = {"sampling": sampling, "scoring": scoring}
+    def spent(self, parts: Mapping[str, float]) -> None:
+        """Seconds of the step that went to sampling, to scoring, or to waiting for both."""
+        self._spent = dict(parts)
 
     def count(self, tokens: int, samples: int) -> None:
         """What the step has worked through: sampled tokens and completions."""

@@ -11,12 +11,13 @@ from rlpost.data.params import DataRole, Direction, Source, TooLong
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
-from rlpost.rewards.params import REWARD, Reward
+from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.section import Section
 from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Weight
 from rlpost.suggest import hint_or_list
 from rlpost.train.params import KeepBest, OptimizerName, Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
+from rlpost.usercode.places import OF_FILE
 from rlpost.usercode.signatures import info_of
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -236,6 +237,19 @@ class Rollouts(Training):
             )
         if self.rewards or self.rows() is not DataRole.recorded:
             yield from reward_problems(self.rewards, where, earlier)
+        if self._staleness(earlier):
+            for leaf, place in reward_leaves(self.rewards, where):
+                if leaf.model is not None and OF_FILE.fullmatch(leaf.fn):
+                    yield (
+                        f"{place}.model: {leaf.called} would run beside training in its process, and might draw from "
+                        "the random generators that training draws from - set rollouts.staleness=0"
+                    )
+
+    def _staleness(self, earlier: Earlier) -> int:
+        """Steps by which its samples are ahead of training."""
+        if self.rows() is DataRole.recorded:
+            return 0
+        return (self.rollouts or earlier.rollouts).staleness
 
     def _length_problems(self, where: str) -> Iterator[str]:
         if self.epochs is not None:
@@ -322,6 +336,13 @@ class Grouped(Rollouts):
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
         if self.environment is not None and credit.takes("value_K"):
             yield f"{where}.environment: {name} goes on from inside a turn, alone - remove one of the two"
+        if self._staleness(earlier) and credit.takes("greedy_P", "value_K"):
+            yield (
+                f"{where}.advantage.fn: {name} has more sampled with the weights that samples are learned with, and "
+                "these are drawn ahead - set rollouts.staleness=0, or take another one"
+            )
+        if self.recorded and self.rollouts is not None and self.rollouts.staleness:
+            yield f"{where}.rollouts.staleness: recorded rollouts are all there is - remove it"
         k = self.advantage.args.get("k") if credit.has("k_in_group") else None
         if isinstance(k, int) and not 1 <= k <= self.group_size:
             yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
