@@ -38,7 +38,9 @@ FLOORS: list[set[str]] = [
 """A module imports from floors below its own, and from its own package; not from a neighbour on its floor."""
 SHARED_BY_STAGES = (
     "advantage",
+    "ahead",
     "balancing",
+    "beside",
     "context",
     "generate_dataset",
     "off_policy",

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def _rank(rank: int, environments: list[dict[str, str]], folder: str) -> None:
     """One of two ranks: in a file, what it was told."""
     os.environ |= environments[rank]
     ranks.start()
-    told = {"writes": _writes(rank, folder), "errors": _errors(rank), "ends": _ends(rank)}
+    told = {"writes": _writes(rank, folder), "errors": _errors(rank), "beside": _beside(rank), "ends": _ends(rank)}
     Path(folder, f"told{rank}").write_text(json.dumps(told))
 
 
@@ -124,6 +125,26 @@ def _errors(rank: int) -> list[str]:
     return [*raised, f"no error: {on_all(partial(failing, ()))}"]
 
 
+def _beside(rank: int) -> list[object]:
+    """What a second thread and this one were told meanwhile, while the first rank is alone at times in this one."""
+    enter, found = ranks.beside(), []
+
+    def work() -> None:
+        enter()
+        for n in range(40):
+            found.append(ranks.together(lambda n=n: [rank, n]))
+            found.append(ranks.divided([n, n + 1], [1, 1], lambda some: [10 * x for x in some]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    main = []
+    for n in range(40):
+        main.append(ranks.together(lambda n=n: [-rank, n]))
+        main.append(ranks.from_first(lambda: (time.sleep(0.003), ranks.count())[1]))
+    thread.join()
+    return [found, main]
+
+
 def _ends(rank: int) -> list[bool]:
     """Whether an error is left to the first: one that the second alone ends with, another one than the first's."""
     left = [ranks.left_to_first("memory")] if rank else []
@@ -151,6 +172,13 @@ def test_an_error_of_one_rank_names_it_and_one_of_all_does_not(told):
     _, by_rank = told
     both = ["rank 1: wrong for 1", "wrong for 2"]
     assert [one["errors"] for one in by_rank] == [[*both, "no error: 0"], [*both, "no error: 1"]]
+
+
+def test_a_second_thread_meets_its_own(told):
+    _, by_rank = told
+    second = [x for n in range(40) for x in ([[0, n], [1, n]], [10 * n, 10 * n + 10])]
+    first = [x for n in range(40) for x in ([[0, n], [-1, n]], 1)]
+    assert [one["beside"] for one in by_rank] == [[second, first]] * 2
 
 
 def test_an_error_is_left_to_the_first_rank_only_where_that_ends_with_it(told):

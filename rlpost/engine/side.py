@@ -86,7 +86,7 @@ class LocalSideEngine:
         """
         slot = version % self._slots
         self._shared.write(slot, changing(policy))
-        return partial(self._ask, {"slot": slot, "version": version})
+        return partial(self._switch, slot, version)
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """See `Engine.update_weights`."""
@@ -111,6 +111,9 @@ class LocalSideEngine:
             with suppress(BrokenPipeError):
                 pipe.close()
         self._shared.close()
+
+    def _switch(self, slot: int, version: int) -> None:
+        self._ask({"slot": slot, "version": version})
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reply to a request.

@@ -43,6 +43,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer decides
     sampler: Sampler | None = None
+    found: dict[str, Any]
     while line := requests.readline():
         try:
             if sampler is None:

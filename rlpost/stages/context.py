@@ -187,13 +187,14 @@ class Context:
     ) -> Scorer:
         """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`.
 
-        With `shares` they may be adapters on its base; without, another thread may ask them while it trains.
+        With `shares` a model may be an adapter on the policy's base; without, another thread may ask it meanwhile.
         """
 
         def judge(name: str, adapter: str) -> AnyJudge:
             folder = self.checkpoint(name)
-            how = {"name": adapter, "step_end": step_end, "device": self.device, "shares": shares}
-            return load_judge(folder, self.model, policy, **how)
+            return load_judge(
+                folder, self.model, policy, name=adapter, step_end=step_end, device=self.device, shares=shares
+            )
 
         return make_scorer(rewards, f"stages.{self.name}", self.folder, judge)
 

@@ -30,7 +30,7 @@ class Stage:
         self.rollouts = EngineChoice()
         self.data = SimpleNamespace(epoch_length=100)
         self.throughput = Throughput([])
-        self.scoring_seconds = 0.0
+        self.seconds = {"sampling": 0.0, "scoring": 0.0}
 
     def seed_for(self, purpose: str, number: int) -> int:
         return 1000 * len(purpose) + number
@@ -78,7 +78,7 @@ def test_a_step_is_samples_then_experience_then_passes_over_minibatches_then_a_l
     stage = Stage(2, num_iterations=2, num_minibatches=3)
     _, kind, steps = stage.run()
     assert (kind, steps) == ("grpo", 2)
-    assert stage.given == {"data": stage.data, "beta": 2, "policy": 1}
+    assert stage.given == {"data": stage, "beta": 2, "policy": 1}
     names = [name for name, _ in stage.calls]
     assert names == 2 * ["sample", "assemble", *6 * ["minimise"], "observe"]
     batches = [value for name, value in stage.calls if name == "minimise"]

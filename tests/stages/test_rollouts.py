@@ -53,13 +53,10 @@ def drawing(rounds: list[Rollout], prompts: int, most_rounds: int) -> tuple[Roll
         firsts.append(first)
         return next(given)
 
-    sampler.engine = SimpleNamespace(update_weights=lambda *_: None)
-    sampler.policy = None
     sampler.cfg = SimpleNamespace(prompts_per_step=prompts)
     sampler.dynamic_sampling_rounds = most_rounds
-    sampler.signal = SimpleNamespace(report=lambda found, _: found)
     sampler._round = one
-    return sampler.sample(0), firsts
+    return sampler.draw(0), firsts
 
 
 def test_rounds_are_drawn_until_enough_groups_have_a_signal_and_those_come_first():
