@@ -33,6 +33,11 @@ def test_what_stands_beside_the_model(tmp_path):
     assert beside({}) == 0
     assert beside({"kl": {"beta": 0.1}}) == weights
     assert 0 < beside({"kl": {"beta": 0.1}}, LORA) < weights
+    # A process that samples ahead has the model, and as many versions of what is trained as its staleness and one.
+    ahead = {k: beside({"rollouts": {"staleness": k}}) for k in (0, 1, 3)}
+    assert (ahead[0], ahead[3] - ahead[1]) == (0, 2 * weights)
+    assert ahead[1] > 3 * weights
+    assert 0 < beside({"rollouts": {"staleness": 3}}, LORA) - beside({"rollouts": {"staleness": 1}}, LORA) < weights
 
 
 STAGE = StageMemory("sft", 4 << 30, 4 << 30, 8 << 30, 0, 1 << 30, 0, 0)

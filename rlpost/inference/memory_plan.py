@@ -15,6 +15,7 @@ import torch
 from rlpost.data.codec import Codec, make_codec
 from rlpost.data.params import DataRole
 from rlpost.engine.local import KEPT_BYTES, ROWS_AT_ONCE
+from rlpost.engine.params import LOCAL
 from rlpost.errors import ModelError
 from rlpost.inference.machine import memory
 from rlpost.inference.recipe_model import config_of, positions_in, tokenizer_of
@@ -46,7 +47,7 @@ class StageMemory:
     gradients: int
     moments: int
     beside: int
-    """Models beside the trained one: reference, critic, teacher, reward models."""
+    """Models beside the trained one: reference, critic, teacher, reward models; a process that samples ahead."""
     passes: int
     """The largest pass of an update."""
     sampling: int
@@ -111,7 +112,15 @@ def plan(resolved: Resolved, device: Device) -> list[StageMemory]:
     stages = {n: s for n, s in resolved.config.stages.items() if s.enabled and isinstance(s, Training)}
     shares = model.attention is not Attention.padded and not (model.lora and model.lora.dropout)
     return [
-        _of_stage(name, stage, of_model, _rows(resolved, name, codec, positions), shares=shares, cpu=device.cpu)
+        _of_stage(
+            name,
+            stage,
+            of_model,
+            _rows(resolved, name, codec, positions),
+            _slots(resolved, stage),
+            shares=shares,
+            cpu=device.cpu,
+        )
         for name, stage in stages.items()
     ]
 
@@ -173,7 +182,17 @@ def _rows(resolved: Resolved, name: str, codec: Codec, positions: int) -> Rows:
     return Rows(sum(tokens) / len(tokens), most, actions / max(sum(tokens), 1))
 
 
-def _of_stage(name: str, stage: Training, f: Footprint, rows: Rows, *, shares: bool, cpu: bool) -> StageMemory:
+def _slots(resolved: Resolved, stage: Training) -> int:
+    """Versions of the weights for which the process that samples ahead of training has room; 0: there is none."""
+    if not isinstance(stage, Rollouts) or stage.rows() is DataRole.recorded:
+        return 0
+    chosen = stage.rollouts or resolved.config.rollouts
+    return chosen.staleness + 1 if chosen.staleness and chosen.engine == LOCAL else 0
+
+
+def _of_stage(
+    name: str, stage: Training, f: Footprint, rows: Rows, slots: int, *, shares: bool, cpu: bool
+) -> StageMemory:
     total, longest, scored = _update(stage, rows, shares=shares)
     # As Experience.cut makes parts of about equal size.
     budget, parts = stage.max_tokens_per_microbatch, max(1, -(-total // stage.max_tokens_per_microbatch))
@@ -183,12 +202,16 @@ def _of_stage(name: str, stage: Training, f: Footprint, rows: Rows, *, shares: b
     moments = 0 if stage.kind == "trpo" else moments_of(stage.optimizer, f.matrices, f.others)
     vectors = 6 * SINGLE * f.trained if stage.kind == "trpo" else 0
     slack = PROCESS + round(FRAGMENTS * max(passes, sampling)) if cpu else 0
+    ahead = 0
+    if slots:  # a process with a copy of the model, which samples while this one learns
+        ahead = f.base + f.adapter + slots * SINGLE * f.trained + packed + sampling + (PROCESS if cpu else 0)
+        sampling = packed = 0
     return StageMemory(
         name,
         weights=f.base + f.adapter + packed,
         gradients=SINGLE * f.trained,
         moments=moments + vectors,
-        beside=_beside(stage, f, moments),
+        beside=_beside(stage, f, moments) + ahead,
         passes=passes,
         sampling=sampling,
         slack=slack,

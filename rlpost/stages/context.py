@@ -185,10 +185,7 @@ class Context:
     def scorer(
         self, rewards: Sequence[Reward], policy: Policy, step_end: str | None = None, *, shares: bool = True
     ) -> Scorer:
-        """The stage's rewards; reward models judge the completions of `policy`, in steps that end with `step_end`.
-
-        With `shares` a model may be an adapter on the policy's base; without, another thread may ask it meanwhile.
-        """
+        """The rewards; models judge completions of `policy`, on its base if `shares`, in steps ended by `step_end`."""
 
         def judge(name: str, adapter: str) -> AnyJudge:
             folder = self.checkpoint(name)
