@@ -29,6 +29,7 @@ from rlpost.rewards.score import RewardBatch
 from rlpost.stages.rollouts import AHEAD, Rollout, Sampler, learned_from
 from rlpost.types import completions
 from rlpost.usercode import wire
+from rlpost.usercode.stop import Stop
 
 CLOSING = 5.0
 """Seconds that the thread may take to end once its engine is closed; a user's function may hold it longer."""
@@ -49,6 +50,7 @@ class Ahead:
         """The first step that is not among them."""
         self._waited = 0.0
         self._thread = _Thread()
+        Stop.all_are_waited_for = True
         sampler.context.opened.callback(self.close)
 
     @property
@@ -98,12 +100,13 @@ class Ahead:
             future: Future[Rollout] = Future()
             future.set_result(unpacked(text, self._sampler))
             self._drawn[int(step)] = future
-            self._next = int(step) + 1
+            self._next = max(self._next, int(step) + 1)
 
     def close(self) -> None:
         """End the engine and the thread, whatever they do."""
         self._engine.close()
         self._thread.end()
+        Stop.all_are_waited_for = False
 
     def _begin(self, step: int) -> None:
         """Begin all steps that are to be drawn with the weights of this one."""

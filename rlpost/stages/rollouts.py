@@ -219,7 +219,16 @@ class Sampler:
         self.data.load(state)
 
     def sample(self, step: int) -> Rollout:
-        """The step's samples, by the policy as it is."""
+        """The step's samples, by the policy as it is.
+
+        Raises:
+            RecipeError: they are to be drawn ahead, which `on_policy` alone does.
+        """
+        if self.staleness:
+            raise RecipeError(
+                f"stages.{self.context.name}.kind: {self.cfg.kind} takes its samples step by step, so none are drawn "
+                "ahead - set rollouts.staleness=0"
+            )
         began = time.perf_counter()
         self.engine.update_weights(self.policy, step)
         rollout = self.draw(step)

@@ -305,7 +305,7 @@ class Pipe:
             late = [call for call in timed if now >= call.limit]
             still = [call for call in late if call.together and not call.cancelled]
             self._cancel(still, now)
-        if timed and Stop.over(now):
+        if any(Stop.over(now, call.limit - call.deadline) for call in timed):
             self.end(error=Stopped())
         if hopeless := [call for call in late if call not in still]:
             begins = hopeless[0] in (self._up, self._description)

@@ -16,6 +16,8 @@ class Stop:
     """Whether a signal asked to stop."""
 
     _at: float | None = None
+    all_are_waited_for = False
+    """Calls that were begun are all needed, as where sampling is ahead of training: each has the time for itself."""
 
     @classmethod
     def request(cls) -> None:
@@ -29,6 +31,8 @@ class Stop:
         cls._at = None
 
     @classmethod
-    def over(cls, now: float) -> bool:
-        """Whether calls have used up their time."""
-        return cls._at is not None and now >= cls._at
+    def over(cls, now: float, began: float) -> bool:
+        """Whether a call that began then has used up its time."""
+        if cls._at is None:
+            return False
+        return now >= (max(cls._at, began + GRACE) if cls.all_are_waited_for else cls._at)

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,7 +192,7 @@ def interrupted(monkeypatch, resolved: Any, at: int) -> str:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("staleness", [1, 2, 4])
+@pytest.mark.parametrize("staleness", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4))])
 def test_a_run_that_is_asked_to_stop_goes_on_bit_for_bit(tmp_path, monkeypatch, staleness):
     more = {"num_minibatches": 2, "kl": {"beta": 0.05}, "dynamic_sampling_rounds": 1}
     stages = {"grpo": ahead(staleness, **more)}
@@ -219,6 +220,7 @@ def test_no_more_is_drawn_than_is_learned_from_and_in_order(tmp_path, monkeypatc
     assert held == {2: [2, 3, 4], 4: [4, 5, 6], 6: [6, 7], 8: []}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_change_of_staleness_goes_on_from_what_is_drawn(tmp_path, monkeypatch):
     """Steps that are drawn already keep their versions; none is left out, and none is drawn twice."""
@@ -230,6 +232,7 @@ def test_a_change_of_staleness_goes_on_from_what_is_drawn(tmp_path, monkeypatch)
     assert versions == [{0}, {0}, {0}, {0}, {1}, {2}, {5}, {6}]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_samples_that_are_drawn_are_not_left_out_without_a_word(tmp_path, monkeypatch):
     interrupted(monkeypatch, prepared(tmp_path, {"grpo": ahead(2)}), 3)
@@ -243,6 +246,7 @@ def test_samples_that_are_drawn_are_not_left_out_without_a_word(tmp_path, monkey
     assert [line.get("staleness") for line in metrics(tmp_path, "grpo", "later")] == [None] * 3 + [0, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kind", [PPO, TRPO, {**GRPO, "kind": "online_dpo"}], ids=lambda kind: kind["kind"])
 def test_every_kind_that_samples_may_be_ahead(tmp_path, kind):
@@ -268,6 +272,7 @@ def test_an_error_of_the_thread_is_raised_where_its_step_is_due(tmp_path):
     assert not list((tmp_path / "runs/run/grpo/checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_evaluating_while_a_stage_trains_changes_nothing(tmp_path):
     """It waits for the thread, and may call the same functions."""
@@ -283,6 +288,7 @@ def test_evaluating_while_a_stage_trains_changes_nothing(tmp_path):
     assert len((tmp_path / "runs/run/grpo/evaluations.jsonl").read_text("utf-8").splitlines()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_reward_model_on_the_policys_base_judges_beside_training(tmp_path):
     """It gets a model of its own; its scores are those of the model alone."""
@@ -309,6 +315,7 @@ def test_a_reward_model_on_the_policys_base_judges_beside_training(tmp_path):
 REFUSED = {
     "advantage.fn: greedy_baseline has more sampled": {"advantage": {"fn": "greedy_baseline"}},
     "advantage.fn: monte_carlo_values has more sampled": {"advantage": {"fn": "monte_carlo_values"}, "step_end": "+"},
+    "advantage.fn: mine.py:mine has more sampled": {"advantage": {"fn": "mine.py:mine"}},
     "rewards[0].model: judged would run beside training": {"rewards": [{"fn": "mine.py:judged", "model": "base"}]},
     "rollouts.staleness: recorded rollouts are all there is": {"recorded": True, "rewards": []},
 }
@@ -316,7 +323,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_cannot_be_ahead_is_refused_when_the_recipe_is_read(tmp_path, said):
-    (tmp_path / "mine.py").write_text("def judged(completion, model):\n    return 0.0\n")
+    (tmp_path / "mine.py").write_text(
+        "def judged(completion, model):\n    return 0.0\n\ndef mine(reward_PG, greedy_P):\n    return reward_PG\n"
+    )
     with pytest.raises(RecipeError, match=re.escape(f"stages.grpo.{said}")):
         prepared(tmp_path, {"grpo": ahead(1, **REFUSED[said])})
 
@@ -333,15 +342,24 @@ def test_where_nothing_trains_a_staleness_of_its_own_is_refused_and_the_recipes_
         run(tmp_path, stages, evaluation=evaluation, rollouts={"staleness": 1})
 
 
-@pytest.mark.slow  # five seconds of grace
+@pytest.mark.slow  # seven seconds
 @pytest.mark.usefixtures("quick")
-def test_a_users_function_that_hangs_in_the_thread_does_not_hold_up_a_signal(tmp_path):
+def test_what_was_begun_is_drawn_after_a_signal_however_long_it_takes(tmp_path):
+    """Many calls, each of which is short: all of them are needed for the checkpoint."""
     (tmp_path / "mine.py").write_text(
         "import time\ncalls = []\n\ndef slow(completion):\n    calls.append(1)\n"
-        "    time.sleep(50 if len(calls) > 48 else 0)\n    return 1.0\n"
+        "    time.sleep(0.5 if len(calls) > 48 else 0)\n    return len(completion.text)\n"
     )
-    resolved = prepared(tmp_path, {"grpo": ahead(1, rewards=[{"fn": "mine.py:slow"}])})
-    log = tmp_path / "runs/run/grpo/metrics.jsonl"
+    stages = {"grpo": ahead(1, rewards=[{"fn": "mine.py:slow"}])}
+    signalled(tmp_path, stages, r"grpo stopped after step 3 with a checkpoint")
+    (path,) = (tmp_path / "runs/run/grpo/checkpoints").iterdir()
+    assert list(json.loads((path / "state.json").read_text("utf-8"))["states"]["data"]["ahead"]) == ["3"]
+
+
+def signalled(folder: Path, stages: dict[str, Any], said: str) -> None:
+    """Train until three steps are logged, when a signal comes."""
+    resolved = prepared(folder, stages)
+    log = folder / "runs/run/grpo/metrics.jsonl"
 
     def stop() -> None:
         wait_until(lambda: log.exists() and log.read_text().count("\n") == 3)
@@ -349,9 +367,41 @@ def test_a_users_function_that_hangs_in_the_thread_does_not_hold_up_a_signal(tmp
 
     waits = threading.Thread(target=stop)
     waits.start()
-    with pytest.raises(Interrupted, match="stopped while a user's function ran; run the same command to go on"):
+    with pytest.raises(Interrupted, match=said):
         train(resolved)
     waits.join()
+
+
+@pytest.mark.slow  # five seconds of grace
+@pytest.mark.usefixtures("quick")
+def test_a_users_function_that_hangs_in_the_thread_does_not_hold_up_a_signal(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import time\ncalls = []\n\ndef slow(completion):\n    calls.append(1)\n"
+        "    time.sleep(50 if len(calls) > 48 else 0)\n    return 1.0\n"
+    )
+    stages = {"grpo": ahead(1, rewards=[{"fn": "mine.py:slow"}])}
+    signalled(tmp_path, stages, "stopped while a user's function ran; run the same command to go on")
+
+
+def test_a_kind_of_stage_that_samples_step_by_step_is_refused():
+    sampler = Sampler.__new__(Sampler)
+    sampler.staleness, sampler.context = 1, SimpleNamespace(name="mine")
+    sampler.cfg = SimpleNamespace(kind="mine.py:mine")
+    with pytest.raises(RecipeError, match=r"stages\.mine\.kind: mine\.py:mine takes its samples step by step"):
+        sampler.sample(0)
+
+
+@pytest.mark.slow
+def test_episodes_of_the_process_are_those_of_a_second_policy_in_this_one(tmp_path, monkeypatch):
+    """Through the whole stage, with turns that go on from what is kept."""
+    (tmp_path / "mine.py").write_text("def reply(text, turns):\n    return '=' if len(turns) < 3 else None\n")
+    more = {"environment": {"fn": "mine.py:reply"}, "max_turns": 3, "sampling": {"max_new_tokens": 9, "stop": ["1"]}}
+    stages = {"sft": SFT, "grpo": ahead(2, max_length=24, **more)}
+    run(tmp_path, stages, LORA, "run=process")
+    monkeypatch.setattr("rlpost.stages.rollouts.side_engine", Snapshots)
+    run(tmp_path, stages, LORA)
+    assert any(not all(c.action) for g in logged(tmp_path, 0) for c in g.completions)
+    assert left(tmp_path / "runs/process") == left(tmp_path / "runs/run")
 
 
 @pytest.mark.slow
