@@ -315,7 +315,7 @@ def test_a_reward_model_on_the_policys_base_judges_beside_training(tmp_path):
 REFUSED = {
     "advantage.fn: greedy_baseline has more sampled": {"advantage": {"fn": "greedy_baseline"}},
     "advantage.fn: monte_carlo_values has more sampled": {"advantage": {"fn": "monte_carlo_values"}, "step_end": "+"},
-    "advantage.fn: mine.py:mine has more sampled": {"advantage": {"fn": "mine.py:mine"}},
+    "advantage.fn: mine has more sampled": {"advantage": {"fn": "mine.py:mine"}},
     "rewards[0].model: judged would run beside training": {"rewards": [{"fn": "mine.py:judged", "model": "base"}]},
     "rollouts.staleness: recorded rollouts are all there is": {"recorded": True, "rewards": []},
 }
