@@ -42,37 +42,43 @@ def reply(text, turns):
         time.sleep(random.lognormvariate(math.log(MEAN) - SPREAD**2 / 2, SPREAD))
     return calculator.reply(text, turns)
 """
-LARGE = (
-    "{config: {model_type: llama, hidden_size: 512, intermediate_size: 1536, num_hidden_layers: 8, "
-    "num_attention_heads: 8, num_key_value_heads: 8, max_position_embeddings: 32, tie_word_embeddings: false}, "
-    'tokenizer: {kind: characters, alphabet: "0123456789+=?;"}, precision: float32}'
-)
+LARGE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
 
 
 def train(recipe: str, runs: Path, name: str, words: Sequence[str]) -> Path:
     """Run the recipe's command, unless it has been; returns the run's folder."""
     run = runs / name
     command = [sys.executable, "-m", "rlpost", "train", recipe, f"runs={runs}", f"run={name}", *words]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return run
 
 
-def start(runs: Path, seed: int) -> Path:
-    """The SFT model of the demo."""
+def begun(runs: Path, seed: int, name: str) -> None:
+    """A run of the demo that has its SFT model, a copy of one that is made once a seed."""
     words = [f"seed={seed}", "evaluation=null", *(f"stages.{name}.enabled=false" for name in ("pairs", "dpo", "grpo"))]
-    return train("demo", runs, f"start-{seed}", words) / "sft/final"
+    made = train("demo", runs, f"start-{seed}", words)
+    if not (runs / name).exists():
+        shutil.copytree(made, runs / name)
 
 
-def addition(model: Path, seed: int, staleness: int, threads: int, steps: int) -> list[str]:
-    """GRPO of the demo from a model."""
+def addition(seed: int, staleness: int, threads: int, steps: int) -> list[str]:
+    """GRPO of the demo, in a run that has begun."""
     return [
         f"seed={seed}",
         f"threads={threads}",
-        f"model={{path: {model}, precision: float32}}",
         "evaluation=null",
-        *(f"stages.{name}.enabled=false" for name in ("sft", "pairs", "dpo")),
+        *(f"stages.{name}.enabled=false" for name in ("pairs", "dpo")),
         f"stages.grpo.steps={steps}",
         f"rollouts={{staleness: {staleness}}}",
+        "--allow-change",
     ]
 
 
@@ -80,7 +86,7 @@ def environment(file: Path, staleness: int, threads: int, steps: int) -> list[st
     """GRPO of a larger model with the slow environment."""
     return [
         f"threads={threads}",
-        f"model={LARGE}",
+        *(f"model.config.{key}={value}" for key, value in LARGE.items()),
         "evaluation=null",
         *(f"stages.{name}.enabled=false" for name in ("sft", "ppo")),
         f"stages.grpo.environment={{fn: '{file}:reply'}}",
@@ -101,19 +107,18 @@ def times(runs: Path, rounds: int, timed: int) -> list[str]:
     file = runs / "slow.py"
     file.write_text(SLOW, "utf-8")
     first = max(STALENESS) + 2
-    model = start(runs, 0)
     lines = [f"| | {' | '.join(SETTINGS)} |", f"|---|{'---|' * len(SETTINGS)}"]
     for workload, recipe in (("addition", "demo"), ("environment", "calculator")):
         found: dict[str, list[float]] = {name: [] for name in SETTINGS}
         for _ in range(rounds):
             for name, (staleness, threads) in SETTINGS.items():
                 steps = first + timed
-                words = (
-                    addition(model, 0, staleness, threads, steps)
-                    if workload == "addition"
-                    else environment(file, staleness, threads, steps)
-                )
                 shutil.rmtree(runs / "timed", ignore_errors=True)
+                if workload == "addition":
+                    begun(runs, 0, "timed")
+                    words = addition(0, staleness, threads, steps)
+                else:
+                    words = environment(file, staleness, threads, steps)
                 found[name].append(seconds(train(recipe, runs, "timed", words), first))
         alone = found["0, one thread"]
         ratios = {name: median(one / own for one, own in zip(alone, of, strict=True)) for name, of in found.items()}
@@ -126,10 +131,10 @@ def rewards(runs: Path, seeds: Sequence[int], steps: int) -> dict[tuple[int, int
     """(staleness, seed) -> the reward of every step of the addition."""
     found = {}
     for seed in seeds:
-        model = start(runs, seed)
         for staleness in STALENESS:
             run = runs / f"grpo-{staleness}-{seed}"
-            train("demo", runs, run.name, addition(model, seed, staleness, 2 if staleness else 1, steps))
+            begun(runs, seed, run.name)
+            train("demo", runs, run.name, addition(seed, staleness, 2 if staleness else 1, steps))
             lines = (run / "grpo/metrics.jsonl").read_text("utf-8").splitlines()
             found[staleness, seed] = [json.loads(line)["reward"] for line in lines]
     return found

@@ -53,6 +53,8 @@ def main() -> None:
         except Exception as error:  # whatever it is, the trainer is told
             found = failed(error)
         _say(replies, found)
+        if sampler is None:
+            return
 
 
 class Sampler:

@@ -64,10 +64,10 @@ class Ahead:
         return {"waited": self._waited}
 
     def sample(self, step: int) -> Rollout:
-        """The step's samples; those of later steps are begun with the weights that the policy has now.
+        """The step's samples, once they are there; further steps are begun with the weights of now.
 
         Raises:
-            BaseException: what drawing or scoring them was ended by.
+            RlpostError: drawing or scoring them failed, in the other thread.
         """
         self._begin(step)
         began = time.perf_counter()

@@ -13,8 +13,8 @@ from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import EngineChoice
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {"LocalEngine", "ForeignEngine", "VllmEngine", "VllmServer"}
-OWN = {f"rlpost/engine/{name}.py" for name in ("local", "foreign", "vllm_here", "vllm_server")}
+ENGINES = {"LocalEngine", "LocalSideEngine", "ForeignEngine", "VllmEngine", "VllmServer"}
+OWN = {f"rlpost/engine/{name}.py" for name in ("local", "side", "foreign", "vllm_here", "vllm_server")}
 
 
 def names(file: Path) -> set[str]:

@@ -114,6 +114,8 @@ def test_what_goes_wrong_is_one_line_and_of_its_kind(start, tmp_path):
     try:
         with pytest.raises(ModelError, match="missing"):
             missing.update_weights(policy, 0)
+        with pytest.raises(EngineError, match=r"ended \(exit code 0\)"):
+            missing.update_weights(policy, 0)
         with pytest.raises(EngineError, match="loaded once more, the model has other weights"):
             other.update_weights(policy, 0)
         dies.update_weights(policy, 0)
