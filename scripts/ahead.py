@@ -41,6 +41,10 @@ def reply(text, turns):
     if len(turns) == 1:
         time.sleep(random.lognormvariate(math.log(MEAN) - SPREAD**2 / 2, SPREAD))
     return calculator.reply(text, turns)
+
+
+def odd(completion):
+    return sum(sign in "13579" for sign in completion.text)
 """
 LARGE = {
     "hidden_size": 512,
@@ -55,7 +59,7 @@ def train(recipe: str, runs: Path, name: str, words: Sequence[str]) -> Path:
     """Run the recipe's command, unless it has been; returns the run's folder."""
     run = runs / name
     command = [sys.executable, "-m", "rlpost", "train", recipe, f"runs={runs}", f"run={name}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=runs)  # where slow.py is
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return run
@@ -90,6 +94,7 @@ def environment(file: Path, staleness: int, threads: int, steps: int) -> list[st
         "evaluation=null",
         *(f"stages.{name}.enabled=false" for name in ("sft", "ppo")),
         f"stages.grpo.environment={{fn: '{file}:reply'}}",
+        f"stages.grpo.rewards=[{{fn: '{file}:odd'}}]",
         *("stages.grpo.prompts_per_step=4", "stages.grpo.group_size=4", "stages.grpo.num_iterations=4"),
         f"stages.grpo.steps={steps}",
         f"rollouts={{staleness: {staleness}}}",
