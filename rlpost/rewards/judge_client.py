@@ -352,10 +352,11 @@ def _in_thread(work: Coroutine[Any, Any, dict[str, float | Unanswered]]) -> dict
 
     thread = threading.Thread(target=run, name="judge", daemon=True)
     thread.start()
+    began = clock()
     try:
         while thread.is_alive():
             thread.join(0.1)
-            if Stop.over(clock()):
+            if Stop.over(clock(), began):
                 raise Stopped
     except BaseException:
         with suppress(RuntimeError):  # it has just ended
