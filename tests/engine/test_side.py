@@ -21,6 +21,8 @@ from rlpost.policy.params import Lora, Model
 from rlpost.policy.policy import Policy
 from rlpost.types import Request
 
+pytestmark = pytest.mark.slow  # a process starts in seconds; tests/stages/test_ahead.py has a quick test of one
+
 WAYS = {
     "full": Model(),
     "lora": Model(lora=Lora(r=4, alpha=8.0)),
@@ -59,7 +61,7 @@ def requests(policy: Policy, first: int = 0) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "lora")) for way in WAYS])
+@pytest.mark.parametrize("way", WAYS)
 def test_completions_are_those_of_the_trainers_process_bit_for_bit(start, way, capfd):
     policy = load_policy(start, WAYS[way])
     capfd.readouterr()
@@ -82,7 +84,6 @@ def test_completions_are_those_of_the_trainers_process_bit_for_bit(start, way, c
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
 def test_weights_are_those_of_when_they_were_staged(start):
     """Two versions wait while the engine still has an older one."""
     policy = load_policy(start, Model())
@@ -104,7 +105,6 @@ def test_weights_are_those_of_when_they_were_staged(start):
         engine.close()
 
 
-@pytest.mark.slow
 def test_what_goes_wrong_is_one_line_and_of_its_kind(start, tmp_path):
     policy = load_policy(start, Model())
     long = Request([1] * 20, 1, Sampling(max_new_tokens=64), seed=0)
