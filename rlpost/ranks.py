@@ -42,13 +42,12 @@ _store: Any = None
 """What the ranks met at; torch's Store."""
 _ENDED = "rlpost/ended"
 """In the store: the error that the first rank ends with."""
-_beside: Any = None
-"""The process group of the ranks' second threads, once there are any."""
 
 
 class _Thread(threading.local):
     alone = False  # it does what only the first rank does, and meets nobody
     group: Any = None  # where it meets the same thread of the other ranks; None: in the default process group
+    second: Any = None  # of all threads: the group of those beside the main ones, once there are any
 
 
 _thread = _Thread()
@@ -130,21 +129,17 @@ def join() -> None:
 
 def leave() -> None:
     """Be alone again."""
-    global _count, _index, _failed, _beside
-    _count, _index, _failed, _beside = 1, 0, None, None
+    global _count, _index, _failed
+    _count, _index, _failed, _Thread.second = 1, 0, None, None
 
 
 def beside() -> Callable[[], None]:
-    """For a thread beside this one: it calls what this returns first, and then meets the others' such threads.
-
-    Messages of the two threads never mix. All ranks call this, at the same place. There is one such thread at a time.
-    """
-    global _beside
-    if count() > 1 and _beside is None:
+    """What a thread beside this one calls first, to meet the others' such threads alone; all ranks call this."""
+    if count() > 1 and _Thread.second is None:
         from torch import distributed
 
-        _beside = distributed.new_group(backend="gloo")
-    return partial(setattr, _thread, "group", _beside)
+        _Thread.second = distributed.new_group(backend="gloo")
+    return partial(setattr, _thread, "group", _Thread.second)
 
 
 def count() -> int:
