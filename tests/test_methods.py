@@ -16,6 +16,8 @@ SHARED = {"methods/common", "methods/on_pairs", "methods/on_policy", "methods/st
 METHODS = sorted(set(packaged()) - SHARED & {n for n in packaged() if n.startswith("methods/")})
 METHODS = [name for name in METHODS if name.startswith("methods/") and name not in SHARED]
 SMALL = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
+SLOW = {f"methods/{name}" for name in ("dppo_kl", "fipo", "luspo", "mirror_descent")}
+"""Like others that run, but for a function of the objectives, which has its own tests; three seconds together."""
 TELLING = "vars.right=[{fn: pattern, name: correct, args: {regex: '^[0-4]'}}]"
 """A reward that a model which has learned nothing earns now more, now less of."""
 
@@ -46,7 +48,7 @@ def test_a_recipe_opens_with_its_command_and_its_paper(name):
     assert third.startswith("# ")
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in METHODS])
 def test_a_method_runs(name, runs):
     words = [
         f"runs={runs}",

@@ -34,7 +34,7 @@ from rlpost.objectives.credit import (
     reward_on_last_action,
     spread_evenly,
 )
-from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, kl_in_reward
+from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
 from rlpost.objectives.metrics import (
     clipped_high,
     clipped_low,
@@ -94,11 +94,15 @@ from rlpost.objectives.surrogates import (
     clipped_surrogate,
     clipped_weight,
     divergence_masked,
+    future_weighted,
     geometric_mean,
     policy_gradient,
     ratio,
     sequence_clipped,
+    sequence_soft,
     soft_adaptive,
+    squared_log_ratio,
+    tapered,
 )
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
 from rlpost.objectives.unpaired import Unpaired, kto
@@ -147,6 +151,7 @@ __all__ = [
     "finite_difference",
     "forward_kl",
     "full_kl",
+    "future_weighted",
     "gae",
     "geometric_mean",
     "greedy_baseline",
@@ -159,6 +164,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "k3_weighted",
     "kl_in_reward",
     "kto",
     "label_smoothing",
@@ -201,12 +207,15 @@ __all__ = [
     "reward_on_last_action",
     "sequence_clipped",
     "sequence_mean",
+    "sequence_soft",
     "sequence_sum",
     "simpo",
     "soft_adaptive",
     "sppo",
     "spread_evenly",
+    "squared_log_ratio",
     "step_length",
+    "tapered",
     "token_mean",
     "unlikelihood",
     "value_loss",

@@ -32,6 +32,17 @@ def k3(logp_N: Tensor, reference_N: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
+def k3_weighted(logp_N: Tensor, reference_N: Tensor, sampled_N: Tensor) -> Tensor:
+    """[N] r·k3 with r = exp(logp − sampled), `sampled_N` the sampler's: DeepSeek-V3.2, arXiv:2512.02556, eq. 7.
+
+    As a loss, with gradient through r too, its expectation is the KL of each state that the sampler visited, whichever
+    policy that was, and so is its gradient: what `full_kl` has there, from one action. That an action changes which
+    states follow is left out, as it is by `k2`.
+    """
+    r_N = (widen(logp_N) - widen(sampled_N)).clamp(-LIMIT, LIMIT).exp()
+    return r_N * k3(logp_N, reference_N)
+
+
 def kl_in_reward(
     logp_N: Tensor,
     reference_N: Tensor,

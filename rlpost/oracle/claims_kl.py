@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rlpost.objectives import advantages
-from rlpost.objectives.kl import full_kl, k1, k2, k3, kl_in_reward
+from rlpost.objectives.kl import full_kl, k1, k2, k3, k3_weighted, kl_in_reward
 from rlpost.objectives.surrogates import policy_gradient, ratio
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import Drawn, ascent, descent
@@ -24,7 +24,8 @@ Estimator = Callable[[Tensor, Tensor], Tensor]
 def kl_section(problem: Problem) -> Section:
     """Every placement and estimator of the KL, and two of the entropy, on a table."""
     title = "KL and entropy: relative error where exact, cosine with the truth where biased"
-    return Section(title, (*reward_rows(problem), *_loss_rows(problem), *_entropy_rows(problem)))
+    rows = [*reward_rows(problem), *_loss_rows(problem), *_other_sampler_rows(problem), *_entropy_rows(problem)]
+    return Section(title, (*rows,))
 
 
 def reward_rows(problem: Problem, tolerance: float = 1e-12) -> list[Row]:
@@ -94,6 +95,29 @@ def _loss_rows(problem: Problem) -> list[Row]:
         exact("k2, k3·ratio, whole-vocabulary KL in the loss", same, "the three are identical"),
         biased("… and their cosine", cosine(squared, true)),
         biased("k3 in the loss", cosine(alone, true)),
+    ]
+
+
+def _other_sampler_rows(problem: Problem) -> list[Row]:
+    """Of completions that another policy sampled, here the reference; the KL is to a third one.
+
+    Only with the ratio is an action's term the KL of the state it was taken in, and then it is so for any sampler.
+    """
+    third_XV = problem.reference_XV.roll(1, 1)
+    third_N = problem.at_actions(third_XV)
+    weight_N = problem.tree.rows.spread(truth.leaf_logp(problem.tree, problem.reference_XV).exp())
+    visits_X = truth.visits(problem.tree, problem.reference_XV)
+    true = problem.true_gradient(lambda logp_XV: (visits_X * full_kl(logp_XV, third_XV)).sum())
+
+    def found(term: Callable[[Tensor], Tensor]) -> Tensor:
+        return problem.expected_gradient(descent(term, problem.old_N, weight_N))
+
+    weighted = found(lambda logp_N: k3_weighted(logp_N, third_N, problem.reference_N))
+    told = "exact for the KL of each state visited"
+    return [
+        exact("k3_weighted in the loss, another sampler", relative_error(weighted, true), told),
+        biased("k2 in the loss, another sampler", cosine(found(lambda logp_N: k2(logp_N, third_N)), true)),
+        biased("k3 in the loss, another sampler", cosine(found(lambda logp_N: k3(logp_N, third_N)), true)),
     ]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -27,7 +28,10 @@ LOW, HIGH = 0.3, 0.5
 DUAL, DELTA, CUT = 2.0, 1.3, 1.5
 TAU = (0.8, 1.6)
 """Of soft_adaptive, by the advantage's sign."""
-MOVED = 0.1
+MOVED, NATS = 0.1, 0.15
+GONE = 0.4
+"""Nats an action, on average over a completion."""
+HALF_LIFE, INFLUENCE = 1.5, (0.2, 0.3)
 
 
 class Sampled:
@@ -102,8 +106,43 @@ def _clipped_rows(sampled: Sampled) -> list[Row]:
             -a_N * capped_N,
             a_N * r_N * (kept_N & (r_N < DELTA)),
         ),
+        _masked_row(sampled, -a_N * used_N, a_N * r_N * kept_N),
+        _future_row(sampled, used_N, r_N * kept_N),
         exact("clipped_low, clipped_high and clipped_share against where it has no gradient", float(apart.abs().max())),
     ]
+
+
+def _masked_row(sampled: Sampled, loss_N: Tensor, slope_N: Tensor) -> Row:
+    """Of completions that the policy has left behind, those of negative advantage are left out."""
+    rows, gone = sampled.rows, []
+    for piece in torch.split(sampled.r_N, rows.lengths_S.tolist()):
+        gone += [fmean(-math.log(r) for r in piece.tolist()) > GONE] * len(piece)
+    kept_N = ~(torch.tensor(gone) & (sampled.advantage_N < 0))
+    masked = partial(surrogates.clipped_surrogate, clip_low=LOW, clip_high=HIGH, off_policy_limit=GONE)
+    return _row(sampled, f"clipped_surrogate, off_policy_limit={GONE:g}", masked, loss_N * kept_N, slope_N * kept_N)
+
+
+def _future_row(sampled: Sampled, used_N: Tensor, slope_N: Tensor) -> Row:
+    """The clipped surrogate of f·A, f from the log-ratios that follow an action, itself included."""
+    influence = []
+    for piece in torch.split(sampled.r_N, sampled.rows.lengths_S.tolist()):
+        moved = [math.log(r) if r <= DUAL else 0.0 for r in piece.tolist()]
+        for t in range(len(moved)):
+            later = sum(0.5 ** (k / HALF_LIFE) * x for k, x in enumerate(moved[t:]))
+            influence.append(min(max(math.exp(later), 1 - INFLUENCE[0]), 1 + INFLUENCE[1]))
+    a_N = sampled.advantage_N * torch.tensor(influence, dtype=torch.float64)
+    beyond_N = (a_N < 0) & (sampled.r_N > DUAL)
+    weighted = partial(
+        surrogates.future_weighted,
+        half_life=HALF_LIFE,
+        influence_low=INFLUENCE[0],
+        influence_high=INFLUENCE[1],
+        clip_low=LOW,
+        clip_high=HIGH,
+        dual=DUAL,
+    )
+    loss_N = torch.where(beyond_N, -DUAL * a_N, -a_N * used_N)
+    return _row(sampled, "future_weighted", weighted, loss_N, a_N * slope_N * ~beyond_N)
 
 
 def _completion_rows(sampled: Sampled) -> list[Row]:
@@ -135,6 +174,9 @@ def _other_rows(sampled: Sampled) -> list[Row]:
     weight_N = r_N.clamp(1 - LOW, 1 + HIGH)
     soft = partial(surrogates.soft_adaptive, tau_positive=TAU[0], tau_negative=TAU[1])
     cut_N = torch.minimum(r_N, torch.full_like(r_N, CUT))
+    p_N, q_N = sampled.logp_N.exp(), sampled.old_N.exp()
+    nats_N = q_N * (q_N / p_N).log() + (1 - q_N) * ((1 - q_N) / (1 - p_N)).log()
+    near_N = (moved_N * a_N.sign() <= 0) | (nats_N <= NATS)
     return [
         _row(
             sampled,
@@ -157,6 +199,13 @@ def _other_rows(sampled: Sampled) -> list[Row]:
             partial(surrogates.divergence_masked, threshold=MOVED),
             -r_N * a_N * going_N,
             r_N * a_N * going_N,
+        ),
+        _row(
+            sampled,
+            "divergence_masked, divergence=kl",
+            partial(surrogates.divergence_masked, threshold=NATS, divergence="kl"),
+            -r_N * a_N * near_N,
+            r_N * a_N * near_N,
         ),
     ]
 

@@ -5,6 +5,8 @@ Axes: L leaves, N actions of all leaves.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,9 @@ ANOTHER = (
     surrogates.sequence_clipped,
     surrogates.soft_adaptive,
     surrogates.divergence_masked,
+    surrogates.sequence_soft,
+    surrogates.tapered,
+    surrogates.future_weighted,
 )
 """Those whose gradient is the policy gradient's as long as the policy has not moved."""
 
@@ -54,7 +59,7 @@ def _on_policy(problem: Problem) -> list[Row]:
         )
 
     plain, mean = found(policy_gradient, sampled_N), found(policy_gradient, by_mean_N)
-    same = "policy_gradient's"
+    same, squared = "policy_gradient's", partial(surrogates.squared_log_ratio, tau=1.0)
     geometric = relative_error(found(surrogates.geometric_mean, by_mean_N), mean)
     return [
         exact("on-policy: policy_gradient", relative_error(plain, problem.reward_gradient)),
@@ -62,6 +67,7 @@ def _on_policy(problem: Problem) -> list[Row]:
             exact(f"on-policy: {surrogate.__name__}", relative_error(found(surrogate, sampled_N), plain), same)
             for surrogate in ANOTHER
         ),
+        exact("on-policy: squared_log_ratio", relative_error(found(squared, sampled_N), plain), same),
         exact("on-policy: geometric_mean, sequence_mean", geometric, same),
     ]
 

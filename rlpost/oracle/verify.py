@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlpost.oracle.claims_completions import completion_section
 from rlpost.oracle.claims_credit import credit_section
 from rlpost.oracle.claims_definitions import definition_section
 from rlpost.oracle.claims_groups import group_section
@@ -43,6 +44,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         credit_section(problem),
         shaping_section(problem),
         surrogate_section(problem),
+        completion_section(problem),
         offpolicy_section(problem),
         value_section(problem),
         pair_section(problem),

@@ -124,7 +124,8 @@ class KlPenalty:
         self.beta = cfg.beta
         self._cfg = cfg
         self._reference = reference
-        self._estimate = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[cfg.estimator]
+        self._weighted = cfg.estimator is KlEstimator.k3_weighted
+        self._estimate = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2}.get(cfg.estimator, kl.k3)
 
     @property
     def in_loss(self) -> bool:
@@ -152,6 +153,8 @@ class KlPenalty:
 
     def loss(self, logp_N: Tensor, part: Experience) -> Tensor:
         """[N] the term of the loss, with gradient."""
+        if self._weighted:
+            return self.beta * kl.k3_weighted(logp_N, part["reference"], part["sampled_logp"])
         return self.beta * self._estimate(logp_N, part["reference"])
 
     def metrics(self, logp_N: Tensor, part: Experience) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ class KlEstimator(Choice):
     """½ (log r)²."""
     k3 = "k3"
     """1/r − 1 + log r: never negative."""
+    k3_weighted = "k3_weighted"
+    """k3 times π(token)/π_sampler(token): right for samples of earlier weights or of another engine; in the loss
+    alone."""
 
 
 class KlPlacement(Choice):

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, kl_in_reward
+from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
 from rlpost.objectives.ragged import Ragged
 
 
@@ -35,6 +35,26 @@ def test_k3_is_never_negative_even_where_rounding_is_all(dtype):
 def test_k3_stays_finite_for_a_hopeless_reference():
     logp = torch.tensor([-500.0, 0.0], requires_grad=True)
     value = k3(logp, torch.tensor([0.0, -500.0]))
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert logp.grad.isfinite().all()
+
+
+def test_k3_weighted_is_the_kl_and_its_gradient_whoever_sampled():
+    """One state, three actions, drawn by a third policy: the expectation against the sum over the vocabulary."""
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    sampled = torch.tensor([0.5, 0.4, 0.1], dtype=torch.float64).log()
+    logp = logits.log_softmax(0)
+    found, true = (sampled.exp() * k3_weighted(logp, reference, sampled)).sum(), full_kl(logp[None], reference[None])[0]
+    slopes = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, true)]
+    assert found.item() == pytest.approx(true.item(), abs=1e-15)
+    assert torch.allclose(*slopes, rtol=0, atol=1e-15)
+
+
+def test_k3_weighted_stays_finite_for_a_hopeless_sample():
+    logp = torch.tensor([0.0, -500.0], requires_grad=True)
+    value = k3_weighted(logp, torch.tensor([-500.0, 0.0]), torch.tensor([-500.0, 0.0]))
     value.sum().backward()
     assert value.isfinite().all()
     assert logp.grad.isfinite().all()

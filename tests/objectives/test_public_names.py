@@ -12,12 +12,12 @@ from rlpost import objectives
 FOLDER = Path(objectives.__file__).parent
 METHODS = {
     "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
-    "kl": "k1 k2 k3 kl_in_reward full_kl adaptive",
+    "kl": "k1 k2 k3 k3_weighted kl_in_reward full_kl adaptive",
     "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
         pass_at_k nonzero_rescaled per_reward_normalised ema_baseline whiten""",
     "credit": "Steps return_to_go gae monte_carlo_values process process_normalised potential_shaping",
     "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
-        divergence_masked""",
+        divergence_masked sequence_soft tapered squared_log_ratio future_weighted""",
     "correction": "correction off_policy_ratio",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
         apo_down discopop simpo orpo cpo dpo_plackett_luce""",

@@ -1,6 +1,7 @@
 """Policy losses: values and gradients by hand, and the identities among them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,15 +12,22 @@ from rlpost.objectives.surrogates import (
     clipped_surrogate,
     clipped_weight,
     divergence_masked,
+    future_weighted,
     geometric_mean,
     policy_gradient,
     ratio,
     sequence_clipped,
+    sequence_soft,
     soft_adaptive,
+    squared_log_ratio,
+    tapered,
 )
 from rlpost.objectives.weights import sequence_mean
 
-PER_ACTION = [policy_gradient, clipped_surrogate, clipped_weight, sequence_clipped, soft_adaptive, divergence_masked]
+squared = partial(squared_log_ratio, tau=0.5)
+VANISHING = [policy_gradient, clipped_surrogate, clipped_weight, sequence_clipped, soft_adaptive, divergence_masked]
+VANISHING += [sequence_soft, tapered, future_weighted]
+PER_ACTION = [*VANISHING, squared]
 ALL = [*PER_ACTION, geometric_mean]
 
 
@@ -139,7 +147,7 @@ def test_number_formats(surrogate):
 
 
 def test_zero_advantage_is_zero_loss_and_zero_gradient():
-    for surrogate in ALL:
+    for surrogate in [*VANISHING, geometric_mean]:
         assert set(map(abs, values(surrogate, log(3.0, 0.1), [0.0, 0.0], Ragged([2])))) == {0.0}
         assert set(map(abs, gradient(surrogate, log(3.0, 0.1), [0.0, 0.0], Ragged([2])))) == {0.0}
 
@@ -235,3 +243,130 @@ def test_divergence_masked_by_another_threshold():
     advantage = torch.tensor([1.0, -1.0], dtype=torch.float64)
     assert divergence_masked(new, old, advantage, Ragged([2])).tolist() == pytest.approx([-4 / 3, 4 / 3])
     assert divergence_masked(new, old, advantage, Ragged([2]), threshold=0.05).tolist() == pytest.approx([0.0, 4 / 3])
+
+
+def test_divergence_masked_by_the_divergence_of_an_action_and_all_others():
+    # KL(.1 ‖ .4) = .2263 and KL(.4 ‖ .1) = .3112: not the same both ways, as |Δp| is.
+    new, old = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.4, 0.4]))
+    masked = partial(divergence_masked, divergence="kl")
+    found = [
+        masked(new, old, torch.tensor([1.0, -1.0] * 2), Ragged([4]), threshold=t).tolist() for t in (0.2, 0.3, 0.4)
+    ]
+    assert found[0] == pytest.approx([0.0, 4.0, -0.25, 0.0])
+    assert found[1] == pytest.approx([-4.0, 4.0, -0.25, 0.0])
+    assert found[2] == pytest.approx([-4.0, 4.0, -0.25, 0.25])
+
+
+def test_divergence_masked_where_an_action_has_become_certain():
+    logp = torch.zeros(3, requires_grad=True)
+    old, advantage = torch.tensor([0.5, 0.5, 1.0]).log(), torch.tensor([1.0, -1.0, 1.0])
+    loss = divergence_masked(logp, old, advantage, Ragged([3]), divergence="kl", threshold=9.0)
+    assert loss.tolist() == [0.0, 2.0, -1.0]
+    loss.sum().backward()
+    assert logp.grad.tolist() == [0.0, 2.0, -1.0]
+
+
+def test_another_divergence_is_refused():
+    with pytest.raises(ValueError, match="divergence='js'"):
+        divergence_masked(torch.zeros(1), torch.zeros(1), torch.ones(1), Ragged([1]), divergence="js")
+
+
+def test_completions_left_behind_are_not_pushed_further():
+    # Mean log-ratios of −½log 8 = −1.04 and −log 2 = −.69 nats an action.
+    logp, rows = log(0.5, 0.25, 0.5), Ragged([2, 0, 1])
+    masked = partial(clipped_surrogate, clip_low=0.9, clip_high=0.9, off_policy_limit=1.0)
+    assert gradient(masked, logp, [-1.0, -1.0, -1.0], rows) == pytest.approx([0.0, 0.0, 0.5])
+    assert gradient(masked, logp, [1.0, -1.0, -1.0], rows) == pytest.approx([-0.5, 0.0, 0.5])
+    assert gradient(partial(masked, off_policy_limit=1.1), logp, [-1.0] * 3, rows) == pytest.approx([0.5, 0.25, 0.5])
+    # What has become likelier is never left out.
+    assert gradient(partial(masked, off_policy_limit=0.0), log(1.5), [-1.0], Ragged([1])) == pytest.approx([1.5])
+
+
+def test_sequence_soft_by_hand():
+    logp, rows = log(4.0, 1.0, 0.5), Ragged([2, 0, 1])  # W = 4 and .5
+    up, down = 4**2 * math.exp(3 * (1 - 4)), 0.5**3 * math.exp(2 * (1 - 0.5))
+    assert gradient(sequence_soft, logp, [2.0, 2.0, -1.0], rows) == pytest.approx([-2 * up, -2 * up, down])
+    assert values(sequence_soft, logp, [2.0, 2.0, -1.0], rows) == pytest.approx(
+        [-2 * up * math.log(4), 0.0, -down * math.log(2)]
+    )
+    settings = {"k_positive": 1.0, "lambda_positive": 0.5, "k_negative": 0.0, "lambda_negative": 0.25}
+    up, down = 0.5 * math.exp(0.25), math.exp(0.25 * (1 - 4))
+    assert gradient(sequence_soft, logp, [-1.0, -1.0, 1.0], rows, **settings) == pytest.approx([down, down, -up])
+
+
+def test_sequence_soft_is_greatest_at_k_over_lambda():
+    weight = [-gradient(sequence_soft, log(w), [1.0], Ragged([1]))[0] for w in (0.5, 0.6, 2 / 3, 0.75, 1.0)]
+    assert max(weight) == weight[2]
+    assert weight[4] == 1.0
+
+
+def test_sequence_soft_of_a_hopeless_ratio_is_nothing():
+    for logp in (-500.0, 500.0):
+        found = gradient(sequence_soft, torch.tensor([logp], requires_grad=True), [1.0], Ragged([1]), k_positive=9.0)
+        assert abs(found[0]) < 1e-30
+
+
+def test_tapered_by_hand():
+    logp, rows = log(4.0, 1.0, 0.5), Ragged([2, 0, 1])
+    assert gradient(tapered, logp, [2.0, 2.0, 1.0], rows) == pytest.approx([-2.0, -2.0, -1.0])
+    assert gradient(tapered, logp, [-2.0, -2.0, -1.0], rows) == pytest.approx([2.0, 2.0, 0.5])
+    assert gradient(tapered, logp, [-2.0, 2.0, -1.0], rows, cap=3.0) == pytest.approx([6.0, -2.0, 0.5])
+    assert values(tapered, logp, [2.0, 2.0, -1.0], rows) == pytest.approx([-2 * math.log(4), 0.0, -0.5 * math.log(2)])
+
+
+def test_squared_log_ratio_by_hand():
+    logp, rows = log(4.0, 0.5, 2.0), Ragged([2, 0, 1])  # both completions' log-ratios sum to log 2
+    square = 0.25 * math.log(2) ** 2
+    expected = [-3 * math.log(4) + square / 2, 3 * math.log(2) + square / 2, math.log(2) + square]
+    assert values(squared, logp, [3.0, 3.0, -1.0], rows) == pytest.approx(expected)
+    slope = 0.5 * math.log(2)
+    assert gradient(squared, logp, [3.0, 3.0, -1.0], rows) == pytest.approx([slope - 3, slope - 3, slope + 1])
+
+
+def test_future_weighted_by_hand():
+    logp, rows = torch.tensor([0.2, -0.2, 0.1, 0.05], dtype=torch.float64, requires_grad=True), Ragged([3, 1])
+    # With γ = ½ the first completion's sums are .2 − .1 + .025, −.2 + .05 and .1; the second's is .05.
+    sums = [0.125, -0.15, 0.1, 0.05]
+    one_sided = [max(math.exp(x), 1.0) for x in sums]
+    expected = [-f * math.exp(x) for f, x in zip(one_sided, logp.tolist(), strict=True)]
+    assert gradient(future_weighted, logp, [1.0] * 4, rows, half_life=1.0) == pytest.approx(expected)
+    bounded = [1.1, 0.9, 1.1, math.exp(0.05)]
+    expected = [2 * f * math.exp(x) for f, x in zip(bounded, logp.tolist(), strict=True)]
+    settings = {"half_life": 1.0, "influence_low": 0.1, "influence_high": 0.1, "clip_low": 0.3}
+    assert gradient(future_weighted, logp, [-2.0] * 4, rows, **settings) == pytest.approx(expected)
+    assert values(future_weighted, logp, [-2.0] * 4, rows, **settings) == pytest.approx(expected)
+    # A half-life of 2 is γ = √½.
+    first = math.exp(0.2 - 0.2 * math.sqrt(0.5) + 0.1 * 0.5)
+    found = gradient(future_weighted, logp, [1.0] * 4, rows, half_life=2.0, influence_high=0.9)
+    assert found[0] == pytest.approx(-first * math.exp(0.2))
+
+
+def test_future_weighted_leaves_out_what_has_moved_too_far_and_clips():
+    logp, rows = log(1.1, 4.0), Ragged([2])
+    near, far = (gradient(future_weighted, logp, [1.0, 1.0], rows, dual=d, half_life=1.0) for d in (5.0, 3.0))
+    assert near == pytest.approx([-1.1 * 1.2, 0.0])
+    assert far == pytest.approx([-1.1 * 1.1, 0.0])
+    # Beyond `dual` a negative advantage has no gradient either; its bound is weighted too.
+    assert gradient(future_weighted, logp, [-1.0, -1.0], rows, dual=3.0, half_life=1.0)[1] == 0.0
+    assert values(future_weighted, logp, [-1.0, -1.0], rows, dual=3.0, half_life=1.0)[1] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "wrong"),
+    [
+        (sequence_soft, {"lambda_negative": -0.1}),
+        (squared_log_ratio, {"tau": -0.1}),
+        (future_weighted, {"half_life": 0.0}),
+        (future_weighted, {"dual": 1.0}),
+        (future_weighted, {"influence_low": 1.1}),
+    ],
+)
+def test_settings_without_a_sense_are_refused(surrogate, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).partition("_")[0]):
+        surrogate(torch.zeros(1), torch.zeros(1), torch.ones(1), Ragged([1]), **wrong)
+
+
+def test_the_future_is_a_completions_own():
+    logp, rows = log(1.1, 1.2, 1.1), Ragged([1, 2])
+    alone = gradient(future_weighted, log(1.1), [1.0], Ragged([1]))
+    assert gradient(future_weighted, logp, [1.0] * 3, rows)[:1] == alone

@@ -28,7 +28,9 @@ def each_step(x_N: Tensor, rows: Ragged) -> Tensor:
 
 
 SURROGATES = {
-    f.__name__: lambda x, rows, f=f, **settings: f(x, (2 * x).detach(), (2 * x + 1).detach(), rows, **settings)
+    getattr(f, "func", f).__name__: lambda x, rows, f=f, **settings: f(
+        x, (2 * x).detach(), (2 * x + 1).detach(), rows, **settings
+    )
     for f in (
         surrogates.policy_gradient,
         surrogates.clipped_surrogate,
@@ -37,11 +39,18 @@ SURROGATES = {
         surrogates.geometric_mean,
         surrogates.soft_adaptive,
         surrogates.divergence_masked,
+        surrogates.sequence_soft,
+        surrogates.tapered,
+        surrogates.future_weighted,
+        partial(surrogates.squared_log_ratio, tau=0.5),
     )
 }
 """How each is called on one tensor of all actions and the rows; the result is of all actions. What is made of the
 tensor for it is exact in half precision too, so that the functions' own rounding can be seen."""
-CLIPPED_TWICE = {"clipped_surrogate": partial(SURROGATES["clipped_surrogate"], dual=1.7, delta=9.0)}
+CLIPPED_TWICE = {
+    "clipped_surrogate": partial(SURROGATES["clipped_surrogate"], dual=1.7, delta=9.0, off_policy_limit=0.5),
+    "divergence_masked": partial(SURROGATES["divergence_masked"], divergence="kl"),
+}
 CREDIT = {
     "reward_on_last_action": lambda x, rows: credit.reward_on_last_action(rows.sum(x).to(x.dtype), rows),
     "return_to_go": lambda x, rows: credit.return_to_go(x, rows, gamma=0.9),

@@ -83,6 +83,10 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.sft.steps=null", "exactly one of stages.sft.steps and stages.sft.epochs (neither is given)"),
         ("stages.grpo.kl={placement: loss, beta: 0.1}", "k1 in the loss has an expected gradient of zero"),
         (
+            "stages.grpo.kl={estimator: k3_weighted, beta: 0.1}",
+            "stages.grpo.kl.estimator: k3_weighted is a term of the",
+        ),
+        (
             "stages.grpo.sampling.top_k=50",
             "stages.grpo.sampling.top_k: grpo samples from the whole distribution",
         ),

@@ -90,7 +90,7 @@ def test_the_kl_that_moves_its_coefficient_is_a_sum_over_completions():
     assert penalty.beta == pytest.approx(0.5 * (1 - 0.2 * 2 / 10))
 
 
-@pytest.mark.parametrize("name", list(KlEstimator))
+@pytest.mark.parametrize("name", [KlEstimator.k1, KlEstimator.k2, KlEstimator.k3])
 def test_the_penalty_is_in_the_reward_or_in_the_loss(name):
     estimate = {KlEstimator.k1: kl.k1, KlEstimator.k2: kl.k2, KlEstimator.k3: kl.k3}[name]
     logp_N, reference_N = torch.tensor([-1.0, -1.5, -0.5]), torch.tensor([-2.0, -3.0, -0.25])
@@ -108,6 +108,18 @@ def test_the_penalty_is_in_the_reward_or_in_the_loss(name):
     assert in_loss.loss(logp_N, experience).tolist() == (0.5 * kl_N).tolist()
     for penalty in (in_loss, none):
         assert penalty.per_action(experience).tolist() == penalty.to_go(experience, 2).tolist() == [0.0] * 3
+
+
+def test_the_weighted_penalty_counts_from_the_sampler():
+    logp_N, reference_N = torch.tensor([-1.0, -1.5]), torch.tensor([-2.0, -3.0])
+    experience = Experience((Group((1,), (said(2),)),)).with_actions(
+        old_logp=logp_N, sampled_logp=torch.tensor([-1.25, -1.0]), reference=reference_N
+    )
+    penalty = KlPenalty(Kl(beta=0.5, estimator=KlEstimator.k3_weighted, placement=KlPlacement.loss), object())
+    ratio_N = torch.tensor([0.25, -0.5]).exp()
+    assert penalty.loss(logp_N, experience).tolist() == pytest.approx(
+        (0.5 * ratio_N * kl.k3(logp_N, reference_N)).tolist()
+    )
 
 
 def test_log_probabilities_are_those_of_the_actions_in_order():

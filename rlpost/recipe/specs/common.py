@@ -264,6 +264,8 @@ class Rollouts(Training):
                 f"{where}.estimator: k1 in the loss has an expected gradient of zero: it adds noise only - "
                 "use placement: reward, or k2 or k3"
             )
+        if kl.placement == KlPlacement.reward and kl.estimator == KlEstimator.k3_weighted:
+            yield f"{where}.estimator: k3_weighted is a term of the loss - use k1, or placement: loss"
         if kl.placement == KlPlacement.loss and not self.kl_in_loss:
             yield f"{where}.placement: {self.kind} has no KL term in its loss - use placement: reward"
         if kl.target is not None and kl.beta == 0:
