@@ -42,6 +42,7 @@ SHARED_BY_STAGES = (
     "balancing",
     "beside",
     "context",
+    "focus",
     "generate_dataset",
     "off_policy",
     "on_policy",

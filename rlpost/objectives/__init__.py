@@ -34,6 +34,7 @@ from rlpost.objectives.credit import (
     reward_on_last_action,
     spread_evenly,
 )
+from rlpost.objectives.focus import top_entropy
 from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
 from rlpost.objectives.metrics import (
     clipped_high,
@@ -217,6 +218,7 @@ __all__ = [
     "step_length",
     "tapered",
     "token_mean",
+    "top_entropy",
     "unlikelihood",
     "value_loss",
     "weigh",

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlpost.objectives import surrogates
+from rlpost.objectives import focus, surrogates
 from rlpost.objectives.kl import LIMIT
 from rlpost.oracle import truth
 from rlpost.oracle.claims_offpolicy import HIGH, LOW, Sampled
@@ -40,7 +40,7 @@ def completion_section(problem: Problem) -> Section:
     else:
         rows = [*_objective_rows(sampled), *_bias_rows(problem)]
     title = "surrogates of whole completions: relative error where exact, cosine with the truth where biased"
-    return Section(title, (*rows, _optimum_row(problem), *_weight_rows(problem)))
+    return Section(title, (*rows, _optimum_row(problem), *_weight_rows(problem), *_focus_rows(problem)))
 
 
 def _objective_rows(sampled: Sampled) -> list[Row]:
@@ -162,4 +162,26 @@ def _weight_rows(problem: Problem) -> list[Row]:
     return [
         exact("on-policy: sequence_clipped, sequence_sum", relative_error(found(sampled_N), true)),
         biased("on-policy: sequence_clipped, sequence_mean", cosine(found(averaged_N), true), "biased by length"),
+    ]
+
+
+def _focus_rows(problem: Problem) -> list[Row]:
+    """Half of all actions, by the entropy of their states: a table has logits of its own for each state.
+
+    So the gradient is the true one in the states that are kept, and 0 in the others.
+    """
+    tree, rows = problem.tree, problem.tree.rows
+    logp_XV = problem.logp_XV.detach()
+    entropy_X = -(logp_XV.exp() * logp_XV).sum(1)
+    kept_N = focus.top_entropy(entropy_X[tree.state_N], share=0.5)
+    centred_N = rows.spread(problem.reward_L - problem.value_X[0])
+    given = surrogates.policy_gradient, problem.old_N, problem.old_N, centred_N * kept_N, rows
+    found = problem.expected_gradient(ascent(*given, rows.spread(problem.probability_L)))
+    least = entropy_X[tree.state_N].sort(descending=True).values[(rows.actions + 1) // 2 - 1]
+    kept_X = (entropy_X >= least).double()
+    true_XV = problem.reward_gradient.view(tree.states, tree.vocabulary) * kept_X[:, None]
+    name = "top_entropy, half of the actions"
+    return [
+        exact(f"{name}: in the states that are kept", relative_error(found, true_XV.flatten())),
+        biased(f"{name}, against E[r]", cosine(found, problem.reward_gradient)),
     ]

@@ -19,6 +19,7 @@ from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
+from rlpost.stages.focus import focusing
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
@@ -36,13 +37,14 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
+    focused = focusing(context, cfg, learner)
     return on_policy(
         context,
         cfg,
         policy,
         samples,
         assemble=lambda rollout, step: assemble(rollout, step, cfg, correction, estimator, kl),
-        minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg), stats),
+        minimise=lambda minibatch, _: learner.update(loss, weighted(focused(minibatch), cfg), stats),
         observe=kl.observe,
         learners={"policy": learner},
         states={"beta": kl, "baseline": estimator},

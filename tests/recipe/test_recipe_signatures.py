@@ -13,7 +13,7 @@ import pytest
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS, declare, fact
 from rlpost.recipe.resolve import resolve
-from rlpost.recipe.specs.common import ADVANTAGE, SURROGATE
+from rlpost.recipe.specs.common import ADVANTAGE, FOCUS, SURROGATE
 from rlpost.recipe.specs.dpo import LOSS, MODIFIER
 from rlpost.rewards.params import REWARD
 from rlpost.usercode.binding import bind
@@ -22,7 +22,7 @@ from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import functions_in, info_of
 
 DATA = "vars.data=rows.jsonl"
-MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, LOSS, MODIFIER, REWARD)]
+MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, FOCUS, LOSS, MODIFIER, REWARD)]
 MODULES += [f"rlpost.objectives.{name}" for name in ("supervised", "reward_model", "unpaired")]
 MODULES += [f"rlpost.data.tasks.{name}" for name in ("addition", "calculator", "gsm8k", "maze", "reasoning_gym")]
 

@@ -81,6 +81,10 @@ def refusal(adding: str, *overrides: str) -> str:
         ("stages.grpo.epochs=1", "stages.grpo.epochs: grpo counts steps"),
         ("stages.sft.epochs=1", "exactly one of stages.sft.steps and stages.sft.epochs (not both)"),
         ("stages.sft.steps=null", "exactly one of stages.sft.steps and stages.sft.epochs (neither is given)"),
+        (
+            "stages.grpo={focus: {fn: top_entropy}, loss: {fn: squared_log_ratio, args: {tau: 0.1}}}",
+            "stages.grpo.focus: squared_log_ratio learns from an action whose advantage is 0",
+        ),
         ("stages.grpo.kl={placement: loss, beta: 0.1}", "k1 in the loss has an expected gradient of zero"),
         (
             "stages.grpo.kl={estimator: k3_weighted, beta: 0.1}",

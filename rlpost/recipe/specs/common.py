@@ -296,6 +296,14 @@ SURROGATE = Lookup(
     ("logp_N", "old_logp_N", "advantage_N", "rows"),
     returns="elements",
 )
+FOCUS = Lookup(
+    "focus",
+    "rlpost.objectives.focus",
+    ("logp_N", "old_logp_N", "advantage_N", "entropy_N"),
+    by_name=True,
+    some=True,
+    returns="elements",
+)
 
 
 class Grouped(Rollouts):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.common import SURROGATE, Grouped
+from rlpost.recipe.specs.common import FOCUS, SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of
@@ -21,6 +21,9 @@ class Grpo(Grouped):
     kind: str = "grpo"
     loss: Annotated[Function, SURROGATE] = Field(default_factory=lambda: Function(fn="clipped_surrogate"))
     """The loss of a token; in `rlpost/objectives/surrogates.py`."""
+    focus: Annotated[Function | None, FOCUS] = None
+    """Which tokens of an update are learned from; in `rlpost/objectives/focus.py`. All of them by default; it takes a
+    forward pass an update."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over tokens."""
 
@@ -33,5 +36,12 @@ class Grpo(Grouped):
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
-        if self.weight != Weight.sequence_mean and info_of(self.loss, SURROGATE).has("per_completion"):
+        surrogate = info_of(self.loss, SURROGATE)
+        whole = surrogate.has("per_completion")
+        if self.weight != Weight.sequence_mean and whole:
             yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"
+        if self.focus is not None and (whole or not surrogate.has("vanishes_without_advantage")):
+            yield (
+                f"{where}.focus: {self.loss.called} learns from an action whose advantage is 0 - remove it, or take a "
+                "loss that does not (vanishes_without_advantage; docs/recipes.md#functions)"
+            )
