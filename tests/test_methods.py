@@ -16,7 +16,9 @@ SHARED = {"methods/common", "methods/on_pairs", "methods/on_policy", "methods/st
 METHODS = sorted(set(packaged()) - SHARED & {n for n in packaged() if n.startswith("methods/")})
 METHODS = [name for name in METHODS if name.startswith("methods/") and name not in SHARED]
 SMALL = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
-SLOW = {f"methods/{name}" for name in ("dppo_kl", "fipo", "luspo", "mirror_descent", "top_entropy")}
+SLOW = {
+    f"methods/{name}" for name in ("dppo_kl", "fipo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy")
+}
 """Like others that run, but for a function of the objectives, which has its own tests; four seconds together."""
 TELLING = "vars.right=[{fn: pattern, name: correct, args: {regex: '^[0-4]'}}]"
 """A reward that a model which has learned nothing earns now more, now less of."""

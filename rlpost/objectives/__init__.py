@@ -17,6 +17,7 @@ from rlpost.objectives.advantages import (
     pass_at_k,
     per_reward_normalised,
     reward,
+    soft_leave_one_out,
     whiten,
 )
 from rlpost.objectives.correction import correction, off_policy_ratio
@@ -212,6 +213,7 @@ __all__ = [
     "sequence_sum",
     "simpo",
     "soft_adaptive",
+    "soft_leave_one_out",
     "sppo",
     "spread_evenly",
     "squared_log_ratio",

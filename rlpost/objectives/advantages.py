@@ -37,6 +37,7 @@ __all__ = [
     "process_normalised",
     "return_to_go",
     "reward",
+    "soft_leave_one_out",
 ]
 """Names of advantages in recipes; `ema` and `whiten` are helpers."""
 
@@ -79,6 +80,31 @@ def leave_one_out(reward_PG: Tensor) -> Tensor:
 
 
 declare(leave_one_out, compares_completions=True)
+
+
+def soft_leave_one_out(reward_PG: Tensor, *, beta: float) -> Tensor:
+    """[P, G] r_i − β·log mean e^{r_j/β} over the others: what they say of the soft value of the prompt.
+
+    The soft value β·log E[e^{r/β}], of samples of the reference, is what the best policy of E[r] − β·KL earns after its
+    KL (A*-PO, Brantley et al. 2025, arXiv:2505.20686), and the baseline with which `squared_log_ratio` is right
+    (arXiv:2602.05933); of a few samples it comes out too low. A completion's own reward has no part in it, so that it
+    costs a policy gradient no bias. Large β give `leave_one_out`, small β the best of the others.
+
+    Raises:
+        ValueError: if β is not positive.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta={beta}: the temperature of a soft value must be positive")
+    scaled_PG = torch.where(reward_PG.isnan(), -torch.inf, widen(reward_PG) / beta)
+    own_GG = torch.eye(reward_PG.shape[1], dtype=torch.bool, device=reward_PG.device)
+    others_PG = scaled_PG[:, None, :].masked_fill(own_GG, -torch.inf).logsumexp(2)
+    # Not of integers: their logarithm would be rounded to float32.
+    count_P1 = (_count(reward_PG) - 1).clamp(min=1).to(others_PG.dtype)
+    value_PG = beta * (others_PG - count_P1.log())
+    return _keep_signal(reward_PG, widen(reward_PG) - value_PG)
+
+
+declare(soft_leave_one_out, compares_completions=True)
 
 
 def greedy_baseline(reward_PG: Tensor, greedy_P: Tensor) -> Tensor:

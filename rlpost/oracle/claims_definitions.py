@@ -23,7 +23,7 @@ from rlpost.oracle.problem import Problem, relative_error
 from rlpost.oracle.report import Row, Section, exact
 
 GROUPS, SIZE = 40, 4
-EPS = 1e-4
+EPS, BETA = 1e-4, 0.3
 GAMMA, LAM = 0.9, 0.8
 Group = list[float]
 
@@ -59,6 +59,10 @@ def _advantage_rows(problem: Problem) -> list[Row]:
     def likely(g: Group) -> Group:
         return [(x - fmean(g)) / fmean(g) if fmean(g) > 0 else 0.0 for x in g]
 
+    def soft(g: Group) -> Group:
+        powers = [math.exp(x / BETA) for x in g]
+        return [x - BETA * math.log(_others(powers, i)) for i, x in enumerate(g)]
+
     def best_of_two(g: Group) -> Group:
         return [2 * (_best(g, i, True) - _best(g, i, False)) for i in range(len(g))]
 
@@ -70,6 +74,7 @@ def _advantage_rows(problem: Problem) -> list[Row]:
             lambda g: [(x - fmean(g)) / (stdev(everything) + EPS) for x in g],
         ),
         "leave_one_out": (advantages.leave_one_out(reward_PG), lambda g: [x - _others(g, i) for i, x in enumerate(g)]),
+        "soft_leave_one_out": (advantages.soft_leave_one_out(reward_PG, beta=BETA), soft),
         "max_likelihood": (advantages.max_likelihood(reward_PG), likely),
         "nonzero_rescaled": (
             advantages.nonzero_rescaled(reward_PG),

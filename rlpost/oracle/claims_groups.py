@@ -6,6 +6,7 @@ Axes: P sampled groups, G completions each, K reward functions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from rlpost.oracle.report import Row, Section, biased, exact
 
 MEAN = 0.3
 """A running mean that earlier steps have left behind."""
+BETA = 0.2
 EPS = 1e-4
 """`group_normalised`'s, beside the spread."""
 
@@ -78,9 +80,10 @@ def _exact() -> list[Claim]:
     The group's mean contains the completion's own reward: that takes 1/G of the gradient away and nothing else.
     All of it needs sums over a completion: a division by lengths, which the policy chooses, would be a bias.
     """
-    scale = "exact, scale 1"
+    scale, soft = "exact, scale 1", partial(advantages.soft_leave_one_out, beta=BETA)
     return [
         Claim("leave_one_out", _of(advantages.leave_one_out), "sequence_sum", _one, scale),
+        Claim(f"soft_leave_one_out, beta={BETA:g}", _of(soft), "sequence_sum", _one, scale),
         Claim("reward, without a baseline", _of(advantages.reward), "sequence_sum", _one, scale),
         Claim("ema_baseline", _running_mean, "sequence_sum", _one, scale),
         Claim("greedy_baseline", _greedy, "sequence_sum", _one, scale),

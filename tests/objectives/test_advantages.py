@@ -20,6 +20,7 @@ from rlpost.objectives.advantages import (
     pass_at_k,
     per_reward_normalised,
     reward,
+    soft_leave_one_out,
     whiten,
 )
 from rlpost.objectives.ragged import has_signal
@@ -40,9 +41,10 @@ def two_rewards(reward_PG):
     return per_reward_normalised(torch.stack([reward_PG, reward_PG**2], 2), torch.tensor([1.0, 0.5]))
 
 
+soft = partial(soft_leave_one_out, beta=0.5)
 CENTRED = [group_mean, group_normalised, leave_one_out, equal_lengths]
 """Of one group alone, and blind to a constant."""
-ALL = [*CENTRED, batch_normalised, max_likelihood, nonzero_rescaled, two_rewards]
+ALL = [*CENTRED, soft, batch_normalised, max_likelihood, nonzero_rescaled, two_rewards]
 
 
 def test_group_mean_by_hand():
@@ -54,6 +56,22 @@ def test_group_normalised_uses_bessels_correction():
     low, high = math.sqrt(2), math.sqrt(4.5)
     expected = [-1 / (low + 0.5), 1 / (low + 0.5), -1.5 / (high + 0.5), 1.5 / (high + 0.5)]
     assert found.flatten().tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_soft_leave_one_out_by_hand():
+    found = soft_leave_one_out(torch.tensor([[0.0, 1.0, 3.0], [2.0, NAN, 1.0]], dtype=torch.float64), beta=2.0)
+    low, middle, high = (2 * math.log((math.exp(a / 2) + math.exp(b / 2)) / 2) for a, b in ((1, 3), (0, 3), (0, 1)))
+    assert found.flatten().tolist() == pytest.approx([0 - low, 1 - middle, 3 - high, 1.0, 0.0, -1.0], abs=1e-14)
+
+
+def test_a_soft_value_lies_between_the_mean_and_the_best():
+    rewards = torch.tensor([[0.0, 1.0, 0.5, 0.2]], dtype=torch.float64)
+    assert torch.allclose(soft_leave_one_out(rewards, beta=1e6), leave_one_out(rewards), rtol=0, atol=1e-6)
+    best = torch.tensor([[-1.0, 0.5, -0.5, -0.8]], dtype=torch.float64)
+    assert torch.allclose(soft_leave_one_out(rewards, beta=1e-5), best, rtol=0, atol=2e-5)
+    assert soft_leave_one_out(1e4 * rewards.float(), beta=1e-2).isfinite().all()
+    with pytest.raises(ValueError, match="beta=0"):
+        soft_leave_one_out(rewards, beta=0.0)
 
 
 @pytest.mark.parametrize("group_size", [2, 3, 4, 7])

@@ -14,7 +14,7 @@ METHODS = {
     "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
     "kl": "k1 k2 k3 k3_weighted kl_in_reward full_kl adaptive",
     "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
-        pass_at_k nonzero_rescaled per_reward_normalised ema_baseline whiten""",
+        pass_at_k nonzero_rescaled per_reward_normalised ema_baseline soft_leave_one_out whiten""",
     "credit": "Steps return_to_go gae monte_carlo_values process process_normalised potential_shaping",
     "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
         divergence_masked sequence_soft tapered squared_log_ratio future_weighted""",
