@@ -31,7 +31,7 @@ Objective = Callable[[Tensor], Tensor]
 
 
 def completion_section(problem: Problem) -> Section:
-    """Surrogates of the ratio of a whole completion, off the policy that sampled; and what GSPO's weight does to it."""
+    """Surrogates of a whole completion's ratio, off the policy that sampled; GSPO's weight; a choice among actions."""
     sampled = Sampled(problem)
     log_w_L = problem.tree.rows.sum(problem.old_N - problem.reference_N)
     largest = float(log_w_L.abs().max())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rlpost.objectives import advantages, kl, preference, supervised, surrogates
+from rlpost.objectives.correction import off_policy_ratio
 from rlpost.oracle import claims_values
 from rlpost.oracle.report import Report
 from rlpost.oracle.verify import verify
@@ -80,7 +81,13 @@ def pulled(logit_N, label_N, rows):
     return 0.5 * (value_N - next_N).square()
 
 
+def weighed(logp_N, old_logp_N, advantage_N, rows, *, cap=1.0):
+    """A truncated ratio for good completions as well."""
+    return -off_policy_ratio(logp_N.detach(), old_logp_N, rows).clamp(max=cap) * advantage_N * logp_N
+
+
 WRONG = {
+    "off-policy: tapered": (surrogates, "tapered", weighed),
     "off-policy: clipped_surrogate": (surrogates, "clipped_surrogate", optimistic),
     "bellman_residual at the true V": (claims_values, "bellman_residual", pulled),
     "gradient of dpo": (preference, "dpo", lambda pairs, *, beta, epsilon=0.0: (1 - beta * pairs.margin_P) ** 2),
