@@ -41,16 +41,16 @@ def run(app: typer.Typer) -> NoReturn:
     except Exception as error:
         code = _unexpected(error)
     code = code if isinstance(code, int) else 0
-    if ranks.count() > 1 and _ELASTIC in os.environ:
+    if (ranks.count() > 1 and _ELASTIC in os.environ) or "vllm" in sys.modules:
         _end(code)
     sys.exit(code)
 
 
 def _end(code: int) -> NoReturn:
-    """End one of several ranks as `sys.exit` does, but leave its memory to the system.
+    """End as `sys.exit` does, but leave the process's memory to the system.
 
-    Of gloo's threads one may still run when what they stand on is taken down, and abort the process: its launcher would
-    say that the rank was killed.
+    Of gloo's threads one may still run when what they stand on is taken down, and abort a rank: its launcher would say
+    that it was killed. And what vLLM has loaded lists on stderr all that is left of it.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -205,7 +205,7 @@ def test_a_failure_of_the_environment_stops_all_episodes_or_ends_its_own(environ
 
 @pytest.mark.parametrize("name", ["loses_its_process", "loses_it_in_turn"])
 def test_episodes_that_a_lost_process_had_replied_to_are_lost_with_it(environment, name):
-    with pytest.raises(RewardError, match="environment: (ended|was lost with|lost) its process"):
+    with pytest.raises(RewardError, match=r"environment: (ended|was lost with|lost) its process"):
         episodes(Scripted(), environment(name))
     end_all()
     lenient = environment(name, OnFailure.unscored)
