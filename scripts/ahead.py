@@ -4,7 +4,7 @@
 
 Two workloads. `addition`: GRPO of recipes/demo.yaml from its SFT model. `environment`: GRPO of a model of 25 million
 weights, four passes over 16 episodes of recipes/calculator.yaml's kind, whose environment takes a random time for each
-reply: lognormal, half a second on average.
+reply, many at once: lognormal, half a second on average.
 
 Times: the mean seconds of a step, of `--timed` steps after the first ones (filling what is ahead, and loading), by
 staleness 0, 1 and 4 in turn, `--rounds` times; printed is the median of each round's ratio to staleness 0 on one
@@ -28,18 +28,18 @@ STALENESS = (0, 1, 4)
 SETTINGS = {"0, one thread": (0, 1), "0, two threads": (0, 2), "1": (1, 2), "4": (4, 2)}
 """Name -> staleness, and threads of the whole run."""
 SLOW = """\
+import asyncio
 import math
 import random
-import time
 
 from rlpost.data.tasks import calculator
 
 MEAN, SPREAD = 0.5, 0.8
 
 
-def reply(text, turns):
+async def reply(text, turns):
     if len(turns) == 1:
-        time.sleep(random.lognormvariate(math.log(MEAN) - SPREAD**2 / 2, SPREAD))
+        await asyncio.sleep(random.lognormvariate(math.log(MEAN) - SPREAD**2 / 2, SPREAD))
     return calculator.reply(text, turns)
 
 

@@ -29,6 +29,7 @@ from rlpost.recipe.specs.trpo import Trpo
 from rlpost.recipe.specs.value import Value
 from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
 from rlpost.stages.advantage import AdvantageEstimator
+from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.params import Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
@@ -188,7 +189,8 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         policy, rollout = learner.model, rollout_of(groups, share)
         estimator = AdvantageEstimator(world, cfg, policy, None)
-        experience = grpo.assemble(rollout, 0, cfg, policy, estimator, penalty)
+        correction = SamplerCorrection(world, cfg, policy)
+        experience = grpo.assemble(rollout, 0, cfg, correction, estimator, penalty)
         return Update(loss, weighted(experience, cfg), stats)
 
     return Case(groups, prepare)
@@ -209,9 +211,10 @@ def with_critic(world: World, critic: bool) -> Case:
     loss = ppo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
     stats = LogitStats(SAMPLING.temperature, entropy=True)
 
-    def prepare(share: Sequence[int], _: Learner) -> Update:
+    def prepare(share: Sequence[int], learner: Learner) -> Update:
         # The values are those of a critic that has moved since.
-        experience = ppo.assemble(rollout_of(groups, share), cfg, world.scalar(step=SAMPLER), penalty)
+        critic_then, correction = world.scalar(step=SAMPLER), SamplerCorrection(world, cfg, learner.model)
+        experience = ppo.assemble(rollout_of(groups, share), cfg, correction, critic_then, penalty)
         experience = weighted(experience, cfg)
         return Update(ppo.critic_loss_of(cfg), experience) if critic else Update(loss, experience, stats)
 
@@ -250,7 +253,8 @@ def trust_region(world: World, measure: Callable[[Learner, Update], Measured]) -
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         policy, rollout = learner.model, rollout_of(groups, share)
         estimator = AdvantageEstimator(world, cfg, policy, None)
-        experience = trpo.assemble(rollout, 0, cfg, policy, estimator, penalty)
+        correction = SamplerCorrection(world, cfg, policy)
+        experience = trpo.assemble(rollout, 0, cfg, correction, estimator, penalty)
         experience = weighted(experience, cfg)
         old_NV = learner.evaluate_no_grad(lambda output, _part: output.distribution_NV, experience, stats)
         return Update(trpo.surrogate, experience.with_actions(old_NV=old_NV), stats)

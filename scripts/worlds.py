@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from families import VOCABULARY, EndTokenOnly, tiny
 
-from rlpost.engine.params import Sampling
+from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.policy.adapters import add_policy_adapter
 from rlpost.policy.attention import FLAT, use_attention
 from rlpost.policy.batch import Batch
@@ -89,8 +89,11 @@ class Memory:
 class World:
     """The models of one family and precision, full or with LoRA, on a device.
 
-    To a stage's functions it is the context: functions and a reference.
+    To a stage's functions it is the context: functions, a reference, the local engine.
     """
+
+    name = "world"
+    rollouts = EngineChoice()
 
     def __init__(
         self, family: str, dtype: torch.dtype, device: torch.device | str = "cpu", *, lora: bool = False
