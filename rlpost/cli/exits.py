@@ -41,7 +41,7 @@ def run(app: typer.Typer) -> NoReturn:
     except Exception as error:
         code = _unexpected(error)
     code = code if isinstance(code, int) else 0
-    if (ranks.count() > 1 and _ELASTIC in os.environ) or "vllm" in sys.modules:
+    if (ranks.count() > 1 and _ELASTIC in os.environ) or "triton" in sys.modules:
         _end(code)
     sys.exit(code)
 
@@ -50,7 +50,7 @@ def _end(code: int) -> NoReturn:
     """End as `sys.exit` does, but leave the process's memory to the system.
 
     Of gloo's threads one may still run when what they stand on is taken down, and abort a rank: its launcher would say
-    that it was killed. And what vLLM has loaded lists on stderr all that is left of it.
+    that it was killed. And Triton, which PyTorch and vLLM load, lists on stderr all that is left of it.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
