@@ -94,11 +94,19 @@ class Client:
         return answer
 
     def close(self) -> None:
-        """End connections and the thread."""
-        self.run(self._http.aclose())
+        """End requests that are under way, connections and the thread."""
+        self.run(self._ended())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _ended(self) -> None:
+        """Whoever waits for an answer in another thread is told that it was cancelled."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._http.aclose()
 
 
 def _message(answer: httpx2.Response) -> str:

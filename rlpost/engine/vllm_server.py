@@ -90,6 +90,7 @@ class VllmServer:
         self._tag = token_hex(4)
         self._name = ""
         self._version: int | None = None
+        self._closed = False
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """See `Engine.update_weights`.
@@ -121,8 +122,13 @@ class VllmServer:
         return await self._client.awaited(self._completions(request))
 
     def close(self) -> None:
-        """Leave the servers: a user's one without this run's adapter, a started one for the run's next engine."""
-        self._version = None
+        """Leave the servers: a user's one without this run's adapter, a started one for the run's next engine.
+
+        Whoever waits for answers in another thread waits no longer. Closing it again does nothing.
+        """
+        if self._closed:
+            return
+        self._closed, self._version = True, None
         if ranks.is_first():
             if self._adapter and self._name:
                 self._client.run(self._forget(self._servers, self._name))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import ClassVar
 
@@ -310,6 +312,29 @@ def test_weights_are_staged_while_requests_run(policy, server):
     assert after.weights_version == 1
     assert gap(policy, asked, [(after,)]) > 0.05
     assert after.ids.tolist() != more[0].ids.tolist() or abs(after.logprobs - more[0].logprobs).max() > 0.05
+
+
+def test_closing_it_ends_what_another_thread_waits_for_and_may_be_done_twice(policy, server):
+    engine = engine_of(policy, server)
+    engine.update_weights(policy, 0)
+    server.together = 2  # so that one request alone has no answer
+    ended: list[BaseException] = []
+
+    def sample() -> None:
+        try:
+            engine.generate(requests(1))
+        except BaseException as error:
+            ended.append(error)
+
+    sampling = threading.Thread(target=sample)
+    sampling.start()
+    while not server._waiting:
+        time.sleep(0.01)
+    engine.close()
+    engine.close()
+    sampling.join()
+    assert isinstance(ended[0], CancelledError)
+    server._waiting.pop().set()  # its own thread goes on
 
 
 def test_requests_before_weights_are_refused(policy, server):
