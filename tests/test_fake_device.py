@@ -79,6 +79,7 @@ def rows(*words: str) -> dict[str, tuple[str, int, int]]:
     return {m["name"]: (m["how"], int(m["waits"]), int(m["copies"])) for m in ROW.finditer(found.stdout)}
 
 
+@pytest.mark.slow
 def test_an_update_waits_twice_in_one_part_and_in_many():
     """On a device that refuses to be mixed with the CPU, and counts what reads it."""
     found = rows("-c", TOLD)

@@ -355,6 +355,7 @@ def test_another_number_than_the_launchers_is_refused(recipe: Path):
         rlpost.train(str(recipe), ["parallel.processes=2"])
 
 
+@pytest.mark.slow
 def test_a_run_whose_rank_is_killed_ends_and_goes_on(recipe: Path, tmp_path: Path):
     words = ["train", str(recipe), "stages.sft.steps=400", "stages.sft.checkpoint_every=5"]
     process = launched(tmp_path, words)

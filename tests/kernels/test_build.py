@@ -48,6 +48,7 @@ def test_the_switch_turns_them_off(anew, monkeypatch):
 needs_compiler = pytest.mark.skipif(bool(build.why_none()), reason=f"no compiled functions here: {build.why_none()}")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_it_is_compiled_once_and_for_every_source_anew(anew, monkeypatch, tmp_path):
     assert not build.why_none()
