@@ -61,6 +61,11 @@ class Completion:
     """Its score in a ranking of its group; None if it is not ranked."""
     weights_version: int | None
     """Version of the weights it was sampled with; None for data we did not sample."""
+    step_rewards: NDArray[np.float64]
+    """[K] what the environment gave each step, which is a turn of the model; empty if it gives none."""
+    messages: tuple[Mapping[str, Any], ...]
+    """Of an episode with messages: what was said after the prompt. The model's also hold `reward`, `info` and
+    `tool_calls`, where there are such."""
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class Completion:
         label: bool | None = None,
         score: float | None = None,
         weights_version: int | None = None,
+        step_rewards: ArrayLike = (),
+        messages: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Sequences become arrays; arrays that could be written to are copied.
 
@@ -93,6 +100,8 @@ class Completion:
         put(self, "label", label)
         put(self, "score", score)
         put(self, "weights_version", weights_version)
+        put(self, "step_rewards", _frozen(step_rewards, "float64"))
+        put(self, "messages", tuple(messages))
         self._check()
 
     def _check(self) -> None:
@@ -102,8 +111,11 @@ class Completion:
             raise ValueError(f"a completion of {self.actions} actions has {len(self.logprobs)} log-probabilities")
         if len(self.steps) and self.steps.sum() != self.actions:
             raise ValueError(f"a completion of {self.actions} actions has steps of {self.steps.tolist()}")
-        if len(self.step_labels) not in (0, len(self.steps)):
-            raise ValueError(f"a completion of {len(self.steps)} steps has {len(self.step_labels)} labels of steps")
+        for name in ("step_labels", "step_rewards"):
+            count = len(getattr(self, name))
+            if count not in (0, len(self.steps)):
+                what = name.removeprefix("step_")
+                raise ValueError(f"a completion of {len(self.steps)} steps has {count} {what} of steps")
 
     @property
     def actions(self) -> int:
@@ -127,9 +139,10 @@ class Completion:
 
     def digest(self) -> bytes:
         """A digest of 16 bytes of all fields: equal if completions are the same."""
-        arrays = self.ids, self.action, self.logprobs.astype("float64"), self.steps, self.step_labels
-        values = self.text, self.finish, self.reward, self.label, self.score, self.weights_version
-        return _digest(values, *(a.tobytes() for a in arrays))
+        by_action = self.ids, self.action, self.logprobs.astype("float64")
+        by_step = self.steps, self.step_labels, self.step_rewards
+        values = self.text, self.finish, self.reward, self.label, self.score, self.weights_version, self.messages
+        return _digest(values, *(a.tobytes() for a in (*by_action, *by_step)))
 
 
 @dataclass(frozen=True, eq=False, init=False)

@@ -10,7 +10,14 @@ import pytest
 
 from rlpost.types import Completion, Group
 
-ARRAYS = {"ids": np.int32, "action": np.bool_, "logprobs": np.float64, "steps": np.int32, "step_labels": np.float64}
+ARRAYS = {
+    "ids": np.int32,
+    "action": np.bool_,
+    "logprobs": np.float64,
+    "steps": np.int32,
+    "step_labels": np.float64,
+    "step_rewards": np.float64,
+}
 WHOLE = Completion(
     [9, 12, 4, 2],
     [True, False, True, True],
@@ -23,6 +30,8 @@ WHOLE = Completion(
     label=True,
     score=2.0,
     weights_version=3,
+    step_rewards=[0.5, 0.0],
+    messages=[{"role": "assistant", "content": "580", "reward": 0.5}],
 )
 OTHERWISE: dict[str, Any] = {
     "ids": np.array([9, 12, 5, 2], np.int32),
@@ -36,6 +45,8 @@ OTHERWISE: dict[str, Any] = {
     "label": False,
     "score": -2.0,
     "weights_version": 4,
+    "step_rewards": np.array([0.0, 0.5]),
+    "messages": ({"role": "assistant", "content": "580", "reward": 0.0},),
 }
 
 
@@ -103,6 +114,7 @@ def test_tokens_do_not_move_between_fields_unseen():
         ({"logprobs": [-0.5]}, "3 actions has 1 log-probabilities"),
         ({"steps": [1, 1]}, r"3 actions has steps of \[1, 1\]"),
         ({"step_labels": [1.0]}, "2 steps has 1 labels of steps"),
+        ({"step_rewards": [1.0]}, "2 steps has 1 rewards of steps"),
         ({"ids": [[1, 2], [3, 4]]}, "expected a row of numbers"),
     ],
 )

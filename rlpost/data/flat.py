@@ -28,7 +28,14 @@ Array = NDArray[Any]
 ABOUT = "about.json"
 _LARGE = 1 << 32
 """Ends below this are stored in four bytes."""
-_PIECES = {"text": np.uint8, "finish": np.uint8, "logprobs": np.float64, "steps": np.int32, "step_labels": np.float64}
+_PIECES = {
+    "text": np.uint8,
+    "finish": np.uint8,
+    "logprobs": np.float64,
+    "steps": np.int32,
+    "step_labels": np.float64,
+    "step_rewards": np.float64,
+}
 """Arrays that completions may have, with their types; text is UTF-8."""
 _NUMBERS = ("reward", "label", "score")
 """Numbers that a completion may have, NaN where it has none."""

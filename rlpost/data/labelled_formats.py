@@ -134,7 +134,14 @@ def encode_recorded(row: Row, codec: Codec, location: str) -> Group:
             )
         text, finish = (_text(c, key, where) for key in ("text", "finish"))
         reward = None if c.get("reward") is None else _number(c["reward"], "reward", where)
-        completions.append(Completion(ids, action, text, finish, logprobs, reward=reward))
+        steps, given = (
+            tuple(_number(x, key, where) for x in _list({key: c.get(key) or ()}, key, where))
+            for key in ("steps", "step_rewards")
+        )
+        if sum(steps) not in (0, sum(action)) or len(given) not in (0, len(steps)):
+            raise DataError(f"{where}: {len(given)} step_rewards and steps of {sum(steps)} actions do not fit together")
+        lengths = [int(x) for x in steps]
+        completions.append(Completion(ids, action, text, finish, logprobs, lengths, reward=reward, step_rewards=given))
     return Group(prompt, completions, example)
 
 

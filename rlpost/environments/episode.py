@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,9 @@ class Episode:
     """One completion as it grows."""
 
     group: Group
+    """Its prompt, without completions."""
+    prompt_seed: int
+    """The same for all episodes of a prompt."""
     seed: int
     limits: Limits
     ids: list[int] = field(default_factory=list)
@@ -37,6 +41,12 @@ class Episode:
     logprobs: list[float] = field(default_factory=list)
     turns: list[str] = field(default_factory=list)
     """The model's, as text."""
+    turn_actions: list[int] = field(default_factory=list)
+    """Actions of each of them."""
+    turn_rewards: dict[int, float] = field(default_factory=dict)
+    """What the environment gave turns, by their numbers."""
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    """What was said after the prompt."""
     finish: str = ""
     """Empty until it has ended."""
     weights_version: int | None = None
@@ -63,19 +73,34 @@ class Episode:
         self.action += turn.action.tolist()
         self.logprobs += turn.logprobs.tolist()
         self.turns.append(turn.text)
+        self.turn_actions.append(turn.actions)
+        self.messages.append({"role": "assistant", "content": turn.text})
         if turn.finish == "length" or len(self.turns) == self.limits.turns:
             self.finish = turn.finish
 
     def arguments(self) -> dict[str, Any]:
-        """What an environment may be told of the model's last turn."""
+        """What a function of an environment may be told of the model's last turn."""
         return {"text": self.turns[-1], "turns": list(self.turns), "example": self.group.example}
+
+    def note(self, reward: float | None, info: Mapping[str, Any]) -> None:
+        """Note what the environment gave the model's last turn, beside what it had before, and said about it."""
+        turn = next(m for m in reversed(self.messages) if m["role"] == "assistant")
+        if reward is not None:
+            number = len(self.turns) - 1
+            self.turn_rewards[number] = turn["reward"] = self.turn_rewards.get(number, 0.0) + reward
+        if info:
+            turn["info"] = {**turn.get("info", {}), **info}
 
     def add_reply(self, reply: str | None, codec: Codec) -> None:
         """Append the environment's reply, as tokens that are no actions; None, or no room for it, ends the episode."""
         if reply is None:
             self.finish = "stop"
             return
-        ids = codec.ids(reply, "the environment's reply")
+        self.messages.append({"role": "environment", "content": reply})
+        self.add_ids(codec.ids(reply, "the environment's reply"))
+
+    def add_ids(self, ids: Sequence[int]) -> None:
+        """Append tokens that are no actions, or end the episode if they leave no room for another turn."""
         used = len(self.ids) + len(ids)
         # The next turn needs room for at least one token.
         if used >= self.limits.sampling.max_new_tokens or len(self.group.prompt) + used >= self.limits.max_positions:
@@ -91,4 +116,15 @@ class Episode:
     def completion(self) -> Completion:
         """The whole episode as a completion; its text, which rewards read, is the last turn's."""
         text = self.turns[-1] if self.turns else ""
-        return Completion(self.ids, self.action, text, self.finish, self.logprobs, weights_version=self.weights_version)
+        given = [self.turn_rewards.get(number, 0.0) for number in range(len(self.turns))] if self.turn_rewards else ()
+        return Completion(
+            self.ids,
+            self.action,
+            text,
+            self.finish,
+            self.logprobs,
+            steps=self.turn_actions,
+            weights_version=self.weights_version,
+            step_rewards=given,
+            messages=self.messages,
+        )

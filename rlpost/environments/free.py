@@ -11,27 +11,27 @@ from typing import Any
 
 from rlpost.engine.api import FreeEngine
 from rlpost.environments.episode import Episode
-from rlpost.environments.replies import Replies
+from rlpost.environments.responder import Responder
 
 
-def run_freely(engine: FreeEngine, replies: Replies, episodes: Sequence[Episode]) -> None:
+def run_freely(engine: FreeEngine, responder: Responder, episodes: Sequence[Episode]) -> None:
     """Take the episodes to their ends.
 
     Raises:
         EngineError: generation failed; the other episodes are cancelled, as with all that is raised.
         RewardError: the environment failed, and its failures stop the run.
     """
-    _in_a_loop(_all([_live(engine, replies, episode) for episode in episodes]))
+    _in_a_loop(_all([_live(engine, responder, episode) for episode in episodes]))
 
 
-async def _live(engine: FreeEngine, replies: Replies, episode: Episode) -> None:
+async def _live(engine: FreeEngine, responder: Responder, episode: Episode) -> None:
     """One episode; another one's call may lose the process that replies, and end it."""
     while not episode.finish:
         (turn,) = await engine.complete(episode.request())
         if not episode.finish:
             episode.add_turn(turn)
         if not episode.finish:
-            await replies.ask_one(episode)
+            await responder.ask_one(episode)
 
 
 async def _all(lives: Sequence[Coroutine[Any, Any, None]]) -> None:

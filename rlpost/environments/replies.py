@@ -1,4 +1,4 @@
-"""An environment's replies to episodes: asked for one at a time or for several, and what becomes of those that fail."""
+"""The replies of an environment that is a function: asked for alone or together, and what becomes of failures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlpost.usercode.calls import GIVE_UP, CallError, Failed, Remote, Reply, unt
 
 
 class Replies:
-    """The replies of one environment to some episodes.
+    """The replies of one function to some episodes.
 
     It may hold state of an episode: if its process dies, all unfinished episodes it has replied to fail.
     """
@@ -29,6 +29,12 @@ class Replies:
         """Lives of processes that were lost."""
         self._in_a_row: set[int] = set()
         """Those lost since the last reply."""
+
+    def begin(self, episodes: Sequence[Episode]) -> None:
+        """They begin with the rows' prompts."""
+
+    def end(self, episodes: Sequence[Episode]) -> None:
+        """Nothing is kept of them here."""
 
     def ask(self, episodes: Sequence[Episode]) -> None:
         """Add a reply to each of these, or end it.
@@ -47,7 +53,7 @@ class Replies:
         """In order; up to the first failure if failures stop the run."""
         remote, calls = self._environment.call, [self._arguments(e) for e in episodes]
         if not isinstance(remote, Remote):
-            return (Reply(_call_here(remote, call)) for call in calls)
+            return (Reply(call_here(remote, call)) for call in calls)
         seeds, lives = [e.next_seed for e in episodes], [e.life for e in episodes]
         try:
             return remote.seeded(calls, seeds, lives, keep_going=self._environment.unscored)
@@ -57,7 +63,7 @@ class Replies:
     async def _once(self, episode: Episode) -> Reply:
         remote, call = self._environment.call, self._arguments(episode)
         if not isinstance(remote, Remote):
-            return Reply(_call_here(remote, call))
+            return Reply(call_here(remote, call))
         try:
             while len(self._in_a_row) < GIVE_UP:
                 if reply := await remote.once(call, episode.next_seed, episode.life):
@@ -91,7 +97,8 @@ class Replies:
             episode.fail()
 
 
-def _call_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
+def call_here(environment: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """What a function of rlpost returns in this process, or a Failed."""
     try:
         return environment(**{n: dict(value) if n == "example" else value for n, value in call.items()})
     except RlpostError:

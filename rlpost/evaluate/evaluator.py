@@ -16,6 +16,7 @@ from rlpost.engine.api import Engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import Collect, collector
+from rlpost.environments.scoring import scored
 from rlpost.evaluate.params import Evaluation
 from rlpost.evaluate.statistics import Estimate, clustered_mean, clustered_share, pass_at_k
 from rlpost.policy.judge import AnyJudge
@@ -67,7 +68,9 @@ class Answers:
         """One row an answer, for samples.jsonl."""
         for p, (group, prompt) in enumerate(zip(self.groups, prompts, strict=True)):
             for g, completion in enumerate(group.completions):
-                judged = {} if self.judged is None else {"judged": self.judged[p][g]}
+                extra: dict[str, Any] = {} if self.judged is None else {"judged": self.judged[p][g]}
+                if completion.messages:
+                    extra["messages"] = [dict(message) for message in completion.messages]
                 yield {
                     "mode": self.mode,
                     "prompt": prompt,
@@ -76,7 +79,7 @@ class Answers:
                     "tokens": len(completion.ids),
                     "reward": self.scores.total[p][g],
                     "rewards": {name: values[p][g] for name, values in self.scores.by_name.items()},
-                    **judged,
+                    **extra,
                     "example": dict(group.example),
                 }
 
@@ -125,7 +128,7 @@ def evaluate(
         sampling = greedy(cfg.sampling) if mode == "greedy" else cfg.sampling
         groups = _answer(collect, prompts, n, mode, sampling, cfg.batch, seed)
         judged = judge.by_group(groups) if judge is not None and n > 1 else None
-        answers.append(Answers(mode, groups, scorer.score(groups), judged))
+        answers.append(Answers(mode, groups, scored(scorer, groups, policy), judged))
     return Result({a.mode: summarise(a, scorer.rewards[0].name, cfg) for a in answers}, tuple(answers))
 
 

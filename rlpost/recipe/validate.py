@@ -14,6 +14,7 @@ from rlpost.recipe.functions import functions_of
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
 from rlpost.recipe.schema import Recipe
 from rlpost.recipe.specs.common import Rollouts
+from rlpost.rewards.of_environment import environment_problems
 from rlpost.rewards.params import reward_leaves
 from rlpost.section import join, walk
 from rlpost.train.params import OptimizerName, Strategy
@@ -135,6 +136,7 @@ def _evaluation(evaluation: Evaluation, recipe: Recipe) -> Iterator[str]:
     where, stages = "evaluation", recipe.stages
     yield from source_problems(evaluation.data, f"{where}.data", None)
     yield from reward_problems(evaluation.rewards, where, None)
+    yield from environment_problems(evaluation.rewards, evaluation.environment, where)
     trained = [stage for stage in recipe.enabled().values() if hasattr(stage, "eval_every")]
     longest = max((stage.steps or evaluation.every for stage in trained), default=0)
     if evaluation.every > longest:

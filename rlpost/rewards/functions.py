@@ -6,6 +6,7 @@ unscored.
 """
 
 from rlpost.rewards.code import code
+from rlpost.rewards.episodes import environment_reward
 from rlpost.rewards.judge import judge
 from rlpost.rewards.math import math_answer
 from rlpost.rewards.models import process_reward_model, process_steps, reverse_likelihood, reward_model
@@ -14,6 +15,7 @@ from rlpost.rewards.text import ends, length, pattern, repetition
 __all__ = [
     "code",
     "ends",
+    "environment_reward",
     "judge",
     "length",
     "math_answer",

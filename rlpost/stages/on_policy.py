@@ -33,7 +33,8 @@ from rlpost.stages.params import Kl, KlEstimator, KlPlacement
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
-from rlpost.train.loop import Loop, Stateful, show_samples
+from rlpost.train.loop import Loop, Stateful
+from rlpost.train.rollout_rows import show_samples
 from rlpost.types import completions
 from rlpost.usercode.params import Function
 

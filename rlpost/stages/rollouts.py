@@ -18,10 +18,11 @@ from torch import Tensor
 from rlpost.console import Spell
 from rlpost.data.dataset import Dataset
 from rlpost.data.formats import DataRole
-from rlpost.data.step_split import split_steps, step_texts
+from rlpost.data.step_split import split_steps
 from rlpost.engine.api import Engine
 from rlpost.engine.sampling import greedy
 from rlpost.environments.loop import collector
+from rlpost.environments.scoring import scored
 from rlpost.errors import DataError, RecipeError
 from rlpost.objectives.ragged import has_signal
 from rlpost.policy.policy import Policy
@@ -193,7 +194,7 @@ class Sampler:
         environment = context.function(cfg, "environment") if cfg.environment else None
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
-        self._collect = collector(self.engine, policy, environment, cfg.max_turns, keep=keep)
+        self._collect = collector(self.engine, policy, environment, cfg.max_turns, longest=room, keep=keep)
         self._seconds = 0.0
 
     @property
@@ -325,13 +326,6 @@ class Recorded:
         return rollout_of(groups, rewards, weights, self.cfg.mask_truncated)
 
 
-def scored(scorer: Scorer, groups: Sequence[Group], policy: Policy) -> RewardBatch:
-    """The rewards of any completions, by step too if they are split into steps."""
-    if not any(len(c.steps) for c in completions(groups)):
-        return scorer.score(groups)
-    return scorer.score(groups, steps=[step_texts(c, policy.tokenizer, policy.end_ids) for c in completions(groups)])
-
-
 def rollout_of(
     groups: Sequence[Group], rewards: RewardBatch, weights: Mapping[str, float], mask_truncated: bool
 ) -> Rollout:
@@ -356,7 +350,7 @@ def learned_from(groups: Sequence[Group], mask_truncated: bool = False) -> tuple
 
 
 def _without_actions(completion: Completion) -> Completion:
-    nothing = {name: getattr(completion, name)[:0] for name in ("logprobs", "steps", "step_labels")}
+    nothing = {name: getattr(completion, name)[:0] for name in ("logprobs", "steps", "step_labels", "step_rewards")}
     return replace(completion, action=np.zeros(len(completion.ids), np.bool_), **nothing)
 
 

@@ -16,13 +16,13 @@ from rlpost.data.step_split import split_steps, step_starts, step_texts
 from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
 from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
+from rlpost.environments.scoring import scored
 from rlpost.errors import DataError
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.step_labels import StepLabels
 from rlpost.rewards.score import Scorer
 from rlpost.stages.context import Context
 from rlpost.stages.generate_dataset import generate_dataset
-from rlpost.stages.rollouts import scored
 from rlpost.types import Group, completions
 
 AT_ONCE = 64

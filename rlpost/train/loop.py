@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rlpost import console, ranks
-from rlpost.data.messages import question
 from rlpost.errors import DivergedError, Interrupted, ModelError, RecipeError
 from rlpost.policy.identity import Inputs, first_difference
 from rlpost.policy.pissa import INITIAL
@@ -28,6 +27,7 @@ from rlpost.trackers.mirrors import Mirrors
 from rlpost.train.evaluation import StageEvaluation
 from rlpost.train.learner import Learner
 from rlpost.train.random_state import random_states, set_random_states
+from rlpost.train.rollout_rows import rollout_row
 from rlpost.train.symptoms import Watch
 from rlpost.train.throughput import SPEED, Throughput, shown
 from rlpost.types import Group
@@ -210,7 +210,7 @@ class Loop:
     @first_writes
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         """Save this step's samples with their rewards."""
-        self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(_rollout_row, groups)))
+        self._mirrors.rollouts(self._title, self._out.rollouts(step + 1, map(rollout_row, groups)))
 
     @property
     def about_result(self) -> dict[str, Any]:
@@ -359,32 +359,3 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 def _files(learner: str) -> tuple[str, str]:
     """Names of the files that hold a learner's weights and optimiser in a checkpoint."""
     return ("weights", "optimizer") if learner == POLICY else (f"{learner}_weights", f"{learner}_optimizer")
-
-
-def show_samples(step: int, groups: Sequence[Group], tokenizer: Any) -> None:
-    """A table with the first completion of a few groups and its reward."""
-    rows = []
-    for group in groups[:4]:
-        first = group.completions[0]
-        prompt = question(group.example) or tokenizer.decode(group.prompt.tolist())
-        rows.append((prompt, first.text, "unscored" if first.reward is None else f"{first.reward:.3g}"))
-    console.samples(f"samples at step {step + 1}", rows)
-
-
-def _rollout_row(group: Group) -> dict[str, Any]:
-    return {
-        "prompt": group.prompt.tolist(),
-        "example": dict(group.example),
-        "completions": [
-            {
-                "text": c.text,
-                "reward": c.reward,
-                "finish": c.finish,
-                "ids": c.ids.tolist(),
-                "action": c.action.astype(int).tolist(),
-                "logprobs": c.logprobs.tolist(),
-                "weights_version": c.weights_version,
-            }
-            for c in group.completions
-        ],
-    }

@@ -23,6 +23,7 @@ from rlpost.section import Section, join, marked, walk
 from rlpost.suggest import hint_or_list, shortened
 from rlpost.usercode import gym, signatures
 from rlpost.usercode.bound import Bound
+from rlpost.usercode.episodes import as_function, is_environment
 from rlpost.usercode.here import UsersFile
 from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
 from rlpost.usercode.places import OF_FILE, users_file
@@ -92,6 +93,7 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     if module == _GYM and not gym.installed():
         raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
     call = getattr(importlib.import_module(module), name)
+    call = as_function(call, here=True) if is_environment(call) else call
     if ready := getattr(call, "ready", None):  # it checks its arguments now, and keeps something from call to call
         return Bound(ready(function.args, f"{where}.args", base), name, where)
     return Bound(partial(call, **function.args) if function.args else call, name, where)
@@ -211,7 +213,8 @@ def _check_named(own: list[str], name: str, lookup: Lookup, where: str) -> None:
             )
         return
     if not own if lookup.some else set(own) != set(lookup.supplied):
-        wanted = f"{'some of ' * lookup.some}({', '.join(lookup.supplied)})"
+        told = [given for given in lookup.supplied if not given.startswith("_")]
+        wanted = f"{'some of ' * lookup.some}({', '.join(told)})"
         raise RecipeError(
             f"{where}.{lookup.key}: {name!r} takes ({', '.join(own)}) - a `{lookup.name}` function takes {wanted}"
         )

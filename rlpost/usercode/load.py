@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rlpost.usercode.episodes import as_function, is_environment
+
 
 def load(file: Path, digest: str) -> ModuleType:
     """The user's file as a module, loaded once per content; `digest` is its sha256. Raises what the file raises."""
@@ -35,12 +37,15 @@ def load(file: Path, digest: str) -> ModuleType:
 
 
 def public_functions(module: ModuleType) -> dict[str, Any]:
-    """The functions that a recipe may name: those defined in the module, or in `__all__` of one of rlpost's."""
+    """The functions that a recipe may name: those defined in the module, or in `__all__` of one of rlpost's.
+
+    A class environment is one, too; made anew each time, with its episodes.
+    """
     exported = getattr(module, "__all__", None) if module.__name__.startswith("rlpost.") else None
     return {
-        key: value
+        key: as_function(value) if is_environment(value) else value
         for key, value in vars(module).items()
-        if inspect.isfunction(value)
+        if (inspect.isfunction(value) or is_environment(value))
         and not key.startswith("_")
         and (value.__module__ == module.__name__ if exported is None else key in exported)
     }

@@ -38,7 +38,6 @@ class Lookup:
 
 
 TASKS = "rlpost.data.tasks"
-ENVIRONMENT = Lookup("environment", TASKS, ("text", "turns", "example"), by_name=True, some=True, apart=True)
 
 
 class Function(Section):
@@ -63,8 +62,13 @@ class TimedFunction(Function):
     """Seconds that one call of a function of a file may take (60 by default); refused for other functions."""
 
 
+EPISODE = "_episode"
+"""The parameter that a class environment has as a function (rlpost/usercode/episodes.py)."""
+ENVIRONMENT = Lookup("environment", TASKS, ("text", "turns", "example", EPISODE), by_name=True, some=True, apart=True)
+
+
 class EnvironmentFunction(TimedFunction):
-    """A function that answers the model's turns (docs/environments.md)."""
+    """A function or a class that answers the model's turns (docs/environments.md)."""
 
     on_failure: OnFailure | None = None
     """What happens when a function of a file raises, hangs or ends its process: `unscored` leaves the episode without a

@@ -21,7 +21,7 @@ from rlpost.rewards.params import REWARD
 from rlpost.section import MISSING
 from rlpost.suggest import hint_or_list
 from rlpost.usercode import calls, gym
-from rlpost.usercode.params import TASKS, Function, Lookup
+from rlpost.usercode.params import EPISODE, TASKS, Function, Lookup
 from rlpost.usercode.places import OF_FILE
 
 _PACKAGE = Path(__file__).parents[1]
@@ -133,7 +133,7 @@ def _of_users(file: Path, name: str) -> FunctionInfo:
 
 
 def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
-    """Public functions at the top of a module; one behind a decorator may be any other."""
+    """Public functions and class environments at the top of a module; one behind a decorator may be any other."""
     facts: dict[str, dict[str, bool]] = {}
     for node in tree.body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _called(node.value) == "declare":
@@ -142,13 +142,28 @@ def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
             }
             for function in (name.id for name in node.value.args if isinstance(name, ast.Name)):
                 facts.setdefault(function, {}).update({fact: bool(value) for fact, value in declared.items()})
+    public = [node for node in tree.body if isinstance(node, _NAMED) and not node.name.startswith("_")]
+    known = {node.name: _known(node) for node in public if not node.decorator_list}
     return {
-        node.name: FunctionInfo(_signature(node.args), facts.get(node.name, {}))
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and not node.decorator_list
-        and not node.name.startswith("_")
+        name: FunctionInfo(signature, facts.get(name, {})) for name, signature in known.items() if signature is not None
     }
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_NAMED = (*_FUNCTIONS, ast.ClassDef)
+
+
+def _known(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> inspect.Signature | None:
+    """The signature of a function, or of a class environment as one; None of another class."""
+    if not isinstance(node, ast.ClassDef):
+        return _signature(node.args)
+    methods = {method.name: method for method in node.body if isinstance(method, _FUNCTIONS)}
+    if not {"reset", "step"} <= set(methods):
+        return None
+    own = list(_signature(methods["__init__"].args).parameters.values())[1:] if "__init__" in methods else []
+    episode = Parameter(EPISODE, Parameter.POSITIONAL_OR_KEYWORD)
+    by_name = [p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in own]
+    return inspect.Signature([episode, *by_name])
 
 
 def _signature(args: ast.arguments) -> inspect.Signature:

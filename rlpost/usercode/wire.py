@@ -113,7 +113,14 @@ def _base64(data: bytes | bytearray) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-_ARRAYS = {"step_labels": "<f8", "logprobs": "", "ids": "<i4", "steps": "<i4", "action": "?"}
+_ARRAYS = {
+    "step_labels": "<f8",
+    "step_rewards": "<f8",
+    "logprobs": "",
+    "ids": "<i4",
+    "steps": "<i4",
+    "action": "?",
+}
 """A completion's arrays, wider numbers first, and their types; log-probabilities keep theirs."""
 _VALUES = ("text", "finish", "reward", "label", "score", "weights_version")
 """Its other fields."""
@@ -123,19 +130,19 @@ def _packed(c: Completion) -> list[Any]:
     arrays = [getattr(c, name) for name in _ARRAYS]
     data = b"".join([a.tobytes() for a in arrays])
     values = [getattr(c, name) for name in _VALUES]
-    return [[len(a) for a in arrays], c.logprobs.dtype.str, _base64(data), values]
+    return [[len(a) for a in arrays], c.logprobs.dtype.str, _base64(data), values, encode(list(c.messages), "messages")]
 
 
 def _completion(packed: Sequence[Any]) -> Completion:
     import numpy
 
-    lengths, float_kind, data, values = packed
+    lengths, float_kind, data, values, messages = packed
     raw, at = base64.b64decode(data), 0
     fields: dict[str, Any] = dict(zip(_VALUES, values, strict=True))
     for (name, kind), length in zip(_ARRAYS.items(), lengths, strict=True):
         fields[name] = numpy.frombuffer(raw, kind or float_kind, length, at)
         at += fields[name].nbytes
-    return Completion._of_fields(fields)
+    return Completion._of_fields({**fields, "messages": tuple(decode(messages))})
 
 
 def _zone(zone: Any, path: str) -> Any:

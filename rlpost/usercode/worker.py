@@ -15,7 +15,6 @@ import inspect
 import io
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -33,6 +32,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rlpost.usercode import load, wire
+from rlpost.usercode.seeding import seed_all
 
 _PDEATHSIG = 1
 
@@ -130,7 +130,7 @@ class Calls:
     def _called(self, call: OneCall) -> Any:
         """What the function returns, or its coroutine, which then begins at once."""
         request, number = call.request, call.request["first"] + call.index
-        _seed(request["seeds"][call.index] if request["seeds"] else zlib.crc32(call.line, number))
+        seed_all(request["seeds"][call.index] if request["seeds"] else zlib.crc32(call.line, number))
         given = {name: _given(value, request) for name, value in json.loads(call.line).items()}
         positional = set(request["positional"])
         by_position = [value for name, value in given.items() if name in positional]
@@ -186,17 +186,6 @@ def _described(function: Callable[..., Any]) -> dict[str, Any]:
             annotation = p.annotation if isinstance(p.annotation, str) else inspect.formatannotation(p.annotation)
         found.append([p.name, int(p.kind), p.default is not p.empty, annotation])
     return {"parameters": found, "together": inspect.iscoroutinefunction(function)}
-
-
-def _seed(seed: int) -> None:
-    """Seed all generators, so that the same call draws the same numbers and a resumed run continues bit for bit."""
-    random.seed(seed)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "random"):
-        numpy.random.seed(seed % 2**32)
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "manual_seed"):
-        torch.manual_seed(seed)
 
 
 def _own_pipes() -> tuple[io.FileIO, BinaryIO]:

@@ -31,6 +31,8 @@ COMPLETION = Completion(
     label=True,
     score=2.0,
     weights_version=7,
+    step_rewards=(0.0, -1 / 3),
+    messages=({"role": "tool", "content": "é", "info": {"n": [1]}},),
 )
 SAMPLED = Completion((3,), (True,), logprobs=np.float32([-0.1]))
 VALUES: list[Any] = [

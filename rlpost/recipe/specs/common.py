@@ -11,6 +11,7 @@ from rlpost.data.params import DataRole, Direction, Source, TooLong
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
+from rlpost.rewards.of_environment import environment_problems, is_class
 from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.section import Section
 from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Weight
@@ -203,11 +204,13 @@ class Rollouts(Training):
     mask_truncated: bool = False
     """Leave completions cut at the length limit out of the advantage and the update."""
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
-    """What answers the model's turns: (text, turns, example) -> reply, or null when the episode is over."""
+    """What answers the model's turns: a function (text, turns, example) -> reply, or null when the episode is over; or
+    a class with `reset` and `step`."""
     max_turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
     step_end: str | None = None
-    """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step."""
+    """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step. With
+    an environment, by default, steps are the model's turns."""
     table_every: int = Field(100, ge=0)
     """Steps between tables of sample completions, which are also saved as rollouts; 0: neither."""
 
@@ -237,6 +240,9 @@ class Rollouts(Training):
             )
         if self.rewards or self.rows() is not DataRole.recorded:
             yield from reward_problems(self.rewards, where, earlier)
+            yield from environment_problems(self.rewards, self.environment, where)
+        if self.step_end is not None and is_class(self.environment):
+            yield f"{where}.step_end: the environment rewards turns, which are the steps then - remove it"
         if self._staleness(earlier):
             for leaf, place in reward_leaves(self.rewards, where):
                 if leaf.model is not None and OF_FILE.fullmatch(leaf.fn):
@@ -335,7 +341,7 @@ class Grouped(Rollouts):
         """Those of rollouts, and of what an advantage asks for."""
         yield from super().rules(where, earlier)
         name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
-        if credit.takes("steps", "step_reward_K", "value_K") and self.step_end is None:
+        if credit.takes("steps", "step_reward_K", "value_K") and self.step_end is None and self.environment is None:
             yield (
                 f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every token"
             )
