@@ -22,6 +22,7 @@ from rlpost.cli import (
     pairs,
     push,
     report,
+    rollouts,
     sample,
     schema,
     serve,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "compare": compare.compare,
     "report": report.report,
+    "rollouts": rollouts.rollouts,
     "sample": sample.sample,
     "chat": chat.chat,
     "pairs": pairs.pairs,
@@ -83,9 +85,13 @@ for group, commands in ((app, COMMANDS), (goals, GOALS)):
 app.add_typer(goals, name="goals")
 
 
+_ANYWHERE = ("copy", "doctor", "list", "report", "rollouts", "schema", "show", "verify")
+"""Commands that several processes may run."""
+
+
 @app.callback()
 def _before(context: typer.Context) -> None:
-    anywhere = context.invoked_subcommand in ("copy", "doctor", "list", "report", "schema", "show", "verify")
+    anywhere = context.invoked_subcommand in _ANYWHERE
     if context.invoked_subcommand in ON_RANKS and is_rank(os.environ):
         with importing():
             import torch  # noqa: F401 - which takes long

@@ -10,7 +10,7 @@ from rlpost.results import kept_for_results
 
 SECTIONS = {
     "Train": ("train", "sweep", "copy"),
-    "Look": ("show", "list", "report", "schema", "verify", "doctor"),
+    "Look": ("show", "list", "report", "rollouts", "schema", "verify", "doctor"),
     "Use": ("eval", "compare", "sample", "chat", "serve", "pairs"),
     "Export": ("merge", "push", "import-gguf"),
     "Goals": ("goals",),

@@ -18,6 +18,8 @@ def environment_problems(
     rewards: Sequence[Reward], environment: EnvironmentFunction | None, where: str
 ) -> Iterator[str]:
     """What is wrong with rewards, of what has the key path `where`, that are an environment's."""
+    # Of a function that is not there another line tells.
+    known = environment is None or info_of(environment, ENVIRONMENT).signature.parameters
     for leaf, place in reward_leaves(rewards, where):
-        if leaf.fn == "environment_reward" and not is_class(environment):
+        if leaf.fn == "environment_reward" and known and not is_class(environment):
             yield f"{place}.fn: environment_reward is what a class environment gives - name one, or another reward"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlpost.data.step_split import ends_of, step_starts
 from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
+from rlpost.errors import DataError
 from rlpost.objectives.advantages import ema
 from rlpost.objectives.credit import Steps, reward_on_last_action
 from rlpost.objectives.ragged import Ragged
@@ -26,7 +27,7 @@ from rlpost.recipe.specs.common import Grouped
 from rlpost.stages.context import Context
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
-from rlpost.types import Group, completions
+from rlpost.types import Completion, Group, completions
 
 DECAY = 0.9
 """Of the running mean, where the estimator's `args` give no other."""
@@ -64,6 +65,11 @@ class AdvantageEstimator:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
             self._mean = ema(self._mean, rollout.reward_PG, decay)
         return experience.rows.spread(found.flatten()) if found.ndim == 2 else found
+
+    @property
+    def name(self) -> str:
+        """The recipe's estimator."""
+        return self._cfg.advantage.called
 
     @property
     def running_mean(self) -> float:
@@ -120,16 +126,31 @@ class _Known:
         }
 
     @property
+    def _stepped(self) -> list[Completion]:
+        """All completions.
+
+        Raises:
+            DataError: a recorded one has no steps.
+        """
+        flat = completions(self.groups)
+        if any(c.actions and not len(c.steps) for c in flat):
+            raise DataError(
+                f"a recorded completion has no `steps`, and {self.estimator.name} credits steps - give step_end, the "
+                "text that ends one"
+            )
+        return flat
+
+    @property
     def steps(self) -> Steps:
         """The steps of all completions."""
-        ends = [end for c in completions(self.groups) for end in ends_of(c)]
+        ends = [end for c in self._stepped for end in ends_of(c)]
         return Steps(self.rows, torch.tensor(ends, dtype=torch.bool))
 
     @property
     def step_reward_K(self) -> Tensor:
         """[K] rewards by step; the rest of a completion's reward is on its last step, so that totals agree."""
         by_step: list[float] = []
-        for s, c in enumerate(completions(self.groups)):
+        for s, c in enumerate(self._stepped):
             if c.actions:
                 own = self.rollout.step_rewards(s, len(c.steps))
                 own[-1] += float(self.rollout.reward_S[s]) - sum(own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpost import console
@@ -24,7 +24,7 @@ def as_text(completion: Completion) -> str:
     """Its text; of an episode of several turns what was said, a line a message, with the rewards of turns."""
     if len(completion.messages) < 2:
         return completion.text
-    return "\n".join(map(_line, completion.messages))
+    return "\n".join(map(line_of, completion.messages))
 
 
 def rollout_row(group: Group) -> dict[str, Any]:
@@ -55,7 +55,8 @@ def _of_turns(c: Completion) -> dict[str, Any]:
     return {"steps": c.steps.tolist(), **given, "messages": [dict(message) for message in c.messages]}
 
 
-def _line(message: dict[str, Any] | Any) -> str:
+def line_of(message: Mapping[str, Any]) -> str:
+    """What a message says and calls, who says it, and its reward: `assistant: 47+38= add(a=47, b=38)  (+0.5)`."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
     called = [f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})" for call in calls]
     said = " ".join([message["content"], *called]).strip()

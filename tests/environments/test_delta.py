@@ -81,19 +81,12 @@ def test_a_turn_without_the_templates_end_is_ended_as_context():
     assert between == "<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_template_that_changes_earlier_turns_is_told_and_the_model_reads_what_it_wrote(capsys):
+def test_a_template_that_changes_earlier_turns_is_told(capsys):
     told = "renders an earlier turn of the assistant otherwise than it is generated"
     played(CHATML, ["a", "b"], "<|im_end|>")
     assert told not in capsys.readouterr().err
     played(THINKING, ["a", "b"], "<|im_end|>")
     assert told in capsys.readouterr().err
-    group, codec = played(
-        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"), ["a", "b"], "<|im_end|>"
-    )
-    assert told in capsys.readouterr().err
-    (episode,) = group.completions
-    text = codec.tokenizer.decode([*group.prompt, *episode.ids])
-    assert text.count("<think>fine<|im_end|>") == 2
 
 
 def test_mistrals_instructions_follow_the_end_of_a_turn():

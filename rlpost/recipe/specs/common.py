@@ -240,6 +240,7 @@ class Rollouts(Training):
             )
         if self.rewards or self.rows() is not DataRole.recorded:
             yield from reward_problems(self.rewards, where, earlier)
+        if self.rows() is not DataRole.recorded:
             yield from environment_problems(self.rewards, self.environment, where)
         if self.step_end is not None and is_class(self.environment):
             yield f"{where}.step_end: the environment rewards turns, which are the steps then - remove it"
@@ -341,7 +342,8 @@ class Grouped(Rollouts):
         """Those of rollouts, and of what an advantage asks for."""
         yield from super().rules(where, earlier)
         name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
-        if credit.takes("steps", "step_reward_K", "value_K") and self.step_end is None and self.environment is None:
+        has_steps = self.step_end is not None or self.environment is not None or self.recorded
+        if credit.takes("steps", "step_reward_K", "value_K") and not has_steps:
             yield (
                 f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every token"
             )
