@@ -65,7 +65,7 @@ def _divided(completion: Completion, tokenizer: Any, step_end: str, ends: Collec
         lengths[-1] += since
     elif since:
         lengths.append(since)
-    return replace(completion, steps=np.array(lengths, np.int32), step_rewards=())
+    return replace(completion, steps=np.array(lengths, np.int32), step_rewards=np.zeros(0))
 
 
 def _actions(completion: Completion) -> list[int]:
