@@ -18,6 +18,7 @@ from rlpost.errors import RewardError
 from rlpost.types import FAILED, Completion, Group, completions
 from rlpost.usercode.binding import bind
 from rlpost.usercode.bound import Bound
+from rlpost.usercode.episodes import as_function
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, OnFailure
 from rlpost.usercode.process import end_all
 
@@ -183,6 +184,9 @@ def test_reset_gives_a_prompt_and_turns_are_rewarded(tmp_path):
         assert heard == [told[:1], told[:2]]
         assert letters(c.ids[~c.action]) == "".join(heard)
     assert [g.example["n"] for g in groups] == [1, 2, 3]
+    drawn = [c.messages[-1]["info"]["told"] for c in whole]
+    assert len(set(drawn)) > 1
+    assert any(len(set(told)) > 1 for told in drawn)
 
 
 @pytest.mark.parametrize("name", ["Shop", "Waits"])
@@ -224,6 +228,30 @@ def test_an_episode_that_comes_out_otherwise_when_repeated_has_failed(tmp_path):
     chosen = environment(tmp_path, "Unlike")
     with pytest.raises(RewardError, match="reset began otherwise than for another episode of the same prompt"):
         episodes(chosen)
+
+
+class Counts:
+    def reset(self, example):
+        self.n = example["n"]
+        return "a"
+
+    def step(self, action):
+        self.n += len(action)
+        return str(self.n), self.n, False, False, {}
+
+
+def test_a_step_that_is_asked_for_again_is_taken_once():
+    """The reply to a call may be lost, and the call made again."""
+    play = as_function(Counts, here=True)
+    episode = {"key": "1", "example": {"n": 1}, "seeds": [1, 2, 3], "actions": [], "digests": []}
+    digests = [play(episode)["digest"]]
+    first = play({**episode, "actions": [["policy", "bb"]], "digests": digests})
+    assert first["reward"] == 3
+    assert play({**episode, "actions": [["policy", "bb"]], "digests": digests}) == first
+    both = {"actions": [["policy", "bb"], ["policy", "c"]], "digests": [*digests, first["digest"]]}
+    assert play({**episode, **both})["reward"] == 4
+    assert play({"key": "1", "close": True}) is None
+    assert play({**episode, **both})["reward"] == 4
 
 
 def test_an_end_by_the_environment_and_one_that_it_cuts_off(tmp_path):
