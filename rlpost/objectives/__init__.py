@@ -107,6 +107,7 @@ from rlpost.objectives.surrogates import (
     tapered,
 )
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
+from rlpost.objectives.turns import gigpo, turn_gae, turn_leave_one_out, turn_normalised
 from rlpost.objectives.unpaired import Unpaired, kto
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value, value_loss
 from rlpost.objectives.weights import constant_length, pair_mean, sequence_mean, sequence_sum, token_mean, weigh
@@ -156,6 +157,7 @@ __all__ = [
     "future_weighted",
     "gae",
     "geometric_mean",
+    "gigpo",
     "greedy_baseline",
     "group_mean",
     "group_normalised",
@@ -221,6 +223,9 @@ __all__ = [
     "tapered",
     "token_mean",
     "top_entropy",
+    "turn_gae",
+    "turn_leave_one_out",
+    "turn_normalised",
     "unlikelihood",
     "value_loss",
     "weigh",

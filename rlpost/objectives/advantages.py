@@ -6,7 +6,7 @@ equal carries no signal: its advantage is exactly 0, without rounding error. A g
 
 An estimator is given what its parameters are named after: `reward_PG`; `length_PG`, the number of actions;
 `greedy_P`, the reward of each prompt's greedy completion; `reward_PGK` and `weight_K`, the separate rewards;
-`running_mean`, of all earlier rewards. Estimators that credit actions or steps are in credit.py.
+`running_mean`, of all earlier rewards. Estimators that credit actions or steps are in credit.py and turns.py.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from torch import Tensor
 from rlpost.facts import declare
 from rlpost.objectives.credit import monte_carlo_values, process, process_normalised, return_to_go
 from rlpost.objectives.ragged import has_signal, widen
+from rlpost.objectives.turns import gigpo, turn_leave_one_out, turn_normalised
 
 __all__ = [
     "ema_baseline",
+    "gigpo",
     "greedy_baseline",
     "group_mean",
     "group_normalised",
@@ -38,6 +40,8 @@ __all__ = [
     "return_to_go",
     "reward",
     "soft_leave_one_out",
+    "turn_leave_one_out",
+    "turn_normalised",
 ]
 """Names of advantages in recipes; `ema` and `whiten` are helpers."""
 

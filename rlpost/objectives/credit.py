@@ -2,7 +2,7 @@
 
 Axes: N action tokens, S completions, K steps of all completions, L the longest completion. The scalar reward of a
 completion is on its last action. Episodes end where completions do. Tokens that are not actions do not appear here, so
-credit passes across the turns of a tool or an environment.
+credit passes across the turns of a tool or an environment. Estimators whose unit is the turn are in turns.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Steps:
         self.rows = rows
         self.last_K = ends.nonzero()[:, 0]
         """[K] index into N of each step's last action."""
-        first_K = torch.cat([self.last_K.new_zeros(1), self.last_K[:-1] + 1])[: len(self.last_K)]
-        self.rows_K = Ragged(self.last_K - first_K + 1)
+        self.first_K = torch.cat([self.last_K.new_zeros(1), self.last_K[:-1] + 1])[: len(self.last_K)]
+        """[K] index into N of each step's first action."""
+        self.rows_K = Ragged(self.last_K - self.first_K + 1)
         """The steps as rows of actions."""
         self.completion_K = rows.index_N[self.last_K]
         """[K] the completion of each step."""

@@ -1,7 +1,7 @@
-"""The advantage of every action, by the estimator that the recipe names.
+"""The advantage of every action, by the estimator that the recipe names; and the steps of completions.
 
 An estimator is given what its parameters are named after: rewards of groups, lengths, a greedy completion's reward,
-steps and their rewards, values by Monte-Carlo rollouts.
+steps, their rewards and the states they begin in, values by Monte-Carlo rollouts.
 
 Axes: N action tokens, S completions, P prompts of a step, G completions a prompt, K steps of all completions.
 """
@@ -9,10 +9,11 @@ Axes: N action tokens, S completions, P prompts of a step, G completions a promp
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,42 +121,73 @@ class _Known:
             "reward_N": lambda: reward_on_last_action(self.rollout.reward_S, self.rows),
             "rows": lambda: self.rows,
             "steps": lambda: self.steps,
-            "step_reward_K": lambda: self.step_reward_K,
+            "step_reward_K": lambda: step_rewards(self.rollout, self.steps),
+            "anchor_K": lambda: anchors(self.groups),
             "value_K": lambda: self.estimator.values_of_steps(self.groups),
             "group_size": lambda: self.rollout.reward_PG.shape[1],
         }
 
     @property
-    def _stepped(self) -> list[Completion]:
-        """All completions.
+    def steps(self) -> Steps:
+        """The steps of all completions.
 
         Raises:
             DataError: a recorded one has no steps.
         """
-        flat = completions(self.groups)
-        if any(c.actions and not len(c.steps) for c in flat):
+        if any(c.actions and not len(c.steps) for c in completions(self.groups)):
             raise DataError(
                 f"a recorded completion has no `steps`, and {self.estimator.name} credits steps - give step_end, the "
                 "text that ends one"
             )
-        return flat
+        return steps_in(self.groups)
 
-    @property
-    def steps(self) -> Steps:
-        """The steps of all completions."""
-        ends = [end for c in self._stepped for end in ends_of(c)]
-        return Steps(self.rows, torch.tensor(ends, dtype=torch.bool))
 
-    @property
-    def step_reward_K(self) -> Tensor:
-        """[K] rewards by step; the rest of a completion's reward is on its last step, so that totals agree."""
-        by_step: list[float] = []
-        for s, c in enumerate(self._stepped):
-            if c.actions:
-                own = self.rollout.step_rewards(s, len(c.steps))
-                own[-1] += float(self.rollout.reward_S[s]) - sum(own)
-                by_step += own
-        return torch.tensor(by_step, dtype=torch.float64)
+def steps_in(groups: Sequence[Group]) -> Steps:
+    """The steps of all completions; one that is not split into steps has its turns, the runs of its actions."""
+    ends = [end for c in completions(groups) for end in (ends_of(c) if len(c.steps) else _turn_ends(c))]
+    return Steps(Ragged([c.actions for c in completions(groups)]), torch.tensor(ends, dtype=torch.bool))
+
+
+def step_rewards(rollout: Rollout, steps: Steps) -> Tensor:
+    """[K] rewards by step; the rest of a completion's reward is on its last step, so that totals agree."""
+    by_step: list[float] = []
+    for s, count in enumerate(steps.count_S.tolist()):
+        if count:
+            own = rollout.step_rewards(s, count)
+            own[-1] += float(rollout.reward_S[s]) - sum(own)
+            by_step += own
+    return torch.tensor(by_step, dtype=torch.float64)
+
+
+def anchors(groups: Sequence[Group]) -> Tensor:
+    """[K] a number for the state in which each step begins; the same within a group where the state is.
+
+    A state is what the environment wrote just before the step, or the prompt; where nothing is written in between, all
+    that came before.
+    """
+    found: list[int] = []
+    for group in groups:
+        numbers: dict[bytes, int] = {}
+        for c in group.completions:
+            for before in _observations(c):
+                found.append(numbers.setdefault(before, len(numbers)))
+    return torch.tensor(found, dtype=torch.long)
+
+
+def _observations(completion: Completion) -> Iterator[bytes]:
+    """What each step is to be compared by."""
+    acted, ids = np.flatnonzero(completion.action), completion.ids
+    ends = np.flatnonzero(ends_of(completion) if len(completion.steps) else _turn_ends(completion))
+    for before in (-1, *ends[:-1].tolist()) if len(ends) else ():
+        start, since = acted[before + 1], acted[before] + 1 if before >= 0 else 0
+        yield b"written" + ids[since:start].tobytes() if since < start else b"so far" + ids[:start].tobytes()
+
+
+def _turn_ends(completion: Completion) -> list[bool]:
+    """For every action, whether what follows is no action."""
+    acted = np.flatnonzero(completion.action)
+    ends: list[bool] = np.append(np.diff(acted) > 1, [True] * (len(acted) > 0)).astype(bool).tolist()
+    return ends
 
 
 def _mean(numbers: Sequence[float]) -> float:

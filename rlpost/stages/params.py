@@ -69,6 +69,16 @@ class OnTruncation(Choice):
     """A cut: the critic's value of the last state stands for what would have come."""
 
 
+class CreditUnit(Choice):
+    """What is one action to a critic: what it values the states between, and what an advantage is of."""
+
+    token = "token"
+    """Each token. A step's reward is on its last token, and `gamma` and `gae_lambda` count tokens."""
+    turn = "turn"
+    """Each turn of an episode, or each step where `step_end` divides it: valued at its first token, rewarded at its
+    end, with one advantage for all of it; `gamma` and `gae_lambda` count turns."""
+
+
 class CorrectionMode(Choice):
     """What is done about probabilities that differ between sampler and trainer."""
 

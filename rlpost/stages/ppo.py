@@ -3,9 +3,9 @@
 The state of a token is everything before it; the critic gives its value, generalised advantage estimation the
 advantage, and KL to the reference is part of each action's reward (Ziegler et al. 2019, arXiv:1909.08593). Policy
 and critic are trained at the same time, each by its own learner. Tokens that an environment writes are not actions:
-the estimator skips them, so credit passes across turns.
+the estimator skips them, so credit passes across turns. With `credit: turn` all of this is of turns instead of tokens.
 
-Axes: N action tokens, S completions.
+Axes: N action tokens, S completions, K steps (turns) of all completions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor
 
 from rlpost.objectives import metrics
 from rlpost.objectives.advantages import whiten
-from rlpost.objectives.credit import gae, reward_on_last_action
+from rlpost.objectives.credit import gae, on_last
+from rlpost.objectives.turns import turn_gae
 from rlpost.objectives.values import value_loss
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
+from rlpost.stages.advantage import step_rewards, steps_in
 from rlpost.stages.context import Context
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
-from rlpost.stages.params import OnTruncation, Trunk
+from rlpost.stages.params import CreditUnit, OnTruncation, Trunk
 from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
 from rlpost.train.learner import LossFunction
@@ -50,7 +52,7 @@ def ppo(context: Context, cfg: Ppo) -> Path:
 
     def minimise(minibatch: Experience, step: int) -> dict[str, float]:
         minibatch = weighted(minibatch, cfg)
-        line = _critic_metrics(value_learner.update(critic_loss, minibatch))
+        line = _critic_metrics(value_learner.update(critic_loss, valued(minibatch)))
         if step >= cfg.critic.warmup_steps:
             line |= learner.update(policy_loss, minibatch, stats)
         return line
@@ -74,22 +76,35 @@ def assemble(
 ) -> Experience:
     """The samples with advantages and returns under the current critic."""
     experience = kl.with_reference(correction.of(rollout.experience), cfg.sampling.temperature)
-    rows, values = experience.rows, critic.score(experience.groups)
-    reward_N = reward_on_last_action(rollout.reward_S, rows) - kl.per_action(experience)
-    advantage_N, return_N = gae(
-        reward_N,
-        values.before_N.to(reward_N.dtype),
-        rows,
-        gamma=cfg.gamma,
-        gae_lambda=cfg.gae_lambda,
-        bootstrap_S=_bootstrap_values(values, experience.groups, cfg),
-    )
+    values, steps = critic.score(experience.groups), steps_in(experience.groups)
+    reward_K, penalty_N = step_rewards(rollout, steps), kl.per_action(experience)
+    old_N, bootstrap_S = values.before_N, _bootstrap_values(values, experience.groups, cfg)
+    estimate = {"gamma": cfg.gamma, "gae_lambda": cfg.gae_lambda}
+    if cfg.credit is CreditUnit.turn:
+        # A turn pays for the KL of all its tokens; to a token, that of those before it is settled, as a baseline is.
+        reward_K = reward_K - steps.rows_K.sum(penalty_N)
+        old_K = old_N[steps.first_K]
+        advantage_N, return_K = turn_gae(reward_K, old_K.to(reward_K.dtype), steps, bootstrap_S=bootstrap_S, **estimate)
+        old_N, return_N = steps.spread(old_K), steps.spread(return_K)
+        first_N = torch.zeros_like(experience["old_logp"]).index_fill(0, steps.first_K, 1.0)
+        experience = experience.with_actions(turn_start=first_N)
+    else:
+        reward_N = on_last(reward_K, steps) - penalty_N
+        advantage_N, return_N = gae(
+            reward_N, old_N.to(reward_N.dtype), experience.rows, bootstrap_S=bootstrap_S, **estimate
+        )
     if cfg.whiten:
         advantage_N = whiten(advantage_N)
     dtype = experience["old_logp"].dtype
-    return experience.with_actions(
-        advantage=advantage_N.to(dtype), returns=return_N.to(dtype), old_value=values.before_N
-    )
+    return experience.with_actions(advantage=advantage_N.to(dtype), returns=return_N.to(dtype), old_value=old_N)
+
+
+def valued(minibatch: Experience) -> Experience:
+    """The minibatch as the critic learns from it: with turns as its actions, where each begins, all alike."""
+    if "turn_start" not in minibatch.per_action:
+        return minibatch
+    first_N = minibatch["turn_start"].double()
+    return minibatch.with_actions(weight=first_N / first_N.sum().clamp(min=1))
 
 
 def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) -> LossFunction:
@@ -111,11 +126,17 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
 
 
 def critic_loss_of(cfg: Ppo) -> LossFunction:
-    """Σ value loss·weight, with the policy's weights; its metrics hold the parts of the explained variance."""
+    """Σ value loss·weight, with the policy's weights (of turns: see `valued`); its metrics hold the parts of the
+    explained variance, means over tokens, each with its turn's value and return where turns are credited."""
 
     def loss(values: Values, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
-        loss_N = value_loss(values.before_N, part["returns"], part["old_value"], clip=cfg.critic.clip)
-        line = {"value": values.before_N.detach()}
+        value_N = values.before_N
+        if "turn_start" in part.per_action:
+            # The value at the first token of each token's turn, by indices that no device waits for.
+            at_N = torch.arange(len(value_N), device=value_N.device) * (part["turn_start"] > 0)
+            value_N = value_N[at_N.cummax(0).values]
+        loss_N = value_loss(value_N, part["returns"], part["old_value"], clip=cfg.critic.clip)
+        line = {"value": value_N.detach()}
         line |= metrics.explained_variance_parts(part["old_value"], part["returns"])
         return (loss_N * part["weight"]).sum(), line
 

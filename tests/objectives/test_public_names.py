@@ -16,6 +16,7 @@ METHODS = {
     "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
         pass_at_k nonzero_rescaled per_reward_normalised ema_baseline soft_leave_one_out whiten""",
     "credit": "Steps return_to_go gae monte_carlo_values process process_normalised potential_shaping",
+    "turns": "turn_gae turn_leave_one_out turn_normalised gigpo",
     "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
         divergence_masked sequence_soft tapered squared_log_ratio future_weighted""",
     "correction": "correction off_policy_ratio",

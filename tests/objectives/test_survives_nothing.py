@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlpost import objectives
-from rlpost.objectives import credit, kl, preference, surrogates, weights
+from rlpost.objectives import credit, kl, preference, surrogates, turns, weights
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.preference_modifiers import length_multipliers
 from rlpost.objectives.ragged import Ragged
@@ -64,6 +64,18 @@ CREDIT = {
         each_step(x, rows), by_step(rows), max(rows.completions, 1)
     ),
     "monte_carlo_values": lambda x, rows: credit.monte_carlo_values(each_step(x, rows), rows.sum(x), by_step(rows)),
+    "turn_gae": lambda x, rows: turns.turn_gae(
+        each_step(x, rows), each_step(x, rows) / 2, by_step(rows), bootstrap_S=rows.sum(x)
+    )[0],
+    "turn_leave_one_out": lambda x, rows: turns.turn_leave_one_out(
+        each_step(x, rows), by_step(rows), max(rows.completions, 1), gamma=0.9
+    ),
+    "turn_normalised": lambda x, rows: turns.turn_normalised(
+        each_step(x, rows), by_step(rows), max(rows.completions, 1)
+    ),
+    "gigpo": lambda x, rows: turns.gigpo(
+        each_step(x, rows), by_step(rows), by_step(rows).last_K % 2, max(rows.completions, 1)
+    ),
 }
 OTHERS = {
     "kl_in_reward": lambda x, rows: kl.kl_in_reward(x, 2 * x, rows, max(rows.completions, 1)),

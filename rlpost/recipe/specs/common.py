@@ -292,6 +292,7 @@ ADVANTAGE = Lookup(
     (
         *("reward_PG", "length_PG", "greedy_P", "reward_PGK", "weight_K", "running_mean"),
         *("reward_S", "reward_N", "rows", "steps", "step_reward_K", "value_K", "group_size"),
+        "anchor_K",
     ),
     by_name=True,
     some=True,
@@ -317,7 +318,8 @@ class Grouped(Rollouts):
     """What the stages with a baseline from groups have."""
 
     advantage: Annotated[Function, ADVANTAGE] = Field(default_factory=lambda: Function(fn="group_normalised"))
-    """The advantage of a completion, or of its steps; in `rlpost/objectives/advantages.py` and `credit.py`."""
+    """The advantage of a completion, or of its steps; in `rlpost/objectives/`: `advantages.py`, `credit.py`,
+    `turns.py`."""
     weight: Weight = Weight.token_mean
     """How much each token counts."""
     whiten: bool = False
@@ -343,9 +345,10 @@ class Grouped(Rollouts):
         yield from super().rules(where, earlier)
         name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
         has_steps = self.step_end is not None or self.environment is not None or self.recorded
-        if credit.takes("steps", "step_reward_K", "value_K") and not has_steps:
+        if credit.takes("steps", "step_reward_K", "anchor_K", "value_K") and not has_steps:
             yield (
-                f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every token"
+                f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every "
+                "token, or an environment, whose turns are steps"
             )
         if self.recorded and self.environment is not None:
             yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"

@@ -10,7 +10,7 @@ from pydantic import Field
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import SURROGATE, Rollouts
-from rlpost.stages.params import Critic, KlEstimator, OnTruncation, Weight
+from rlpost.stages.params import CreditUnit, Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
 
 
@@ -18,8 +18,10 @@ class Ppo(Rollouts):
     """Proximal policy optimisation with a critic. KL goes into the reward, token by token."""
 
     kind: str = "ppo"
+    credit: CreditUnit = CreditUnit.token
+    """What the critic values and the advantage is of."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Discount of a reward, per token."""
+    """Discount of a reward, per token or turn."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
     on_truncation: OnTruncation = OnTruncation.terminate
@@ -44,8 +46,6 @@ class Ppo(Rollouts):
             yield f"{where}.kl.estimator: ppo puts k1 into every action's reward, the exact one - use k1"
         if self.critic.start is not None:
             yield from earlier.no_model(self.critic.start, f"{where}.critic.start", (Leaves.reward_model,))
-        if self.step_end is not None:
-            yield f"{where}.step_end: ppo credits actions by its critic - use grpo with advantage.fn=process"
 
     def warnings(self, where: str, model: Model) -> Iterator[str]:
         yield from super().warnings(where, model)
