@@ -98,8 +98,7 @@ def _monte_carlo_rows(problem: Problem) -> list[Row]:
     """
     tree = problem.tree
     steps = steps_of_two(tree.rows)
-    first_K = torch.cat([steps.last_K.new_zeros(1), steps.last_K[:-1] + 1])
-    value_K = problem.value_X[tree.state_N[first_K]]
+    value_K = problem.value_X[tree.state_N[steps.first_K]]
     advantage_N = credit.monte_carlo_values(value_K, problem.reward_L, steps)
     error = relative_error(gradient(problem, advantage_N), problem.reward_gradient)
     return [*_rollout_rows(problem), exact("monte_carlo_values, steps of two actions", error)]
@@ -127,7 +126,7 @@ def _process_rows(problem: Problem) -> list[Row]:
     form, an action after the worst step has no credit for there being no worse one.
     """
     tree, steps = problem.tree, steps_of_two(problem.tree.rows)
-    reward_K = _earned(problem.prefix_N[steps.last_K])
+    reward_K = earned(problem.prefix_N[steps.last_K])
     total_L = tree.rows.sum(credit.on_last(reward_K, steps))
     least_L = tree.rows.sum(credit.least(reward_K, steps))
     first_L = tree.rows.start_S
@@ -156,13 +155,13 @@ def _normalised(problem: Problem, true: Tensor) -> list[float | None]:
         drawn = Drawn(problem.tree, sets)
         steps = steps_of_two(drawn.rows)
         prefix_K = problem.prefix_N[drawn.action_A[steps.last_K]]
-        advantage_A = credit.process_normalised(_earned(prefix_K), steps, size)
+        advantage_A = credit.process_normalised(earned(prefix_K), steps, size)
         logp_A = problem.old_N[drawn.action_A]
         coefficient_A = ascent(policy_gradient, logp_A, logp_A, advantage_A, drawn.rows, 1 / size)
         found.append(cosine(problem.expected_gradient(drawn.expected(coefficient_A)), true))
     return found
 
 
-def _earned(prefix_K: Tensor) -> Tensor:
+def earned(prefix_K: Tensor) -> Tensor:
     """[K] a reward in [0, 1) that a step's own tokens earn: of the prefix at its end and nothing else."""
     return torch.frac((prefix_K.double() + 1) * 0.6180339887498949)

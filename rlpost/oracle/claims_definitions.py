@@ -16,7 +16,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from rlpost.objectives import advantages, credit, kl, weights
+from rlpost.objectives import advantages, credit, kl, turns, weights
 from rlpost.objectives.ragged import Ragged, has_signal
 from rlpost.oracle.claims_credit import steps_of_two
 from rlpost.oracle.problem import Problem, relative_error
@@ -30,8 +30,8 @@ Group = list[float]
 
 def definition_section(problem: Problem) -> Section:
     """By hand, in the order of objectives/."""
-    rows = [*_advantage_rows(problem), *_credit_rows(problem), *_step_rows(problem), *_kl_rows(problem)]
-    rows += _weight_rows(problem)
+    rows = [*_advantage_rows(problem), *_credit_rows(problem), *_step_rows(problem), *_turn_rows(problem)]
+    rows += [*_kl_rows(problem), *_weight_rows(problem)]
     return Section("formulas written out: relative error", tuple(rows))
 
 
@@ -234,6 +234,40 @@ def _step_rows(problem: Problem) -> list[Row]:
     return listed + [
         exact(name, relative_error(f_N, torch.tensor(t, dtype=torch.float64))) for name, (f_N, t) in more.items()
     ]
+
+
+def _turn_rows(problem: Problem) -> list[Row]:
+    """Groups turn by turn, and GiGPO's groups of equal states; a state here is whether a turn's number is odd."""
+    rows = Ragged(problem.tree.length_L[_drawn(problem)].flatten())
+    steps = steps_of_two(rows)
+    reward_K = (torch.arange(len(steps.last_K)).double() * 0.7).sin()
+    state_K = torch.cat([torch.arange(n) % 2 for n in steps.count_S.tolist()])
+    alone, normal, both = [], [], []
+    by_row = [x.tolist() for x in torch.split(reward_K, steps.count_S.tolist())]
+    for g in range(0, rows.completions, SIZE):
+        group = by_row[g : g + SIZE]
+        to_go = [[sum(GAMMA**k * x for k, x in enumerate(own[t:])) for t in range(len(own))] for own in group]
+        totals = [sum(own) for own in group]
+        for total, own in zip(totals, to_go, strict=True):
+            for t, x in enumerate(own):
+                same = [other[t] for other in to_go if len(other) > t]
+                state = [y for other in to_go for k, y in enumerate(other) if k % 2 == t % 2]
+                alone.append(x - (sum(same) - x) / max(len(same) - 1, 1))
+                normal.append(_standard(x, same))
+                both.append(_standard(total, totals) + 0.7 * _standard(x, state))
+    forms = {
+        "turn_leave_one_out": (turns.turn_leave_one_out(reward_K, steps, SIZE, gamma=GAMMA), alone),
+        "turn_normalised": (turns.turn_normalised(reward_K, steps, SIZE, gamma=GAMMA), normal),
+        "gigpo": (turns.gigpo(reward_K, steps, state_K, SIZE, omega=0.7, gamma=GAMMA), both),
+    }
+    return [
+        exact(f"{name}, γ={GAMMA:g}", relative_error(found_N, steps.spread(torch.tensor(true, dtype=torch.float64))))
+        for name, (found_N, true) in forms.items()
+    ]
+
+
+def _standard(x: float, among: Group) -> float:
+    return (x - fmean(among)) / (stdev(among) + EPS) if len(set(among)) > 1 else 0.0
 
 
 def _kl_rows(problem: Problem) -> list[Row]:

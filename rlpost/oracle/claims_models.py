@@ -5,11 +5,15 @@ A family whose norms and rotations compute in float32 whatever its weights are h
 
 from __future__ import annotations
 
+import torch
+
 from rlpost.objectives import advantages, credit
+from rlpost.objectives.credit import Steps
 from rlpost.objectives.surrogates import clipped_surrogate
 from rlpost.oracle import truth
 from rlpost.oracle.claims_credit import gradient
 from rlpost.oracle.claims_kl import reward_rows
+from rlpost.oracle.claims_turns import Episodes, turn_gae_row, turn_leave_one_out_row
 from rlpost.oracle.estimators import ascent, group_gradient
 from rlpost.oracle.policies import TinyModel
 from rlpost.oracle.problem import Problem, relative_error
@@ -41,6 +45,8 @@ def _family_rows(problem: Problem, family: str, seed: int) -> list[Row]:
     tolerance, tree = TOLERANCE[family], problem.tree
     plain = Problem(tree, TinyModel(tree, family, seed), problem.reward_L, problem.reference_XV)
     tooled = Problem(tree, TinyModel(tree, family, seed, TOOL), problem.reward_L, problem.reference_XV)
+    first_N = torch.zeros(tree.rows.actions, dtype=torch.bool).index_fill(0, tree.rows.start_S, True)
+    episodes = Episodes(tooled, Steps(tree.rows, first_N))
     logp_L = truth.leaf_logp(tree, plain.logp_XV.detach())
     rows = [
         exact(
@@ -54,6 +60,8 @@ def _family_rows(problem: Problem, family: str, seed: int) -> list[Row]:
         _clipped(plain, tolerance),
         _gae(plain, "GAE with the true V, λ=0.95", tolerance),
         _gae(tooled, "GAE across a tool's turn", tolerance),
+        turn_gae_row(episodes, "turn_gae with the true V, across a tool's turn", tolerance),
+        turn_leave_one_out_row(episodes, "turn_leave_one_out across a tool's turn", tolerance),
         *reward_rows(plain, tolerance)[:3],
     ]
     return [Row(f"{family}: {row.name}", row.value, row.expected, row.verdict, row.ok) for row in rows]

@@ -17,6 +17,7 @@ from rlpost.oracle.claims_shaping import shaping_section
 from rlpost.oracle.claims_supervised import supervised_section
 from rlpost.oracle.claims_surrogates import surrogate_section
 from rlpost.oracle.claims_trust import trust_section
+from rlpost.oracle.claims_turns import turn_section
 from rlpost.oracle.claims_values import value_section
 from rlpost.oracle.multisets import MOST, count
 from rlpost.oracle.problem import SIZES, Problem, table_problem
@@ -42,6 +43,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         group_section(problem),
         kl_section(problem),
         credit_section(problem),
+        turn_section(problem),
         shaping_section(problem),
         surrogate_section(problem),
         completion_section(problem),

@@ -79,6 +79,9 @@ def evaluate(
 ) -> list[Value]:
     """[S] the value of a reward for every completion; writes those of its descendants into `by_name` too.
 
+    What it gives each step goes into `by_step`, for nodes whose value is a sum over steps: `shaping`, and `sum` and
+    `gate` of a reward by step.
+
     Raises:
         RecipeError: a node of steps has a child that rewards whole completions.
     """
@@ -96,8 +99,39 @@ def evaluate(
         weights = [child.weight for child in reward.of]
         combine = NODES[reward.kind]
         found = [combine(values, weights, **reward.args) for values in zip(*columns, strict=True)]
+        if (steps := _shares(reward, columns, by_step)) is not None:
+            by_step[reward.name] = steps
     by_name[reward.name] = found
     return found
+
+
+def _shares(
+    node: Node, columns: Sequence[Sequence[Value]], by_step: Mapping[str, list[list[float]]]
+) -> list[list[float]] | None:
+    """[S] what a node gives each step; None if its value is no sum over steps.
+
+    That of a `gate` is `then` where it is open, else nothing. A child that rewards whole completions counts at the last
+    step.
+    """
+    if node.kind not in ("sum", "gate"):
+        return None
+    counted = [(child, column) for child, column in zip(node.of, columns, strict=True) if child.weight != 0]
+    opened = [True] * len(columns[0])
+    if node.kind == "gate":
+        counted = [(node.of[1], columns[1])]
+        opened = [bool(gate((guard, 1.0), (1.0, 1.0), **node.args)) for guard in columns[0]]
+    divided = next((by_step[child.name] for child, _ in counted if child.name in by_step), None)
+    if divided is None:
+        return None
+    shares = [[0.0] * len(own) for own in divided]
+    for child, column in counted:
+        given = by_step.get(child.name) or [
+            [0.0] * (len(own) - 1) + [value or 0.0] * bool(own) for own, value in zip(divided, column, strict=True)
+        ]
+        for s, own in enumerate(given):
+            if opened[s]:
+                shares[s] = [x + child.weight * y for x, y in zip(shares[s], own, strict=True)]
+    return shares
 
 
 def weighted_sum(values: Sequence[Value], weights: Sequence[float]) -> Value:

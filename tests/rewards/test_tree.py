@@ -144,3 +144,50 @@ def test_shaping_needs_a_potential_by_step():
     scorer = Scorer([Node("progress", 1.0, "shaping", [leaf(right)])])
     with pytest.raises(RecipeError, match="progress shapes by step and right rewards whole completions"):
         scorer.score([group("4")])
+
+
+def of_three(*digits: str) -> Group:
+    """A completion of three steps each, with the steps as its text."""
+    return Group((1,), tuple(Completion((3,) * 3, (True,) * 3, text, steps=(1, 1, 1)) for text in digits))
+
+
+def three_long(completion):
+    return float(completion.text != "1a2")
+
+
+def ends_with_digit(completion):
+    return float(completion.text[-1].isdigit())
+
+
+def test_a_sum_and_an_open_gate_give_steps_what_their_children_do():
+    """As with a hierarchy of rewards of whole completions; what is of the whole completion counts at its last step."""
+    both = Node("both", 3.0, "sum", [leaf(marks, 2.0), leaf(ends_with_digit, 0.5), leaf(size, 0.0)])
+    scorer = Scorer([Node("gated", 1.0, "gate", [leaf(three_long), both])])
+    texts = ("12a", "1a2", "a12", "aaa")
+    found = scorer.score([of_three(*texts)], steps=[list(text) for text in texts])
+    assert found.by_step["both"] == [[2, 2, 0], [2, 0, 2.5], [0, 2, 2.5], [0, 0, 0]]
+    assert found.by_step["gated"] == [[6, 6, 0], [0, 0, 0], [0, 6, 7.5], [0, 0, 0]]
+    assert found.total == [[12, 0, 13.5, 0]]
+    assert [sum(own) for own in found.by_step["gated"]] == found.total[0]
+
+
+@pytest.mark.parametrize("kind", ["product", "min", "lexicographic"])
+def test_what_is_no_sum_over_steps_is_of_the_whole_completion(kind):
+    args = {"scale": 9.0} if kind == "lexicographic" else {}
+    scorer = Scorer([Node("node", 1.0, kind, [leaf(marks), leaf(three_long)], args)])
+    found = scorer.score([of_three("12a")], steps=[list("12a")])
+    assert set(found.by_step) == {"marks"}
+
+
+def test_a_guard_by_step_opens_by_its_sum():
+    guarded = Node("guarded", 1.0, "gate", [leaf(marks), leaf(three_long)], {"above": 1.5})
+    found = Scorer([guarded]).score([of_three("12a", "a1a")], steps=[list("12a"), list("a1a")])
+    assert found.total == [[1, 0]]
+    assert set(found.by_step) == {"marks"}
+
+
+def test_a_node_without_a_value_or_without_steps_gives_none():
+    node = Node("node", 1.0, "sum", [leaf(marks), leaf(size)])
+    found = Scorer([node]).score([Group((1,), (Completion((3,), (True,), ""),))], steps=[[]])
+    assert found.total == [[None]]
+    assert found.by_step["node"] == [[]]
