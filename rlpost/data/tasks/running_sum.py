@@ -1,0 +1,93 @@
+"""A running sum in six turns: an early mistake costs all turns after it.
+
+The prompt "7+5=" is to be answered "2;", the last digit of the sum. The environment goes on "+3=", to be answered "5;",
+and so on. A turn is rewarded with 1 where its answer is the last digit of the sum of all digits so far, whatever was
+answered before: one who adds to a wrong answer stays wrong. Turns end at ";" (a stop string). The teacher does so,
+and slips some of the time.
+"""
+
+from __future__ import annotations
+
+import random as randomness
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+from rlpost.errors import RecipeError
+
+TURNS = 6
+ROWS = 10_000
+"""Of ten million."""
+
+
+def train(*, held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """The rows that `held_out(n=held_out, seed=seed)` does not contain.
+
+    Raises:
+        RecipeError: none would be left.
+    """
+    if not 0 <= held_out < ROWS:
+        raise RecipeError(f"held_out={held_out}: give 0 to {ROWS - 1}, there are {ROWS}")
+    return _rows(seed)[held_out:]
+
+
+def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
+    """`n` rows of digits.
+
+    Raises:
+        RecipeError: there are not so many.
+    """
+    if not 1 <= n <= ROWS:
+        raise RecipeError(f"n={n}: give 1 to {ROWS}")
+    return _rows(seed)[:n]
+
+
+def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs: float = 0.3) -> dict[str, Any]:
+    """One of the turns as prompt and completion; every answer up to it is wrong with probability `errs`.
+
+    Raises:
+        RecipeError: `errs` is not a probability.
+    """
+    if not 0 <= errs <= 1:
+        raise RecipeError(f"errs={errs}: give a probability, 0 to 1")
+    text, total = row["digits"][0], int(row["digits"][0])
+    last = random.randrange(1, TURNS + 1)
+    for turn in range(1, last + 1):
+        text += f"+{row['digits'][turn]}="
+        total = (total + int(row["digits"][turn])) % 10
+        if random.random() < errs:
+            total = (total + random.randrange(1, 10)) % 10
+        if turn < last:
+            text += f"{total};"
+    return {**row, "prompt": text, "completion": f"{total};"}
+
+
+class RunningSum:
+    """The environment: the next digit after every answer, until there is none."""
+
+    def __init__(self) -> None:
+        self._digits: list[int] = []
+        self._turn = 0
+
+    def reset(self, example: Mapping[str, Any]) -> None:
+        """Begin with the row's own prompt."""
+        self._digits = [int(digit) for digit in example["digits"]]
+        self._turn = 0
+
+    def step(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
+        """The next digit, and 1 for the right answer so far."""
+        self._turn += 1
+        sums = [total % 10 for total in accumulate(self._digits)]
+        reward = float(action == str(sums[self._turn]))
+        if self._turn == TURNS:
+            return None, reward, True, False, {}
+        return f"+{self._digits[self._turn + 1]}=", reward, False, False, {}
+
+
+def _rows(seed: int) -> list[dict[str, Any]]:
+    numbers = randomness.Random(seed).sample(range(10 ** (TURNS + 1)), ROWS)
+    return [_row(f"{number:0{TURNS + 1}d}") for number in numbers]
+
+
+def _row(digits: str) -> dict[str, Any]:
+    return {"prompt": f"{digits[0]}+{digits[1]}=", "digits": digits}
