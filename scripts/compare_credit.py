@@ -4,8 +4,8 @@
 
 Every way learns recipes/running_sum.yaml from the same SFT model of its seed, with the same number of episodes and of
 updates and the same learning rate: the sum of an episode's rewards for all of its turns, the return from each turn on
-against the group's, and a critic between tokens or between turns. Table: reward while training, by tenths, and of
-held-out rows at the end. Finished runs are not repeated. Writes table.md and credit.png
+against the group's, and a critic between tokens or between turns. Table: the share of right turns while training,
+by fifths, and of held-out rows at the end. Finished runs are not repeated. Writes table.md and credit.png
 (`pip install rlpost[plots]`).
 """
 
@@ -82,30 +82,30 @@ def learn(runs: Path, name: str, seed: int, steps: int) -> Found:
 
 
 def held_out(run: Path, stage: str) -> float:
-    """Mean reward of the stage's final model in the run's evaluation."""
-    table = json.loads((run / "evaluation.json").read_text("utf-8"))
-    return float(table[stage]["reward"])
+    """Mean reward of the stage's final model in the run's evaluation, at temperature 1."""
+    found = json.loads((run / "evaluation" / f"{stage}.json").read_text("utf-8"))
+    return float(found["sampled"]["rewards"]["environment_reward"])
 
 
 def table(found: dict[tuple[str, int], Found], seeds: Sequence[int], steps: int) -> list[str]:
-    """Means over tenths of the run and the evaluation; in a cell, the mean over seeds and its extremes."""
-    size = max(1, steps // 10)
-    parts = range(0, steps, 2 * size)
+    """Means over fifths of the run and the evaluation; in a cell, the mean over seeds and its extremes."""
+    size = max(1, steps // 5)
+    parts = range(0, steps, size)
     lines = [
-        f"| steps to | {' | '.join(str(min(part + 2 * size, steps)) for part in parts)} | all | held out |",
+        f"| steps to | {' | '.join(str(min(part + size, steps)) for part in parts)} | all | held out |",
         f"|---|{'---|' * (len(parts) + 2)}",
     ]
     for name in WAYS:
         runs = [found[name, seed] for seed in seeds]
-        cells = [cell([fmean(run.rewards[part : part + 2 * size]) for run in runs]) for part in parts]
+        cells = [cell([fmean(run.rewards[part : part + size]) for run in runs]) for part in parts]
         cells += [cell([fmean(run.rewards) for run in runs]), cell([run.held_out for run in runs])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
 def cell(means: Sequence[float]) -> str:
-    """Mean [least, most]."""
-    return f"{fmean(means):.2f} [{min(means):.2f}, {max(means):.2f}]"
+    """Mean [least, most], in percent."""
+    return f"{100 * fmean(means):.1f} [{100 * min(means):.1f}, {100 * max(means):.1f}]"
 
 
 def draw(found: dict[tuple[str, int], Found], seeds: Sequence[int], out: Path) -> None:
@@ -123,7 +123,7 @@ def draw(found: dict[tuple[str, int], Found], seeds: Sequence[int], out: Path) -
         axes.plot(steps, [fmean(x) for x in by_step], color=colour, linewidth=1.5, label=name)
         axes.fill_between(steps, [min(x) for x in by_step], [max(x) for x in by_step], color=colour, alpha=0.12)
     axes.set_xlabel("step")
-    axes.set_ylabel("reward of an episode")
+    axes.set_ylabel("share of right turns")
     axes.legend(fontsize=8)
     figure.savefig(out, dpi=150)
 

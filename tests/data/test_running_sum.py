@@ -21,23 +21,24 @@ def played(*answers: str) -> tuple[list[str | None], list[float], list[bool]]:
 def test_every_turn_is_rewarded_for_the_sum_of_all_digits():
     said, rewards, ends = played(*RIGHT)
     assert said == ["+3=", "+9=", "+2=", "+8=", "+0=", None]
-    assert rewards == [1.0] * 6
+    assert rewards == [1 / 6] * 6
+    assert sum(rewards) == pytest.approx(1)
     assert ends == [False] * 5 + [True]
 
 
 def test_who_adds_to_a_wrong_answer_stays_wrong():
     # 7+5=3, 3+3=6, ...: one more than right, all the way.
     off_by_one = [str((int(answer) + 1) % 10) for answer in RIGHT]
-    assert played("2", *off_by_one[1:])[1] == [1, 0, 0, 0, 0, 0]
+    assert played("2", *off_by_one[1:])[1] == [1 / 6, 0, 0, 0, 0, 0]
     # It can be put right, and what is no digit is wrong.
-    assert played("3", "5", "", "46", "4", "4")[1] == [0, 1, 0, 0, 1, 1]
+    assert played("3", "5", "", "46", "4", "4")[1] == [0, 1 / 6, 0, 0, 1 / 6, 1 / 6]
 
 
 def test_an_episode_can_begin_again():
     episode = RunningSum()
     for _ in range(2):
         episode.reset(ROW)
-        assert [episode.step(answer)[1] for answer in RIGHT] == [1.0] * 6
+        assert [episode.step(answer)[1] for answer in RIGHT] == [1 / 6] * 6
 
 
 def test_held_out_rows_are_not_trained():

@@ -1,9 +1,9 @@
 """A running sum in six turns: an early mistake costs all turns after it.
 
 The prompt "7+5=" is to be answered "2;", the last digit of the sum. The environment goes on "+3=", to be answered "5;",
-and so on. A turn is rewarded with 1 where its answer is the last digit of the sum of all digits so far, whatever was
-answered before: one who adds to a wrong answer stays wrong. Turns end at ";" (a stop string). The teacher does so,
-and slips some of the time.
+and so on. A turn is rewarded where its answer is the last digit of the sum of all digits so far, whatever was answered
+before: one who adds to a wrong answer stays wrong. The rewards of an episode add up to the share of turns that are
+right. Turns end at ";" (a stop string). The teacher adds to its own answers, and slips some of the time.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class RunningSum:
         self._turn = 0
 
     def step(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
-        """The next digit, and 1 for the right answer so far."""
+        """The next digit, and a sixth for the right sum so far."""
         self._turn += 1
         sums = [total % 10 for total in accumulate(self._digits)]
-        reward = float(action == str(sums[self._turn]))
+        reward = (action == str(sums[self._turn])) / TURNS
         if self._turn == TURNS:
             return None, reward, True, False, {}
         return f"+{self._digits[self._turn + 1]}=", reward, False, False, {}
