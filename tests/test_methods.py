@@ -17,7 +17,10 @@ METHODS = sorted(set(packaged()) - SHARED & {n for n in packaged() if n.startswi
 METHODS = [name for name in METHODS if name.startswith("methods/") and name not in SHARED]
 SMALL = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2}"
 SLOW = {
-    f"methods/{name}" for name in ("dppo_kl", "fipo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy")
+    f"methods/{name}"
+    for name in (
+        *("dppo_kl", "fipo", "gigpo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy", "turn_rloo"),
+    )
 }
 """Like others that run, but for a function of the objectives, which has its own tests; four seconds together."""
 TELLING = "vars.right=[{fn: pattern, name: correct, args: {regex: '^[0-4]'}}]"

@@ -179,6 +179,18 @@ def test_calculator(tmp_path):
     )
 
 
+def test_running_sum(tmp_path):
+    run(
+        tmp_path,
+        "running_sum",
+        *TINY,
+        *stage("sft", *TWO, "batch_size=8"),
+        *stage("grpo", *TWO, "prompts_per_step=4"),
+        *stage("ppo", *TWO, "prompts_per_step=4", "critic.warmup_steps=0"),
+        "evaluation.data.held_out.limit=8",
+    )
+
+
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 
