@@ -6,8 +6,8 @@ from rlpost.data.tasks import running_sum
 from rlpost.data.tasks.running_sum import RunningSum
 from rlpost.errors import RecipeError
 
-ROW = {"prompt": "7+5=", "digits": "7539280"}
-RIGHT = ("2", "5", "4", "6", "4", "4")
+ROW = {"prompt": "4+3=", "digits": "4334120"}
+RIGHT = ("2", "0", "4", "0", "2", "2")
 
 
 def played(*answers: str) -> tuple[list[str | None], list[float], list[bool]]:
@@ -20,7 +20,7 @@ def played(*answers: str) -> tuple[list[str | None], list[float], list[bool]]:
 
 def test_every_turn_is_rewarded_for_the_sum_of_all_digits():
     said, rewards, ends = played(*RIGHT)
-    assert said == ["+3=", "+9=", "+2=", "+8=", "+0=", None]
+    assert said == ["+3=", "+4=", "+1=", "+2=", "+0=", None]
     assert rewards == [1 / 6] * 6
     assert sum(rewards) == pytest.approx(1)
     assert ends == [False] * 5 + [True]
@@ -28,10 +28,10 @@ def test_every_turn_is_rewarded_for_the_sum_of_all_digits():
 
 def test_who_adds_to_a_wrong_answer_stays_wrong():
     # 7+5=3, 3+3=6, ...: one more than right, all the way.
-    off_by_one = [str((int(answer) + 1) % 10) for answer in RIGHT]
+    off_by_one = [str((int(answer) + 1) % 5) for answer in RIGHT]
     assert played("2", *off_by_one[1:])[1] == [1 / 6, 0, 0, 0, 0, 0]
     # It can be put right, and what is no digit is wrong.
-    assert played("3", "5", "", "46", "4", "4")[1] == [0, 1 / 6, 0, 0, 1 / 6, 1 / 6]
+    assert played("3", "0", "", "10", "2", "2")[1] == [0, 1 / 6, 0, 0, 1 / 6, 1 / 6]
 
 
 def test_an_episode_can_begin_again():
@@ -54,22 +54,20 @@ def test_held_out_rows_are_not_trained():
 
 def test_a_perfect_teacher_plays_as_the_environment_does():
     said, _, _ = played(*RIGHT)
-    text, expected = ROW["prompt"], set()
-    for answer, reply in zip(RIGHT, said, strict=True):
-        expected.add((text, f"{answer};"))
-        text += f"{answer};{reply}"
-    shown = [running_sum.careless_teacher(ROW, random.Random(seed), errs=0.0) for seed in range(60)]
-    assert {(r["prompt"], r["completion"]) for r in shown} == expected
+    whole = "".join(f"{answer};{reply or ''}" for answer, reply in zip(RIGHT, said, strict=True))
+    shown = running_sum.careless_teacher(ROW, random.Random(0), errs=0.0)
+    assert shown == {**ROW, "completion": whole}
 
 
 def test_a_careless_teacher_adds_to_its_own_mistakes():
     for seed in range(30):
         shown = running_sum.careless_teacher(ROW, random.Random(seed), errs=1.0)
         turns = (shown["prompt"] + shown["completion"]).split(";")
+        assert len(turns) == 7
         before = turns[0][0]
         for turn in turns[:-1]:
             digit, answer = turn.split("+")[1].split("=")
-            assert int(answer) != (int(before) + int(digit)) % 10
+            assert int(answer) != (int(before) + int(digit)) % 5
             before = answer
     with pytest.raises(RecipeError, match="errs=2: give a probability"):
         running_sum.careless_teacher(ROW, random.Random(0), errs=2)

@@ -1,9 +1,9 @@
-"""A running sum in six turns: an early mistake costs all turns after it.
+"""A running sum modulo 5 in six turns: an early mistake costs all turns after it.
 
-The prompt "7+5=" is to be answered "2;", the last digit of the sum. The environment goes on "+3=", to be answered "5;",
-and so on. A turn is rewarded where its answer is the last digit of the sum of all digits so far, whatever was answered
-before: one who adds to a wrong answer stays wrong. The rewards of an episode add up to the share of turns that are
-right. Turns end at ";" (a stop string). The teacher adds to its own answers, and slips some of the time.
+The prompt "4+3=" is to be answered "2;", what is left of the sum after division by 5. The environment goes on "+3=", to
+be answered "0;", and so on. A turn is rewarded where its answer is right for the sum of all digits so far, whatever was
+answered before: one who adds to a wrong answer stays wrong. The rewards of an episode add up to the share of turns that
+are right. Turns end at ";" (a stop string). The teacher adds to its own answers, and slips some of the time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 from rlpost.errors import RecipeError
 
 TURNS = 6
+BASE = 5
 ROWS = 10_000
-"""Of ten million."""
+"""Of 5⁷."""
 
 
 def train(*, held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
@@ -43,23 +44,20 @@ def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs: float = 0.3) -> dict[str, Any]:
-    """One of the turns as prompt and completion; every answer up to it is wrong with probability `errs`.
+    """A whole episode as one completion, the environment's part in it; an answer is a slip with probability `errs`.
 
     Raises:
         RecipeError: `errs` is not a probability.
     """
     if not 0 <= errs <= 1:
         raise RecipeError(f"errs={errs}: give a probability, 0 to 1")
-    text, total = row["digits"][0], int(row["digits"][0])
-    last = random.randrange(1, TURNS + 1)
-    for turn in range(1, last + 1):
-        text += f"+{row['digits'][turn]}="
-        total = (total + int(row["digits"][turn])) % 10
+    text, total = "", int(row["digits"][0])
+    for digit in row["digits"][1:]:
+        total = (total + int(digit)) % BASE
         if random.random() < errs:
-            total = (total + random.randrange(1, 10)) % 10
-        if turn < last:
-            text += f"{total};"
-    return {**row, "prompt": text, "completion": f"{total};"}
+            total = (total + random.randrange(1, BASE)) % BASE
+        text += f"+{digit}={total};"
+    return {**row, "completion": text.removeprefix(f"+{row['digits'][1]}=")}
 
 
 class RunningSum:
@@ -77,7 +75,7 @@ class RunningSum:
     def step(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
         """The next digit, and a sixth for the right sum so far."""
         self._turn += 1
-        sums = [total % 10 for total in accumulate(self._digits)]
+        sums = [total % BASE for total in accumulate(self._digits)]
         reward = (action == str(sums[self._turn])) / TURNS
         if self._turn == TURNS:
             return None, reward, True, False, {}
@@ -85,8 +83,8 @@ class RunningSum:
 
 
 def _rows(seed: int) -> list[dict[str, Any]]:
-    numbers = randomness.Random(seed).sample(range(10 ** (TURNS + 1)), ROWS)
-    return [_row(f"{number:0{TURNS + 1}d}") for number in numbers]
+    numbers = randomness.Random(seed).sample(range(BASE ** (TURNS + 1)), ROWS)
+    return [_row("".join(str(number // BASE**k % BASE) for k in range(TURNS + 1))) for number in numbers]
 
 
 def _row(digits: str) -> dict[str, Any]:
