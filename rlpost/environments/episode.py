@@ -67,7 +67,7 @@ class Episode:
         return Request(prompt, 1, sampling, self.next_seed, limit=room, keep=more)
 
     def add_turn(self, turn: Completion) -> None:
-        """Append the model's turn; the last one, or one that was cut off, ends the episode."""
+        """Append the model's turn; one that was cut off ends the episode."""
         self.weights_version = turn.weights_version
         self.ids += turn.ids.tolist()
         self.action += turn.action.tolist()
@@ -75,8 +75,13 @@ class Episode:
         self.turns.append(turn.text)
         self.turn_actions.append(turn.actions)
         self.messages.append({"role": "assistant", "content": turn.text})
-        if turn.finish == "length" or len(self.turns) == self.limits.turns:
+        if turn.finish == "length":
             self.finish = turn.finish
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether the model has had its last turn."""
+        return len(self.turns) == self.limits.turns
 
     def arguments(self) -> dict[str, Any]:
         """What a function of an environment may be told of the model's last turn."""

@@ -206,6 +206,10 @@ class Played:
         by_template: list[Episode] = []
         for episode, reply in replied:
             said = reply["messages"]
+            if episode.at_limit:
+                episode.messages += _as_messages(said)
+                episode.finish = "length"
+                continue
             if wrong := "" if isinstance(said, str) else self._wrong(episode, said):
                 self._failed([episode], wrong, Reply(None))
             elif isinstance(said, str):

@@ -37,17 +37,25 @@ class Replies:
         """Nothing is kept of them here."""
 
     def ask(self, episodes: Sequence[Episode]) -> None:
-        """Add a reply to each of these, or end it.
+        """Add a reply to each of these, or end it; there is none to the last turn.
 
         Raises:
             RewardError: the environment failed, or did not reply with text, and its failures stop the run.
         """
-        for episode, reply in zip(episodes, self._each(episodes), strict=False):
+        going = [episode for episode in episodes if not self._over(episode)]
+        for episode, reply in zip(going, self._each(going), strict=False):
             self._settle(episode, reply)
 
     async def ask_one(self, episode: Episode) -> None:
         """The same for one of many that are under way."""
-        self._settle(episode, await self._once(episode))
+        if not self._over(episode):
+            self._settle(episode, await self._once(episode))
+
+    def _over(self, episode: Episode) -> bool:
+        """Whether the model has had its last turn, which ends the episode."""
+        if episode.at_limit:
+            episode.finish = "stop"
+        return episode.at_limit
 
     def _each(self, episodes: Sequence[Episode]) -> Iterable[Reply]:
         """In order; up to the first failure if failures stop the run."""

@@ -133,4 +133,5 @@ def test_an_environment_cannot_speak_for_the_model(environment, message):
 
 def test_what_was_said_is_in_the_completion():
     group, _ = played(CHATML, ["a", "b"], "<|im_end|>", turns=1)
-    assert completions([group])[0].messages == ({"role": "assistant", "content": "fine"},)
+    turn = {"role": "assistant", "content": "fine", "reward": 1}
+    assert completions([group])[0].messages == (turn, {"role": "user", "content": "b"})

@@ -258,8 +258,10 @@ def test_an_end_by_the_environment_and_one_that_it_cuts_off(tmp_path):
     groups = episodes(environment(tmp_path, "Cuts"))
     assert {c.finish for c in groups[1].completions} == {"length"}
     assert all(len(c.steps) == 1 and c.step_rewards.tolist() == [1.0] for c in groups[1].completions)
-    cut = [c for c in groups[0].completions if len(c.steps) == 4]
-    assert all(c.step_rewards[:3].tolist() == [1, 1, 1] for c in cut)
+    # After the last turn that the model has, the environment would go on.
+    for c in groups[0].completions:
+        assert c.step_rewards.tolist() == [1, 1, 1, 1]
+        assert (c.finish, letters(c.ids)) == ("length", "cz" * 3 + "c")
 
 
 def test_what_an_environment_keeps_is_closed(tmp_path):
