@@ -194,9 +194,11 @@ def game_value(board):
 def test_two_players_see_one_game_each_from_its_side():
     game = task.TicTacToe(opponent="self")
     assert game.reset({"opening": "5"}) == "....o....>"
+    assert game.other() is None
     assert game.step("1")[:4] == (None, 0.0, False, False)
     assert game.other() == ".........>5;o...x....>"
     assert game.step_other("3")[:4] == ("x.o.o....>", 0.0, False, False)
+    assert game.other() is None
     game.step("9")
     assert game.other() == ".........>5;o...x....>3;o.x.x...o>"
     assert game.step_other("7") == (None, -1.0, True, False, {"other_legal": True})

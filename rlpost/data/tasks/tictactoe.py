@@ -86,12 +86,13 @@ class TicTacToe:
         self._skill = SKILLS.get(opponent, skill)
         self._board = EMPTY
         """As the player to move sees it."""
+        self._model_moves = True
         self._others = ""
         """What the other player has seen and played."""
 
     def reset(self, example: Mapping[str, Any]) -> str:
         """Begin after the row's `opening`; returns the board."""
-        self._board, self._others = _board(example["opening"]), ""
+        self._board, self._others, self._model_moves = _board(example["opening"]), "", True
         if example["opening"]:
             # The other player made the last of these moves, on the board before it.
             self._others = _board(example["opening"][:-1]) + SHOWN + example["opening"][-1] + ENDS
@@ -104,7 +105,7 @@ class TicTacToe:
         (in self-play, a perfect one), for a model that makes no further mistake.
         """
         values = action_values(self._board, self._skill)
-        cell = _cell(action, self._board)
+        cell = cell_of(action, self._board)
         info = {"legal": cell is not None, "regret": max(values.values()) - (-1.0 if cell is None else values[cell])}
         if cell is None:
             return None, -1.0, True, False, info
@@ -114,20 +115,19 @@ class TicTacToe:
         if FREE not in self._board:
             return None, 0.0, True, False, info
         if self._from_model:
+            self._model_moves = False
             return None, 0.0, False, False, info
         moves = player(self._board, self._skill)
         messages, reward, terminated = self._answer(randomness.choices(list(moves), list(moves.values()))[0])
         return messages, reward, terminated, False, info
 
     def other(self) -> str | None:
-        """The game so far as the other player sees it, to be continued with its move."""
-        if not self._from_model:
-            return None
-        return self._others + self._board + SHOWN
+        """The game so far as the other player sees it, to be continued with its move; None if it is not to move."""
+        return None if self._model_moves else self._others + self._board + SHOWN
 
     def step_other(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
         """Play the other player's move; if it is not legal the model has won."""
-        cell = _cell(action, self._board)
+        cell = cell_of(action, self._board)
         if cell is None:
             return None, 1.0, True, False, {"other_legal": False}
         self._others += f"{self._board}{SHOWN}{cell + 1}{ENDS}"
@@ -137,7 +137,7 @@ class TicTacToe:
     def _answer(self, cell: int) -> tuple[str | None, float, bool]:
         """Play the other player's legal move: the model's next board, its reward, and whether the game is over."""
         answered = played(self._board, cell)
-        self._board = turned(answered)
+        self._board, self._model_moves = turned(answered), True
         if won(answered):
             return None, -1.0, True
         if FREE not in answered:
@@ -185,7 +185,7 @@ def _board(opening: str) -> str:
     return board
 
 
-def _cell(action: str, board: str) -> int | None:
+def cell_of(action: str, board: str) -> int | None:
     """The free cell that a turn names; None for anything else."""
     text = action.strip()
     if len(text) != 1 or text not in "123456789" or board[int(text) - 1] != FREE:
