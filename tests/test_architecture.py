@@ -50,6 +50,7 @@ SHARED_BY_STAGES = (
     "params",
     "references",
     "rollouts",
+    "self_play",
 )
 """Modules of stages/ that are no stage."""
 READS_RECIPES = (

@@ -69,7 +69,9 @@ def on_policy(
     steps = _steps(context, cfg, samples)
     if isinstance(samples, Sampler) and samples.staleness:
         samples = Ahead(samples, steps)
-    loop = context.loop(cfg, {"data": samples, **states}, steps, None, held_out=None, **learners)
+    pool = samples.opponents if isinstance(samples, Sampler) else None
+    weights = None if pool is None else {"opponents": pool}
+    loop = context.loop(cfg, {"data": samples, **states}, steps, weights, held_out=None, **learners)
     gap = Gap(context.name, cfg.rollouts or context.rollouts)
     for step in loop.steps():
         rollout = _timed(samples, step, loop)

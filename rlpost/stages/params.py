@@ -124,6 +124,18 @@ class Correction(Section):
             yield f"{where}.floor: {self.floor:g} is not below cap={self.cap:g}"
 
 
+class Opponents(Section):
+    """Self-play: who plays the second player of an environment that has one (docs/games.md)."""
+
+    pool_size: int = Field(4, ge=1)
+    """Past versions of the policy that are kept; the oldest goes first."""
+    snapshot_every: int = Field(20, ge=1)
+    """Steps between versions that are added to the pool; the first is the policy that the stage begins with."""
+    latest_ratio: float = Field(0.5, ge=0, le=1)
+    """Share of prompts whose episodes are against the policy as it is; the others meet a version of the pool, each
+    equally often."""
+
+
 class Trunk(Choice):
     """What a critic's head reads its features from."""
 

@@ -30,6 +30,7 @@ from rlpost.recipe.specs.common import Grouped, Rollouts
 from rlpost.rewards.score import RewardBatch, Scorer, joined, rewarded
 from rlpost.stages.beside import side_engine
 from rlpost.stages.context import Context
+from rlpost.stages.self_play import past_versions
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
 
@@ -192,9 +193,12 @@ class Sampler:
             side_engine(context, policy, chosen) if self.staleness else context.engine(policy, cfg.rollouts)
         )
         environment = context.function(cfg, "environment") if cfg.environment else None
+        self.opponents = past_versions(context, cfg, policy) if cfg.opponents else None
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
-        self._collect = collector(self.engine, policy, environment, cfg.max_turns, longest=room, keep=keep)
+        self._collect = collector(
+            self.engine, policy, environment, cfg.max_turns, longest=room, opponents=self.opponents, keep=keep
+        )
         self._seconds = 0.0
 
     @property
@@ -232,6 +236,8 @@ class Sampler:
             )
         began = time.perf_counter()
         self.engine.update_weights(self.policy, step)
+        if self.opponents is not None:
+            self.opponents.begin(step)
         rollout = self.draw(step)
         self._seconds += time.perf_counter() - began
         return self.signal.report(rollout, step)

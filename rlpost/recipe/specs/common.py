@@ -8,13 +8,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlpost.data.params import DataRole, Direction, Source, TooLong
-from rlpost.engine.params import EngineChoice, Sampling
+from rlpost.engine.params import LOCAL, EngineChoice, Sampling
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
 from rlpost.rewards.of_environment import environment_problems, is_class
 from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.section import Section
-from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Weight
+from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Opponents, Weight
 from rlpost.suggest import hint_or_list
 from rlpost.train.params import KeepBest, OptimizerName, Schedule
 from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
@@ -208,6 +208,8 @@ class Rollouts(Training):
     a class with `reset` and `step`."""
     max_turns: int = Field(2, ge=1)
     """With an environment: most turns of the model."""
+    opponents: Opponents | None = None
+    """Self-play: the policy and its past versions play the environment's second player."""
     step_end: str | None = None
     """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step. With
     an environment, by default, steps are the model's turns."""
@@ -222,6 +224,7 @@ class Rollouts(Training):
         yield from super().rules(where, earlier)
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
         yield from self._kl_problems(f"{where}.kl")
+        yield from self._opponent_problems(where, earlier)
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if getattr(self.sampling, name) != neutral:
                 yield (
@@ -251,6 +254,20 @@ class Rollouts(Training):
                         f"{place}.model: {leaf.called} would run beside training in its process, and might draw from "
                         "the random generators that training draws from - set rollouts.staleness=0"
                     )
+
+    def _opponent_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        if self.opponents is None:
+            return
+        here = f"{where}.opponents"
+        if not is_class(self.environment):
+            yield f"{here}: there is no second player - name an environment with `other` and `step_other`, or remove it"
+        chosen = self.rollouts or earlier.rollouts
+        if chosen.engine != LOCAL or chosen.staleness:
+            engine = "rollouts.staleness" if chosen.engine == LOCAL else f"rollouts.engine={chosen.engine}"
+            yield (
+                f"{here}: past versions are sampled by the local engine with the weights in this process, and not with "
+                f"{engine} - use engine: local and staleness: 0"
+            )
 
     def _staleness(self, earlier: Earlier) -> int:
         """Steps by which its samples are ahead of training."""
