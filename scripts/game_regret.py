@@ -20,7 +20,7 @@ from typing import Any
 from rlpost.data.codec import make_codec
 from rlpost.data.encoders import plain_prompt
 from rlpost.data.tasks._tictactoe import EMPTY, UNKNOWN, Moves, Node, Worth, free, played, turned, worst_value, worth
-from rlpost.data.tasks.tictactoe import ENDS, SHOWN, cell_of
+from rlpost.data.tasks.tictactoe import ENDS, cell_of, shown
 from rlpost.engine.door import frozen_engine
 from rlpost.engine.params import Sampling
 from rlpost.engine.sampling import greedy as as_greedy
@@ -38,8 +38,8 @@ LONGEST = 4
 
 def context(node: Node) -> str:
     """What the model has read and written when it is to move."""
-    before = "".join(f"{board}{SHOWN}{cell + 1}{ENDS}" for board, cell in node.turns)
-    return f"{before}{node.board}{SHOWN}"
+    before = "".join(f"{shown(board)}{cell + 1}{ENDS}" for board, cell in node.turns)
+    return before + shown(node.board)
 
 
 def greedy(policy: Policy) -> Moves:

@@ -138,11 +138,18 @@ def test_moves_that_are_not_legal_lose_and_what_is_unknown_is_said():
     assert abs(rough.value - whole.value) <= rough.unknown
 
 
+def seen(text: str) -> str:
+    """The board that a text ends with."""
+    board = "".join("." if sign.isdigit() else sign for sign in text[-10:-1])
+    assert task.shown(board) == text[-10:]
+    return board
+
+
 def play(choose, opponent, seed, skill=0.5, opening=""):
     """A game: what each of the model's turns was given."""
     game, given = task.TicTacToe(opponent=opponent, skill=skill), []
     random.seed(seed)
-    board = game.reset({"opening": opening})[:9]
+    board = seen(game.reset({"opening": opening}))
     while True:
         messages, reward, terminated, truncated, info = game.step(choose(board))
         given.append((reward, info))
@@ -150,8 +157,7 @@ def play(choose, opponent, seed, skill=0.5, opening=""):
         if terminated:
             assert messages is None
             return given
-        assert messages.endswith(task.SHOWN)
-        board = messages[:9]
+        board = seen(messages)
 
 
 @pytest.mark.parametrize("opponent", ["random", "perfect", "mixed"])
@@ -172,12 +178,13 @@ def test_the_mean_regret_of_games_is_that_of_the_policy(opponent):
 
 def test_a_game_by_hand():
     game = task.TicTacToe(opponent="perfect")
-    assert game.reset({"opening": "1"}) == "o........>"
+    assert game.reset({"opening": "1"}) == "o23456789>"
     random.seed(0)
     messages, reward, terminated, _, info = game.step("9")
     assert (reward, terminated, info) == (0.0, False, {"legal": True, "regret": 1})
     assert messages.count("o") == 2
     assert messages[0] + messages[8] == "ox"
+    assert seen(messages)
 
 
 @pytest.mark.parametrize("action", ["", "0", "10", "x", "1", "4 5", "²", "five"])
@@ -193,14 +200,14 @@ def game_value(board):
 
 def test_two_players_see_one_game_each_from_its_side():
     game = task.TicTacToe(opponent="self")
-    assert game.reset({"opening": "5"}) == "....o....>"
+    assert game.reset({"opening": "5"}) == "1234o6789>"
     assert game.other() is None
     assert game.step("1")[:4] == (None, 0.0, False, False)
-    assert game.other() == ".........>5;o...x....>"
-    assert game.step_other("3")[:4] == ("x.o.o....>", 0.0, False, False)
+    assert game.other() == "123456789>5;o234x6789>"
+    assert game.step_other("3")[:4] == ("x2o4o6789>", 0.0, False, False)
     assert game.other() is None
     game.step("9")
-    assert game.other() == ".........>5;o...x....>3;o.x.x...o>"
+    assert game.other() == "123456789>5;o234x6789>3;o2x4x678o>"
     assert game.step_other("7") == (None, -1.0, True, False, {"other_legal": True})
     game.reset({"opening": ""})
     game.step("1")
@@ -211,7 +218,7 @@ def test_two_players_see_one_game_each_from_its_side():
 def test_openings():
     rows = task.train()
     assert [r["opening"] for r in rows] == [""] * 9 + list("123456789")
-    assert rows[-1]["prompt"] == "........o>"
+    assert rows[-1]["prompt"] == "12345678o>"
     held = {r["opening"] for r in task.held_out()}
     assert len(held) == 18
     more = task.train(opening=3)
@@ -228,7 +235,7 @@ def test_random_moves_are_legal_and_come_from_games():
     lengths = set()
     for seed, row in enumerate(task.train(opening=2)):
         found = task.random_move(row, random.Random(seed))
-        board, move = found["prompt"][-10:-1], found["completion"]
+        board, move = seen(found["prompt"]), found["completion"]
         assert found["prompt"].startswith(row["prompt"])
         assert board[int(move[0]) - 1] == solved.FREE
         assert move[1:] == task.ENDS
@@ -239,7 +246,7 @@ def test_random_moves_are_legal_and_come_from_games():
 def test_rewards_read_the_whole_game():
     turns = [
         {"role": "assistant", "content": "5", "info": {"legal": True, "regret": 0.5}},
-        {"role": "environment", "content": "xo.......>"},
+        {"role": "environment", "content": "xo3456789>"},
         {"role": "assistant", "content": "5", "info": {"legal": False, "regret": 1.0}},
     ]
     lost = SimpleNamespace(step_rewards=[0.0, -1.0], messages=turns, finish="stop")

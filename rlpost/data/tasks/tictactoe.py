@@ -1,8 +1,8 @@
 """Tic-tac-toe as a conversation, in which every move can be compared with the exactly best one.
 
-The model is shown the board as nine cells, row by row, and `>`: `x` its own stones, `o` the other player's, `.` free.
-It answers with the number of a cell, 1 to 9, and ends its turn with `;`; then it is shown the board after the other
-player's move. A game of two turns: "....o....>1;xo..o....>8;". A move that is not legal loses.
+The model is shown the board as nine cells, row by row, and `>`: `x` its own stones, `o` the other player's, and free
+ones by their numbers. It answers with the number of a cell and ends its turn with `;`; then it is shown the board after
+the other player's move. Two turns: "1234o6789>1;xo34o6789>8;". A move that is not legal loses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlpost.data.tasks._tictactoe import EMPTY, FREE, action_values, free, playe
 from rlpost.errors import RecipeError
 from rlpost.types import Completion
 
-SHOWN, ENDS = ">", ";"
+ASKS, ENDS = ">", ";"
 """What follows a board, and what ends the model's turn."""
 HELD_OUT = 4
 """One in so many pairs of first moves is held out."""
@@ -51,7 +51,7 @@ def random_move(row: Mapping[str, Any], random: randomness.Random) -> dict[str, 
     board, text, turns = _board(row["opening"]), "", []
     while True:
         cell = random.choice(free(board))
-        turns.append((text + board + SHOWN, f"{cell + 1}{ENDS}"))
+        turns.append((text + shown(board), f"{cell + 1}{ENDS}"))
         text = "".join(turns[-1])
         after = turned(played(board, cell))
         if won(turned(after)) or FREE not in after:
@@ -95,8 +95,8 @@ class TicTacToe:
         self._board, self._others, self._model_moves = _board(example["opening"]), "", True
         if example["opening"]:
             # The other player made the last of these moves, on the board before it.
-            self._others = _board(example["opening"][:-1]) + SHOWN + example["opening"][-1] + ENDS
-        return self._board + SHOWN
+            self._others = shown(_board(example["opening"][:-1])) + example["opening"][-1] + ENDS
+        return shown(self._board)
 
     def step(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
         """Play the model's move, and the other player's answer unless a model is asked for it.
@@ -123,14 +123,14 @@ class TicTacToe:
 
     def other(self) -> str | None:
         """The game so far as the other player sees it, to be continued with its move; None if it is not to move."""
-        return None if self._model_moves else self._others + self._board + SHOWN
+        return None if self._model_moves else self._others + shown(self._board)
 
     def step_other(self, action: str) -> tuple[str | None, float, bool, bool, dict[str, Any]]:
         """Play the other player's move; if it is not legal the model has won."""
         cell = cell_of(action, self._board)
         if cell is None:
             return None, 1.0, True, False, {"other_legal": False}
-        self._others += f"{self._board}{SHOWN}{cell + 1}{ENDS}"
+        self._others += f"{shown(self._board)}{cell + 1}{ENDS}"
         messages, reward, terminated = self._answer(cell)
         return messages, reward, terminated, False, {"other_legal": True}
 
@@ -142,7 +142,7 @@ class TicTacToe:
             return None, -1.0, True
         if FREE not in answered:
             return None, 0.0, True
-        return self._board + SHOWN, 0.0, False
+        return shown(self._board), 0.0, False
 
 
 def result(completion: Completion) -> float:
@@ -160,8 +160,21 @@ def illegal(completion: Completion) -> float:
     return float(any(message.get("info", {}).get("legal") is False for message in completion.messages))
 
 
+def shown(board: str) -> str:
+    """A board as it is put to a player."""
+    return "".join(str(cell + 1) if sign == FREE else sign for cell, sign in enumerate(board)) + ASKS
+
+
+def cell_of(action: str, board: str) -> int | None:
+    """The free cell that a turn names; None for anything else."""
+    text = action.strip()
+    if len(text) != 1 or text not in "123456789" or board[int(text) - 1] != FREE:
+        return None
+    return int(text) - 1
+
+
 def _row(opening: str) -> dict[str, Any]:
-    return {"prompt": _board(opening) + SHOWN, "opening": opening}
+    return {"prompt": shown(_board(opening)), "opening": opening}
 
 
 def _openings(length: int) -> Iterator[str]:
@@ -183,11 +196,3 @@ def _board(opening: str) -> str:
     for sign in opening:
         board = turned(played(board, int(sign) - 1))
     return board
-
-
-def cell_of(action: str, board: str) -> int | None:
-    """The free cell that a turn names; None for anything else."""
-    text = action.strip()
-    if len(text) != 1 or text not in "123456789" or board[int(text) - 1] != FREE:
-        return None
-    return int(text) - 1
