@@ -25,6 +25,8 @@ FACTS = {
     "changes_log_ratios": False,  # to the reference, and nothing else
     "weighs_actions": False,  # by where they stand: before other changes of log-ratios, and once
     "needs_collision": True,  # it reads `pairs.collision_P2`
+    # Of an environment.
+    "one_player": False,  # it has no `step_other`; read from its class
 }
 """Every fact with its default, which is safe for any function."""
 

@@ -50,7 +50,9 @@ def greedy(policy: Policy) -> Moves:
     def moves(nodes: Sequence[Node]) -> list[dict[int, float]]:
         prompts = [plain_prompt(context(node), codec, "a game") for node in nodes]
         answers = engine.generate([Request(prompt, 1, sampling, 0) for prompt in prompts])
-        cells = [cell_of(a.text, n.board) if a.finish == "stop" else None for n, (a,) in zip(nodes, answers, strict=True)]
+        cells = [
+            cell_of(a.text, n.board) if a.finish == "stop" else None for n, (a,) in zip(nodes, answers, strict=True)
+        ]
         return [{} if cell is None else {cell: 1.0} for cell in cells]
 
     return moves

@@ -1,4 +1,4 @@
-"""What rewards ask of an environment, checked when a recipe is read."""
+"""What rewards and opponents ask of an environment, checked when a recipe is read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from rlpost.usercode.signatures import info_of
 def is_class(environment: EnvironmentFunction | None) -> bool:
     """Whether it is a class, which rewards the model's turns."""
     return environment is not None and info_of(environment, ENVIRONMENT).takes(EPISODE)
+
+
+def has_second_player(environment: EnvironmentFunction | None) -> bool:
+    """Whether it is a class that may ask an opponent for moves."""
+    return environment is not None and is_class(environment) and not info_of(environment, ENVIRONMENT).has("one_player")
 
 
 def environment_problems(

@@ -144,6 +144,8 @@ def _defined(tree: ast.Module) -> dict[str, FunctionInfo]:
                 facts.setdefault(function, {}).update({fact: bool(value) for fact, value in declared.items()})
     public = [node for node in tree.body if isinstance(node, _NAMED) and not node.name.startswith("_")]
     known = {node.name: _known(node) for node in public if not node.decorator_list}
+    for alone in (node.name for node in public if isinstance(node, ast.ClassDef) and _is_alone(node)):
+        facts.setdefault(alone, {})["one_player"] = True
     return {
         name: FunctionInfo(signature, facts.get(name, {})) for name, signature in known.items() if signature is not None
     }
@@ -164,6 +166,11 @@ def _known(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> inspe
     episode = Parameter(EPISODE, Parameter.POSITIONAL_OR_KEYWORD)
     by_name = [p.replace(kind=p.KEYWORD_ONLY) if p.kind is p.POSITIONAL_OR_KEYWORD else p for p in own]
     return inspect.Signature([episode, *by_name])
+
+
+def _is_alone(node: ast.ClassDef) -> bool:
+    """Whether a class environment has no second player, of its own or of a class that it extends."""
+    return not node.bases and all(getattr(part, "name", "") != "step_other" for part in node.body)
 
 
 def _signature(args: ast.arguments) -> inspect.Signature:

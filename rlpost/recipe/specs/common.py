@@ -11,7 +11,7 @@ from rlpost.data.params import DataRole, Direction, Source, TooLong
 from rlpost.engine.params import LOCAL, EngineChoice, Sampling
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problems
-from rlpost.rewards.of_environment import environment_problems, is_class
+from rlpost.rewards.of_environment import environment_problems, has_second_player, is_class
 from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.section import Section
 from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Opponents, Weight
@@ -259,7 +259,7 @@ class Rollouts(Training):
         if self.opponents is None:
             return
         here = f"{where}.opponents"
-        if not is_class(self.environment):
+        if not has_second_player(self.environment):
             yield f"{here}: there is no second player - name an environment with `other` and `step_other`, or remove it"
         chosen = self.rollouts or earlier.rollouts
         if chosen.engine != LOCAL or chosen.staleness:
