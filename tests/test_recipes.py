@@ -191,6 +191,18 @@ def test_running_sum(tmp_path):
     )
 
 
+def test_tictactoe(tmp_path):
+    # What a model of two steps writes is no move: the stop string ends its turns anyway.
+    small = [*TINY, *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts_per_step=4", "group_size=2")]
+    final = run(tmp_path, "tictactoe_self_play", *small, "evaluation.samples=1", "evaluation.data.held_out.limit=2")
+    assert final == tmp_path / "tictactoe_self_play/grpo/final"
+    # It is the other recipe but for the opponent.
+    whole, other = resolve("tictactoe").config, resolve("tictactoe_self_play").config
+    assert other.stages["sft"] == whole.stages["sft"]
+    changed = {"environment": whole.stages["grpo"].environment, "opponents": None}
+    assert other.stages["grpo"].model_copy(update=changed) == whole.stages["grpo"]
+
+
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 
