@@ -128,6 +128,7 @@ def test_moves_that_are_not_legal_lose_and_what_is_unknown_is_said():
     whole = solved.worth(first_free, 0.0, BEGINS)
     assert 0.125 < whole.illegal < 1
     assert solved.worst_value(first_free, [solved.EMPTY]) < whole.value
+    assert solved.worth(lambda nodes: [{} for _ in nodes], 1.0, ANSWERS).value == pytest.approx(-1)
     unsure = solved.worth(lambda nodes: [{**m, solved.UNKNOWN: 0.125} for m in first_free(nodes)], 0.0, BEGINS)
     assert unsure.illegal == 0
     assert unsure.unknown == pytest.approx(whole.illegal)

@@ -15,6 +15,8 @@ from tiny_recipes import GRPO, LORA, SFT, metrics, prepared, rollouts, run
 from rlpost.engine.params import Sampling
 from rlpost.environments.played import Asked
 from rlpost.errors import RecipeError, RewardError
+from rlpost.policy.load import load_policy
+from rlpost.policy.params import Model, Precision
 from rlpost.policy.policy import Policy
 from rlpost.stages.params import Opponents
 from rlpost.stages.self_play import LATEST, PastVersions
@@ -82,8 +84,10 @@ def test_versions_enter_the_pool_and_the_oldest_leaves_it():
     assert seen == [(0,), (0,), (0,), (0, 3), (0, 3), (0, 3), (3, 6), (3, 6)]
 
 
-def test_each_opponent_samples_with_its_own_weights_and_the_policy_keeps_its_own():
-    policy = tiny_policy(eos=0)
+def test_each_opponent_samples_with_its_own_weights_and_the_policy_keeps_its_own(tmp_path):
+    folder = run(tmp_path, {"sft": {**SFT, "steps": 1}})
+    policy = load_policy(folder, Model(precision=Precision.float32))
+    assert policy.fused  # the engine has weights of its own, packed
     pool = pool_of(policy, pool_size=2, snapshot_every=1, latest_ratio=0.4)
     asked = [Asked([1, 2, 3 + i % 3], seed=i, prompt_seed=100 + i // 2) for i in range(16)]
     expected: dict[int | None, list[str]] = {}
@@ -94,18 +98,17 @@ def test_each_opponent_samples_with_its_own_weights_and_the_policy_keeps_its_own
 
     for step in range(3):
         moved(policy, step)
+        before = {name: p.detach().clone() for name, p in policy.trained().items()}
         pool.begin(step)
-        expected[step] = sampled()
-    expected[LATEST] = expected.pop(2)
-    expected[2] = expected[LATEST]  # the newest version of the pool is still the policy's
-    before = {name: p.detach().clone() for name, p in policy.trained().items()}
-    versions = [pool.chosen(a.prompt_seed) for a in asked]
+        expected[step] = expected[LATEST] = sampled()
+        versions = [pool.chosen(a.prompt_seed) for a in asked]
+        for _ in range(2):
+            assert pool.answer(asked) == [expected[v][i] for i, v in enumerate(versions)]
+        assert all(torch.equal(p, before[name]) for name, p in policy.trained().items())
     assert set(versions) == {LATEST, 1, 2}
     assert versions[::2] == versions[1::2]  # by the prompt
-    assert pool.answer(asked) == [expected[v][i] for i, v in enumerate(versions)]
     assert pool.answer(asked[5:9]) == pool.answer(asked)[5:9]
     assert expected[1] != expected[2]
-    assert all(torch.equal(p, before[name]) for name, p in policy.trained().items())
     restored = pool_of(policy, pool_size=2, latest_ratio=0.4)
     restored.load_weights(pool.weights())
     assert restored.answer(asked) == pool.answer(asked)
