@@ -105,6 +105,14 @@ def test_each_opponent_samples_with_its_own_weights_and_the_policy_keeps_its_own
         for _ in range(2):
             assert pool.answer(asked) == [expected[v][i] for i, v in enumerate(versions)]
         assert all(torch.equal(p, before[name]) for name, p in policy.trained().items())
+    newest = pool_of(policy, latest_ratio=1.0)
+    for step in range(2):
+        moved(policy, 3 + step)
+        newest.begin(step)
+        assert newest.answer(asked) == sampled()
+    with torch.no_grad():
+        for name, p in policy.trained().items():
+            p.copy_(before[name])
     assert set(versions) == {LATEST, 1, 2}
     assert versions[::2] == versions[1::2]  # by the prompt
     assert pool.answer(asked[5:9]) == pool.answer(asked)[5:9]
