@@ -161,7 +161,7 @@ def test_killed_between_two_versions_it_ends_as_if_it_had_gone_through(tmp_path,
     run(tmp_path, stages, *lora)
     assert_same_result(tmp_path, "grpo", lora=bool(lora))
     games = [c["messages"] for g in rollouts(tmp_path, "grpo", 5) for c in g["completions"] if c["finish"] == "stop"]
-    assert len(games) > 3
+    assert len(games) > 1
     for own, other in games:
         assert (own["role"], other["role"]) == ("assistant", "opponent")
         assert own["info"] == {"other": other["content"]}
