@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"console", "kernels", "objectives", "types"},
     {"sandbox", "usercode"},
     {"data", "rewards", "run"},
-    {"policy", "trackers"},
+    {"policy", "tools", "trackers"},
     {"engine"},
     {"environments", "train"},
     {"evaluate", "oracle"},
@@ -89,6 +89,7 @@ LIGHT = (
     ),
     *("params", "ranks", "run", "smoke", "streams", "strict_yaml", "suggest", "sweep", "trackers", "unexpected"),
     "sandbox",
+    "tools",
     "usercode",
 )
 """Imported without torch and what takes as long: help, typing errors and data errors come at once."""

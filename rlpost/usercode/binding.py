@@ -28,6 +28,7 @@ from rlpost.usercode.here import UsersFile
 from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
 from rlpost.usercode.places import OF_FILE, users_file
 from rlpost.usercode.signatures import owner
+from rlpost.usercode.tools import ToolHere
 
 _GYM = f"{TASKS}.{gym.GYM}"
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
@@ -94,8 +95,12 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
         raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
     call = getattr(importlib.import_module(module), name)
     call = as_function(call, here=True) if is_environment(call) else call
-    if ready := getattr(call, "ready", None):  # it checks its arguments now, and keeps something from call to call
-        return Bound(ready(function.args, f"{where}.args", base), name, where)
+    ready = getattr(call, "ready", None)  # it checks its arguments now, and keeps something from call to call
+    made = ready(function.args, f"{where}.args", base) if ready else None
+    if lookup.by_model:
+        return Bound(ToolHere(call, function.args, made), name, where)
+    if made is not None:
+        return Bound(made, name, where)
     return Bound(partial(call, **function.args) if function.args else call, name, where)
 
 
@@ -133,7 +138,7 @@ def offered(lookup: Lookup) -> Iterator[tuple[str, str, inspect.Signature]]:
     for before, module in signatures.modules_of(lookup):
         for name, info in signatures.functions_in(module).items():
             given = {p.name for p in info.signature.parameters.values() if p.kind is not p.KEYWORD_ONLY}
-            if given <= set(lookup.supplied) and _fits(info.signature, lookup):
+            if (given <= set(lookup.supplied) or lookup.by_model) and _fits(info.signature, lookup):
                 yield f"{before}{name}", module, info.signature
 
 
@@ -165,7 +170,7 @@ def _fits(signature: inspect.Signature, lookup: Lookup) -> bool:
 def _own(signature: inspect.Signature, lookup: Lookup) -> list[str]:
     """The parameters that the program supplies."""
     named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if lookup.by_name:
+    if lookup.by_name or lookup.by_model:
         return [p.name for p in named if p.name in lookup.supplied]
     return [p.name for p in named if p.kind != p.KEYWORD_ONLY]
 
@@ -187,6 +192,8 @@ def _check(function: Function, name: str, signature: inspect.Signature, lookup: 
             near = hint_or_list(key, given, "it takes")
             raise RecipeError(f"{where}.args.{key}: {name!r} has no argument {key!r}{near}")
     for p in given.values():
+        if lookup.by_model and p.kind is not p.KEYWORD_ONLY:
+            continue
         if p.default is p.empty and p.name not in function.args:
             raise RecipeError(f"{where}.args.{p.name}: missing - {name!r} has no default for it - give one")
     if isinstance(function, Reward) and ("model" in own) != (function.model is not None):

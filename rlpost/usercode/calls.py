@@ -73,6 +73,8 @@ class Description:
 _processes: dict[tuple[int, Path, str], UserProcess] = {}
 """By the process of ours that uses it, the file and its sha256."""
 _described: dict[tuple[Path, str], dict[str, Description]] = {}
+_schemas: dict[tuple[Any, ...], dict[str, Any]] = {}
+"""Of tools: by the file, its sha256, the function and the names of the arguments that a recipe gives."""
 _requests = count(1)
 
 
@@ -144,7 +146,10 @@ class Remote:
         args: Mapping[str, Any],
         described: Description,
         deadline: float = DEADLINE,
+        *,
+        tool: bool = False,
     ) -> None:
+        """Of a function `described` in a file of sha256 `digest`; as a `tool` it takes `arguments`, an object."""
         self._key = (file, digest)
         self._name = self.__name__ = name
         self.__module__ = str(file)
@@ -155,6 +160,7 @@ class Remote:
         left = [p for p in described.signature.parameters.values() if p.name not in args]
         self.__signature__ = described.signature.replace(parameters=left)
         self._positional = [p.name for p in left if p.kind is p.POSITIONAL_ONLY]
+        self._tool = tool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it once.
@@ -213,6 +219,22 @@ class Remote:
         """
         asked = [_Asked(*one) for one in zip(calls, [0] * len(calls), seeds, lives, strict=True)]
         return self._replies(asked, _How(), keep_going)
+
+    def schema(self) -> dict[str, Any]:
+        """Of a tool: its JSON schema, as a model is told of it.
+
+        Raises:
+            CallError: it cannot be a tool, or its process was lost.
+        """
+        key = (*self._key, self._name, tuple(sorted(self._args)))
+        if key not in _schemas:
+            (found,) = self.each([{}])
+            if isinstance(found, Failed):
+                raise CallError(found.reason) from found.error
+            if "unfit" in found:
+                raise CallError(found["unfit"])
+            _schemas[key] = found["schema"]
+        return _schemas[key]
 
     async def once(self, call: Mapping[str, Any], seed: int, life: int | None) -> Reply | None:
         """The reply to one such call; None if its process was lost before its turn: ask again.
@@ -293,6 +315,7 @@ class Remote:
                 "number": number,
                 "call": self._name,
                 "args": wire.encode(self._args),
+                "tool": self._tool,
                 "positional": self._positional,
                 "first": asked[0].number,
                 "seeds": [one.seed for one in asked if one.seed is not None],

@@ -46,9 +46,12 @@ class UsersFile:
         """The function with its arguments applied, called apart or here as its key asks.
 
         Raises:
-            RecipeError: it is called here, and has a deadline or a policy for failures; or it does not load here.
+            RecipeError: it is called here, and has a deadline or a policy for failures; or it does not load here; or it
+                cannot be a tool.
         """
         args = self._function.args
+        if lookup.by_model:
+            return self._tool(found.__name__, f"{where}.{lookup.key}")
         if lookup.apart and "model" not in inspect.signature(found).parameters:
             described = self._described[found.__name__]
             return Remote(self._file, self.digest, found.__name__, args, described, self._deadline)
@@ -69,6 +72,14 @@ class UsersFile:
         except (Exception, SystemExit) as error:
             raise RecipeError(f"{load.not_loaded(error, self._file)} ({self._where})") from error
         return Here(load.public_functions(module)[found.__name__], args, self._file, lookup, where)
+
+    def _tool(self, name: str, where: str) -> Remote:
+        about = self._file, self.digest, name, self._function.args, self._described[name]
+        try:
+            Remote(*about, max(calls.LOADING, self._deadline), tool=True).schema()  # it imports a library
+        except CallError as error:
+            raise RecipeError(f"{where}: {error} ({self._file})") from error
+        return Remote(*about, self._deadline, tool=True)
 
 
 class Here:

@@ -33,11 +33,15 @@ class Lookup:
     """The key that names the function."""
     apart: bool = False
     """A function of a user's file is called in a process of its own."""
+    by_model: bool = False
+    """What the recipe's `args` leave of the parameters, a model gives; keyword-only ones are the recipe's alone."""
     returns: Literal["elements", "tensor", "the same", ""] = ""
     """One number for each element of what it is given, a tensor, or what it was given; else it is not looked at."""
 
 
 TASKS = "rlpost.data.tasks"
+
+TOOL = Lookup("tool", "rlpost.tools.functions", (), apart=True, by_model=True)
 
 
 class Function(Section):
@@ -73,3 +77,7 @@ class EnvironmentFunction(TimedFunction):
     on_failure: OnFailure | None = None
     """What happens when a function of a file raises, hangs or ends its process: `unscored` leaves the episode without a
     reward. `stop` by default."""
+
+
+class ToolFunction(TimedFunction):
+    """A function that the model can call (docs/tools.md)."""

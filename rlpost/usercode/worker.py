@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rlpost.usercode import load, wire
+from rlpost.usercode import load, tools, wire
 from rlpost.usercode.seeding import seed_all
 
 _PDEATHSIG = 1
@@ -117,7 +117,8 @@ class Calls:
     async def answered(self, call: OneCall) -> dict[str, Any]:
         """The reply to a call of a coroutine function."""
         try:
-            return self._returned(call, await self._called(call))
+            found = self._called(call)
+            return self._returned(call, await found if inspect.isawaitable(found) else found)
         except GeneratorExit:  # the loop is gone
             raise
         except BaseException as error:
@@ -131,14 +132,27 @@ class Calls:
         """What the function returns, or its coroutine, which then begins at once."""
         request, number = call.request, call.request["first"] + call.index
         seed_all(request["seeds"][call.index] if request["seeds"] else zlib.crc32(call.line, number))
+        function = self._functions[request["call"]]
         given = {name: _given(value, request) for name, value in json.loads(call.line).items()}
+        if request["tool"]:
+            return _as_tool(function, given.get("arguments"), request["args"])
         positional = set(request["positional"])
         by_position = [value for name, value in given.items() if name in positional]
         by_name = {name: value for name, value in given.items() if name not in positional}
-        return self._functions[request["call"]](*by_position, **by_name, **request["args"])
+        return function(*by_position, **by_name, **request["args"])
 
     def _returned(self, call: OneCall, found: Any) -> dict[str, Any]:
         return {"v": _returned(found, call.request["numbers"])}
+
+
+def _as_tool(function: Callable[..., Any], arguments: Mapping[str, Any] | None, args: Mapping[str, Any]) -> Any:
+    """What came of a call as a tool; without arguments, the tool's schema or why it has none."""
+    if arguments is not None:
+        return tools.call(function, arguments, args)
+    try:
+        return {"schema": tools.schema(function, args)}
+    except tools.UnfitError as error:
+        return {"unfit": str(error)}
 
 
 def _given(value: Any, request: dict[str, Any]) -> Any:
