@@ -19,6 +19,7 @@ from rlpost.data.formats import DataRole
 from rlpost.data.messages import question
 from rlpost.data.params import TooLong
 from rlpost.data.part import Shelf
+from rlpost.environments.tools import codec_with_tools
 from rlpost.errors import ModelError
 from rlpost.evaluate.evaluator import Result, evaluate, numbers
 from rlpost.evaluate.params import Evaluation
@@ -340,7 +341,7 @@ def evaluation_rows(resolved: Resolved, cfg: Evaluation, codec: Codec, positions
     """The evaluation's prompts, for a model of so many positions."""
     return open_dataset(
         cfg.data,
-        codec,
+        codec_with_tools(codec, cfg, "evaluation", resolved.folder),
         need=DataRole.prompts,
         limit=Limit(positions - cfg.sampling.max_new_tokens, TooLong.refuse),
         seed=resolved.config.seed,

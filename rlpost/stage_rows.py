@@ -13,6 +13,7 @@ from rlpost.data.fitting import Limit
 from rlpost.data.formats import DataRole
 from rlpost.data.params import Source, TooLong
 from rlpost.data.part import Shelf
+from rlpost.environments.tools import codec_with_tools
 from rlpost.errors import RecipeError
 from rlpost.policy.adapter_files import base_of, base_revision, is_adapter
 from rlpost.policy.model_files import as_model_error
@@ -37,7 +38,7 @@ def open_rows(
     need = stage.rows()
     return open_dataset(
         own_sources(stage, key),
-        codec,
+        codec_with_tools(codec, stage, f"stages.{name}", resolved.folder),
         need=need,
         limit=_limit(stage, need, positions),
         seed=stage_seed(resolved.config.seed, name, "data"),

@@ -27,6 +27,8 @@ class Codec:
     """The end token, appended to every plain completion."""
     template: Template | None
     """The chat template's stop token; None without a chat template."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of tools that the recipe names: conversations are rendered with them."""
     strict: bool = True
     """Whether rows are refused if their chat template leaves out a part of them."""
     batched: Batched | None = field(default=None, compare=False)
@@ -78,7 +80,7 @@ class Codec:
         return replace(self, known=dict(zip(texts, self.all_ids(texts).split(), strict=True)))
 
     def identity(self) -> str:
-        """sha256 of all that a text's ids depend on: tokenizer, chat template, and versions of libraries."""
+        """sha256 of all that a row's ids depend on: tokenizer, chat template, tools, and versions of libraries."""
         tokenizer = self.tokenizer
         tokenizer.encode("", add_special_tokens=False)  # resets padding and truncation of an earlier call
         fast = getattr(tokenizer, "is_fast", False)
@@ -86,6 +88,7 @@ class Codec:
         special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
         libraries = {name: version(name) for name in ("tokenizers", "transformers", "jinja2")}
         about = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, libraries]
+        about += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
 
     def _first_unknown(self, text: str) -> str:
@@ -94,8 +97,12 @@ class Codec:
         return next(found, text[:20])
 
 
-def make_codec(tokenizer: Any) -> Codec:
+def make_codec(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> Codec:
     """The codec of a transformers tokenizer; its chat template, if any, is probed for the stop token.
+
+    Args:
+        tokenizer: with an end token.
+        tools: schemas of tools that the recipe names.
 
     Raises:
         ModelError: there is no end token, or assistant turns cannot be found in its chat template's text.
@@ -111,5 +118,6 @@ def make_codec(tokenizer: Any) -> Codec:
         begin=(begin,) if adds_begin else (),
         end=tokenizer.eos_token_id,
         template=probe(tokenizer) if tokenizer.chat_template else None,
+        tools=tuple(tools),
         batched=Batched(tokenizer),
     )

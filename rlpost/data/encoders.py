@@ -95,7 +95,7 @@ def conversation(
     """Prompt ids and completion of a conversation whose assistant turns from `first` on are trained."""
     template = template_of(codec, location)
     _check_answer(messages, first, location)
-    tools = tools_of(row, location)
+    tools = tools_for(row, codec, location)
     cut = chat.segments(codec.tokenizer, template, messages, location, first=first, tools=tools, strict=codec.strict)
     _check_columns(row, "".join(segment.text for segment in cut), codec, location)
     ids: list[int] = []
@@ -131,6 +131,11 @@ def prompt_ids(row: Row, codec: Codec, location: str) -> tuple[int, ...]:
     """The ids of a row's prompt."""
     prompt = value_of(row, "prompt", location)
     if isinstance(prompt, str):
+        if codec.tools:
+            raise DataError(
+                f"{location}: its prompt is text, but tools are told of in a conversation: give messages, "
+                '[{"role": "user", "content": ...}]'
+            )
         return plain_prompt(prompt, codec, location)
     messages = as_messages(prompt, "user", f"{location}, prompt")
     return conversation_prompt(row, messages, codec, location)
@@ -141,9 +146,24 @@ def conversation_prompt(row: Row, messages: list[Message], codec: Codec, locatio
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError(f"{location}: the prompt ends with an assistant turn: there is nothing to answer")
     template_of(codec, location)
-    text = chat.prompt_text(codec.tokenizer, messages, tools_of(row, location), location, codec.strict)
+    text = chat.prompt_text(codec.tokenizer, messages, tools_for(row, codec, location), location, codec.strict)
     _check_columns(row, text, codec, location)
     return codec.ids(text, location)
+
+
+def tools_for(row: Row, codec: Codec, location: str) -> list[Any] | None:
+    """The tools that a conversation is rendered with: the row's, or those that the recipe names.
+
+    Raises:
+        DataError: there are both.
+    """
+    own = tools_of(row, location)
+    if own and codec.tools:
+        raise DataError(
+            f"{location}: it has tools of its own, and the recipe names tools: take the column 'tools' out of the row, "
+            "or `tools` out of the recipe"
+        )
+    return own or [dict(tool) for tool in codec.tools] or None
 
 
 def plain_prompt(prompt: str, codec: Codec, location: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from rlpost.data.params import Source
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.rewards.params import REWARD, Reward, reward_names
 from rlpost.section import Local, Section
-from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction
+from rlpost.usercode.params import ENVIRONMENT, TOOL, EnvironmentFunction, ToolFunction, tool_problems
 
 
 class Evaluation(Section):
@@ -36,8 +36,10 @@ class Evaluation(Section):
     a prompt's samples by its score."""
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns, as in the stages."""
+    tools: Annotated[list[ToolFunction], TOOL] = Field(default_factory=list)
+    """Functions that the model can call, as in the stages."""
     max_turns: int = Field(2, ge=1)
-    """With an environment: most turns of the model."""
+    """With an environment or tools: most turns of the model."""
     slices: list[str] = Field(default_factory=list)
     """Columns: prompts for which one is true are reported apart."""
     every: int = Field(0, ge=0)
@@ -68,6 +70,7 @@ class Evaluation(Section):
         """What needs several samples, or any."""
         if not self.data:
             yield f"{where}.data: missing - name at least one source, like {{test: {{path: rows.jsonl}}}}"
+        yield from tool_problems(self.tools, self.environment, self.max_turns, where)
         for i, k in enumerate(self.pass_at):
             if k > self.samples:
                 yield (

@@ -140,6 +140,7 @@ class Context:
         max_length: int,
         too_long: TooLong,
         key: str = "data",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Dataset:
         """The stage's dataset, no row longer than the model reads; prints what was recognised and what did not fit."""
         if max_length > policy.max_positions:
@@ -148,7 +149,7 @@ class Context:
             )
         dataset = open_dataset(
             sources,
-            make_codec(policy.tokenizer),
+            make_codec(policy.tokenizer, tools),
             need=need,
             limit=Limit.within(max_length, policy.max_positions, too_long),
             seed=self.seed_for("data"),

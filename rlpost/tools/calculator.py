@@ -40,7 +40,9 @@ def calculator(expression: str) -> str:
 
 def _value(node: ast.expr) -> Fraction:
     """The value of a node, whose depth is bounded by the expression's length."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return _bounded(Fraction(node.value))
+    if isinstance(node, ast.Constant) and type(node.value) is float:
         return _bounded(Fraction(repr(node.value)) if math.isfinite(node.value) else Fraction(LARGEST + 1))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
         value = _value(node.operand)

@@ -1,5 +1,6 @@
 """Functions in recipes: by name, with their arguments and, for those of a user's file, what becomes of failures."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,3 +82,22 @@ class EnvironmentFunction(TimedFunction):
 
 class ToolFunction(TimedFunction):
     """A function that the model can call (docs/tools.md)."""
+
+    max_result: int = Field(4000, ge=1)
+    """Most characters of a result that the model reads; a longer one is cut."""
+
+
+def tool_problems(
+    tools: Sequence[ToolFunction], environment: EnvironmentFunction | None, turns: int, where: str
+) -> Iterator[str]:
+    """What is wrong with the tools of the section at key path `where`, in lines."""
+    if not tools:
+        return
+    if environment is not None:
+        yield f"{where}.tools: a turn is answered by tools or by an environment - remove one of the two"
+    if turns < 2:
+        yield f"{where}.max_turns: {turns} leaves no turn after a tool's result - give at least 2"
+    names = [tool.called for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield f"{where}.tools[{i}].fn: there is another tool called {name!r} - give each a name of its own"

@@ -17,7 +17,15 @@ from rlpost.section import Section
 from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Opponents, Weight
 from rlpost.suggest import hint_or_list
 from rlpost.train.params import KeepBest, OptimizerName, Schedule
-from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, Function, Lookup
+from rlpost.usercode.params import (
+    ENVIRONMENT,
+    TOOL,
+    EnvironmentFunction,
+    Function,
+    Lookup,
+    ToolFunction,
+    tool_problems,
+)
 from rlpost.usercode.places import OF_FILE
 from rlpost.usercode.signatures import info_of
 
@@ -206,13 +214,15 @@ class Rollouts(Training):
     environment: Annotated[EnvironmentFunction | None, ENVIRONMENT] = None
     """What answers the model's turns: a function (text, turns, example) -> reply, or null when the episode is over; or
     a class with `reset` and `step`."""
+    tools: Annotated[list[ToolFunction], TOOL] = Field(default_factory=list)
+    """Functions that the model can call, instead of an environment; what they return is for its next turn."""
     max_turns: int = Field(2, ge=1)
-    """With an environment: most turns of the model."""
+    """With an environment or tools: most turns of the model."""
     opponents: Opponents | None = None
     """Self-play: the policy and its past versions play the environment's second player."""
     step_end: str | None = None
     """The text that ends a step of a completion, for rewards and advantages by step; empty: every token is a step. With
-    an environment, by default, steps are the model's turns."""
+    an environment or tools, by default, steps are the model's turns."""
     table_every: int = Field(100, ge=0)
     """Steps between tables of sample completions, which are also saved as rollouts; 0: neither."""
 
@@ -225,6 +235,7 @@ class Rollouts(Training):
         yield from earlier.no_policy(self.reference, f"{where}.reference", ("start", "base"))
         yield from self._kl_problems(f"{where}.kl")
         yield from self._opponent_problems(where, earlier)
+        yield from tool_problems(self.tools, self.environment, self.max_turns, where)
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if getattr(self.sampling, name) != neutral:
                 yield (
@@ -367,13 +378,14 @@ class Grouped(Rollouts):
                 f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every "
                 "token, or an environment, whose turns are steps"
             )
-        if self.recorded and self.environment is not None:
-            yield f"{where}.environment: recorded rollouts are over - remove it, or recorded"
+        answered = "tools" if self.tools else "environment" if self.environment is not None else None
+        if self.recorded and answered:
+            yield f"{where}.{answered}: recorded rollouts are over - remove it, or recorded"
         if self.recorded and (self.dynamic_sampling_rounds or credit.takes("greedy_P", "value_K")):
             what = "dynamic_sampling_rounds" if self.dynamic_sampling_rounds else f"advantage.fn={self.advantage.fn}"
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
-        if self.environment is not None and credit.takes("value_K"):
-            yield f"{where}.environment: {name} goes on from inside a turn, alone - remove one of the two"
+        if answered and credit.takes("value_K"):
+            yield f"{where}.{answered}: {name} goes on from inside a turn, alone - remove one of the two"
         if self._staleness(earlier) and credit.takes("greedy_P", "value_K"):
             yield (
                 f"{where}.advantage.fn: {name} has more sampled with the weights that samples are learned with, and "
