@@ -70,6 +70,7 @@ class Plain:
             [not any(row.get(c) is not None for c in more) and not any(row.get(c) for c in SYSTEM) for row in rows],
             np.bool_,
         )
+        no_more_R &= not codec.tools  # which are told of in conversations
         self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= max_length) & no_more_R
         """[R] True for rows that are encoded here."""
         if form is Format.pair:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -20,6 +21,8 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction | 
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
+_ARITHMETIC = re.compile(r"[\d\s.eE+\-*/%()]+", re.ASCII)
+_LEADING_ZEROS = re.compile(r"(?<![\d.])0+(?=\d)")
 _SPELLINGS = str.maketrans({"^": "**", "×": "*", "·": "*", "÷": "/", "−": "-"})
 
 
@@ -27,12 +30,13 @@ def calculator(expression: str) -> str:
     """Compute an arithmetic expression.
 
     Args:
-        expression: Numbers with + - * / // % ** and parentheses, like "(47 + 38) * 2".
+        expression: Numbers, + - * / // % ** and parentheses.
     """
     if len(expression) > LONGEST:
         raise ValueError(f"the expression has more than {LONGEST} characters")
+    plain = _LEADING_ZEROS.sub("", expression.translate(_SPELLINGS).strip())
     try:
-        tree = ast.parse(expression.translate(_SPELLINGS).strip(), mode="eval")
+        tree = ast.parse(plain if _ARITHMETIC.fullmatch(plain) else "", mode="eval")
     except (SyntaxError, RecursionError, MemoryError):
         raise ValueError(f"{expression!r} is no arithmetic expression") from None
     return _written(_value(tree.body))
@@ -55,7 +59,7 @@ def _value(node: ast.expr) -> Fraction:
             if right == 0 and not isinstance(node.op, ast.Add | ast.Sub | ast.Mult):
                 raise ValueError("division by zero")
             return _bounded(Fraction(_OPERATIONS[type(node.op)](left, right)))
-    raise ValueError(f"{ast.unparse(node)!r} is no arithmetic: numbers, + - * / // % ** and parentheses are")
+    raise ValueError(f"{ast.unparse(node)!r} is no arithmetic")
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
