@@ -46,6 +46,7 @@ from rlpost.train.evaluation import Measure, RecipeMeasure
 from rlpost.types import Group
 from rlpost.usercode.binding import bind
 from rlpost.usercode.params import ENVIRONMENT
+from rlpost.usercode.toolset import bound_tools
 
 _PROVEN = ("json", "jsonl")
 
@@ -313,12 +314,13 @@ class RecipeEvaluation:
         self._judge = None if awaited else judge_by(str(cfg.judge), "judge")
         given = cfg.environment
         self._environment = bind(given, ENVIRONMENT, "evaluation.environment", resolved.folder) if given else None
+        self._tools = bound_tools(cfg, "evaluation", resolved.folder)
 
     def result(self) -> Result:
         """Evaluate the policy as it is, with an engine that is closed afterwards."""
         cfg, resolved = self._cfg, self._resolved
         made = make_engine(self._policy, cfg.rollouts, resolved.config.rollouts, "evaluation", resolved.folder)
-        seed, judge, environment = resolved.config.seed, self._judge, self._environment
+        seed, judge, environment = resolved.config.seed, self._judge, self._environment or self._tools
         with closing(made) as engine:
             return evaluate(engine, self._policy, self.groups, self._scorer, cfg, seed, judge, environment)
 

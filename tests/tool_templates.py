@@ -74,7 +74,7 @@ MISTRAL_11 = MISTRAL.replace(
 {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}{%- endfor %}""",
 )
 DEEPSEEK = """\
-{{- bos_token }}{%- for message in messages %}
+{{- bos_token }}{%- for tool in tools or [] %}{{- tool | tojson + '\\n' }}{%- endfor %}{%- for message in messages %}
 {%- if message.role == 'user' %}{{- '<|user|>' + message.content }}
 {%- elif message.role == 'assistant' %}{{- '<|assistant|>' + message.content }}
 {%- for call in message.tool_calls or [] %}

@@ -97,7 +97,10 @@ def wire_calls(calls: Sequence[ToolCall | BadCall], first: int = 0) -> list[dict
     made = []
     for number, call in enumerate(calls, start=first):
         name, arguments = (UNREAD, {"text": call.text}) if isinstance(call, BadCall) else (call.name, call.arguments)
-        made.append({"id": call_id(number), "type": "function", "function": {"name": name, "arguments": arguments}})
+        own = call.id if isinstance(call, ToolCall) else None
+        made.append(
+            {"id": own or call_id(number), "type": "function", "function": {"name": name, "arguments": arguments}}
+        )
     return made
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 END_OF_THOUGHT = "</think>"
+_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
+    id: str | None = field(default=None, compare=False)
+    """Nine letters and digits that the model gave it, as Mistral's do."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,12 @@ class Shape:
         if self.name is None:
             return [checked(name, value)], end
         values = value if self.is_list and isinstance(value, list) else [value]
-        return [checked(_at(one, self.name, "a name"), _at(one, self.arguments, "arguments")) for one in values], end
+        return [self._call(one, self.name) for one in values], end
+
+    def _call(self, value: Any, name: tuple[str, ...]) -> ToolCall:
+        found = checked(_at(value, name, "a name"), _at(value, self.arguments, "arguments"))
+        number = value.get("id")
+        return replace(found, id=number) if isinstance(number, str) and _ID.fullmatch(number) else found
 
 
 @dataclass(frozen=True)

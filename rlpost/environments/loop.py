@@ -23,16 +23,19 @@ from rlpost.engine.api import Engine, FreeEngine
 from rlpost.engine.collect import collect
 from rlpost.engine.params import Sampling
 from rlpost.engine.seeds import prompt_seeds
+from rlpost.environments.called import Called
 from rlpost.environments.delta import TurnDelta
 from rlpost.environments.episode import Episode, Limits
 from rlpost.environments.free import run_freely
 from rlpost.environments.played import Opponents, Played
 from rlpost.environments.replies import Replies
 from rlpost.environments.responder import Responder
+from rlpost.environments.tools import Toolbox, format_of
 from rlpost.policy.policy import Policy
 from rlpost.types import FAILED, Completion, Group
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.params import EPISODE
+from rlpost.usercode.toolset import Tool
 
 
 def collect_turns(
@@ -44,7 +47,7 @@ def collect_turns(
     seed: int,
     first: int = 0,
     *,
-    environment: Bound,
+    environment: Bound | Toolbox,
     turns: int,
     max_positions: int,
     longest: int | None = None,
@@ -61,11 +64,11 @@ def collect_turns(
         sampling: `max_new_tokens` holds for a whole episode, replies included.
         seed: of random numbers. An episode depends on its prompt's seed, its index and its turns.
         first: number of the first prompt.
-        environment: the function or class that replies.
+        environment: the function or class that replies, or tools that the model calls.
         turns: most turns of the model.
         max_positions: positions of the model.
         longest: tokens that a prompt of the environment's may have; by default what the positions leave room for.
-        delta: of the model's chat template, for an environment that speaks in messages.
+        delta: of the model's chat template, for tools and for an environment that speaks in messages.
         opponents: play the second player of an environment that has one.
 
     Raises:
@@ -79,15 +82,19 @@ def collect_turns(
         for group, prompt_seed in zip(groups, seeds, strict=True)
         for episode_seed in prompt_seeds(prompt_seed, 0, n)
     ]
-    room = max_positions - 1 if longest is None else longest
-    responder: Responder = (
-        Played(environment, codec, delta, room, opponents)
-        if is_played(environment)
-        else Replies(environment, episodes, codec)
-    )
+    responder: Responder
+    if isinstance(environment, Toolbox):
+        assert delta is not None, "the form of calls is its template's"
+        responder = Called(environment, codec, delta)
+    elif is_played(environment):
+        room = max_positions - 1 if longest is None else longest
+        responder = Played(environment, codec, delta, room, opponents)
+    else:
+        responder = Replies(environment, episodes, codec)
     responder.begin(episodes)
     done = _run(engine, responder, episodes)
-    _report(environment, done)
+    if isinstance(environment, Bound):
+        _report(environment, done)
     found = iter(done)
     # All episodes of a prompt begin with the prompt of the first.
     return [
@@ -112,24 +119,27 @@ class Collect(Protocol):
 def collector(
     engine: Engine,
     policy: Policy,
-    environment: Bound | None,
+    environment: Bound | Sequence[Tool] | None,
     turns: int,
     *,
     longest: int | None = None,
     opponents: Opponents | None = None,
     keep: bool = False,
 ) -> Collect:
-    """How completions are collected: in one turn, or in several with an environment.
+    """How completions are collected: in one turn, or in several with an environment or tools.
 
     With `keep`, later prompts continue completions of one turn, so their cache is kept.
 
     Raises:
-        ModelError: the environment is a class, and its messages cannot go through the model's chat template.
+        ModelError: there are tools or a class, and their messages cannot go through the model's chat template.
     """
-    if environment is None:
+    if not environment:
         return partial(collect, engine, keep=keep)
     codec = make_codec(policy.tokenizer)
-    speaks = is_played(environment) and codec.template is not None
+    if not isinstance(environment, Bound):
+        codec = replace(codec, tools=tuple(tool.schema for tool in environment))
+        environment = Toolbox(environment, codec, format_of(codec, environment[0].bound.where))
+    speaks = isinstance(environment, Toolbox) or is_played(environment)
     return partial(
         collect_turns,
         engine,

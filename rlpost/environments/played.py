@@ -150,7 +150,7 @@ class Played:
         row, said = episodes[0].group.example, reply["messages"]
         location = "what reset returned"
         try:
-            messages = _opening(row) if said is None else None if isinstance(said, str) else validate(said, location)
+            messages = opening_of(row) if said is None else None if isinstance(said, str) else validate(said, location)
             prompt: Tokens = episodes[0].group.prompt
             if said is not None:
                 prompt = self._ids(row, messages or said, location)
@@ -331,7 +331,7 @@ def _took_too_long(reply: Reply) -> bool:
     return _failure(reply).startswith("ran for")
 
 
-def _opening(row: Mapping[str, Any]) -> list[Message] | None:
+def opening_of(row: Mapping[str, Any]) -> list[Message] | None:
     """The messages of a row's own prompt; None if it is plain text."""
     for column in ("prompt", "messages"):
         value = row.get(column)

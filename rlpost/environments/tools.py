@@ -41,7 +41,7 @@ def codec_with_tools(codec: Codec, section: Section, where: str, base: Path) -> 
     if not tools:
         return codec
     found = replace(codec, tools=tuple(tool.schema for tool in tools))
-    format_of(found, where)
+    format_of(found, f"{where}.tools")
     return found
 
 
@@ -52,7 +52,7 @@ def format_of(codec: Codec, where: str) -> ToolFormat:
         ModelError: there is no chat template, or calls cannot be read back.
     """
     if codec.template is None:
-        raise ModelError(f"{where}.tools: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
+        raise ModelError(f"{where}: the tokenizer has no chat template: set model.chat_template=FILE.jinja")
     return tool_format(codec.tokenizer, codec.template, codec.tools)
 
 
@@ -68,10 +68,11 @@ class Asked:
 class Toolbox:
     """The tools of a section, ready to be called."""
 
-    def __init__(self, tools: Sequence[Tool], codec: Codec) -> None:
-        """The `codec` tokenises what they return."""
+    def __init__(self, tools: Sequence[Tool], codec: Codec, form: ToolFormat) -> None:
+        """Of tools whose calls have that form; the `codec` tokenises what they return."""
         self._tools = {tool.name: tool for tool in tools}
         self._codec = codec
+        self.form = form
         self.failing = Spell()
         """Whether tools have lost their processes."""
 

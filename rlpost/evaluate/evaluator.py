@@ -24,6 +24,7 @@ from rlpost.policy.policy import Policy
 from rlpost.rewards.score import Nested, RewardBatch, Scorer, mean
 from rlpost.types import Group
 from rlpost.usercode.bound import Bound
+from rlpost.usercode.toolset import Tool
 
 ALL = "all"
 
@@ -105,7 +106,7 @@ def evaluate(
     cfg: Evaluation,
     seed: int,
     judge: AnyJudge | None = None,
-    environment: Bound | None = None,
+    environment: Bound | Sequence[Tool] | None = None,
 ) -> Result:
     """Answer all prompts greedily and by sampling, as the recipe says, and score the answers.
 
@@ -117,7 +118,7 @@ def evaluate(
         cfg: the recipe's `evaluation`.
         seed: of the samples.
         judge: chooses among a prompt's samples.
-        environment: replies to the model's turns.
+        environment: replies to the model's turns; or tools that the model calls.
     """
     engine.update_weights(policy, 0)
     collect = collector(engine, policy, environment, cfg.max_turns)

@@ -33,6 +33,7 @@ from rlpost.stages.context import Context
 from rlpost.stages.self_play import past_versions
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
+from rlpost.usercode.toolset import bound_tools
 
 AHEAD = "ahead"
 """In a state: what was drawn for later steps."""
@@ -113,6 +114,7 @@ class Rollout:
             | ({} if self.staleness is None else {"staleness": self.staleness})
             | ({"drawn": self.drawn} if self.drawn > len(self.groups) else {})
             | {f"drawn/{name}": value for name, value in self.drawn_means.items()}
+            | _of_tools(sampled)
         )
 
 
@@ -184,7 +186,9 @@ class Sampler:
         self.policy = policy
         self.signal = Signal(context.name, cfg)
         room = cfg.max_length - cfg.sampling.max_new_tokens
-        self.data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long)
+        tools = bound_tools(cfg, f"stages.{context.name}", context.folder)
+        told = [tool.schema for tool in tools]
+        self.data = context.data(policy, cfg.data, DataRole.prompts, room, cfg.too_long, tools=told)
         chosen = cfg.rollouts or context.rollouts
         self.staleness = chosen.staleness
         self.scorer = context.scorer(cfg.rewards, policy, cfg.step_end, shares=not self.staleness)
@@ -192,7 +196,7 @@ class Sampler:
         self.engine: Engine = (
             side_engine(context, policy, chosen) if self.staleness else context.engine(policy, cfg.rollouts)
         )
-        environment = context.function(cfg, "environment") if cfg.environment else None
+        environment = context.function(cfg, "environment") if cfg.environment else tools
         self.opponents = past_versions(context, cfg, policy) if cfg.opponents else None
         # An advantage by Monte-Carlo rollouts goes on from these completions, so their cache is kept.
         keep = isinstance(cfg, Grouped) and "value_K" in signature(context.function(cfg, "advantage").call).parameters
@@ -330,6 +334,14 @@ class Recorded:
             rewards = scored(self.scorer, groups, self.policy)
         weights = self.scorer.weights if self.scorer else {}
         return rollout_of(groups, rewards, weights, self.cfg.mask_truncated)
+
+
+def _of_tools(sampled: Sequence[Completion]) -> dict[str, float]:
+    """Calls of tools a completion, and the share of them that failed; nothing where there are no tools."""
+    calls = [m["tool_calls"] for c in sampled for m in c.messages if "tool_calls" in m]
+    results = [m for c in sampled for m in c.messages if m["role"] == "tool"]
+    failed = sum(m.get("failed", False) for m in results) / max(len(results), 1)
+    return {"tool_calls": sum(map(len, calls)) / len(sampled), "tool_failures": failed} if calls else {}
 
 
 def rollout_of(

@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def box(folder):
     codec = make_codec(with_tools(QWEN2_5))
-    return Toolbox(bound_tools(Evaluation.model_validate(SECTION), "evaluation", folder), codec)
+    return Toolbox(bound_tools(Evaluation.model_validate(SECTION), "evaluation", folder), codec, None)
 
 
 def asked(name, seed=1, **arguments):
@@ -134,9 +134,9 @@ def test_results_cannot_write_control_tokens(box):
 
 
 def test_characters_without_a_token_are_no_end():
-    small = Toolbox([], make_codec(make_tokenizer(Tokenizer(alphabet="abc? <eo>"))))
+    small = Toolbox([], make_codec(make_tokenizer(Tokenizer(alphabet="abc? <eo>"))), None)
     assert small.harmless("abé c <eos>") == "ab? c < eo?>"
-    assert Toolbox([], make_codec(make_tokenizer(Tokenizer(alphabet="abc")))).harmless("abé") == "ab"
+    assert Toolbox([], make_codec(make_tokenizer(Tokenizer(alphabet="abc"))), None).harmless("abé") == "ab"
 
 
 def test_lost_processes_and_time_are_told(box):

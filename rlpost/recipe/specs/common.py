@@ -371,14 +371,14 @@ class Grouped(Rollouts):
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of rollouts, and of what an advantage asks for."""
         yield from super().rules(where, earlier)
+        answered = "tools" if self.tools else "environment" if self.environment is not None else None
         name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
-        has_steps = self.step_end is not None or self.environment is not None or self.recorded
+        has_steps = self.step_end is not None or answered or self.recorded
         if credit.takes("steps", "step_reward_K", "anchor_K", "value_K") and not has_steps:
             yield (
                 f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every "
                 "token, or an environment, whose turns are steps"
             )
-        answered = "tools" if self.tools else "environment" if self.environment is not None else None
         if self.recorded and answered:
             yield f"{where}.{answered}: recorded rollouts are over - remove it, or recorded"
         if self.recorded and (self.dynamic_sampling_rounds or credit.takes("greedy_P", "value_K")):
