@@ -25,7 +25,7 @@ _UNSAID = ("failed", "reward", "info")
 class Called:
     """Answers the model's turns with the results of the tools that it calls."""
 
-    def __init__(self, tools: Toolbox, codec: Codec, delta: TurnDelta) -> None:
+    def __init__(self, tools: Toolbox, codec: Codec, delta: TurnDelta | None) -> None:
         """Call `tools`; nothing is called yet.
 
         Args:
@@ -36,6 +36,7 @@ class Called:
         Raises:
             ModelError: the template does not write a tool's result after a turn that calls it.
         """
+        assert delta is not None, "calls have the form of its template"
         self._tools = tools
         self._codec = codec
         self._delta = delta

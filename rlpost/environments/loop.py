@@ -82,19 +82,17 @@ def collect_turns(
         for group, prompt_seed in zip(groups, seeds, strict=True)
         for episode_seed in prompt_seeds(prompt_seed, 0, n)
     ]
-    responder: Responder
-    if isinstance(environment, Toolbox):
-        assert delta is not None, "the form of calls is its template's"
-        responder = Called(environment, codec, delta)
-    elif is_played(environment):
-        room = max_positions - 1 if longest is None else longest
-        responder = Played(environment, codec, delta, room, opponents)
-    else:
-        responder = Replies(environment, episodes, codec)
+    room = max_positions - 1 if longest is None else longest
+    responder: Responder = (
+        Called(environment, codec, delta)
+        if isinstance(environment, Toolbox)
+        else Played(environment, codec, delta, room, opponents)
+        if is_played(environment)
+        else Replies(environment, episodes, codec)
+    )
     responder.begin(episodes)
     done = _run(engine, responder, episodes)
-    if isinstance(environment, Bound):
-        _report(environment, done)
+    _report(environment, done)
     found = iter(done)
     # All episodes of a prompt begin with the prompt of the first.
     return [
@@ -178,8 +176,10 @@ def _freely(engine: FreeEngine, responder: Responder, episodes: Sequence[Episode
     return [e.completion() for e in episodes]
 
 
-def _report(environment: Bound, done: Sequence[Completion]) -> None:
+def _report(environment: Bound | Toolbox, done: Sequence[Completion]) -> None:
     """Say so when an environment begins to fail, and when it fails no more."""
+    if isinstance(environment, Toolbox):
+        return  # tools end no episode
     failed = sum(c.finish == FAILED for c in done)
     if failed:
         environment.failing.begins(f"environment: it failed, and episodes are unscored: {failed} of {len(done)}")
