@@ -82,11 +82,10 @@ def collect_turns(
         for group, prompt_seed in zip(groups, seeds, strict=True)
         for episode_seed in prompt_seeds(prompt_seed, 0, n)
     ]
-    room = max_positions - 1 if longest is None else longest
     responder: Responder = (
         Called(environment, codec, delta)
         if isinstance(environment, Toolbox)
-        else Played(environment, codec, delta, room, opponents)
+        else Played(environment, codec, delta, max_positions - 1 if longest is None else longest, opponents)
         if is_played(environment)
         else Replies(environment, episodes, codec)
     )
@@ -134,15 +133,17 @@ def collector(
     if not environment:
         return partial(collect, engine, keep=keep)
     codec = make_codec(policy.tokenizer)
-    if not isinstance(environment, Bound):
+    answers: Bound | Toolbox
+    if isinstance(environment, Bound):
+        answers, speaks = environment, is_played(environment)
+    else:
         codec = replace(codec, tools=tuple(tool.schema for tool in environment))
-        environment = Toolbox(environment, codec, format_of(codec, environment[0].bound.where))
-    speaks = isinstance(environment, Toolbox) or is_played(environment)
+        answers, speaks = Toolbox(environment, codec, format_of(codec, environment[0].bound.where)), True
     return partial(
         collect_turns,
         engine,
         codec,
-        environment=environment,
+        environment=answers,
         turns=turns,
         max_positions=policy.max_positions,
         longest=longest,

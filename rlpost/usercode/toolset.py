@@ -9,7 +9,9 @@ from typing import Any
 from rlpost.section import Section
 from rlpost.usercode.binding import bind, functions_at
 from rlpost.usercode.bound import Bound
+from rlpost.usercode.calls import Remote
 from rlpost.usercode.params import ToolFunction
+from rlpost.usercode.tools import ToolHere
 
 
 @dataclass(frozen=True)
@@ -41,5 +43,6 @@ def bound_tools(section: Section, where: str, base: Path) -> list[Tool]:
     for function, lookup, place in functions_at(section, "tools", where):
         assert isinstance(function, ToolFunction)
         bound = bind(function, lookup, place, base)
+        assert isinstance(bound.call, Remote | ToolHere)
         found.append(Tool(bound, bound.call.schema(), function.max_result))
     return found
