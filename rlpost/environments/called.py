@@ -58,16 +58,17 @@ class Called:
             self._add([(episode, await self._tools.together(asked))])
 
     def end(self, episodes: Sequence[Episode]) -> None:
-        """Note the calls of last turns, which nobody answers."""
+        """Note the calls of turns that were cut off, which nobody answers."""
         for episode in episodes:
             if episode.turns and "tool_calls" not in episode.messages[-1] and _is_models(episode.messages[-1]):
                 self._read(episode)
 
     def _calls(self, episode: Episode) -> list[Asked]:
-        """What an episode's last turn calls; where that is nothing, the episode is over."""
+        """What an episode's last turn calls; where that is nothing, or no turn is left for results, it is over."""
         calls = self._read(episode)
-        if not calls:
-            episode.finish = "stop"
+        if not calls or episode.at_limit:
+            episode.finish = "length" if calls else "stop"
+            return []
         return [
             Asked(call, seed) for call, seed in zip(calls, prompt_seeds(episode.next_seed, 0, len(calls)), strict=True)
         ]

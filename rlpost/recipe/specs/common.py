@@ -14,20 +14,17 @@ from rlpost.recipe.rules import Earlier, Leaves, reward_problems, source_problem
 from rlpost.rewards.of_environment import environment_problems, has_second_player, is_class
 from rlpost.rewards.params import REWARD, Reward, reward_leaves
 from rlpost.section import Section
-from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Opponents, Weight
+from rlpost.stages.params import Correction, Kl, KlEstimator, KlPlacement, Opponents
 from rlpost.suggest import hint_or_list
 from rlpost.train.params import KeepBest, OptimizerName, Schedule
 from rlpost.usercode.params import (
     ENVIRONMENT,
     TOOL,
     EnvironmentFunction,
-    Function,
-    Lookup,
     ToolFunction,
     tool_problems,
 )
 from rlpost.usercode.places import OF_FILE
-from rlpost.usercode.signatures import info_of
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -312,98 +309,3 @@ class Rollouts(Training):
         kl = self.kl
         if kl.placement == KlPlacement.reward and kl.estimator != KlEstimator.k1 and kl.beta > 0:
             yield f"{where}.kl.estimator: {kl.estimator.value} in the reward is biased - k1 is exact"
-
-
-ADVANTAGE = Lookup(
-    "advantage",
-    "rlpost.objectives.advantages",
-    (
-        *("reward_PG", "length_PG", "greedy_P", "reward_PGK", "weight_K", "running_mean"),
-        *("reward_S", "reward_N", "rows", "steps", "step_reward_K", "value_K", "group_size"),
-        "anchor_K",
-    ),
-    by_name=True,
-    some=True,
-    returns="tensor",
-)
-SURROGATE = Lookup(
-    "surrogate",
-    "rlpost.objectives.surrogates",
-    ("logp_N", "old_logp_N", "advantage_N", "rows"),
-    returns="elements",
-)
-FOCUS = Lookup(
-    "focus",
-    "rlpost.objectives.focus",
-    ("logp_N", "old_logp_N", "advantage_N", "entropy_N"),
-    by_name=True,
-    some=True,
-    returns="elements",
-)
-
-
-class Grouped(Rollouts):
-    """What the stages with a baseline from groups have."""
-
-    advantage: Annotated[Function, ADVANTAGE] = Field(default_factory=lambda: Function(fn="group_normalised"))
-    """The advantage of a completion, or of its steps; in `rlpost/objectives/`: `advantages.py`, `credit.py`,
-    `turns.py`."""
-    weight: Weight = Weight.token_mean
-    """How much each token counts."""
-    whiten: bool = False
-    """Shift and scale the advantages of all tokens of a step to mean 0 and variance 1."""
-    dynamic_sampling_rounds: int = Field(0, ge=0)
-    """Rounds of further prompts drawn while there are groups without a signal (dynamic sampling)."""
-    fresh_rollouts: int = Field(4, ge=1)
-    """For `monte_carlo_values`: rollouts from the start of every step of a completion."""
-    recorded: bool = False
-    """Rows are rollouts that another policy made (`rollouts/*.jsonl` of a run): nothing is sampled."""
-
-    @property
-    def compares_completions(self) -> bool:
-        """Its advantage compares the completions of a group with each other."""
-        return info_of(self.advantage, ADVANTAGE).has("compares_completions")
-
-    def rows(self) -> DataRole:
-        """Prompts, or rollouts that another policy made."""
-        return DataRole.recorded if self.recorded else DataRole.prompts
-
-    def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
-        """Those of rollouts, and of what an advantage asks for."""
-        yield from super().rules(where, earlier)
-        answered = "tools" if self.tools else "environment" if self.environment is not None else None
-        name, credit = self.advantage.called, info_of(self.advantage, ADVANTAGE)
-        has_steps = self.step_end is not None or answered or self.recorded
-        if credit.takes("steps", "step_reward_K", "anchor_K", "value_K") and not has_steps:
-            yield (
-                f"{where}.step_end: missing - {name} credits steps: give the text that ends one, or '' for every "
-                "token, or an environment, whose turns are steps"
-            )
-        if self.recorded and answered:
-            yield f"{where}.{answered}: recorded rollouts are over - remove it, or recorded"
-        if self.recorded and (self.dynamic_sampling_rounds or credit.takes("greedy_P", "value_K")):
-            what = "dynamic_sampling_rounds" if self.dynamic_sampling_rounds else f"advantage.fn={self.advantage.fn}"
-            yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
-        if answered and credit.takes("value_K"):
-            yield f"{where}.{answered}: {name} goes on from inside a turn, alone - remove one of the two"
-        if self._staleness(earlier) and credit.takes("greedy_P", "value_K"):
-            yield (
-                f"{where}.advantage.fn: {name} has more sampled with the weights that samples are learned with, and "
-                "these are drawn ahead - set rollouts.staleness=0, or take another one"
-            )
-        if self.recorded and self.rollouts is not None and self.rollouts.staleness:
-            yield f"{where}.rollouts.staleness: recorded rollouts are all there is - remove it"
-        k = self.advantage.args.get("k") if credit.has("k_in_group") else None
-        if isinstance(k, int) and not 1 <= k <= self.group_size:
-            yield f"{where}.advantage.args.k: {k} - expected from 1 to group_size={self.group_size}"
-        elif k is not None and self.group_size == 1:
-            yield f"{where}.group_size: {name} compares completions - give at least 2"
-
-    def warnings(self, where: str, model: Model) -> Iterator[str]:
-        """Of a group that has nothing to compare."""
-        yield from super().warnings(where, model)
-        if self.group_size == 1 and self.compares_completions:
-            yield (
-                f"{where}.group_size: a group of one has no baseline: {self.advantage.called} is 0 everywhere "
-                "and nothing is learned - use at least 2"
-            )

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.common import FOCUS, SURROGATE, Grouped
+from rlpost.recipe.specs.grouped import FOCUS, SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier, Leaves
-from rlpost.recipe.specs.common import SURROGATE, Rollouts
+from rlpost.recipe.specs.common import Rollouts
+from rlpost.recipe.specs.grouped import SURROGATE
 from rlpost.stages.params import CreditUnit, Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlpost.policy.params import Lora, Model
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.common import Grouped
+from rlpost.recipe.specs.grouped import Grouped
 from rlpost.train.params import OptimizerName
 
 
