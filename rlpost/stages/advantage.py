@@ -24,7 +24,7 @@ from rlpost.objectives.advantages import ema
 from rlpost.objectives.credit import Steps, reward_on_last_action
 from rlpost.objectives.ragged import Ragged
 from rlpost.policy.policy import Policy
-from rlpost.recipe.specs.grouped import Grouped
+from rlpost.recipe.grouped import Grouped
 from rlpost.stages.context import Context
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience

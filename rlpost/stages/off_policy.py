@@ -13,8 +13,8 @@ from rlpost.engine.params import EngineChoice
 from rlpost.objectives.correction import correction
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
+from rlpost.recipe.grouped import Grouped
 from rlpost.recipe.specs.common import Rollouts
-from rlpost.recipe.specs.grouped import Grouped
 from rlpost.stages.context import Context
 from rlpost.stages.params import CorrectionMode
 from rlpost.train.experience import Experience

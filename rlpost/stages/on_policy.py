@@ -24,8 +24,8 @@ from rlpost.objectives.weights import token_mean, weigh
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.policy.reference import Reference
+from rlpost.recipe.grouped import Grouped
 from rlpost.recipe.specs.common import Rollouts
-from rlpost.recipe.specs.grouped import Grouped
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.ahead import Ahead
 from rlpost.stages.context import Context, steps_of

@@ -26,8 +26,8 @@ from rlpost.environments.scoring import scored
 from rlpost.errors import DataError, RecipeError
 from rlpost.objectives.ragged import has_signal
 from rlpost.policy.policy import Policy
+from rlpost.recipe.grouped import Grouped
 from rlpost.recipe.specs.common import Rollouts
-from rlpost.recipe.specs.grouped import Grouped
 from rlpost.rewards.score import RewardBatch, Scorer, joined, rewarded
 from rlpost.stages.beside import side_engine
 from rlpost.stages.context import Context

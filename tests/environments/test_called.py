@@ -194,7 +194,7 @@ def test_results_forge_no_turns(folder):
 def test_an_episode_ends_at_its_last_turn_or_where_there_is_no_room(folder):
     _, _, group, engine = episodes(folder, QWEN2_5, lambda _: call("dice", sides=6), turns=3)
     (done,) = group.completions
-    assert (len(engine.asked), done.finish) == (3, "stop")
+    assert (len(engine.asked), done.finish) == (3, "length")
     assert [m["role"] for m in done.messages] == ["assistant", "tool", "assistant", "tool", "assistant"]
     assert done.messages[-1]["tool_calls"][0]["id"] == "call00002"
     _, _, group, engine = episodes(folder, QWEN2_5, lambda _: call("dice", sides=6), room=60)

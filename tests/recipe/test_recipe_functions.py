@@ -12,9 +12,9 @@ import torch
 from rlpost.data.params import AUGMENT, MAP, TASK
 from rlpost.errors import RecipeError
 from rlpost.recipe.functions import bind_all, functions_of
+from rlpost.recipe.grouped import ADVANTAGE, SURROGATE
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.specs.dpo import LOSS as DPO_LOSS
-from rlpost.recipe.specs.grouped import ADVANTAGE, SURROGATE
 from rlpost.recipe.specs.process_reward_model import LOSS as STEP_LOSS
 from rlpost.rewards.params import REWARD
 from rlpost.usercode.binding import bind

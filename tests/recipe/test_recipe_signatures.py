@@ -12,9 +12,9 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.facts import FACTS, declare, fact
+from rlpost.recipe.grouped import ADVANTAGE, FOCUS, SURROGATE
 from rlpost.recipe.resolve import resolve
 from rlpost.recipe.specs.dpo import LOSS, MODIFIER
-from rlpost.recipe.specs.grouped import ADVANTAGE, FOCUS, SURROGATE
 from rlpost.rewards.params import REWARD
 from rlpost.usercode.binding import bind
 from rlpost.usercode.load import public_functions

@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rlpost.recipe.grouped import FOCUS, SURROGATE, Grouped
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.grouped import FOCUS, SURROGATE, Grouped
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of

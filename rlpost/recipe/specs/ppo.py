@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlpost.policy.params import Model
+from rlpost.recipe.grouped import SURROGATE
 from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import Rollouts
-from rlpost.recipe.specs.grouped import SURROGATE
 from rlpost.stages.params import CreditUnit, Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
 

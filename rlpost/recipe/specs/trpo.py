@@ -8,8 +8,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from rlpost.policy.params import Lora, Model
+from rlpost.recipe.grouped import Grouped
 from rlpost.recipe.rules import Earlier
-from rlpost.recipe.specs.grouped import Grouped
 from rlpost.train.params import OptimizerName
 
 
