@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"sandbox", "usercode"},
     {"tools"},
     {"data", "rewards", "run"},
-    {"policy", "trackers"},
+    {"policy", "tools", "trackers"},
     {"engine"},
     {"environments", "train"},
     {"evaluate", "oracle"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlpost.errors import RecipeError
 from rlpost.ranks import divided, on_this_machine
 from rlpost.rewards.code_tests import Assertion, Printed, Test, read_tests
 from rlpost.sandbox.levels import choose
-from rlpost.sandbox.outcome import Limits, Reason
+from rlpost.sandbox.outcome import Limits, Reason, limits_of
 from rlpost.sandbox.run import run
 from rlpost.types import Completion
 
@@ -65,17 +63,6 @@ def code(
     costs = [1 if isinstance(tests[0], Assertion) else len(tests) for _, tests in different]
     shares = dict(zip(different, divided(different, costs, passed), strict=True))
     return [shares[job] for job in jobs]
-
-
-def limits_of(*, deadline: float = 5.0, memory: int = 512) -> Limits:
-    """What a run may use.
-
-    Raises:
-        RecipeError: too little.
-    """
-    if not 0 < deadline <= 3600:
-        raise RecipeError(f"code: deadline is {deadline}; give seconds a run, more than 0, at most 3600")
-    return Limits(seconds=2 * deadline, cpu_seconds=math.ceil(deadline), memory=memory)
 
 
 def program_of(text: str) -> str:

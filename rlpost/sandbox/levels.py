@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rlpost.errors import RecipeError
-from rlpost.sandbox.outcome import Level, Limits
+from rlpost.sandbox.outcome import Level, Limits, limits_of
 from rlpost.sandbox.process import Broken, execute
 from rlpost.suggest import hint_or_list
 
@@ -77,3 +79,16 @@ def choose(level: str | None = None) -> Level:
         f"sandbox: none holds on this machine ({reasons}); run programs elsewhere, or set level: rlimits, with which "
         "they may do all that you may"
     )
+
+
+def checked(args: Mapping[str, Any], where: str) -> tuple[Limits, Level]:
+    """What programs may use and what holds them, by the arguments of a recipe's function at key path `where`.
+
+    Raises:
+        RecipeError: `deadline` or `memory` is wrong, or no sandbox holds here as `level` asks for.
+    """
+    own = {name: args[name] for name in ("deadline", "memory") if name in args}
+    try:
+        return limits_of(**own), choose(args.get("level"))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error

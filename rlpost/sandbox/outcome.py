@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -68,6 +69,17 @@ class Limits:
                 raise RecipeError(f"sandbox: {field.name} is {getattr(self, field.name)}; give more than 0")
         if self.memory < LEAST_MEMORY:
             raise RecipeError(f"sandbox: memory is {self.memory} MiB; Python needs at least {LEAST_MEMORY} to start")
+
+
+def limits_of(*, deadline: float = 5.0, memory: int = 512) -> Limits:
+    """What a program may use by a recipe's arguments: `deadline` seconds of computing and twice that by the clock.
+
+    Raises:
+        RecipeError: too little.
+    """
+    if not 0 < deadline <= 3600:
+        raise RecipeError(f"sandbox: deadline is {deadline}; give seconds a run, more than 0, at most 3600")
+    return Limits(seconds=2 * deadline, cpu_seconds=math.ceil(deadline), memory=memory)
 
 
 @dataclass(frozen=True)

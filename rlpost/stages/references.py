@@ -8,12 +8,10 @@ from typing import Any
 
 from rlpost.data.files import Chunk
 from rlpost.data.formats import DataRole
-from rlpost.errors import RecipeError
-from rlpost.rewards.code import limits_of
 from rlpost.rewards.code_tests import read_tests
 from rlpost.rewards.math import References, read_reference
-from rlpost.rewards.params import Reward, reward_leaves
-from rlpost.sandbox.levels import choose
+from rlpost.rewards.params import reward_leaves
+from rlpost.sandbox.levels import checked
 
 _READ: dict[str, tuple[str, Callable[[Mapping[str, Any], str], object]]] = {
     "math_answer": ("answer", read_reference),
@@ -59,13 +57,5 @@ def readable_references(stage: Any, where: str, need: DataRole) -> ReadableRefer
         if leaf.fn in _READ:
             columns[leaf.fn, leaf.args.get("column", _READ[leaf.fn][0])] = None
         if leaf.fn == "code":
-            _check_sandbox(leaf, place)
+            checked(leaf.args, f"{place}.args")
     return ReadableReferences(tuple(columns), need is DataRole.recorded) if columns else None
-
-
-def _check_sandbox(leaf: Reward, place: str) -> None:
-    try:
-        limits_of(**{name: leaf.args[name] for name in ("deadline", "memory") if name in leaf.args})
-        choose(leaf.args.get("level"))
-    except RecipeError as error:
-        raise RecipeError(f"{place}.args: {error}") from error

@@ -296,7 +296,7 @@ def test_rows_without_tests_are_refused(example: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"deadline": 0}, "code: deadline is 0; give seconds a run, more than 0, at most 3600"),
+        ({"deadline": 0}, "sandbox: deadline is 0; give seconds a run, more than 0, at most 3600"),
         ({"memory": 8}, "sandbox: memory is 8 MiB; Python needs at least 64 to start"),
         ({"level": "namespace"}, "sandbox: no level 'namespace' - did you mean 'namespaces'?"),
     ],
