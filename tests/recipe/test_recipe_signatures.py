@@ -24,7 +24,9 @@ from rlpost.usercode.signatures import functions_in, info_of
 DATA = "vars.data=rows.jsonl"
 MODULES = [lookup.module for lookup in (ADVANTAGE, SURROGATE, FOCUS, LOSS, MODIFIER, REWARD)]
 MODULES += [f"rlpost.objectives.{name}" for name in ("supervised", "reward_model", "unpaired")]
-MODULES += [f"rlpost.data.tasks.{name}" for name in ("addition", "calculator", "gsm8k", "maze", "reasoning_gym")]
+MODULES += [
+    f"rlpost.data.tasks.{name}" for name in ("addition", "calculator", "gsm8k", "maze", "programs", "reasoning_gym")
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -7,11 +7,18 @@ a process without a sandbox, as the test proves.
 
 from __future__ import annotations
 
+import os
 import platform
+import socket
+import subprocess
+import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
-BODIES = {
-    # Files
+FILES = {
     "read": "return open(secret).read()",
     "read by going up": "return open('../' * 30 + secret[1:]).read()",
     "read from an open root": "return open(os.open(secret[1:], os.O_RDONLY, dir_fd=os.open('/', os.O_PATH))).read()",
@@ -43,7 +50,8 @@ BODIES = {
     "read the kernel's messages": "return os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)",
     "make a device": "os.mknod('device', 0o20600, os.makedev(1, 1)); return True",
     "make a program of another user": "open('s', 'w'); os.chmod('s', 0o4755); return True",
-    # Processes and what is known of them
+}
+PROCESSES = {
     "read its environment": "return os.environ.get('RLPOST_SECRET')",
     "read a process's environment": "return open(f'/proc/{victim}/environ').read()",
     "read a process's memory": "return open(f'/proc/{victim}/mem', 'rb')",
@@ -74,7 +82,8 @@ BODIES = {
     "trace": "return libc('ptrace', 0x4206, victim, None, None) == 0",
     "change what ends it": "return libc('prctl', 1, 0, 0, 0, 0) == 0",
     "regain rights": "return libc('prctl', 47, 2, 0, 0, 0) == 0",
-    # Network
+}
+NETWORK = {
     "connect by TCP": "return socket.create_connection(('127.0.0.1', port), 5)",
     "listen": "return socket.create_server(('127.0.0.1', 0))",
     "send by UDP": "return socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', port))",
@@ -85,11 +94,19 @@ BODIES = {
     "ask the kernel by netlink": "return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "use the kernel's ciphers": "return socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
     "read raw packets": "return socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
-    # What there is of memory and disk
+}
+AMOUNTS = {
     "fill the disk": "return write('large', 100) == 100",
     "open many files": "return [open('/dev/null') for _ in range(200)]",
     "take much memory": "return memory(1 << 30)",
 }
+KINDS = {
+    "files and devices": FILES,
+    "processes, signals, rights, namespaces, mounts": PROCESSES,
+    "network": NETWORK,
+    "more memory, disk or files than allowed": AMOUNTS,
+}
+BODIES = {name: body for bodies in KINDS.values() for name, body in bodies.items()}
 
 SYSTEM_CALLS = {
     "ptrace": (101, 117),
@@ -185,6 +202,28 @@ def memory(size):
         raise OSError(errno.ENOMEM, "memory") from None
 
 """
+
+
+@contextmanager
+def outside(folder: Path) -> Iterator[dict[str, Any]]:
+    """What a program should not reach: files in `folder`, a process, sockets and a word in the environment."""
+    for name in ("secret", "to_empty", "to_void", "to_cut", "to_delete", "to_rename", "to_take"):
+        (folder / name).write_text("not for programs")
+    victim = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
+    os.environ["RLPOST_SECRET"] = "not for programs"
+    try:
+        with ExitStack() as opened:
+            tcp = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+            for address in (f"{folder}/socket", f"\0{folder}"):
+                local = opened.enter_context(socket.socket(socket.AF_UNIX))
+                local.bind(address)
+                local.listen()
+            opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).bind(f"{folder}/datagrams")
+            yield {"there": str(folder), "victim": victim.pid, "port": tcp.getsockname()[1]}
+    finally:
+        del os.environ["RLPOST_SECRET"]
+        victim.kill()
+        victim.communicate()
 
 
 def together(names: frozenset[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import BODIES, NAKED, SYSTEM_CALLS, raw, together
+from attempts import BODIES, NAKED, SYSTEM_CALLS, outside, raw, together
 
 from rlpost.sandbox.levels import why_not
 from rlpost.sandbox.outcome import Level, Limits, Outcome, Reason
@@ -25,24 +24,11 @@ HELD = (Level.namespaces, Level.landlock)
 SMALL = Limits(seconds=60, cpu_seconds=20, disk=8)
 
 
-@pytest.fixture
-def outside(tmp_path: Path) -> Iterator[dict[str, Any]]:
+@pytest.fixture(name="outside")
+def _outside(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """A folder, a process and sockets that a program should not reach."""
-    for name in ("secret", "to_empty", "to_void", "to_cut", "to_delete", "to_rename", "to_take"):
-        (tmp_path / name).write_text("not for programs")
-    victim = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, process_group=0)
-    os.environ["RLPOST_SECRET"] = "not for programs"
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as local:
-        local.bind(f"{tmp_path}/socket")
-        local.listen()
-        with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
-            abstract.bind(f"\0{tmp_path}")
-            abstract.listen()
-            datagrams.bind(f"{tmp_path}/datagrams")
-            yield {"there": str(tmp_path), "victim": victim.pid, "port": tcp.getsockname()[1]}
-    del os.environ["RLPOST_SECRET"]
-    victim.kill()
-    victim.communicate()
+    with outside(tmp_path) as given:
+        yield given
 
 
 def printed(outcome: Outcome) -> list[str]:
