@@ -203,6 +203,17 @@ def test_tictactoe(tmp_path):
     assert other.stages["grpo"].model_copy(update=changed) == whole.stages["grpo"]
 
 
+def test_programs(tmp_path):
+    run(
+        tmp_path,
+        "programs",
+        *TINY,
+        *stage("sft", *TWO, "batch_size=8"),
+        *stage("grpo", *TWO, "prompts_per_step=4", "sampling.max_new_tokens=8"),
+        "evaluation.data.held_out.limit=8",
+    )
+
+
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 

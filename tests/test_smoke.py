@@ -197,7 +197,8 @@ def test_a_killed_smoke_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "name", ["calculator", "demo", "demo_ppo", "maze", "maze_shaped", "methods/start", "running_sum", "safety"]
+    "name",
+    ["calculator", "demo", "demo_ppo", "maze", "maze_shaped", "methods/start", "programs", "running_sum", "safety"],
 )
 def test_recipes_really_run(tmp_path: Path, name: str) -> None:
     resolved = resolve_smoke(name, [f"runs={tmp_path}", "threads=1"], 2)

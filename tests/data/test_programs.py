@@ -29,7 +29,7 @@ def test_every_right_program_passes_and_no_careless_one_does():
 
 
 def test_each_kind_in_words_and_as_a_program():
-    rows = {row["prompt"].partition(". ")[0]: row for row in programs.train(held_out=0)}
+    rows = {row["prompt"].rstrip("\n"): row for row in programs.train(held_out=0)}
     shown = {
         "f(a,b): a plus b, times 4": ("(a+b)*4", "a+b*4"),
         "f(a,b): 7 minus b, over a": ("(7-b)//a", "7-b//a"),
@@ -51,12 +51,8 @@ def test_each_kind_in_words_and_as_a_program():
         assert (rows[words]["right"], rows[words]["careless"]) == (head + right, head + careless)
 
 
-def test_hidden_tests_are_others_than_the_prompt_shows():
-    for row in programs.train(held_out=0):
-        shown, _, value = row["prompt"].rstrip("\n").rpartition(". ")[2].rpartition("=")
-        assert len(set(row["tests"])) == programs.TESTS
-        assert not any(test.startswith(f"assert {shown} ==") for test in row["tests"])
-        assert value
+def test_the_tests_of_a_row_differ():
+    assert all(len(set(row["tests"])) == programs.TESTS for row in programs.train(held_out=0))
 
 
 def test_held_out_problems_are_not_trained():

@@ -124,7 +124,8 @@ def test_no_program_seems_right_that_is_not():
         list(FAKES.values()), {"tests": ["assert area(2, 3) == 6", "assert area(4, 5) == 20"]}, partial=False
     )
     assert {name: score for name, score in zip(FAKES, found, strict=True) if score} == {}
-    assert f"{len(FAKES)} ways to seem right" in (Path(__file__).parents[2] / "docs/sandbox.md").read_text("utf-8")
+    told = (Path(__file__).parents[2] / "docs/sandbox.md").read_text("utf-8")
+    assert f"| seeming right without being so | {len(FAKES)} | 0 | 0 |" in told
 
 
 def test_an_answer_counts_only_if_it_is_the_only_one():
