@@ -21,6 +21,7 @@ def test_right_programs_pass_and_careless_ones_do_not():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_every_right_program_passes_and_no_careless_one_does():
     """A minute."""
     rows = programs.train(held_out=0)
