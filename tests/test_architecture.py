@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"sandbox", "usercode"},
     {"tools"},
     {"data", "rewards", "run"},
-    {"policy", "tools", "trackers"},
+    {"policy", "trackers"},
     {"engine"},
     {"environments", "train"},
     {"evaluate", "oracle"},

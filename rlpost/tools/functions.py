@@ -5,6 +5,7 @@ itself, name, types and the lines below `Args:`, is what the model reads.
 """
 
 from rlpost.tools.calculator import calculator
+from rlpost.tools.python import python
 from rlpost.tools.search import search
 
-__all__ = ["calculator", "search"]
+__all__ = ["calculator", "python", "search"]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, TypedDict, get_type_hints
 
+from rlpost.errors import RlpostError
+
 LONGEST_ERROR = 300
 """Characters of an error's message."""
 
@@ -110,12 +112,14 @@ def failure(reason: str) -> Result:
 def _called(
     function: Callable[..., Any], made: Callable[..., Any], arguments: Mapping[str, Any], given: frozenset[str]
 ) -> Result:
-    """Read arguments for `function`, and call `made` with them."""
+    """Read arguments for `function`, and call `made` with them; what rlpost itself raises is none of the model's."""
     read = _read(function, arguments, given)
     if isinstance(read, Refused):
         return failure(read.reason)
     try:
         return returned(made(**read))
+    except RlpostError:
+        raise
     except (Exception, SystemExit) as error:
         return failure(_line(error))
 
