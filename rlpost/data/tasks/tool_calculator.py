@@ -20,6 +20,10 @@ PROBLEMS = 2 * 90 * 90
 Row = dict[str, Any]
 
 
+MISTAKES = ("guesses", "guesses", "guesses", "mistypes", "miscopies", "misspells")
+"""What a careless teacher does; half of the time he does not call."""
+
+
 def train(*, held_out: int = 2000, seed: int = 0) -> list[Row]:
     """The problems that `held_out(n=held_out, seed=seed)` does not contain, in random order.
 
