@@ -7,6 +7,7 @@ functions of data get what they take by their parameters' names instead.
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import inspect
 import re
@@ -21,7 +22,7 @@ from rlpost.errors import RecipeError
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section, join, marked, walk
 from rlpost.suggest import hint_or_list, shortened
-from rlpost.usercode import gym, signatures
+from rlpost.usercode import gym, signatures, verifiers
 from rlpost.usercode.bound import Bound
 from rlpost.usercode.episodes import as_function, is_environment
 from rlpost.usercode.here import UsersFile
@@ -93,6 +94,8 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     module, name = owner(function.fn, lookup, place)
     if module == _GYM and not gym.installed():
         raise RecipeError(f"{place}: {function.fn!r} needs the package reasoning-gym: {gym.INSTALL}")
+    if module == verifiers.MODULE:
+        return _apart(function, lookup, where, base)
     call = getattr(importlib.import_module(module), name)
     call = as_function(call, here=True) if is_environment(call) else call
     ready = getattr(call, "ready", None)  # it checks its arguments now, and keeps something from call to call
@@ -102,6 +105,20 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     if made is not None:
         return Bound(made, name, where)
     return Bound(partial(call, **function.args) if function.args else call, name, where)
+
+
+def _apart(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
+    """A function for environments of verifiers, called in a process of its own; its file is that of the environment."""
+    place = f"{where}.{lookup.key}"
+    if missing := verifiers.missing():
+        raise RecipeError(f"{place}: {function.fn!r} {missing}")
+    env = base / Path(function.args["env"]).expanduser()
+    args = function.args | ({"env": str(env.resolve())} if env.exists() else {})
+    users = UsersFile(verifiers.FILE, place, function.model_copy(update={"args": args}))
+    name = function.called.rpartition(".")[2]
+    file, digest = (env, hashlib.sha256(env.read_bytes()).hexdigest()) if env.is_file() else (None, None)
+    lenient = getattr(function, "on_failure", None) is OnFailure.unscored
+    return Bound(users.bound(users.functions[name], lookup, where), name, where, file, digest, lenient)
 
 
 def check(function: Function, lookup: Lookup, where: str) -> None:
@@ -114,7 +131,8 @@ def check(function: Function, lookup: Lookup, where: str) -> None:
         return
     place = f"{where}.{lookup.key}"
     for key in ("deadline", "on_failure"):
-        if getattr(function, key, None) is not None:
+        apart = function.fn.startswith(f"{verifiers.PACKAGE}.")
+        if getattr(function, key, None) is not None and not apart:
             raise RecipeError(f"{where}.{key}: is for functions of a file, not for {function.fn!r} - remove it")
     if lookup is ENGINE:
         near = hint_or_list(function.fn, [*BUILT_IN, USERS], "there are")

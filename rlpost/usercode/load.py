@@ -13,6 +13,8 @@ from typing import Any
 
 from rlpost.usercode.episodes import as_function, is_environment
 
+_PACKAGE = Path(__file__).parents[1]
+
 
 def load(file: Path, digest: str) -> ModuleType:
     """The user's file as a module, loaded once per content; `digest` is its sha256. Raises what the file raises."""
@@ -64,10 +66,11 @@ def not_loaded(error: BaseException, file: Path) -> str:
 
 
 def _described(error: BaseException, file: Path) -> tuple[str, str]:
-    """Type and message in one line, and the last line of the user's file in the traceback."""
+    """Type and message in one line, and the last line of the user's file in the traceback; none of rlpost's files."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{type(error).__name__}: {error.msg}", f"{error.filename}:{error.lineno}"
     message = " ".join(str(error).split()) or "(no message)"
     message = message if len(message) <= 300 else f"{message[:299]}…"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return f"{type(error).__name__}: {message}", f"{file}:{lines[-1]}" if lines else ""
+    ours = file.is_relative_to(_PACKAGE)
+    return f"{type(error).__name__}: {message}", f"{file}:{lines[-1]}" if lines and not ours else ""

@@ -53,9 +53,13 @@ def info_of(function: Function, lookup: Lookup) -> FunctionInfo:
 
 def paths_in(function: Function, lookup: Lookup) -> list[str]:
     """The arguments given to a function of rlpost that name local files: annotated with `LocalPath`."""
-    if "." in function.fn or lookup.module in ("", TASKS) or not isinstance(function.args, dict):
-        return []  # of a task, of a user's file, an engine; or the arguments are still to be given
-    known = functions_in(lookup.module).get(function.fn, FunctionInfo()).signature.parameters
+    module, name = lookup.module, function.fn
+    if module == TASKS and not OF_FILE.fullmatch(name):
+        task, _, name = name.partition(".")
+        module = f"{TASKS}.{task}" if task in _tasks() else ""
+    if "." in name or module in ("", TASKS) or not isinstance(function.args, dict):
+        return []  # of a user's file, an engine, a reward of a task; or the arguments are still to be given
+    known = functions_in(module).get(name, FunctionInfo()).signature.parameters
     marked = [name for name, p in known.items() if str(p.annotation).removesuffix(" | None") == "LocalPath"]
     given = {name: function.args.get(name) for name in marked}
     return [name for name, value in given.items() if isinstance(value, str) and value != MISSING]
