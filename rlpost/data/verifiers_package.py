@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import hashlib
 import json
 import os
 import random
@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from rlpost.data.verifiers_policy import KEY, Policy
+from rlpost.usercode import load
 
 CHAT = "rlpost_chat"
 """The harness that agents play with: a conversation and nothing else, in this process."""
@@ -25,24 +26,29 @@ COUNTED = ("max_input_tokens", "max_output_tokens", "max_total_tokens")
 
 
 def configured(env: str, args: Mapping[str, Any]) -> Any:
-    """The environment, loaded once a process.
+    """The environment, loaded once a process as long as its file stays as it is.
 
     Raises:
         ValueError: its arguments do not fit, or it is of a kind that is not played.
     """
     if not isinstance(args, Mapping):
         raise ValueError(f"args: expected the environment's settings by name, got a {type(args).__name__}")
-    return _configured(env, json.dumps(args, sort_keys=True, default=str))
+    name, file = env, Path(env)
+    if file.suffix == ".py":
+        if not file.exists():
+            raise ValueError(f"there is no file {env}")
+        name = load.load(file, hashlib.sha256(file.read_bytes()).hexdigest()).__name__
+    return _configured(name, env, json.dumps(args, sort_keys=True, default=str))
 
 
 @lru_cache(maxsize=16)
-def _configured(env: str, written: str) -> Any:
+def _configured(name: str, env: str, written: str) -> Any:
+    """Of a taskset that is imported by its name."""
     import verifiers.v1 as vf
     from pydantic import ValidationError
 
     sys.modules.setdefault(CHAT, _chat())
     args = json.loads(written)
-    name = _importable(env)
     own = args.get("taskset") or {}
     try:
         kind = vf.env_config_type(name, args.get("id", ""))
@@ -95,21 +101,6 @@ def _one_policy(agents: Mapping[str, Any]) -> None:
             )
 
 
-def _importable(env: str) -> str:
-    """The name to import a taskset by; a file or folder becomes importable."""
-    path = Path(env)
-    if path.suffix != ".py" and not path.is_dir():
-        return env
-    if not path.exists():
-        raise ValueError(f"there is no file {env}")
-    name, folder = path.stem.replace("-", "_").lower(), str(path.resolve().parent)
-    if name not in sys.modules:
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
-        importlib.import_module(name)
-    return name
-
-
 class Host:
     """An environment that is up, with the endpoint that its agent asks."""
 
@@ -159,8 +150,8 @@ class Host:
         return [trace for trace in episode.traces if getattr(config, trace.agent.name).client is None]
 
 
-_hosts: dict[tuple[int, str], asyncio.Task[Host]] = {}
-"""By event loop, environment and arguments."""
+_hosts: dict[tuple[int, int], asyncio.Task[Host]] = {}
+"""By the ids of the event loop and the environment."""
 
 
 async def host(env: str, args: Mapping[str, Any]) -> Host:
@@ -170,7 +161,7 @@ async def host(env: str, args: Mapping[str, Any]) -> Host:
         ValueError: as `configured`.
     """
     environment = configured(env, args)
-    key = (id(asyncio.get_running_loop()), json.dumps([env, args], sort_keys=True, default=str))
+    key = (id(asyncio.get_running_loop()), id(environment))
     if key not in _hosts or (_hosts[key].done() and _hosts[key].exception() is not None):
         _hosts[key] = asyncio.ensure_future(_up(environment))
     return await asyncio.shield(_hosts[key])

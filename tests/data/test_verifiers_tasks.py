@@ -179,6 +179,16 @@ def test_a_taskset_without_an_environment_is_one_turn():
 
 
 @pytest.mark.extras
+def test_a_file_that_is_edited_and_one_of_the_same_name_are_others(tmp_path):
+    source = (HERE / GAME).read_text()
+    edited = [source, source.replace("highest: int = 9", "highest: int = 4")]
+    for folder, text, number in (("a", edited[0], 10), ("a", edited[1], 5), ("b", edited[0], 10)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "game.py").write_text(text)
+        assert len(rows(str(tmp_path / folder / "game.py"))) == number
+
+
+@pytest.mark.extras
 def test_what_the_environment_raises_is_told():
     broken = {"taskset": {"fails": True}}
     player = Player(rows(args=broken)[1:2], args=broken)

@@ -29,7 +29,7 @@ def rows(
     """The tasks of an environment as rows: `prompt` (messages), `index`, `key`, `task`, and `answer` where it is text.
 
     Args:
-        env: the name of an installed taskset, or a file or folder with one.
+        env: the name of an installed taskset, or a file with one.
         args: of the environment, as its configuration names them; those of its tasks stand below `taskset`.
         size: number of tasks; all by default.
         skip: so many before them.
