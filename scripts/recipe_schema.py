@@ -247,7 +247,7 @@ def _functions(module: str) -> dict[str, str]:
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("rlpost."):
             found |= _functions(str(node.module))
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found[node.name] = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
     return found
 

@@ -64,7 +64,7 @@ class TimedFunction(Function):
     (docs/rewards.md#a-process-of-its-own)."""
 
     deadline: float | None = Field(None, gt=0)
-    """Seconds that one call of a function of a file may take (60 by default); refused for other functions."""
+    """Seconds that a call of a function of a file, or of `verifiers`, may take (60 by default); refused for others."""
 
 
 EPISODE = "_episode"
