@@ -55,6 +55,8 @@ class _State:
     """The messages of its prompt; None where that is plain text."""
     actions: list[tuple[str, str]] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
+    begun: bool = False
+    """`reset` was called for it, and not only for another of its prompt."""
     ended: bool = False
     """The environment keeps nothing of it."""
 
@@ -94,6 +96,7 @@ class Played:
             prompts.setdefault(episode.prompt_seed, []).append(episode)
         firsts = [some[0] for some in prompts.values()]
         for some, reply in zip(prompts.values(), self._each(firsts), strict=False):
+            self._states[some[0]].begun = True
             wrong = _failure(reply) or self._begun(some, reply.found)
             if wrong:
                 self._failed(some, f"{wrong}, at the start of an episode", reply)
@@ -138,7 +141,8 @@ class Played:
         Raises:
             RewardError: its `close` failed, and its failures stop the run.
         """
-        kept = [e for e in episodes if not self._states[e].ended and self._states[e].actions]
+        states = self._states
+        kept = [e for e in episodes if not states[e].ended and (states[e].actions or states[e].begun)]
         calls = [{EPISODE: {"key": self._states[e].key, "close": True}} for e in kept]
         for episode, reply in zip(kept, self._calls(calls, kept), strict=False):
             self._states[episode].ended = True

@@ -271,6 +271,11 @@ def test_what_an_environment_keeps_is_closed(tmp_path):
     assert all(not len(c.step_rewards) for c in completions(groups))
 
 
+def test_an_episode_that_ends_in_its_first_turn_is_closed(tmp_path):
+    episodes(environment(tmp_path, "Closes"), turns=1)
+    assert len(list(tmp_path.glob("closed-*"))) == len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
