@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from judge_server import Refusal, judging
 
 from rlpost.data.params import TASK
+from rlpost.data.verifiers_policy import _completion
 from rlpost.errors import RecipeError
 from rlpost.usercode import verifiers
 from rlpost.usercode.binding import bind
@@ -186,6 +189,22 @@ def test_a_file_that_is_edited_and_one_of_the_same_name_are_others(tmp_path):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "game.py").write_text(text)
         assert len(rows(str(tmp_path / folder / "game.py"))) == number
+
+
+@pytest.mark.extras
+def test_another_agent_asks_a_model_of_its_own():
+    def answer(_first: str) -> Refusal:
+        return Refusal(200, json.dumps(_completion("m", "What is 3+3?" if len(user.bodies) == 1 else "###DONE###")))
+
+    with judging(answer) as user:
+        agent = {"model": "m", "client": {"type": "eval", "base_url": user.url, "api_key_var": "NO_KEY_AT_ALL"}}
+        args = {"id": "user-sim", "user": agent}
+        player = Player(rows(SUMS, skip=3, size=1, args=args), SUMS, args=args)
+        assert player.found[0]["messages"] == [said("What is 3+3?")]
+        (ended,) = player.turn({0: "6"})
+    assert [body["model"] for body in user.bodies] == ["m", "m"]
+    assert user.bodies[1]["messages"][-1] == said("6")
+    assert (ended["reward"], ended["terminated"]) == (2.0, True)
 
 
 @pytest.mark.extras
