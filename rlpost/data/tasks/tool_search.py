@@ -39,6 +39,10 @@ TRADES = (
 PEOPLE = len(FIRST) * len(LAST)
 
 
+MISTAKES = (*("guesses",) * 6, "confuses", "misreads")
+"""What a careless teacher does; three times of four he does not search."""
+
+
 def documents() -> list[Row]:
     """A passage about every person, to be searched."""
     return [{"text": _passage(person)} for person in _people()]
@@ -76,7 +80,7 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs:
     """
     if not 0 <= errs <= 1:
         raise RecipeError(f"errs={errs}: give a probability, 0 to 1")
-    mistake = random.choice(("guesses", "guesses", "confuses", "misreads")) if random.random() < errs else ""
+    mistake = random.choice(MISTAKES) if random.random() < errs else ""
     asks_place = row["answer"] in PLACES
     if mistake == "guesses":
         return _conversation(row, _said(random.choice(PLACES if asks_place else TRADES)))
