@@ -56,11 +56,7 @@ def careless_teacher(row: Mapping[str, Any], random: randomness.Random, *, errs:
         raise RecipeError(f"errs={errs}: give a probability, 0 to 1")
     from rlpost.tools.calculator import calculator
 
-    mistake = (
-        random.choice(("guesses", "guesses", "guesses", "mistypes", "miscopies", "misspells"))
-        if random.random() < errs
-        else ""
-    )
+    mistake = random.choice(MISTAKES) if random.random() < errs else ""
     asked, answer = row["problem"], row["answer"]
     if mistake == "guesses":
         return _conversation(row, _said(_slip(answer, random)))
