@@ -214,6 +214,19 @@ def test_programs(tmp_path):
     )
 
 
+SMALL_EPISODES = ["prompts_per_step=4", "group_size=2"]
+
+
+def test_tool_calculator(tmp_path):
+    few = [*stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, *SMALL_EPISODES)]
+    run(tmp_path, "tool_calculator", *TINY, *few, "evaluation.data.held_out.limit=8")
+
+
+def test_tool_search(tmp_path):
+    few = [*stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, *SMALL_EPISODES)]
+    run(tmp_path, "tool_search", *TINY, *few, "evaluation.data.held_out.limit=8")
+
+
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 

@@ -22,7 +22,7 @@ def rollouts(
     n: Annotated[int, typer.Option("--n", "-n", metavar="N", min=1, help="How many prompts.")] = 2,
     every: Annotated[bool, typer.Option("--all", help="All completions, not just the best and the worst.")] = False,
 ) -> None:
-    """Print saved rollouts: what was said, turn by turn, and its rewards.
+    """Print saved rollouts, turn by turn, with rewards.
 
     Stages save them every `table_every` steps.
     """

@@ -29,7 +29,6 @@ from rlpost.usercode.here import UsersFile
 from rlpost.usercode.params import TASKS, Function, Lookup, OnFailure
 from rlpost.usercode.places import OF_FILE, users_file
 from rlpost.usercode.signatures import owner
-from rlpost.usercode.tools import ToolHere
 
 _GYM = f"{TASKS}.{gym.GYM}"
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[([^\[\]]*)\]")
@@ -101,6 +100,8 @@ def bind(function: Function, lookup: Lookup, where: str, base: Path) -> Bound:
     ready = getattr(call, "ready", None)  # it checks its arguments now, and keeps something from call to call
     made = ready(function.args, f"{where}.args", base) if ready else None
     if lookup.by_model:
+        from rlpost.usercode.tools import ToolHere  # a recipe without tools is shown without it
+
         return Bound(ToolHere(call, function.args, made), name, where)
     if made is not None:
         return Bound(made, name, where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rlpost.usercode.params import TASKS
@@ -18,6 +17,8 @@ INSTALL = f"pip install 'rlpost[{PACKAGE}]'"
 
 def missing() -> str:
     """What is missing, and how it is installed; empty where nothing is."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         found = version(PACKAGE)
     except PackageNotFoundError:

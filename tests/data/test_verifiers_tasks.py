@@ -66,7 +66,7 @@ def test_the_missing_package_is_named(fn, lookup, monkeypatch):
 
 @pytest.mark.parametrize("version", ["0.1.14", "0.5.0", "1.0"])
 def test_another_version_is_refused(version, monkeypatch):
-    monkeypatch.setattr(verifiers, "version", lambda _name: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: version)
     message = rf"needs verifiers 0\.4, and {version} is installed: pip install 'rlpost\[verifiers\]'$"
     with pytest.raises(RecipeError, match=message):
         rows()

@@ -140,6 +140,13 @@ class Says:
         return [(Completion([2], [True], "b", "stop", [-1.0], weights_version=4),) for _ in requests]
 
 
+class IsCutOff(Says):
+    """Every turn runs into the limit."""
+
+    def generate(self, requests: Any) -> Any:
+        return [(Completion([2], [True], "b", "length", [-1.0], weights_version=4),) for _ in requests]
+
+
 class SaysFreely(Says):
     """The same freely."""
 
@@ -272,7 +279,8 @@ def test_what_an_environment_keeps_is_closed(tmp_path):
 
 
 def test_an_episode_that_ends_in_its_first_turn_is_closed(tmp_path):
-    episodes(environment(tmp_path, "Closes"), turns=1)
+    """It is cut off there, and only the instances that `reset` was called for are kept."""
+    episodes(environment(tmp_path, "Closes"), IsCutOff())
     assert len(list(tmp_path.glob("closed-*"))) == len(PROMPTS)
 
 
