@@ -282,6 +282,7 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "tiny.yaml"
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once(recipe: Path, tmp_path: Path):
     process = launched(tmp_path, ["train", str(recipe), "stages.sft.learning_rate=1e30"])
     _, err = process.communicate(timeout=100)

@@ -179,6 +179,7 @@ def test_calculator(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_running_sum(tmp_path):
     run(
         tmp_path,
@@ -191,6 +192,7 @@ def test_running_sum(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_tictactoe(tmp_path):
     # What a model of two steps writes is no move: the stop string ends its turns anyway.
     small = [*TINY, *stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, "prompts_per_step=4", "group_size=2")]
@@ -203,6 +205,7 @@ def test_tictactoe(tmp_path):
     assert other.stages["grpo"].model_copy(update=changed) == whole.stages["grpo"]
 
 
+@pytest.mark.slow
 def test_programs(tmp_path):
     run(
         tmp_path,
@@ -222,6 +225,7 @@ def test_tool_calculator(tmp_path):
     run(tmp_path, "tool_calculator", *TINY, *few, "evaluation.data.held_out.limit=8")
 
 
+@pytest.mark.slow
 def test_tool_search(tmp_path):
     few = [*stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, *SMALL_EPISODES)]
     run(tmp_path, "tool_search", *TINY, *few, "evaluation.data.held_out.limit=8")
@@ -268,6 +272,7 @@ def test_maze(tmp_path, capsys):
     assert read["prompt"].translate(str.maketrans("0123456789", "." * 10)) == prompt["prompt"]
 
 
+@pytest.mark.slow
 def test_maze_grpo(tmp_path):
     small = [
         *TINY_GPT2,
