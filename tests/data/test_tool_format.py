@@ -182,6 +182,21 @@ def test_a_template_whose_calls_cannot_be_read_back_is_refused(name):
     assert "set model.chat_template=FILE.jinja" in str(caught.value)
 
 
+def test_a_template_of_one_call_a_turn_is_proved_too():
+    with pytest.raises(ModelError, match="cannot be read back"):
+        form(LLAMA3.replace("call.arguments | tojson }}", "call.arguments | tojson | replace('\\\\', '') }}"))
+
+
+def test_what_a_template_writes_before_every_turn_is_no_part_of_a_call():
+    written_first = QWEN2_5.replace("'<|im_start|>assistant\\n' + ''", "'<|im_start|>assistant\\nI say:\\n' + ''")
+    without_words = QWEN3.replace("+ message.content }}", "+ ('' if message.tool_calls else message.content) }}")
+    assert written_first != QWEN2_5
+    assert without_words != QWEN3
+    for template in (written_first, without_words):
+        _, found = form(template)
+        assert found.read('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>').calls == (ToolCall("f", {}),)
+
+
 def test_a_tokenizer_that_changes_calls_is_refused():
     from tokenizers import normalizers
 

@@ -241,3 +241,21 @@ def test_reasoning_before_a_call_is_kept_as_the_model_wrote_it(folder):
     assert done.messages[0]["content"] == thought.strip()
     assert tokenizer.decode(done.ids.tolist()).startswith(thought + "<tool_call>")
     assert (done.messages[1]["content"], done.text) == ("2", "2")
+
+
+def test_the_same_call_draws_anew_in_every_turn(folder):
+    said = iter([call("dice", sides=10**9), call("dice", sides=10**9), "Done."])
+    *_, group, _ = episodes(folder, QWEN2_5, lambda _: next(said))
+    (done,) = group.completions
+    assert done.messages[1]["content"] != done.messages[3]["content"]
+
+
+def test_a_turn_that_a_stop_string_ended_is_ended_for_the_model(folder):
+    class Stopped(Scripted):
+        def one(self, request):
+            found = super().one(request)
+            return Completion(found.ids[:-1], found.action[:-1], found.text, "stop", found.logprobs[:-1])
+
+    said = iter([call("calculator", expression="1+1"), "2"])
+    _, _, _, engine = episodes(folder, QWEN2_5, lambda _: next(said), engine=Stopped)
+    assert "</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\n2\n" in engine.asked[1]

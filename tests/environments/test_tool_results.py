@@ -145,6 +145,9 @@ def test_lost_processes_and_time_are_told(box):
     assert found[1] == "Error: waits ran for over 0.5 s"
     assert found[2] == "0"
     assert texts(asyncio.run(box.together([asked("ends")])))[0] == found[0]
+    late, quick = texts(box.results([asked("waits", seconds=3.0), asked("waits", seconds=0.01)]))
+    assert late == found[1]
+    assert quick.startswith("waited")
 
 
 def test_rows_are_rendered_with_the_tools_of_the_recipe(folder):

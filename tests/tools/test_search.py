@@ -41,6 +41,7 @@ def test_scores_are_those_of_the_formula():
 def test_ties_go_to_the_earlier_passage_and_repeated_words_count_once():
     index = Index(["b a", "a b", "c c c"])
     assert index.best("a b a a", 5) == ["b a", "a b"]
+    assert Index(["b b", "a c"]).best("a a b", 2) == ["b b", "a c"]
 
 
 def test_texts_of_a_folder(folder):
