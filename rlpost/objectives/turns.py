@@ -138,6 +138,7 @@ class _Among(NamedTuple):
     """Their standard deviation, with Bessel's correction."""
 
     def scaled(self, std: bool, eps: float) -> Tensor:
+        """[K] less their mean, over (standard deviation + eps) where `std` says so; 0 where all are equal."""
         by_std_K = self.centred_K / (self.std_K + eps if std else 1.0)
         return torch.where(self.centred_K == 0, 0.0, by_std_K)  # also without eps
 
