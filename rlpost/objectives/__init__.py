@@ -35,6 +35,7 @@ from rlpost.objectives.credit import (
     reward_on_last_action,
     spread_evenly,
 )
+from rlpost.objectives.distillation import divergence_to_go, fold, top_tokens, with_others
 from rlpost.objectives.focus import top_entropy
 from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
 from rlpost.objectives.metrics import (
@@ -139,6 +140,7 @@ __all__ = [
     "cpo",
     "discopop",
     "divergence_masked",
+    "divergence_to_go",
     "dpo",
     "dpo_plackett_luce",
     "dpo_robust",
@@ -152,6 +154,7 @@ __all__ = [
     "explained_variance_parts",
     "f_divergence",
     "finite_difference",
+    "fold",
     "forward_kl",
     "full_kl",
     "future_weighted",
@@ -223,6 +226,7 @@ __all__ = [
     "tapered",
     "token_mean",
     "top_entropy",
+    "top_tokens",
     "turn_gae",
     "turn_leave_one_out",
     "turn_normalised",
@@ -231,5 +235,6 @@ __all__ = [
     "weigh",
     "whiten",
     "widen",
+    "with_others",
     "without_parts",
 ]

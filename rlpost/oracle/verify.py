@@ -7,6 +7,7 @@ from torch import Tensor
 from rlpost.oracle.claims_completions import completion_section
 from rlpost.oracle.claims_credit import credit_section
 from rlpost.oracle.claims_definitions import definition_section
+from rlpost.oracle.claims_distillation import distillation_section
 from rlpost.oracle.claims_groups import group_section
 from rlpost.oracle.claims_kl import kl_section
 from rlpost.oracle.claims_models import model_section
@@ -51,6 +52,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         value_section(problem),
         pair_section(problem),
         supervised_section(problem),
+        distillation_section(problem),
         definition_section(problem),
         preference_section(problem),
         trust_section(problem),

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlpost import objectives
 from rlpost.objectives import credit, kl, preference, surrogates, turns, weights
 from rlpost.objectives.correction import correction, off_policy_ratio
+from rlpost.objectives.distillation import divergence_to_go
 from rlpost.objectives.preference_modifiers import length_multipliers
 from rlpost.objectives.ragged import Ragged
 from rlpost.objectives.values import bellman_residual
@@ -79,6 +80,7 @@ CREDIT = {
 }
 OTHERS = {
     "kl_in_reward": lambda x, rows: kl.kl_in_reward(x, 2 * x, rows, max(rows.completions, 1)),
+    "divergence_to_go": lambda x, rows: divergence_to_go(x, rows, max(rows.completions, 1)),
     "correction": lambda x, rows: correction(x, 2 * x, rows, per="completion"),
     "bellman_residual": lambda x, rows: bellman_residual(x, (x < -0.6).to(x.dtype), rows),
     "off_policy_ratio": lambda x, rows: off_policy_ratio(x, (2 * x).detach(), rows),
