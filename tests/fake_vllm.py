@@ -38,6 +38,7 @@ class FakeVllm:
         self.processed, self.dev_mode, self.scale_out, self.runtime_lora = True, True, True, True
         self.sees_folders, self.reloads, self.ended = True, True, False
         self.positions = 32
+        self.max_logprobs = 20
         self.requests: list[dict[str, Any]] = []
         """All that wanted tokens of a completion."""
         self.paths: list[str] = []
@@ -136,6 +137,36 @@ class FakeVllm:
         with self._lock:
             if self._waiting:
                 self._waiting.pop().set()
+
+    def _post_v1_completions(self, body: dict[str, Any]) -> Answer:
+        """As a teacher is asked: scores of the prompt, at temperature 1."""
+        row, k = body["prompt"], body["prompt_logprobs"]
+        assert (body["max_tokens"], body["return_token_ids"]) == (1, True)
+        policy = self.models[body["model"]]
+        if k > self.max_logprobs:
+            said = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
+            return 400, {"error": {"message": said}}
+        if len(row) + 1 > self.positions:
+            return 400, {"error": {"message": f"maximum context length is {self.positions} tokens"}}
+        if max(row) >= policy.vocabulary:
+            return 400, {"error": {"message": f"Token id {max(row)} is out of vocabulary"}}
+        with self._lock:
+            self.requests.append(body)
+            failure = self.failures.popleft() if self.failures else None
+        self._wait_for_others()
+        choice = {"prompt_token_ids": row, "prompt_logprobs": self._scores(policy, row, k), "text": ""}
+        found: Answer = (200, {"model": body["model"], "choices": [choice]})
+        return found if failure is None else failure(found)
+
+    @torch.no_grad()
+    def _scores(self, policy: Policy, row: list[int], k: int) -> list[dict[str, Any] | None]:
+        found: list[dict[str, Any] | None] = [None]
+        group = Group(row[:1], [Completion(row[1:], [True] * (len(row) - 1))])
+        logp_NV = policy.distributions(policy.batch([group]))(slice(None))
+        for token, logp_V in zip(row[1:], logp_NV, strict=True):
+            listed = dict.fromkeys([token, *logp_V.topk(k).indices.tolist()])
+            found.append({str(i): {"logprob": logp_V[i].item(), "rank": 1, "decoded_token": None} for i in listed})
+        return found
 
     @torch.no_grad()
     def _completion(self, prompt: list[int], sampling: dict[str, Any], name: str) -> Answer:

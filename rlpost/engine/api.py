@@ -1,14 +1,19 @@
-"""The engine interface: requests in, completions out, from versioned weights; and guides, which steer sampling."""
+"""The engine interface: requests in, completions out, from versioned weights; scores of given completions; and guides,
+which steer sampling.
+
+Axes: N actions, K likeliest tokens, B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion, Request, Tokens
+from rlpost.types import Completion, Group, Request, Tokens
 
 
 class Engine(Protocol):
@@ -65,6 +70,40 @@ class SideEngine(Engine, Protocol):
         The thread that trains calls this. What it returns is called in the thread that samples, between requests, in
         the order of versions.
         """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class TopTokens:
+    """What a model says of the actions of some groups, in order, where each was taken; on the CPU."""
+
+    ids_NK: Tensor
+    """[N, K] its likeliest tokens there, int64, in falling order."""
+    logp_NK: Tensor
+    """[N, K] their log-probabilities, float32."""
+    logp_N: Tensor
+    """[N] that of the action itself, float32."""
+
+
+@runtime_checkable
+class ScoringEngine(Protocol):
+    """Says what a model thinks of completions that another one wrote: a teacher's engine."""
+
+    def score(self, groups: Sequence[Group], k: int, temperature: float = 1.0) -> TopTokens:
+        """The `k` likeliest tokens where each action was taken, and the log-probabilities of them and of the action.
+
+        Args:
+            groups: the N actions are theirs, in order; what is no action is read and not scored.
+            k: K; 0 for the actions' own log-probabilities alone.
+            temperature: logits are divided by it.
+
+        Raises:
+            EngineError: it has no such answer: the rows are too long, its vocabulary is too small, or it fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds; nothing more is to be scored."""
         ...
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rlpost import ranks
-from rlpost.engine.api import Engine, FreeEngine, SideEngine
+from rlpost.engine.api import Engine, FreeEngine, ScoringEngine, SideEngine, TopTokens
+from rlpost.engine.top_tokens import by_group, joined
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion, Request
+from rlpost.types import Completion, Group, Request
 
 
 class DividedEngine:
@@ -60,3 +61,23 @@ class DividedSideEngine(DividedEngine):
     def stage(self, policy: Policy, version: int) -> Callable[[], None]:
         """See `SideEngine.stage`."""
         return self._side.stage(policy, version)
+
+
+class DividedScoringEngine:
+    """The scoring engines of all ranks as one."""
+
+    def __init__(self, own: ScoringEngine) -> None:
+        """`own` is this rank's."""
+        self._own = own
+
+    def score(self, groups: Sequence[Group], k: int, temperature: float = 1.0) -> TopTokens:
+        """See `ScoringEngine.score`."""
+        costs = [sum(len(g.prompt) + len(c.ids) for c in g.completions) for g in groups]
+        return joined(ranks.divided(groups, costs, lambda some: self._share(some, k, temperature)), k)
+
+    def close(self) -> None:
+        """See `ScoringEngine.close`."""
+        self._own.close()
+
+    def _share(self, groups: Sequence[Group], k: int, temperature: float) -> list[TopTokens]:
+        return by_group(self._own.score(groups, k, temperature), groups) if groups else []

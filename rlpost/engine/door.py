@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from rlpost import ranks
-from rlpost.engine.api import Engine, Guide, SideEngine
-from rlpost.engine.divided import DividedSideEngine, divided_engine
-from rlpost.engine.foreign import ForeignEngine
+from rlpost.engine.api import Engine, Guide, ScoringEngine, SideEngine
+from rlpost.engine.divided import DividedScoringEngine, DividedSideEngine, divided_engine
+from rlpost.engine.foreign import ForeignEngine, ForeignScoringEngine
 from rlpost.engine.local import LocalEngine
-from rlpost.engine.params import DEADLINE, LOCAL, SERVER, VLLM, EngineChoice
+from rlpost.engine.params import DEADLINE, LOCAL, SERVER, VLLM, EngineChoice, ScoringChoice
 from rlpost.engine.side import LocalSideEngine, Origin
 from rlpost.engine.vllm_here import VllmEngine
 from rlpost.engine.vllm_server import VllmServer
+from rlpost.engine.vllm_teacher import VllmTeacher
 from rlpost.errors import EngineError
 from rlpost.policy.policy import Policy
 from rlpost.usercode.bound import Bound
@@ -61,6 +62,29 @@ def side_engine_for(policy: Policy, chosen: EngineChoice, origin: Origin, thread
     return own if ranks.count() == 1 else DividedSideEngine(own)
 
 
+def scoring_engine(
+    policy: Policy, chosen: ScoringChoice, k: int, function: Bound | None = None, where: str = "teacher"
+) -> ScoringEngine:
+    """An engine that scores what `policy` writes, with a model of its own; it is given no weights.
+
+    Args:
+        policy: whose tokens it must know, which is proved now.
+        chosen: the recipe's choice.
+        k: likeliest tokens that will be asked for.
+        function: (policy) -> an engine: the user's function that `chosen` names, if it does.
+        where: the key path of `chosen`.
+
+    Raises:
+        EngineError: it cannot be made or reached, has another vocabulary, or does not give so many tokens.
+    """
+    if chosen.engine == SERVER:
+        own: ScoringEngine = VllmTeacher(chosen, policy, k, where)
+    else:
+        assert function is not None, "a user's engine comes with its function"
+        own = ForeignScoringEngine(function, policy, chosen.deadline)
+    return own if ranks.count() == 1 else DividedScoringEngine(own)
+
+
 def _engine_for(
     policy: Policy, chosen: EngineChoice, function: Bound | None, guide: Guide | None, where: str
 ) -> Engine:
@@ -84,4 +108,12 @@ def frozen_engine(policy: Policy, guide: Guide | None = None) -> Engine:
     """The local engine for a policy whose weights do not change, ready to sample."""
     engine = engine_for(policy, guide=guide)
     engine.update_weights(policy, 0)
+    return engine
+
+
+def frozen_scoring_engine(policy: Policy) -> ScoringEngine:
+    """The local engine for a policy whose weights do not change, ready to score; its passes are shared by all ranks."""
+    engine = _engine_for(policy, EngineChoice(), None, None, "rollouts")
+    engine.update_weights(policy, 0)
+    assert isinstance(engine, ScoringEngine), "the local engine is one"
     return engine

@@ -16,19 +16,21 @@ import numpy as np
 import torch
 
 from rlpost.engine.answers import NO_NUMBERS, must_fit
-from rlpost.engine.api import Guide
+from rlpost.engine.api import Guide, TopTokens
 from rlpost.engine.batch import Batch, Row
 from rlpost.engine.params import CACHE_GIB
 from rlpost.engine.stopping import finished
+from rlpost.engine.top_tokens import top_tokens
 from rlpost.errors import EngineError
 from rlpost.policy.decoders import FlatDecoder, decoding_attention, make_decoder
 from rlpost.policy.fused import FusedModel, fused_model
 from rlpost.policy.kept import KeptRows
 from rlpost.policy.memory import give_back_freed_memory
 from rlpost.policy.policy import Policy
-from rlpost.types import Completion, Request
+from rlpost.types import Completion, Group, Request
 
 ROWS_AT_ONCE = 512
+NO_WEIGHTS = "the engine has no weights yet: call update_weights first"
 KEPT_BYTES = 2**27
 """Packed weights of more bytes are dropped after each call, since learning needs the memory."""
 
@@ -82,12 +84,18 @@ class LocalEngine:
     def generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         """The completions of each request; see `Engine.generate`."""
         if self._version is None:
-            raise EngineError("the engine has no weights yet: call update_weights first")
+            raise EngineError(NO_WEIGHTS)
         if not any(r.keep for r in requests):
             found = self._generate(requests)
             self.kept.clear()
             return found
         return self._generate(requests)
+
+    def score(self, groups: Sequence[Group], k: int, temperature: float = 1.0) -> TopTokens:
+        """What the policy says of the groups' actions, without a guide; see `ScoringEngine.score`."""
+        if self._version is None:
+            raise EngineError(NO_WEIGHTS)
+        return top_tokens(self.policy, groups, k, temperature)
 
     def _generate(self, requests: Sequence[Request]) -> list[tuple[Completion, ...]]:
         if not requests:

@@ -1,6 +1,6 @@
 """How completions are sampled, and by what."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -150,9 +150,7 @@ class EngineChoice(Section):
         if self.engine == VLLM:
             for key in self.args.keys() & set(ALONE):
                 yield f"{where}.args.{key}: needs processes of vLLM's own - use engine: {SERVER}"
-        for number, url in enumerate(self.urls):
-            if not url.startswith(("http://", "https://")):
-                yield f"{where}.urls[{number}]: {url!r} is no address - write it like http://localhost:8000"
+        yield from _no_addresses(self.urls, where)
         for key in STARTED:
             if self.engine == SERVER and self.urls and not self._is_default(key):
                 yield f"{where}.{key}: is for a server that the run starts, and urls names one - remove one of the two"
@@ -160,3 +158,56 @@ class EngineChoice(Section):
     def _is_default(self, key: str) -> bool:
         default = type(self).model_fields[key].get_default(call_default_factory=True)
         return bool(getattr(self, key) == default)
+
+
+class ScoringChoice(Section):
+    """An engine that scores what the policy wrote, with a model of its own (docs/engines.md#engines-that-score)."""
+
+    engine: str = SERVER
+    """`vllm_server`: vLLM's server, which keeps its own model; or `file.py:function`, which returns an engine of yours
+    that has `score`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of that function."""
+    urls: list[str] = Field(default_factory=list)
+    """Servers that were started with `vllm serve TEACHER`, like `http://localhost:8000`; all of one model."""
+    served: str | None = None
+    """The model's name there, if a server has several; by default its first."""
+    deadline: float = Field(DEADLINE, gt=0)
+    """Seconds that a call of your engine, or a server's answer to one request, may take."""
+    retries: int = Field(3, ge=0)
+    """How often a request to a server is sent again after it failed or was late."""
+
+    @property
+    def is_users(self) -> bool:
+        """It is an engine of a user's file."""
+        return self.engine not in BUILT_IN
+
+    def problems(self, where: str) -> Iterator[str]:
+        """Engines that have no model of their own, and keys of the other one."""
+        if self.engine in (LOCAL, VLLM):
+            yield f"{where}.engine: {self.engine} would score with a model of the run - name that model as the teacher"
+            return
+        if self.engine == SERVER and not self.urls:
+            yield f"{where}.urls: missing - start a server (vllm serve TEACHER), and give its address"
+        if self.engine == SERVER and self.args:
+            yield f"{where}.args: is for {USERS}, not for {SERVER} - remove it"
+        for key in ("urls", "served", "retries"):
+            if self.is_users and getattr(self, key) != type(self).model_fields[key].get_default(
+                call_default_factory=True
+            ):
+                yield f"{where}.{key}: is for {SERVER}, not for {self.engine} - remove it"
+        yield from _no_addresses(self.urls, where)
+
+    def unlike_vllm(self, temperature: float, where: str) -> Iterator[str]:
+        """What a server does not score: another temperature than 1, at which `where` would ask."""
+        if self.engine == SERVER and temperature != 1:
+            yield (
+                f"{where}: vLLM scores given tokens at temperature 1, not {temperature:g} - set it to 1, or use a "
+                "teacher that the run loads"
+            )
+
+
+def _no_addresses(urls: Sequence[str], where: str) -> Iterator[str]:
+    for number, url in enumerate(urls):
+        if not url.startswith(("http://", "https://")):
+            yield f"{where}.urls[{number}]: {url!r} is no address - write it like http://localhost:8000"

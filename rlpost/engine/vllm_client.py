@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import httpx2
@@ -15,6 +15,12 @@ AT_ONCE = 512
 """Requests under way: each has a connection, and processes commonly may open 1024 files."""
 AGAIN = (408, 429)
 """Statuses of a server that is busy."""
+BACKOFF = 0.5
+"""Seconds before a request is sent again; twice as long each further time, up to `LONGEST`."""
+LONGEST = 10.0
+HIDDEN = -9999.0
+"""What a server says in place of a log-probability that is no number."""
+ON = "the same command goes on from the last checkpoint"
 _SHOWN = 300
 """Characters of a server's own message."""
 
@@ -107,6 +113,38 @@ class Client:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._http.aclose()
+
+
+async def persist(
+    work: Callable[[int], Coroutine[Any, Any, T]], retries: int, between: Callable[[], Coroutine[Any, Any, None]]
+) -> T:
+    """What `work`, of the number of the attempt, returns at the first attempt that succeeds; `between` is done before
+    every further one.
+
+    Raises:
+        Unanswered: what the last of them failed with.
+    """
+    for attempt in range(retries + 1):
+        try:
+            if attempt:
+                await asyncio.sleep(min(BACKOFF * 2 ** (attempt - 1), LONGEST))
+                await between()
+            return await work(attempt)
+        except Unanswered:
+            if attempt == retries:
+                raise
+    raise AssertionError("retries are at least 0")
+
+
+async def all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all return; the first error cancels the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise
 
 
 def _message(answer: httpx2.Response) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ SAME = 1e-3
 _LIKELIEST = 5
 _LENGTHS = (2, 4, 8)
 _SEED = 1
+_SHOWN = 80
+Error = Callable[[str], EngineError]
+"""Makes an error of what is wrong with a server."""
 
 
 @dataclass(frozen=True)
@@ -120,24 +123,12 @@ async def meet(client: Client, url: str, deadline: float, policy: Policy, *, ada
     def error(what: str) -> EngineError:
         return EngineError(f"{url}: {what}; start it with: {command}")
 
-    try:
-        models = (await client.ask("GET", f"{url}/v1/models", deadline)).json()["data"]
-        about = next(m for m in models if m.get("parent") is None)
-        met = Met(str(about["id"]), int(about["max_model_len"]))
-    except (Refused, ValueError, KeyError, TypeError, StopIteration) as wrong:
-        raise error(f"is no server of vLLM with a language model (/v1/models: {wrong!r})") from wrong
+    met = await first_model(client, url, deadline, error)
     if policy.switch is not None and met.positions > positions(policy):
         raise error("reads short rows with the rotary factors of long ones (--max-model-len)")
     await _must_take_weights(client, url, deadline, adapter, error)
     rows = probes(policy)
-    try:
-        body = {"model": met.model, "tokens": rows[-1].tolist()}
-        text = (await client.ask("POST", f"{url}/detokenize", deadline, body)).json()["prompt"]
-    except (Refused, ValueError, KeyError) as wrong:
-        raise error(f"has another vocabulary, or no tokenizer (/detokenize: {wrong})") from wrong
-    own = policy.tokenizer.decode(rows[-1].tolist())
-    if text != own:
-        raise error(f"has another tokenizer: {rows[-1].tolist()} is {json.dumps(text)} to it, and here it is {own!r}")
+    await must_share_tokens(client, url, deadline, policy, met.model, rows[-1], error)
     try:
         said = [
             likeliest(await client.ask("POST", url + GENERATE, deadline, question(rows[-1], met.model, (), t)))
@@ -150,7 +141,37 @@ async def meet(client: Client, url: str, deadline: float, policy: Policy, *, ada
     return met
 
 
-async def _must_take_weights(client: Client, url: str, deadline: float, adapter: bool, error: Any) -> None:
+async def first_model(client: Client, url: str, deadline: float, error: Error) -> Met:
+    """The model that a server was started with; `error` is raised if there is none."""
+    try:
+        models = (await client.ask("GET", f"{url}/v1/models", deadline)).json()["data"]
+        about = next(m for m in models if m.get("parent") is None)
+        return Met(str(about["id"]), int(about["max_model_len"]))
+    except (Refused, ValueError, KeyError, TypeError, StopIteration) as wrong:
+        raise error(f"is no server of vLLM with a language model (/v1/models: {wrong!r})") from wrong
+
+
+async def must_share_tokens(
+    client: Client, url: str, deadline: float, policy: Policy, model: str, row: Ids, error: Error
+) -> None:
+    """Raise an `error` if the row's text is another to the server's `model` than to the policy."""
+    try:
+        body = {"model": model, "tokens": row.tolist()}
+        text = (await client.ask("POST", f"{url}/detokenize", deadline, body)).json()["prompt"]
+    except (Refused, ValueError, KeyError) as wrong:
+        raise error(f"has another vocabulary, or no tokenizer (/detokenize: {wrong})") from wrong
+    own = policy.tokenizer.decode(row.tolist())
+    if text != own:
+        raise error(f"has another tokenizer: {shown(row.tolist())} is {shown(text)} to it, and here it is {shown(own)}")
+
+
+def shown(value: Any) -> str:
+    """As JSON, shortened."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+async def _must_take_weights(client: Client, url: str, deadline: float, adapter: bool, error: Error) -> None:
     """Raise an EngineError if a server has no route for what it is to be given."""
     try:
         if adapter:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from rlpost import console, ranks
 from rlpost.engine.answers import must_fit
 from rlpost.engine.params import DEADLINE, EngineChoice
-from rlpost.engine.vllm_client import Client, Refused, Unanswered
+from rlpost.engine.vllm_client import HIDDEN, LONGEST, ON, Client, Refused, Unanswered, all_of, persist
 from rlpost.engine.vllm_command import Serving, as_flags
 from rlpost.engine.vllm_keeper import LOOK
 from rlpost.engine.vllm_meet import APART, GENERATE, Expected, Met, meet, prove
@@ -38,12 +38,6 @@ from rlpost.run.files import disk_errors
 from rlpost.types import Completion, Request
 
 T = TypeVar("T")
-BACKOFF = 0.5
-"""Seconds before a request is sent again; twice as long each further time, up to `LONGEST`."""
-LONGEST = 10.0
-HIDDEN = -9999.0
-"""What a server says in place of a log-probability that is no number."""
-ON = "the same command goes on from the last checkpoint"
 
 
 @dataclass
@@ -114,7 +108,7 @@ class VllmServer:
         if not requests:
             return []
         self._must_take(requests)
-        return self._client.run(_all([self._completions(r) for r in requests]))
+        return self._client.run(all_of([self._completions(r) for r in requests]))
 
     async def complete(self, request: Request) -> tuple[Completion, ...]:
         """See `FreeEngine.complete`."""
@@ -166,7 +160,7 @@ class VllmServer:
         """Give all servers the weights in a folder; returns the weights' name there, and the servers."""
         self._name, self._current = f"rlpost-{self._tag}-{version}", folder
         self._servers = self._servers or self._opened(folder)
-        self._client.run(_all([self._given(server, folder, expected) for server in self._servers]))
+        self._client.run(all_of([self._given(server, folder, expected) for server in self._servers]))
         return self._name, self._servers
 
     def _opened(self, folder: Path) -> list[_Server]:
@@ -174,7 +168,7 @@ class VllmServer:
         urls = [url.rstrip("/") for url in self._chosen.urls]
         if not urls:
             urls = [self._start(folder).url]
-        return self._client.run(_all([self._met(url) for url in urls]))
+        return self._client.run(all_of([self._met(url) for url in urls]))
 
     def _start(self, folder: Path) -> Started:
         """A server of the run's."""
@@ -252,7 +246,7 @@ class VllmServer:
         home = self._homes.setdefault(request.prompt.tobytes(), least)
         home.busy += request.n * request.limit
         try:
-            return tuple(await _all([self._persist(partial(self._completion, request, n, home)) for n in numbers]))
+            return tuple(await all_of([self._persist(partial(self._completion, request, n, home)) for n in numbers]))
         finally:
             home.busy -= request.n * request.limit
 
@@ -305,14 +299,10 @@ class VllmServer:
         Raises:
             EngineError: none of them did.
         """
-        for attempt in range(self._chosen.retries + 1):
-            try:
-                if attempt:
-                    await asyncio.sleep(min(BACKOFF * 2 ** (attempt - 1), LONGEST))
-                    await self._restart()
-                return await work(attempt)
-            except Unanswered as error:
-                problem = str(error)
+        try:
+            return await persist(work, self._chosen.retries, self._restart)
+        except Unanswered as error:
+            problem = str(error)
         if self._started is not None and not self._started.lives:
             problem = f"{problem}: the server has ended: {self._started.cause()}"
         raise EngineError(f"{self._where}: {problem} (tried {self._chosen.retries + 1} times); {ON}")
@@ -331,14 +321,3 @@ class VllmServer:
             await asyncio.to_thread(started.start, *self._read_at_start(self._current))
             server.url = started.url
             await self._push(server, self._current)
-
-
-async def _all(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all return; the first error cancels the others."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        raise

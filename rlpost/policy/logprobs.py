@@ -67,11 +67,13 @@ class LogitStats:
     """The whole distribution: N·V numbers, so only where they fit."""
     loss: DistributionLoss | None = None
     """A loss that is computed from it."""
+    top: int = 0
+    """So many of its likeliest tokens, with their log-probabilities."""
 
     @property
     def only_logprobs(self) -> bool:
         """Whether nothing else is wanted, so that the vocabulary's log-probabilities need not be computed."""
-        return not (self.entropy or self.collision or self.distribution or self.loss)
+        return not (self.entropy or self.collision or self.distribution or self.loss or self.top)
 
 
 LOGPROBS = LogitStats()
@@ -91,6 +93,10 @@ class PolicyOutput(NamedTuple):
     """[N, V] log-probabilities of the whole vocabulary."""
     loss_N: Tensor | None = None
     """[N] the loss of whole distributions."""
+    top_ids_NK: Tensor | None = None
+    """[N, K] the likeliest tokens, in falling order."""
+    top_logp_NK: Tensor | None = None
+    """[N, K] their log-probabilities."""
 
 
 def score(
@@ -150,12 +156,15 @@ def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Te
         return PolicyOutput(-F.cross_entropy(scaled_nV, target_n, reduction="none"))
     logp_nV = scaled_nV.log_softmax(-1)
     logp_n = logp_nV.gather(1, target_n[:, None])[:, 0]
+    top = logp_nV.topk(stats.top) if stats.top else None
     return PolicyOutput(
         logp_n,
         entropy_N=-(logp_nV.exp() * logp_nV).sum(-1) if stats.entropy else None,
         collision_N=(2 * logp_nV).logsumexp(1) if stats.collision else None,
         distribution_NV=logp_nV if stats.distribution else None,
         loss_N=stats.loss.of(logp_nV, logp_n, target_n, teacher_nV) if stats.loss else None,
+        top_ids_NK=None if top is None else top.indices,
+        top_logp_NK=None if top is None else top.values,
     )
 
 

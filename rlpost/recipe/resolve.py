@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlpost.engine.params import EngineChoice
+from rlpost.engine.params import EngineChoice, ScoringChoice
 from rlpost.errors import RecipeError
 from rlpost.recipe import overrides as overriding
 from rlpost.recipe import references
@@ -130,7 +130,7 @@ def _make_absolute(config: Recipe, folders: list[Path]) -> None:
     for where, section in walk(config):
         if isinstance(section, Function):
             section.fn = locate(section.fn, join(where, "fn"), folders)
-        if isinstance(section, EngineChoice):
+        if isinstance(section, EngineChoice | ScoringChoice):
             section.engine = locate(section.engine, join(where, "engine"), folders)
         if isinstance(section, Logging):
             section.to = [locate(to, join(join(where, "to"), i), folders) for i, to in enumerate(section.to)]

@@ -17,7 +17,7 @@ from inspect import Parameter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlpost.engine.params import BUILT_IN, ENGINE, USERS, EngineChoice
+from rlpost.engine.params import BUILT_IN, ENGINE, USERS, EngineChoice, ScoringChoice
 from rlpost.errors import RecipeError
 from rlpost.rewards.params import REWARD, Reward
 from rlpost.section import Section, join, marked, walk
@@ -38,7 +38,7 @@ T = TypeVar("T")
 def functions_in(section: Any, where: str) -> Iterator[tuple[Function, Lookup, str]]:
     """The functions that a section and those below it name, each with where it is looked up and its key path."""
     for place, inner in walk(section, where):
-        if isinstance(inner, EngineChoice):
+        if isinstance(inner, EngineChoice | ScoringChoice):
             yield from _of_engine(inner, place)
         for key in type(inner).model_fields:
             yield from functions_at(inner, key, place)
@@ -53,12 +53,12 @@ def functions_at(section: Section, key: str, where: str) -> Iterator[tuple[Funct
             yield function, lookup, join(place, i) if isinstance(given, list) else place
 
 
-def _of_engine(chosen: EngineChoice, where: str) -> Iterator[tuple[Function, Lookup, str]]:
+def _of_engine(chosen: EngineChoice | ScoringChoice, where: str) -> Iterator[tuple[Function, Lookup, str]]:
     if chosen.is_users:
         yield Function(fn=chosen.engine, args=chosen.args), ENGINE, where
 
 
-def bind_engine(chosen: EngineChoice, where: str, base: Path) -> Bound | None:
+def bind_engine(chosen: EngineChoice | ScoringChoice, where: str, base: Path) -> Bound | None:
     """The function behind a choice of engine, which stands at `where`; None for one of rlpost's.
 
     Raises:

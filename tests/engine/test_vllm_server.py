@@ -17,7 +17,7 @@ from engines import local
 from fake_vllm import FakeVllm
 from tiny_recipes import SFT, base, lora_policy, run
 
-from rlpost.engine import vllm_server
+from rlpost.engine import vllm_client, vllm_server
 from rlpost.engine.api import FreeEngine, SideEngine
 from rlpost.engine.params import EngineChoice, Sampling
 from rlpost.engine.vllm_server import VllmServer
@@ -64,7 +64,7 @@ def other(loaded, policy) -> Iterator[FakeVllm]:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm_server, "BACKOFF", 0.001)
+    monkeypatch.setattr(vllm_client, "BACKOFF", 0.001)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
