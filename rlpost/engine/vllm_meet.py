@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ SAME = 1e-3
 _LIKELIEST = 5
 _LENGTHS = (2, 4, 8)
 _SEED = 1
-_SHOWN = 80
+_SHOWN, _BEFORE = 80, 4
 Error = Callable[[str], EngineError]
 """Makes an error of what is wrong with a server."""
 
@@ -162,7 +163,10 @@ async def must_share_tokens(
         raise error(f"has another vocabulary, or no tokenizer (/detokenize: {wrong})") from wrong
     own = policy.tokenizer.decode(row.tolist())
     if text != own:
-        raise error(f"has another tokenizer: {shown(row.tolist())} is {shown(text)} to it, and here it is {shown(own)}")
+        # From shortly before they differ: the row may be long.
+        at = max(0, len(commonprefix([text, own])) - _BEFORE)
+        theirs, ours = shown(text[at:]), shown(own[at:])
+        raise error(f"has another tokenizer: {shown(row.tolist())} is {theirs} to it, and here it is {ours}")
 
 
 def shown(value: Any) -> str:

@@ -93,7 +93,7 @@ def test_scoring_leaves_the_mode_of_training(policy):
 
 def knowing(policy: Policy, tokens: set[int]) -> Policy:
     known = SimpleNamespace(get_vocab=lambda: {str(i): i for i in tokens})
-    return Policy(policy.model, Letters(), flat=True, known=Vocabulary(known, 64)).eval()
+    return Policy(policy.model, Letters(3), flat=True, known=Vocabulary(known, 64)).eval()
 
 
 def test_ids_without_a_token_are_never_among_the_likeliest(policy):
@@ -232,6 +232,14 @@ MEETINGS = {
     "other tokens": (
         lambda fake: setattr(fake.models["policy"], "tokenizer", SimpleNamespace(decode=lambda _: "what")),
         'another tokenizer: .* is "what" to it, and here it is "abc',
+    ),
+    "one other token": (
+        lambda fake: setattr(
+            fake.models["policy"],
+            "tokenizer",
+            SimpleNamespace(decode=lambda ids: Letters(3).decode([*ids[:50], 9, *ids[51:]], False)),
+        ),
+        r'… is "\[49\]j\[51\].*to it, and here it is "\[49\]\[50\]\[51\]',
     ),
     "fewer logprobs": (lambda fake: setattr(fake, "max_logprobs", 5), "greater than max allowed: 5.*--max-logprobs 6"),
     "logits": (
