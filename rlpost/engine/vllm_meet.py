@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -164,7 +163,8 @@ async def must_share_tokens(
     own = policy.tokenizer.decode(row.tolist())
     if text != own:
         # From shortly before they differ: the row may be long.
-        at = max(0, len(commonprefix([text, own])) - _BEFORE)
+        same = next((at for at, (a, b) in enumerate(zip(text, own, strict=False)) if a != b), min(len(text), len(own)))
+        at = max(0, same - _BEFORE)
         theirs, ours = shown(text[at:]), shown(own[at:])
         raise error(f"has another tokenizer: {shown(row.tolist())} is {theirs} to it, and here it is {ours}")
 

@@ -237,9 +237,9 @@ MEETINGS = {
         lambda fake: setattr(
             fake.models["policy"],
             "tokenizer",
-            SimpleNamespace(decode=lambda ids: Letters(3).decode([*ids[:50], 9, *ids[51:]], False)),
+            SimpleNamespace(decode=lambda ids: Letters(3).decode([*ids[:50], 9, *ids[51:]])),
         ),
-        r'… is "\[49\]j\[51\].*to it, and here it is "\[49\]\[50\]\[51\]',
+        r'… is "\[49\]j\[51\].* to it, and here it is "\[49\]\[50\]\[51\]',
     ),
     "fewer logprobs": (lambda fake: setattr(fake, "max_logprobs", 5), "greater than max allowed: 5.*--max-logprobs 6"),
     "logits": (
