@@ -1,23 +1,25 @@
 """On-policy methods from one SFT checkpoint with one budget of samples: a table and pictures.
 
-    python scripts/compare_methods.py [--seeds 0 1 2] [--runs runs/compare] [--samples 30720] [--jobs 2] [METHOD ...]
+    python scripts/compare_methods.py [--newer] [--seeds 0 1 2] [--runs runs/compare] [--samples 30720] [METHOD ...]
 
 Trains the start and every method of recipes/methods/ on the demo's addition, once a seed (finished runs are not
 repeated), each with as many samples as the others, those of fresh rollouts and of replaced prompts included. Then:
 accuracy on held-out problems, the KL that was spent from the start, seconds of processor time (one thread, the last
 evaluation included); the reward against samples; PPO at
 λ = 0, .95 and 1; and for leave-one-out REINFORCE the frontier of reward against KL over four β. Writes table.md,
-methods.png, gae.png and frontier.png into the folder of runs. Needs matplotlib (`pip install rlpost[plots]`).
+methods.png, gae.png and frontier.png into the folder of runs; with --newer, of later methods beside three that they
+descend from, newer.md and newer.png. Needs matplotlib (`pip install rlpost[plots]`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -47,6 +49,12 @@ METHODS = (
     *("sapo", "dppo", "remax", "opo", "maxrl", "pass_at_k", "gpg", "gdpo", "process", "vineppo", "ppo", "trpo"),
     "online_dpo",
 )
+ANCESTORS = ("rloo", "grpo", "cispo")
+"""In the table of newer methods too: it was made by itself, and these lead from one to the other."""
+NEWER = (
+    *("vespo", "luspo", "topr", "deepseek_v32", "dppo_kl", "mirror_descent", "mirror_descent_soft", "top_entropy"),
+    *("fipo", "turn_rloo", "gigpo"),
+)
 LAMBDAS = (0.0, 0.95, 1.0)
 PPO_LAMBDA = 0.95
 """Of recipes/methods/ppo.yaml."""
@@ -69,6 +77,10 @@ class Run:
         """Of its folder."""
         return f"{self.title.replace(' ', '_').replace('=', '')}_seed{self.seed}"
 
+    def folder(self, runs: Path) -> Path:
+        """Where it is kept."""
+        return runs / self.name
+
 
 def start(runs: Path, seed: int) -> Path:
     return runs / f"start_seed{seed}"
@@ -83,10 +95,11 @@ def train(given: tuple[Run, Path, int]) -> None:
     """One method on its budget."""
     run, runs, samples = given
     words = [f"runs={runs}", f"run={run.name}", f"seed={run.seed}", "threads=1", f"vars.start={start(runs, run.seed)}"]
-    words += ["evaluation.every_stage=true", *run.overrides]
-    stage = resolve(f"methods/{run.method}", words).config.stages["rl"]
-    steps = max(1, round(samples / samples_a_step(stage)))
-    kept = runs / run.name / "cpu_seconds.json"
+    words += ["evaluation.every_stage=true", *of_another_run(run, runs), *run.overrides]
+    stages = resolve(f"methods/{run.method}", words).config.stages
+    stage = stages["rl"]
+    steps = max(1, round((samples - before(stages)) / samples_a_step(stage)))
+    kept = run.folder(runs) / "cpu_seconds.json"
     while not kept.is_file():
         begun = time.process_time()
         pipeline.train(resolve(f"methods/{run.method}", [*words, f"stages.rl.steps={steps}"]))
@@ -95,8 +108,28 @@ def train(given: tuple[Run, Path, int]) -> None:
             kept.write_text(json.dumps(time.process_time() - begun))
         else:
             # Prompts drawn again cost more than the budget: the same run, only as far as it reaches.
-            shutil.rmtree(runs / run.name)
+            shutil.rmtree(run.folder(runs))
             steps = within
+
+
+def of_another_run(run: Run, runs: Path) -> list[str]:
+    """Overrides that name what a method learns from besides: rollouts of `rloo`, which keeps them, or its policy."""
+    if run.method == "rloo":
+        return ["stages.rl.table_every=1"]
+    source = Run("rloo", "rloo", run.seed).folder(runs)
+    known = {"recorded": source / "rl" / "rollouts", "teacher": source}
+    return [f"vars.{name}={known[name]}" for name in needed(run.method)]
+
+
+def needed(method: str) -> list[str]:
+    """The variables of its recipe that are of another run."""
+    variables = resolve(f"methods/{method}", []).config.vars
+    return [name for name in ("recorded", "teacher") if name in variables]
+
+
+def before(stages: Mapping[str, Any]) -> int:
+    """Completions that stages before the one that learns have sampled, to learn what its prompts are worth."""
+    return sum(stage.prompts * stage.group_size for stage in stages.values() if stage.kind == "pairs")
 
 
 def samples_a_step(stage: Any) -> float:
@@ -116,9 +149,10 @@ def samples_a_step(stage: Any) -> float:
 
 def curve(runs: Path, run: Run) -> tuple[list[float], list[float]]:
     """Samples so far, and the mean reward (share of right answers) of a step's samples."""
-    stage = resolve(str(runs / run.name / "config.resolved.yaml"), []).config.stages["rl"]
-    samples, rewards, total = [], [], 0.0
-    for line in map(json.loads, (runs / run.name / "rl" / "metrics.jsonl").read_text().splitlines()):
+    stages = resolve(str(run.folder(runs) / "config.resolved.yaml"), []).config.stages
+    stage = stages["rl"]
+    samples, rewards, total = [], [], float(before(stages))
+    for line in map(json.loads, (run.folder(runs) / "rl" / "metrics.jsonl").read_text().splitlines()):
         total += samples_a_step(stage) * line.get("drawn", stage.prompts_per_step) / stage.prompts_per_step
         samples.append(total)
         rewards.append(line.get("drawn/correct", line.get("reward/correct", line["reward"])))
@@ -127,24 +161,26 @@ def curve(runs: Path, run: Run) -> tuple[list[float], list[float]]:
 
 def result(runs: Path, run: Run, samples: int) -> dict[str, float]:
     """What a finished run reached, at the budget's end."""
-    evaluation = json.loads((runs / run.name / "evaluation" / "rl.json").read_text())
+    evaluation = json.loads((run.folder(runs) / "evaluation" / "rl.json").read_text())
     spent, rewards = curve(runs, run)
     inside = [r for s, r in zip(spent, rewards, strict=True) if s <= samples]
+    # Recorded samples are another policy's, and so are their rewards.
+    own = "recorded" not in needed(run.method)
     return {
         "greedy": evaluation["greedy"]["accuracy"]["all"]["value"],
         "sampled": evaluation["sampled"]["accuracy"]["all"]["value"],
-        "area": fmean(inside or rewards),
+        "area": fmean(inside or rewards) if own else math.nan,
         "samples": spent[-1],
         "kl": divergence(runs, run),
-        "seconds": json.loads((runs / run.name / "cpu_seconds.json").read_text()),
+        "seconds": json.loads((run.folder(runs) / "cpu_seconds.json").read_text()),
     }
 
 
 def divergence(runs: Path, run: Run) -> float:
     """KL(final || start) in nats a completion, by one sample of each held-out problem; kept beside the run."""
-    kept = runs / run.name / "divergence.json"
+    kept = run.folder(runs) / "divergence.json"
     if not kept.is_file():
-        final = load_policy(runs / run.name / "rl" / "final", Model(), trainable=False)
+        final = load_policy(run.folder(runs) / "rl" / "final", Model(), trainable=False)
         before = load_policy(start(runs, run.seed) / "sft" / "final", Model(), trainable=False)
         codec = make_codec(final.tokenizer)
         prompts = [encode(row, Format.prompt, codec, "held out") for row in held_out()]
@@ -156,14 +192,21 @@ def divergence(runs: Path, run: Run) -> float:
 
 def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     """Mean over seeds, and the seeds' range."""
+    if math.isnan(values[0]):
+        return "–"
     low, high = min(values) * scale, max(values) * scale
     return f"{fmean(values) * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> None:
+def area(results: Sequence[Mapping[str, float]]) -> float:
+    """The mean reward while training, over seeds; 0 of those that have none."""
+    return fmean(0.0 if math.isnan(r["area"]) else r["area"] for r in results)
+
+
+def table(file: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> None:
     columns = ["method", "greedy %", "sampled %", "mean reward while training %", "KL, nats", "samples", "CPU seconds"]
     rows = []
-    for title, results in sorted(found.items(), key=lambda item: -fmean(r["area"] for r in item[1])):
+    for title, results in sorted(found.items(), key=lambda item: -area(item[1])):
         by = {key: [r[key] for r in results] for key in results[0]}
         rows.append(
             [
@@ -178,7 +221,7 @@ def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> N
         )
     console.table(f"mean over {seeds} seeds [their range]", columns, rows)
     lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-    (runs / "table.md").write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n")
 
 
 def draw_curves(axes: Axes, runs: Path, groups: dict[str, list[Run]], highlight: Sequence[str]) -> None:
@@ -200,15 +243,20 @@ def smooth(y: Sequence[float], width: int = 3) -> list[float]:
     return [fmean(y[max(0, i - width + 1) : i + 1]) for i in range(len(y))]
 
 
-def pictures(runs: Path, groups: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
-    methods = {t: members for t, members in groups.items() if t in METHODS}
-    ranked = sorted(methods, key=lambda t: -fmean(r["area"] for r in found[t]))
-    named = [t for t in ("rloo", "grpo", "dapo", "ppo", "trpo", "online_dpo") if t in methods]
+def picture(file: Path, runs: Path, groups: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
+    """Curves and ends of methods; in colour the best, the last two, and those that most people know."""
+    sampling = {t: members for t, members in groups.items() if area(found[t])}
+    ranked = sorted(sampling, key=lambda t: -area(found[t]))
+    named = [t for t in ("rloo", "grpo", "dapo", "ppo", "trpo", "online_dpo") if t in sampling]
     named = list(dict.fromkeys([*ranked[:1], *named, *ranked[-2:]]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    draw_curves(left, runs, methods, named)
-    draw_ends(right, {t: found[t] for t in [*(t for t in methods if t not in named), *named]}, named)
-    figure.savefig(runs / "methods.png", dpi=120)
+    draw_curves(left, runs, sampling, named)
+    draw_ends(right, {t: found[t] for t in [*(t for t in groups if t not in named), *named]}, named)
+    figure.savefig(file, dpi=120)
+
+
+def pictures(runs: Path, groups: dict[str, list[Run]], found: dict[str, list[dict[str, float]]]) -> None:
+    picture(runs / "methods.png", runs, {t: members for t, members in groups.items() if t in METHODS}, found)
     for file, prefix in (("gae.png", "ppo"), ("frontier.png", "rloo")):
         some = {t: members for t, members in groups.items() if t.startswith(prefix)}
         if len(some) > 1:
@@ -245,23 +293,33 @@ def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("methods", nargs="*", default=list(METHODS))
+    parser.add_argument("methods", nargs="*", default=[])
+    parser.add_argument("--newer", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--samples", type=int, default=30720)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
     runs: Path = given.runs.resolve()
-    groups = planned(given.methods, given.seeds, extras=given.methods == list(METHODS))
+    methods = given.methods or ((*ANCESTORS, *NEWER) if given.newer else METHODS)
+    groups = planned(methods, given.seeds, extras=methods == METHODS)
     every = dict.fromkeys(run for members in zip(*groups.values(), strict=True) for run in members)
-    work = [(run, runs, given.samples) for run in every]
+    later = [run for run in every if needed(run.method)]
+    first = [run for run in every if run not in later]
+    if later:
+        first = list(dict.fromkeys([*(Run("rloo", "rloo", seed) for seed in given.seeds), *first]))
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         pool.starmap(train_start, [(runs, seed) for seed in given.seeds], chunksize=1)
-        pool.map(train, work, chunksize=1)
+        for part in (first, later):
+            pool.map(train, [(run, runs, given.samples) for run in part], chunksize=1)
     found = {title: [result(runs, run, given.samples) for run in members] for title, members in groups.items()}
-    table(runs, found, len(given.seeds))
-    pictures(runs, groups, found)
-    print(runs / "table.md")
+    name = "newer" if given.newer else "table"
+    table(runs / f"{name}.md", found, len(given.seeds))
+    if given.newer:
+        picture(runs / "newer.png", runs, groups, found)
+    else:
+        pictures(runs, groups, found)
+    print(runs / f"{name}.md")
 
 
 if __name__ == "__main__":
