@@ -16,6 +16,7 @@ FACTS = {
     "k_in_group": False,  # its argument `k` is a number of completions of a group
     # Of a surrogate.
     "per_completion": False,  # it has one value a completion, the same at each of its actions
+    "couples_group": False,  # a completion's loss depends on its group's others: it is given one whole group at a time
     "clips_ratio": False,  # to [1 - low, 1 + high], by its arguments `low` and `high`
     "vanishes_without_advantage": False,  # an action of advantage 0 adds nothing to the gradient
     # Of a loss of pairs.

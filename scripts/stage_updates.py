@@ -29,6 +29,7 @@ from rlpost.recipe.specs.trpo import Trpo
 from rlpost.recipe.specs.value import Value
 from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
 from rlpost.stages.advantage import AdvantageEstimator
+from rlpost.stages.coupling import coupling
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
@@ -183,7 +184,8 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
     )
     groups = world.groups
     penalty = penalty_of(world, cfg)
-    loss = grpo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
+    surrogate = world.function(cfg, "loss")
+    loss = grpo.surrogate_loss(surrogate, cfg, penalty)
     stats = LogitStats(SAMPLING.temperature, entropy=cfg.entropy_coef > 0)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -191,7 +193,7 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
         estimator = AdvantageEstimator(world, cfg, policy, None)
         correction = SamplerCorrection(world, cfg, policy)
         experience = grpo.assemble(rollout, 0, cfg, correction, estimator, penalty)
-        return Update(loss, weighted(experience, cfg), stats)
+        return Update(loss, coupling(surrogate, cfg, learner)(weighted(experience, cfg)), stats)
 
     return Case(groups, prepare)
 
@@ -303,6 +305,7 @@ CASES: dict[str, Callable[[World], Case]] = {
     "grpo batch std": lambda w: grouped(w, args={"std_over": "batch"}),
     "grpo rewards apart": lambda w: grouped(w, advantage="per_reward_normalised"),
     "grpo by step": lambda w: grouped(w, advantage="process_normalised"),
+    "grpo target": lambda w: grouped(w, "target_policy", weight="sequence_mean"),
     "grpo correction": lambda w: grouped(w, correction=Correction(mode=CorrectionMode.truncate, cap=1.1)),
     "ppo policy": lambda w: with_critic(w, critic=False),
     "ppo critic": lambda w: with_critic(w, critic=True),

@@ -43,6 +43,7 @@ SHARED_BY_STAGES = (
     "balancing",
     "beside",
     "context",
+    "coupling",
     "focus",
     "generate_dataset",
     "off_policy",

@@ -107,6 +107,7 @@ from rlpost.objectives.surrogates import (
     squared_log_ratio,
     tapered,
 )
+from rlpost.objectives.target_policy import target_policy
 from rlpost.objectives.trust_region import conjugate_gradient, finite_difference, line_search, step_length
 from rlpost.objectives.turns import gigpo, turn_gae, turn_leave_one_out, turn_normalised
 from rlpost.objectives.unpaired import Unpaired, kto
@@ -224,6 +225,7 @@ __all__ = [
     "squared_log_ratio",
     "step_length",
     "tapered",
+    "target_policy",
     "token_mean",
     "top_entropy",
     "top_tokens",

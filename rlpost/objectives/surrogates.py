@@ -18,6 +18,24 @@ from rlpost.objectives.correction import off_policy_ratio
 from rlpost.objectives.credit import return_to_go
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.ragged import Ragged, widen
+from rlpost.objectives.target_policy import target_policy
+
+__all__ = [
+    "clipped_share",
+    "clipped_surrogate",
+    "clipped_weight",
+    "divergence_masked",
+    "future_weighted",
+    "geometric_mean",
+    "policy_gradient",
+    "ratio",
+    "sequence_clipped",
+    "sequence_soft",
+    "soft_adaptive",
+    "squared_log_ratio",
+    "tapered",
+    "target_policy",
+]
 
 
 def ratio(logp_N: Tensor, old_logp_N: Tensor) -> Tensor:

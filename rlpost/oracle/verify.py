@@ -17,6 +17,7 @@ from rlpost.oracle.claims_preference import preference_section
 from rlpost.oracle.claims_shaping import shaping_section
 from rlpost.oracle.claims_supervised import supervised_section
 from rlpost.oracle.claims_surrogates import surrogate_section
+from rlpost.oracle.claims_target import target_section
 from rlpost.oracle.claims_trust import trust_section
 from rlpost.oracle.claims_turns import turn_section
 from rlpost.oracle.claims_values import value_section
@@ -48,6 +49,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         shaping_section(problem),
         surrogate_section(problem),
         completion_section(problem),
+        target_section(problem),
         offpolicy_section(problem),
         value_section(problem),
         pair_section(problem),

@@ -19,6 +19,7 @@ from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
+from rlpost.stages.coupling import coupling, loss_of
 from rlpost.stages.focus import focusing
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
@@ -34,17 +35,18 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
-    loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
+    surrogate = context.function(cfg, "loss")
+    loss = surrogate_loss(surrogate, cfg, kl)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
-    focused = focusing(context, cfg, learner)
+    focused, coupled = focusing(context, cfg, learner), coupling(surrogate, cfg, learner)
     return on_policy(
         context,
         cfg,
         policy,
         samples,
         assemble=lambda rollout, step: assemble(rollout, step, cfg, correction, estimator, kl),
-        minimise=lambda minibatch, _: learner.update(loss, weighted(focused(minibatch), cfg), stats),
+        minimise=lambda minibatch, _: learner.update(loss, coupled(weighted(focused(minibatch), cfg)), stats),
         observe=kl.observe,
         learners={"policy": learner},
         states={"beta": kl, "baseline": estimator},
@@ -80,9 +82,7 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -
 
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(output.logp_N.device)
-        loss_N = surrogate(output.logp_N, part["old_logp"], part["advantage"], rows)
-        if "correction" in part.per_action:
-            loss_N = loss_N * part["correction"]
+        loss_N = loss_of(surrogate, output.logp_N, part, rows)
         if kl.in_loss:
             loss_N = loss_N + kl.loss(output.logp_N, part)
         total = (loss_N * part["weight"]).sum()

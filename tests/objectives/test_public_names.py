@@ -19,6 +19,7 @@ METHODS = {
     "turns": "turn_gae turn_leave_one_out turn_normalised gigpo",
     "surrogates": """policy_gradient clipped_surrogate sequence_clipped clipped_weight geometric_mean soft_adaptive
         divergence_masked sequence_soft tapered squared_log_ratio future_weighted""",
+    "target_policy": "target_policy",
     "correction": "correction off_policy_ratio",
     "focus": "top_entropy",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero

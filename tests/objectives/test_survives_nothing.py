@@ -43,6 +43,7 @@ SURROGATES = {
         surrogates.sequence_soft,
         surrogates.tapered,
         surrogates.future_weighted,
+        surrogates.target_policy,
         partial(surrogates.squared_log_ratio, tau=0.5),
     )
 }

@@ -13,6 +13,7 @@ from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import Rollouts
 from rlpost.stages.params import CreditUnit, Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
+from rlpost.usercode.signatures import info_of
 
 
 class Ppo(Rollouts):
@@ -45,6 +46,8 @@ class Ppo(Rollouts):
         yield from super().rules(where, earlier)
         if self.kl.estimator != KlEstimator.k1:
             yield f"{where}.kl.estimator: ppo puts k1 into every action's reward, the exact one - use k1"
+        if info_of(self.loss, SURROGATE).has("couples_group"):
+            yield f"{where}.loss.fn: {self.loss.called} compares a group's completions - take another, or kind: grpo"
         if self.critic.start is not None:
             yield from earlier.no_model(self.critic.start, f"{where}.critic.start", (Leaves.reward_model,))
 
