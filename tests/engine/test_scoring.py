@@ -22,7 +22,7 @@ from rlpost.engine.divided import DividedScoringEngine
 from rlpost.engine.door import frozen_scoring_engine, scoring_engine
 from rlpost.engine.local import LocalEngine
 from rlpost.engine.params import ScoringChoice
-from rlpost.engine.top_tokens import by_group, joined, top_tokens
+from rlpost.engine.top_tokens import actions_of, by_group, joined, top_tokens
 from rlpost.engine.vllm_teacher import vocabulary_probe
 from rlpost.errors import EngineError, RecipeError
 from rlpost.policy.policy import Policy
@@ -271,6 +271,14 @@ def test_a_server_that_cannot_be_the_teacher_is_refused_when_it_is_met(policy, s
     assert "\n" not in str(told.value)
 
 
+def test_every_answer_is_looked_at(policy, server):
+    engine = served(policy, server)
+    server.failures.append(lambda answer: spoilt(answer, to_logits))
+    with pytest.raises(EngineError, match=r"^teacher: vLLM gave probabilities that sum to"):
+        engine.score(GROUPS, 6)
+    engine.close()
+
+
 def test_a_smaller_vocabulary_is_noticed_by_its_last_token(policy, server):
     server.models["policy"] = knowing(policy, set(range(63)))
     with pytest.raises(EngineError, match=r"does not score the policy's tokens .*Token id 63 is out of vocabulary"):
@@ -373,6 +381,11 @@ def test_a_users_engine_needs_no_weights_and_must_score(policy):
     failing = users(policy, lambda p: Teacher(p, lambda _: 1 / 0))
     with pytest.raises(EngineError, match="scoring 4 groups: it raised ZeroDivisionError: division by zero; mend"):
         failing.score(GROUPS, 4)
+
+
+def test_tokens_of_an_environment_are_no_actions(policy):
+    assert actions_of(GROUPS).tolist() == one_by_one(policy)[1].tolist() == [1, 2, 30, 8, 61, 13, 14, 15, 16, 17]
+    assert actions_of([]).dtype is torch.int64
 
 
 # Recipes and ranks
