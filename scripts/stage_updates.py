@@ -30,6 +30,7 @@ from rlpost.recipe.specs.value import Value
 from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.coupling import coupling
+from rlpost.stages.entropy import EntropyBonus
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
@@ -185,7 +186,7 @@ def grouped(world: World, fn: str = "clipped_surrogate", advantage: str = "group
     groups = world.groups
     penalty = penalty_of(world, cfg)
     surrogate = world.function(cfg, "loss")
-    loss = grpo.surrogate_loss(surrogate, cfg, penalty)
+    loss = grpo.surrogate_loss(surrogate, cfg, penalty, EntropyBonus(cfg))
     stats = LogitStats(SAMPLING.temperature, entropy=cfg.entropy_coef > 0)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
@@ -210,7 +211,7 @@ def with_critic(world: World, critic: bool) -> Case:
     )
     groups = world.groups
     penalty = penalty_of(world, cfg)
-    loss = ppo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty)
+    loss = ppo.surrogate_loss(world.function(cfg, "loss"), cfg, penalty, EntropyBonus(cfg))
     stats = LogitStats(SAMPLING.temperature, entropy=True)
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:

@@ -44,6 +44,7 @@ SHARED_BY_STAGES = (
     "beside",
     "context",
     "coupling",
+    "entropy",
     "focus",
     "generate_dataset",
     "off_policy",

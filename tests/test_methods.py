@@ -20,6 +20,7 @@ SLOW = {
     f"methods/{name}"
     for name in (
         *("dppo_kl", "fipo", "gigpo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy", "turn_rloo"),
+        *("adaptive_entropy", "clip_cov", "kl_cov", "m2po"),
     )
 }
 """Like others that run, but for a function of the objectives, which has its own tests; four seconds together."""

@@ -36,8 +36,9 @@ from rlpost.objectives.credit import (
     spread_evenly,
 )
 from rlpost.objectives.distillation import divergence_to_go, fold, top_tokens, with_others
-from rlpost.objectives.focus import top_entropy
-from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
+from rlpost.objectives.entropy import action_covariance, adaptive_entropy
+from rlpost.objectives.focus import clip_covariance, second_moment, top_covariance, top_entropy
+from rlpost.objectives.kl import adaptive, full_kl, k1, k2, k3, k3_weighted, kl_from_old, kl_in_reward
 from rlpost.objectives.metrics import (
     clipped_high,
     clipped_low,
@@ -119,7 +120,9 @@ __all__ = [
     "Ragged",
     "Steps",
     "Unpaired",
+    "action_covariance",
     "adaptive",
+    "adaptive_entropy",
     "aot",
     "aot_unpaired",
     "apo_down",
@@ -128,6 +131,7 @@ __all__ = [
     "bellman_residual",
     "beyond_shorter",
     "bradley_terry",
+    "clip_covariance",
     "clipped_high",
     "clipped_low",
     "clipped_share",
@@ -173,6 +177,7 @@ __all__ = [
     "k2",
     "k3",
     "k3_weighted",
+    "kl_from_old",
     "kl_in_reward",
     "kto",
     "label_smoothing",
@@ -213,6 +218,7 @@ __all__ = [
     "reverse_kl",
     "reward",
     "reward_on_last_action",
+    "second_moment",
     "sequence_clipped",
     "sequence_mean",
     "sequence_soft",
@@ -227,6 +233,7 @@ __all__ = [
     "tapered",
     "target_policy",
     "token_mean",
+    "top_covariance",
     "top_entropy",
     "top_tokens",
     "turn_gae",

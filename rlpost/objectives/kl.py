@@ -6,6 +6,7 @@ Axes: N action tokens, S completions, P prompts, G completions a prompt. Schulma
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +42,25 @@ def k3_weighted(logp_N: Tensor, reference_N: Tensor, sampled_N: Tensor) -> Tenso
     """
     r_N = (widen(logp_N) - widen(sampled_N)).clamp(-LIMIT, LIMIT).exp()
     return r_N * k3(logp_N, reference_N)
+
+
+def kl_from_old(logp_N: Tensor, old_logp_N: Tensor, *, estimator: Literal["k3", "abs"] = "k3") -> Tensor:
+    """[N] r − 1 − log r, r = exp(logp − old_logp): KL(old || policy) in each state, from an action that `old` sampled.
+
+    As a loss its gradient is (r − 1)·∇logp: each action is drawn back to its old probability, and in expectation that
+    is the KL's own gradient, since E[r·∇logp] = 0 under `old`. −log r alone has that expectation too, and yet it raises
+    the probability of every action that it is applied to, so it is none for a choice among them. `abs` is |log r|,
+    whose gradient ±∇logp is as large for r = 1.01 as for r = 2: no KL's, but what verl and the authors of KL-Cov
+    (arXiv:2505.22617) compute.
+
+    Raises:
+        ValueError: for another `estimator`.
+    """
+    if estimator == "k3":
+        return k3(old_logp_N, logp_N)
+    if estimator == "abs":
+        return k1(logp_N, old_logp_N).abs()
+    raise ValueError(f"estimator={estimator!r}: the KL to the old policy is estimated by `k3` or by `abs`")
 
 
 def kl_in_reward(

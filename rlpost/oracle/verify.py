@@ -8,6 +8,7 @@ from rlpost.oracle.claims_completions import completion_section
 from rlpost.oracle.claims_credit import credit_section
 from rlpost.oracle.claims_definitions import definition_section
 from rlpost.oracle.claims_distillation import distillation_section
+from rlpost.oracle.claims_entropy import entropy_section
 from rlpost.oracle.claims_groups import group_section
 from rlpost.oracle.claims_kl import kl_section
 from rlpost.oracle.claims_models import model_section
@@ -50,6 +51,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         surrogate_section(problem),
         completion_section(problem),
         target_section(problem),
+        entropy_section(problem),
         offpolicy_section(problem),
         value_section(problem),
         pair_section(problem),

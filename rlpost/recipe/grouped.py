@@ -11,6 +11,7 @@ from rlpost.data.params import DataRole
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
+from rlpost.section import Choice, Section
 from rlpost.stages.params import Weight
 from rlpost.usercode.params import Function, Lookup
 from rlpost.usercode.signatures import info_of
@@ -36,11 +37,32 @@ SURROGATE = Lookup(
 FOCUS = Lookup(
     "focus",
     "rlpost.objectives.focus",
-    ("logp_N", "old_logp_N", "advantage_N", "entropy_N"),
+    ("logp_N", "old_logp_N", "advantage_N", "entropy_N", "uniform_N"),
     by_name=True,
     some=True,
     returns="elements",
 )
+
+
+class OldKlEstimator(Choice):
+    """Estimators of a token's KL(sampler || policy), with r = π(token)/π_old(token)."""
+
+    k3 = "k3"
+    """r − 1 − log r: its gradient is the KL's."""
+    abs = "abs"
+    """|log r|: as large a pull for small moves as for large ones, and no KL's gradient; as in verl."""
+
+
+class OldKl(Section):
+    """KL(sampler || policy) in the loss, of tokens that a function chooses (KL-Cov, arXiv:2505.22617)."""
+
+    beta: float = Field(1.0, gt=0)
+    """Coefficient."""
+    focus: Annotated[Function | None, FOCUS] = None
+    """How much each token counts; in `rlpost/objectives/focus.py`. All of them by default; a function takes a forward
+    pass an update."""
+    estimator: OldKlEstimator = OldKlEstimator.k3
+    """Estimator of a token's KL."""
 
 
 class Grouped(Rollouts):

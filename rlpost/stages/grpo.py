@@ -15,11 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from rlpost.objectives.advantages import whiten
+from rlpost.objectives.kl import kl_from_old
 from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
 from rlpost.stages.coupling import coupling, loss_of
+from rlpost.stages.entropy import EntropyBonus
 from rlpost.stages.focus import focusing
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
@@ -35,21 +37,26 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
-    surrogate = context.function(cfg, "loss")
-    loss = surrogate_loss(surrogate, cfg, kl)
-    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
+    bonus, surrogate = EntropyBonus(cfg), context.function(cfg, "loss")
+    loss = surrogate_loss(surrogate, cfg, kl, bonus)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=bonus.wanted)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
     focused, coupled = focusing(context, cfg, learner), coupling(surrogate, cfg, learner)
+
+    def measured(rollout: Rollout, step: int) -> Experience:
+        bonus.measure(rollout)
+        return assemble(rollout, step, cfg, correction, estimator, kl)
+
     return on_policy(
         context,
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, step: assemble(rollout, step, cfg, correction, estimator, kl),
+        assemble=measured,
         minimise=lambda minibatch, _: learner.update(loss, coupled(weighted(focused(minibatch), cfg)), stats),
-        observe=kl.observe,
+        observe=lambda experience: kl.observe(experience) | bonus.metrics,
         learners={"policy": learner},
-        states={"beta": kl, "baseline": estimator},
+        states={"beta": kl, "baseline": estimator, **bonus.states},
         live=("reward", "length", "entropy"),
     )
 
@@ -75,19 +82,22 @@ def assemble(
     return replace(experience, needed_S=tuple(moves_S.tolist()))
 
 
-def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty) -> LossFunction:
-    """Σ weight·(surrogate + β·KL, where the KL belongs in the loss), less the entropy bonus."""
+def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Grpo, kl: KlPenalty, bonus: EntropyBonus) -> LossFunction:
+    """Σ weight·(surrogate + KL to the sampler + β·KL, where each belongs in the loss), less the entropy bonus."""
 
     clip = clip_of(surrogate, cfg.loss)
 
     def loss(output: PolicyOutput, part: Experience) -> tuple[Tensor, Mapping[str, Tensor]]:
         rows = part.rows.to(output.logp_N.device)
-        loss_N = loss_of(surrogate, output.logp_N, part, rows)
+        loss_N, more = loss_of(surrogate, output.logp_N, part, rows), {}
+        if cfg.old_kl is not None:
+            old_kl_N = kl_from_old(output.logp_N, part["old_logp"], estimator=cfg.old_kl.estimator.value)
+            loss_N, more = loss_N + part["old_kl"] * old_kl_N, {"old_kl": old_kl_N.detach()}
         if kl.in_loss:
             loss_N = loss_N + kl.loss(output.logp_N, part)
         total = (loss_N * part["weight"]).sum()
         if output.entropy_N is not None:
-            total = total - cfg.entropy_coef * (output.entropy_N * part["token_weight"]).sum()
-        return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
+            total = total - bonus.weight * (output.entropy_N * part["token_weight"]).sum()
+        return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part) | more
 
     return loss

@@ -60,6 +60,27 @@ class Kl(Section):
     """Completions over which an adapting `beta` moves."""
 
 
+class AdaptiveEntropy(Section):
+    """An entropy bonus that is there only where the entropy has fallen to a target, and the larger the longer it stays
+    there (Skywork-OR1, He et al. 2025, arXiv:2505.22312)."""
+
+    target: float = Field(gt=0)
+    """Nats a token, of the metric `entropy`; at most this, and the bonus counts and its weight rises, else the weight
+    falls and nothing counts."""
+    step: float = Field(0.005, gt=0)
+    """By how much the weight moves, once a step of sampling."""
+    largest: float = Field(1.0, gt=0)
+    """The most that the weight comes to; the least is 0."""
+
+    def start_problems(self, coef: float, where: str) -> Iterator[str]:
+        """Of a weight at the start that is beyond the largest one, in the stage at key path `where`."""
+        if coef > self.largest:
+            yield (
+                f"{where}.entropy_coef: {coef:g} is where the weight begins, and beyond "
+                f"adaptive_entropy.largest={self.largest:g} - lower it, or raise that"
+            )
+
+
 class OnTruncation(Choice):
     """What the length limit means to an episode."""
 

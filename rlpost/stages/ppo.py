@@ -26,6 +26,7 @@ from rlpost.policy.value_head import ValueHeadModel, Values, make_critic
 from rlpost.recipe.specs.ppo import Ppo
 from rlpost.stages.advantage import step_rewards, steps_in
 from rlpost.stages.context import Context
+from rlpost.stages.entropy import EntropyBonus
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.params import CreditUnit, OnTruncation, Trunk
@@ -43,12 +44,19 @@ def ppo(context: Context, cfg: Ppo) -> Path:
     kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
     samples = Sampler(context, cfg, policy)
     correction = SamplerCorrection(context, cfg, policy)
-    policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl)
+    bonus = EntropyBonus(cfg)
+    policy_loss = surrogate_loss(context.function(cfg, "loss"), cfg, kl, bonus)
     critic_loss = critic_loss_of(cfg)
-    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=cfg.entropy_coef > 0)
+    stats = LogitStats(temperature=cfg.sampling.temperature, entropy=bonus.wanted)
     updates = updates_of(context, cfg, samples)
     learner = context.learner(policy, cfg, updates)
     value_learner = context.learner(critic, cfg, updates, learning_rate=cfg.critic.learning_rate)
+
+    def measured(rollout: Rollout, step: int) -> Experience:
+        warming_up = step < cfg.critic.warmup_steps  # no bonus could raise the entropy then
+        if not warming_up:
+            bonus.measure(rollout)
+        return assemble(rollout, cfg, correction, critic, kl)
 
     def minimise(minibatch: Experience, step: int) -> dict[str, float]:
         minibatch = weighted(minibatch, cfg)
@@ -62,11 +70,11 @@ def ppo(context: Context, cfg: Ppo) -> Path:
         cfg,
         policy,
         samples,
-        assemble=lambda rollout, _: assemble(rollout, cfg, correction, critic, kl),
+        assemble=measured,
         minimise=minimise,
-        observe=kl.observe,
+        observe=lambda experience: kl.observe(experience) | bonus.metrics,
         learners={"policy": learner, "critic": value_learner},
-        states={"beta": kl},
+        states={"beta": kl, **bonus.states},
         live=("reward", "explained_variance"),
     )
 
@@ -107,7 +115,7 @@ def valued(minibatch: Experience) -> Experience:
     return minibatch.with_actions(weight=first_N / first_N.sum().clamp(min=1))
 
 
-def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) -> LossFunction:
+def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty, bonus: EntropyBonus) -> LossFunction:
     """Σ surrogate·weight, less the entropy bonus."""
 
     clip = clip_of(surrogate, cfg.loss)
@@ -119,7 +127,7 @@ def surrogate_loss(surrogate: Callable[..., Tensor], cfg: Ppo, kl: KlPenalty) ->
             loss_N = loss_N * part["correction"]
         total = (loss_N * part["weight"]).sum()
         if output.entropy_N is not None:
-            total = total - cfg.entropy_coef * (output.entropy_N * part["token_weight"]).sum()
+            total = total - bonus.weight * (output.entropy_N * part["token_weight"]).sum()
         return total, surrogate_metrics(output, part, clip) | kl.metrics(output.logp_N, part)
 
     return loss

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, k3_weighted, kl_in_reward
+from rlpost.objectives.kl import LIMIT, adaptive, full_kl, k1, k2, k3, k3_weighted, kl_from_old, kl_in_reward
 from rlpost.objectives.ragged import Ragged
 
 
@@ -38,6 +38,24 @@ def test_k3_stays_finite_for_a_hopeless_reference():
     value.sum().backward()
     assert value.isfinite().all()
     assert logp.grad.isfinite().all()
+
+
+def test_kl_from_old_pulls_every_action_back():
+    moved = torch.tensor([math.log(2), -math.log(2), 0.0, 1e-3], dtype=torch.float64, requires_grad=True)
+    value = kl_from_old(moved, torch.zeros(4, dtype=torch.float64))
+    assert value.tolist() == pytest.approx([1 - math.log(2), math.log(2) - 0.5, 0.0, 5e-7], rel=1e-3)
+    value.sum().backward()
+    assert moved.grad.tolist() == pytest.approx([1.0, -0.5, 0.0, 1e-3], rel=1e-3)
+
+
+def test_kl_from_old_by_its_size():
+    moved = torch.tensor([0.5, -2.0, 1e-3], requires_grad=True)
+    value = kl_from_old(moved, torch.zeros(3), estimator="abs")
+    assert value.tolist() == pytest.approx([0.5, 2.0, 1e-3])
+    value.sum().backward()
+    assert moved.grad.tolist() == [1.0, -1.0, 1.0]
+    with pytest.raises(ValueError, match="estimator='k2'"):
+        kl_from_old(moved, moved, estimator="k2")
 
 
 def test_k3_weighted_is_the_kl_and_its_gradient_whoever_sampled():

@@ -12,7 +12,7 @@ from rlpost import objectives
 FOLDER = Path(objectives.__file__).parent
 METHODS = {
     "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
-    "kl": "k1 k2 k3 k3_weighted kl_in_reward full_kl adaptive",
+    "kl": "k1 k2 k3 k3_weighted kl_from_old kl_in_reward full_kl adaptive",
     "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
         pass_at_k nonzero_rescaled per_reward_normalised ema_baseline soft_leave_one_out whiten""",
     "credit": "Steps return_to_go gae monte_carlo_values process process_normalised potential_shaping",
@@ -21,7 +21,8 @@ METHODS = {
         divergence_masked sequence_soft tapered squared_log_ratio future_weighted""",
     "target_policy": "target_policy",
     "correction": "correction off_policy_ratio",
-    "focus": "top_entropy",
+    "entropy": "action_covariance adaptive_entropy",
+    "focus": "top_entropy clip_covariance top_covariance second_moment",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
         apo_down discopop simpo orpo cpo dpo_plackett_luce""",
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",

@@ -59,9 +59,10 @@ def test_the_function_sees_all_actions_under_the_policy_as_it_is():
         return read(PolicyOutput(torch.tensor([-1.5, -2.5, -3.5]), torch.tensor([0.5, 0.1, 0.9])), experience)
 
     def focused(function):
-        context = SimpleNamespace(function=lambda *_: function)
-        cfg = SimpleNamespace(focus=object(), sampling=SimpleNamespace(temperature=0.7))
-        return focusing(context, cfg, SimpleNamespace(evaluate_no_grad=evaluate_no_grad))(update)["advantage"].tolist()
+        context = SimpleNamespace(function=lambda *_: function, seed_for=lambda _, number: number)
+        cfg = SimpleNamespace(focus=object(), old_kl=None, sampling=SimpleNamespace(temperature=0.7))
+        learner = SimpleNamespace(evaluate_no_grad=evaluate_no_grad, updates=0)
+        return focusing(context, cfg, learner)(update)["advantage"].tolist()
 
     class Bound:
         def __init__(self, call):

@@ -15,6 +15,7 @@ from rlpost.errors import RewardError
 from rlpost.objectives.surrogates import policy_gradient
 from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.score import logprobs
+from rlpost.stages.entropy import EntropyBonus
 from rlpost.stages.grpo import surrogate_loss
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.params import Kl
@@ -264,10 +265,11 @@ def test_weights_are_counted_over_the_whole_update():
 def test_the_kl_that_is_logged_is_the_policys_from_the_reference():
     """k3 of the policy's samples: exp(ref − logp) − 1 − (ref − logp)."""
     loss = SimpleNamespace(fn="policy_gradient", args={})
-    cfg, penalty = SimpleNamespace(loss=loss, entropy=0.0), KlPenalty(Kl(beta=0.1), object())
+    cfg = SimpleNamespace(loss=loss, old_kl=None, entropy_coef=0.0, adaptive_entropy=None)
+    penalty = KlPenalty(Kl(beta=0.1), object())
     part = Experience((Group((1,), (Completion((5,), (True,)),)),)).with_actions(
         **{name: torch.tensor([-1.0]) for name in ("old_logp", "sampled_logp", "advantage", "weight")},
         reference=torch.tensor([-2.0]),
     )
-    _, line = surrogate_loss(policy_gradient, cfg, penalty)(PolicyOutput(torch.tensor([-1.0])), part)
+    _, line = surrogate_loss(policy_gradient, cfg, penalty, EntropyBonus(cfg))(PolicyOutput(torch.tensor([-1.0])), part)
     assert float(line["kl"]) == pytest.approx(math.exp(-1) - 1 + 1)

@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rlpost.recipe.grouped import FOCUS, SURROGATE, Grouped
+from rlpost.recipe.grouped import FOCUS, SURROGATE, Grouped, OldKl
 from rlpost.recipe.rules import Earlier
-from rlpost.stages.params import Weight
+from rlpost.stages.params import AdaptiveEntropy, Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of
 
@@ -24,18 +24,31 @@ class Grpo(Grouped):
     focus: Annotated[Function | None, FOCUS] = None
     """Which tokens of an update are learned from; in `rlpost/objectives/focus.py`. All of them by default; it takes a
     forward pass an update."""
+    old_kl: OldKl | None = None
+    """A KL to the policy that sampled, in the loss of some tokens or of all; none by default. It is 0 at the first
+    update on samples of the same weights."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over tokens."""
+    adaptive_entropy: AdaptiveEntropy | None = None
+    """Adapt that weight, from `entropy_coef` on, so that the entropy does not fall below a target."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
 
     @cached_property
     def vanishes_without_advantage(self) -> bool:
-        """An action of advantage 0 adds nothing to the gradient, but for a KL's."""
-        return not self.entropy_coef and info_of(self.loss, SURROGATE).has("vanishes_without_advantage")
+        """An action of advantage 0 adds nothing to the gradient, but for that of a KL to the reference."""
+        more = self.entropy_coef or self.adaptive_entropy or self.old_kl
+        return not more and info_of(self.loss, SURROGATE).has("vanishes_without_advantage")
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
+        if self.adaptive_entropy is not None:
+            yield from self.adaptive_entropy.start_problems(self.entropy_coef, where)
+        if self.adaptive_entropy is not None and self.recorded:
+            yield (
+                f"{where}.adaptive_entropy: it goes by the entropy of samples, and recorded rollouts are another "
+                "policy's - remove it, and give entropy_coef"
+            )
         surrogate = info_of(self.loss, SURROGATE)
         whole = surrogate.has("per_completion")
         if self.weight != Weight.sequence_mean and whole:

@@ -11,7 +11,7 @@ from rlpost.policy.params import Model
 from rlpost.recipe.grouped import SURROGATE
 from rlpost.recipe.rules import Earlier, Leaves
 from rlpost.recipe.specs.common import Rollouts
-from rlpost.stages.params import CreditUnit, Critic, KlEstimator, OnTruncation, Weight
+from rlpost.stages.params import AdaptiveEntropy, CreditUnit, Critic, KlEstimator, OnTruncation, Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of
 
@@ -36,6 +36,8 @@ class Ppo(Rollouts):
     """How much each token counts."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of an entropy bonus, averaged over tokens."""
+    adaptive_entropy: AdaptiveEntropy | None = None
+    """Adapt that weight, from `entropy_coef` on, so that the entropy does not fall below a target."""
     critic: Critic = Field(default_factory=Critic)
     """The value network."""
 
@@ -44,6 +46,8 @@ class Ppo(Rollouts):
 
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
+        if self.adaptive_entropy is not None:
+            yield from self.adaptive_entropy.start_problems(self.entropy_coef, where)
         if self.kl.estimator != KlEstimator.k1:
             yield f"{where}.kl.estimator: ppo puts k1 into every action's reward, the exact one - use k1"
         if info_of(self.loss, SURROGATE).has("couples_group"):
