@@ -17,6 +17,7 @@ FACTS = {
     # Of a surrogate.
     "per_completion": False,  # it has one value a completion, the same at each of its actions
     "couples_group": False,  # a completion's loss depends on its group's others: it is given one whole group at a time
+    "from_reference": False,  # its `old_logp_N` is the reference's log-probabilities, not the sampler's
     "clips_ratio": False,  # to [1 - low, 1 + high], by its arguments `low` and `high`
     "vanishes_without_advantage": False,  # an action of advantage 0 adds nothing to the gradient
     # Of a loss of pairs.

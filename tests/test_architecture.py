@@ -52,6 +52,7 @@ SHARED_BY_STAGES = (
     "pairwise",
     "params",
     "references",
+    "role_means",
     "rollouts",
     "self_play",
 )

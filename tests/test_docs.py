@@ -115,7 +115,7 @@ def test_what_is_exact_and_what_is_biased_is_documented_as_it_is_proved():
     told = (DOCS / "objectives.md").read_text("utf-8").partition("\n## Exact or biased\n")[2]
     claims = set(re.findall(r"(?m)^\| (.+) \| (.+) \|$", told))
     proved = verify(3, 2, models=False).sections
-    kinds = ("group estimators", "KL", "credit", "potential", "surrogates", "on-policy distillation")
+    kinds = ("group estimators", "baselines", "KL", "credit", "potential", "surrogates", "on-policy distillation")
     rows = [row for section in proved if section.title.startswith(kinds) for row in section.rows]
     assert claims == {(row.name, row.expected) for row in rows} | {
         ("group estimator, weight", "expected gradient against that of E[r]")

@@ -272,5 +272,5 @@ def _beside(stage: Any, f: Footprint, moments: int) -> int:
 
 def _has_reference(stage: Any) -> bool:
     if isinstance(stage, Rollouts):
-        return stage.kl.beta > 0 or stage.kind == "online_dpo"
+        return stage.needs_reference or stage.kind == "online_dpo"
     return getattr(stage, "reference", None) is not None

@@ -20,6 +20,13 @@ from rlpost.objectives.advantages import (
     soft_leave_one_out,
     whiten,
 )
+from rlpost.objectives.baselines import (
+    column_baseline,
+    optimal_token_baseline,
+    optimal_value,
+    role_baseline,
+    squared_score,
+)
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.coupled import linearised
 from rlpost.objectives.credit import (
@@ -81,6 +88,7 @@ from rlpost.objectives.preference_modifiers import (
     recompressed,
 )
 from rlpost.objectives.ragged import Ragged, has_signal, widen
+from rlpost.objectives.regression import advantage_regression
 from rlpost.objectives.reward_model import bradley_terry, plackett_luce, process_reward
 from rlpost.objectives.supervised import (
     dynamic_fine_tuning,
@@ -123,6 +131,7 @@ __all__ = [
     "action_covariance",
     "adaptive",
     "adaptive_entropy",
+    "advantage_regression",
     "aot",
     "aot_unpaired",
     "apo_down",
@@ -137,6 +146,7 @@ __all__ = [
     "clipped_share",
     "clipped_surrogate",
     "clipped_weight",
+    "column_baseline",
     "confidence",
     "conjugate_gradient",
     "constant_length",
@@ -201,6 +211,8 @@ __all__ = [
     "nonzero_rescaled",
     "off_policy_ratio",
     "on_last",
+    "optimal_token_baseline",
+    "optimal_value",
     "orpo",
     "pair_mean",
     "pairs_of",
@@ -218,6 +230,7 @@ __all__ = [
     "reverse_kl",
     "reward",
     "reward_on_last_action",
+    "role_baseline",
     "second_moment",
     "sequence_clipped",
     "sequence_mean",
@@ -229,6 +242,7 @@ __all__ = [
     "sppo",
     "spread_evenly",
     "squared_log_ratio",
+    "squared_score",
     "step_length",
     "tapered",
     "target_policy",

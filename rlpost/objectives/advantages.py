@@ -6,7 +6,8 @@ equal carries no signal: its advantage is exactly 0, without rounding error. A g
 
 An estimator is given what its parameters are named after: `reward_PG`; `length_PG`, the number of actions;
 `greedy_P`, the reward of each prompt's greedy completion; `reward_PGK` and `weight_K`, the separate rewards;
-`running_mean`, of all earlier rewards. Estimators that credit actions or steps are in credit.py and turns.py.
+`running_mean`, of all earlier rewards. Estimators that credit actions or steps are in credit.py and
+turns.py, those that know more than rewards in baselines.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from rlpost.facts import declare
+from rlpost.objectives.baselines import column_baseline, optimal_token_baseline, role_baseline
 from rlpost.objectives.credit import monte_carlo_values, process, process_normalised, return_to_go
 from rlpost.objectives.ragged import has_signal, widen
 from rlpost.objectives.turns import gigpo, turn_leave_one_out, turn_normalised
 
 __all__ = [
+    "column_baseline",
     "ema_baseline",
     "gigpo",
     "greedy_baseline",
@@ -33,12 +36,14 @@ __all__ = [
     "max_likelihood",
     "monte_carlo_values",
     "nonzero_rescaled",
+    "optimal_token_baseline",
     "pass_at_k",
     "per_reward_normalised",
     "process",
     "process_normalised",
     "return_to_go",
     "reward",
+    "role_baseline",
     "soft_leave_one_out",
     "turn_leave_one_out",
     "turn_normalised",

@@ -18,9 +18,11 @@ from rlpost.objectives.correction import off_policy_ratio
 from rlpost.objectives.credit import return_to_go
 from rlpost.objectives.kl import LIMIT
 from rlpost.objectives.ragged import Ragged, widen
+from rlpost.objectives.regression import advantage_regression
 from rlpost.objectives.target_policy import target_policy
 
 __all__ = [
+    "advantage_regression",
     "clipped_share",
     "clipped_surrogate",
     "clipped_weight",

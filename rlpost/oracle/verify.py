@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlpost.oracle.claims_baselines import baseline_section
 from rlpost.oracle.claims_completions import completion_section
 from rlpost.oracle.claims_credit import credit_section
 from rlpost.oracle.claims_definitions import definition_section
@@ -44,6 +45,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
     sections = [
         _tree_section(problem),
         group_section(problem),
+        baseline_section(problem),
         kl_section(problem),
         credit_section(problem),
         turn_section(problem),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlpost import ranks
 from rlpost.errors import OutOfMemoryError
-from rlpost.policy.logprobs import LogitStats
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
 from rlpost.types import Group, completions
 from rlpost.unexpected import of_memory
@@ -20,7 +20,6 @@ from rlpost.unexpected import of_memory
 T = TypeVar("T")
 
 
-@torch.no_grad()
 def logprobs(policy: Policy, groups: Iterable[Group], *, temperature: float = 1.0, budget: int = 16384) -> Tensor:
     """[N] log-probability of every action of the groups, on the CPU, in passes of about `budget` tokens.
 
@@ -30,10 +29,22 @@ def logprobs(policy: Policy, groups: Iterable[Group], *, temperature: float = 1.
         temperature: logits are divided by it.
         budget: tokens of one pass.
     """
+    return read(policy, groups, LogitStats(temperature), lambda output: output.logp_N, budget=budget)
+
+
+@torch.no_grad()
+def read(
+    policy: Policy,
+    groups: Iterable[Group],
+    stats: LogitStats,
+    take: Callable[[PolicyOutput], Tensor],
+    *,
+    budget: int = 16384,
+) -> Tensor:
+    """[N, …] what `take` takes of a pass that computes `stats`, for every action of the groups; else as `logprobs`."""
     was_training = policy.training
     policy.eval()
-    stats = LogitStats(temperature)
-    pieces = over_passes(policy, groups, budget, lambda some: policy(policy.batch(some), stats).logp_N.cpu())
+    pieces = over_passes(policy, groups, budget, lambda some: take(policy(policy.batch(some), stats)).cpu())
     policy.train(was_training)
     return torch.cat(pieces) if pieces else torch.zeros(0)
 

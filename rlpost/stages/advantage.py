@@ -1,7 +1,7 @@
 """The advantage of every action, by the estimator that the recipe names; and the steps of completions.
 
 An estimator is given what its parameters are named after: rewards of groups, lengths, a greedy completion's reward,
-steps, their rewards and the states they begin in, values by Monte-Carlo rollouts.
+steps, their rewards and the states they begin in, values by Monte-Carlo rollouts, probabilities, columns of the rows.
 
 Axes: N action tokens, S completions, P prompts of a step, G completions a prompt, K steps of all completions.
 """
@@ -11,21 +11,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlpost.data.row_values import number_in
 from rlpost.data.step_split import ends_of, step_starts
 from rlpost.engine.mc_rollouts import as_answers, mc_rollouts
 from rlpost.errors import DataError
 from rlpost.objectives.advantages import ema
 from rlpost.objectives.credit import Steps, reward_on_last_action
 from rlpost.objectives.ragged import Ragged
+from rlpost.policy.logprobs import LogitStats, PolicyOutput
 from rlpost.policy.policy import Policy
+from rlpost.policy.score import read
 from rlpost.recipe.grouped import Grouped
 from rlpost.stages.context import Context
+from rlpost.stages.role_means import RoleMeans
 from rlpost.stages.rollouts import Rollout, Sampler, Samples
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
@@ -35,7 +40,7 @@ DECAY = 0.9
 
 
 class AdvantageEstimator:
-    """A stage's advantage estimator; checkpoints hold its running mean of rewards."""
+    """A stage's advantage estimator; checkpoints hold its running mean of rewards, or one for each role."""
 
     def __init__(self, context: Context, cfg: Grouped, policy: Policy, samples: Samples) -> None:
         """Bind the recipe's estimator; some draw more completions from `samples`."""
@@ -46,15 +51,17 @@ class AdvantageEstimator:
         self._function = context.function(cfg, "advantage")
         self._parameters = set(inspect.signature(self._function.call).parameters)
         self._mean: float | None = None
+        self._roles = RoleMeans(f"stages.{context.name}.advantage", cfg.advantage.args)
         self._step = 0
 
     def state(self) -> dict[str, Any]:
-        """The running mean of rewards."""
-        return {"running_mean": self._mean}
+        """The running means of rewards."""
+        return {"running_mean": self._mean, **self._roles.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore that mean."""
+        """Restore those means."""
         self._mean = state["running_mean"]
+        self._roles.load(state)
 
     def advantage(self, rollout: Rollout, experience: Experience, step: int) -> Tensor:
         """[N] the advantage of every action, whatever the estimator's own shape."""
@@ -65,6 +72,8 @@ class AdvantageEstimator:
         if "running_mean" in self._parameters:
             decay = float(self._cfg.advantage.args.get("decay", DECAY))
             self._mean = ema(self._mean, rollout.reward_PG, decay)
+        if "running_mean_P" in self._parameters:
+            self._roles.move(experience.groups, rollout.reward_PG)
         return experience.rows.spread(found.flatten()) if found.ndim == 2 else found
 
     @property
@@ -76,6 +85,24 @@ class AdvantageEstimator:
     def running_mean(self) -> float:
         """Mean of the rewards so far; 0 before the first."""
         return self._mean or 0.0
+
+    def running_means(self, groups: Sequence[Group]) -> Tensor:
+        """[P] mean of the earlier rewards of each prompt's role; 0 before the first."""
+        return self._roles.of(groups)
+
+    def column(self, groups: Sequence[Group]) -> Tensor:
+        """[P] the number in the column of each prompt's row that the recipe names.
+
+        Raises:
+            DataError: a row has no such column, or no number there.
+        """
+        column, where = self._cfg.advantage.args["column"], f"stages.{self._context.name}.advantage.args.column"
+        return torch.tensor([number_in(group.example, column, where) for group in groups], dtype=torch.float64)
+
+    def distributions(self, groups: Sequence[Group]) -> Tensor:
+        """[N, 2] log-probability of every action, and log Σ p² of what it was drawn from, by the policy as it is."""
+        stats = LogitStats(temperature=self._cfg.sampling.temperature, collision=True)
+        return read(self._policy, groups, stats, _both).view(-1, 2)
 
     def values_of_steps(self, groups: Sequence[Group]) -> Tensor:
         """[K] mean reward of fresh rollouts from the start of every step."""
@@ -97,6 +124,12 @@ class AdvantageEstimator:
         """[P] rewards of the most likely completions."""
         assert isinstance(self._samples, Sampler), "validated: recorded rollouts give no new ones"
         return self._samples.greedy(groups)
+
+
+def _both(output: PolicyOutput) -> Tensor:
+    """[n, 2]."""
+    assert output.collision_N is not None, "it was asked for"
+    return torch.stack([output.logp_N, output.collision_N], 1)
 
 
 @dataclass(frozen=True)
@@ -125,7 +158,16 @@ class _Known:
             "anchor_K": lambda: anchors(self.groups),
             "value_K": lambda: self.estimator.values_of_steps(self.groups),
             "group_size": lambda: self.rollout.reward_PG.shape[1],
+            "logp_N": lambda: self.both_N2[:, 0],
+            "collision_N": lambda: self.both_N2[:, 1],
+            "running_mean_P": lambda: self.estimator.running_means(self.groups),
+            "column_P": lambda: self.estimator.column(self.groups),
         }
+
+    @cached_property
+    def both_N2(self) -> Tensor:
+        """[N, 2] log-probabilities and collisions, of one pass."""
+        return self.estimator.distributions(self.groups)
 
     @property
     def steps(self) -> Steps:

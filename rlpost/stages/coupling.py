@@ -40,6 +40,11 @@ def coupling(surrogate: Surrogate, cfg: Grpo, learner: Learner) -> Callable[[Exp
     return coupled
 
 
+def counts_from(surrogate: Surrogate) -> str:
+    """Whose log-probabilities are its `old_logp_N`: by name, among an experience's."""
+    return "reference" if fact(surrogate, "from_reference") else "old_logp"
+
+
 def loss_of(surrogate: Surrogate, logp_N: Tensor, part: Experience, rows: Ragged) -> Tensor:
     """[N] the surrogate of a part, the correction applied, with the gradient that it has in the whole update.
 
@@ -47,7 +52,7 @@ def loss_of(surrogate: Surrogate, logp_N: Tensor, part: Experience, rows: Ragged
     """
     if "slope" in part.per_action:
         return part["value"] + part["slope"] * (logp_N - logp_N.detach())
-    loss_N = surrogate(logp_N, part["old_logp"], part["advantage"], rows)
+    loss_N = surrogate(logp_N, part[counts_from(surrogate)], part["advantage"], rows)
     return loss_N * part["correction"] if "correction" in part.per_action else loss_N
 
 
@@ -55,7 +60,9 @@ def _by_group(surrogate: Surrogate, update: Experience, logp_N: Tensor) -> dict[
     """[N] each action's loss, and the slope of the whole update's by its log-probability, per weight."""
     lengths = [[c.actions for c in group.completions] for group in update.groups]
     sizes = [sum(own) for own in lengths]
-    names = [name for name in ("old_logp", "advantage", "weight", "correction") if name in update.per_action]
+    names = [
+        name for name in (counts_from(surrogate), "advantage", "weight", "correction") if name in update.per_action
+    ]
     columns = [torch.split(x_N, sizes) for x_N in (logp_N.cpu(), *(update[name].cpu() for name in names))]
     values: list[Tensor] = []
     slopes: list[Tensor] = []
@@ -69,7 +76,7 @@ def _by_group(surrogate: Surrogate, update: Experience, logp_N: Tensor) -> dict[
 
 
 def _of_group(surrogate: Surrogate, known: Mapping[str, Tensor], rows: Ragged, logp_N: Tensor) -> Tensor:
-    loss_N = surrogate(logp_N, known["old_logp"], known["advantage"], rows)
+    loss_N = surrogate(logp_N, known[counts_from(surrogate)], known["advantage"], rows)
     return loss_N * known["correction"] if "correction" in known else loss_N
 
 

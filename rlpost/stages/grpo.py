@@ -36,7 +36,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     samples = samples_of(context, cfg, policy)
     correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
-    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.kl.beta else None)
+    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.needs_reference else None)
     bonus, surrogate = EntropyBonus(cfg), context.function(cfg, "loss")
     loss = surrogate_loss(surrogate, cfg, kl, bonus)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=bonus.wanted)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlpost import console
 from rlpost.data.formats import DataRole
 from rlpost.data.messages import opening
@@ -14,6 +16,7 @@ from rlpost.data.params import TooLong
 from rlpost.engine.api import Engine
 from rlpost.engine.collect import collect
 from rlpost.errors import DataError, Interrupted
+from rlpost.objectives.baselines import optimal_value
 from rlpost.policy.policy import Policy
 from rlpost.recipe.specs.pairs import Pairs
 from rlpost.rewards.score import Scorer
@@ -58,6 +61,9 @@ def must_have_pairs(rows: Sequence[Any], prompts: Sequence[Group], cfg: Pairs, n
         DataError: there are none.
     """
     console.say(f"{name}: {len(rows)} rows from {len(prompts)} prompts")
+    if not rows and cfg.choice is PairChoice.valued:
+        above = "" if cfg.solved_above is None else f" above {cfg.solved_above:g}"
+        raise DataError(f"stages.{name}: no prompt has a reward{above}; raise group_size, or check the rewards")
     if not rows:
         raise DataError(
             f"stages.{name}: no prompt gave two completions whose rewards differ by more than "
@@ -76,8 +82,27 @@ def preference_rows(
             groups = collect(engine, some, cfg.group_size, cfg.sampling, seed=seed, first=first)
             totals = scorer.score(groups).total
             for group, rewards in zip(groups, totals, strict=True):
-                yield from rows_of_group(group, rewards, cfg.choice, cfg.min_gap)
+                if cfg.choice is PairChoice.valued:
+                    yield from valued_row(group, rewards, cfg.beta or 1.0, cfg.solved_above)
+                else:
+                    yield from rows_of_group(group, rewards, cfg.choice, cfg.min_gap)
             progress.advance(n=len(some))
+
+
+def valued_row(
+    group: Group, rewards: Sequence[float | None], beta: float, solved_above: float | None
+) -> Iterator[dict[str, Any]]:
+    """The prompt's row with its `optimal_value`, of all of its scored completions; none without a reward above that."""
+    scored = [reward for reward in rewards if reward is not None]
+    if not scored or (solved_above is not None and max(scored) <= solved_above):
+        return
+    value = optimal_value(torch.tensor([scored], dtype=torch.float64), beta=beta)
+    yield {"prompt": prompt_of(group), **group.example, "optimal_value": float(value)}
+
+
+def prompt_of(group: Group) -> Any:
+    """The prompt as its row has it: text, or a conversation up to its last answer."""
+    return group.example.get("prompt", opening(group.example.get("messages", [])))
 
 
 def rows_of_group(
@@ -88,7 +113,7 @@ def rows_of_group(
     So are blank answers to a conversation, where chat formats know no empty turn; after a plain text they may stand.
     A prompt whose rewards do not differ by more than `min_gap` gives nothing.
     """
-    prompt = group.example.get("prompt", opening(group.example.get("messages", [])))
+    prompt = prompt_of(group)
     scored: dict[str, float] = {}
     for completion, reward in zip(group.completions, rewards, strict=True):
         blank = not isinstance(prompt, str) and not completion.text.strip()

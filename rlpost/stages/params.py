@@ -201,3 +201,6 @@ class PairChoice(Choice):
     """All distinct completions with their rewards."""
     labelled = "labelled"
     """Each distinct completion by itself, desirable if its reward is above the prompt's mean."""
+    valued = "valued"
+    """No completions: each prompt once, with its `optimal_value`, β·log mean e^{r/β} over all of them that are scored,
+    cut off or not (A*-PO, Brantley et al. 2025, arXiv:2505.20686)."""

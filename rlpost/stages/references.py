@@ -1,4 +1,4 @@
-"""Checks, while a stage's rows are read, that its rewards can read what they need of them: answers, tests."""
+"""Checks, while a stage's rows are read, that what reads their columns can: rewards answers and tests, an advantage."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 from rlpost.data.files import Chunk
 from rlpost.data.formats import DataRole
+from rlpost.data.row_values import READS
+from rlpost.recipe.grouped import ADVANTAGE
 from rlpost.rewards.code_tests import read_tests
 from rlpost.rewards.math import References, read_reference
 from rlpost.rewards.params import reward_leaves
 from rlpost.sandbox.levels import checked
+from rlpost.usercode.signatures import info_of
 
 _READ: dict[str, tuple[str, Callable[[Mapping[str, Any], str], object]]] = {
     "math_answer": ("answer", read_reference),
@@ -22,10 +25,10 @@ _READ: dict[str, tuple[str, Callable[[Mapping[str, Any], str], object]]] = {
 
 @dataclass(frozen=True)
 class ReadableReferences:
-    """Checks that every row has what each of `columns`, of a reward function, should hold."""
+    """Checks that every row has what each of `columns` should hold."""
 
     columns: tuple[tuple[str, str], ...]
-    """(reward function, column)."""
+    """(reward function or an advantage's argument, column)."""
     recorded: bool
     """Rows are recorded rollouts; the data row of each is its `example`."""
 
@@ -36,7 +39,7 @@ class ReadableReferences:
 
     def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
         """Pass the rows through; raises DataError after the last one if some cannot be read."""
-        references = [References(column, _READ[fn][1]) for fn, column in self.columns]
+        references = [References(column, _reader(what)) for what, column in self.columns]
         for chunk in chunks:
             examples = [row.get("example") or {} for row in chunk.rows] if self.recorded else chunk.rows
             for column in references:
@@ -47,7 +50,8 @@ class ReadableReferences:
 
 
 def readable_references(stage: Any, where: str, need: DataRole) -> ReadableReferences | None:
-    """The check for the rewards at key path `where`, of a stage or the evaluation; None if they read no column.
+    """The check for the rewards and the advantage of a stage at key path `where`, or of the evaluation; None if they
+    read no column.
 
     Raises:
         RecipeError: a reward runs programs, and no sandbox holds here as it asks for.
@@ -58,4 +62,15 @@ def readable_references(stage: Any, where: str, need: DataRole) -> ReadableRefer
             columns[leaf.fn, leaf.args.get("column", _READ[leaf.fn][0])] = None
         if leaf.fn == "code":
             checked(leaf.args, f"{place}.args")
+    advantage = getattr(stage, "advantage", None)
+    for argument, (given, _) in READS.items():
+        if advantage is not None and info_of(advantage, ADVANTAGE).takes(given):
+            columns[argument, advantage.args[argument]] = None
     return ReadableReferences(tuple(columns), need is DataRole.recorded) if columns else None
+
+
+def _reader(what: str) -> Callable[[Mapping[str, Any], str], object]:
+    """What reads a row's column for a reward function, or for an argument of an advantage."""
+    if what in _READ:
+        return _READ[what][1]
+    return lambda example, column: READS[what][1](example, column, f"advantage.args.{what}")

@@ -130,7 +130,8 @@ class Signal:
     def report(self, rollout: Rollout, step: int) -> Rollout:
         """Warn about a step's samples if need be, and return them."""
         learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
-        if has_signal(rollout.reward_PG).any():
+        alone = rollout.reward_PG.shape[1] == 1 and not self._no_gradient
+        if has_signal(rollout.reward_PG).any() or (alone and len(learned) > 1):
             self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
         elif not learned:
             self._spell.begins(f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned")

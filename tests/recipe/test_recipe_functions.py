@@ -59,7 +59,7 @@ def test_a_name_that_is_not_there(tmp_path: Path) -> None:
     assert refusal("leave_one_uot", ADVANTAGE, tmp_path) == (
         f"here.fn: no function 'leave_one_uot' in {ADVANTAGES} - did you mean 'leave_one_out'?"
     )
-    assert "(it has: ema_baseline, gigpo," in refusal("frobnicate", ADVANTAGE, tmp_path)
+    assert "(it has: column_baseline, ema_baseline," in refusal("frobnicate", ADVANTAGE, tmp_path)
     assert "no function '_mean'" in refusal("_mean", ADVANTAGE, tmp_path)
     assert "here.fn: no task 'adition' in rlpost.data.tasks - did you mean 'addition'?" in refusal(
         "adition.train", TASK, tmp_path

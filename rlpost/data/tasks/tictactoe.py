@@ -29,7 +29,8 @@ def train(*, opening: int = 1) -> list[dict[str, Any]]:
 
     There are as many rows with each number of moves. With none the model begins, with one the other player does: its
     first move is any of the nine, as a random player's is, and a perfect one's. Of two moves and more those are left
-    out whose first two `held_out` has; other games may come by the same positions.
+    out whose first two `held_out` has; other games may come by the same positions. `seat` says whether the model is the
+    first player of the game or the second.
 
     Raises:
         RecipeError: `opening` is not 0 to 4.
@@ -174,7 +175,7 @@ def cell_of(action: str, board: str) -> int | None:
 
 
 def _row(opening: str) -> dict[str, Any]:
-    return {"prompt": shown(_board(opening)), "opening": opening}
+    return {"prompt": shown(_board(opening)), "opening": opening, "seat": ("first", "second")[len(opening) % 2]}
 
 
 def _openings(length: int) -> Iterator[str]:

@@ -226,6 +226,11 @@ class Rollouts(Training):
     kl_in_loss: ClassVar[bool] = True
     """Its loss can have a KL term."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Log-probabilities of the reference are computed."""
+        return self.kl.beta > 0
+
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of every stage that trains, of the KL and of sampling."""
         yield from super().rules(where, earlier)

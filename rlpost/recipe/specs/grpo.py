@@ -40,6 +40,16 @@ class Grpo(Grouped):
         more = self.entropy_coef or self.adaptive_entropy or self.old_kl
         return not more and info_of(self.loss, SURROGATE).has("vanishes_without_advantage")
 
+    @property
+    def fits_log_ratio(self) -> bool:
+        """The loss counts from the reference, whatever the KL term."""
+        return info_of(self.loss, SURROGATE).has("from_reference")
+
+    @property
+    def needs_reference(self) -> bool:
+        """For the KL, or for the loss."""
+        return super().needs_reference or self.fits_log_ratio
+
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
         if self.adaptive_entropy is not None:
@@ -53,6 +63,8 @@ class Grpo(Grouped):
         whole = surrogate.has("per_completion")
         if self.weight != Weight.sequence_mean and whole:
             yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"
+        if self.fits_log_ratio and self.kl.beta:
+            yield f"{where}.kl.beta: {self.loss.called} holds to the reference by itself - use 0, and loss.args.beta"
         if self.focus is not None and (whole or not surrogate.has("vanishes_without_advantage")):
             yield (
                 f"{where}.focus: {self.loss.called} learns from an action whose advantage is 0 - remove it, or take a "

@@ -16,7 +16,8 @@ from rlpost.stages.params import PairChoice
 
 class Pairs(Stage):
     """Samples completions, scores them and writes rows for later stages; the model passes unchanged. Completions that
-    were cut off or are unscored enter no row, nor do blank answers to a conversation."""
+    were cut off or are unscored enter no row, nor do blank answers to a conversation; `choice: valued` writes prompts
+    alone."""
 
     kind: str = "pairs"
     prompts: int | None = Field(None, ge=1)
@@ -33,6 +34,11 @@ class Pairs(Stage):
     """What rows a group of scored samples gives."""
     min_gap: float = Field(0.0, ge=0)
     """Rewards of a pair differ by more than this."""
+    beta: float | None = Field(None, gt=0)
+    """With `choice: valued`: β of the optimal value; small ones come near a prompt's best reward, large ones near its
+    mean."""
+    solved_above: float | None = None
+    """With `choice: valued`: prompts without a reward above this are left out. By default they stay."""
 
     function: ClassVar[str] = "rlpost.stages.pairs:pairs"
     leaves = Leaves.rows
@@ -40,3 +46,11 @@ class Pairs(Stage):
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
         yield from reward_problems(self.rewards, where, earlier)
+        valued = self.choice is PairChoice.valued
+        if valued and self.beta is None:
+            yield f"{where}.beta: missing - choice=valued writes β·log mean e^(r/β): give β, like 0.5"
+        for key in ("beta", "solved_above"):
+            if not valued and getattr(self, key) is not None:
+                yield f"{where}.{key}: is for choice=valued, not for {self.choice} - remove it"
+        if valued and self.min_gap:
+            yield f"{where}.min_gap: choice=valued compares no completions - remove it"

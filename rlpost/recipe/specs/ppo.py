@@ -52,6 +52,8 @@ class Ppo(Rollouts):
             yield f"{where}.kl.estimator: ppo puts k1 into every action's reward, the exact one - use k1"
         if info_of(self.loss, SURROGATE).has("couples_group"):
             yield f"{where}.loss.fn: {self.loss.called} compares a group's completions - take another, or kind: grpo"
+        if info_of(self.loss, SURROGATE).has("from_reference"):
+            yield f"{where}.loss.fn: {self.loss.called} fits one advantage a completion, as grpo has - take another"
         if self.critic.start is not None:
             yield from earlier.no_model(self.critic.start, f"{where}.critic.start", (Leaves.reward_model,))
 
