@@ -176,11 +176,11 @@ def result(runs: Path, run: Run, samples: int) -> dict[str, float]:
     }
 
 
-def divergence(runs: Path, run: Run) -> float:
+def divergence(runs: Path, run: Run, stage: str = "rl") -> float:
     """KL(final || start) in nats a completion, by one sample of each held-out problem; kept beside the run."""
     kept = run.folder(runs) / "divergence.json"
     if not kept.is_file():
-        final = load_policy(run.folder(runs) / "rl" / "final", Model(), trainable=False)
+        final = load_policy(run.folder(runs) / stage / "final", Model(), trainable=False)
         before = load_policy(start(runs, run.seed) / "sft" / "final", Model(), trainable=False)
         codec = make_codec(final.tokenizer)
         prompts = [encode(row, Format.prompt, codec, "held out") for row in held_out()]

@@ -6,7 +6,7 @@ A case says which groups an update has and what the stage makes of some of them:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from worlds import GROUP_SIZE, REFERENCE, SAMPLER, SAMPLING, World, pairs, ranke
 
 from rlpost.goals import value
 from rlpost.goals.params import ValueTarget
+from rlpost.objectives.mixed import WeightedSum
 from rlpost.objectives.trust_region import finite_difference
 from rlpost.policy.logprobs import LogitStats
 from rlpost.recipe.specs.dpo import Dpo
@@ -104,6 +105,23 @@ def paired(world: World, fn: str, modifiers: Sequence[str] = (), nll: float = 0.
     ]
     objective = PairObjective(world.function(Dpo(learning_rate=1.0, loss=Function(fn=fn)), "loss"), modify, nll)
     groups = pairs()
+
+    def prepare(share: Sequence[int], learner: Learner) -> Update:
+        experience = with_reference(world, [groups[i] for i in share])
+        return Update(objective.loss(), objective.prepared(experience, learner), objective.stats)
+
+    return Case(groups, prepare, whole_groups=True)
+
+
+def summed(world: World) -> Case:
+    """Two losses, one of which couples the pairs, and gold completions, here those that other pairs have chosen."""
+    named = {fn: world.function(Dpo(learning_rate=1.0, loss=Function(fn=fn)), "loss") for fn in ("dpo", "bco")}
+    objective = PairObjective(WeightedSum(named, {"dpo": 0.8, "bco": 0.2}), nll=0.3, gold=0.7)
+    first = pairs()
+    chosen = [g.completions[0] for g in first]
+    groups = [
+        replace(g, completions=(*g.completions, gold)) for g, gold in zip(first, chosen[1:] + chosen[:1], strict=True)
+    ]
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         experience = with_reference(world, [groups[i] for i in share])
@@ -290,6 +308,7 @@ CASES: dict[str, Callable[[World], Case]] = {
     "dpo aot": lambda w: paired(w, "aot"),
     "dpo aot, modified": lambda w: paired(w, "aot_unpaired", ["length_desensitised", "confidence"]),
     "dpo bco": lambda w: paired(w, "bco"),
+    "dpo sum, nll, gold": summed,
     "kto kto": unpaired,
     "reward_model pairs": lambda w: scored(w, "bradley_terry", pairs()),
     "reward_model plackett_luce": lambda w: scored(w, "plackett_luce", ranked()),

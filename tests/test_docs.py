@@ -116,6 +116,7 @@ def test_what_is_exact_and_what_is_biased_is_documented_as_it_is_proved():
     claims = set(re.findall(r"(?m)^\| (.+) \| (.+) \|$", told))
     proved = verify(3, 2, models=False).sections
     kinds = ("group estimators", "baselines", "KL", "credit", "potential", "surrogates", "on-policy distillation")
+    kinds = (*kinds, "preferences without")
     rows = [row for section in proved if section.title.startswith(kinds) for row in section.rows]
     assert claims == {(row.name, row.expected) for row in rows} | {
         ("group estimator, weight", "expected gradient against that of E[r]")
@@ -157,6 +158,7 @@ def test_examples_of_judged_rows_are_read_as_what_they_are():
     rows = [json.loads(line) for block in re.findall(r"(?ms)^```json\n(.*?)^```", page) for line in block.splitlines()]
     forms = {
         DataRole.pairs: Format.pair,
+        DataRole.triples: Format.triple,
         DataRole.ranked: Format.ranked,
         DataRole.labelled: Format.labelled,
         DataRole.steps: Format.steps,

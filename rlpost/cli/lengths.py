@@ -98,7 +98,7 @@ def packing(stage: Any, data: Dataset, need: DataRole, padded: bool) -> Iterator
     if not size or not budget or need in (DataRole.prompts, DataRole.recorded):
         return
     updates = max(min(_UPDATES, len(data) // size), 1)
-    whole = need in (DataRole.pairs, DataRole.ranked)
+    whole = need in (DataRole.pairs, DataRole.triples, DataRole.ranked)
     passes = sequences = real = wide = trained = 0
     for _ in range(updates):
         update = Experience(tuple(data.next(size)))

@@ -75,6 +75,8 @@ def _annotations(group: Group, need: DataRole) -> list[str]:
     several = len(group.completions)
     if need is DataRole.pairs:
         return ["chosen:   ", "rejected: "]
+    if need is DataRole.triples:
+        return ["chosen:    ", "rejected:  ", "reference: "]
     if need is DataRole.ranked:
         return [f"score {_figure(c.score)}: " for c in group.completions]
     if need is DataRole.labelled:

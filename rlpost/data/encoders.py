@@ -50,28 +50,51 @@ def encode_answered(row: Row, codec: Codec, location: str) -> Group:
 
 def encode_pair(row: Row, codec: Codec, location: str) -> Group:
     """A prompt with a chosen and a rejected answer, in this order."""
-    chosen, rejected = value_of(row, "chosen", location), value_of(row, "rejected", location)
-    plain = isinstance(chosen, str) and isinstance(rejected, str)
-    if plain and isinstance(value_of(row, "prompt", location), str):
+    return _compared(row, ("chosen", "rejected"), codec, location)
+
+
+def encode_triple(row: Row, codec: Codec, location: str) -> Group:
+    """A prompt with a chosen, a rejected and a gold answer, in this order; the gold one is the column `reference`."""
+    return _compared(row, ("chosen", "rejected", "reference"), codec, location)
+
+
+def _compared(row: Row, columns: Sequence[str], codec: Codec, location: str) -> Group:
+    """A prompt with the answers in these columns, of which the first two are a pair."""
+    given = [value_of(row, column, location) for column in columns]
+    if all(isinstance(value, str) for value in given) and isinstance(value_of(row, "prompt", location), str):
         prompt = plain_prompt(row["prompt"], codec, location)
-        return Group(prompt, tuple(plain_completion(text, codec, location) for text in (chosen, rejected)), row)
-    good = as_messages(chosen, "assistant", f"{location}, chosen")
-    bad = as_messages(rejected, "assistant", f"{location}, rejected")
-    if good[0]["role"] != "assistant" and bad[0]["role"] != "assistant":
+        return Group(prompt, tuple(plain_completion(text, codec, location) for text in given), row)
+    talks = [as_messages(v, "assistant", f"{location}, {c}") for v, c in zip(given, columns, strict=True)]
+    if all(talk[0]["role"] != "assistant" for talk in talks):
         # Whole conversations contain their prompt: the messages they have in common.
-        first = common(good, bad, location)
-        _check_prompt_column(row.get("prompt"), good[:first], location)
+        first = common(talks[0], talks[1], location)
+        for talk, column in zip(talks[2:], columns[2:], strict=True):
+            _check_beginning(talk, talks[0][:first], f"{location}, {column}")
+        _check_prompt_column(row.get("prompt"), talks[0][:first], location)
     else:
         prompt_messages = as_messages(value_of(row, "prompt", location), "user", f"{location}, prompt")
-        first, good, bad = len(prompt_messages), prompt_messages + good, prompt_messages + bad
-    prompt, better = conversation(row, good, first, codec, f"{location}, chosen")
-    other, worse = conversation(row, bad, first, codec, f"{location}, rejected")
-    if prompt != other:
+        first, talks = len(prompt_messages), [prompt_messages + talk for talk in talks]
+    encoded = [conversation(row, t, first, codec, f"{location}, {c}") for t, c in zip(talks, columns, strict=True)]
+    if len({prompt for prompt, _ in encoded}) > 1:
         raise DataError(
-            f"{location}: the chat template gives chosen and rejected different prompts: "
+            f"{location}: the chat template gives {' and '.join(columns)} different prompts: "
             "give each a single assistant turn, or set model.chat_template=FILE.jinja"
         )
-    return Group(prompt, (better, worse), row)
+    return Group(encoded[0][0], tuple(answer for _, answer in encoded), row)
+
+
+def _check_beginning(talk: Sequence[Message], prompt: Sequence[Message], location: str) -> None:
+    """Check that a whole conversation begins with the prompt of others, and then answers.
+
+    Raises:
+        DataError: it does not.
+    """
+    first = len(prompt)
+    if list(talk[:first]) != list(prompt) or len(talk) == first or talk[first]["role"] != "assistant":
+        raise DataError(
+            f"{location}: it is not an answer to the {first} messages that chosen and rejected have in common: "
+            "give the same prompt in all three"
+        )
 
 
 def common(good: Sequence[Message], bad: Sequence[Message], location: str) -> int:

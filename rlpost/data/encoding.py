@@ -100,13 +100,14 @@ class Encoder:
             return encode(row, self.form, replace(self.codec, strict=False), location)
 
 
-_COMPARED = (Format.pair, Format.ranked, Format.ranked_pair)
+_COMPARED = (Format.pair, Format.triple, Format.ranked, Format.ranked_pair)
 """Formats whose completions are compared with each other."""
 
 
 def _is_equal(group: Group, form: Format) -> bool:
     """Whether all compared completions are equal: their gradient is rounding, which Adam scales up to full steps."""
-    compared = [c for c in group.completions if form is Format.pair or c.score is not None]
+    of_pair = form in (Format.pair, Format.triple)
+    compared = group.completions[:2] if of_pair else [c for c in group.completions if c.score is not None]
     return len({(c.ids.tobytes(), c.action.tobytes()) for c in compared}) == 1
 
 

@@ -15,6 +15,7 @@ from rlpost.data.encoders import (
     encode_answered,
     encode_pair,
     encode_text,
+    encode_triple,
     prompt_ids,
     value_of,
 )
@@ -39,6 +40,7 @@ class Format(StrEnum):
     """What the columns of a row mean; the value is its description for users."""
 
     pair = "prompt, chosen, rejected"
+    triple = "prompt, chosen, rejected, reference"
     ranked = "prompt, completions, scores"
     ranked_pair = "prompt, chosen, rejected as a ranking"
     labelled = "prompt, completion, label"
@@ -55,6 +57,7 @@ class Format(StrEnum):
 
 COLUMNS = {
     Format.pair: ("chosen", "rejected"),
+    Format.triple: ("chosen", "rejected", "reference"),
     Format.ranked: ("prompt", "completions", "scores"),
     Format.ranked_pair: ("chosen", "rejected"),
     Format.labelled: ("prompt", "completion", "label"),
@@ -72,6 +75,7 @@ _FORMATS = {
     None: (Format.pair, Format.completion, Format.several, Format.messages, Format.text, Format.prompt),
     DataRole.completions: (Format.completion, Format.several, Format.messages, Format.text),
     DataRole.pairs: (Format.pair,),
+    DataRole.triples: (Format.triple,),
     DataRole.prompts: (Format.prompt, Format.opening),
     DataRole.labelled: (Format.labelled,),
     DataRole.ranked: (Format.ranked, Format.ranked_pair),
@@ -82,6 +86,7 @@ _EXAMPLES = {
     None: "columns: {prompt: COLUMN, completion: COLUMN}",
     DataRole.completions: "columns: {prompt: COLUMN, completion: COLUMN}",
     DataRole.pairs: "columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}",
+    DataRole.triples: "columns: {prompt: COLUMN, chosen: COLUMN, rejected: COLUMN, reference: COLUMN}",
     DataRole.prompts: "columns: {prompt: COLUMN}",
     DataRole.labelled: "columns: {prompt: COLUMN, completion: COLUMN, label: COLUMN}",
     DataRole.ranked: "columns: {prompt: COLUMN, completions: COLUMN, scores: COLUMN}",
@@ -95,6 +100,7 @@ _USUAL = {
     "completion": ("answer", "response", "output", "solution", "assistant", "target"),
     "chosen": ("chosen_response", "response_chosen", "preferred", "accepted"),
     "rejected": ("rejected_response", "response_rejected", "dispreferred"),
+    "reference": ("gold", "golden", "ideal"),
     "label": ("kto_tag",),
     "completions": ("responses", "answers", "candidates"),
     "scores": ("rewards", "ratings"),
@@ -113,7 +119,7 @@ def _mapping(columns: Sequence[str], need: DataRole | None) -> str:
         beside = [c for c in columns if c in _BESIDE and [c] != asked]
         found = {role: [c for c in columns if c == role or c in _USUAL.get(role, ())] for role in roles}
         renamed = {role: role for role in roles}
-        if beside and form in (Format.completion, Format.labelled, Format.pair) and "prompt" in found:
+        if beside and form in (Format.completion, Format.labelled, Format.pair, Format.triple) and "prompt" in found:
             renamed |= {"prompt": "instruction", "completion": "output"}
             found["prompt"] = [c for c in found["prompt"] if c not in beside]
             if "context" in beside:
@@ -190,6 +196,11 @@ def _pair(row: Row, codec: Codec, location: str) -> Group:
     return encode_pair(row, codec, location)
 
 
+def _triple(row: Row, codec: Codec, location: str) -> Group:
+    check_margin(row, location)
+    return encode_triple(row, codec, location)
+
+
 def _messages(row: Row, codec: Codec, location: str) -> Group:
     messages = validate(value_of(row, "messages", location), f"{location}, messages")
     prompt, completion = conversation(row, messages, 0, codec, location)
@@ -207,6 +218,7 @@ def _prompt(row: Row, codec: Codec, location: str) -> Group:
 
 _ENCODERS: dict[Format, Callable[[Row, Codec, str], Group]] = {
     Format.pair: _pair,
+    Format.triple: _triple,
     Format.ranked: encode_ranked,
     Format.ranked_pair: encode_ranked,
     Format.labelled: encode_labelled,
@@ -244,14 +256,15 @@ def texts_of(row: Row, form: Format) -> list[Any]:
     return [item for item in items if item is not None]
 
 
-_TEXTS = ("prompt", "completion", "chosen", "rejected", "text", "steps", "completions")
+_TEXTS = ("prompt", "completion", "chosen", "rejected", "reference", "text", "steps", "completions")
 
 
 def row_texts(row: Row) -> list[str]:
     """All text of a row that a model would read, to train a tokenizer on."""
     texts: list[str] = []
     for column in (*_TEXTS, "messages"):
-        value = row.get(column)
+        # Beside a pair it is a completion, elsewhere anything.
+        value = None if column == "reference" and "rejected" not in row else row.get(column)
         for item in value if isinstance(value, list | tuple) else [value]:
             text = item.get("content") if isinstance(item, Mapping) else item
             texts += [text] if isinstance(text, str) else []

@@ -133,7 +133,7 @@ def read_as(
         DataError: none fits, or several.
     """
     row = rows[0]
-    for column in ("prompt", "completion", "chosen", "rejected"):
+    for column in ("prompt", "completion", "chosen", "rejected", *(["reference"] if need is DataRole.triples else [])):
         if quoted_messages(row.get(column)) is not None:
             raise DataError(
                 f"{where}: {column!r} is a text that is the JSON of messages: make lists of such texts with a `map`, "
@@ -141,7 +141,7 @@ def read_as(
             )
     found = [layout for layout in LAYOUTS if need in layout.forms and _has(layout, row)]
     form = fitting(list(row), need)
-    if form in _PAIR_FORMATS and not found and "prompt" not in row and conversions.are_answers(row):
+    if form in (*_PAIR_FORMATS, Format.triple) and not found and "prompt" not in row and conversions.are_answers(row):
         form = None
     if form is not None and not any(form in layout.replaces for layout in found):
         found = [layout for layout in found if not set(layout.columns) <= _ROLES]
@@ -150,7 +150,7 @@ def read_as(
             or (made and form is not Format.text)
             or _is_named(COLUMNS[form], [layout.columns for layout in found], named)
         ):
-            return ReadAs(form, None, form.value)
+            return ReadAs(form, None, form.value + _left_out(row, form))
         options = [(COLUMNS[form], form.value, COLUMNS[form][-1])]
     else:
         if not found:
@@ -159,7 +159,7 @@ def read_as(
     for layout in found:
         others = [option[0] for option in options] + [o.columns for o in found if o is not layout]
         if not others or _is_named((*layout.columns, *layout.more), others, named):
-            return ReadAs(layout.forms[need], layout, _said(layout, row))
+            return ReadAs(layout.forms[need], layout, _said(layout, row) + _left_out(row, layout.forms[need]))
     options += [(o.columns, _said(o, row), o.columns[0]) for o in found]
     raise DataError(
         f"{where} can be read as {' and as '.join(said for _, said, _ in options)}: choose with "
@@ -180,6 +180,11 @@ def _is_named(columns: Iterable[str], others: Iterable[Iterable[str]], named: It
 def _said(layout: Layout, row: Row) -> str:
     read = [column for column in row if column in (*layout.columns, *layout.more)]
     return f"{layout.name} ({', '.join(read)})"
+
+
+def _left_out(row: Row, form: Format) -> str:
+    """What is said where a pair has a gold completion beside it, which only stages with `gold_coef` read."""
+    return "; its column 'reference' is not read" if form in _PAIR_FORMATS and "reference" in row else ""
 
 
 _ROLES = {column for columns in COLUMNS.values() for column in columns}

@@ -15,6 +15,7 @@ class DataRole(StrEnum):
 
     completions = "completions"
     pairs = "pairs"
+    triples = "triples"
     prompts = "prompts"
     labelled = "labelled"
     ranked = "ranked"

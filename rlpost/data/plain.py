@@ -26,6 +26,7 @@ _COLUMNS = {
     Format.prompt: ("prompt",),
     Format.completion: ("prompt", "completion"),
     Format.pair: ("prompt", "chosen", "rejected"),
+    Format.triple: ("prompt", "chosen", "rejected", "reference"),
 }
 """Formats that are encoded here."""
 
@@ -65,7 +66,8 @@ class Plain:
         codes_RK = np.where(there_RK, self._codes_RK, -1)
         lengths_RK = np.concatenate([self._ids.lengths_U, [0]])[codes_RK]
         length_R = lengths_RK[:, 0] + (lengths_RK[:, 1:].max(1) if len(columns) > 1 else 0)
-        more = ("tools", "margin") if form is Format.pair else ("tools",)
+        is_pair = form in (Format.pair, Format.triple)
+        more = ("tools", "margin") if is_pair else ("tools",)
         no_more_R = np.array(
             [not any(row.get(c) is not None for c in more) and not any(row.get(c) for c in SYSTEM) for row in rows],
             np.bool_,
@@ -73,7 +75,7 @@ class Plain:
         no_more_R &= not codec.tools  # which are told of in conversations
         self.clean: Flags = ~_any(odd_U[codes_RK]) & (length_R <= max_length) & no_more_R
         """[R] True for rows that are encoded here."""
-        if form is Format.pair:
+        if is_pair:
             same_U = np.concatenate([_alike(self._ids), [-1]])
             self.clean &= same_U[codes_RK[:, 1]] != same_U[codes_RK[:, 2]]
         stop = "" if codec.template is None else codec.template.stop

@@ -20,7 +20,7 @@ _LARGEST_CELL = 1 << 27
 _READ = 1 << 20
 _INK = re.compile(r"[^ \t\r\n]")
 _SEPARATORS = ",;\t|"
-_MESSAGE_CELLS = ("prompt", "completion", "chosen", "rejected")
+_MESSAGE_CELLS = ("prompt", "completion", "chosen", "rejected", "reference")
 """Columns that hold texts or messages: a cell of them that is the JSON of messages is read as such."""
 _JSON_CELLS = ("messages", "conversations", "conversation", "completions", "scores", "steps", "labels", "history")
 """Columns that hold lists: a cell of them that begins with a bracket is read as JSON."""

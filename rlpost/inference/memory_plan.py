@@ -172,7 +172,7 @@ def _rows(resolved: Resolved, name: str, codec: Codec, positions: int) -> Rows:
     if len(own_sources(stage)) < len(stage.data):
         return Rows(longest, longest, 1.0)
     # What is compared is read in one pass.
-    reach = sum if stage.rows() in (DataRole.pairs, DataRole.ranked) else max
+    reach = sum if stage.rows() in (DataRole.pairs, DataRole.triples, DataRole.ranked) else max
     tokens, actions, most = [], 0, 0
     for group in open_rows(resolved, name, codec, positions).every():
         own = [len(c.ids) for c in group.completions]

@@ -55,8 +55,10 @@ from rlpost.objectives.metrics import (
     explained_variance_parts,
     without_parts,
 )
+from rlpost.objectives.mixed import WeightedSum
 from rlpost.objectives.preference import (
     PairBatch,
+    alphapo,
     aot,
     aot_unpaired,
     apo_down,
@@ -121,17 +123,27 @@ from rlpost.objectives.trust_region import conjugate_gradient, finite_difference
 from rlpost.objectives.turns import gigpo, turn_gae, turn_leave_one_out, turn_normalised
 from rlpost.objectives.unpaired import Unpaired, kto
 from rlpost.objectives.values import bellman_residual, contrastive_value, monte_carlo_value, value_loss
-from rlpost.objectives.weights import constant_length, pair_mean, sequence_mean, sequence_sum, token_mean, weigh
+from rlpost.objectives.weights import (
+    constant_length,
+    pair_mean,
+    part_mean,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+    weigh,
+)
 
 __all__ = [
     "PairBatch",
     "Ragged",
     "Steps",
     "Unpaired",
+    "WeightedSum",
     "action_covariance",
     "adaptive",
     "adaptive_entropy",
     "advantage_regression",
+    "alphapo",
     "aot",
     "aot_unpaired",
     "apo_down",
@@ -216,6 +228,7 @@ __all__ = [
     "orpo",
     "pair_mean",
     "pairs_of",
+    "part_mean",
     "pass_at_k",
     "per_reward_normalised",
     "plackett_luce",

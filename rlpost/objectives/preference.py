@@ -173,6 +173,26 @@ def simpo(pairs: PairBatch, *, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
 declare(simpo, couples_pairs=False, needs_reference=False)
 
 
+def alphapo(pairs: PairBatch, *, beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.25) -> Tensor:
+    """[P] −logσ(r_w − r_l − γ), r = β(1 − p^{−α})/α, p = e^{mean logp} (AlphaPO, Gupta et al. 2025, arXiv:2501.03884).
+
+    α bends SimPO's reward: dr/d(mean logp) = β·p^{−α}, so with α > 0 unlikely completions are moved more than likely
+    ones, with α < 0 less. α = 0 is `simpo`, the limit from both sides; α = −1 is linear in p. −α·mean logp is held
+    below 20, where r is 10⁸ and more.
+
+    Raises:
+        ValueError: if α is not finite.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha bends the reward and is a finite number, got {alpha}")
+    mean_P2 = pairs.mean_logp_P2
+    shaped_P2 = torch.expm1((-alpha * mean_P2).clamp(max=LIMIT)) / -alpha if alpha else mean_P2
+    return -F.logsigmoid(beta * (shaped_P2[:, 0] - shaped_P2[:, 1]) - gamma)
+
+
+declare(alphapo, couples_pairs=False, needs_reference=False)
+
+
 def cpo(pairs: PairBatch, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
     """[P] −logσ(β(logp_w − logp_l)) + α·NLL_w per action (CPO, Xu et al. 2024, arXiv:2401.08417, eq. 5)."""
     preference_P = -F.logsigmoid(beta * (pairs.logp_P2[:, 0] - pairs.logp_P2[:, 1]))

@@ -51,6 +51,22 @@ def pair_mean(pairs: int, count: int | None = None, device: torch.device | str =
     return torch.full((pairs,), 1.0 / max(p, 1), dtype=torch.float64, device=device)
 
 
+def part_mean(rows: Ragged, part: int, of: int) -> Tensor:
+    """[N] 1/N′ on the completions at place `part` of every group of `of`, 0 on the others: a token mean over them.
+
+    N′ counts their actions in the whole update, which is given. Over all gold completions, Σ weight·NLL is least where
+    the policy is their distribution; a mean per completion counts short ones more, and is least elsewhere.
+
+    Raises:
+        ValueError: if the completions are no groups of `of`, or have no such place.
+    """
+    if of < 1 or not 0 <= part < of or rows.completions % of:
+        raise ValueError(f"place {part} in groups of {of} of {rows.completions} completions: there is none such")
+    place_S = torch.arange(rows.completions, device=rows.device) % of
+    own_N = rows.spread((place_S == part).to(torch.float64))
+    return own_N / own_N.sum().clamp(min=1)
+
+
 def weigh(name: str, rows: Ragged, actions: int, completions: int, length: float) -> Tensor:
     """[N] the weight called `name`, from counts of the whole update.
 

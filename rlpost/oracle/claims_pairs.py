@@ -110,6 +110,14 @@ def _of_means(d: Drawn) -> Claims:
         (even / d.length_w, -even / d.length_l),
     )
     yield "simpo", partial(preference.simpo, beta=BETA, gamma=SHIFT), (lead / d.length_w, -lead / d.length_l)
+    for alpha in (TAU, -TAU):
+        shape_w, shape_l = ((1 - (-alpha * mean).exp()) / alpha for mean in (d.mean_w, d.mean_l))
+        bent = BETA * ((BETA * (shape_w - shape_l) - SHIFT).sigmoid() - 1)
+        yield (
+            f"alphapo, α={alpha:g}",
+            partial(preference.alphapo, beta=BETA, gamma=SHIFT, alpha=alpha),
+            (bent * p_w**-alpha / d.length_w, -bent * p_l**-alpha / d.length_l),
+        )
     yield "cpo", partial(preference.cpo, beta=BETA, alpha=SHIFT), (plain - SHIFT / d.length_w, -plain)
     yield (
         "orpo",

@@ -16,6 +16,7 @@ from rlpost.oracle.claims_models import model_section
 from rlpost.oracle.claims_offpolicy import offpolicy_section
 from rlpost.oracle.claims_pairs import pair_section
 from rlpost.oracle.claims_preference import preference_section
+from rlpost.oracle.claims_pure_pairs import pure_pair_section
 from rlpost.oracle.claims_shaping import shaping_section
 from rlpost.oracle.claims_supervised import supervised_section
 from rlpost.oracle.claims_surrogates import surrogate_section
@@ -61,6 +62,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         distillation_section(problem),
         definition_section(problem),
         preference_section(problem),
+        pure_pair_section(problem),
         trust_section(problem),
         *([model_section(problem, seed)] if models else []),
     ]

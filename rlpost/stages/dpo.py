@@ -23,7 +23,7 @@ from rlpost.policy.logprobs import PolicyOutput
 from rlpost.policy.moving_reference import MovingReference
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.stages.context import Context, steps_of
-from rlpost.stages.pairwise import PairObjective
+from rlpost.stages.pairwise import PairObjective, loss_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
 from rlpost.types import Group, completions
@@ -34,12 +34,11 @@ def dpo(context: Context, cfg: Dpo) -> Path:
     policy = context.policy()
     need = cfg.rows()
     data = context.data(policy, cfg.data, need, cfg.max_length, cfg.too_long)
-    function = context.function(cfg, "loss")
+    function = loss_of(context, cfg)
     modifiers = [f.call for f in context.functions(cfg, "modifiers")]
-    objective = PairObjective(function, modifiers, cfg.nll_coef)
-    loss, prepared = (
-        (objective.loss(), objective.prepared) if need is DataRole.pairs else (ranking_loss(function), prepared_ranking)
-    )
+    objective = PairObjective(function, modifiers, cfg.nll_coef, gold=cfg.gold_coef)
+    ranks = need is DataRole.ranked
+    loss, prepared = (ranking_loss(function), prepared_ranking) if ranks else (objective.loss(), objective.prepared)
     steps = steps_of(cfg, data.epoch_length, cfg.batch_size, f"stages.{context.name}")
     moving = MovingReference(policy, context.checkpoint(cfg.reference), context.model) if cfg.refresh else None
     if moving is not None and moving.frozen is not None:

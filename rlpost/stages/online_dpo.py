@@ -16,7 +16,7 @@ from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.online_dpo import OnlineDpo
 from rlpost.stages.context import Context
 from rlpost.stages.on_policy import on_policy, updates_of
-from rlpost.stages.pairwise import PairObjective
+from rlpost.stages.pairwise import PairObjective, loss_of
 from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.train.experience import Experience
 from rlpost.types import Group
@@ -26,7 +26,7 @@ def online_dpo(context: Context, cfg: OnlineDpo) -> Path:
     """Train on pairs that the policy has just sampled; returns the final checkpoint."""
     policy = context.policy()
     samples = Sampler(context, cfg, policy)
-    objective = PairObjective(context.function(cfg, "loss"), temperature=cfg.sampling.temperature)
+    objective = PairObjective(loss_of(context, cfg), temperature=cfg.sampling.temperature)
     reference = context.reference(policy, cfg.reference)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples), whole_groups=True)
     loss = objective.loss()

@@ -7,6 +7,7 @@ import torch
 
 from rlpost.objectives import PairBatch, Ragged, cpo, dpo, dpo_robust, hinge, ipo, length_normalised, simpo
 from rlpost.objectives.preference import (
+    alphapo,
     aot,
     aot_unpaired,
     apo_down,
@@ -23,7 +24,7 @@ from rlpost.objectives.preference import (
 )
 
 FIRST = [dpo, dpo_robust, ipo, hinge, length_normalised, simpo, cpo]
-UP_AND_DOWN = [*FIRST, exo, bco, sppo, apo_zero, discopop, orpo, aot_unpaired]
+UP_AND_DOWN = [*FIRST, alphapo, exo, bco, sppo, apo_zero, discopop, orpo, aot_unpaired]
 """At the reference, or near it, their gradient raises the chosen one and lowers the rejected one."""
 ALL = [*UP_AND_DOWN, nca, apo_down, aot]
 
@@ -61,6 +62,10 @@ def test_losses_by_hand(pair):
     assert hinge(pair, beta=0.5).item() == 0.0
     assert length_normalised(pair, beta=2.0).item() == pytest.approx(softplus(-2.5))
     assert simpo(pair, beta=2.0, gamma=0.5).item() == pytest.approx(softplus(-1.5))
+    better, worse = (1 - math.exp(0.5)) / 0.5, (1 - math.exp(1.0)) / 0.5
+    assert alphapo(pair, beta=2.0, gamma=0.5, alpha=0.5).item() == pytest.approx(softplus(0.5 - 2 * (better - worse)))
+    linear = math.exp(-1.0) - math.exp(-2.0)
+    assert alphapo(pair, beta=2.0, gamma=0.5, alpha=-1.0).item() == pytest.approx(softplus(0.5 - 2 * linear))
     assert cpo(pair, beta=0.5, alpha=0.25).item() == pytest.approx(softplus(-3.0) + 0.25 * 1.0)
 
 
@@ -228,9 +233,32 @@ def test_only_differences_to_the_reference_matter(pair, loss):
     assert loss(shifted).item() == pytest.approx(loss(pair).item(), abs=1e-14)
 
 
-@pytest.mark.parametrize("loss", [simpo, cpo, orpo])
+@pytest.mark.parametrize("loss", [simpo, alphapo, cpo, orpo])
 def test_some_need_no_reference(pair, loss):
     assert loss(PairBatch(pair.logp_P2, pair.reference_P2 + 9, pair.length_P2)).item() == loss(pair).item()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-14, -1e-14])
+def test_alphapo_becomes_simpo(pair, alpha):
+    bent, straight = alphapo(pair, beta=2.0, gamma=0.5, alpha=alpha), simpo(pair, beta=2.0, gamma=0.5)
+    assert torch.equal(bent, straight) if alpha == 0 else bent.item() == pytest.approx(straight.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1.0, -1.0])
+def test_alphapo_of_very_unlikely_completions_is_finite(alpha):
+    """e^{200} is more than float32 holds; a likely one beside it is still learned."""
+    logp_P2 = torch.tensor([[-2.0, -800.0], [-800.0, -2.0]], requires_grad=True)
+    loss_P = alphapo(PairBatch(logp_P2, torch.zeros(2, 2), torch.full((2, 2), 4.0)), alpha=alpha)
+    loss_P.sum().backward()
+    assert loss_P.isfinite().all()
+    assert logp_P2.grad.isfinite().all()
+    assert logp_P2.grad[1, 1] > 0
+
+
+@pytest.mark.parametrize("alpha", [math.nan, math.inf])
+def test_alphapo_refuses_a_shape_that_is_none(pair, alpha):
+    with pytest.raises(ValueError, match="alpha bends the reward and is a finite number"):
+        alphapo(pair, alpha=alpha)
 
 
 def test_pairs_of_sums_actions_chosen_first():

@@ -11,7 +11,7 @@ from rlpost import objectives
 
 FOLDER = Path(objectives.__file__).parent
 METHODS = {
-    "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean",
+    "weights": "token_mean sequence_mean sequence_sum constant_length pair_mean part_mean",
     "kl": "k1 k2 k3 k3_weighted kl_from_old kl_in_reward full_kl adaptive",
     "advantages": """group_mean group_normalised leave_one_out greedy_baseline length_weighted_baseline max_likelihood
         pass_at_k nonzero_rescaled per_reward_normalised ema_baseline soft_leave_one_out whiten""",
@@ -24,7 +24,8 @@ METHODS = {
     "entropy": "action_covariance adaptive_entropy",
     "focus": "top_entropy clip_covariance top_covariance second_moment",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
-        apo_down discopop simpo orpo cpo dpo_plackett_luce""",
+        apo_down discopop simpo orpo cpo dpo_plackett_luce alphapo""",
+    "mixed": "WeightedSum",
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
     "reward_model": "bradley_terry plackett_luce process_reward",
     "unpaired": "Unpaired kto",

@@ -89,6 +89,7 @@ OTHERS = {
 OF_TENSORS = {**SURROGATES, **CLIPPED_TWICE, **CREDIT, **OTHERS}
 OF_ROWS = {
     "token_mean": weights.token_mean,
+    "part_mean": lambda rows: weights.part_mean(rows, 0, 1),
     "sequence_mean": weights.sequence_mean,
     "sequence_sum": weights.sequence_sum,
     "constant_length": lambda rows: weights.constant_length(rows, 9),

@@ -10,6 +10,7 @@ from rlpost.objectives import (
     constant_length,
     nll,
     pair_mean,
+    part_mean,
     policy_gradient,
     sequence_mean,
     sequence_sum,
@@ -25,6 +26,16 @@ def test_weights_by_hand():
     assert sequence_sum(rows).tolist() == [0.5] * 4
     assert constant_length(rows, 10).tolist() == pytest.approx([0.05] * 4)
     assert pair_mean(4).tolist() == [0.25] * 4
+
+
+def test_a_part_of_every_group_is_weighed_by_its_own_actions():
+    rows = Ragged([2, 1, 3, 1, 0, 1])
+    assert part_mean(rows, 2, 3).tolist() == [0, 0, 0, 0.25, 0.25, 0.25, 0, 0.25]
+    assert part_mean(rows, 0, 2).tolist() == [0.2, 0.2, 0, 0.2, 0.2, 0.2, 0, 0]
+    assert part_mean(Ragged([2, 0, 3, 0]), 1, 2).tolist() == [0.0] * 5
+    for part, of in ((3, 3), (-1, 3), (0, 4), (0, 0)):
+        with pytest.raises(ValueError, match=f"place {part} in groups of {of} of 6 completions"):
+            part_mean(rows, part, of)
 
 
 def test_counts_of_the_whole_update_replace_those_of_a_part():

@@ -136,7 +136,7 @@ def test_a_margin_of_nothing_is_no_win():
     """Before its first step a policy is its reference, and prefers neither."""
     logp_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.5]])
     reference_P2 = torch.tensor([[-1.0, -2.0], [-2.0, -1.0], [-1.0, -1.0]])
-    found = pairwise._metrics(PairBatch(logp_P2, reference_P2, torch.ones(3, 2)), torch.zeros(3))
+    found = pairwise._metrics(PairBatch(logp_P2, reference_P2, torch.ones(3, 2)), {})
     assert found["accuracy"].tolist() == [0.0, 0.0, 1.0]
 
 

@@ -51,7 +51,7 @@ AT_THE_REFERENCE = {
     "discopop": LOG_2 / 2 + 1 / 2,
 }
 """What each loss of pairs with a reference is worth where the policy is at it."""
-WITHOUT = ("simpo", "cpo", "orpo")
+WITHOUT = ("simpo", "alphapo", "cpo", "orpo")
 RANKED = [
     {"prompt": "1+2=", "completions": ["31", "3", "4", "99"], "scores": [3.0, 2.0, 1.0, 0.0]},
     {"prompt": "2+2=", "completions": ["42", "4"], "scores": [1.0, 0.0]},
@@ -85,7 +85,9 @@ def test_every_loss_begins_with_its_value_at_the_reference_and_widens_the_margin
         sum_P2 = sums(policy(base(tmp_path))).double()
         mean_P2 = sum_P2 / torch.tensor([3.0, 2.0])
         odds_P2 = mean_P2 - (1 - mean_P2.exp()).log()
+        bent_P2 = (1 - (-mean_P2 / 4).exp()) * 4
         by_hand = {
+            "alphapo": -F.logsigmoid(2 * (bent_P2[:, 0] - bent_P2[:, 1]) - 1),
             "simpo": -F.logsigmoid(2 * (mean_P2[:, 0] - mean_P2[:, 1]) - 1),
             "cpo": -F.logsigmoid(0.1 * (sum_P2[:, 0] - sum_P2[:, 1])) - mean_P2[:, 0],
             "orpo": -mean_P2[:, 0] - 0.1 * F.logsigmoid(odds_P2[:, 0] - odds_P2[:, 1]),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
+from rlpost.recipe.specs.dpo import LOSSES, WeightedLoss, loss_problems, one_of_both
 from rlpost.stages.params import Correction
 from rlpost.usercode.params import Function, Lookup
 
@@ -19,15 +20,20 @@ class OnlineDpo(Rollouts):
     """DPO on pairs of fresh samples, the best and the worst of each group by reward."""
 
     kind: str = "online_dpo"
-    loss: Annotated[Function, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
+    loss: Annotated[Function | None, LOSS] = Field(default_factory=lambda: Function(fn="dpo"))
     """The loss of a pair; in `rlpost/objectives/preference.py`."""
+    losses: Annotated[list[WeightedLoss], LOSSES] = Field(default_factory=list)
+    """Instead of `loss`: several losses of pairs, whose weighted sum is minimised."""
     min_gap: float = Field(0.0, ge=0)
     """A pair's rewards must differ by more than this."""
 
     function: ClassVar[str] = "rlpost.stages.online_dpo:online_dpo"
 
+    _one_of_both = model_validator(mode="before")(one_of_both)
+
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         yield from super().rules(where, earlier)
+        yield from loss_problems(self.loss, self.losses, where)
         if self.group_size < 2:
             yield f"{where}.group_size: a pair needs two completions - give at least 2"
         if self.correction != Correction():
