@@ -53,7 +53,7 @@ from rlpost.run.names import JUDGED, TRACKERS
 from rlpost.run.shelf import Shelf
 from rlpost.section import walk
 from rlpost.stage_evaluation import StageEvaluations
-from rlpost.stage_rows import ROW_KEYS, open_rows, own_sources, positions_of
+from rlpost.stage_rows import ROW_KEYS, need_of, open_rows, own_sources, positions_of
 from rlpost.stages.context import Context
 from rlpost.stages.references import readable_references
 from rlpost.trackers.api import About
@@ -221,10 +221,11 @@ def preflight(resolved: Resolved, rows: bool = True) -> list[str]:
             lines.append(f"stages.{name}.kind: {stage.kind.rpartition(':')[2]} from {file} (sha256 {sha256[:12]})")
         if isinstance(stage, Training):
             must_be_installed(stage.optimizer, f"stages.{name}.optimizer")
-        _check_data(stage, f"stages.{name}", stage.rows(), resolved.folder, rows)
+        for key in ROW_KEYS:
+            _check_data(stage, f"stages.{name}", key, need_of(stage, key), resolved.folder, rows)
     cfg = resolved.config.evaluation
     if cfg is not None:
-        _check_data(cfg, "evaluation", DataRole.prompts, resolved.folder, rows or not cfg.every_stage)
+        _check_data(cfg, "evaluation", "data", DataRole.prompts, resolved.folder, rows or not cfg.every_stage)
     return lines
 
 
@@ -357,12 +358,11 @@ def _check_engines(recipe: Recipe) -> None:
                 must_have_program(inner, where)
 
 
-def _check_data(stage: Any, where: str, need: DataRole, folder: Path, rows: bool) -> None:
-    """Check the first rows of the stage's sources, with `rows` all of them, and their reference answers."""
-    check = readable_references(stage, where, need)
-    sources = {f"{key}.{name}": source for key in ROW_KEYS for name, source in own_sources(stage, key).items()}
-    for name, source in sources.items():
-        key = f"{where}.{name}"
+def _check_data(stage: Any, where: str, at: str, need: DataRole, folder: Path, rows: bool) -> None:
+    """Check the first rows of the sources at a key of the stage, with `rows` all of them, and their answers."""
+    check = None if "." in at else readable_references(stage, where, need)
+    for name, source in own_sources(stage, at).items():
+        key = f"{where}.{at}.{name}"
         reading = open_source(source, stages=_no_stage, where=key, bind=bind, base=folder)
         if not rows and (source.kfold or source.map):
             continue  # reading its first row may take more than the file's first rows

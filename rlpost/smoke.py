@@ -70,6 +70,8 @@ def _of_stage(stage: dict[str, Any], steps: int) -> dict[str, Any]:
         cut["eval_every"] = _least(stage["eval_every"], steps)
     if stage.get("eval_data"):
         cut["eval_data"] = _first_rows(stage["eval_data"], EVALUATED_A_STEP * steps)
+    if isinstance(expert := stage.get("expert"), dict) and expert.get("data"):
+        cut["expert"] = {**expert, "data": _first_rows(expert["data"], rows * steps)}
     for section, key, most in (("refresh", "every", steps), ("critic", "warmup_steps", steps - 1)):
         given = stage.get(section)
         if isinstance(given, dict) and key in given:

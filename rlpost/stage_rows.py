@@ -22,7 +22,7 @@ from rlpost.stages.context import stage_seed
 from rlpost.stages.references import readable_references
 from rlpost.usercode.binding import bind
 
-ROW_KEYS = ("data", "eval_data")
+ROW_KEYS = ("data", "eval_data", "expert.data")
 """Keys of a stage that hold sources of rows."""
 
 
@@ -35,25 +35,35 @@ def open_rows(
         DataError: a row is malformed or too long.
     """
     stage = resolved.config.stages[name]
-    need = stage.rows()
+    need = need_of(stage, key)
     return open_dataset(
         own_sources(stage, key),
         codec_with_tools(codec, stage, f"stages.{name}", resolved.folder),
         need=need,
         limit=_limit(stage, need, positions),
-        seed=stage_seed(resolved.config.seed, name, "data"),
+        seed=stage_seed(resolved.config.seed, name, key if "." in key else "data"),
         where=f"stages.{name}.{key}",
         stages=_no_stage,
         bind=bind,
         base=resolved.folder,
         shelf=shelf,
-        check=readable_references(stage, f"stages.{name}", need),
+        check=None if "." in key else readable_references(stage, f"stages.{name}", need),
     )
 
 
 def own_sources(stage: Any, key: str = "data") -> dict[str, Source]:
-    """The stage's sources, without those that an earlier stage writes."""
-    return {name: source for name, source in getattr(stage, key, {}).items() if source.stage is None}
+    """The sources at a key of the stage, without those that an earlier stage writes."""
+    *above, last = key.split(".")
+    for part in above:
+        stage = getattr(stage, part, None)
+    return {name: source for name, source in getattr(stage, last, {}).items() if source.stage is None}
+
+
+def need_of(stage: Any, key: str) -> DataRole:
+    """What the rows at a key of the stage are for."""
+    section = getattr(stage, "expert", None) if key == "expert.data" else None
+    need: DataRole = (section or stage).rows()
+    return need
 
 
 def _limit(stage: Any, need: DataRole, positions: int) -> Limit:

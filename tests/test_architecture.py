@@ -45,6 +45,7 @@ SHARED_BY_STAGES = (
     "context",
     "coupling",
     "entropy",
+    "expert",
     "focus",
     "generate_dataset",
     "off_policy",
@@ -55,6 +56,7 @@ SHARED_BY_STAGES = (
     "role_means",
     "rollouts",
     "self_play",
+    "supervised",
 )
 """Modules of stages/ that are no stage."""
 READS_RECIPES = (

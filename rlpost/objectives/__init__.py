@@ -56,6 +56,7 @@ from rlpost.objectives.metrics import (
     without_parts,
 )
 from rlpost.objectives.mixed import WeightedSum
+from rlpost.objectives.mixing import expert_weight
 from rlpost.objectives.preference import (
     PairBatch,
     alphapo,
@@ -93,6 +94,7 @@ from rlpost.objectives.ragged import Ragged, has_signal, widen
 from rlpost.objectives.regression import advantage_regression
 from rlpost.objectives.reward_model import bradley_terry, plackett_luce, process_reward
 from rlpost.objectives.supervised import (
+    confidence_weighted,
     dynamic_fine_tuning,
     forward_kl,
     jensen_shannon,
@@ -160,6 +162,7 @@ __all__ = [
     "clipped_weight",
     "column_baseline",
     "confidence",
+    "confidence_weighted",
     "conjugate_gradient",
     "constant_length",
     "contrastive_value",
@@ -177,6 +180,7 @@ __all__ = [
     "ema",
     "ema_baseline",
     "exo",
+    "expert_weight",
     "explained_variance",
     "explained_variance_parts",
     "f_divergence",

@@ -26,6 +26,17 @@ def dynamic_fine_tuning(logp_N: Tensor) -> Tensor:
     return -widen(logp_N).detach().exp() * logp_N
 
 
+def confidence_weighted(logp_N: Tensor) -> Tensor:
+    """[N] −p(1−p)·logp, p(1−p) without gradient: φ of CHORD (Zhang et al. 2025, arXiv:2508.11408, §3.3).
+
+    Most is learned of tokens that the model is of two minds about, nothing of those that it knows or never writes.
+    The gradient is that of −p + p²/2, which is finite: a token costs at most ½ more than one that is certain.
+    """
+    logp_N = widen(logp_N)
+    fixed_N = logp_N.detach()
+    return fixed_N.exp() * fixed_N.expm1() * logp_N
+
+
 def label_smoothing(logp_N: Tensor, logp_NV: Tensor, *, epsilon: float = 0.1) -> Tensor:
     """[N] −(1−ε)·logp − ε·mean over the vocabulary of logp (Szegedy et al. 2015, arXiv:1512.00567, §7).
 

@@ -12,6 +12,7 @@ from rlpost.oracle.claims_distillation import distillation_section
 from rlpost.oracle.claims_entropy import entropy_section
 from rlpost.oracle.claims_groups import group_section
 from rlpost.oracle.claims_kl import kl_section
+from rlpost.oracle.claims_mixed import mixed_section
 from rlpost.oracle.claims_models import model_section
 from rlpost.oracle.claims_offpolicy import offpolicy_section
 from rlpost.oracle.claims_pairs import pair_section
@@ -60,6 +61,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         pair_section(problem),
         supervised_section(problem),
         distillation_section(problem),
+        mixed_section(problem),
         definition_section(problem),
         preference_section(problem),
         pure_pair_section(problem),

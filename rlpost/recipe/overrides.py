@@ -20,7 +20,11 @@ _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,9})(\.[0-9]{1,17})?(e-?[0-9]{1,2})?")
 _TEXT = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")
 _NAMED = {"true": True, "false": False, "null": None}
 _OF_THE_GRAMMAR = ("true", "false", "null", "nan", "inf")
-_OWN_NAMES = {"stage": "stages", "variable": "vars", "source": r"(stages\.[^.]+|evaluation|model\.tokenizer)\.data"}
+_OWN_NAMES = {
+    "stage": "stages",
+    "variable": "vars",
+    "source": r"(stages\.[^.]+(\.expert)?|evaluation|model\.tokenizer)\.data",
+}
 """Things that a recipe names itself, and where: an override may change one, but not add one."""
 
 

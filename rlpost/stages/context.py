@@ -152,14 +152,14 @@ class Context:
             make_codec(policy.tokenizer, tools),
             need=need,
             limit=Limit.within(max_length, policy.max_positions, too_long),
-            seed=self.seed_for("data"),
+            seed=self.seed_for(key if "." in key else "data"),  # a section's rows have an order of their own
             where=f"stages.{self.name}.{key}",
             stages=self._rows,
             bind=bind,
             base=self.folder,
             allow_change=self.allow_change,
             shelf=self.shelf,
-            check=self.check,
+            check=None if "." in key else self.check,
         )
         for line in dataset.notices:
             console.say(line)

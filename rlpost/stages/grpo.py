@@ -22,12 +22,14 @@ from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
 from rlpost.stages.coupling import coupling, loss_of
 from rlpost.stages.entropy import EntropyBonus
+from rlpost.stages.expert import ExpertRows
 from rlpost.stages.focus import focusing
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
-from rlpost.train.learner import LossFunction
+from rlpost.train.learner import LossFunction, Term
+from rlpost.train.loop import Stateful
 
 
 def grpo(context: Context, cfg: Grpo) -> Path:
@@ -42,6 +44,14 @@ def grpo(context: Context, cfg: Grpo) -> Path:
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=bonus.wanted)
     learner = context.learner(policy, cfg, updates_of(context, cfg, samples))
     focused, coupled = focusing(context, cfg, learner), coupling(surrogate, cfg, learner)
+    expert = None if cfg.expert is None else ExpertRows(context, cfg, cfg.expert, policy)
+    states: dict[str, Stateful] = {"beta": kl, "baseline": estimator, **bonus.states}
+
+    def minimise(minibatch: Experience, step: int) -> dict[str, float]:
+        update = coupled(weighted(focused(minibatch), cfg))
+        if expert is None:
+            return learner.update(loss, update, stats)
+        return expert.update(learner, Term(loss, update, stats), step)
 
     def measured(rollout: Rollout, step: int) -> Experience:
         bonus.measure(rollout)
@@ -53,10 +63,10 @@ def grpo(context: Context, cfg: Grpo) -> Path:
         policy,
         samples,
         assemble=measured,
-        minimise=lambda minibatch, _: learner.update(loss, coupled(weighted(focused(minibatch), cfg)), stats),
+        minimise=minimise,
         observe=lambda experience: kl.observe(experience) | bonus.metrics,
         learners={"policy": learner},
-        states={"beta": kl, "baseline": estimator, **bonus.states},
+        states=states if expert is None else {**states, "expert": expert},
         live=("reward", "length", "entropy"),
     )
 

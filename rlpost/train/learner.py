@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from rlpost.policy.logprobs import LogitStats
 from rlpost.policy.memory import free_memory
 from rlpost.policy.sharded import apart, is_sharded, like, local
 from rlpost.train.experience import Experience
-from rlpost.train.meter import BALANCE, LOSS, Meter, Sums, averages
+from rlpost.train.meter import BALANCE, LOSS, Meter, Sums, averages, by_term
 from rlpost.train.microbatches import Microbatches
 from rlpost.train.optimizers import Optimizer
 from rlpost.train.params import OptimizerName
@@ -34,6 +35,24 @@ from rlpost.unexpected import of_memory
 T = TypeVar("T")
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(the model's output on a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A loss of an experience: all that an update minimises, or a part of it beside others."""
+
+    loss: LossFunction
+    experience: Experience
+    stats: LogitStats | None = None
+    """What a policy's forward pass computes for each action; by default the log-probability alone."""
+    factor: float = 1.0
+    """What its gradient is multiplied by; at 0 nothing of it is computed."""
+    name: str = ""
+    """Its metrics are called NAME/METRIC; those of a term without a name as they are."""
+
+
+Parts = Sequence[tuple[int, Experience]]
+"""What one process computes of some experiences, a pass each: the number of the experience, and a part of it."""
 
 
 _REMEDY = (
@@ -112,84 +131,92 @@ class Learner:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
             OutOfMemoryError: if a pass of one completion does not fit into memory; nothing was changed then.
         """
-        metrics = self._gradient(loss, experience, self._balance, stats)
+        return self.update_on([Term(loss, experience, stats)])
+
+    def update_on(self, terms: Sequence[Term]) -> dict[str, float]:
+        """One optimiser step on Σ factor·loss of several terms, each of an experience of its own; as `update`.
+
+        Metrics are those of each term, and `loss`, their sum.
+        """
+        terms = [term for term in terms if term.factor]
+        metrics = self._gradient(terms, self._balance)
         norm = self._clip()
         self.must_be_finite(metrics)
         rate = self.rate
         self._optimizer.step(rate)
         self.updates += 1
-        rows = experience.rows
-        self.trained_tokens += rows.actions
-        self.trained_samples += rows.learned
+        for term in terms:
+            rows = term.experience.rows
+            self.trained_tokens += rows.actions
+            self.trained_samples += rows.learned
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
     def gradient(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
         """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
-        return self._gradient(loss, experience, None, stats)
+        return self._gradient([Term(loss, experience, stats)], None)
 
-    def _gradient(
-        self, loss: LossFunction, experience: Experience, balance: Balance | None, stats: LogitStats | None
-    ) -> dict[str, float]:
-        def attempt() -> list[Sums] | None:
+    def _gradient(self, terms: Sequence[Term], balance: Balance | None) -> dict[str, float]:
+        def attempt() -> list[dict[str, Sums]] | None:
             whole = None
             # A single part is the whole update, so its own expert load is enough.
-            if balance is not None and (ranks.count() > 1 or len(self._microbatches.parts(experience)) > 1):
-                whole = self._whole_load(balance, experience, stats)
+            if balance is not None and (ranks.count() > 1 or len(self._parts(experiences)) > 1):
+                whole = self._whole_load(balance, terms)
                 if whole is None:
                     return None
-            passes = partial(self._passes, loss, balance=balance, whole=whole, stats=stats)
-            return self._attempt(experience, passes, gradient=True)
+            return self._attempt(experiences, partial(self._passes, terms, balance=balance, whole=whole), gradient=True)
+
+        experiences = [term.experience for term in terms]
 
         self.model.train()
         everyone = self._until_it_fits(attempt)
         self.model.train(False)
         # Those of shards were summed by the backward pass.
         ranks.sum_over_ranks(p.grad for p in self._named.values() if p.grad is not None and not is_sharded(p))
-        return {LOSS: 0.0, **averages(everyone)}
+        return by_term({term.name: term.factor for term in terms}, everyone)
 
     def _passes(
-        self,
-        loss: LossFunction,
-        parts: Sequence[Experience],
-        *,
-        balance: Balance | None,
-        whole: Load | None,
-        stats: LogitStats | None,
-    ) -> Sums:
-        """Forward and backward over this rank's parts; their gradients add up in the parameters."""
-        meter = Meter()
+        self, terms: Sequence[Term], parts: Parts, *, balance: Balance | None, whole: Load | None
+    ) -> dict[str, Sums]:
+        """Forward and backward over this rank's parts; their gradients add up in the parameters. Sums by term."""
+        meters: dict[str, Meter] = {"": Meter()}
         self._zero_gradients()
-        for part in parts:
+        for number, part in parts:
+            term = terms[number]
             batch = self.model.batch(part.groups)
             with balance.recording() if balance is not None else nullcontext() as recorded:
-                output = self._output(batch, stats)
-            total, metrics = loss(output, part.to(self.model.device))
+                output = self._output(batch, term.stats)
+            total, metrics = term.loss(output, part.to(self.model.device))
+            minimised = total if term.factor == 1 else term.factor * total
             if balance is not None and recorded is not None:
                 load = balance.load(recorded, batch)
                 extra = load.loss_within(whole or load)
-                meter.add({BALANCE: extra[None]})
-                (total + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
+                meters[""].add({BALANCE: extra[None]})
+                (minimised + balance.coefficient * extra).backward()  # type: ignore[no-untyped-call]
             else:
-                total.backward()  # type: ignore[no-untyped-call]
+                minimised.backward()  # type: ignore[no-untyped-call]
             self.model.backward_done()
-            meter.add_part(total.detach(), metrics)
-        return meter.sums()
+            meters.setdefault(term.name, Meter()).add_part(total.detach(), metrics)
+        return {name: meter.sums() for name, meter in meters.items()}
+
+    def _parts(self, experiences: Sequence[Experience]) -> Parts:
+        """Those of this rank."""
+        return [(i, part) for i, one in enumerate(experiences) for part in self._microbatches.parts(one)]
 
     @torch.no_grad()
-    def _whole_load(self, balance: Balance, experience: Experience, stats: LogitStats | None) -> Load | None:
+    def _whole_load(self, balance: Balance, terms: Sequence[Term]) -> Load | None:
         """The expert load of the whole update, over all ranks; None if memory was short."""
 
         load = balance.empty(self.model.device)
 
-        def own(parts: Sequence[Experience]) -> None:
+        def own(parts: Parts) -> None:
             nonlocal load
-            for part in parts:
+            for number, part in parts:
                 batch = self.model.batch(part.groups)
                 with balance.recording() as recorded:
-                    self._output(batch, stats)
+                    self._output(batch, terms[number].stats)
                 load = add(load, balance.load(recorded, batch))
 
-        if self._attempt(experience, own) is None:
+        if self._attempt([term.experience for term in terms], own) is None:
             return None
         chosen_E, tokens = load.chosen_E.clone(), load.tokens.clone()
         ranks.sum_over_ranks([chosen_E, tokens])
@@ -201,14 +228,14 @@ class Learner:
     ) -> Tensor:
         """`take(output, part)` of every part, concatenated along the first axis; no gradient, on the CPU."""
 
-        def own(parts: Sequence[Experience]) -> list[Tensor]:
+        def own(parts: Parts) -> list[Tensor]:
             taken = []
-            for part in parts:
+            for _, part in parts:
                 output = self._output(self.model.batch(part.groups), stats)
                 taken.append(take(output, part.to(self.model.device)).cpu())
             return taken
 
-        everyone = self._until_it_fits(lambda: self._attempt(experience, own))
+        everyone = self._until_it_fits(lambda: self._attempt([experience], own))
         pieces = [piece for some in everyone for piece in some]
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
@@ -216,15 +243,15 @@ class Learner:
         """The metrics of `loss` on the whole experience, without gradient."""
 
         @torch.no_grad()
-        def own(parts: Sequence[Experience]) -> Sums:
+        def own(parts: Parts) -> Sums:
             meter = Meter()
-            for part in parts:
+            for _, part in parts:
                 output = self._output(self.model.batch(part.groups), stats)
                 total, metrics = loss(output, part.to(self.model.device))
                 meter.add_part(total, metrics)
             return meter.sums()
 
-        return {LOSS: 0.0, **averages(self._until_it_fits(lambda: self._attempt(experience, own)))}
+        return {LOSS: 0.0, **averages(self._until_it_fits(lambda: self._attempt([experience], own)))}
 
     def _until_it_fits(self, attempt: Callable[[], T | None]) -> T:
         """What `attempt` returns once it is not None, each time from the same random state."""
@@ -239,7 +266,7 @@ class Learner:
         return found
 
     def _attempt(
-        self, experience: Experience, work: Callable[[Sequence[Experience]], T], *, gradient: bool = False
+        self, experiences: Sequence[Experience], work: Callable[[Parts], T], *, gradient: bool = False
     ) -> list[T] | None:
         """What `work` returns on each rank of its parts; None if one ran out of memory, and the budget is lower now.
 
@@ -249,7 +276,7 @@ class Learner:
         def tried() -> tuple[T] | None:
             try:
                 with self.model.in_turn(gradient=gradient):
-                    return (work(self._microbatches.parts(experience)),)
+                    return (work(self._parts(experiences)),)
             except (RuntimeError, MemoryError) as error:
                 # A pass of shards that broke off cannot be made again: others wait within theirs.
                 if self.model.in_shards or not of_memory(error):
@@ -262,7 +289,7 @@ class Learner:
             return [found[0] for found in everyone if found is not None]
         self.model.backward_done()
         free_memory(self.model.device)
-        self._microbatches.lower(experience, short, self._here)
+        self._microbatches.lower(experiences, short, self._here)
         return None
 
     def _output(self, batch: Batch, stats: LogitStats | None) -> Any:

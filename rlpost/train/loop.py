@@ -276,7 +276,8 @@ class Loop:
         for name, extra in self._weights.items():
             extra.load_weights(checkpoint.tensors(name, extra.weights().get))
         for name, stateful in self._states.items():
-            stateful.load(checkpoint.state["states"][name])
+            if name in checkpoint.state["states"]:  # else it is new to the stage, and begins
+                stateful.load(checkpoint.state["states"][name])
         self._evaluation.load(checkpoint.state.get("evaluation", {}))
         self._evaluated = int(max((row.get("step", 0) for row in self._out.logged(EVALUATIONS)), default=0))
         self._watch.replay(self._out.logged())

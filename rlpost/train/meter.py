@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +49,18 @@ def averages(everyone: Iterable[Sums]) -> dict[str, float]:
         before = table.get(name, (0.0, 0))
         table[name] = (before[0] + total, before[1] + count)
     return {name: total if name in SUMMED else total / max(count, 1) for name, (total, count) in table.items()}
+
+
+def by_term(factors: Mapping[str, float], everyone: Sequence[Mapping[str, Sums]]) -> dict[str, float]:
+    """Metrics of an update's terms: as `averages`, under a term's name where it has one; `loss` is Σ factor·loss.
+
+    Args:
+        factors: of each term, by its name; empty for one without a name.
+        everyone: of each rank, each term's sums by its name.
+    """
+    line = {LOSS: 0.0}
+    for name in dict.fromkeys(["", *factors]):
+        found = averages(sums[name] for sums in everyone if name in sums)
+        line[LOSS] += factors.get(name, 1.0) * found.get(LOSS, 0.0)
+        line |= {f"{name}/{key}" if name else key: x for key, x in found.items() if name or key != LOSS}
+    return line

@@ -33,22 +33,22 @@ class Microbatches:
         """The parts of a rank's share; by default of this one's."""
         return self._cut(experience, ranks.index() if rank is None else rank, self.tokens)
 
-    def lower(self, experience: Experience, short: Sequence[int], where: str) -> None:
+    def lower(self, experiences: Sequence[Experience], short: Sequence[int], where: str) -> None:
         """Halve the budget until the ranks that ran out of memory make more passes, smaller ones.
 
         Args:
-            experience: the update, the same on all ranks, which all come here.
+            experiences: the update, the same on all ranks, which all come here.
             short: the ranks whose memory was too short.
             where: in the stage, for the message.
 
         Raises:
             OutOfMemoryError: the share of one of them cannot be cut further.
         """
-        before = [len(self.parts(experience, rank)) for rank in short]
+        before = [self._passes(experiences, rank, self.tokens) for rank in short]
         found = self.tokens
         while found > 1:
             found //= 2
-            if all(len(self._cut(experience, r, found)) > n for r, n in zip(short, before, strict=True)):
+            if all(self._passes(experiences, r, found) > n for r, n in zip(short, before, strict=True)):
                 self.tokens = found
                 return
         unit = "group" if self._whole else "completion with its prompt"
@@ -57,6 +57,9 @@ class Microbatches:
             "max_length, sampling.max_new_tokens or model.lora.r, or set model.gradient_checkpointing=true; the run "
             "goes on from its last checkpoint"
         )
+
+    def _passes(self, experiences: Sequence[Experience], rank: int, tokens: int) -> int:
+        return sum(len(self._cut(experience, rank, tokens)) for experience in experiences)
 
     def _cut(self, experience: Experience, rank: int, tokens: int) -> list[Experience]:
         own = experience.share(rank, ranks.count(), whole_groups=self._whole)

@@ -19,7 +19,7 @@ from rlpost.objectives.weights import token_mean
 from rlpost.policy.load import load_policy
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
-from rlpost.stages.sft import supervised_loss
+from rlpost.stages.supervised import supervised_loss
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
 from rlpost.types import Completion, Group, Request

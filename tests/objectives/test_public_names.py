@@ -23,14 +23,15 @@ METHODS = {
     "correction": "correction off_policy_ratio",
     "entropy": "action_covariance adaptive_entropy",
     "focus": "top_entropy clip_covariance top_covariance second_moment",
+    "mixing": "expert_weight",
     "preference": """PairBatch dpo dpo_robust ipo hinge length_normalised exo nca bco sppo aot aot_unpaired apo_zero
         apo_down discopop simpo orpo cpo dpo_plackett_luce alphapo""",
     "mixed": "WeightedSum",
     "preference_modifiers": "f_divergence length_desensitised confidence mix mix_lora",
     "reward_model": "bradley_terry plackett_luce process_reward",
     "unpaired": "Unpaired kto",
-    "supervised": """nll dynamic_fine_tuning label_smoothing unlikelihood likelihood_by_label forward_kl reverse_kl
-        jensen_shannon""",
+    "supervised": """nll dynamic_fine_tuning confidence_weighted label_smoothing unlikelihood likelihood_by_label
+        forward_kl reverse_kl jensen_shannon""",
     "values": "value_loss",
     "trust_region": "conjugate_gradient step_length finite_difference line_search",
     "metrics": "clipped_low clipped_high explained_variance effective_sample_share",

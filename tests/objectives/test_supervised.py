@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlpost.objectives.supervised import (
+    confidence_weighted,
     dynamic_fine_tuning,
     forward_kl,
     jensen_shannon,
@@ -43,10 +44,26 @@ def test_its_gradient_raises_the_probability_itself():
     assert torch.allclose(found, expected, rtol=0, atol=1e-15)
 
 
+def test_confidence_weighted_learns_most_of_what_is_one_of_two():
+    logp = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64).log().requires_grad_()
+    loss = confidence_weighted(logp)
+    assert loss.tolist() == pytest.approx([-p * (1 - p) * math.log(p) for p in (0.25, 0.5, 0.75)])
+    loss.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-3 / 16, -1 / 4, -3 / 16])
+
+
+def test_confidence_weighted_keeps_its_digits_where_a_token_is_all_but_certain():
+    logp = torch.tensor([-1e-9, -1e-30, 0.0, -200.0], dtype=torch.float64).requires_grad_()
+    loss = confidence_weighted(logp)
+    assert loss.tolist() == pytest.approx([1e-18, 1e-60, 0.0, 200 * math.exp(-200)], rel=1e-8, abs=0)
+    loss.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([-1e-9, -1e-30, 0.0, -math.exp(-200)], rel=1e-8, abs=0)
+
+
 @pytest.mark.parametrize(
     "loss",
-    [nll, dynamic_fine_tuning, unlikelihood, lambda x: likelihood_by_label(x, x < -1)],
-    ids=["nll", "dynamic_fine_tuning", "unlikelihood", "likelihood_by_label"],
+    [nll, dynamic_fine_tuning, confidence_weighted, unlikelihood, lambda x: likelihood_by_label(x, x < -1)],
+    ids=["nll", "dynamic_fine_tuning", "confidence_weighted", "unlikelihood", "likelihood_by_label"],
 )
 def test_formats_and_nothing_at_all(loss):
     assert loss(torch.zeros(0)).shape == (0,)

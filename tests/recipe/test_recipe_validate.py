@@ -85,6 +85,21 @@ def refusal(adding: str, *overrides: str) -> str:
             "stages.grpo={focus: {fn: top_entropy}, loss: {fn: squared_log_ratio, args: {tau: 0.1}}}",
             "stages.grpo.focus: squared_log_ratio learns from an action whose advantage is 0",
         ),
+        ("stages.grpo.expert={}", "stages.grpo.expert.data: missing"),
+        (
+            "stages.grpo.expert={data: {rows: {path: rows.jsonl, direction: reverse}}}",
+            "stages.grpo.expert.data.rows.direction: reverse is for sft",
+        ),
+        ("stages.grpo.expert={data: {rows: {stage: sft}}}", "stages.grpo.expert.data.rows.stage: 'sft' is of kind sft"),
+        (
+            "stages.grpo.expert={data: {rows: {path: rows.jsonl}}, loss: {fn: forward_kl}}",
+            "stages.grpo.expert.loss.fn: forward_kl imitates a teacher",
+        ),
+        ("stages.grpo.expert={data: {rows: {path: rows.jsonl}}, loss: {fn: null}}", "stages.grpo.expert.loss.fn"),
+        ("stages.grpo.expert.mu.peak=1.5", "stages.grpo.expert.mu.peak"),
+        ("stages.grpo.expert.mu={peak: 0.1, valley: 0.2}", "stages.grpo.expert.mu.valley: 0.2 is above peak=0.1"),
+        ("stages.grpo.expert.mu={peak: 0.9, decay_steps: 9}", "stages.grpo.expert.mu.valley: missing"),
+        ("stages.grpo.expert.mu={peak: 0.9, valley: 0.1}", "stages.grpo.expert.mu.decay_steps: missing"),
         ("stages.grpo.kl={placement: loss, beta: 0.1}", "k1 in the loss has an expected gradient of zero"),
         (
             "stages.grpo.kl={estimator: k3_weighted, beta: 0.1}",

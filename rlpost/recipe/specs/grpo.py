@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rlpost.recipe.expert import Expert
 from rlpost.recipe.grouped import FOCUS, SURROGATE, Grouped, OldKl
 from rlpost.recipe.rules import Earlier
 from rlpost.stages.params import AdaptiveEntropy, Weight
@@ -31,6 +32,8 @@ class Grpo(Grouped):
     """Weight of an entropy bonus, averaged over tokens."""
     adaptive_entropy: AdaptiveEntropy | None = None
     """Adapt that weight, from `entropy_coef` on, so that the entropy does not fall below a target."""
+    expert: Expert | None = None
+    """Rows of an expert that every update learns from as well (CHORD); none by default."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
 
@@ -59,6 +62,8 @@ class Grpo(Grouped):
                 f"{where}.adaptive_entropy: it goes by the entropy of samples, and recorded rollouts are another "
                 "policy's - remove it, and give entropy_coef"
             )
+        if self.expert is not None:
+            yield from self.expert.rules(f"{where}.expert", earlier)
         surrogate = info_of(self.loss, SURROGATE)
         whole = surrogate.has("per_completion")
         if self.weight != Weight.sequence_mean and whole:
