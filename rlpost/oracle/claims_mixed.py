@@ -25,7 +25,7 @@ SHARE = partial(expert_weight, peak=0.9, valley=0.1, warmup_steps=2, decay_steps
 def mixed_section(problem: Problem) -> Section:
     """An expert's rows beside the policy's own samples."""
     rows = [_expert_row(problem), _schedule_row(), *_confidence_rows(problem)]
-    return Section("losses beside a policy gradient: relative error", tuple(rows))
+    return Section("surrogates, and losses beside them: relative error", tuple(rows))
 
 
 def _expert_row(problem: Problem) -> Row:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_recipes import GRPO, SFT, metrics, prepared, run, weights
+from tiny_recipes import GRPO, SFT, jsonl, metrics, prepared, run, weights
 
 from rlpost.pipeline import train
 from rlpost.stages import context
@@ -118,11 +118,8 @@ def test_rows_that_are_added_to_a_run_begin_at_their_first(tmp_path):
     ids=["whole distributions", "labels"],
 )
 def test_any_supervised_loss_without_a_teacher(tmp_path, more):
-    (tmp_path / "labelled.jsonl").write_text(
-        "".join(
-            f'{{"prompt": "{i}+1=", "completion": "{i + 1}", "label": {str(i % 2 == 0).lower()}}}\n' for i in range(8)
-        )
-    )
+    said = [{"prompt": f"{i}+1=", "completion": f"{i + 1}", "label": i % 2 == 0} for i in range(8)]
+    jsonl(tmp_path / "labelled.jsonl", said)
     run(tmp_path, {"rl": {**STAGE, "expert": {**EXPERT, **more}}})
     assert all(line["expert/nll"] > 0 for line in metrics(tmp_path, "rl"))
 

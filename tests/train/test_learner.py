@@ -20,7 +20,7 @@ from rlpost.policy.load import remove_dropout
 from rlpost.policy.params import Lora
 from rlpost.policy.policy import Policy
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner
+from rlpost.train.learner import Learner, Term
 from rlpost.types import Completion, Group, completions
 
 EVERYTHING = 10**6
@@ -65,6 +65,39 @@ def test_a_mean_of_means_would_have_been_seen(budget):
     metrics = learner.gradient(loss, experience)
     assert metrics["loss"] == pytest.approx(96 / 104)
     assert metrics["sign"] == pytest.approx(96 / 104)
+
+
+@pytest.mark.parametrize("budget", [1, EVERYTHING])
+def test_an_update_of_two_terms_has_the_sum_of_their_gradients_and_the_metrics_of_each(budget):
+    policy = make_policy()
+    learner = make_learner(policy, learning_rate=1e-300, max_tokens_per_microbatch=budget)
+    one, other = simple(policy), simple(policy, seed=1)
+    lines, gradients = [], []
+    for experience in (one, other):
+        lines.append(learner.update(weighted_nll, experience))
+        gradients.append(learner.flat_gradient())
+    both = [Term(weighted_nll, one, factor=0.75), Term(weighted_nll, other, factor=0.25, name="other")]
+    line = learner.update_on(both)
+    wanted = 0.75 * gradients[0] + 0.25 * gradients[1]
+    assert float((learner.flat_gradient() - wanted).norm() / wanted.norm()) < 1e-12
+    assert line["nll"] == pytest.approx(lines[0]["nll"], rel=1e-12)
+    assert line["other/nll"] == pytest.approx(lines[1]["nll"], rel=1e-12)
+    assert line["other/loss"] == pytest.approx(lines[1]["loss"], rel=1e-12)
+    assert line["loss"] == pytest.approx(0.75 * lines[0]["loss"] + 0.25 * lines[1]["loss"], rel=1e-12)
+    assert len({lines[0]["nll"], lines[1]["nll"]}) == 2
+
+
+def test_a_term_of_factor_zero_is_not_computed():
+    def never(scores, part):
+        raise AssertionError
+
+    policy = make_policy()
+    learner = make_learner(policy, learning_rate=1e-300)
+    wanted = learner.update(weighted_nll, simple(policy))
+    tokens = learner.trained_tokens
+    terms = [Term(weighted_nll, simple(policy)), Term(never, simple(policy, seed=1), factor=0.0, name="other")]
+    assert learner.update_on(terms) == wanted
+    assert learner.trained_tokens == 2 * tokens
 
 
 def test_completions_without_actions_are_not_counted():
