@@ -48,7 +48,7 @@ def _expert_row(problem: Problem) -> Row:
             continue
         own = group_gradient(problem, sets, advantages.leave_one_out(problem.reward_L[sets.leaf_PG]), "sequence_sum")
         errors.append(relative_error((1 - mu) * own + mu * learned, true))
-    return exact("(1 − μ)·leave_one_out + μ·nll of an expert", errors, "(1 − μ)·∇E[r] + μ·∇E[log π(expert)]")
+    return exact("leave_one_out, beside nll of an expert", errors, "(1 − μ)·∇E[r] + μ·∇E[log π(expert)]")
 
 
 def _schedule_row() -> Row:
