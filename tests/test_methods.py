@@ -21,6 +21,7 @@ SLOW = {
     for name in (
         *("dppo_kl", "fipo", "gigpo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy", "turn_rloo"),
         *("adaptive_entropy", "clip_cov", "kl_cov", "m2po"),
+        *("a_star_po", "optimal_token", "role_baseline"),
     )
 }
 """Like others that run, but for a function of the objectives, which has its own tests; four seconds together."""

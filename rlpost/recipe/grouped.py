@@ -70,8 +70,8 @@ class Grouped(Rollouts):
     """What the stages with a baseline from groups have."""
 
     advantage: Annotated[Function, ADVANTAGE] = Field(default_factory=lambda: Function(fn="group_normalised"))
-    """The advantage of a completion, or of its steps; in `rlpost/objectives/`: `advantages.py`, `credit.py`,
-    `turns.py`."""
+    """The advantage of a completion, or of its steps or actions; in `rlpost/objectives/`: `advantages.py`,
+    `baselines.py`, `credit.py`, `turns.py`."""
     weight: Weight = Weight.token_mean
     """How much each token counts."""
     whiten: bool = False

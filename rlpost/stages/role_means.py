@@ -59,7 +59,7 @@ class RoleMeans:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self._means = dict(state[MEANS])
+        self._means = dict(state.get(MEANS, {}))
 
     def _roles(self, groups: Sequence[Group]) -> list[str]:
         return [role_in(group.example, self._args["by"], self._where) for group in groups]
