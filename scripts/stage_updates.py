@@ -18,6 +18,7 @@ from rlpost.goals.params import ValueTarget
 from rlpost.objectives.mixed import WeightedSum
 from rlpost.objectives.trust_region import finite_difference
 from rlpost.policy.logprobs import LogitStats
+from rlpost.recipe.specs.distill import Distill
 from rlpost.recipe.specs.dpo import Dpo
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.specs.kto import Kto
@@ -28,7 +29,7 @@ from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.recipe.specs.sft import Sft
 from rlpost.recipe.specs.trpo import Trpo
 from rlpost.recipe.specs.value import Value
-from rlpost.stages import dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
+from rlpost.stages import distill, dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.coupling import coupling
 from rlpost.stages.entropy import EntropyBonus
@@ -36,8 +37,9 @@ from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.params import Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
+from rlpost.stages.teachers import Lessons
 from rlpost.train.experience import Experience
-from rlpost.train.learner import Learner, LossFunction
+from rlpost.train.learner import Learner, LossFunction, Stats
 from rlpost.types import Group
 from rlpost.usercode.params import Function
 
@@ -47,7 +49,7 @@ class Update(NamedTuple):
 
     loss: LossFunction
     experience: Experience
-    stats: LogitStats | None = None
+    stats: Stats | None = None
 
 
 Measured = tuple[Tensor, dict[str, float]]
@@ -298,6 +300,22 @@ def sampled_pairs(world: World) -> Case:
     return Case(groups, prepare, whole_groups=True)
 
 
+def distilled(world: World, **settings: Any) -> Case:
+    cfg = Distill(learning_rate=1.0, group_size=GROUP_SIZE, sampling=SAMPLING, teacher="base", **settings)
+    lessons = Lessons(world.reference(), None, "distill")
+    loss = distill.distillation_loss(world.function(cfg, "surrogate"), cfg)
+    divergence = distill.Divergence(world.function(cfg, "loss"), cfg, lessons)
+    groups = world.groups
+
+    def prepare(share: Sequence[int], learner: Learner) -> Update:
+        policy, rollout = learner.model, rollout_of(groups, share)
+        estimator, correction = AdvantageEstimator(world, cfg, policy, None), SamplerCorrection(world, cfg, policy)
+        experience = distill.assemble(rollout, 0, cfg, correction, estimator, divergence, learner)
+        return Update(loss, weighted(experience, cfg), divergence.stats)
+
+    return Case(groups, prepare)
+
+
 IN_LOSS = Kl(beta=0.1, placement=KlPlacement.loss, estimator=KlEstimator.k3)
 CASES: dict[str, Callable[[World], Case]] = {
     "sft nll": lambda w: supervised(w, "nll", "token_mean"),
@@ -332,5 +350,8 @@ CASES: dict[str, Callable[[World], Case]] = {
     "trpo gradient": lambda w: trust_region(w, gradient),
     "trpo fisher": lambda w: trust_region(w, fisher_product),
     "online_dpo dpo": sampled_pairs,
+    "distill jensen_shannon": lambda w: distilled(w, loss=Function(fn="jensen_shannon")),
+    "distill top_k, completion": lambda w: distilled(w, top_k=3, credit="completion", weight="sequence_sum"),
+    "distill sampled, rewards": lambda w: distilled(w, estimate="sampled", credit="completion", reward_coef=0.5),
 }
 """Stage and variant, with what makes the case."""

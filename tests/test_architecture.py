@@ -57,6 +57,7 @@ SHARED_BY_STAGES = (
     "rollouts",
     "self_play",
     "supervised",
+    "teachers",
 )
 """Modules of stages/ that are no stage."""
 READS_RECIPES = (

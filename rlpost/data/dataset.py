@@ -109,11 +109,18 @@ class Dataset:
 
     def every(self) -> Iterator[Group]:
         """Every row once, in the order of the sources; does not advance `next`."""
+        for group, _ in self.located():
+            yield group
+
+    def located(self) -> Iterator[tuple[Group, str]]:
+        """Every row as `every` gives it, with its location, for messages."""
         for part in self._parts:
             for first in range(0, len(part), _AT_ONCE):
                 rows = range(first, min(first + _AT_ONCE, len(part)))
                 found = part.groups(rows, [self._seed + i for i in rows])
-                yield from (group for group in found if group is not None)
+                for i, group in zip(rows, found, strict=True):
+                    if group is not None:
+                        yield group, part.location(part.flat.number(i))
 
     def all(self) -> list[Group]:
         """All of `every`."""

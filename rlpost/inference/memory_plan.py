@@ -261,7 +261,7 @@ def _beside(stage: Any, f: Footprint, moments: int) -> int:
     """Bytes of the models beside the trained one, each taken to be of its size."""
     copy = f.adapter if f.adapter else f.base
     frozen = sum(bool(leaf.model) for leaf, _ in reward_leaves(getattr(stage, "rewards", []), ""))
-    frozen += int(_has_reference(stage)) + int(getattr(stage, "teacher", None) is not None)
+    frozen += int(_has_reference(stage)) + int(getattr(stage, "teacher", None) not in (None, "self"))
     found = frozen * copy
     critic = getattr(stage, "critic", None)
     if critic is not None:

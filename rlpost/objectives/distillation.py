@@ -39,9 +39,9 @@ def fold(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
     if ids_NK.shape[-1] >= logp_NV.shape[-1]:
         raise ValueError(f"{ids_NK.shape[-1]} tokens of a vocabulary of {logp_NV.shape[-1]} leave no others to fold")
     logp_NV = widen(logp_NV)
-    # A sum of the others, not 1 less the given: that has no digits where little is left. −inf would have no gradient.
-    least = torch.finfo(torch.float32).min
-    others_N1 = logp_NV.clamp(min=least).scatter(-1, ids_NK, least).logsumexp(-1, keepdim=True)
+    # A sum of the others, not 1 less the given: that has no digits where little is left. Of nothing but −inf there
+    # would be no gradient.
+    others_N1 = logp_NV.scatter(-1, ids_NK, torch.finfo(torch.float32).min).logsumexp(-1, keepdim=True)
     return torch.cat([logp_NV.gather(-1, ids_NK), others_N1], -1)
 
 

@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a ti
 POLICY = "policy"
 REFERENCE = "reference"
 CRITIC = "critic"
+TEACHER = "teacher"
 ALL_LINEAR = "all-linear"
 
 

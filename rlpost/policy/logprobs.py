@@ -7,8 +7,8 @@ Axes: N scored positions, n those of a tile, V vocabulary, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,14 +42,20 @@ class DistributionLoss:
     """A loss of whole distributions, computed tile by tile so that they never exist all at once."""
 
     function: Callable[..., Tensor]
-    """Returns [n] the loss; takes those of `logp_N`, `logp_NV`, `teacher_NV`, `target_N` that `asks` names."""
+    """Returns [n] the loss, or [n, …] it and more; takes those of `logp_N`, `logp_NV`, `teacher_NV`, `target_N` and of
+    `more` that `asks` names."""
     asks: frozenset[str]
     teacher: Teacher | None = None
     """Where `teacher_NV` comes from."""
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    """Each [N, …]: further numbers of the batch's actions, on its device."""
 
-    def of(self, logp_nV: Tensor, logp_n: Tensor, target_n: Tensor, teacher_nV: Tensor | None) -> Tensor:
-        """[n] the loss of a tile."""
+    def of(
+        self, logp_nV: Tensor, logp_n: Tensor, target_n: Tensor, teacher_nV: Tensor | None, where: slice = slice(None)
+    ) -> Tensor:
+        """[n] or [n, …] the loss of a tile, `where` it is among the N."""
         known = {"logp_N": logp_n, "logp_NV": logp_nV, "teacher_NV": teacher_nV, "target_N": target_n}
+        known |= {name: x_N[where] for name, x_N in self.more.items()}
         return self.function(**{name: x for name, x in known.items() if name in self.asks})
 
 
@@ -92,7 +98,7 @@ class PolicyOutput(NamedTuple):
     distribution_NV: Tensor | None = None
     """[N, V] log-probabilities of the whole vocabulary."""
     loss_N: Tensor | None = None
-    """[N] the loss of whole distributions."""
+    """[N] or [N, …] the loss of whole distributions."""
     top_ids_NK: Tensor | None = None
     """[N, K] the likeliest tokens, in falling order."""
     top_logp_NK: Tensor | None = None
@@ -128,7 +134,7 @@ def score(
         if compiled and stats.only_logprobs and compiled_serves(logits_nV):
             return PolicyOutput(log_probability(logits_nV, target_N[where], 1 / stats.temperature))
         logits_nV = logits_nV if logits_nV.dtype == torch.float64 else logits_nV.float()
-        return _tile(logits_nV, target_N[where], stats, None if teacher is None else teacher(where))
+        return _tile(logits_nV, target_N, stats, None if teacher is None else teacher(where), where)
 
     pieces: list[PolicyOutput] = []
     for start in range(0, max(n, 1), tile):
@@ -150,7 +156,10 @@ def compiled_serves(logits_nV: Tensor) -> bool:
     return known and logits_nV.stride(-1) == 1 and not why_none()
 
 
-def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Tensor | None) -> PolicyOutput:
+def _tile(
+    logits_nV: Tensor, target_N: Tensor, stats: LogitStats, teacher_nV: Tensor | None, where: slice
+) -> PolicyOutput:
+    target_n = target_N[where]
     scaled_nV = logits_nV if stats.temperature == 1.0 else logits_nV / stats.temperature
     if stats.only_logprobs:
         return PolicyOutput(-F.cross_entropy(scaled_nV, target_n, reduction="none"))
@@ -162,7 +171,7 @@ def _tile(logits_nV: Tensor, target_n: Tensor, stats: LogitStats, teacher_nV: Te
         entropy_N=-(logp_nV.exp() * logp_nV).sum(-1) if stats.entropy else None,
         collision_N=(2 * logp_nV).logsumexp(1) if stats.collision else None,
         distribution_NV=logp_nV if stats.distribution else None,
-        loss_N=stats.loss.of(logp_nV, logp_n, target_n, teacher_nV) if stats.loss else None,
+        loss_N=stats.loss.of(logp_nV, logp_n, target_n, teacher_nV, where) if stats.loss else None,
         top_ids_NK=None if top is None else top.indices,
         top_logp_NK=None if top is None else top.values,
     )

@@ -205,11 +205,12 @@ class Policy(nn.Module):
             batch: from `self.batch`.
             stats: what to compute for an action besides its log-probability, and the temperature it was sampled at.
         """
+        # Before this pass, since the teacher may be another adapter of the same model.
+        teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
         # A pass without gradient does not clear the flag of an earlier pass whose backward is still to come.
         self._awaiting_backward = self._awaiting_backward or torch.is_grad_enabled()
         hidden_ND, head = self._scored_states(batch, batch.before_N)
         with self.precision():
-            teacher = stats.loss.teacher.distributions(batch) if stats.loss and stats.loss.teacher else None
             return score(hidden_ND, head, self.vocabulary, batch.target_N, stats, teacher, compiled=self.blocks)
 
     @property

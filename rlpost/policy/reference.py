@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from rlpost.policy import adapters
 from rlpost.policy.adapter_files import base_of, is_adapter, read_adapter_config, same_model
 from rlpost.policy.check import probe_groups
 from rlpost.policy.load import load_policy
+from rlpost.policy.logprobs import Distributions
 from rlpost.policy.params import Model
 from rlpost.policy.policy import Policy
 from rlpost.policy.score import logprobs
@@ -43,12 +44,29 @@ class Reference:
 
     def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
-        switch = self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
-        with switch:
+        with self._acting():
             return logprobs(self._policy, groups, temperature=temperature)
 
+    def distributions(self, groups: Sequence[Group]) -> Distributions:
+        """For some of the groups' actions: [n, V] log-probabilities of the whole vocabulary, without gradient.
 
-def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Model) -> Reference:
+        The output head runs later, when the policy's own adapter is active again: neither may change it.
+        """
+        policy = self._policy
+        was_training = policy.training
+        policy.eval()
+        with self._acting():
+            found = policy.distributions(policy.batch(groups))
+        policy.train(was_training)
+        return found
+
+    def _acting(self) -> AbstractContextManager[None]:
+        return self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
+
+
+def reference_policy(
+    policy: Policy, checkpoint: Path, start: Path, settings: Model, name: str = adapters.REFERENCE
+) -> Reference:
     """The reference for a stage whose `policy` was just loaded from `start` and has not been trained yet.
 
     Args:
@@ -56,6 +74,7 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
         checkpoint: what the reference is: `start`, the base model, or an earlier stage's result.
         start: the checkpoint `policy` was loaded from.
         settings: the recipe's `model` section, for loading a frozen copy.
+        name: of its adapter on the policy's base.
 
     Raises:
         ModelError: if the checkpoint cannot be loaded.
@@ -64,22 +83,22 @@ def reference_policy(policy: Policy, checkpoint: Path, start: Path, settings: Mo
         return Reference(policy, None)
     if policy.has_adapter and checkpoint == start:
         state = adapters.adapter_state(policy.model, adapters.POLICY)
-        adapters.add_adapter(policy.model, adapters.REFERENCE, state)
-        return _proven_copy(policy, checkpoint)
+        adapters.add_adapter(policy.model, name, state)
+        return _proven_copy(policy, checkpoint, name)
     if policy.has_adapter and same_base(checkpoint, policy):
-        adapters.add_saved_adapter(policy.model, adapters.REFERENCE, checkpoint)
-        return Reference(policy, adapters.REFERENCE)
+        adapters.add_saved_adapter(policy.model, name, checkpoint)
+        return Reference(policy, name)
     frozen = load_policy(checkpoint, settings, bfloat16=policy.in_bfloat16, device=policy.device, trainable=False)
-    return _frozen(frozen)
+    return frozen_reference(frozen)
 
 
-def _proven_copy(policy: Policy, checkpoint: Path) -> Reference:
+def _proven_copy(policy: Policy, checkpoint: Path, name: str) -> Reference:
     """The reference that is a copy of the policy's adapter; its log-probabilities are compared with the policy's.
 
     Raises:
         ModelError: they differ.
     """
-    reference = Reference(policy, adapters.REFERENCE)
+    reference = Reference(policy, name)
     groups = probe_groups(policy.vocabulary, policy.max_positions)
     if not torch.equal(reference.logprobs(groups), logprobs(policy, groups)):
         raise ModelError(
@@ -89,7 +108,8 @@ def _proven_copy(policy: Policy, checkpoint: Path) -> Reference:
     return reference
 
 
-def _frozen(policy: Policy) -> Reference:
+def frozen_reference(policy: Policy) -> Reference:
+    """A model as it is, as a reference: one of its own, or the policy itself."""
     return Reference(policy, adapters.POLICY if policy.has_adapter else None)
 
 

@@ -33,6 +33,8 @@ class RewardBatch:
     """[P][G] each reward and each node of the tree, without its weight."""
     by_step: dict[str, list[list[float]]] = field(default_factory=dict)
     """[S] what rewards by step gave each step of a completion, by name."""
+    given: bool = True
+    """Whether there are rewards: False of a stage that has none, whose totals are 0."""
 
     def means(self) -> dict[str, float]:
         """Mean of each reward over the completions it scored; rewards that scored none are left out."""
@@ -65,7 +67,8 @@ def joined(batches: Sequence[RewardBatch], order: Sequence[int]) -> RewardBatch:
 
     first = batches[0]
     by_name = {name: groups([s.by_name[name] for s in batches]) for name in first.by_name}
-    return RewardBatch(groups([s.total for s in batches]), by_name, {name: steps(name) for name in first.by_step})
+    total = groups([s.total for s in batches])
+    return RewardBatch(total, by_name, {name: steps(name) for name in first.by_step}, first.given)
 
 
 def rewarded(groups: Sequence[Group], totals: Nested) -> list[Group]:
@@ -154,6 +157,20 @@ class Scorer:
 
         by_name = {name: nested(values) for name, values in scores.by_name.items()}
         return RewardBatch(nested(scores.total), by_name, {n: spread(rows, []) for n, rows in scores.by_step.items()})
+
+
+class Unrewarded(Scorer):
+    """Of a stage that learns from its samples without rewards: 0 for every completion but those that failed."""
+
+    def __init__(self) -> None:
+        self.rewards = []
+        self.seconds = 0.0
+
+    def score(self, groups: Sequence[Group], steps: Sequence[Sequence[str]] | None = None) -> RewardBatch:
+        """No rewards by name; a failed episode has no total."""
+        del steps
+        total: Nested = [[None if c.finish == FAILED else 0.0 for c in g.completions] for g in groups]
+        return RewardBatch(total, {}, given=False)
 
 
 def _nest(flat: Sequence[Any], shape: Sequence[Sequence[Any]]) -> list[list[Any]]:

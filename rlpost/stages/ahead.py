@@ -187,6 +187,6 @@ def unpacked(text: str, sampler: Sampler) -> Rollout:
     fields = json.loads(zlib.decompress(base64.b64decode(text)))
     groups = [wire.decode(g) for g in fields["groups"]]
     learned, reward_PG = learned_from(groups, sampler.cfg.mask_truncated)
-    rewards = RewardBatch(fields["total"], fields["by_name"], fields["by_step"])
     weights = sampler.scorer.weights
+    rewards = RewardBatch(fields["total"], fields["by_name"], fields["by_step"], given=bool(weights))
     return Rollout(groups, learned, reward_PG, rewards, fields["drawn"], weights, fields["drawn_means"])

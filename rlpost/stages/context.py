@@ -41,7 +41,7 @@ from rlpost.policy.value_head import ValueHeadModel
 from rlpost.recipe.specs.common import Offline, Stage, Training
 from rlpost.rewards import tree
 from rlpost.rewards.params import REWARD, Reward
-from rlpost.rewards.score import Scorer
+from rlpost.rewards.score import Scorer, Unrewarded
 from rlpost.run.interrupt import Interrupts
 from rlpost.run.lookup import find_checkpoint
 from rlpost.run.names import FROM_HERE
@@ -383,7 +383,8 @@ def make_scorer(rewards: Sequence[Reward], where: str, folder: Path, judge: Call
         unscored = reward.on_failure is OnFailure.unscored
         return tree.BoundReward(reward.name or function.name, reward.weight, function.call, model, unscored)
 
-    return Scorer([bound(reward, f"{where}.rewards[{i}]") for i, reward in enumerate(rewards)])
+    every = [bound(reward, f"{where}.rewards[{i}]") for i, reward in enumerate(rewards)]
+    return Scorer(every) if every else Unrewarded()
 
 
 def steps_of(cfg: Training, rows: int, batch_size: int, where: str) -> int:

@@ -1,4 +1,4 @@
-"""Checks, while a stage's rows are read, that what reads their columns can: rewards answers and tests, an advantage."""
+"""Checks, while a stage's rows are read, that what reads their columns can: rewards, an advantage, a teacher."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from rlpost.data.files import Chunk
 from rlpost.data.formats import DataRole
+from rlpost.data.part import Check
+from rlpost.data.privileged import KEY, FillsTemplate
 from rlpost.data.row_values import READS
 from rlpost.recipe.grouped import ADVANTAGE
 from rlpost.rewards.code_tests import read_tests
@@ -49,9 +51,28 @@ class ReadableReferences:
             column.refuse()
 
 
-def readable_references(stage: Any, where: str, need: DataRole) -> ReadableReferences | None:
-    """The check for the rewards and the advantage of a stage at key path `where`, or of the evaluation; None if they
-    read no column.
+@dataclass(frozen=True)
+class Every:
+    """Several checks, one after the other."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def identity(self) -> Any:
+        """What is checked, as a key of cached rows."""
+        return [check.identity for check in self.checks]
+
+    def __call__(self, chunks: Iterator[Chunk], location: Callable[[int], str]) -> Iterator[Chunk]:
+        """Pass the rows through all of them."""
+        for check in self.checks:
+            chunks = check(chunks, location)
+        return chunks
+
+
+def readable_references(stage: Any, where: str, need: DataRole) -> Check | None:
+    """The check for what a stage or the evaluation at key path `where` reads of its rows; None if there is nothing.
+
+    Rewards read answers and tests, an advantage what its arguments name, a teacher the columns of its prompt.
 
     Raises:
         RecipeError: a reward runs programs, and no sandbox holds here as it asks for.
@@ -66,7 +87,12 @@ def readable_references(stage: Any, where: str, need: DataRole) -> ReadableRefer
     for argument, (given, _) in READS.items():
         if advantage is not None and info_of(advantage, ADVANTAGE).takes(given):
             columns[argument, advantage.args[argument]] = None
-    return ReadableReferences(tuple(columns), need is DataRole.recorded) if columns else None
+    rewards = ReadableReferences(tuple(columns), need is DataRole.recorded) if columns else None
+    template = getattr(stage, KEY, None)
+    if template is None:
+        return rewards
+    teacher = FillsTemplate(template, where)
+    return teacher if rewards is None else Every((rewards, teacher))
 
 
 def _reader(what: str) -> Callable[[Mapping[str, Any], str], object]:

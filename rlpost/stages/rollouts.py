@@ -100,13 +100,13 @@ class Rollout:
         sampled = completions(self.groups)
         scored = [r for total in self.rewards.total for r in total if r is not None]
         logprobs = [x for c in sampled for x in c.logprobs.tolist()]
-        metrics: dict[str, Any] = {"reward": sum(scored) / len(scored)} if scored else {}
+        metrics: dict[str, Any] = {"reward": sum(scored) / len(scored)} if scored and self.rewards.given else {}
         metrics |= {f"reward/{name}": value for name, value in self.rewards.means().items()}
         return (
             metrics
+            | {"unscored": self.rewards.unscored}
+            | ({"zero_signal": 1.0 - float(has_signal(self.reward_PG).double().mean())} if self.rewards.given else {})
             | {
-                "unscored": self.rewards.unscored,
-                "zero_signal": 1.0 - float(has_signal(self.reward_PG).double().mean()),
                 "truncated": sum(c.finish == "length" for c in sampled) / len(sampled),
                 "length": sum(c.actions for c in sampled) / len(sampled),
                 # The mean of −log p over samples is an unbiased estimate of the entropy.
@@ -131,7 +131,7 @@ class Signal:
         """Warn about a step's samples if need be, and return them."""
         learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
         alone = rollout.reward_PG.shape[1] == 1 and not self._no_gradient
-        if has_signal(rollout.reward_PG).any() or (alone and len(learned) > 1):
+        if not rollout.rewards.given or has_signal(rollout.reward_PG).any() or (alone and len(learned) > 1):
             self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
         elif not learned:
             self._spell.begins(f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned")
@@ -292,7 +292,6 @@ class Recorded:
         self.data = data
         self.signal = signal
         self.scorer = scorer
-
         self._seconds = 0.0
 
     @property
@@ -364,12 +363,13 @@ def learned_from(groups: Sequence[Group], mask_truncated: bool = False) -> tuple
     out = [[c.reward is None or (mask_truncated and c.finish == "length") for c in g.completions] for g in groups]
     total = _tensor([[c.reward for c in g.completions] for g in groups])
     return [
-        replace(g, completions=tuple(_without_actions(c) if o else c for c, o in zip(g.completions, row, strict=True)))
+        replace(g, completions=tuple(without_actions(c) if o else c for c, o in zip(g.completions, row, strict=True)))
         for g, row in zip(groups, out, strict=True)
     ], torch.where(torch.tensor(out), torch.nan, total)
 
 
-def _without_actions(completion: Completion) -> Completion:
+def without_actions(completion: Completion) -> Completion:
+    """The completion as nothing is learned from it."""
     nothing = {name: getattr(completion, name)[:0] for name in ("logprobs", "steps", "step_labels", "step_rewards")}
     return replace(completion, action=np.zeros(len(completion.ids), np.bool_), **nothing)
 

@@ -36,6 +36,9 @@ T = TypeVar("T")
 LossFunction = Callable[[Any, Experience], tuple[Tensor, Mapping[str, Tensor]]]
 """(the model's output on a part, the part) -> (Σ loss·weight, metrics: 1-D tensors averaged over the whole update)."""
 
+Stats = LogitStats | Callable[[Experience], LogitStats]
+"""What a policy's forward pass computes for each action; or that of each part of an experience."""
+
 
 @dataclass(frozen=True)
 class Term:
@@ -43,8 +46,8 @@ class Term:
 
     loss: LossFunction
     experience: Experience
-    stats: LogitStats | None = None
-    """What a policy's forward pass computes for each action; by default the log-probability alone."""
+    stats: Stats | None = None
+    """What the forward pass computes; by default the log-probability alone."""
     factor: float = 1.0
     """What its gradient is multiplied by; at 0 nothing of it is computed."""
     name: str = ""
@@ -119,13 +122,13 @@ class Learner:
         """The learning rate of the next update."""
         return self._peak * self._factor(self.updates)
 
-    def update(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
+    def update(self, loss: LossFunction, experience: Experience, stats: Stats | None = None) -> dict[str, float]:
         """One optimiser step on the whole experience; returns its metrics.
 
         Args:
             loss: of a part of the experience; see `LossFunction`.
             experience: the update, the same on all ranks.
-            stats: what a policy's forward pass computes for each action; by default the log-probability alone.
+            stats: what the forward pass computes; by default the log-probability alone.
 
         Raises:
             DivergedError: if the gradient or a metric is not finite; nothing was changed then.
@@ -151,7 +154,7 @@ class Learner:
             self.trained_samples += rows.learned
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def gradient(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
+    def gradient(self, loss: LossFunction, experience: Experience, stats: Stats | None = None) -> dict[str, float]:
         """The update's gradient, summed over parts and ranks, left in the parameters; returns its metrics."""
         return self._gradient([Term(loss, experience, stats)], None)
 
@@ -184,7 +187,7 @@ class Learner:
             term = terms[number]
             batch = self.model.batch(part.groups)
             with balance.recording() if balance is not None else nullcontext() as recorded:
-                output = self._output(batch, term.stats)
+                output = self._output(batch, part, term.stats)
             total, metrics = term.loss(output, part.to(self.model.device))
             minimised = total if term.factor == 1 else term.factor * total
             if balance is not None and recorded is not None:
@@ -213,7 +216,7 @@ class Learner:
             for number, part in parts:
                 batch = self.model.batch(part.groups)
                 with balance.recording() as recorded:
-                    self._output(batch, terms[number].stats)
+                    self._output(batch, part, terms[number].stats)
                 load = add(load, balance.load(recorded, batch))
 
         if self._attempt([term.experience for term in terms], own) is None:
@@ -224,14 +227,14 @@ class Learner:
 
     @torch.no_grad()
     def evaluate_no_grad(
-        self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: LogitStats | None = None
+        self, take: Callable[[Any, Experience], Tensor], experience: Experience, stats: Stats | None = None
     ) -> Tensor:
         """`take(output, part)` of every part, concatenated along the first axis; no gradient, on the CPU."""
 
         def own(parts: Parts) -> list[Tensor]:
             taken = []
             for _, part in parts:
-                output = self._output(self.model.batch(part.groups), stats)
+                output = self._output(self.model.batch(part.groups), part, stats)
                 taken.append(take(output, part.to(self.model.device)).cpu())
             return taken
 
@@ -239,14 +242,14 @@ class Learner:
         pieces = [piece for some in everyone for piece in some]
         return torch.cat(pieces) if pieces else torch.zeros(0)
 
-    def measure(self, loss: LossFunction, experience: Experience, stats: LogitStats | None = None) -> dict[str, float]:
+    def measure(self, loss: LossFunction, experience: Experience, stats: Stats | None = None) -> dict[str, float]:
         """The metrics of `loss` on the whole experience, without gradient."""
 
         @torch.no_grad()
         def own(parts: Parts) -> Sums:
             meter = Meter()
             for _, part in parts:
-                output = self._output(self.model.batch(part.groups), stats)
+                output = self._output(self.model.batch(part.groups), part, stats)
                 total, metrics = loss(output, part.to(self.model.device))
                 meter.add_part(total, metrics)
             return meter.sums()
@@ -292,9 +295,11 @@ class Learner:
         self._microbatches.lower(experiences, short, self._here)
         return None
 
-    def _output(self, batch: Batch, stats: LogitStats | None) -> Any:
-        """The model's output on a batch; a model with a value head takes no statistics."""
-        return self.model(batch) if stats is None else self.model(batch, stats)
+    def _output(self, batch: Batch, part: Experience, stats: Stats | None) -> Any:
+        """The model's output on a part's batch; a model with a value head takes no statistics."""
+        if stats is None:
+            return self.model(batch)
+        return self.model(batch, stats(part) if callable(stats) else stats)
 
     def _zero_gradients(self) -> None:
         # Zeros, not None: the optimiser skips None, but a parameter without gradient this time (an unused expert)

@@ -110,7 +110,7 @@ def test_every_packaged_recipe_can_be_read_and_says_what_it_does() -> None:
         ("x: !!python/object/apply:os.system [ls]\n", "child.yaml:1: could not determine a constructor"),
         ("hydra: {searchpath: [file:///]}\n", "hydra's own settings are refused"),
         ("stages: [a]\n", "stages: expected stages by name"),
-        ("stages: {a: {steps: 1}}\n", "stages.a.kind: missing - give one of dpo, grpo, guided,"),
+        ("stages: {a: {steps: 1}}\n", "stages.a.kind: missing - give one of distill, dpo, grpo,"),
         ("stages: {a: null}\n", "stages.a: empty"),
         ("stages: {base: {kind: sft}}\nmodel: {path: x}\n", "stages.base.learning_rate: missing"),
         ("x: " + "[" * 3000, "nested too deeply"),

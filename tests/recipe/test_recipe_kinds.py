@@ -61,7 +61,8 @@ def test_the_best_is_chosen_by_the_rewards_of_any_kind(write, kind: str) -> None
 
 @pytest.mark.parametrize("kind", [k for k in kinds() if spec_of(k).model_construct().leaves is Leaves.policy])
 def test_a_maze_is_solved_by_the_last_policy_of_any_kind(write, tmp_path: Path, kind: str) -> None:
-    samples = SAMPLES if kind in ("grpo", "ppo", "trpo", "online_dpo") else ""
+    samples = SAMPLES if kind in ("grpo", "ppo", "trpo", "online_dpo", "distill") else ""
+    samples += ", teacher: first" if kind == "distill" else ""
     stages = f"  first: {{kind: sft, {STAGE}}}\n  last: {{kind: {kind}, {STAGE}, {samples}}}\n"
     config = resolve(recipe(write, stages)).config
     run = tmp_path / "runs/kinds"

@@ -197,7 +197,7 @@ class Rollouts(Training):
     correction: Correction = Field(default_factory=Correction)
     """Importance weights between sampler and trainer."""
     rewards: Annotated[list[Reward], REWARD] = Field(default_factory=list)
-    """Rewards of a completion; at least one."""
+    """Rewards of a completion; at least one, but for `distill`."""
     kl: Kl = Field(default_factory=Kl)
     """KL to the reference: how much it counts, where, and how it is estimated."""
     reference: str = "start"
@@ -231,6 +231,11 @@ class Rollouts(Training):
         """Log-probabilities of the reference are computed."""
         return self.kl.beta > 0
 
+    @property
+    def needs_rewards(self) -> bool:
+        """It learns nothing without rewards of its own."""
+        return self.rows() is not DataRole.recorded
+
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of every stage that trains, of the KL and of sampling."""
         yield from super().rules(where, earlier)
@@ -254,7 +259,7 @@ class Rollouts(Training):
                 f"{where}.max_length: {self.max_length} leaves no room for a prompt beside "
                 f"sampling.max_new_tokens={self.sampling.max_new_tokens} - raise it, or lower that"
             )
-        if self.rewards or self.rows() is not DataRole.recorded:
+        if self.rewards or self.needs_rewards:
             yield from reward_problems(self.rewards, where, earlier)
         if self.rows() is not DataRole.recorded:
             yield from environment_problems(self.rewards, self.environment, where)
