@@ -73,7 +73,7 @@ class Lessons:
         return Taught(self._teacher, self._shown(groups), temperature)
 
     def score(self, groups: Sequence[Group], k: int, temperature: float) -> Mapping[str, Tensor]:
-        """Of every action `teacher`, its log-probability; of an engine, with `k`, also `ids` and `top` of the likeliest.
+        """Of every action `teacher`, its log-probability; of an engine, with `k`, `ids` and `top` of the likeliest.
 
         They are [N], [N, K] and [N, K], on the CPU.
 
