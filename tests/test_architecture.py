@@ -53,6 +53,7 @@ SHARED_BY_STAGES = (
     "pairwise",
     "params",
     "references",
+    "replies",
     "role_means",
     "rollouts",
     "self_play",

@@ -26,6 +26,7 @@ from rlpost.stages.expert import ExpertRows
 from rlpost.stages.focus import focusing
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
+from rlpost.stages.replies import with_replies
 from rlpost.stages.rollouts import Rollout, samples_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import LossFunction, Term
@@ -49,9 +50,12 @@ def grpo(context: Context, cfg: Grpo) -> Path:
 
     def minimise(minibatch: Experience, step: int) -> dict[str, float]:
         update = coupled(weighted(focused(minibatch), cfg))
+        own = Term(loss, update, stats)
+        if cfg.reply_coef:
+            own = with_replies(own, cfg.reply_coef, policy.tokenizer)
         if expert is None:
-            return learner.update(loss, update, stats)
-        return expert.update(learner, Term(loss, update, stats), step)
+            return learner.update(own.loss, own.experience, stats)
+        return expert.update(learner, own, step)
 
     def measured(rollout: Rollout, step: int) -> Experience:
         bonus.measure(rollout)

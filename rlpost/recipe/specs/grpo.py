@@ -32,6 +32,9 @@ class Grpo(Grouped):
     """Weight of an entropy bonus, averaged over tokens."""
     adaptive_entropy: AdaptiveEntropy | None = None
     """Adapt that weight, from `entropy_coef` on, so that the entropy does not fall below a target."""
+    reply_coef: float = Field(0.0, ge=0)
+    """Weight of the likelihood of what an environment or tools replied, averaged over its tokens (ECHO); 0.05 in its
+    paper."""
     expert: Expert | None = None
     """Rows of an expert that every update learns from as well (CHORD); none by default."""
 
@@ -62,6 +65,8 @@ class Grpo(Grouped):
                 f"{where}.adaptive_entropy: it goes by the entropy of samples, and recorded rollouts are another "
                 "policy's - remove it, and give entropy_coef"
             )
+        if self.reply_coef and self.environment is None and not self.tools:
+            yield f"{where}.reply_coef: nothing replies to the model - name an environment or tools, or remove it"
         if self.expert is not None:
             yield from self.expert.rules(f"{where}.expert", earlier)
         surrogate = info_of(self.loss, SURROGATE)
