@@ -1,4 +1,4 @@
-"""Claims about losses that stand beside a policy gradient in one update: of an expert's rows.
+"""Claims about losses that stand beside a policy gradient in one update: of an expert's rows, of replies.
 
 The expert is the reference: its completions are what is learned beside the policy's own samples.
 
@@ -16,15 +16,16 @@ from rlpost.objectives import advantages, supervised
 from rlpost.objectives.mixing import expert_weight
 from rlpost.oracle import truth
 from rlpost.oracle.estimators import descent, group_gradient
-from rlpost.oracle.problem import SIZES, Problem, relative_error
-from rlpost.oracle.report import Row, Section, exact
+from rlpost.oracle.multisets import multisets
+from rlpost.oracle.problem import SIZES, Problem, cosine, relative_error
+from rlpost.oracle.report import Row, Section, biased, exact
 
 SHARE = partial(expert_weight, peak=0.9, valley=0.1, warmup_steps=2, decay_steps=4)
 
 
 def mixed_section(problem: Problem) -> Section:
-    """An expert's rows beside the policy's own samples."""
-    rows = [_expert_row(problem), _schedule_row(), *_confidence_rows(problem)]
+    """An expert's rows, and what an environment replied, beside the policy's own samples."""
+    rows = [_expert_row(problem), _schedule_row(), *_confidence_rows(problem), *_reply_rows(problem)]
     return Section("surrogates, and losses beside them: relative error", tuple(rows))
 
 
@@ -73,4 +74,48 @@ def _confidence_rows(problem: Problem) -> list[Row]:
     return [
         exact("confidence_weighted: coefficient of ∇logp", relative_error(slope_N, -p_N * (1 - p_N)), "by hand", 1e-10),
         exact("confidence_weighted of an expert", relative_error(found, problem.true_gradient(cost)), "∇(p²/2 − p)"),
+    ]
+
+
+def _reply_rows(problem: Problem) -> list[Row]:
+    """Replies: after its first action the policy writes no more, an environment does, whose words are the reference's.
+
+    The likelihood of replies follows its gradient in the states that were visited. That the first action leads to other
+    states is not in it: as a gradient of the expected likelihood itself it would be biased.
+    """
+    tree = problem.tree
+    reply_X = torch.arange(tree.states) >= tree.first_T[1]
+    reply_N = reply_X[tree.state_N].double()
+
+    def played(logp_XV: Tensor) -> Tensor:
+        return torch.where(reply_X[:, None], problem.reference_XV, logp_XV)
+
+    old_XV = played(problem.logp_XV.detach())
+    probability_L, visits_X = truth.leaf_logp(tree, old_XV).exp(), truth.visits(tree, old_XV)
+
+    def told(logp_XV: Tensor, at_X: Tensor) -> Tensor:
+        return (at_X * reply_X * (problem.reference_XV.exp() * logp_XV).sum(1)).sum()
+
+    held = problem.true_gradient(lambda logp_XV: told(logp_XV, visits_X))
+    moving = problem.true_gradient(lambda logp_XV: told(logp_XV, truth.visits(tree, played(logp_XV))))
+
+    def learned(weight_L: Tensor) -> Tensor:
+        weight_N = tree.rows.spread(weight_L) * reply_N
+        return -problem.expected_gradient(descent(supervised.nll, problem.old_N, weight_N))
+
+    means: list[float | None] = []
+    for size in SIZES:
+        sets = multisets(probability_L.log(), size)
+        if sets is None:
+            means.append(None)
+            continue
+        replies_PG = tree.rows.sum(reply_N)[sets.leaf_PG]
+        share_PG = (sets.probability_P / replies_PG.sum(1).clamp(min=1))[:, None].expand_as(replies_PG)
+        weight_L = torch.zeros_like(probability_L).index_add(0, sets.leaf_PG.flatten(), share_PG.flatten())
+        means.append(cosine(learned(weight_L), held))
+    found = learned(probability_L)
+    return [
+        exact("likelihood of replies, summed", relative_error(found, held), "∇E[log π(reply)], states held fixed"),
+        biased("likelihood of replies, summed, against ∇E[log π(reply)]", cosine(found, moving), "biased: states move"),
+        biased("likelihood of replies, their mean in an update", means, "biased by their number"),
     ]

@@ -85,6 +85,8 @@ def refusal(adding: str, *overrides: str) -> str:
             "stages.grpo={focus: {fn: top_entropy}, loss: {fn: squared_log_ratio, args: {tau: 0.1}}}",
             "stages.grpo.focus: squared_log_ratio learns from an action whose advantage is 0",
         ),
+        ("stages.grpo.reply_coef=0.1", "stages.grpo.reply_coef: nothing replies to the model"),
+        ("stages.grpo.reply_coef=-0.1", "stages.grpo.reply_coef"),
         ("stages.grpo.expert={}", "stages.grpo.expert.data: missing"),
         (
             "stages.grpo.expert={data: {rows: {path: rows.jsonl, direction: reverse}}}",
