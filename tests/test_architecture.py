@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -105,8 +106,17 @@ LONGEST_FUNCTION = 60
 LONGEST_FILE = 400
 
 
-def parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"))
+@cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """Of its syntax: read once for all tests."""
+    return tuple(ast.walk(ast.parse(file.read_text("utf-8"))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """A million nodes would slow down every collection of garbage in the files after this one."""
+    yield
+    nodes.cache_clear()
 
 
 def top(file: Path) -> str:
@@ -116,9 +126,9 @@ def top(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def modules_imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def modules_imported(file: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import, those inside functions too."""
-    for node in ast.walk(tree):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -136,7 +146,7 @@ def dotted(node: ast.expr) -> str:
 
 def calls() -> Iterator[tuple[Path, str, ast.Call]]:
     for file in FILES:
-        for node in ast.walk(parsed(file)):
+        for node in nodes(file):
             if isinstance(node, ast.Call):
                 yield file, dotted(node.func), node
 
@@ -150,7 +160,7 @@ def test_imports_go_down():
     height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
     wrong = []
     for file in FILES:
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             package, *rest = name.split(".")
             owner = "params" if rest[1:2] == ["params"] else (rest or [""])[0]
             if package == "rlpost" and owner != top(file) and height[owner] >= height[top(file)]:
@@ -163,7 +173,7 @@ def test_recipes_are_read_at_the_top():
     wrong = []
     for file in FILES:
         place = file.relative_to(PACKAGE)
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             if (
                 name.startswith("rlpost.recipe.")
                 and top(file) not in READS_RECIPES
@@ -176,7 +186,7 @@ def test_recipes_are_read_at_the_top():
 def test_stages_do_not_know_each_other():
     wrong = []
     for file in (PACKAGE / "stages").glob("*.py"):
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             if name.startswith("rlpost.stages.") and name.split(".")[2] not in SHARED_BY_STAGES:
                 wrong.append(f"{file.name}:{line} imports {name}")
     assert wrong == []
@@ -184,7 +194,7 @@ def test_stages_do_not_know_each_other():
 
 def test_objectives_need_torch_alone():
     for file in (PACKAGE / "objectives").glob("*.py"):
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             assert name.split(".")[0] in {"torch", "rlpost", *sys.stdlib_module_names}, f"{file.name}:{line}: {name}"
 
 
@@ -208,7 +218,7 @@ for name in {modules}:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_files_and_functions_are_short(file):
     assert len(file.read_text("utf-8").splitlines()) <= LONGEST_FILE
-    for node in ast.walk(parsed(file)):
+    for node in nodes(file):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, node.name
@@ -228,7 +238,7 @@ def test_nothing_runs_text_or_unpickles():
             assert isinstance(safe, ast.Constant), place
             assert safe.value is True, place
     for file in FILES:
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             assert name.split(".")[0] not in {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, f"{file}:{line}"
 
 
@@ -251,7 +261,7 @@ def test_code_that_comes_with_a_model_is_never_run():
 
 def test_only_the_console_knows_rich_and_only_the_command_line_prints():
     for file in FILES:
-        for line, name in modules_imported(parsed(file)):
+        for line, name in modules_imported(file):
             assert top(file) == "console" or name.split(".")[0] != "rich", f"{file}:{line}"
     for file, name, call in calls():
         allowed = top(file) == "cli" or file.name == "math_worker.py"
