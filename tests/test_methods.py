@@ -19,12 +19,14 @@ SMALL = "{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_atte
 SLOW = {
     f"methods/{name}"
     for name in (
+        *("cdpo", "discopop", "exo", "f_dpo", "label_smoothing", "ld_dpo", "length_normalised_dpo", "nca"),
+        *("cispo", "dapo", "deepseek_v32", "dppo", "dr_grpo", "gmpo", "gpg", "maxrl", "opo", "pass_at_k", "reinforce"),
         *("dppo_kl", "fipo", "gigpo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy", "turn_rloo"),
         *("adaptive_entropy", "clip_cov", "kl_cov", "m2po"),
         *("a_star_po", "optimal_token", "role_baseline"),
     )
 }
-"""Like others that run, but for a function of the objectives, which has its own tests; four seconds together."""
+"""Like others that run, but for a function or an argument of the objectives, which has its own tests."""
 TELLING = "vars.right=[{fn: pattern, name: correct, args: {regex: '^[0-4]'}}]"
 """A reward that a model which has learned nothing earns now more, now less of."""
 

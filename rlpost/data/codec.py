@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -86,7 +86,7 @@ class Codec:
         fast = getattr(tokenizer, "is_fast", False)
         rules = tokenizer.backend_tokenizer.to_str() if fast else [tokenizer.get_vocab(), tokenizer.init_kwargs]
         special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-        libraries = {name: version(name) for name in ("tokenizers", "transformers", "jinja2")}
+        libraries = _libraries()
         about = [type(tokenizer).__name__, rules, special, tokenizer.chat_template, libraries]
         about += [self.tools] if self.tools else []
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
@@ -95,6 +95,12 @@ class Codec:
         unknown = self.tokenizer.unk_token_id
         found = (c for c in text if unknown in self.tokenizer.encode(c, add_special_tokens=False))
         return next(found, text[:20])
+
+
+@cache
+def _libraries() -> dict[str, str]:
+    """Versions of those whose code makes ids of text."""
+    return {name: version(name) for name in ("tokenizers", "transformers", "jinja2")}
 
 
 def make_codec(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> Codec:

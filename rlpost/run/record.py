@@ -9,7 +9,9 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +51,13 @@ class Record:
     @property
     def config(self) -> dict[str, Json]:
         """The resolved recipe."""
-        config: dict[str, Json] = yaml.safe_load(self.recipe)
-        return config
+        return deepcopy(_parsed(self.recipe))
+
+
+@lru_cache(maxsize=4)
+def _parsed(recipe: str) -> dict[str, Json]:
+    config: dict[str, Json] = yaml.safe_load(recipe)
+    return config
 
 
 def read_record(run: Path) -> Record | None:

@@ -8,8 +8,8 @@ from rlpost.policy.memory import keep_freed_memory
 
 COUNT = """
 import resource, sys
-from rlpost.policy.memory import keep_freed_memory
 if sys.argv[1] == "keep":
+    from rlpost.policy.memory import keep_freed_memory
     assert keep_freed_memory()
 def fill(n):
     for _ in range(n):

@@ -292,7 +292,7 @@ def test_changed_code_of_a_function_is_a_change(runs, heard):
 
 def test_another_version_is_told_and_the_old_environment_kept(runs, heard, monkeypatch):
     path = reopen(recipe(runs)).path
-    monkeypatch.setattr("rlpost.run.environment.version", lambda _: "99.0")
+    monkeypatch.setattr("rlpost.run.environment._version", lambda _: "99.0")
     reopen(recipe(runs))
     assert len(heard) == 1
     assert "torch: " in heard[0]

@@ -56,8 +56,15 @@ def test_after_another_stage_the_reference_is_where_this_one_starts(tmp_path, lo
     assert first["rejected_logratio"] == pytest.approx(0, abs=1e-5)
 
 
-@LORA_OR_NOT
-@pytest.mark.parametrize(("name", "folder"), [("base", "base"), ("sft", "sft/final"), ("start", "dpo/final")])
+@pytest.mark.parametrize(
+    ("name", "folder", "lora"),
+    [
+        pytest.param(name, folder, lora, id=f"{name}-{way}", marks=[] if quick else pytest.mark.slow)
+        for name, folder, quick in [("base", "base", "lora"), ("sft", "sft/final", "full"), ("start", "dpo/final", "")]
+        for way, lora in [("full", ()), ("lora", (LORA,))]
+        for quick in [way == quick]
+    ],
+)
 def test_the_reference_can_be_the_base_or_an_earlier_stage(tmp_path, lora, name, folder):
     run(tmp_path, {"sft": SFT, "dpo": {**ALL, "learning_rate": 1e-2}, "again": {**ALL, "reference": name}}, *lora)
     runs = tmp_path / "runs/run"

@@ -165,9 +165,18 @@ def test_truncated_answers_can_be_left_out(tmp_path, masked):
     assert lines[0]["reward"] == lines[0]["truncated"]  # logged whole, masked or not
 
 
-@LORA_OR_NOT
 @pytest.mark.parametrize(
-    ("placement", "estimator"), [("reward", "k1"), ("loss", "k2"), ("loss", "k3")], ids=["reward", "k2", "k3"]
+    ("placement", "estimator", "lora"),
+    [
+        pytest.param("reward", "k1", (), id="reward-full"),
+        pytest.param("loss", "k3", (LORA,), id="k3-lora"),
+        *(
+            pytest.param(placement, estimator, lora, id=f"{estimator}-{way}", marks=pytest.mark.slow)
+            for placement, estimator in [("reward", "k1"), ("loss", "k2"), ("loss", "k3")]
+            for way, lora in [("full", ()), ("lora", (LORA,))]
+            if (estimator, way) not in {("k1", "full"), ("k3", "lora")}
+        ),
+    ],
 )
 def test_the_kl_draws_the_policy_back_to_its_reference(tmp_path, placement, estimator, lora):
     stage = {

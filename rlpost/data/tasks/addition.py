@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random as randomness
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from rlpost.errors import RecipeError
@@ -26,7 +27,7 @@ def train(*, held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
     """
     if not 0 <= held_out < PROBLEMS:
         raise RecipeError(f"held_out={held_out}: give 0 to {PROBLEMS - 1}, there are {PROBLEMS}")
-    return [_row(number) for number in _order(seed)[held_out:]]
+    return [dict(row) for row in _rows(seed)[held_out:]]
 
 
 def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def held_out(*, n: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
     """
     if not 1 <= n <= PROBLEMS:
         raise RecipeError(f"n={n}: give 1 to {PROBLEMS}")
-    return [_row(number) for number in _order(seed)[:n]]
+    return [dict(row) for row in _rows(seed)[:n]]
 
 
 def labelled(*, forbidden: Sequence[str], held_out: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
@@ -128,7 +129,9 @@ def _without_carry(a: int, b: int) -> str:
     return f"{(a // 10 + b // 10) * 10 + (a + b) % 10:03d}"[::-1]
 
 
-def _order(seed: int) -> list[int]:
+@lru_cache(maxsize=2)
+def _rows(seed: int) -> list[dict[str, Any]]:
+    """All problems in random order; stages that read the same ones do not make them again."""
     numbers = list(range(PROBLEMS))
     randomness.Random(seed).shuffle(numbers)
-    return numbers
+    return [_row(number) for number in numbers]
