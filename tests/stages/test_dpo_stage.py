@@ -59,10 +59,9 @@ def test_after_another_stage_the_reference_is_where_this_one_starts(tmp_path, lo
 @pytest.mark.parametrize(
     ("name", "folder", "lora"),
     [
-        pytest.param(name, folder, lora, id=f"{name}-{way}", marks=[] if quick else pytest.mark.slow)
+        pytest.param(name, folder, lora, id=f"{name}-{way}", marks=[] if way == quick else pytest.mark.slow)
         for name, folder, quick in [("base", "base", "lora"), ("sft", "sft/final", "full"), ("start", "dpo/final", "")]
         for way, lora in [("full", ()), ("lora", (LORA,))]
-        for quick in [way == quick]
     ],
 )
 def test_the_reference_can_be_the_base_or_an_earlier_stage(tmp_path, lora, name, folder):
