@@ -180,6 +180,20 @@ def test_calculator(tmp_path):
 
 
 @pytest.mark.slow
+def test_distill(tmp_path):
+    small = [*TINY, *stage("sft", *TWO, "batch_size=8"), "evaluation.data.held_out.limit=8"]
+    run(tmp_path, "distill_teacher", *small)
+    final = run(
+        tmp_path,
+        "distill",
+        *small,
+        *stage("distill", *TWO, "prompts_per_step=4"),
+        f"vars.teacher={tmp_path}/distill_teacher",
+    )
+    assert final == tmp_path / "distill/distill/final"
+
+
+@pytest.mark.slow
 def test_running_sum(tmp_path):
     run(
         tmp_path,

@@ -211,7 +211,8 @@ def test_recipes_really_run(tmp_path: Path, name: str) -> None:
 
 
 KINDS = (
-    "dapo distillation kto off_policy online_dpo ppo process_reward_model ranking_dpo reward_model tr_dpo trpo vineppo"
+    "dapo distillation kto off_policy on_policy_distillation online_dpo ppo process_reward_model ranking_dpo "
+    "reward_model tr_dpo trpo vineppo"
 )
 
 
@@ -224,6 +225,7 @@ def test_methods_really_run_from_a_smoke_run_of_their_start(tmp_path: Path) -> N
     train(resolve_smoke("methods/rloo", [*words, "stages.rl.table_every=1"], 2))
     given = {
         "distillation": f"vars.teacher={tmp_path}/rloo-2-steps",
+        "on_policy_distillation": f"vars.teacher={tmp_path}/rloo-2-steps",
         "off_policy": f"vars.recorded={tmp_path}/rloo-2-steps/rl/rollouts",
     }
     for name in KINDS.split():
