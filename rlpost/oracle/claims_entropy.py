@@ -76,9 +76,11 @@ def _clip_rows(problem: Problem) -> list[Row]:
     low, high = (levels[middle - 1] + levels[middle]) / 2, (levels[-2] + levels[-1]) / 2
     candidates = {n for n, x in enumerate(covariance) if low <= x <= high}
     given = problem.old_N, advantage_N
+    # All others have smaller numbers, and are none to draw from.
+    number_N = torch.tensor([0.5 * (n in candidates) for n in range(len(covariance))], dtype=torch.float64)
     draws = []
     for first in candidates:
-        uniform_N = torch.full_like(advantage_N, 0.5).index_fill(0, torch.tensor(first), 0.0)
+        uniform_N = number_N.index_fill(0, torch.tensor(first), 0.25)
         draws.append(focus.clip_covariance(*given, uniform_N, share=1e-9, low=low, high=high))
     by_hand = [1 - (n in candidates) / len(candidates) for n in range(len(covariance))]
     weight_N = rows.spread(problem.probability_L)

@@ -47,6 +47,9 @@ def test_the_draw_is_of_the_smallest_numbers_among_the_candidates():
     assert clip_covariance(*given, share=1.0, low=4.0, high=6.0).tolist() == [0, 1, 0, 1, 1]
     assert clip_covariance(*given, share=0.59, low=-9.0, high=9.0).tolist() == [1, 0, 1, 0, 1]
     assert clip_covariance(*given, share=1.0, low=7.0, high=8.0).tolist() == [1] * 5
+    other = LOGP, ADVANTAGE, torch.tensor([0.1, 0.0, 0.5, 0.9, 0.2], dtype=torch.float64)
+    assert clip_covariance(*other, low=1.0, high=7.0).tolist() == [0, 1, 1, 1, 1]
+    assert clip_covariance(*other, low=1.0, high=5.0).tolist() == [1, 1, 0, 1, 1]
 
 
 def test_the_draw_does_not_move_with_the_means():
