@@ -2,8 +2,8 @@
 
 An environment is a function (text of the model's last turn, its turns so far, the row) -> its reply as text, or None
 when the episode is over; or a class with `reset` and `step`, which speaks in messages and rewards each turn. What it
-says becomes part of the completion as tokens that are not actions: the model reads them, and nothing is learned from
-them.
+says becomes part of the completion as tokens that are not actions: the model reads them, and learns nothing of them
+unless a stage asks for their likelihood too (`reply_coef`).
 
 Episodes run in lock-step, all of them a turn at a time; an engine that takes requests while it works on others runs
 each by itself. Requests and seeds are the same.

@@ -62,7 +62,8 @@ def test_several_messages_and_several_gaps_each_have_their_own():
         *(said("environment", ""), said("assistant", "on"), said("opponent", "x"), said("environment", "two")),
         *(said("assistant", "ah"), said("environment", "over")),
     ]
-    parts = [("model", "hm"), ("other", first), ("model", "so"), ("model", "on"), ("other", "two"), ("model", "ah")]
+    last = BETWEEN.format(role="user", said="two")
+    parts = [("model", "hm"), ("other", first), ("model", "so"), ("model", "on"), ("other", last), ("model", "ah")]
     assert read(episode(tokenizer, *parts, messages=messages), tokenizer) == "oneonetwo"
 
 
