@@ -180,7 +180,7 @@ def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> N
 
 
 def draw(runs: Path, seeds: Sequence[int]) -> None:
-    """Accuracy of samples on held-out problems while the students train: means over seeds, and their range."""
+    """Accuracy of greedy answers to held-out problems while the students train: means over seeds, and their range."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,10 +193,10 @@ def draw(runs: Path, seeds: Sequence[int]) -> None:
             text = (folder(runs, way, seed) / "student" / "evaluations.jsonl").read_text("utf-8")
             curves.append([json.loads(line) for line in text.splitlines()])
         steps = [line["step"] for line in curves[0]]
-        values = list(zip(*([line["sampled/reward"] for line in curve] for curve in curves), strict=True))
+        values = list(zip(*([line["greedy/accuracy"] for line in curve] for curve in curves), strict=True))
         axes.plot(steps, [fmean(v) for v in values], color=colour, label=way, lw=1.8)
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, lw=0)
-    axes.set(xlabel=f"steps of {COMPLETIONS} completions", ylabel="accuracy of samples, held out")
+    axes.set(xlabel=f"steps of {COMPLETIONS} completions", ylabel="accuracy of greedy answers, held out")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(runs / "distillation.png", dpi=120)
