@@ -23,7 +23,7 @@ SLOW = {
         *("cispo", "dapo", "deepseek_v32", "dppo", "dr_grpo", "gmpo", "gpg", "maxrl", "opo", "pass_at_k", "reinforce"),
         *("dppo_kl", "fipo", "gigpo", "luspo", "mirror_descent", "mirror_descent_soft", "top_entropy", "turn_rloo"),
         *("adaptive_entropy", "clip_cov", "kl_cov", "m2po"),
-        *("a_star_po", "optimal_token", "role_baseline"),
+        *("a_star_po", "chord_phi", "optimal_token", "role_baseline"),
     )
 }
 """Like others that run, but for a function or an argument of the objectives, which has its own tests."""

@@ -47,6 +47,7 @@ def halves(lines):
     return [lines[:2], lines[2:]]
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_weighted_sum_of_both_however_it_is_cut(tmp_path, monkeypatch):
     found: dict[str, tuple[torch.Tensor, dict[str, float]]] = {}
     update_on = Learner.update_on
