@@ -33,10 +33,11 @@ from rlpost.stages import distill, dpo, grpo, kto, online_dpo, ppo, process_rewa
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.coupling import coupling
 from rlpost.stages.entropy import EntropyBonus
+from rlpost.stages.meeting import Met
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
-from rlpost.stages.params import Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
+from rlpost.stages.params import Against, Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
 from rlpost.stages.teachers import Lessons
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction, Stats
@@ -316,6 +317,26 @@ def distilled(world: World, **settings: Any) -> Case:
     return Case(groups, prepare)
 
 
+def met_pairs(world: World) -> Case:
+    """Pairs of each completion and one of another policy, here its neighbours, with a bonus for exploring."""
+    against = {"against": Against(), "explore": 0.3}
+    cfg = OnlineDpo(learning_rate=1.0, group_size=GROUP_SIZE, sampling=SAMPLING, **against)
+    objective = PairObjective(world.function(cfg, "loss"), temperature=SAMPLING.temperature)
+    groups = world.groups
+
+    def turned(group: Group) -> Group:
+        return replace(group, completions=(*group.completions[1:], group.completions[0]))
+
+    def prepare(share: Sequence[int], learner: Learner) -> Update:
+        others = rollout_of([turned(g) for g in groups], share)
+        rollout = Met(**vars(rollout_of(groups, share)), others=others)
+        experience = online_dpo.assemble(rollout, cfg, world.reference())
+        loss = online_dpo.exploring(objective.loss(), cfg.explore)
+        return Update(loss, objective.prepared(experience, learner), objective.stats)
+
+    return Case(groups, prepare, whole_groups=True)
+
+
 IN_LOSS = Kl(beta=0.1, placement=KlPlacement.loss, estimator=KlEstimator.k3)
 CASES: dict[str, Callable[[World], Case]] = {
     "sft nll": lambda w: supervised(w, "nll", "token_mean"),
@@ -353,5 +374,6 @@ CASES: dict[str, Callable[[World], Case]] = {
     "distill jensen_shannon": lambda w: distilled(w, loss=Function(fn="jensen_shannon")),
     "distill top_k, completion": lambda w: distilled(w, top_k=3, credit="completion", weight="sequence_sum"),
     "distill sampled, rewards": lambda w: distilled(w, estimate="sampled", credit="completion", reward_coef=0.5),
+    "online_dpo xpo": met_pairs,
 }
 """Stage and variant, with what makes the case."""

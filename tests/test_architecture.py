@@ -49,6 +49,7 @@ SHARED_BY_STAGES = (
     "expert",
     "focus",
     "generate_dataset",
+    "meeting",
     "off_policy",
     "on_policy",
     "pairwise",

@@ -272,5 +272,6 @@ def _beside(stage: Any, f: Footprint, moments: int) -> int:
 
 def _has_reference(stage: Any) -> bool:
     if isinstance(stage, Rollouts):
-        return stage.needs_reference or stage.kind == "online_dpo"
+        meets = getattr(stage, "against", None) is not None
+        return stage.needs_reference or stage.kind == "online_dpo" or meets
     return getattr(stage, "reference", None) is not None

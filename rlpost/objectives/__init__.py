@@ -57,6 +57,7 @@ from rlpost.objectives.metrics import (
 )
 from rlpost.objectives.mixed import WeightedSum
 from rlpost.objectives.mixing import expert_weight
+from rlpost.objectives.online import exploration, preferred, towards_reference
 from rlpost.objectives.preference import (
     PairBatch,
     alphapo,
@@ -183,6 +184,7 @@ __all__ = [
     "expert_weight",
     "explained_variance",
     "explained_variance_parts",
+    "exploration",
     "f_divergence",
     "finite_difference",
     "fold",
@@ -238,6 +240,7 @@ __all__ = [
     "plackett_luce",
     "policy_gradient",
     "potential_shaping",
+    "preferred",
     "process",
     "process_normalised",
     "process_reward",
@@ -267,6 +270,7 @@ __all__ = [
     "top_covariance",
     "top_entropy",
     "top_tokens",
+    "towards_reference",
     "turn_gae",
     "turn_leave_one_out",
     "turn_normalised",

@@ -15,6 +15,7 @@ from rlpost.oracle.claims_kl import kl_section
 from rlpost.oracle.claims_mixed import mixed_section
 from rlpost.oracle.claims_models import model_section
 from rlpost.oracle.claims_offpolicy import offpolicy_section
+from rlpost.oracle.claims_online import online_section
 from rlpost.oracle.claims_pairs import pair_section
 from rlpost.oracle.claims_preference import preference_section
 from rlpost.oracle.claims_pure_pairs import pure_pair_section
@@ -48,6 +49,7 @@ def verify(vocabulary: int = 3, depth: int = 3, seed: int = 0, *, models: bool =
         _tree_section(problem),
         group_section(problem),
         baseline_section(problem),
+        online_section(problem),
         kl_section(problem),
         credit_section(problem),
         turn_section(problem),

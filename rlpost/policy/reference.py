@@ -42,9 +42,13 @@ class Reference:
         """The model that gives them: the trained policy's, or one of its own."""
         return self._policy
 
+    def acting(self) -> AbstractContextManager[None]:
+        """Its adapter is the active one of `policy` inside; what runs there has no gradient."""
+        return self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
+
     def logprobs(self, groups: Iterable[Group], temperature: float = 1.0) -> Tensor:
         """[N] log-probability of every action of the groups, without gradient, on the CPU."""
-        with self._acting():
+        with self.acting():
             return logprobs(self._policy, groups, temperature=temperature)
 
     def distributions(self, groups: Sequence[Group]) -> Distributions:
@@ -55,13 +59,10 @@ class Reference:
         policy = self._policy
         was_training = policy.training
         policy.eval()
-        with self._acting():
+        with self.acting():
             found = policy.distributions(policy.batch(groups))
         policy.train(was_training)
         return found
-
-    def _acting(self) -> AbstractContextManager[None]:
-        return self._policy.acting_as(self._adapter) if self._policy.has_adapter else nullcontext()
 
 
 def reference_policy(

@@ -24,6 +24,7 @@ from rlpost.stages.coupling import coupling, loss_of
 from rlpost.stages.entropy import EntropyBonus
 from rlpost.stages.expert import ExpertRows
 from rlpost.stages.focus import focusing
+from rlpost.stages.meeting import Meeting, contested
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.replies import with_replies
@@ -36,10 +37,12 @@ from rlpost.train.loop import Stateful
 def grpo(context: Context, cfg: Grpo) -> Path:
     """Train on sampled completions and their rewards; returns the final checkpoint."""
     policy = context.policy()
-    samples = samples_of(context, cfg, policy)
+    asked = cfg.needs_reference or cfg.against is not None
+    reference = context.reference(policy, cfg.reference) if asked else None
+    samples = samples_of(context, cfg, policy) if cfg.against is None else Meeting(context, cfg, policy, reference)
     correction = SamplerCorrection(context, cfg, policy)
     estimator = AdvantageEstimator(context, cfg, policy, samples)
-    kl = KlPenalty(cfg.kl, context.reference(policy, cfg.reference) if cfg.needs_reference else None)
+    kl = KlPenalty(cfg.kl, reference if cfg.needs_reference else None)
     bonus, surrogate = EntropyBonus(cfg), context.function(cfg, "loss")
     loss = surrogate_loss(surrogate, cfg, kl, bonus)
     stats = LogitStats(temperature=cfg.sampling.temperature, entropy=bonus.wanted)
@@ -59,7 +62,7 @@ def grpo(context: Context, cfg: Grpo) -> Path:
 
     def measured(rollout: Rollout, step: int) -> Experience:
         bonus.measure(rollout)
-        return assemble(rollout, step, cfg, correction, estimator, kl)
+        return assemble(contested(rollout, cfg.against), step, cfg, correction, estimator, kl)
 
     return on_policy(
         context,

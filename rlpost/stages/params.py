@@ -157,6 +157,33 @@ class Opponents(Section):
     equally often."""
 
 
+class Against(Section):
+    """Whom the policy meets: as many completions of this other one answer each prompt, and are compared with its own.
+    The local engine samples them, with the reference read beside the policy."""
+
+    share: float = Field(1.0, gt=0, le=1)
+    """The reference's share β of the policy that is met, π^(1−β)·π_ref^β in each state; 1: the reference itself."""
+
+
+class Preference(Choice):
+    """How likely a completion is preferred to another, by their rewards r and r'."""
+
+    bradley_terry = "bradley_terry"
+    """σ((r − r')/scale)."""
+    step = "step"
+    """1 where r is the greater, ½ where they are equal, else 0."""
+
+
+class Contest(Against):
+    """Whom the policy meets: a completion's reward is how likely it is preferred to the other policy's (Nash-MD-PG,
+    arXiv:2312.00886). The local engine samples these, with the reference read beside the policy."""
+
+    preference: Preference = Preference.bradley_terry
+    """What makes a preference of two rewards."""
+    scale: float = Field(1.0, gt=0)
+    """With `bradley_terry`: what differences of rewards are divided by."""
+
+
 class Trunk(Choice):
     """What a critic's head reads its features from."""
 

@@ -8,10 +8,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from rlpost.recipe.against import against_problems
 from rlpost.recipe.expert import Expert
-from rlpost.recipe.grouped import FOCUS, SURROGATE, Grouped, OldKl
+from rlpost.recipe.grouped import ADVANTAGE, FOCUS, SURROGATE, Grouped, OldKl
 from rlpost.recipe.rules import Earlier
-from rlpost.stages.params import AdaptiveEntropy, Weight
+from rlpost.stages.params import AdaptiveEntropy, Contest, Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of
 
@@ -37,6 +38,9 @@ class Grpo(Grouped):
     paper."""
     expert: Expert | None = None
     """Rows of an expert that every update learns from as well (CHORD); none by default."""
+    against: Contest | None = None
+    """Whom the policy meets: a completion's reward is then how likely it is preferred to what the other policy says to
+    the same prompt. By default it is what `rewards` give."""
 
     function: ClassVar[str] = "rlpost.stages.grpo:grpo"
 
@@ -75,8 +79,21 @@ class Grpo(Grouped):
             yield f"{where}.weight: {self.loss.called} is one value a completion - use sequence_mean"
         if self.fits_log_ratio and self.kl.beta:
             yield f"{where}.kl.beta: {self.loss.called} holds to the reference by itself - use 0, and loss.args.beta"
+        if self.against is not None:
+            yield from self._contest_problems(where, earlier)
         if self.focus is not None and (whole or not surrogate.has("vanishes_without_advantage")):
             yield (
                 f"{where}.focus: {self.loss.called} learns from an action whose advantage is 0 - remove it, or take a "
                 "loss that does not (vanishes_without_advantage; docs/recipes.md#functions)"
+            )
+
+    def _contest_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        yield from against_problems(self, where, earlier)
+        if self.recorded:
+            yield f"{where}.against: recorded rollouts are all there is - remove it, or recorded"
+        asked = ("greedy_P", "value_K", "reward_PGK", "step_reward_K")
+        if info_of(self.advantage, ADVANTAGE).takes(*asked):
+            yield (
+                f"{where}.advantage.fn: {self.advantage.called} asks for rewards by themselves, and with `against` a "
+                "completion's reward is a preference - take another one, like leave_one_out"
             )
