@@ -9,6 +9,7 @@ Axes: X states, V tokens, L leaves, P groups, G members.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def _game_rows(problem: Problem) -> list[Row]:
         for path, eta in zip(paths, PACES, strict=True)
     ]
     off = [path.distances[-1] for path in paths]
-    quarter = all(0.15 < late / early < 0.35 for early, late in zip(off, off[1:], strict=False))
+    quarter = all(0.15 < late / early < 0.35 for early, late in pairwise(off))
     name = "preferences in a circle"
     return [
         exact(
