@@ -8,7 +8,6 @@ from typing import Annotated
 from pydantic import Field
 
 from rlpost.data.params import DataRole
-from rlpost.data.row_values import READS
 from rlpost.policy.params import Model
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
@@ -108,9 +107,12 @@ class Grouped(Rollouts):
         if self.recorded and (self.dynamic_sampling_rounds or credit.takes("greedy_P", "value_K")):
             what = "dynamic_sampling_rounds" if self.dynamic_sampling_rounds else f"advantage.fn={self.advantage.fn}"
             yield f"{where}.{what}: needs new samples, and recorded rollouts are all there is - remove one of the two"
-        for argument, (asked, _) in READS.items():
-            if credit.takes(asked) and not isinstance(self.advantage.args.get(argument), str):
-                yield f"{where}.advantage.args.{argument}: missing - {name} reads a column of the rows: name it"
+        if credit.takes("running_mean_P", "column_P"):
+            from rlpost.data.row_values import READS  # most recipes read no column, and are shown without it
+
+            for argument, (asked, _) in READS.items():
+                if credit.takes(asked) and not isinstance(self.advantage.args.get(argument), str):
+                    yield f"{where}.advantage.args.{argument}: missing - {name} reads a column of the rows: name it"
         if answered and credit.takes("value_K"):
             yield f"{where}.{answered}: {name} goes on from inside a turn, alone - remove one of the two"
         if self._staleness(earlier) and credit.takes("greedy_P", "value_K"):

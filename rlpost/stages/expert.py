@@ -11,8 +11,7 @@ from typing import Any
 from rlpost.data.formats import DataRole
 from rlpost.objectives.mixing import expert_weight
 from rlpost.policy.policy import Policy
-from rlpost.recipe.expert import Expert
-from rlpost.recipe.specs.grpo import Grpo
+from rlpost.recipe.specs.grpo import Expert, Grpo
 from rlpost.recipe.specs.sft import LOSS
 from rlpost.stages.context import Context
 from rlpost.stages.supervised import prepared, stats_of, supervised_loss

@@ -287,6 +287,19 @@ class Rollouts(Training):
                 f"{engine} - use engine: local and staleness: 0"
             )
 
+    def against_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
+        """What is wrong with a stage that has `against`."""
+        chosen = self.rollouts or earlier.rollouts
+        if chosen.engine != LOCAL or chosen.staleness:
+            engine = "rollouts.staleness" if chosen.engine == LOCAL else f"rollouts.engine={chosen.engine}"
+            yield (
+                f"{where}.against: the local engine reads the reference's logits for every token, which is not done "
+                f"with {engine} - use engine: local and staleness: 0"
+            )
+        answered = "tools" if self.tools else "environment" if self.environment is not None else None
+        if answered:
+            yield f"{where}.against: completions of a single turn are compared - remove it, or {where}.{answered}"
+
     def _staleness(self, earlier: Earlier) -> int:
         """Steps by which its samples are ahead of training."""
         if self.rows() is DataRole.recorded:

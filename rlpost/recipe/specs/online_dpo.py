@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
-from rlpost.recipe.against import against_problems
 from rlpost.recipe.rules import Earlier
 from rlpost.recipe.specs.common import Rollouts
 from rlpost.recipe.specs.dpo import LOSSES, WeightedLoss, loss_problems, one_of_both
@@ -42,7 +41,7 @@ class OnlineDpo(Rollouts):
         yield from super().rules(where, earlier)
         yield from loss_problems(self.loss, self.losses, where)
         if self.against is not None:
-            yield from against_problems(self, where, earlier)
+            yield from self.against_problems(where, earlier)
         elif self.group_size < 2:
             yield f"{where}.group_size: a pair needs two completions - give at least 2"
         if self.explore and self.against is None:
