@@ -53,7 +53,8 @@ ANCESTORS = ("rloo", "grpo", "cispo")
 """In the table of newer methods too: it was made by itself, and these lead from one to the other."""
 NEWER = (
     *("vespo", "luspo", "topr", "deepseek_v32", "dppo_kl", "mirror_descent", "mirror_descent_soft", "top_entropy"),
-    *("fipo", "turn_rloo", "gigpo"),
+    *("fipo", "turn_rloo", "gigpo", "clip_cov", "kl_cov", "adaptive_entropy", "m2po", "optimal_token", "a_star_po"),
+    *("role_baseline", "target_po", "chord", "chord_phi", "on_policy_distillation"),
 )
 LAMBDAS = (0.0, 0.95, 1.0)
 PPO_LAMBDA = 0.95
