@@ -54,7 +54,7 @@ ANCESTORS = ("rloo", "grpo", "cispo")
 NEWER = (
     *("vespo", "luspo", "topr", "deepseek_v32", "dppo_kl", "mirror_descent", "mirror_descent_soft", "top_entropy"),
     *("fipo", "turn_rloo", "gigpo", "clip_cov", "kl_cov", "adaptive_entropy", "m2po", "optimal_token", "a_star_po"),
-    *("role_baseline", "target_po", "chord", "chord_phi", "on_policy_distillation"),
+    *("role_baseline", "target_po", "xpo", "nash_md", "chord", "chord_phi", "on_policy_distillation"),
 )
 LAMBDAS = (0.0, 0.95, 1.0)
 PPO_LAMBDA = 0.95
@@ -134,11 +134,13 @@ def before(stages: Mapping[str, Any]) -> int:
 
 
 def samples_a_step(stage: Any) -> float:
-    """Completions sampled a step: the groups, a greedy completion a prompt, fresh rollouts from every state.
+    """Completions sampled a step: the groups, those they meet, greedy ones, fresh rollouts from every state.
 
     Prompts drawn again are counted as they come, in `curve`.
     """
     own = stage.prompts_per_step * stage.group_size
+    if getattr(stage, "against", None) is not None:
+        own *= 2
     advantage = getattr(stage, "advantage", None)
     if advantage is not None and advantage.fn == "greedy_baseline":
         own += stage.prompts_per_step
