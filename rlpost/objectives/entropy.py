@@ -24,11 +24,11 @@ def action_covariance(logp_N: Tensor, advantage_N: Tensor) -> Tensor:
 
 
 def adaptive_entropy(
-    coef: float, entropy: float, *, target: float, step: float = 0.005, largest: float = 1.0
+    coef: float, entropy: float, *, target: float, delta: float = 0.005, largest: float = 1.0
 ) -> tuple[float, float]:
     """(weight of the entropy bonus in this step, coefficient of the next step): Skywork-OR1, arXiv:2505.22312, §3.2.5.
 
-    The weight is the coefficient where the entropy is at most `target`, else 0. The coefficient then rises by `step`
+    The weight is the coefficient where the entropy is at most `target`, else 0. The coefficient then rises by `delta`
     where the entropy is at most `target`, else it falls by as much; it stays within [0, largest], or it would be below
     0 by the time that it is needed.
 
@@ -36,14 +36,14 @@ def adaptive_entropy(
         coef: the coefficient so far.
         entropy: of the policy that is about to be updated, in nats a token.
         target: what it should not fall below.
-        step: by how much the coefficient moves.
+        delta: by how much the coefficient moves.
         largest: the most that it comes to.
 
     Raises:
-        ValueError: if `step` is not positive, or `coef` is not within [0, largest].
+        ValueError: if `delta` is not positive, or `coef` is not within [0, largest].
     """
-    if step <= 0 or not 0 <= coef <= largest:
-        raise ValueError(f"coef={coef}, step={step}, largest={largest}: coef is within 0 and largest, step above 0")
+    if delta <= 0 or not 0 <= coef <= largest:
+        raise ValueError(f"coef={coef}, delta={delta}, largest={largest}: coef is within 0 and largest, delta above 0")
     if entropy <= target:
-        return coef, min(coef + step, largest)
-    return 0.0, max(coef - step, 0.0)
+        return coef, min(coef + delta, largest)
+    return 0.0, max(coef - delta, 0.0)

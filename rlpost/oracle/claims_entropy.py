@@ -162,7 +162,7 @@ def _adaptive_row() -> Row:
     """Eight steps, target 0.5: the weight of the bonus in each."""
     coef, weights = 0.0, []
     for entropy in (1.0, 0.4, 0.4, 0.4, 0.4, 0.4, 0.6, 0.5):
-        weight, coef = adaptive_entropy(coef, entropy, target=0.5, step=0.25)
+        weight, coef = adaptive_entropy(coef, entropy, target=0.5, delta=0.25)
         weights.append(weight)
     by_hand = [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 0.0, 0.75, 1.0]
     apart = max(abs(x - y) for x, y in zip([*weights, coef], by_hand, strict=True))

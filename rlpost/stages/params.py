@@ -67,7 +67,7 @@ class AdaptiveEntropy(Section):
     target: float = Field(gt=0)
     """Nats a token, of the metric `entropy`; at most this, and the bonus counts and its weight rises, else the weight
     falls and nothing counts."""
-    step: float = Field(0.005, gt=0)
+    delta: float = Field(0.005, gt=0)
     """By how much the weight moves, once a step of sampling."""
     largest: float = Field(1.0, gt=0)
     """The most that the weight comes to; the least is 0."""

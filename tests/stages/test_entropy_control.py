@@ -41,7 +41,7 @@ def update_of(*lengths: int) -> Experience:
 
 
 def test_the_weight_of_the_bonus_follows_the_entropy_of_the_samples():
-    bonus, weights = adapting(step=0.25, largest=0.5), []
+    bonus, weights = adapting(delta=0.25, largest=0.5), []
     assert bonus.wanted
     for entropy in (0.9, 0.4, 0.4, 0.4, 0.4, 0.6, 0.4):
         bonus.measure(sampled(entropy))
@@ -51,9 +51,9 @@ def test_the_weight_of_the_bonus_follows_the_entropy_of_the_samples():
 
 
 def test_the_bonus_goes_on_where_it_was_unless_the_recipe_says_otherwise():
-    bonus = adapting(step=0.25)
+    bonus = adapting(delta=0.25)
     bonus.measure(sampled(0.4))
-    again, changed = adapting(step=0.25), adapting(0.75, step=0.25)
+    again, changed = adapting(delta=0.25), adapting(0.75, delta=0.25)
     for other in (again, changed):
         other.states["entropy"].load(bonus.state())
         other.measure(sampled(0.4))
@@ -126,7 +126,7 @@ def test_the_kl_to_the_old_policy_is_weighed():
 
 def test_killed_in_the_middle_it_ends_as_if_it_had_gone_through(tmp_path, monkeypatch):
     stage = {**SHORT, "steps": 3, "checkpoint_every": 1, "focus": COVARIANCE, "old_kl": HELD}
-    stages = {"grpo": {**stage, "adaptive_entropy": {"target": 9.0, "step": 0.1}}}
+    stages = {"grpo": {**stage, "adaptive_entropy": {"target": 9.0, "delta": 0.1}}}
     run(tmp_path, stages, "run=whole")
     with monkeypatch.context() as patched:
         fail_after(5, patched)
@@ -141,7 +141,7 @@ def test_killed_in_the_middle_it_ends_as_if_it_had_gone_through(tmp_path, monkey
 
 def test_a_bonus_of_ppo_waits_for_the_warm_up(tmp_path):
     stage = {**PPO, "steps": 3, "prompts_per_step": 2, "critic": {"learning_rate": 1e-2, "warmup_steps": 1}}
-    run(tmp_path, {"ppo": {**stage, "entropy_coef": 0.1, "adaptive_entropy": {"target": 9.0, "step": 0.2}}})
+    run(tmp_path, {"ppo": {**stage, "entropy_coef": 0.1, "adaptive_entropy": {"target": 9.0, "delta": 0.2}}})
     lines = metrics(tmp_path, "ppo")
     assert [line["entropy_coef"] for line in lines] == pytest.approx([0.1, 0.1, 0.3])
     for line in lines[1:]:
@@ -187,7 +187,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         where = rf"stages\.{kind}\."
         wrong = {**stage, "entropy_coef": 0.2, "adaptive_entropy": adaptive}
         refused(tmp_path, {kind: wrong}, where + r"entropy_coef: 0\.2 is where the weight begins, and beyond")
-        for key, value in (("target", 0.0), ("step", 0.0), ("largest", -1.0)):
+        for key, value in (("target", 0.0), ("delta", 0.0), ("largest", -1.0)):
             refused(
                 tmp_path,
                 {kind: {**stage, "adaptive_entropy": {"target": 0.5, key: value}}},
