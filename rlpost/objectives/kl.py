@@ -13,6 +13,8 @@ from torch import Tensor
 
 from rlpost.objectives.ragged import Ragged, widen
 
+ROUNDING = 1e-4
+"""Log-ratios of the same weights may differ by as much in float32, by the order of their sums."""
 LIMIT = 20.0
 """Log-ratios are clamped to ±LIMIT before `exp`: e^20 is far outside every clip, and finite in bfloat16."""
 
@@ -51,7 +53,7 @@ def kl_from_old(logp_N: Tensor, old_logp_N: Tensor, *, estimator: Literal["k3", 
     is the KL's own gradient, since E[r·∇logp] = 0 under `old`. −log r alone has that expectation too, and yet it raises
     the probability of every action that it is applied to, so it is none for a choice among them. `abs` is |log r|,
     whose gradient ±∇logp is as large for r = 1.01 as for r = 2: no KL's, but what verl and the authors of KL-Cov
-    (arXiv:2505.22617) compute.
+    (arXiv:2505.22617) compute. Up to 1e-4 it is 0 here, since rounding would decide on which side of 0 it is.
 
     Raises:
         ValueError: for another `estimator`.
@@ -59,7 +61,8 @@ def kl_from_old(logp_N: Tensor, old_logp_N: Tensor, *, estimator: Literal["k3", 
     if estimator == "k3":
         return k3(old_logp_N, logp_N)
     if estimator == "abs":
-        return k1(logp_N, old_logp_N).abs()
+        size_N = k1(logp_N, old_logp_N).abs()
+        return torch.where(size_N > ROUNDING, size_N, 0.0)
     raise ValueError(f"estimator={estimator!r}: the KL to the old policy is estimated by `k3` or by `abs`")
 
 

@@ -45,6 +45,6 @@ class EntropyBonus:
         return {"coef": self._coef, "began": self._began}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore the coefficient, unless the recipe's own has changed since."""
-        if state["began"] == self._began:
-            self._coef = float(state["coef"])
+        """Restore the coefficient, at most the recipe's `largest`, unless the recipe's own has changed since."""
+        if state["began"] == self._began and self._adaptive is not None:
+            self._coef = min(float(state["coef"]), self._adaptive.largest)

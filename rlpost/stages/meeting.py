@@ -25,6 +25,7 @@ from rlpost.policy.reference import Reference
 from rlpost.recipe.specs.grpo import Grpo
 from rlpost.recipe.specs.online_dpo import OnlineDpo
 from rlpost.stages.context import Context
+from rlpost.stages.exclusion import excluding
 from rlpost.stages.params import Contest
 from rlpost.stages.rollouts import Rollout, Sampler, rollout_of
 
@@ -104,11 +105,14 @@ class Meeting:
 
 
 def contested(rollout: Rollout, contest: Contest | None) -> Rollout:
-    """The samples with, in place of rewards, how likely each is preferred to what the other policy says."""
+    """The samples with, in place of rewards, how likely each is preferred to what the other policy says.
+
+    Where the other one has no completion with a reward, there is nothing to compare with, and nothing is learned.
+    """
     if contest is None:
         return rollout
     assert isinstance(rollout, Met), "a stage with a contest meets another policy"
     won_PG: Tensor = preferred(
         rollout.reward_PG, rollout.others.reward_PG, preference=contest.preference.value, scale=contest.scale
     )
-    return replace(rollout, reward_PG=won_PG)
+    return replace(rollout, learned=excluding(rollout.learned, won_PG.isnan().tolist()), reward_PG=won_PG)

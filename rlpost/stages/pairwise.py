@@ -79,7 +79,7 @@ class PairObjective:
         if self.gold:
             update = update.with_actions(gold_weight=part_mean(update.rows, 2, self.size))
         update = update.with_groups(pair_weight=pair_mean(count, count))
-        if not self.couples:
+        if not self.couples or not count:
             return update
         every_PC = learner.evaluate_no_grad(lambda output, part: self._pairs(output, part).table_PC, update, self.stats)
 

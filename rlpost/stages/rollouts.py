@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from rlpost.recipe.specs.common import Rollouts
 from rlpost.rewards.score import RewardBatch, Scorer, joined, rewarded
 from rlpost.stages.beside import side_engine
 from rlpost.stages.context import Context
+from rlpost.stages.exclusion import excluding
 from rlpost.stages.self_play import past_versions
 from rlpost.train.experience import Experience
 from rlpost.types import Completion, Group, completions
@@ -362,16 +363,7 @@ def learned_from(groups: Sequence[Group], mask_truncated: bool = False) -> tuple
     """
     out = [[c.reward is None or (mask_truncated and c.finish == "length") for c in g.completions] for g in groups]
     total = _tensor([[c.reward for c in g.completions] for g in groups])
-    return [
-        replace(g, completions=tuple(without_actions(c) if o else c for c, o in zip(g.completions, row, strict=True)))
-        for g, row in zip(groups, out, strict=True)
-    ], torch.where(torch.tensor(out), torch.nan, total)
-
-
-def without_actions(completion: Completion) -> Completion:
-    """The completion as nothing is learned from it."""
-    nothing = {name: getattr(completion, name)[:0] for name in ("logprobs", "steps", "step_labels", "step_rewards")}
-    return replace(completion, action=np.zeros(len(completion.ids), np.bool_), **nothing)
+    return excluding(groups, out), torch.where(torch.tensor(out), torch.nan, total)
 
 
 def _tensor(total: Sequence[Sequence[float | None]]) -> Tensor:

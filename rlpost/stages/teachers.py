@@ -21,7 +21,8 @@ from rlpost.policy.reference import Reference
 from rlpost.policy.teacher import Taught, teacher_model
 from rlpost.recipe.specs.distill import SELF, Distill
 from rlpost.stages.context import Context
-from rlpost.stages.rollouts import Rollout, without_actions
+from rlpost.stages.exclusion import without_actions
+from rlpost.stages.rollouts import Rollout
 from rlpost.types import Group
 from rlpost.usercode.binding import bind_engine
 from rlpost.usercode.toolset import bound_tools

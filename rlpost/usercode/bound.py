@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rlpost.console import Spell
+from rlpost.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,22 @@ class Bound:
     """Whether its last calls failed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function with what the program supplies."""
-        return self.call(*args, **kwargs)
+        """Call the function with what the program supplies.
+
+        Raises:
+            RecipeError: it is one of rlpost's, and refuses an argument that the recipe gives it.
+        """
+        try:
+            return self.call(*args, **kwargs)
+        except ValueError as error:
+            if self.file is None and (given := self._named_in(str(error))):
+                raise RecipeError(f"{self.where}.args.{given}: {self.name} refuses it: {error}") from error
+            raise
+
+    def _named_in(self, text: str) -> str | None:
+        """The first of the recipe's arguments that a text names, with its value."""
+        given = self.call.keywords if isinstance(self.call, partial) else {}
+        return next((n for n, value in given.items() if re.search(rf"\b{n}\b", text) and str(value) in text), None)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -54,6 +54,9 @@ def test_kl_from_old_by_its_size():
     assert value.tolist() == pytest.approx([0.5, 2.0, 1e-3])
     value.sum().backward()
     assert moved.grad.tolist() == [1.0, -1.0, 1.0]
+    rounded = torch.tensor([1e-5, -1e-5, 0.0], requires_grad=True)
+    kl_from_old(rounded, torch.zeros(3), estimator="abs").sum().backward()
+    assert rounded.grad.tolist() == [0.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="estimator='k2'"):
         kl_from_old(moved, moved, estimator="k2")
 

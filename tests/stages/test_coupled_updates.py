@@ -56,6 +56,15 @@ def test_what_does_not_go_with_it_is_refused(tmp_path: Path, stage, message):
         prepared(tmp_path, {"rl": stage})
 
 
+def test_a_group_of_one_is_warned_of(tmp_path):
+    alone = {**TARGET, "group_size": 1, "advantage": {"fn": "reward"}}
+    (warning,) = prepared(tmp_path, {"rl": alone}).warnings
+    assert "rl.group_size: target_policy compares the completions of a group" in warning
+    assert not prepared(tmp_path, {"rl": {**alone, "loss": {"fn": "clipped_surrogate"}}}).warnings
+    (other,) = prepared(tmp_path, {"rl": {**TARGET, "group_size": 1}}).warnings
+    assert "has no baseline" in other
+
+
 def test_the_correction_weighs_the_loss_and_its_slope():
     """Of an update of one group of two completions, of which the second counts twice."""
     group = Group((1,), tuple(Completion((5,), (True,)) for _ in range(2)))

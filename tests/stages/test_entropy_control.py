@@ -60,6 +60,14 @@ def test_the_bonus_goes_on_where_it_was_unless_the_recipe_says_otherwise():
     assert (again.weight, changed.weight) == (0.25, 0.75)
 
 
+def test_the_bonus_goes_on_below_a_largest_weight_that_was_lowered():
+    bonus, lowered = adapting(delta=0.25), adapting(delta=0.25, largest=0.125)
+    bonus.measure(sampled(0.4))
+    lowered.load(bonus.state())
+    lowered.measure(sampled(0.4))
+    assert lowered.weight == 0.125
+
+
 def test_a_fixed_bonus_leaves_no_trace():
     for coef in (0.0, 0.1):
         bonus = EntropyBonus(SimpleNamespace(entropy_coef=coef, adaptive_entropy=None))

@@ -72,6 +72,14 @@ def test_a_reward_is_how_likely_it_is_preferred():
     assert samples.metrics["met/reward"] == 0.75
 
 
+def test_a_completion_that_meets_none_with_a_reward_is_not_learned_from():
+    samples = met([[1.0, 0.0], [3.0, 0.0]], [[None, None], [1.0, None]])
+    found = contested(samples, Contest())
+    assert found.reward_PG.isnan().tolist() == [[True, True], [False, False]]
+    assert [c.actions for g in found.learned for c in g.completions] == [0, 0, 2, 2]
+    assert found.experience.rows.learned == 2
+
+
 def test_the_bonus_is_a_mean_over_pairs_of_the_other_policys_log_probability():
     pairs, whose = pairs_of_two(met([[1.0, 0.0]], [[0.0, 1.0]]), 0.0)
     part = Experience(tuple(pairs)).with_groups(pair_weight=torch.full((2,), 0.5))

@@ -56,6 +56,13 @@ def test_samples_take_a_sum_too(tmp_path):
     assert line["preference_loss"] == pytest.approx(both, rel=1e-5)
 
 
+def test_a_step_without_a_pair_changes_nothing_whatever_the_loss(tmp_path):
+    online = {**GRPO, "kind": "online_dpo", "losses": SUM[:2], "steps": 1, "rewards": [{"fn": "rewards.py:always"}]}
+    run(tmp_path, {"online": online})
+    (line,) = metrics(tmp_path, "online")
+    assert (line["pairs"], line["loss"], line["grad_norm"]) == (0, 0, 0)
+
+
 def test_gold_completions_are_learned_beside_pairs_by_a_token_mean(tmp_path):
     jsonl(tmp_path / "triples.jsonl", TRIPLES)
     settings = {**GOLD, "loss": {"fn": "cpo", "args": {"alpha": 0.0}}, "eval_every": 4, "steps": 4}

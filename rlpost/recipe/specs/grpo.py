@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rlpost.data.params import DataRole, Direction, Source
+from rlpost.policy.params import Model
 from rlpost.recipe.grouped import ADVANTAGE, FOCUS, SURROGATE, Grouped, OldKl
 from rlpost.recipe.rules import Earlier, source_problems
 from rlpost.recipe.specs.sft import LOSS
@@ -140,6 +141,16 @@ class Grpo(Grouped):
             yield (
                 f"{where}.focus: {self.loss.called} learns from an action whose advantage is 0 - remove it, or take a "
                 "loss that does not (vanishes_without_advantage; docs/recipes.md#functions)"
+            )
+
+    def warnings(self, where: str, model: Model) -> Iterator[str]:
+        """Of a loss that compares the completions of a group, where there is one."""
+        yield from super().warnings(where, model)
+        couples = info_of(self.loss, SURROGATE).has("couples_group")
+        if self.group_size == 1 and couples and not self.compares_completions:
+            yield (
+                f"{where}.group_size: {self.loss.called} compares the completions of a group, and of one alone nothing "
+                "is learned - use at least 2"
             )
 
     def _contest_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
