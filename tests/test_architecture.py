@@ -46,6 +46,7 @@ SHARED_BY_STAGES = (
     "context",
     "coupling",
     "entropy",
+    "exclusion",
     "expert",
     "focus",
     "generate_dataset",

@@ -150,6 +150,7 @@ def test_a_contest_is_resumed_bit_for_bit(tmp_path, monkeypatch):
         ),
         ({**NASH, "against": {"share": 0}}, "against.share: expected"),
         ({**NASH, "against": {"scale": 0}}, "against.scale: expected"),
+        ({**NASH, "against": {"preference": "step", "scale": 3.0}}, "against.scale: is for preference=bradley_terry"),
         ({**XPO, "against": None}, "explore: is of another policy's completions - give stages.x.against"),
         ({**XPO, "against": {"scale": 1.0}}, "against.scale: unknown"),
         ({**XPO, "environment": {"fn": "duel.py:reply"}}, "against: completions of a single turn .*x.environment"),

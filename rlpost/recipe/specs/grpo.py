@@ -14,7 +14,7 @@ from rlpost.recipe.grouped import ADVANTAGE, FOCUS, SURROGATE, Grouped, OldKl
 from rlpost.recipe.rules import Earlier, source_problems
 from rlpost.recipe.specs.sft import LOSS
 from rlpost.section import Section
-from rlpost.stages.params import AdaptiveEntropy, Contest, Weight
+from rlpost.stages.params import AdaptiveEntropy, Contest, Preference, Weight
 from rlpost.usercode.params import Function
 from rlpost.usercode.signatures import info_of
 
@@ -157,6 +157,9 @@ class Grpo(Grouped):
         yield from self.against_problems(where, earlier)
         if self.recorded:
             yield f"{where}.against: recorded rollouts are all there is - remove it, or recorded"
+        assert self.against is not None, "the caller has seen to it"
+        if self.against.preference is Preference.step and self.against.scale != 1:
+            yield f"{where}.against.scale: is for preference=bradley_terry, not for step - remove it"
         asked = ("greedy_P", "value_K", "reward_PGK", "step_reward_K")
         if info_of(self.advantage, ADVANTAGE).takes(*asked):
             yield (
