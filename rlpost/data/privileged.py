@@ -44,9 +44,9 @@ class Privileged:
         """Render every row's prompt; returns the number of those that are too long.
 
         Raises:
-            DataError: a row lacks a column, or its prompt is too long and such are refused.
+            DataError: a row lacks a column, its prompt is too long and such are refused, or all prompts are too long.
         """
-        long = 0
+        long = rows = 0
         for group, location in data.located():
             length = len(self._ids(group, location))
             if length > self._room and self._refuses:
@@ -54,7 +54,12 @@ class Privileged:
                     f"{self._where}.{KEY}: {location} has a prompt of {length} tokens for the teacher, the limit is "
                     f"{self._room}: raise max_length, or set too_long=drop"
                 )
-            long += length > self._room
+            long, rows = long + (length > self._room), rows + 1
+        if rows and long == rows:
+            raise DataError(
+                f"{self._where}.{KEY}: none of {rows} prompts for the teacher fits {self._room} tokens: raise "
+                "max_length"
+            )
         return long
 
     def shown(self, groups: Sequence[Group]) -> list[Group]:

@@ -24,12 +24,15 @@ def reply_tokens(completion: Completion, tokenizer: Any) -> NDArray[np.bool_]:
     found = np.zeros(len(completion.ids), np.bool_)
     if not completion.actions:
         return found
-    gaps = _gaps(completion)
-    for first, last in _runs(~completion.action):
-        while gaps and not any(gaps[0]):
-            gaps.pop(0)  # an empty reply has left no tokens
+    gaps, runs = _gaps(completion), _runs(~completion.action)
+    if len(runs) < len(gaps) - 1:  # of plain text an empty reply has left no tokens; a template writes around it
+        gaps = [said for said in gaps if any(said)]
+    for first, last in runs:
+        said = gaps.pop(0) if gaps else []
+        if said and not any(said):
+            continue
         written = _Written(completion.ids[first:last].tolist(), tokenizer)
-        for begin, end in written.spans(gaps.pop(0) if gaps else []):
+        for begin, end in written.spans(said):
             found[first:last] |= (written.first < end) & (written.last > begin)
     return found
 

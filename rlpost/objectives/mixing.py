@@ -11,7 +11,7 @@ def expert_weight(
     """μ in L = (1 − μ)·L_own + μ·L_expert: rises along a line to its peak, then falls along a cosine to its valley.
 
     μ(t) = peak·t/W for t < W; then valley + (peak − valley)·(1 + cos(π(t − W)/D))/2 for t < W + D; then valley.
-    CHORD (Zhang et al. 2025, arXiv:2508.11408, §3.2), which goes from imitation to exploration so.
+    CHORD (Zhang et al. 2025, arXiv:2508.11408), which goes from imitation to exploration so.
 
     Args:
         step: t, counted from 0.

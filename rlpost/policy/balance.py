@@ -66,12 +66,17 @@ class Balance:
 
     @contextmanager
     def recording(self) -> Iterator[RouterLogits]:
-        """Record the router logits of the model's forward passes inside."""
+        """Record the router logits of the model's forward passes inside, as it is trained.
+
+        A teacher on the same weights (the model itself, or another adapter) reads in evaluation mode, within the pass
+        of the one that it teaches, and is no load of the update.
+        """
         recorded = RouterLogits([[] for _ in self._routers])
 
         def hook(layer: int, index: int) -> Any:
-            def keep(_: nn.Module, __: Any, output: Any) -> None:
-                recorded.layers[layer].append(output[index] if isinstance(output, tuple | list) else output)
+            def keep(router: nn.Module, _: Any, output: Any) -> None:
+                if router.training:
+                    recorded.layers[layer].append(output[index] if isinstance(output, tuple | list) else output)
 
             return keep
 

@@ -10,6 +10,7 @@ Axes: N action tokens of an update, V vocabulary, K likeliest tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,10 +26,11 @@ from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import clip_of, on_policy, surrogate_metrics, updates_of, weighted
-from rlpost.stages.rollouts import Rollout, Sampler
+from rlpost.stages.rollouts import Rollout, Sampler, without_actions
 from rlpost.stages.teachers import Lessons, lessons_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction
+from rlpost.types import FAILED
 
 TOLD = {"ids": "ids_NK", "top": "top_NK", "teacher": "said_N"}
 """What an engine tells of actions, by its name in an experience -> the loss's."""
@@ -51,7 +53,7 @@ def distill(context: Context, cfg: Distill) -> Path:
         policy,
         samples,
         assemble=lambda rollout, step: assemble(
-            lessons.begin(rollout), step, cfg, correction, estimator, divergence, learner
+            lessons.begin(taught(rollout, cfg)), step, cfg, correction, estimator, divergence, learner
         ),
         minimise=lambda minibatch, _: learner.update(loss, weighted(minibatch, cfg), divergence.stats),
         observe=lambda _: {},
@@ -59,6 +61,18 @@ def distill(context: Context, cfg: Distill) -> Path:
         states={"baseline": estimator},
         live=(*(("reward",) if cfg.rewards else ()), "divergence", "length", "entropy"),
     )
+
+
+def taught(rollout: Rollout, cfg: Distill) -> Rollout:
+    """The samples with all that a teacher can say something about: what rewards leave unscored, too, if none count."""
+    if cfg.rewards_count:
+        return rollout
+    out = {FAILED, "length"} if cfg.mask_truncated else {FAILED}
+    learned = [
+        replace(g, completions=tuple(without_actions(c) if c.finish in out else c for c in g.completions))
+        for g in rollout.groups
+    ]
+    return replace(rollout, learned=learned)
 
 
 def assemble(

@@ -67,6 +67,17 @@ def test_several_messages_and_several_gaps_each_have_their_own():
     assert read(episode(tokenizer, *parts, messages=messages), tokenizer) == "oneonetwo"
 
 
+def test_an_empty_reply_in_a_template_has_no_tokens_and_shifts_no_other():
+    tokenizer = make(CHATML)
+    messages = [
+        *(said("assistant", "hm"), said("tool", ""), said("assistant", "so")),
+        *(said("tool", "two"), said("assistant", "ah")),
+    ]
+    gaps = (BETWEEN.format(role="tool", said=text) for text in ("", "two"))
+    parts = [("model", "hm"), ("other", next(gaps)), ("model", "so"), ("other", next(gaps)), ("model", "ah")]
+    assert read(episode(tokenizer, *parts, messages=messages), tokenizer) == "two"
+
+
 def test_what_a_template_writes_otherwise_counts_whole():
     tokenizer = make(CHATML)
     messages = [said("assistant", "hm"), said("tool", 'a "word"'), said("assistant", "ah")]

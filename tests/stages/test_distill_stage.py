@@ -18,7 +18,7 @@ from rlpost.policy.policy import Policy
 from rlpost.stages import distill as stage
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner
-from rlpost.types import Completion, Group
+from rlpost.types import Completion, Group, completions
 
 LORA_OR_NOT = pytest.mark.parametrize("lora", [(), (LORA,)], ids=["full", "lora"])
 DISTILL = {k: v for k, v in GRPO.items() if k != "rewards"}
@@ -180,6 +180,33 @@ def test_rewards_that_do_not_count_are_logged(tmp_path, sft, updates):
     assert "advantage" not in updates[0].per_action
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_rewards_that_do_not_count_leave_nothing_out(tmp_path, sft, updates, capsys, masked):
+    taught(tmp_path, sft, {"steps": 1, "rewards": [{"fn": "rewards.py:none"}], "mask_truncated": masked})
+    (line,), (update,) = metrics(tmp_path, "student"), updates
+    assert line["unscored"] == 16
+    assert line["divergence"] > 0
+    for c in completions(update.groups):
+        assert c.actions == (0 if masked and c.finish == "length" else len(c.ids))
+    assert "warning" not in capsys.readouterr().err
+
+
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "model_type": "mixtral", "intermediate_size": 16}
+
+
+@pytest.mark.parametrize("lora", [(), ("model.lora={r: 4, target_modules: [q_proj]}",)], ids=["full", "lora"])
+def test_a_teacher_of_the_students_experts_is_no_load_of_the_update(tmp_path, lora):
+    model = {**MODEL, "config": {**MODEL["config"], **MOE}}
+    asks = {"max_length": 24, "steps": 1, "aux_loss_coef": 0.1}
+    own = {"teacher": "self", "privileged": SHOWN}
+    taught(tmp_path, "self", {**asks, **own}, *lora, model=model)
+    taught(tmp_path, "self", {**asks, **own, "max_tokens_per_microbatch": 30}, *lora, "run=cut", model=model)
+    alone = {**GRPO, "start": "base", **asks, "entropy_coef": 0.1}  # nothing is left out for want of an advantage
+    run(tmp_path, {"student": alone}, *lora, "run=alone", model=model)
+    found = [metrics(tmp_path, "student", name)[0]["router_balance"] for name in ("run", "cut", "alone")]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-4)
+
+
 @LORA_OR_NOT
 def test_a_model_that_is_shown_more_teaches_itself(tmp_path, lora, updates):
     taught(tmp_path, "self", {"privileged": SHOWN, "max_length": 24, "steps": 2}, *lora)
@@ -235,6 +262,8 @@ def test_prompts_too_long_for_the_teacher_are_refused_or_not_learned_from(tmp_pa
     actions = {g.example["hint"]: sum(c.actions for c in g.completions) for g in update.groups}
     assert actions["2"] > 0
     assert actions["3" * 10] == 0
+    with pytest.raises(DataError, match=r"privileged: none of 2 prompts for the teacher fits 11 tokens: raise max_len"):
+        taught(tmp_path, sft, {**asks, "too_long": "drop", "privileged": "{prompt}{hint}{prompt}{prompt}"}, "run=none")
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
@@ -307,7 +336,12 @@ def test_a_teacher_behind_an_engine_teaches_as_one_that_is_loaded(tmp_path, sft,
         ({"loss": {"fn": "nll"}}, "loss.fn: "),
         ({"whiten": True}, "whiten: is about rewards"),
         ({"dynamic_sampling_rounds": 2}, "dynamic_sampling_rounds: is about rewards"),
-        ({"surrogate": {"fn": "geometric_mean"}}, "weight: geometric_mean is one value a completion"),
+        ({"advantage": {"fn": "leave_one_out"}}, "advantage: is about rewards"),
+        ({"surrogate": {"fn": "policy_gradient"}}, "surrogate: there are no advantages"),
+        (
+            {"surrogate": {"fn": "geometric_mean"}, "credit": "completion"},
+            "weight: geometric_mean is one value a completion",
+        ),
         ({"privileged": "look"}, "privileged: names no column of the rows"),
         ({"privileged": "{a.b}{prompt}"}, "privileged: '{a.b}{prompt}' may hold plain column names"),
         ({"teacher_engine": URL}, "teacher: the teacher stands behind teacher_engine already"),

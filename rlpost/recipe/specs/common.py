@@ -236,6 +236,11 @@ class Rollouts(Training):
         """It learns nothing without rewards of its own."""
         return self.rows() is not DataRole.recorded
 
+    @property
+    def rewards_count(self) -> bool:
+        """Rewards are learned from, and not only logged."""
+        return True
+
     def rules(self, where: str, earlier: Earlier) -> Iterator[str]:
         """Those of every stage that trains, of the KL and of sampling."""
         yield from super().rules(where, earlier)

@@ -80,6 +80,11 @@ class Distill(Grouped):
     @property
     def needs_rewards(self) -> bool:
         """Only where they count."""
+        return self.rewards_count
+
+    @property
+    def rewards_count(self) -> bool:
+        """With a weight."""
         return self.reward_coef > 0
 
     @property
@@ -104,8 +109,20 @@ class Distill(Grouped):
         for key in ("whiten", "dynamic_sampling_rounds"):
             if getattr(self, key) and not self.reward_coef:
                 yield f"{where}.{key}: is about rewards, which do not count with reward_coef=0 - remove it"
+        yield from self._unread(where)
         if self.weight != Weight.sequence_mean and info_of(self.surrogate, SURROGATE).has("per_completion"):
             yield f"{where}.weight: {self.surrogate.called} is one value a completion - use sequence_mean"
+
+    def _unread(self, where: str) -> Iterator[str]:
+        """Functions that are given and would not be called."""
+        fields = type(self).model_fields
+        if not self.reward_coef and self.advantage != fields["advantage"].get_default(call_default_factory=True):
+            yield f"{where}.advantage: is about rewards, which do not count with reward_coef=0 - remove it"
+        if not self.has_advantages and self.surrogate != fields["surrogate"].get_default(call_default_factory=True):
+            yield (
+                f"{where}.surrogate: there are no advantages that it would make a loss of - remove it, or give "
+                "reward_coef, credit: completion or estimate: sampled"
+            )
 
     def _teacher_problems(self, where: str, earlier: Earlier) -> Iterator[str]:
         if self.teacher_engine is not None:
