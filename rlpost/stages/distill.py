@@ -24,9 +24,10 @@ from rlpost.policy.logprobs import DistributionLoss, LogitStats, PolicyOutput
 from rlpost.recipe.specs.distill import Distill, Estimate, StateCredit
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
+from rlpost.stages.exclusion import without_actions
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import clip_of, on_policy, surrogate_metrics, updates_of, weighted
-from rlpost.stages.rollouts import Rollout, Sampler, without_actions
+from rlpost.stages.rollouts import Rollout, Sampler
 from rlpost.stages.teachers import Lessons, lessons_of
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction

@@ -132,11 +132,8 @@ class Signal:
         """Warn about a step's samples if need be, and return them."""
         learned = sorted(set(rollout.reward_PG[~rollout.reward_PG.isnan()].tolist()))
         alone = rollout.reward_PG.shape[1] == 1 and not self._no_gradient
-        if (
-            not (rollout.rewards.given and self._counts)
-            or has_signal(rollout.reward_PG).any()
-            or (alone and len(learned) > 1)
-        ):
+        tells = has_signal(rollout.reward_PG).any() or (alone and len(learned) > 1)
+        if not (rollout.rewards.given and self._counts) or tells:
             self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
         elif not learned:
             self._spell.begins(f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned")
