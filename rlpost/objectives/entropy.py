@@ -11,7 +11,7 @@ from rlpost.objectives.ragged import widen
 
 
 def action_covariance(logp_N: Tensor, advantage_N: Tensor) -> Tensor:
-    """[N] (A − mean of A)·(logp − mean of logp), means over all N actions: Cui et al. 2025, arXiv:2505.22617, eq. 10.
+    """[N] (A − mean of A)·(logp − mean of logp), means over all N actions: Cui et al. 2025, arXiv:2505.22617.
 
     Its mean is the covariance of log-probability and advantage. Where the logits of a softmax move along advantages, as
     by a natural gradient, the entropy falls at the rate of that covariance: likely actions that are good use it up, and
@@ -26,7 +26,7 @@ def action_covariance(logp_N: Tensor, advantage_N: Tensor) -> Tensor:
 def adaptive_entropy(
     coef: float, entropy: float, *, target: float, delta: float = 0.005, largest: float = 1.0
 ) -> tuple[float, float]:
-    """(weight of the entropy bonus in this step, coefficient of the next step): Skywork-OR1, arXiv:2505.22312, §3.2.5.
+    """(weight of the entropy bonus in this step, coefficient of the next step): Skywork-OR1, arXiv:2505.22312.
 
     The weight is the coefficient where the entropy is at most `target`, else 0. The coefficient then rises by `delta`
     where the entropy is at most `target`, else it falls by as much; it stays within [0, largest], or it would be below

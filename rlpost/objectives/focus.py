@@ -30,7 +30,7 @@ def top_entropy(entropy_N: Tensor, *, share: float = 0.2) -> Tensor:
     entropy_N = widen(entropy_N)
     if not len(entropy_N):
         return entropy_N
-    least = entropy_N.topk(math.ceil(share * len(entropy_N))).values[-1]
+    least = entropy_N.topk(math.ceil(_number(share, entropy_N))).values[-1]
     return torch.where(entropy_N >= least, 1.0, 0.0).to(entropy_N.dtype)
 
 
@@ -45,7 +45,7 @@ def clip_covariance(
 ) -> Tensor:
     """[N] 0 at ⌊share·N⌋ actions (one at least) drawn among those whose covariance is in [low, high], else 1: Clip-Cov.
 
-    Cui et al. 2025, arXiv:2505.22617, eq. 10 to 12; `action_covariance` says what the covariance is. Those drawn, all
+    Cui et al. 2025, arXiv:2505.22617; `action_covariance` says what the covariance is. Those drawn, all
     candidates where there are no more, have gradient 0 and still count in a mean over actions. Which they are is up to
     `uniform_N` alone: the candidates with the smallest numbers. An action that PPO's clip leaves out may be among them.
 
@@ -58,7 +58,7 @@ def clip_covariance(
     covariance_N = action_covariance(logp_N, advantage_N)
     factor_N = torch.ones_like(covariance_N)
     (candidate_C,) = ((covariance_N >= low) & (covariance_N <= high)).nonzero(as_tuple=True)
-    drawn = max(1, math.floor(share * len(covariance_N)))
+    drawn = max(1, math.floor(_number(share, covariance_N)))
     factor_N[candidate_C[uniform_N[candidate_C].argsort()[:drawn]]] = 0.0
     return factor_N
 
@@ -66,7 +66,7 @@ def clip_covariance(
 def top_covariance(logp_N: Tensor, advantage_N: Tensor, *, share: float = 2e-3) -> Tensor:
     """[N] 1 where the covariance is above 0 and among the highest `share` of the update's, else 0; equals count alike.
 
-    Cui et al. 2025, arXiv:2505.22617, eq. 13: the actions that cost most entropy, which KL-Cov holds back (`old_kl`).
+    Cui et al. 2025, arXiv:2505.22617: the actions that cost most entropy, which KL-Cov holds back (`old_kl`).
     Covariances of 0 and less cost none.
 
     Raises:
@@ -76,7 +76,7 @@ def top_covariance(logp_N: Tensor, advantage_N: Tensor, *, share: float = 2e-3) 
     covariance_N = action_covariance(logp_N, advantage_N)
     if not len(covariance_N):
         return covariance_N
-    least = covariance_N.topk(math.ceil(share * len(covariance_N))).values[-1]
+    least = covariance_N.topk(math.ceil(_number(share, covariance_N))).values[-1]
     return torch.where((covariance_N >= least) & (covariance_N > 0), 1.0, 0.0).to(covariance_N.dtype)
 
 
@@ -106,3 +106,8 @@ def second_moment(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, *, li
 def _must_be_share(share: float) -> None:
     if not 0 < share <= 1:
         raise ValueError(f"share={share}: a share of an update's actions is above 0 and at most 1")
+
+
+def _number(share: float, x_N: Tensor) -> float:
+    """share·N, without the last digits: 0.07 of 100 would be a little more than 7, and 0.29 a little less than 29."""
+    return round(share * len(x_N), 9)

@@ -14,8 +14,8 @@ from rlpost.objectives.ragged import Ragged
 def target_policy(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, rows: Ragged, *, eta: float = 1.0) -> Tensor:
     """[N] −S·q_i·log p_i at each action of completion i of a group (target policy optimisation, arXiv:2604.06159).
 
-    p is the policy over the group, softmax of Σ logp over each completion (eq. 1), and q ∝ p_old·exp(A/η) the target
-    (eq. 2), without gradient; the group's mean is the cross-entropy of q and p (eq. 3). Its gradient by a completion's
+    p is the policy over the group, softmax of Σ logp over each completion, and q ∝ p_old·exp(A/η) the target
+    without gradient; the group's mean is the cross-entropy of q and p. Its gradient by a completion's
     log-probability is p_i − q_i, which is 0 once the policy is the target. Where A is 0 throughout, the target is p_old
     itself. One value a completion: weigh it with `sequence_mean`. A is the completion's; where its actions differ,
     their mean counts. Completions without actions are no members of the group.

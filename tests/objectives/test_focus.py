@@ -18,6 +18,13 @@ def test_top_entropy_by_hand():
     assert top_entropy(entropy, share=1.0).tolist() == [1.0] * 5
 
 
+def test_a_share_is_a_number_of_actions_without_the_last_digits():
+    apart_N = torch.arange(100.0, dtype=torch.float64)
+    assert top_entropy(apart_N, share=0.07).sum() == 7
+    drawn = clip_covariance(apart_N, apart_N, apart_N / 100, share=0.29, low=-1e9, high=1e9)
+    assert (drawn == 0).sum() == 29
+
+
 def test_equal_entropies_count_alike():
     assert top_entropy(torch.tensor([1.0, 0.5, 1.0, 1.0]), share=0.25).tolist() == [1.0, 0.0, 1.0, 1.0]
 
