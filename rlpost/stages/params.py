@@ -49,7 +49,7 @@ class Kl(Section):
     """KL to the reference: `beta` times an estimator, in the reward or in the loss."""
 
     beta: float = Field(0.0, ge=0)
-    """Coefficient; 0: no reference is computed."""
+    """Coefficient; 0: no KL to the reference."""
     placement: KlPlacement = KlPlacement.reward
     """Where the term goes."""
     estimator: KlEstimator = KlEstimator.k1
