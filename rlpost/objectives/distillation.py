@@ -61,7 +61,7 @@ def divergence_to_go(divergence_N: Tensor, rows: Ragged, group_size: int) -> Ten
     D_k is the divergence in the state before action k, over its whole distribution. The gradient of E[Σ_t D_t] over the
     student's own completions is E[Σ_t ∇D_t + ∇logp_t·Σ_{k>t} D_k]: a loss of each state's own divergence has the first
     term alone; with this as the negative of an advantage it has both, and for the reverse KL they are the gradient of
-    KL(student || teacher) of whole completions (MiniLLM, Gu et al. 2023, arXiv:2306.08543, §2.2, splits it alike). The
+    KL(student || teacher) of whole completions (MiniLLM, Gu et al. 2023, arXiv:2306.08543, splits it alike). The
     state's own divergence needs no ∇logp_t: its expectation over the action is taken already.
 
     The baseline is the others' own Σ_{k>t}, 0 after their end: independent of the action, hence without bias. Rows lie

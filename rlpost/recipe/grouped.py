@@ -134,5 +134,5 @@ class Grouped(Rollouts):
         if self.group_size == 1 and self.compares_completions:
             yield (
                 f"{where}.group_size: a group of one has no baseline: {self.advantage.called} is 0 everywhere "
-                "and nothing is learned - use at least 2"
+                "and nothing is learned from it - use at least 2"
             )

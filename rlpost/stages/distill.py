@@ -24,7 +24,7 @@ from rlpost.policy.logprobs import DistributionLoss, LogitStats, PolicyOutput
 from rlpost.recipe.specs.distill import Distill, Estimate, StateCredit
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.context import Context
-from rlpost.stages.exclusion import without_actions
+from rlpost.stages.exclusion import excluding
 from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import clip_of, on_policy, surrogate_metrics, updates_of, weighted
 from rlpost.stages.rollouts import Rollout, Sampler
@@ -69,10 +69,7 @@ def taught(rollout: Rollout, cfg: Distill) -> Rollout:
     if cfg.rewards_count:
         return rollout
     out = {FAILED, "length"} if cfg.mask_truncated else {FAILED}
-    learned = [
-        replace(g, completions=tuple(without_actions(c) if c.finish in out else c for c in g.completions))
-        for g in rollout.groups
-    ]
+    learned = excluding(rollout.groups, [[c.finish in out for c in g.completions] for g in rollout.groups])
     return replace(rollout, learned=learned)
 
 

@@ -136,7 +136,9 @@ class Signal:
         if not (rollout.rewards.given and self._counts) or tells:
             self._spell.ends(f"{self._name}: rewards differ again from step {step + 1} on")
         elif not learned:
-            self._spell.begins(f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned")
+            self._spell.begins(
+                f"{self._name}: no completion of step {step + 1} has a reward; nothing is learned from them"
+            )
         else:
             all_of = f"every reward of step {step + 1} is {learned[0]:g}"
             equal = all_of if len(learned) == 1 else f"in step {step + 1} each prompt's rewards are equal"

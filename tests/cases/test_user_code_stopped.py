@@ -102,7 +102,7 @@ def test_a_worker_does_not_outlive_a_killed_run(here: Path, tally):
     ("value", "told"),
     [
         ("0.0", "every reward of step 1 is 0; no gradient from them"),
-        ("None", "no completion of step 1 has a reward; nothing is learned"),
+        ("None", "no completion of step 1 has a reward; nothing is learned from them"),
     ],
 )
 def test_rewards_that_tell_nothing_apart_are_spoken_of_once(here: Path, value, told, tally):
