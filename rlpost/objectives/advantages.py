@@ -217,8 +217,14 @@ def per_reward_normalised(reward_PGK: Tensor, weight_K: Tensor, *, eps: float = 
 declare(per_reward_normalised, compares_completions=True)
 
 
-def ema_baseline(reward_PG: Tensor, running_mean: float, *, decay: float = 0.9) -> Tensor:  # noqa: ARG001 - see ema
-    """[P, G] r − the running mean of all earlier rewards (Williams 1992); `ema` updates the mean with `decay`."""
+def ema_baseline(reward_PG: Tensor, running_mean: float, *, decay: float = 0.9) -> Tensor:
+    """[P, G] r − the running mean of all earlier rewards (Williams 1992); `ema` updates the mean with `decay`.
+
+    Raises:
+        ValueError: if `decay` is not from 0 to below 1.
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay}: a running mean keeps a share of 0 or more, below 1")
     return (widen(reward_PG) - running_mean).nan_to_num()
 
 

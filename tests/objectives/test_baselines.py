@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlpost.objectives.advantages import leave_one_out
+from rlpost.objectives.advantages import ema_baseline, leave_one_out
 from rlpost.objectives.baselines import (
     column_baseline,
     optimal_token_baseline,
@@ -133,6 +133,8 @@ def test_a_baseline_of_the_role_and_of_a_column_by_hand():
 def test_a_running_mean_that_would_not_move_or_would_run_away_is_refused(decay):
     with pytest.raises(ValueError, match=f"decay={decay}"):
         role_baseline(REWARDS, numbers(0), by="seat", decay=decay)
+    with pytest.raises(ValueError, match=f"decay={decay}"):
+        ema_baseline(REWARDS, 0.0, decay=decay)
 
 
 def test_the_optimal_value_by_hand():
