@@ -166,7 +166,7 @@ stages:
             "stages.grpo.rewards={fn: x}",
             "stages.grpo.rewards: expected a list, like [{fn: x}], got {fn: x}",
         ),
-        ("stages.sft.kind=dpoo", "stages.sft.kind: expected one of dpo, grpo, guided,"),
+        ("stages.sft.kind=dpoo", "stages.sft.kind: expected one of distill, dpo, grpo,"),
         ("stages.grpo.rewards=[{fn: x, wieght: 2}]", "did you mean 'stages.grpo.rewards[0].weight'?"),
         ("stages.sft.steps=${vars.data}", "stages.sft.steps: expected a whole number, got 'rows.jsonl'"),
         ("stages.sft.steps=${vars.wdth}", "stages.sft.steps: nothing is called 'vars.wdth'"),
