@@ -29,7 +29,7 @@ from rlpost.recipe.specs.reward_model import RewardModel
 from rlpost.recipe.specs.sft import Sft
 from rlpost.recipe.specs.trpo import Trpo
 from rlpost.recipe.specs.value import Value
-from rlpost.stages import distill, dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, sft, trpo
+from rlpost.stages import distill, dpo, grpo, kto, online_dpo, ppo, process_reward_model, reward_model, trpo
 from rlpost.stages.advantage import AdvantageEstimator
 from rlpost.stages.coupling import coupling
 from rlpost.stages.entropy import EntropyBonus
@@ -38,6 +38,7 @@ from rlpost.stages.off_policy import SamplerCorrection
 from rlpost.stages.on_policy import KlPenalty, weighted
 from rlpost.stages.pairwise import PairObjective
 from rlpost.stages.params import Against, Correction, CorrectionMode, Critic, Kl, KlEstimator, KlPlacement, OnTruncation
+from rlpost.stages.supervised import prepared, stats_of, supervised_loss
 from rlpost.stages.teachers import Lessons
 from rlpost.train.experience import Experience
 from rlpost.train.learner import Learner, LossFunction, Stats
@@ -90,9 +91,9 @@ def supervised(world: World, fn: str, weight: str, teacher: bool = False) -> Cas
 
     def prepare(share: Sequence[int], learner: Learner) -> Update:
         layout = "shared" if learner.model.flat else "padded"
-        stats = sft.stats_of(function, world.policy(layout, step=REFERENCE) if teacher else None)
-        experience = Experience(tuple(groups[i] for i in share))
-        return Update(sft.supervised_loss(function), sft.weighted(experience, cfg), stats)
+        stats = stats_of(function, world.policy(layout, step=REFERENCE) if teacher else None)
+        rows = prepared([groups[i] for i in share], cfg.weight, cfg.max_length, with_labels=False)
+        return Update(supervised_loss(function), rows, stats)
 
     return Case(groups, prepare)
 

@@ -245,6 +245,14 @@ def test_tool_search(tmp_path):
     run(tmp_path, "tool_search", *TINY, *few, "evaluation.data.held_out.limit=8")
 
 
+@pytest.mark.slow
+def test_tool_search_echo(tmp_path):
+    few = [*stage("sft", *TWO, "batch_size=8"), *stage("grpo", *TWO, *SMALL_EPISODES)]
+    final = run(tmp_path, "tool_search_echo", *TINY, *few, "evaluation.data.held_out.limit=8")
+    lines = [json.loads(line) for line in (final.parent / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 2
+
+
 TINY_GPT2 = [f"model.config.{key}" for key in ("n_embd=32", "n_layer=1", "n_head=2")]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlpost import objectives
-from rlpost.objectives import credit, kl, preference, surrogates, turns, weights
+from rlpost.objectives import baselines, credit, kl, preference, surrogates, turns, weights
 from rlpost.objectives.correction import correction, off_policy_ratio
 from rlpost.objectives.distillation import divergence_to_go
 from rlpost.objectives.preference_modifiers import length_multipliers
@@ -45,6 +45,7 @@ SURROGATES = {
         surrogates.future_weighted,
         surrogates.target_policy,
         partial(surrogates.squared_log_ratio, tau=0.5),
+        partial(surrogates.advantage_regression, beta=0.5),
     )
 }
 """How each is called on one tensor of all actions and the rows; the result is of all actions. What is made of the
@@ -80,6 +81,9 @@ CREDIT = {
     ),
 }
 OTHERS = {
+    "optimal_token_baseline": lambda x, rows: baselines.optimal_token_baseline(
+        rows.sum(x).to(x.dtype).view(min(rows.completions, 1), -1 if rows.completions else 1), x, 2 * x, rows
+    ),
     "kl_in_reward": lambda x, rows: kl.kl_in_reward(x, 2 * x, rows, max(rows.completions, 1)),
     "divergence_to_go": lambda x, rows: divergence_to_go(x, rows, max(rows.completions, 1)),
     "correction": lambda x, rows: correction(x, 2 * x, rows, per="completion"),
