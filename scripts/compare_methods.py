@@ -56,6 +56,8 @@ NEWER = (
     *("fipo", "turn_rloo", "gigpo", "clip_cov", "kl_cov", "adaptive_entropy", "m2po", "optimal_token", "a_star_po"),
     *("role_baseline", "target_po", "xpo", "nash_md", "chord", "chord_phi", "on_policy_distillation"),
 )
+UPDATES = (2, 4, 8)
+"""Of GRPO, a batch: as many as its later relatives take, so that these are seen for themselves."""
 LAMBDAS = (0.0, 0.95, 1.0)
 PPO_LAMBDA = 0.95
 """Of recipes/methods/ppo.yaml."""
@@ -281,9 +283,14 @@ def draw_ends(axes: Axes, found: dict[str, list[dict[str, float]]], named: Seque
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def planned(methods: Sequence[str], seeds: Sequence[int], extras: bool) -> dict[str, list[Run]]:
+def planned(methods: Sequence[str], seeds: Sequence[int]) -> dict[str, list[Run]]:
+    """The runs of each row of the table; of a whole table, those that explain others too."""
     groups = {m: [Run(m, m, seed) for seed in seeds] for m in methods}
-    if extras:
+    if methods == (*ANCESTORS, *NEWER):
+        for updates in UPDATES:
+            title = f"grpo num_minibatches={updates}"
+            groups[title] = [Run(title, "grpo", seed, (f"stages.rl.num_minibatches={updates}",)) for seed in seeds]
+    if methods == METHODS:
         for lam in LAMBDAS:
             title = f"ppo gae_lambda={lam:g}"
             if lam != PPO_LAMBDA:
@@ -305,7 +312,7 @@ def main() -> None:
     given = parser.parse_args()
     runs: Path = given.runs.resolve()
     methods = given.methods or ((*ANCESTORS, *NEWER) if given.newer else METHODS)
-    groups = planned(methods, given.seeds, extras=methods == METHODS)
+    groups = planned(methods, given.seeds)
     every = dict.fromkeys(run for members in zip(*groups.values(), strict=True) for run in members)
     later = [run for run in every if needed(run.method)]
     first = [run for run in every if run not in later]
