@@ -57,8 +57,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "distill, sampled tokens alone": {**ON_POLICY, "estimate": "sampled"},
     "sft on the teacher's samples": IMITATED,
     "sft on them, by distributions (forward_kl)": {**IMITATED, "loss": {"fn": "forward_kl"}},
+    "distill, reverse_kl, one sample a prompt": {**ON_POLICY, "prompts_per_step": COMPLETIONS, "group_size": 1},
 }
-COLOURS = ("#1f77b4", "#2ca02c", "#17becf", "#9467bd", "#8c564b", "#ff7f0e", "#d62728")
+COLOURS = ("#1f77b4", "#2ca02c", "#17becf", "#9467bd", "#8c564b", "#ff7f0e", "#d62728", "#000000")
 
 
 def folder(runs: Path, way: str, seed: int) -> Path:
@@ -195,7 +196,6 @@ def draw(runs: Path, seeds: Sequence[int]) -> None:
         steps = [line["step"] for line in curves[0]]
         values = list(zip(*([line["greedy/accuracy"] for line in curve] for curve in curves), strict=True))
         axes.plot(steps, [fmean(v) for v in values], color=colour, label=way, lw=1.8)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.12, lw=0)
     axes.set(xlabel=f"steps of {COMPLETIONS} completions", ylabel="accuracy of greedy answers, held out")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
