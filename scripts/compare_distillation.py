@@ -21,8 +21,9 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from compare_methods import spread, write
 
-from rlpost import console, pipeline
+from rlpost import pipeline
 from rlpost.data.codec import make_codec
 from rlpost.data.formats import Format, encode
 from rlpost.data.tasks.addition import held_out, train
@@ -154,12 +155,6 @@ def divergence(runs: Path, own: Path, seed: int) -> float:
     return float(json.loads(kept.read_text()))
 
 
-def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Mean over seeds, and the seeds' range."""
-    low, high = min(values) * scale, max(values) * scale
-    return f"{fmean(values) * scale:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
 def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> None:
     columns = ["way", "greedy %", "sampled %", "KL to the teacher, nats", "tokens", "CPU seconds"]
     rows = []
@@ -175,9 +170,7 @@ def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> N
                 f"{fmean(by['seconds']):.0f}",
             ]
         )
-    console.table(f"mean over {seeds} seeds [their range]", columns, rows)
-    lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-    (runs / "table.md").write_text("\n".join(lines) + "\n")
+    write(runs / "table.md", columns, rows, seeds)
 
 
 def draw(runs: Path, seeds: Sequence[int]) -> None:

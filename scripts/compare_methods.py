@@ -224,9 +224,14 @@ def table(file: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> N
                 f"{fmean(by['seconds']):.0f}",
             ]
         )
+    write(file, columns, rows, seeds)
+
+
+def write(file: Path, columns: Sequence[str], rows: Sequence[Sequence[str]], seeds: int) -> None:
+    """A table on the screen, and in `file` as Markdown."""
     console.table(f"mean over {seeds} seeds [their range]", columns, rows)
     lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def draw_curves(axes: Axes, runs: Path, groups: dict[str, list[Run]], highlight: Sequence[str]) -> None:

@@ -19,9 +19,9 @@ from statistics import fmean
 
 import matplotlib.pyplot as plt
 import yaml
-from compare_methods import Run, divergence, draw_ends, spread, start, train_start
+from compare_methods import Run, divergence, draw_ends, spread, start, train_start, write
 
-from rlpost import console, pipeline
+from rlpost import pipeline
 from rlpost.recipe.files import packaged, packaged_folder
 from rlpost.recipe.resolve import resolve
 
@@ -73,9 +73,7 @@ def table(runs: Path, found: dict[str, list[dict[str, float]]], seeds: int) -> N
         by = {key: [r[key] for r in results] for key in results[0]}
         percent = [spread(by[key], 100) for key in ("greedy", "sampled", "preferred")]
         rows.append([title, *percent, spread(by["kl"], digits=2), f"{fmean(by['seconds']):.0f}"])
-    console.table(f"mean over {seeds} seeds [their range]", columns, rows)
-    lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-    (runs / "pairs.md").write_text("\n".join(lines) + "\n", "utf-8")
+    write(runs / "pairs.md", columns, rows, seeds)
 
 
 def picture(runs: Path, found: dict[str, list[dict[str, float]]]) -> None:
